@@ -1,0 +1,60 @@
+"""The ``mhmoe`` command: data preparation, analysis, planning and generation.
+
+Every sub-command lives in a module with ``add_arguments(parser)`` and ``run(args) -> int``,
+imported only when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+COMMANDS = {
+    "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a named source or your own text"),
+    "plan": ("mhmoe_fairseq.analysis.plan_command", "count parameters and FLOPs of an architecture without building it"),
+    "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
+    "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
+    "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
+    "import-official": (
+        "mhmoe_fairseq.models._import_official",
+        "read MH-MoE layer weights of the official repository's checkpoints",
+    ),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only ``command``'s module is imported, the others show their one-line help."""
+    parser = argparse.ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
+    for name, (module, summary) in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == command:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; a user's error is one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    args = build_parser(command).parse_args(argv)
+    if args.command == "user-dir":
+        print(Path(__file__).resolve().parent)
+        return 0
+    try:
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except (ValueError, OSError) as error:
+        print(f"mhmoe {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""The expert FFNs: stacked parameters and the choice of how to compute them.
+
+Backends, the same function to rounding:
+
+``loop``     one slice of sorted rows per expert, hand-written backward (:mod:`._expert_loop`). For CPUs: the slice
+             bounds are needed on the host, which costs nothing there.
+``grouped``  ``torch.nn.functional.grouped_mm`` over device-side offsets (:mod:`._expert_device`).
+``blocked``  batched products over equal blocks (:mod:`._expert_device`): any dtype and shape on a device, without
+             synchronisation, at up to twice the FLOPs.
+
+``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel measured about twice the loop's time (``make bench``);
+elsewhere ``grouped`` where its kernel takes dtype and shape, else ``blocked``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._expert_device import blocked_ffn, grouped_ffn, grouped_mm_supports
+from ._expert_loop import loop_ffn
+from .config import MHMoEConfig
+from .dispatch import DispatchPlan, combine
+
+BACKENDS = ("auto", "loop", "grouped", "blocked")
+
+
+class ExpertWeights(NamedTuple):
+    """The stacked parameters, in one dtype; None where the configuration has none."""
+
+    fc1_weight: Tensor  # (E, F, d)
+    fc1_bias: Tensor | None  # (E, F)
+    gate_weight: Tensor | None  # (E, F, d), SwiGLU only
+    gate_bias: Tensor | None  # (E, F)
+    layernorm_weight: Tensor | None  # (E, F)
+    layernorm_bias: Tensor | None  # (E, F)
+    fc2_weight: Tensor  # (E, d, F)
+    fc2_bias: Tensor | None  # (E, d)
+
+
+class ExpertFFN(nn.Module):
+    """E feed-forward networks ``d -> F -> d`` with stacked parameters.
+
+    One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; with SwiGLU ``silu(fc1(x)) * gate(x)`` stands for the
+    activation. Initialised like ``nn.Linear``, expert by expert in one draw.
+    """
+
+    def __init__(self, config: MHMoEConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        if backend not in BACKENDS:
+            raise ValueError(f"backend ({backend!r}) must be one of {', '.join(BACKENDS)}")
+        self.config = config
+        self.backend = backend
+        e, f, d = config.num_experts, config.expert_ffn_dim, config.subtoken_dim
+        bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
+
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(*shape)) if wanted else None
+
+        self.fc1_weight = nn.Parameter(torch.empty(e, f, d))
+        self.fc1_bias = parameter(bias, e, f)
+        self.gate_weight = parameter(swiglu, e, f, d)
+        self.gate_bias = parameter(swiglu and bias, e, f)
+        self.layernorm_weight = parameter(norm, e, f)
+        self.layernorm_bias = parameter(norm, e, f)
+        self.fc2_weight = nn.Parameter(torch.empty(e, d, f))
+        self.fc2_bias = parameter(bias, e, d)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s default: uniform in +-1/sqrt(fan_in), biases included."""
+        bound_in = 1 / math.sqrt(self.config.subtoken_dim)
+        bound_hidden = 1 / math.sqrt(self.config.expert_ffn_dim)
+        for parameter in (self.fc1_weight, self.fc1_bias, self.gate_weight, self.gate_bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound_in, bound_in)
+        for parameter in (self.fc2_weight, self.fc2_bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound_hidden, bound_hidden)
+        if self.layernorm_weight is not None and self.layernorm_bias is not None:
+            nn.init.ones_(self.layernorm_weight)
+            nn.init.zeros_(self.layernorm_bias)
+
+    def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
+        """Gate-weighted sum of the chosen experts' outputs: ``(N, d), (N, K) -> (N, d)``."""
+        device = x_Nd.device.type
+        x_Nd, weights = self._in_compute_dtype(x_Nd)
+        dropout = self.config.activation_dropout if self.training else 0.0
+        activation = self.config.activation
+        with _without_autocast(device):
+            if self._backend_for(x_Nd) == "loop":
+                return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
+            device_ffn = grouped_ffn if self._backend_for(x_Nd) == "grouped" else blocked_ffn
+            y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
+            return combine(y_Rd, gates_NK, plan)
+
+    def _backend_for(self, x_Nd: Tensor) -> str:
+        if self.backend != "auto":
+            return self.backend
+        if x_Nd.device.type == "cpu":
+            return "loop"
+        widths = (self.config.subtoken_dim, self.config.expert_ffn_dim)
+        return "grouped" if grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths) else "blocked"
+
+    def _in_compute_dtype(self, x_Nd: Tensor) -> tuple[Tensor, ExpertWeights]:
+        weights = ExpertWeights(*(getattr(self, name) for name in ExpertWeights._fields))
+        device = x_Nd.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device) or x_Nd.dtype == torch.float64:
+            return x_Nd, weights
+        dtype = torch.get_autocast_dtype(device)
+        return x_Nd.to(dtype), ExpertWeights(*(None if w is None else w.to(dtype) for w in weights))
+
+
+class SharedExpert(nn.Module):
+    """One FFN on whole tokens that every token passes (P2 table 2)."""
+
+    def __init__(self, config: MHMoEConfig) -> None:
+        super().__init__()
+        d, f, bias = config.embed_dim, config.shared_expert_dim, config.expert_bias
+        self.activation = config.activation
+        self.fc1 = nn.Linear(d, f, bias=bias)
+        self.gate = nn.Linear(d, f, bias=bias) if self.activation == "swiglu" else None
+        self.fc2 = nn.Linear(f, d, bias=bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """``(T, D) -> (T, D)``."""
+        hidden = self.fc1(x_TD)
+        if self.gate is not None:
+            return self.fc2(F.silu(hidden) * self.gate(x_TD))
+        return self.fc2(F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden))
+
+
+def _without_autocast(device: str) -> torch.autocast:
+    # Autocast has no "meta" device; the CPU's switch is as good there, since nothing runs on it.
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)

@@ -1,0 +1,128 @@
+"""The Multi-Head Mixture-of-Experts layer (Wu et al., NeurIPS 2024)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MHMoEConfig
+from .dispatch import assign, plan_dispatch
+from .experts import ExpertFFN, SharedExpert
+from .heads import head_projection, merge_heads, merge_projection, repeat_mask, split_heads
+from .losses import load_balancing_loss, router_z_loss
+from .router import build_router
+from .stats import RoutingStats, routing_stats
+
+
+class MHMoEOutput(NamedTuple):
+    """What the layer returns.
+
+    Attributes:
+        hidden: ``(..., D)``, the shape of the input.
+        balance_loss: scalar, unweighted (P1 equation 10).
+        z_loss: scalar, unweighted.
+        stats: detached routing counts.
+    """
+
+    hidden: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+    stats: RoutingStats
+
+
+class MHMoELayer(nn.Module):
+    """Split every token into H sub-tokens, route each to K of E experts, merge the results.
+
+    The forward pass:
+      1. head projection ``D -> D``, split into H sub-tokens of d = D/H;
+      2. router: one logit per sub-token and expert;
+      3. top-k experts and gate weights; with ``routing="capacity"`` the overflow is dropped;
+      4. sort by expert, expert FFNs, weighted sum back in sub-token order;
+      5. optionally the sub-token itself (P1 equation 6) and a shared expert's output (P2);
+      6. merge, merge projection, dropout.
+
+    ``num_heads=1`` without projections is a plain sparse MoE layer, the X-MoE or SMoE baseline.
+
+    Args:
+        config: what to compute.
+        backend: how the experts compute: ``"auto"`` (by device, dtype and shape), ``"loop"``, ``"grouped"`` or
+            ``"blocked"``; see :mod:`.experts`.
+    """
+
+    def __init__(self, config: MHMoEConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        projection = {"num_layers": config.num_projection_layers, "bias": config.projection_bias}
+        self.head_projection = head_projection(config.embed_dim, **projection) if config.has_head_projection else None
+        self.router = build_router(config)
+        self.experts = ExpertFFN(config, backend=backend)
+        self.merge_projection = merge_projection(config.embed_dim, **projection) if config.has_merge_projection else None
+        self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
+        """Apply the layer.
+
+        Args:
+            x: ``(..., D)``.
+            padding_mask: bool ``(...)``, True where padded. Padded tokens are never routed, count in no loss and use
+                no capacity; their output does not depend on their input.
+
+        Raises:
+            ValueError: if the shapes do not fit.
+        """
+        self._check_shapes(x, padding_mask)
+        x_TD = x.reshape(-1, x.size(-1))
+        mask_N = None
+        if padding_mask is not None:
+            mask_T = padding_mask.reshape(-1).bool()
+            x_TD = x_TD.masked_fill(mask_T.unsqueeze(1), 0)  # 0 * NaN is NaN: never multiply by the mask
+            mask_N = repeat_mask(mask_T, self.config.split_heads)
+
+        heads_TD = x_TD if self.head_projection is None else self.head_projection(x_TD)
+        x_Nd = split_heads(heads_TD, self.config.split_heads)
+        y_Nd, balance_loss, z_loss, stats = self._route(x_Nd, mask_N)
+        if self.config.subtoken_residual:
+            y_Nd = y_Nd + x_Nd
+        y_TD = merge_heads(y_Nd, self.config.split_heads)
+        if self.merge_projection is not None:
+            y_TD = self.merge_projection(y_TD)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        y_TD = F.dropout(y_TD, self.config.dropout, self.training)
+        return MHMoEOutput(y_TD.view(x.shape), balance_loss, z_loss, stats)
+
+    def _route(self, x_Nd: Tensor, mask_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor, RoutingStats]:
+        config = self.config
+        logits_NE = self.router(x_Nd)
+        probs_NE = torch.softmax(logits_NE, dim=1, dtype=_at_least_fp32(logits_NE))
+        assignment = assign(config, logits_NE, probs_NE, mask_N, training=self.training)
+        plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
+        y_Nd = self.experts(x_Nd, assignment.gates_NK, plan)
+
+        balance_loss = load_balancing_loss(
+            probs_NE=probs_NE,
+            experts_NK=assignment.choices_NK,
+            padding_mask_N=mask_N,
+            assignment=config.balance_assignment,
+        )
+        z_loss = router_z_loss(logits_NE=logits_NE.to(probs_NE.dtype), padding_mask_N=mask_N)
+        stats = routing_stats(probs_NE, assignment, plan, mask_N)
+        return y_Nd, balance_loss, z_loss, stats
+
+    def _check_shapes(self, x: Tensor, padding_mask: Tensor | None) -> None:
+        if x.size(-1) != self.config.embed_dim:
+            raise ValueError(f"x has {x.size(-1)} features; embed_dim is {self.config.embed_dim}")
+        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; x has {tuple(x.shape[:-1])}")
+
+    def extra_repr(self) -> str:
+        """The sizes, for ``print(model)``."""
+        c = self.config
+        return f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, routing={c.routing}, params={c.num_params():,}"
+
+
+def _at_least_fp32(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

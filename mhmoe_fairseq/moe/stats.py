@@ -1,0 +1,66 @@
+"""What the router did: additive counts per batch, and the figures derived from their sums."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import Assignment, DispatchPlan
+
+
+class RoutingStats(NamedTuple):
+    """Detached counts of one layer; summing them over batches gives those of the whole set.
+
+    Attributes:
+        expert_load: ``(E,)`` float32, assignments (sub-token, choice) per expert before dropping.
+        dropped: scalar, assignments dropped for lack of capacity.
+        entropy: scalar, the router's softmax entropy in nats summed over real sub-tokens.
+        num_subtokens: scalar, real (not padded) sub-tokens.
+    """
+
+    expert_load: Tensor
+    dropped: Tensor
+    entropy: Tensor
+    num_subtokens: Tensor
+
+
+def routing_stats(
+    probs_NE: Tensor, assignment: Assignment, plan: DispatchPlan, padding_mask_N: Tensor | None
+) -> RoutingStats:
+    """Counts of one forward pass, without graph and without host synchronisation."""
+    with torch.no_grad():
+        entropy_N = torch.special.entr(probs_NE.detach().float()).sum(1)
+        if padding_mask_N is None:
+            num_subtokens = entropy_N.new_full((), probs_NE.size(0))
+        else:
+            entropy_N = entropy_N.masked_fill(padding_mask_N, 0)
+            num_subtokens = (~padding_mask_N).sum().float()
+        load_E, dropped = plan.load().float(), entropy_N.new_zeros(())
+        if assignment.dropped_NK is not None:
+            dropped = assignment.dropped_NK.sum().float()
+            load_E = load_E.index_add(0, assignment.choices_NK.reshape(-1), assignment.dropped_NK.reshape(-1).float())
+        return RoutingStats(load_E, dropped, entropy_N.sum(), num_subtokens)
+
+
+def active_share(load_E: Tensor, threshold: float = 0.01) -> Tensor:
+    """Share of experts with at least ``threshold`` of the uniform load; over dim -1."""
+    uniform = load_E.sum(-1, keepdim=True) / load_E.size(-1)
+    return ((load_E >= threshold * uniform) & (load_E > 0)).float().mean(-1)
+
+
+def effective_share(load_E: Tensor) -> Tensor:
+    """``exp(entropy of the load) / E``: 1 when uniform, 1/E when one expert does everything."""
+    share = load_E / load_E.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(-1).exp() / load_E.size(-1)
+
+
+def load_max_over_mean(load_E: Tensor) -> Tensor:
+    """Largest load over mean load: 1 when balanced, E when one expert does everything."""
+    return load_E.max(-1).values / load_E.mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def overflow(stats: RoutingStats) -> Tensor:
+    """Share of assignments that were dropped for lack of capacity."""
+    return stats.dropped / stats.expert_load.sum().clamp(min=1)
