@@ -1,0 +1,131 @@
+"""Writing that never leaves half a file, and reading that says where a file is broken."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Iterator
+
+from ..errors import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left", "quota exceeded" and "file too large" while writing ``path`` into a :class:`UserError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror.lower()}): free some space or name another folder, then run the "
+            "same command again; finished stages and earlier outputs are kept"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` and moves it there on success; on an error ``path`` stays as it was.
+
+    The temporary name is fixed (``.NAME.tmp``), so an interrupted run leaves at most one such file, and the next run
+    replaces it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with explain_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[IO[bytes]]:
+    """Like ``open(path, "wb")``, but ``path`` appears only when everything was written and flushed to the disk."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` atomically as indented UTF-8 JSON."""
+    with atomic_open(path) as stream:
+        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; ``UserError`` names the file, the line and the fault when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: invalid UTF-8 at byte {error.start}") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_files(paths: list[Path], flag: str) -> None:
+    """Checks that every path is a readable file; ``UserError`` names ``flag`` and the first that is not."""
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{flag}: no such file: {path}")
+        if not path.is_file():
+            raise UserError(f"{flag}: not a file: {path}")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{flag}: no permission to read {path}")
+
+
+def read_utf8_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file without their line end; ``.gz`` is unpacked on the fly, a leading BOM dropped.
+
+    Raises:
+        UserError: invalid UTF-8 (names the file and the byte offset in the unpacked text) or a damaged ``.gz``.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    offset = 0
+    try:
+        with opener(path, "rb") as stream:
+            for raw in stream:
+                if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
+                    raw, offset = raw[3:], 3
+                try:
+                    yield raw.decode("utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}: invalid UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); "
+                        "the corpus must be UTF-8 text"
+                    ) from error
+                offset += len(raw)
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path}: damaged gzip file ({error})") from error
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
+    """Holds a lock file for the duration; the kernel frees it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with explain_full_disk(path), open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{flag} {path.parent}: another run is writing there; wait for it or choose another folder") from error
+        yield

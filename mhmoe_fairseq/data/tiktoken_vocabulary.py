@@ -1,0 +1,78 @@
+"""tiktoken vocabularies (such as GPT-4's ``cl100k_base``) from a local rank file; nothing is ever downloaded.
+
+A rank file has one token a line: its bytes in base64, a space, its rank. In fairseq's dictionary a token is spelled by
+its rank in decimal digits, as in fairseq's own GPT-2 encoder, so that ``dictionary index = rank + 4``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import importlib.util
+from pathlib import Path
+from typing import Any, Iterable
+
+from ..errors import UserError
+from .files import require_files
+
+# How cl100k_base cuts text before merging bytes: contractions, words, up to three digits, punctuation, white space.
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:
+    """Reads a rank file.
+
+    Raises:
+        UserError: the file is missing, a line is not ``BASE64 RANK`` (names file:line), or the ranks are not
+            0..N-1 with all 256 single bytes among the tokens.
+    """
+    require_files([path], flag)
+    ranks: dict[bytes, int] = {}
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise UserError(f"{path}:{number}: a rank file has 'BASE64 RANK' on each line") from error
+    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
+        raise UserError(f"{flag} {path}: the ranks of its {len(ranks)} tokens must be 0, 1, 2, ... without a gap")
+    missing = [value for value in range(256) if bytes([value]) not in ranks]
+    if missing:
+        raise UserError(f"{flag} {path}: byte 0x{missing[0]:02x} has no token; every single byte needs one")
+    return ranks
+
+
+class TiktokenVocabulary:
+    """Text to ranks and back with the ``tiktoken`` package.
+
+    Args:
+        path: rank file.
+        pattern: regular expression that cuts the text before merging.
+
+    Raises:
+        UserError: ``tiktoken`` is not installed, or the rank file is missing or malformed.
+    """
+
+    def __init__(self, path: str | Path, pattern: str = CL100K_PATTERN):
+        if importlib.util.find_spec("tiktoken") is None:
+            raise UserError("--tokenizer tiktoken: the tiktoken package is missing; pip install 'mhmoe_fairseq[tiktoken]'")
+        import tiktoken
+
+        ranks = load_ranks(Path(path))
+        self.num_ranks = len(ranks)
+        self._encoding: Any = tiktoken.Encoding(
+            name=Path(path).stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ranks of ``text``; nothing in the text is ever read as a special token."""
+        return self._encoding.encode(text, disallowed_special=())
+
+    def decode(self, ranks: Iterable[int]) -> str:
+        """Text of ``ranks``; bytes that are not UTF-8 (a cut character) become U+FFFD."""
+        return self._encoding.decode(list(ranks), errors="replace")
