@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Iterable
 
 from ..errors import UserError
-from .files import require_files
+from .files import require_files, sha256_of
+from .vocabulary import NUM_SPECIALS
 
 # How cl100k_base cuts text before merging bytes: contractions, words, up to three digits, punctuation, white space.
 CL100K_PATTERN = (
@@ -76,3 +77,23 @@ class TiktokenVocabulary:
     def decode(self, ranks: Iterable[int]) -> str:
         """Text of ``ranks``; bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self._encoding.decode(list(ranks), errors="replace")
+
+
+class TiktokenDictionaryVocabulary:
+    """A rank file as a :class:`~mhmoe_fairseq.data.vocabulary.Vocabulary`: symbol = rank in decimal digits."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._vocabulary = TiktokenVocabulary(path)
+        self.symbols = [str(rank) for rank in range(self._vocabulary.num_ranks)]
+
+    def encode_lines(self, lines: list[str]) -> list[list[int]]:
+        """Dictionary indices of each line (rank + 4), without an end mark."""
+        return [[rank + NUM_SPECIALS for rank in self._vocabulary.encode(line)] for line in lines]
+
+    def describe(self) -> dict[str, object]:
+        """Number of ranks, and the rank file's name and hash."""
+        return {
+            "kind": "tiktoken", "ranks": self._vocabulary.num_ranks,
+            "rank_file": self._path.name, "rank_file_sha256": sha256_of(self._path),
+        }  # fmt: skip

@@ -1,0 +1,77 @@
+"""Documents: how text is cleaned, deduplicated and kept between the stages of a preparation."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from dataclasses import dataclass, field
+from typing import Iterable, Iterator, NamedTuple, Optional
+
+DEDUP_CHOICES = ("lines", "documents", "none")
+
+# Control characters that are not white space, and the byte order mark.
+_CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
+# SentencePiece writes a space as U+2581; the character itself would come back as a space.
+_SENTENCEPIECE_SPACE = "\u2581"
+
+
+class Document(NamedTuple):
+    """One document: where it came from, its lines, and the split it must go to when the source says so."""
+
+    name: str
+    lines: list[str]
+    split: Optional[str] = None
+
+
+def clean_line(line: str) -> str:
+    """One line in NFC with single spaces: no control characters, no leading or trailing space.
+
+    fairseq splits encoded lines at every Unicode white space, so only the plain space may remain.
+    """
+    line = _CONTROLS.sub("", line).replace(_SENTENCEPIECE_SPACE, "_")
+    return " ".join(unicodedata.normalize("NFC", line).split())
+
+
+@dataclass
+class Cleaner:
+    """Cleans and deduplicates a stream of documents, and counts what it dropped.
+
+    Deduplication is global and comes before the split: with ``dedup="lines"`` every line is kept where it occurs
+    first and nowhere else, so that no line of a held-out part occurs in the training part.
+    """
+
+    dedup: str = "lines"
+    counts: dict[str, int] = field(
+        default_factory=lambda: {"lines_read": 0, "empty_lines": 0, "duplicate_lines": 0, "empty_or_duplicate_documents": 0}
+    )
+    _seen: set[bytes] = field(default_factory=set, repr=False)
+
+    def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Yields the documents that still have a line."""
+        for document in documents:
+            lines = [clean_line(line) for line in document.lines]
+            self.counts["lines_read"] += len(lines)
+            kept = [line for line in lines if line]
+            self.counts["empty_lines"] += len(lines) - len(kept)
+            kept = self._deduplicate(kept)
+            if kept:
+                yield document._replace(lines=kept)
+            else:
+                self.counts["empty_or_duplicate_documents"] += 1
+
+    def _deduplicate(self, lines: list[str]) -> list[str]:
+        if self.dedup == "none":
+            return lines
+        if self.dedup == "documents":
+            return lines if self._is_new("\n".join(lines)) else []
+        kept = [line for line in lines if self._is_new(line)]
+        self.counts["duplicate_lines"] += len(lines) - len(kept)
+        return kept
+
+    def _is_new(self, text: str) -> bool:
+        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+        if digest in self._seen:
+            return False
+        self._seen.add(digest)
+        return True

@@ -1,0 +1,51 @@
+"""What binarisation needs of a tokenizer, and fairseq's dictionary made from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Sequence
+
+import numpy as np
+
+from .files import atomic_path
+
+if TYPE_CHECKING:
+    from fairseq.data import Dictionary
+
+NUM_SPECIALS = 4  # fairseq's <s>, <pad>, </s>, <unk>: indices 0..3
+
+
+class Vocabulary(Protocol):
+    """A tokenizer whose symbols fill fairseq's dictionary from index 4 on, in this order."""
+
+    symbols: Sequence[str]
+
+    def encode_lines(self, lines: list[str]) -> list[list[int]]:
+        """Dictionary indices of each line, without an end mark."""
+        ...
+
+    def describe(self) -> dict[str, object]:
+        """What the manifest records."""
+        ...
+
+
+def build_dictionary(symbols: Sequence[str], counts: np.ndarray) -> Dictionary:
+    """fairseq's dictionary: the four specials, then ``symbols`` with their counts, padded to a multiple of 8.
+
+    Args:
+        counts: (len(symbols) + 4,) occurrences by dictionary index.
+    """
+    from fairseq.data import Dictionary
+
+    dictionary = Dictionary()
+    for index, symbol in enumerate(symbols, start=NUM_SPECIALS):
+        if dictionary.add_symbol(symbol, n=int(counts[index])) != index:
+            raise RuntimeError(f"symbol {symbol!r} occurs twice in the vocabulary")
+    dictionary.pad_to_multiple_(8)
+    return dictionary
+
+
+def save_dictionary(dictionary: Dictionary, path: Path) -> None:
+    """Writes ``dict.txt`` atomically, in fairseq's ``symbol count`` format."""
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        dictionary.save(stream)

@@ -1,0 +1,156 @@
+"""The destination of a preparation: stages that survive a kill, and outputs that appear all at once.
+
+Everything is made in ``DEST/.partial`` and moved into ``DEST`` when the last stage is done, the manifest last. Until
+then what ``DEST`` held before stays complete and usable. ``DEST/.partial/progress.json`` records the settings and the
+finished stages, so that the same command continues where it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping
+
+from ..errors import UserError
+from .files import exclusive_lock, explain_full_disk, read_json, sha256_of, write_json
+
+MANIFEST = "manifest.json"
+_PARTIAL, _PROGRESS, _LOCK = ".partial", "progress.json", ".lock"
+
+
+class Workspace:
+    """One destination folder, held by one process at a time (see :func:`open_workspace`).
+
+    Args:
+        dest: the folder.
+        settings: flag name without dashes -> JSON value; two preparations with equal settings make equal data.
+    """
+
+    def __init__(self, dest: Path, settings: Mapping[str, Any]):
+        self.dest = dest
+        self.partial = dest / _PARTIAL
+        self.settings = dict(settings)
+        self._stages: dict[str, Any] = {}
+
+    def begin(self, *, overwrite: bool) -> str:
+        """Decides what there is to do: ``complete``, ``resumed`` or ``fresh``.
+
+        Raises:
+            UserError: the folder holds (or is half-way to) data of other settings, or its data is damaged, and
+                ``overwrite`` is off.
+        """
+        progress = self._read_progress()
+        if progress.get("publishing"):
+            self._move_outputs()
+            progress = {}
+        if progress and progress["settings"] == self.settings:
+            self._stages = progress["stages"]
+            return "resumed"
+        manifest = self.dest / MANIFEST
+        if not overwrite:
+            if manifest.exists():
+                self._refuse_other(read_json(manifest).get("settings", {}), "holds data")
+                self._refuse_damaged(read_json(manifest)["files"])
+                return "complete"
+            if progress:
+                self._refuse_other(progress["settings"], "holds an unfinished preparation")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._save_progress()
+        return "fresh"
+
+    def _read_progress(self) -> dict[str, Any]:
+        path = self.partial / _PROGRESS
+        return read_json(path) if path.exists() else {}
+
+    def _save_progress(self, **extra: Any) -> None:
+        write_json(self.partial / _PROGRESS, {"settings": self.settings, "stages": self._stages, **extra})
+
+    def _refuse_other(self, existing: Mapping[str, Any], what: str) -> None:
+        for name in sorted(existing.keys() | self.settings.keys()):
+            old, new = existing.get(name), self.settings.get(name)
+            if old != new:
+                raise UserError(
+                    f"--dest {self.dest} {what} made with another {_spell(name, old)} (now: {_show(new)}); "
+                    "choose another --dest, or add --overwrite to replace it"
+                )
+
+    def _refuse_damaged(self, files: Mapping[str, Any]) -> None:
+        for name, recorded in files.items():
+            path = self.dest / name
+            size = path.stat().st_size if path.exists() else None
+            if size != recorded["bytes"]:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(f"{path}: {found}, the manifest says {recorded['bytes']} bytes; add --overwrite to make it again")
+
+    def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
+        """Result of ``make()``, from the record if an earlier run finished this stage and its outputs are intact.
+
+        Args:
+            outputs: files that ``make`` writes, relative to ``partial``.
+        """
+        done = self._stages.get(name)
+        if done is not None and all(self._size(output) == size for output, size in done["outputs"].items()):
+            return done["result"]
+        result = make()
+        self._stages[name] = {"result": result, "outputs": {output: self._size(output) for output in outputs}}
+        self._save_progress()
+        return result
+
+    def is_done(self, name: str) -> bool:
+        """Whether an earlier run recorded this stage."""
+        return name in self._stages
+
+    def _size(self, output: str) -> int | None:
+        path = self.partial / output
+        return path.stat().st_size if path.exists() else None
+
+    def publish(self, manifest: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Adds the files' sizes and hashes to ``manifest``, moves everything into ``dest`` and returns the manifest.
+
+        Files of an earlier preparation that this one does not have (another tokenizer's model) are removed.
+        """
+        files = {
+            name: {"bytes": self._size(name), "sha256": sha256_of(self.partial / name)} for name in sorted(outputs)
+        }
+        complete = {**manifest, "settings": self.settings, "files": files}
+        write_json(self.partial / MANIFEST, complete)
+        self._save_progress(publishing=True)
+        self._move_outputs()
+        return complete
+
+    def _move_outputs(self) -> None:
+        """Moves what is still in ``partial``; a run killed in between is finished by the next one."""
+        if (self.partial / MANIFEST).exists():
+            files = read_json(self.partial / MANIFEST)["files"]
+            old = self.dest / MANIFEST
+            if old.exists():
+                for name in read_json(old)["files"].keys() - files.keys():
+                    (self.dest / name).unlink(missing_ok=True)
+                old.unlink()
+            with explain_full_disk(self.dest):
+                for name in files:
+                    (self.dest / name).parent.mkdir(parents=True, exist_ok=True)
+                    if (self.partial / name).exists():
+                        os.replace(self.partial / name, self.dest / name)
+                os.replace(self.partial / MANIFEST, self.dest / MANIFEST)
+        shutil.rmtree(self.partial)
+
+
+@contextlib.contextmanager
+def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspace]:
+    """Creates and locks ``dest``; ``UserError`` when it is a file or another run holds it."""
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"--dest {dest}: is a file, must be a folder")
+    with exclusive_lock(dest / _LOCK, "--dest"):
+        yield Workspace(dest, settings)
+
+
+def _spell(name: str, value: Any) -> str:
+    return f"--{name.replace('_', '-')} ({_show(value)})"
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
