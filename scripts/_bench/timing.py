@@ -1,0 +1,82 @@
+"""Interleaved timing: two callables take turns in one process, so that a slow moment hits both."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MIN_PAIRS = 7
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of two callables, pair by pair."""
+
+    first: tuple[float, ...]
+    second: tuple[float, ...]
+
+    @property
+    def first_median(self) -> float:
+        return statistics.median(self.first)
+
+    @property
+    def second_median(self) -> float:
+        return statistics.median(self.second)
+
+    @property
+    def ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.first, self.second)]
+
+    @property
+    def ratio(self) -> float:
+        """Median over the pairs of first / second."""
+        return statistics.median(self.ratios)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest ratio of a pair: how noisy the machine was."""
+        return min(self.ratios), max(self.ratios)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock time of one call, with Python's garbage collector held off."""
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    finally:
+        gc.enable()
+
+
+def time_pairs(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    *,
+    pairs: int = MIN_PAIRS,
+    warmup: int = 1,
+    after_pair: Callable[[], None] | None = None,
+) -> Pairs:
+    """Time ``first`` and ``second`` in turns; every other pair starts with the second.
+
+    Args:
+        first, second: what to time, without arguments.
+        pairs: how many times each is timed.
+        warmup: untimed calls of each beforehand.
+        after_pair: called after every pair, as for a progress bar.
+    """
+    for _ in range(warmup):
+        first()
+        second()
+    times: tuple[list[float], list[float]] = ([], [])
+    calls = (first, second)
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[which].append(seconds(calls[which]))
+        if after_pair:
+            after_pair()
+    return Pairs(tuple(times[0]), tuple(times[1]))
