@@ -1,0 +1,188 @@
+"""The decoder-only language model ``mhmoe_lm``: dense, sparse MoE, X-MoE and MH-MoE by its options."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary
+from fairseq.hub_utils import GeneratorHubInterface
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from torch import Tensor, nn
+
+from ..compat import refuse_tpu
+from ..torchscale_ext.args import decoder_settings
+from ..torchscale_ext.decoder import MHMoEDecoder
+from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
+from .options import MODEL_NAME, LanguageModelOptions
+
+CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
+    """The decoder as fairseq knows it: dictionary, precision, generation.
+
+    Its state has one tensor that is no parameter, a fingerprint of the dictionary: a checkpoint is refused with
+    another dictionary even where the sizes agree.
+    """
+
+    vocabulary_fingerprint: Tensor
+
+    def __init__(self, options: Any, dictionary: Dictionary) -> None:
+        max_positions = options.max_target_positions or options.tokens_per_sample
+        settings = decoder_settings(options, len(dictionary), max_positions)
+        super().__init__(
+            settings,
+            build_embedding(dictionary, settings.decoder_embed_dim),
+            build_positions(options, max_positions),
+            dictionary=dictionary,
+        )
+        self.precision = str(options.mhmoe_precision or "fp32")
+        self.scales_loss = bool(options.amp or options.fp16)
+        self.register_buffer("vocabulary_fingerprint", torch.tensor(fingerprint(dictionary)))
+
+    def forward(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """As ``MHMoEDecoder.forward``, in the precision of ``--mhmoe-precision``.
+
+        Raises:
+            ValueError: when training in fp16 without loss scaling.
+        """
+        with self._autocast(prev_output_tokens.device.type):
+            return super().forward(prev_output_tokens, **kwargs)
+
+    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
+            raise ValueError(
+                "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
+            )
+        return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])
+
+    def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """``(B, S, D)`` features and the same extras as ``forward``."""
+        return self(prev_output_tokens, features_only=True, **kwargs)
+
+    def max_positions(self) -> int:
+        """Longest sequence accepted by data loading and generation."""
+        return self.args.max_target_positions
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        key = prefix + "vocabulary_fingerprint"
+        saved = state_dict.setdefault(key, self.vocabulary_fingerprint)
+        if not saved.is_meta and not self.vocabulary_fingerprint.is_meta and not torch.equal(
+            saved.cpu(), self.vocabulary_fingerprint.cpu()
+        ):
+            embedding = state_dict.get(prefix + "embed_tokens.weight")
+            words = "" if embedding is None else f"{embedding.size(0):,} "
+            raise ValueError(
+                f"the checkpoint's dictionary ({words}words) is not this data's dict.txt ({len(self.dictionary):,} "
+                "words): use the data folder that the model was trained on, or one prepared with its dictionary"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@register_model(MODEL_NAME, dataclass=LanguageModelOptions)
+class MHMoELanguageModel(FairseqLanguageModel):
+    """Decoder-only language model; ``--arch`` names one of ``models.architectures``."""
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
+        """Build from filled options.
+
+        Raises:
+            ValueError: naming the flag, its value and the rule.
+        """
+        if args.decoder_layers is None:
+            raise ValueError(f"model {MODEL_NAME} needs an architecture, such as mhmoe_lm_tiny (--arch, or model._name)")
+        refuse_tpu(args.tpu)
+        if len(task.target_dictionary) != len(task.source_dictionary):
+            raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
+        return build_language_model(args, task.source_dictionary)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str,
+        checkpoint_file: str | None = None,
+        data_name_or_path: str | None = None,
+        **kwargs: Any,
+    ) -> GeneratorHubInterface:
+        """Load a trained model with ``score`` and ``sample``.
+
+        Args:
+            model_name_or_path: the folder of the checkpoint, or the checkpoint itself.
+            checkpoint_file: its name (default: ``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
+            data_name_or_path: the folder with ``dict.txt`` and, if there is one, ``sentencepiece.model``
+                (default: the checkpoint's folder if it has a dictionary, else the data it was trained on).
+            **kwargs: overrides of the stored configuration, such as ``bpe="sentencepiece"``.
+
+        Raises:
+            FileNotFoundError: naming what is missing.
+        """
+        checkpoint = find_checkpoint(Path(model_name_or_path), checkpoint_file)
+        data = find_data(checkpoint, data_name_or_path)
+        sentencepiece = data / "sentencepiece.model"
+        if "bpe" not in kwargs and sentencepiece.exists():
+            kwargs.update(bpe="sentencepiece", sentencepiece_model=str(sentencepiece))
+        return super().from_pretrained(str(checkpoint.parent.resolve()), checkpoint.name, str(data.resolve()), **kwargs)
+
+
+def build_language_model(options: Any, dictionary: Dictionary) -> MHMoELanguageModel:
+    """The model of filled options (see ``architectures.architecture_options``); allocates nothing on ``meta``.
+
+    Example: ``with torch.device("meta"): model = build_language_model(options, dictionary)``.
+    """
+    return MHMoELanguageModel(LanguageModelDecoder(options, dictionary))
+
+
+def build_embedding(dictionary: Dictionary, dim: int) -> nn.Embedding:
+    """fairseq's initial embedding: normal with deviation ``dim ** -0.5``, zero for padding."""
+    embedding = nn.Embedding(len(dictionary), dim, padding_idx=dictionary.pad())
+    nn.init.normal_(embedding.weight, std=dim**-0.5)
+    nn.init.zeros_(embedding.weight[dictionary.pad()])
+    return embedding
+
+
+def build_positions(options: Any, max_positions: int) -> nn.Module | None:
+    """The positions added to the embedding, or None."""
+    if options.no_token_positional_embeddings:
+        return None
+    kind = LearnedPositions if options.decoder_learned_pos else SinusoidalPositions
+    return kind(options.decoder_embed_dim, max_positions)
+
+
+def fingerprint(dictionary: Dictionary) -> list[int]:
+    """Four 64-bit numbers from the SHA-256 of the symbols in order."""
+    digest = hashlib.sha256("\n".join(dictionary.symbols).encode()).digest()
+    return list(struct.unpack("<4q", digest))
+
+
+def find_checkpoint(path: Path, name: str | None) -> Path:
+    """The checkpoint that ``path``, a file or a folder, and ``name`` stand for."""
+    if path.is_file():
+        return path
+    names = (name,) if name else CHECKPOINT_NAMES
+    for candidate in names:
+        if (path / candidate).is_file():
+            return path / candidate
+    raise FileNotFoundError(f"no {' or '.join(names)} in {path}")
+
+
+def find_data(checkpoint: Path, given: str | None) -> Path:
+    """The folder whose ``dict.txt`` belongs to ``checkpoint``."""
+    if given is not None:
+        candidates = [Path(given)]
+    else:
+        stored = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["cfg"]["task"]["data"]
+        candidates = [checkpoint.parent, *map(Path, utils.split_paths(stored)[:1])]
+    for folder in candidates:
+        if (folder / "dict.txt").is_file():
+            return folder
+    raise FileNotFoundError(f"no dict.txt in {' or '.join(map(str, candidates))}: give data_name_or_path")

@@ -1,0 +1,159 @@
+"""Every flag of the language models, as one fairseq dataclass.
+
+A field's default None means "as the architecture says": named architectures fill what is still None, so the command
+line, a YAML file and a checkpoint's stored configuration behave alike.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+MODEL_NAME = "mhmoe_lm"
+
+ACTIVATION_CHOICES = ChoiceEnum(["gelu", "relu", "silu"])
+ON_OFF_CHOICES = ChoiceEnum(["on", "off"])
+ROUTING_CHOICES = ChoiceEnum(["dropless", "capacity", "torchscale"])
+ROUTER_CHOICES = ChoiceEnum(["arch", "linear", "xmoe"])
+PRESET_CHOICES = ChoiceEnum(["p1"])
+NORMALIZE_CHOICES = ChoiceEnum(["expert", "both"])
+BALANCE_CHOICES = ChoiceEnum(["top1", "topk"])
+POLICY_CHOICES = ChoiceEnum(["all", "sampling", "random"])
+BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
+PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16"])
+
+
+def option(text: str) -> Any:
+    """A field that is None unless given, with its help."""
+    return field(default=None, metadata={"help": text})
+
+
+@dataclass
+class DecoderOptions(FairseqDataclass):
+    """The transformer around the MoE layers; spelled as in fairseq and TorchScale."""
+
+    decoder_layers: Optional[int] = option("decoder layers")
+    decoder_embed_dim: Optional[int] = option("model dimension")
+    decoder_ffn_embed_dim: Optional[int] = option(
+        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
+    )
+    decoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
+    activation_fn: Optional[ACTIVATION_CHOICES] = option(
+        "activation of dense networks and experts; silu means SwiGLU, with a gate matrix"
+    )
+    dropout: Optional[float] = option("dropout on the embedding, on attention's and on feed-forward networks' output")
+    attention_dropout: Optional[float] = option("dropout on the attention weights")
+    activation_dropout: Optional[float] = option("dropout on the inner activation of feed-forward networks and experts")
+    no_bias: Optional[bool] = option("no bias in any linear map: attention, dense networks, experts, projections")
+    rms_norm: Optional[bool] = option("RMSNorm in place of LayerNorm; switches sub-LN off unless --subln is given")
+    subln: Optional[bool] = option(
+        "a norm on attention's and on feed-forward networks' inner activation (TorchScale's sub-LN); on by default "
+        "unless --rms-norm or --deepnorm is given; the experts' one is always a LayerNorm"
+    )
+    no_subln: Optional[bool] = option("no sub-LN: a plain pre-norm transformer")
+    deepnorm: Optional[bool] = option("post-norm with DeepNorm's residual and initial scales (switches sub-LN off)")
+    layernorm_embedding: Optional[bool] = option("a norm on the embedding")
+    no_scale_embedding: Optional[bool] = option("do not multiply the embedding by the square root of its width")
+    no_token_positional_embeddings: Optional[bool] = option(
+        "add no positions to the embedding (default: sinusoidal ones, which have no parameters)"
+    )
+    decoder_learned_pos: Optional[bool] = option("add learned positions to the embedding in place of sinusoidal ones")
+    rotary_embed: Optional[bool] = option("rotate queries and keys by their position")
+    xpos_rel_pos: Optional[bool] = option("rotate and scale queries and keys by their position (TorchScale's xPos)")
+    no_share_decoder_input_output_embed: Optional[bool] = option(
+        "give the output projection its own weights (default: the embedding's)"
+    )
+    share_decoder_input_output_embed: Optional[bool] = option(
+        "use the embedding's weights as output projection; the default, accepted for the lineage's command lines"
+    )
+    checkpoint_activations: Optional[bool] = option("recompute each layer's activations in the backward pass")
+    mhmoe_precision: Optional[PRECISION_CHOICES] = option(
+        "compute under autocast in this type, on GPU and CPU; weights stay in float32 (default: fp32); training in "
+        "fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's own --bf16 means TPU: do not use it"
+    )
+
+
+@dataclass
+class LineageMoEOptions(DecoderOptions):
+    """MoE flags spelled as in TorchScale and the official MH-MoE repository."""
+
+    moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model")
+    moe_expert_count: Optional[int] = option("experts per MoE layer (of the reference, under --mhmoe-budget flops)")
+    moe_top_k: Optional[int] = option("experts per sub-token")
+    moe_top1_expert: Optional[bool] = option("the same as --moe-top-k 1")
+    moe_ffn_dim: Optional[int] = option(
+        "inner width of one expert; wins over the architecture and excludes --mhmoe-budget params and flops"
+    )
+    moe_gating_use_fp32: Optional[bool] = option("run the router in float32 under mixed precision")
+    moe_second_expert_policy: Optional[POLICY_CHOICES] = option(
+        "with capacity routing and two experts per sub-token, in training only: use the second expert always, sample "
+        "it, or use it at random with its probability (default: all)"
+    )
+    moe_normalize_gate_prob_before_dropping: Optional[bool] = option(
+        "with capacity routing: renormalise gate weights before overflowing sub-tokens are dropped"
+    )
+    moe_eval_capacity_token_fraction: Optional[float] = option(
+        "with capacity routing: slots per expert in evaluation, as a fraction of the sub-tokens; negative: the "
+        "training rule (default: 0.25)"
+    )
+    use_xmoe: Optional[bool] = option("the same as --mhmoe-router xmoe")
+    mhmoe_heads_number: Optional[int] = option("MH-MoE heads: sub-tokens that each token is split into")
+
+
+@dataclass
+class LanguageModelOptions(LineageMoEOptions):
+    """All options of a language model; the plugin's own MoE flags start with ``--mhmoe-``."""
+
+    mhmoe_routing: Optional[ROUTING_CHOICES] = option(
+        "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
+        "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process)"
+    )
+    mhmoe_capacity_factor: Optional[float] = option(
+        "with capacity routing: slots per expert in training, as a multiple of an even share (default: 1.0)"
+    )
+    mhmoe_router: Optional[ROUTER_CHOICES] = option(
+        "linear: logits x W; xmoe: a low-dimensional projection compared with normalised expert embeddings; arch: "
+        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default)"
+    )
+    mhmoe_router_preset: Optional[PRESET_CHOICES] = option(
+        "p1: the paper's appendix: router dimension 16 / heads, both sides normalised, temperature starting at 0.3"
+    )
+    mhmoe_router_dim: Optional[int] = option("X-MoE router: width of the projection (default: 16)")
+    mhmoe_router_normalize: Optional[NORMALIZE_CHOICES] = option(
+        "X-MoE router: normalise the expert embeddings only, as TorchScale does, or both sides (default: expert)"
+    )
+    mhmoe_router_temperature: Optional[float] = option(
+        "X-MoE router: initial value of a learned temperature (default: no temperature)"
+    )
+    mhmoe_normalize_gates: Optional[ON_OFF_CHOICES] = option(
+        "renormalise the gate weights over the chosen experts if there are two or more (default: on)"
+    )
+    mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
+        "balance loss: count first choices, as GShard does, or all choices (default: top1)"
+    )
+    mhmoe_budget: Optional[BUDGET_CHOICES] = option(
+        "expert width from a budget: params (paper 1: the parameters of the one-head layer with the same flags), "
+        "flops (paper 2: its FLOPs and its parameters, by more and smaller experts), none: --decoder-ffn-embed-dim or "
+        "--moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)"
+    )
+    mhmoe_subtoken_residual: Optional[bool] = option("add each sub-token to its experts' sum (paper 1, equation 6)")
+    mhmoe_projection_layers: Optional[int] = option(
+        "layers in the head and in the merge projection, ReLU between them; 0 for no projections (default: 1)"
+    )
+    mhmoe_head_projection: Optional[ON_OFF_CHOICES] = option(
+        "the projection before the split (default: on with more than one head)"
+    )
+    mhmoe_merge_projection: Optional[ON_OFF_CHOICES] = option(
+        "the projection after the merge (default: on with more than one head)"
+    )
+    mhmoe_no_split: Optional[bool] = option("do not split tokens; experts work on whole tokens (paper 1, table 6)")
+    mhmoe_shared_expert_dim: Optional[int] = option(
+        "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)"
+    )
+    # Without help these are no flags of ours: fairseq fills them from the task and the common options.
+    max_target_positions: Optional[int] = II("task.max_target_positions")
+    tokens_per_sample: int = II("task.tokens_per_sample")
+    tpu: bool = II("common.tpu")
+    amp: bool = II("common.amp")
+    fp16: bool = II("common.fp16")

@@ -1,0 +1,72 @@
+"""Checks of binarised data before it is read: fairseq itself maps a truncated file without a word."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from fairseq.data.indexed_dataset import IndexedRawTextDataset, MMapIndexedDataset, _code_to_dtype
+
+_MAGIC = MMapIndexedDataset.Index._HDR_MAGIC
+_HEADER = struct.Struct(f"<{len(_MAGIC)}sQBQ")  # magic, version, dtype code, number of lines
+_BYTES_PER_LINE = 4 + 8  # its length and its address
+_CHECKED_TOKENS = 2**20
+
+
+def check_folder(folder: Path) -> None:
+    """The folder of one shard has a dictionary.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist")
+    if not (folder / "dict.txt").is_file():
+        raise FileNotFoundError(f"{folder / 'dict.txt'} is missing: {folder} holds no binarised data (see mhmoe prepare)")
+
+
+def check_split(prefix: Path, vocabulary_size: int) -> None:
+    """``prefix.idx`` and ``prefix.bin`` are there, complete, and use the dictionary's ids.
+
+    Formats other than fairseq's default memory map are left to fairseq. Ids are looked at in the first million tokens.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is truncated, empty, or of another dictionary.
+    """
+    index, data = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
+    if IndexedRawTextDataset.exists(str(prefix)):
+        return
+    for file in (index, data):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: binarise the data (mhmoe prepare, or fairseq-preprocess --only-source)")
+    dtype, sizes = _read_index(index)
+    if sizes is None:
+        return
+    expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
+    actual = data.stat().st_size
+    if actual != expected:
+        raise ValueError(f"{data} has {actual:,} bytes, {index.name} says {expected:,}: truncated, or of another run")
+    if not expected:
+        raise ValueError(f"{data} is empty: there is no text in this split")
+    largest = int(np.memmap(data, dtype=dtype, mode="r")[:_CHECKED_TOKENS].max())
+    if largest >= vocabulary_size:
+        raise ValueError(
+            f"{data} has token id {largest}, dict.txt has {vocabulary_size:,} words: it was binarised with another dictionary"
+        )
+
+
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray | None]:
+    """Token type and line lengths; None for another format than the memory map."""
+    with open(index, "rb") as file:
+        header = file.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
+        return np.dtype(np.int64), None
+    if len(header) < _HEADER.size:
+        raise ValueError(f"{index} has {len(header)} bytes and no complete header: truncated")
+    _, _, code, lines = _HEADER.unpack(header)
+    expected = _HEADER.size + lines * _BYTES_PER_LINE
+    if index.stat().st_size != expected:
+        raise ValueError(f"{index} has {index.stat().st_size:,} bytes, its header says {expected:,}: truncated")
+    return np.dtype(_code_to_dtype[code]), np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)

@@ -1,0 +1,95 @@
+"""Positions: rotary for attention, sinusoidal and learned tables for the embedding.
+
+None of the computed tables is saved: checkpoints hold parameters only and are the same bytes for the same training.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryPositions(nn.Module):
+    """Rotate pairs of neighbouring features of queries and keys by an angle linear in the position.
+
+    The product of a query and a key then depends on the distance alone (Su et al., 2021).
+    The table grows when a longer sequence comes.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, dim: int, max_positions: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"--rotary-embed needs an even width per attention head, not {dim}")
+        self.dim = dim
+        self.base = base
+        self._fill(max_positions, device=None)
+
+    def _fill(self, length: int, device: torch.device | None) -> None:
+        frequency = self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+        angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, x: Tensor, offset: int = 0) -> Tensor:
+        """Rotate ``(..., S, d)`` as the positions ``offset .. offset + S - 1``."""
+        end = offset + x.size(-2)
+        if end > self.cos.size(0):
+            self._fill(2 * end, x.device)
+        cos, sin = self.cos[offset:end].to(x.dtype), self.sin[offset:end].to(x.dtype)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class SinusoidalPositions(nn.Module):
+    """The values of fairseq's sinusoidal embedding for right-padded rows, from a table that is not saved."""
+
+    FIRST = 2  # fairseq counts from padding_idx + 1
+    table: Tensor
+
+    def __init__(self, dim: int, max_positions: int) -> None:
+        super().__init__()
+        if dim < 4 or dim % 2:
+            raise ValueError(f"sinusoidal positions need an even --decoder-embed-dim of at least 4, not {dim}")
+        self.dim = dim
+        self._fill(max_positions, device=None)
+
+    def _fill(self, length: int, device: torch.device | None) -> None:
+        half = self.dim // 2
+        step = math.log(10000) / (half - 1)
+        frequency = torch.exp(torch.arange(half, device=device, dtype=torch.float32) * -step)
+        angle = torch.arange(self.FIRST, self.FIRST + length, device=device, dtype=torch.float32)[:, None] * frequency
+        self.register_buffer("table", torch.cat((angle.sin(), angle.cos()), dim=1), persistent=False)
+
+    def forward(self, tokens: Tensor, incremental_state: dict | None = None) -> Tensor:
+        """``(B, S)`` tokens -> ``(1, S, D)``; the caller takes the last column in incremental decoding."""
+        length = tokens.size(1)
+        if length > self.table.size(0):
+            self._fill(2 * length, tokens.device)
+        return self.table[None, :length]
+
+
+class LearnedPositions(nn.Module):
+    """One trained vector per position.
+
+    Raises:
+        ValueError: at a sequence longer than the table.
+    """
+
+    def __init__(self, dim: int, max_positions: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, dim))
+        nn.init.normal_(self.weight, std=dim**-0.5)
+
+    def forward(self, tokens: Tensor, incremental_state: dict | None = None) -> Tensor:
+        """``(B, S)`` tokens -> ``(1, S, D)``; the caller takes the last column in incremental decoding."""
+        length = tokens.size(1)
+        if length > self.weight.size(0):
+            raise ValueError(
+                f"{length} tokens are more than the {self.weight.size(0)} learned positions (--max-target-positions)"
+            )
+        return self.weight[None, :length]

@@ -1,0 +1,158 @@
+"""TorchScale 0.3.0's own static (X-)MoE layer as a baseline, in one process and on a CPU too.
+
+Its ``MOELayer`` wants a process group and ``torch.histc`` of integers, which the CPU lacks; its X-MoE gates rescale a
+parameter inside forward. This module provides the first two and undoes the third in evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchscale.component.feedforward_network import make_experts
+from torchscale.component.xmoe.moe_layer import MOELayer
+from torchscale.component.xmoe.routing import Top1Gate, Top2Gate
+
+from ..moe import MHMoEOutput, RoutingStats
+from .settings import DecoderSettings
+
+
+def ensure_single_process_group() -> None:
+    """Start a one-process gloo group if there is none.
+
+    Raises:
+        ValueError: if this process is one of several.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if dist.get_world_size() != 1:
+        raise ValueError(
+            f"--mhmoe-routing torchscale runs in a single process, not {dist.get_world_size()}: "
+            "use --mhmoe-routing capacity, which makes the same choices"
+        )
+
+
+@contextlib.contextmanager
+def recorded_histc() -> Iterator[list[Tensor]]:
+    """While open, ``torch.histc`` accepts integers on a CPU; every result is kept in the yielded list.
+
+    TorchScale's gates call it once per choice with the experts chosen, before capacity drops any.
+    """
+    original, histograms = torch.histc, []
+
+    def histc(values: Tensor, *args: object, **kwargs: object) -> Tensor:
+        histograms.append(original(values.float(), *args, **kwargs))
+        return histograms[-1]
+
+    torch.histc = histc
+    try:
+        yield histograms
+    finally:
+        torch.histc = original
+
+
+class StaticXMoE(nn.Module):
+    """TorchScale's ``MOELayer`` with its Top1Gate or Top2Gate, called and answering like ``MHMoELayer``.
+
+    It computes what TorchScale computes, with its unlike treatment of padding: padded tokens are never dispatched,
+    but they count in the balance loss's means and in the statistics. There is no z-loss: the gate hides its logits.
+
+    Raises:
+        ValueError: if the configuration asks for something that TorchScale's layer cannot do.
+    """
+
+    def __init__(self, settings: DecoderSettings) -> None:
+        super().__init__()
+        check_supported(settings)
+        ensure_single_process_group()
+        moe = settings.moe
+        names = SimpleNamespace(
+            moe_expert_count=moe.num_experts,
+            ddp_rank=0,
+            activation_fn=moe.activation,
+            dropout=moe.dropout,
+            activation_dropout=moe.activation_dropout,
+            layernorm_eps=settings.layernorm_eps,
+            subln=moe.expert_layernorm,
+        )
+        gate_options = {
+            "use_fp32": moe.gating_fp32,
+            "moe_eval_capacity_token_fraction": moe.eval_capacity_fraction,
+            "use_xmoe": moe.router == "xmoe",
+        }
+        if moe.top_k == 1:
+            gate: nn.Module = Top1Gate(moe.embed_dim, moe.num_experts, **gate_options)
+        else:
+            gate = Top2Gate(
+                moe.embed_dim,
+                moe.num_experts,
+                second_expert_policy=moe.second_expert_policy,
+                normalize_gate_prob_before_dropping=moe.normalize_before_dropping,
+                **gate_options,
+            )
+        self.top_k = moe.top_k
+        self.layer = MOELayer(gate, make_experts(names, moe.embed_dim, moe.expert_ffn_dim), names)
+        for parameter in self.layer.experts.parameters():
+            # The mark keeps a parameter out of fairseq's gradient norm; in one process all models clip alike.
+            del parameter.expert
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
+        """Apply the layer to ``(B, S, D)``; ``padding_mask`` bool ``(B, S)``, True = padded."""
+        dispatched: list[Tensor] = []
+        hook = self.layer.gate.register_forward_hook(lambda gate, args, result: dispatched.append(result[2].sum()))
+        try:
+            with recorded_histc() as histograms, self._gate_unchanged_in_evaluation():
+                hidden, balance_loss = self.layer(x, input_padding_mask=padding_mask)
+        finally:
+            hook.remove()
+        load = torch.stack(histograms).sum(0).detach()
+        stats = RoutingStats(
+            expert_load=load,
+            dropped=load.sum() - dispatched[0].float(),
+            entropy=self.layer.metadata["entropy_gating"].float() * (x.size(0) * x.size(1)),
+            num_subtokens=load.new_tensor(x.size(0) * x.size(1)),
+        )
+        return MHMoEOutput(hidden, balance_loss, torch.zeros_like(balance_loss), stats)
+
+    @contextlib.contextmanager
+    def _gate_unchanged_in_evaluation(self) -> Iterator[None]:
+        """Undo, outside training, the in-place rescaling that the X-MoE gates do in forward."""
+        if self.training or not self.layer.gate.use_xmoe:
+            yield
+            return
+        before = self.layer.gate.wg.detach().clone()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self.layer.gate.wg.copy_(before)
+
+
+def check_supported(settings: DecoderSettings) -> None:
+    """Refuse what TorchScale's layer has no counterpart for, naming the flag."""
+    moe = settings.moe
+    unsupported = {
+        f"--mhmoe-heads-number {moe.num_heads}": moe.num_heads != 1,
+        f"--moe-top-k {moe.top_k}": moe.top_k not in (1, 2),
+        "--activation-fn silu (SwiGLU experts)": moe.activation == "swiglu",
+        "--no-bias": not moe.expert_bias,
+        "--mhmoe-head-projection or --mhmoe-merge-projection": moe.has_head_projection or moe.has_merge_projection,
+        "--mhmoe-subtoken-residual": moe.subtoken_residual,
+        "--mhmoe-shared-expert-dim": moe.shared_expert_dim > 0,
+        "--mhmoe-router-dim (TorchScale's is 16)": moe.router == "xmoe" and moe.router_dim != 16,
+        "--mhmoe-router-normalize both": moe.router_normalize != "expert",
+        "--mhmoe-router-temperature": moe.router_temperature is not None,
+        "--mhmoe-capacity-factor": moe.capacity_factor != 1.0,
+        "--mhmoe-balance-assignment topk": moe.balance_assignment != "top1",
+        "--mhmoe-normalize-gates off": not moe.normalize_gates,
+    }
+    for flag, present in unsupported.items():
+        if present:
+            raise ValueError(
+                f"--mhmoe-routing torchscale cannot be combined with {flag}: "
+                "TorchScale's own layer has no such option; use --mhmoe-routing capacity"
+            )
