@@ -1,0 +1,50 @@
+# make help          what there is
+# PYTHON=python3.10  the interpreter to use (3.10, 3.11 or 3.12; default: the first that runs)
+# EXTRAS=...         optional packages, see setup.py (default: dev,plots,tensorboard)
+
+PYTHON ?= $(shell scripts/find_python.sh)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= .venv/$(VERSION)
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.mhmoe-setup
+# One process for each core, each with one thread: the tests' tensors are too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+export EXTRAS PYTHON
+
+.PHONY: help setup demo test test-slow check bench clean
+
+help:
+	@echo "make setup      environment in .venv/<Python version>, about 3 minutes"
+	@echo "make demo       train Dense, X-MoE and MH-MoE on real text, report in outputs/demo/report.md"
+	@echo "make test       the default test suite"
+	@echo "make test-slow  the tests that train for longer, too"
+	@echo "make check      linters, types, layering, shell scripts"
+	@echo "make bench      speed and memory of the layer and of whole models"
+	@echo "make clean      remove the environments and caches (not data, not outputs)"
+
+setup: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
+	@test -n "$(VERSION)" || { echo "setup: error: no Python 3.10, 3.11 or 3.12 found that runs (PYTHON=$(PYTHON))" >&2; exit 1; }
+	scripts/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+demo: $(STAMP)
+	PATH="$(BIN):$$PATH" bash scripts/demo.sh
+
+test: $(STAMP)
+	$(PYTEST) $(TESTS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow or not slow" $(TESTS)
+
+check: $(STAMP)
+	PATH="$(BIN):$$PATH" bash scripts/check.sh
+
+bench: $(STAMP)
+	$(BIN)/python scripts/bench_layer.py
+	$(BIN)/python scripts/bench_train.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
