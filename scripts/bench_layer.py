@@ -76,16 +76,24 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="number formats (default: fp32 bf16)"
     )
-    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="whom to compare with (default: all)")
-    parser.add_argument("--embed-dim", type=positive, default=768, metavar="D", help="model dimension (default: %(default)s)")
+    parser.add_argument(
+        "--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="whom to compare with (default: all)"
+    )
+    parser.add_argument(
+        "--embed-dim", type=positive, default=768, metavar="D", help="model dimension (default: %(default)s)"
+    )
     parser.add_argument("--heads", type=positive, default=4, metavar="H", help="MH-MoE heads (default: %(default)s)")
-    parser.add_argument("--top-k", type=positive, default=2, metavar="K", help="experts per sub-token (default: %(default)s)")
+    parser.add_argument(
+        "--top-k", type=positive, default=2, metavar="K", help="experts per sub-token (default: %(default)s)"
+    )
     parser.add_argument(
         "--ffn-dim", type=positive, default=3072, metavar="F", help="inner width of one expert (default: %(default)s)"
     )
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
-    parser.add_argument("--measure-memory", choices=[name for name in contenders.NAMES if name != "gemm"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--measure-memory", choices=[name for name in contenders.NAMES if name != "gemm"], help=argparse.SUPPRESS
+    )
     add_common_arguments(parser)
     return parser
 
@@ -94,7 +102,10 @@ def chosen_settings(args: argparse.Namespace) -> list[Setting]:
     """Every combination asked for, checked before anything runs."""
     sizes = {"embed_dim": args.embed_dim, "num_heads": args.heads, "top_k": args.top_k, "ffn_dim": args.ffn_dim}
     return [
-        Setting(tokens, experts, dtype, **sizes) for dtype in args.dtypes for experts in args.experts for tokens in args.tokens
+        Setting(tokens, experts, dtype, **sizes)
+        for dtype in args.dtypes
+        for experts in args.experts
+        for tokens in args.tokens
     ]
 
 
@@ -121,7 +132,7 @@ def measure_here(args: argparse.Namespace) -> int:
     small()
     del small
     step = contenders.build(args.measure_memory, setting)
-    print(json.dumps(measure(step, step.clear)))
+    print(json.dumps(measure(step, step.clear, step.tensors())))
     return 0
 
 

@@ -23,10 +23,14 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=MIN_PAIRS,
         metavar="N",
-        help=f"interleaved pairs per comparison; medians over fewer than {MIN_PAIRS} mean little (default: %(default)s)",
+        help=f"interleaved pairs per comparison; fewer than {MIN_PAIRS} mean little (default: %(default)s)",
     )
     parser.add_argument(
-        "--threads", type=positive, default=2, metavar="N", help="PyTorch threads (default: %(default)s, the targets' number)"
+        "--threads",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="PyTorch threads (default: %(default)s, the targets' number)",
     )
     parser.add_argument(
         "--output",

@@ -42,6 +42,10 @@ class Step:
         self.parameters = list(module.parameters())
         self.x, self.grad = make_batch(setting)
 
+    def tensors(self) -> list[Tensor]:
+        """What exists before and after a step."""
+        return [*self.parameters, *self.module.buffers(), self.x, self.grad]
+
     def clear(self) -> None:
         """Forget every gradient."""
         self.x.grad = None

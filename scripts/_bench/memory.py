@@ -3,8 +3,10 @@
 Two measures, both counted from the state just before the call (weights, optimiser state and inputs
 exist already, gradients do not), after a small warm-up call and with free memory given back:
 
-- ``tensors``: the largest sum of live allocations that PyTorch's own allocator reported, from the profiler's
-  record of every allocation and release. Exact, the same in every run, scratch inside operators included.
+- ``tensors``: the largest sum of live tensor storages, followed operator by operator. Exact and the same in
+  every run. Storages that an operator allocates and frees inside itself are not seen, those that come from
+  elsewhere than PyTorch's allocator (a mapped file, anonymous pages) are; PyTorch's profiler has it the other way
+  round, and cannot be used for a layer that maps its own pages.
 - ``resident``: the growth of the process's peak resident set, as the kernel counted it. Includes what
   the C library keeps, and the maths library's buffers; differs a little from run to run.
 """
@@ -14,38 +16,63 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 
 
-def peak_of_allocations(events: Sequence[dict]) -> int:
-    """Largest running sum, in bytes, over the ``[memory]`` events of a profiler trace."""
-    records = sorted((e["ts"], e["args"]["Ev Idx"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
-    live = peak = 0
-    for _, _, size in records:
-        live += size
-        peak = max(peak, live)
-    return peak
+class StorageTally(TorchDispatchMode):
+    """Adds up the storages of every tensor that operators take or return, until they are freed.
+
+    Args:
+        existing: tensors whose storages do not count.
+
+    Attributes:
+        peak: the largest sum so far, in bytes.
+    """
+
+    def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        # Held, not just remembered: a freed storage's address may return as another's.
+        self._existing = [tensor.untyped_storage() for tensor in existing]
+        self._known = {storage._cdata for storage in self._existing}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._known:
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, address: int, size: int) -> None:
+        self._known.discard(address)
+        self.live -= size
 
 
-def tensor_peak(call: Callable[[], object]) -> int:
-    """Peak bytes of tensor memory that ``call`` needs beyond what exists already."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+def tensor_peak(call: Callable[[], object], existing: Iterable[torch.Tensor]) -> int:
+    """Peak bytes of tensor memory that ``call`` needs beyond the tensors in ``existing``."""
+    with StorageTally(existing) as tally:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = os.path.join(folder, "trace.json")
-        profile.export_chrome_trace(trace)
-        events = json.loads(Path(trace).read_text(encoding="utf-8"))["traceEvents"]
-    return peak_of_allocations(events)
+    return tally.peak
 
 
 def _status(field: str) -> int:
@@ -76,13 +103,14 @@ def resident_peak(call: Callable[[], object]) -> int | None:
     return _status("VmHWM") - before
 
 
-def measure(call: Callable[[], object], clear: Callable[[], None]) -> dict[str, float | None]:
+def measure(
+    call: Callable[[], object], clear: Callable[[], None], existing: Iterable[torch.Tensor]
+) -> dict[str, float | None]:
     """Both measures in MiB; ``clear`` drops what a call leaves behind (gradients)."""
     clear()
     resident = resident_peak(call)
     clear()
-    give_back_free_memory()
-    tensors = tensor_peak(call)
+    tensors = tensor_peak(call, existing)
     return {"tensors": tensors / MIB, "resident": None if resident is None else resident / MIB}
 
 

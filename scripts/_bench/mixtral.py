@@ -52,7 +52,9 @@ class MixtralBetweenProjections(nn.Module):
             for part in ("weight", "bias"):
                 getattr(getattr(self, projection), part).copy_(source[f"{projection}.0.{part}"])
         self.block.gate.weight.copy_(source["router.weight"])
-        gate_up = torch.cat([source["experts.fc1_weight"], source["experts.gate_weight"]], dim=1)  # SiLU on the first half
+        gate_up = torch.cat(
+            [source["experts.fc1_weight"], source["experts.gate_weight"]], dim=1
+        )  # SiLU on the first half
         self.block.experts.gate_up_proj.copy_(gate_up)
         self.block.experts.down_proj.copy_(source["experts.fc2_weight"])
 

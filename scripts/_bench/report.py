@@ -11,27 +11,36 @@ from .records import Results, targets
 from .setting import Setting
 
 METHOD = """\
-- Time: forward and backward of one layer, gradients starting from None, no optimiser. Two contenders take turns in one
-  process; each duel has {pairs} pairs after one warm-up, every other pair in the opposite order. A ratio is the median over the
-  pairs of (ours / rival); the milliseconds are medians.
+- Time: forward and backward of one layer, gradients starting from None, no optimiser. Two contenders take turns in
+  one process; each duel has {pairs} pairs after one warm-up, every other pair in the opposite order. A ratio is the
+  median over the pairs of (ours / rival); the milliseconds are medians.
 - GEMM bound: the layer's matrix products alone (both projections, the experts, forward and both backward products) as
   `torch.mm` into preallocated outputs, every expert with an equal share of the rows.
-- Plain loop: select rows, linear, GELU, linear, weight, `index_add` for each expert, everything else left to autograd.
-- TorchScale: its own `MOELayer` with `Top2Gate` (X-MoE router, capacity, policy "all") on the same sub-tokens, in a gloo group of
-  one process. It drops what exceeds its capacity; ours drops nothing. Its memory grows with T squared: no run beyond T=4096.
+- Plain loop: select rows, linear, GELU, linear, weight, `index_add` for each expert; autograd does the rest.
+- TorchScale: its own `MOELayer` with `Top2Gate` (X-MoE router, capacity, policy "all") on the same sub-tokens, in a
+  gloo group of one process. It drops what exceeds its capacity; ours drops nothing. Its memory grows with T squared: no
+  run beyond T=4096.
 - Hugging Face: `MixtralSparseMoeBlock` on the same sub-tokens. Its experts are SwiGLU (three matrices, no biases) with
-  an inner width of 2F/3, hence equal FLOPs; its router is linear and it computes no balance loss. The rows "SwiGLU" give our layer
-  that very function: same weights, same output.
+  an inner width of 2F/3, hence equal FLOPs; its router is linear and it computes no balance loss. The rows "SwiGLU"
+  give our layer that very function: same weights, same output.
 - Every contender has both D x D projections. All but the bound and Hugging Face's block compute a balance loss and
   propagate its gradient.
-- Memory: one contender in a fresh process, counted from the state just before its first full-size step (weights and input
-  exist, gradients do not). "Tensors" is the peak of the live allocations in the profiler's record, exact and repeatable;
-  "resident" is the growth of the process's peak resident set. The targets use the former.
+- Memory: one contender in a fresh process, counted from the state just before its first full-size step (weights and
+  input exist, gradients do not). "Tensors" is the largest sum of live tensor storages, followed operator by operator:
+  exact and repeatable. "Resident" is the growth of the process's peak resident set, C library and maths library
+  included. A memory target is met only if both measures meet it.
 """
 
 
 def write_report(
-    path: Path, results: Results, *, machine: Sequence[tuple[str, str]], command: str, date: str, pairs: int, complete: bool
+    path: Path,
+    results: Results,
+    *,
+    machine: Sequence[tuple[str, str]],
+    command: str,
+    date: str,
+    pairs: int,
+    complete: bool,
 ) -> None:
     """Write the report to ``path``, replacing an earlier one in a single step."""
     title = f"# MH-MoE layer benchmark, {date}"
@@ -79,7 +88,9 @@ def _errors(results: Results) -> str:
     if not results.errors:
         return "Nothing was verified in this run."
     lines = [f"- {what}: {error:.1e}" for what, error in results.errors.items()]
-    return "Checked before timing, largest relative error over output and gradients (limit 1e-5):\n\n" + "\n".join(lines)
+    return "Checked before timing, largest relative error over output and gradients (limit 1e-5):\n\n" + "\n".join(
+        lines
+    )
 
 
 def _settings(results: Results) -> list[Setting]:
@@ -116,7 +127,9 @@ def _memory(results: Results) -> str:
     if not results.memory:
         return "Nothing was measured."
     rows = []
-    for record in sorted(results.memory, key=lambda r: (r.setting.dtype != "fp32", r.setting.num_experts, r.setting.tokens)):
+    for record in sorted(
+        results.memory, key=lambda r: (r.setting.dtype != "fp32", r.setting.num_experts, r.setting.tokens)
+    ):
         loop = results.peak(record.setting, "loop")
         rows.append(
             (
@@ -124,7 +137,7 @@ def _memory(results: Results) -> str:
                 NAMES[record.name],
                 f"{record.tensors:.1f}",
                 "-" if record.resident is None else f"{record.resident:.1f}",
-                "-" if loop is None else f"{record.tensors / loop:.2f}",
+                "-" if loop is None else f"{record.tensors / loop.tensors:.2f}",
                 f"{record.tensors * 1024 / record.setting.tokens:.0f}",
             )
         )
