@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 import io
+import lzma
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, Optional
@@ -122,10 +124,12 @@ def _download(archive: Archive, folder: Path) -> Path:
     if done.returncode == 0 and path is not None:
         return path
     said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    reason = next((line for line in said if line.lower().startswith(("error", "e:", "npm err"))), (said or ["no message"])[-1])
+    complaints = [line for line in said if line.lower().startswith(("error", "e:", "npm err"))]
+    reason = [*complaints[:1], *said[-1:], "no message"][0]
     raise UserError(
-        f"--source: {archive.client} could not fetch {archive.package} (exit status {done.returncode}: {reason}); run again "
-        f"with a network, put {archive.filename} into --cache-dir, or choose another source (docstrings needs no download)"
+        f"--source: {archive.client} could not fetch {archive.package} (exit status {done.returncode}: {reason}); run "
+        f"again with a network, put {archive.filename} into --cache-dir, or choose another source (docstrings needs no "
+        "download)"
     )
 
 
@@ -136,28 +140,30 @@ def read_zip_member(path: Path, member: str) -> bytes:
             return archive.read(member)
     except KeyError as error:
         raise UserError(f"{path}: has no member {member}") from error
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
 
 
-def iter_tar_members(source: Path | bytes, pattern: str, label: Optional[Path] = None) -> Iterator[tuple[str, bytes]]:
+def iter_tar_members(path: Path, pattern: str, content: Optional[bytes] = None) -> Iterator[tuple[str, bytes]]:
     """Yields ``(name, content)`` of the regular files of a tar archive whose name matches ``pattern``, by name.
 
     Args:
-        source: a ``.tgz`` file, or the bytes of a compressed tar archive.
+        path: the compressed archive, or the file to name in an error when ``content`` is given.
         pattern: shell pattern; ``*`` matches ``/`` too.
-        label: the file to name in an error, when ``source`` is bytes.
+        content: the bytes of the compressed archive, when it lies inside another file.
     """
-    opening = {"fileobj": io.BytesIO(source)} if isinstance(source, bytes) else {"name": str(source)}
     try:
-        with tarfile.open(mode="r:*", **opening) as archive:  # type: ignore[call-overload]
-            members = [member for member in archive if member.isfile() and fnmatch.fnmatchcase(member.name, pattern)]
-            for member in sorted(members, key=lambda member: member.name):
-                stream = archive.extractfile(member)
-                if stream is not None:
-                    yield member.name, stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{label or source}: damaged archive ({error}); delete it and run again") from error
+        with tarfile.open(path, mode="r:*", fileobj=None if content is None else io.BytesIO(content)) as archive:
+            found = [
+                (member.name, stream.read())  # in the archive's order: going back would unpack from the start again
+                for member in archive
+                if member.isfile()
+                and fnmatch.fnmatchcase(member.name, pattern)
+                and (stream := archive.extractfile(member))
+            ]
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
+    yield from sorted(found)
 
 
 def read_deb_data(path: Path) -> bytes:

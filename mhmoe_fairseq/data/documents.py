@@ -10,6 +10,8 @@ from typing import Iterable, Iterator, NamedTuple, Optional
 
 DEDUP_CHOICES = ("lines", "documents", "none")
 
+_COUNTS = ("lines_read", "empty_lines", "duplicate_lines", "empty_or_duplicate_documents")
+
 # Control characters that are not white space, and the byte order mark.
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 # SentencePiece writes a space as U+2581; the character itself would come back as a space.
@@ -42,9 +44,7 @@ class Cleaner:
     """
 
     dedup: str = "lines"
-    counts: dict[str, int] = field(
-        default_factory=lambda: {"lines_read": 0, "empty_lines": 0, "duplicate_lines": 0, "empty_or_duplicate_documents": 0}
-    )
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
     _seen: set[bytes] = field(default_factory=set, repr=False)
 
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:

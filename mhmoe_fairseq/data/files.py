@@ -26,8 +26,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise UserError(
-            f"{path}: cannot be written ({error.strerror.lower()}): free some space or name another folder, then run the "
-            "same command again; finished stages and earlier outputs are kept"
+            f"{path}: cannot be written ({str(error.strerror).lower()}): free some space or name another folder, then run "
+            "the same command again; finished stages and earlier outputs are kept"
         ) from error
 
 
@@ -123,9 +123,11 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
 def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
     """Holds a lock file for the duration; the kernel frees it when the process ends, however it ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with explain_full_disk(path), open(path, "w") as stream:
+    with open(path, "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{flag} {path.parent}: another run is writing there; wait for it or choose another folder") from error
+            raise UserError(
+                f"{flag} {path.parent}: another run is writing there; wait for it or choose another folder"
+            ) from error
         yield

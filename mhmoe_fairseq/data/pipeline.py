@@ -6,6 +6,7 @@ import datetime
 import platform
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Optional
@@ -56,7 +57,7 @@ class Preparation:
     def run(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
         provenance, cleaning = self._workspace.stage("corpus", [_CORPUS, _SIZES], self._make_corpus)
-        splits = self._workspace.stage("split", [], self._split)
+        splits = self._workspace.stage("split", [f"text/{split}.txt" for split in SPLITS], self._split)
         outputs = [f"text/{split}.txt" for split in splits]
         if self._settings.tokenizer == "sentencepiece":
             self._workspace.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
@@ -65,12 +66,19 @@ class Preparation:
         counts = {}
         for split in splits:
             files = [f"{split}.bin", f"{split}.idx"] + (["dict.txt"] if split == "train" else [])
-            counts[split] = self._workspace.stage(f"binarise {split}", files, lambda: self._binarise(split, vocabulary))
+            counts[split] = self._workspace.stage(
+                f"binarise {split}", files, partial(self._binarise, split, vocabulary)
+            )
             outputs += files
         manifest = {
             "format": 1,
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "source": {"name": self._source.name, "licence": self._source.licence, "unit": self._source.unit, **provenance},
+            "source": {
+                "name": self._source.name,
+                "licence": self._source.licence,
+                "unit": self._source.unit,
+                **provenance,
+            },
             "cleaning": cleaning,
             "tokenizer": vocabulary.describe(),
             "splits": counts,
@@ -99,11 +107,11 @@ class Preparation:
             sizes, valid_fraction=settings.valid_fraction, test_fraction=settings.test_fraction, seed=settings.seed
         )
         present = [split for split in SPLITS if split in assigned]
-        write_splits(
-            self._partial / _CORPUS, sizes, assigned, {split: self._partial / "text" / f"{split}.txt" for split in present}
-        )
+        targets = {split: self._partial / "text" / f"{split}.txt" for split in present}
+        write_splits(self._partial / _CORPUS, sizes, assigned, targets)
         shares = ", ".join(f"{split} {assigned.count(split)}" for split in present)
-        self._say(f"split: {shares} documents (seed {settings.seed})")
+        rule = "as the source has them" if any(size.split for size in sizes) else f"seed {settings.seed}"
+        self._say(f"split: {shares} documents ({rule})")
         return present
 
     def _train_vocabulary(self) -> None:
@@ -120,8 +128,8 @@ class Preparation:
             seed=settings.seed,
         )
         self._say(
-            f"vocabulary: SentencePiece {settings.tokenizer_model}, {settings.vocab_size} pieces with byte fallback, learnt "
-            f"on the training part, {time.monotonic() - start:.1f} s"
+            f"vocabulary: SentencePiece {settings.tokenizer_model}, {settings.vocab_size} pieces with byte fallback, "
+            f"learnt on the training part, {time.monotonic() - start:.1f} s"
         )
 
     def _load_vocabulary(self) -> Vocabulary:
@@ -136,14 +144,22 @@ class Preparation:
             save_dictionary(build_dictionary(vocabulary.symbols, occurrences), self._partial / "dict.txt")
         recorded = counts.as_dict()
         self._say(
-            f"{split}: {counts.documents} documents, {counts.lines} lines, {counts.words} words, {counts.bytes / 1e6:.2f} MB, "
-            f"{counts.tokens} tokens, {recorded['bytes_per_token']:.2f} bytes a token, {time.monotonic() - start:.1f} s"
+            f"{split}: {counts.documents} documents, {counts.lines} lines, {counts.words} words, "
+            f"{counts.bytes / 1e6:.2f} MB, {counts.tokens} tokens, {recorded['bytes_per_token']:.2f} bytes a token, "
+            f"{time.monotonic() - start:.1f} s"
         )
         return recorded
 
 
 def prepare(
-    source: Source, settings: PrepareSettings, dest: Path, *, cache_dir: Path, overwrite: bool, identity: dict[str, Any], say: Say
+    source: Source,
+    settings: PrepareSettings,
+    dest: Path,
+    *,
+    cache_dir: Path,
+    overwrite: bool,
+    identity: dict[str, Any],
+    say: Say,
 ) -> dict[str, Any]:
     """Prepares ``source`` into ``dest`` and returns the manifest; does nothing if that was done before.
 
@@ -154,7 +170,7 @@ def prepare(
         UserError: other settings already in ``dest``, bad input, no room, a client that is missing or fails.
     """
     with open_workspace(dest, identity) as workspace:
-        state = workspace.begin(overwrite=overwrite)
+        state = workspace.begin(overwrite=overwrite, say=say)
         if state == "complete":
             say(f"{dest}: already prepared with these settings, nothing to do")
             return read_json(dest / MANIFEST)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -18,6 +17,7 @@ from .sources.docstrings import DEFAULT_PACKAGES, DocstringSource
 from .sources.local_files import BLANK_LINE, JsonlSource, TextSource, TorchscaleShardSource
 from .sources.packaged import BROWN, WEB_BIBLE, linux_doc
 from .splits import check_fractions
+from .tiktoken_vocabulary import require_tiktoken
 
 _NEEDS_FILES = ("text", "jsonl", "torchscale-shards")
 SOURCES = ("web-bible", "brown", "docstrings", "linux-doc", *_NEEDS_FILES)
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(SOURCES[:4])}, or 'text FILE...', 'jsonl FILE...', 'torchscale-shards DIR'",
     )  # fmt: skip
     parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="downloads (default: .mhmoe-downloads beside --dest)")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     parser.add_argument("--seed", type=int, default=1, help="decides which documents are held out")
     parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of the bytes; 0 for none")
@@ -43,14 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--jsonl-field", default="text", metavar="NAME", help="field that holds a document's text")
     text.add_argument(
         "--document-separator", default=BLANK_LINE, metavar="SEP",
-        help="for text: blank-line, file (each file is a document), line (each line is), or the text of a separator line",
+        help="for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
     )  # fmt: skip
-    text.add_argument("--docstring-packages", nargs="+", default=list(DEFAULT_PACKAGES), metavar="NAME", help="for docstrings")
-    text.add_argument("--deb-package", default="linux-doc-6.1", metavar="NAME", help="for linux-doc: the suite's package")
+    text.add_argument(
+        "--docstring-packages", nargs="+", default=list(DEFAULT_PACKAGES), metavar="NAME", help="for docstrings"
+    )
+    text.add_argument("--deb-package", default="linux-doc-6.1", metavar="NAME", help="for linux-doc: its name here")
     vocabulary = parser.add_argument_group("vocabulary")
     vocabulary.add_argument("--tokenizer", choices=("sentencepiece", "tiktoken"), default="sentencepiece", help="kind")
     vocabulary.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
-    vocabulary.add_argument("--tokenizer-lines", type=int, default=2_000_000, metavar="N", help="train on at most N lines")
+    vocabulary.add_argument(
+        "--tokenizer-lines", type=int, default=2_000_000, metavar="N", help="learn pieces from at most about N lines"
+    )
     vocabulary.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="entries of the dictionary")
     vocabulary.add_argument("--tiktoken-ranks", type=Path, metavar="FILE", help="rank file for --tokenizer tiktoken")
 
@@ -85,7 +91,8 @@ def build_source(args: argparse.Namespace) -> Source:
         return JsonlSource(files, args.jsonl_field)
     if name == "torchscale-shards":
         if len(files) > 1 or not files[0].is_dir():
-            raise UserError(f"--source torchscale-shards {' '.join(map(str, files))}: must be one folder with json/ in it")
+            named = " ".join(map(str, files))
+            raise UserError(f"--source torchscale-shards {named}: must be one folder with json/ in it")
         return TorchscaleShardSource(files[0])
     if name == "docstrings":
         return DocstringSource(tuple(args.docstring_packages))
@@ -114,15 +121,15 @@ def _check_tiktoken(ranks: Optional[Path]) -> None:
     if ranks is None:
         raise UserError("--tokenizer tiktoken: needs --tiktoken-ranks FILE (a local rank file; nothing is downloaded)")
     require_files([ranks], "--tiktoken-ranks")
-    if importlib.util.find_spec("tiktoken") is None:
-        raise UserError("--tokenizer tiktoken: the tiktoken package is missing; pip install 'mhmoe_fairseq[tiktoken]'")
+    require_tiktoken()
 
 
 def identify(args: argparse.Namespace, source: Source, settings: PrepareSettings) -> dict[str, Any]:
     """Settings by flag that decide the prepared data: only those that have a say for this source and tokenizer."""
     identity: dict[str, Any] = {
-        "source": source.name, **source.identity(), "seed": settings.seed, "dedup": settings.dedup,
-        "valid_fraction": settings.valid_fraction, "test_fraction": settings.test_fraction, "tokenizer": settings.tokenizer,
+        "source": {"name": source.name, **source.identity()}, "dedup": settings.dedup, "seed": settings.seed,
+        "valid_fraction": settings.valid_fraction, "test_fraction": settings.test_fraction,
+        "tokenizer": settings.tokenizer,
     }  # fmt: skip
     if source.name == "text":
         identity["document_separator"] = args.document_separator

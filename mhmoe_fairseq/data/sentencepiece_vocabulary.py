@@ -80,10 +80,14 @@ def _explain(error: RuntimeError, vocab_size: int) -> Exception:
     message = " ".join(str(error).split())
     most = re.search(r"value <= (\d+)", message)
     if most:
-        return UserError(f"--vocab-size {vocab_size}: too large for this corpus, whose training part supports at most {most[1]}")
+        return UserError(
+            f"--vocab-size {vocab_size}: too large for this corpus, whose training part supports at most {most[1]}"
+        )
     least = re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message)
     if least:
-        return UserError(f"--vocab-size {vocab_size}: too small, the training part's characters and bytes need at least {least[2]}")
+        return UserError(
+            f"--vocab-size {vocab_size}: too small, the training part's characters and bytes need at least {least[2]}"
+        )
     return UserError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this corpus ({message})")
 
 

@@ -44,7 +44,10 @@ def assign_splits(
     if not sizes:
         raise UserError("--source: the corpus is empty after cleaning")
     if any(size.split for size in sizes):
-        return [size.split or "train" for size in sizes]
+        prescribed = [size.split or "train" for size in sizes]
+        if "train" not in prescribed:
+            raise UserError("--source: its training part is empty after cleaning")
+        return prescribed
     shares = {"test": test_fraction, "valid": valid_fraction}
     wanted = [split for split, share in shares.items() if share > 0]
     if len(sizes) <= len(wanted):

@@ -18,7 +18,8 @@ from .vocabulary import NUM_SPECIALS
 
 # How cl100k_base cuts text before merging bytes: contractions, words, up to three digits, punctuation, white space.
 CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
@@ -48,6 +49,12 @@ def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:
     return ranks
 
 
+def require_tiktoken() -> None:
+    """``UserError`` with the line to type when the ``tiktoken`` package is not installed."""
+    if importlib.util.find_spec("tiktoken") is None:
+        raise UserError("tiktoken: the package is not installed; pip install 'mhmoe_fairseq[tiktoken]'")
+
+
 class TiktokenVocabulary:
     """Text to ranks and back with the ``tiktoken`` package.
 
@@ -60,8 +67,7 @@ class TiktokenVocabulary:
     """
 
     def __init__(self, path: str | Path, pattern: str = CL100K_PATTERN):
-        if importlib.util.find_spec("tiktoken") is None:
-            raise UserError("--tokenizer tiktoken: the tiktoken package is missing; pip install 'mhmoe_fairseq[tiktoken]'")
+        require_tiktoken()
         import tiktoken
 
         ranks = load_ranks(Path(path))

@@ -18,7 +18,8 @@ NUM_SPECIALS = 4  # fairseq's <s>, <pad>, </s>, <unk>: indices 0..3
 class Vocabulary(Protocol):
     """A tokenizer whose symbols fill fairseq's dictionary from index 4 on, in this order."""
 
-    symbols: Sequence[str]
+    @property
+    def symbols(self) -> Sequence[str]: ...
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Dictionary indices of each line, without an end mark."""

@@ -17,6 +17,7 @@ from ..errors import UserError
 from .files import exclusive_lock, explain_full_disk, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
+_OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
 _PARTIAL, _PROGRESS, _LOCK = ".partial", "progress.json", ".lock"
 
 
@@ -34,12 +35,14 @@ class Workspace:
         self.settings = dict(settings)
         self._stages: dict[str, Any] = {}
 
-    def begin(self, *, overwrite: bool) -> str:
+    def begin(self, *, overwrite: bool, say: Callable[[str], None]) -> str:
         """Decides what there is to do: ``complete``, ``resumed`` or ``fresh``.
 
+        An unfinished preparation of other settings is thrown away: only time is lost.
+
         Raises:
-            UserError: the folder holds (or is half-way to) data of other settings, or its data is damaged, and
-                ``overwrite`` is off.
+            UserError: without ``overwrite``, the folder holds data of other settings, damaged data, or data that
+                was not made here.
         """
         progress = self._read_progress()
         if progress.get("publishing"):
@@ -48,14 +51,12 @@ class Workspace:
         if progress and progress["settings"] == self.settings:
             self._stages = progress["stages"]
             return "resumed"
-        manifest = self.dest / MANIFEST
-        if not overwrite:
-            if manifest.exists():
-                self._refuse_other(read_json(manifest).get("settings", {}), "holds data")
-                self._refuse_damaged(read_json(manifest)["files"])
-                return "complete"
-            if progress:
-                self._refuse_other(progress["settings"], "holds an unfinished preparation")
+        if not overwrite and self._holds_finished_data():
+            return "complete"
+        unfinished = _first_difference(progress["settings"], self.settings) if progress else None
+        if unfinished:
+            name, old, _ = unfinished
+            say(f"{self.dest}: throwing away an unfinished preparation made with another {name} ({old})")
         shutil.rmtree(self.partial, ignore_errors=True)
         self._save_progress()
         return "fresh"
@@ -67,22 +68,34 @@ class Workspace:
     def _save_progress(self, **extra: Any) -> None:
         write_json(self.partial / _PROGRESS, {"settings": self.settings, "stages": self._stages, **extra})
 
-    def _refuse_other(self, existing: Mapping[str, Any], what: str) -> None:
-        for name in sorted(existing.keys() | self.settings.keys()):
-            old, new = existing.get(name), self.settings.get(name)
-            if old != new:
+    def _holds_finished_data(self) -> bool:
+        """Whether this very preparation is there and intact; ``UserError`` when something else or less is."""
+        path = self.dest / MANIFEST
+        if not path.exists():
+            foreign = [name for name in _OUTPUT_NAMES if (self.dest / name).exists()]
+            if foreign:
                 raise UserError(
-                    f"--dest {self.dest} {what} made with another {_spell(name, old)} (now: {_show(new)}); "
-                    "choose another --dest, or add --overwrite to replace it"
+                    f"--dest {self.dest}: holds {foreign[0]} but no {MANIFEST}, so it was not made here; choose "
+                    "another --dest, or add --overwrite to replace it"
                 )
+            return False
+        manifest = read_json(path)
+        difference = _first_difference(manifest.get("settings", {}), self.settings)
+        if difference:
+            name, old, new = difference
+            raise UserError(
+                f"--dest {self.dest}: holds data made with another {name} ({old}, now {new}); choose another --dest, "
+                "or add --overwrite to replace it"
+            )
+        for name, recorded in manifest["files"].items():
+            self._refuse_damaged(self.dest / name, recorded["bytes"])
+        return True
 
-    def _refuse_damaged(self, files: Mapping[str, Any]) -> None:
-        for name, recorded in files.items():
-            path = self.dest / name
-            size = path.stat().st_size if path.exists() else None
-            if size != recorded["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(f"{path}: {found}, the manifest says {recorded['bytes']} bytes; add --overwrite to make it again")
+    def _refuse_damaged(self, path: Path, expected: int) -> None:
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{path}: {found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again")
 
     def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
         """Result of ``make()``, from the record if an earlier run finished this stage and its outputs are intact.
@@ -97,10 +110,6 @@ class Workspace:
         self._stages[name] = {"result": result, "outputs": {output: self._size(output) for output in outputs}}
         self._save_progress()
         return result
-
-    def is_done(self, name: str) -> bool:
-        """Whether an earlier run recorded this stage."""
-        return name in self._stages
 
     def _size(self, output: str) -> int | None:
         path = self.partial / output
@@ -147,8 +156,18 @@ def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspac
         yield Workspace(dest, settings)
 
 
-def _spell(name: str, value: Any) -> str:
-    return f"--{name.replace('_', '-')} ({_show(value)})"
+def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Name and both values of the first setting that differs; inside ``source`` the part that differs is named."""
+    for name in [*new, *(old.keys() - new.keys())]:
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = next(part for part in [*now, *before] if before.get(part) != now.get(part))
+            return f"{flag} {inner}", _show(before.get(inner)), _show(now.get(inner))
+        return flag, _show(before), _show(now)
+    return None
 
 
 def _show(value: Any) -> str:

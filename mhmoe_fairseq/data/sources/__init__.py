@@ -22,9 +22,14 @@ class Source(Protocol):
     fetching anything. ``open`` fetches what is needed and returns the documents.
     """
 
-    name: str
-    licence: str
-    unit: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def licence(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
 
     def identity(self) -> dict[str, object]: ...
 

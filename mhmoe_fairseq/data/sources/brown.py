@@ -20,8 +20,19 @@ _DOUBLED = frozenset({"?", "!", ";", ":", ","})
 def brown_documents(path: Path) -> Iterator[Document]:
     """Yields the 500 texts ``ca01`` .. ``cr09`` of the archive at ``path``."""
     for name, content in iter_tar_members(path, "package/c[a-r][0-9][0-9]"):
-        lines = (detokenise(line) for line in content.decode("latin-1").splitlines())
-        yield Document(name.rsplit("/", 1)[1], [line for line in lines if line])
+        lines: list[str] = []
+        for line in content.decode("latin-1").splitlines():
+            sentence = detokenise(line)
+            if lines and _starts_closing(line):
+                lines[-1] += sentence  # the corpus cuts sentences before a closing quote or bracket
+            elif sentence:
+                lines.append(sentence)
+        yield Document(name.rsplit("/", 1)[1], lines)
+
+
+def _starts_closing(line: str) -> bool:
+    first = line.split(maxsplit=1)[:1]
+    return bool(first) and first[0].rsplit("/", 1)[0] in _CLOSING
 
 
 def detokenise(line: str) -> str:
@@ -33,6 +44,8 @@ def detokenise(line: str) -> str:
         word = token.rsplit("/", 1)[0]
         if word.startswith("**") or (word == previous and word in _DOUBLED):
             continue  # a formula's placeholder, or the corpus's doubled "? ?"
+        if word == "." and sentence.endswith("."):
+            continue  # an abbreviation ends the sentence
         opening = word in _OPENING
         closing = word in _CLOSING
         if word == "'":  # one sign for both ends of a quotation within a quotation

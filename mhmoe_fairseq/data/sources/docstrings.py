@@ -24,7 +24,9 @@ from .prose import is_prose, paragraphs
 DEFAULT_PACKAGES = ("stdlib", "numpy", "scipy", "scikit-learn", "torch", "sympy")
 _IMPORT_NAMES = {"scikit-learn": "sklearn"}
 _LICENCES = "PSF (stdlib) and BSD-3-Clause (numpy, scipy, scikit-learn, torch, sympy)"
-_SKIPPED_FOLDERS = frozenset({"tests", "test", "_internal", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor"})
+_SKIPPED_FOLDERS = frozenset(
+    {"tests", "test", "_internal", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor"}
+)
 _DOCTEST = re.compile(r"(?m)^\s*(>>>|\.\.\. ).*$")
 _PARAMETER = re.compile(r"(?m)^\s*[*\w][\w*, .]* : .*$")  # numpydoc's "name : type" lines
 _LONG_STRING = 200  # add_docstr and pydoc topics are plain strings, not docstrings

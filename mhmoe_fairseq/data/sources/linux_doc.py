@@ -20,7 +20,7 @@ def linux_documents(path: Path) -> Iterator[Document]:
     Raises:
         UserError: the package is damaged, or a file in it is not gzip although it is named so.
     """
-    for name, content in iter_tar_members(read_deb_data(path), "*/Documentation/*", label=path):
+    for name, content in iter_tar_members(path, "*/Documentation/*", read_deb_data(path)):
         plain = name.removesuffix(".gz")
         relative = plain.split("/Documentation/", 1)[1]
         if not plain.endswith(_SUFFIXES) or relative.startswith("translations/"):

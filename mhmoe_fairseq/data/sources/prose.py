@@ -12,7 +12,7 @@ _EMPHASIS = re.compile(r"(?<!\w)(\*{1,2})(?=\S)([^*]+?)(?<=\S)\1(?!\w)")
 _UNDERLINE = re.compile(r"^\s*([=\-~^\"'#*+.:_`])\1{2,}\s*$")
 _BULLET = re.compile(r"^\s*(?:[-*+•]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+")
 _FIELD = re.compile(r"^\s*:[\w .-]+:\s*")
-_CODE = re.compile(r"[{};]\s*$|==|->|=>|::|\|\||&&|<<|>>|\\\w|[|$#@^~]|\w\(\)|\w_\w+_\w|__")
+_CODE = re.compile(r"[{};]\s*$|==|->|=>|::|&&|<<|>>|\\\w|[|$#@^~{}]")
 _MIN_WORDS = 8
 _MIN_LETTERS = 0.85
 
