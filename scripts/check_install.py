@@ -17,6 +17,7 @@ def main() -> int:
         print("setup: error: torch.nn.functional.grouped_mm gives a wrong product on this CPU", file=sys.stderr)
         return 1
     import torchscale.architecture.decoder  # noqa: F401
+
     import mhmoe_fairseq
 
     print(

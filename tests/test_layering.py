@@ -1,0 +1,179 @@
+"""The shape of the code: imports go one way, files and functions stay small, only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "mhmoe_fairseq"
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 60
+
+# Each part of the package and the parts it may import; what is not listed is an upward import.
+MAY_IMPORT = {
+    "moe": set(),
+    "parallel": {"moe"},
+    "torchscale_ext": {"moe", "parallel"},
+    "criterions": {"moe"},
+    "models": {"moe", "parallel", "torchscale_ext", "compat", "errors"},
+    "data": {"errors"},
+    "tasks": {"data", "models", "compat", "errors"},
+    "evaluation": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "errors"},
+    "analysis": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "evaluation", "errors"},
+    "compat": set(),
+    "errors": set(),
+    "cli": {"errors"},
+    "__init__": {"compat", "criterions", "models", "tasks"},
+}
+FAIRSEQ = {"fairseq", "fairseq_cli", "hydra", "omegaconf", "torchscale", "fairscale", "timm"}
+# Parts that stay free of other packages: the layer and expert parallelism can be lifted into other code.
+FOREIGN = {
+    "moe": FAIRSEQ | {"torch.distributed"},
+    "parallel": FAIRSEQ,
+    "torchscale_ext": {"fairseq_cli", "hydra"},
+    "errors": FAIRSEQ | {"torch"},
+}
+
+
+def python_files(*folders: Path) -> list[Path]:
+    return sorted(path for folder in folders for path in folder.rglob("*.py"))
+
+
+def part_of(path: Path, package: Path = PACKAGE) -> str:
+    """``moe`` for moe/layer.py, ``cli`` for cli.py."""
+    return path.relative_to(package).with_suffix("").parts[0]
+
+
+def imported_modules(path: Path, root: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports, inside functions too: ``a.b`` and ``a.b.name``."""
+    package = ("mhmoe_fairseq", *path.relative_to(root).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *([node.module] if node.module else [])))
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def length_without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is None:
+        return lines
+    docstring = function.body[0]
+    return lines - (docstring.end_lineno - docstring.lineno + 1)
+
+
+def test_every_part_of_the_package_has_a_place_in_the_layering() -> None:
+    assert {part_of(path) for path in python_files(PACKAGE)} <= set(MAY_IMPORT)
+
+
+def upward_imports(package: Path) -> list[str]:
+    wrong = []
+    for path in python_files(package):
+        part = part_of(path, package)
+        for module in imported_modules(path, package):
+            names = module.split(".")
+            if names[0] != "mhmoe_fairseq" or len(names) < 2 or names[1] in (part, "__version__"):
+                continue
+            if names[1] not in MAY_IMPORT[part]:
+                wrong.append(f"{path.relative_to(package)} imports {module}: only {sorted(MAY_IMPORT[part])} lie below")
+    return wrong
+
+
+def foreign_imports(package: Path) -> list[str]:
+    return [
+        f"{path.relative_to(package)} imports {module}"
+        for path in python_files(package)
+        for module in imported_modules(path, package)
+        for foreign in FOREIGN.get(part_of(path, package), ())
+        if is_within(module, foreign)
+    ]
+
+
+def test_imports_go_downwards_only() -> None:
+    assert not upward_imports(PACKAGE), "\n".join(upward_imports(PACKAGE))
+
+
+def test_low_layers_import_no_foreign_package() -> None:
+    assert not foreign_imports(PACKAGE), "\n".join(foreign_imports(PACKAGE))
+
+
+def test_an_upward_and_a_foreign_import_are_seen(tmp_path: Path) -> None:
+    file = tmp_path / "moe" / "layer.py"
+    file.parent.mkdir()
+    source = "from .config import x\nfrom ..models import options\ndef f():\n    from torch import distributed\n"
+    file.write_text(source, encoding="utf-8")
+    assert len(upward_imports(tmp_path)) == 2  # the module, and the name in it
+    assert all("moe/layer.py imports mhmoe_fairseq.models" in line for line in upward_imports(tmp_path))
+    assert foreign_imports(tmp_path) == ["moe/layer.py imports torch.distributed"]
+
+
+def test_the_layer_imports_without_fairseq_and_torchscale() -> None:
+    # None in sys.modules is Python's own way to say "not installed", for import and for find_spec.
+    code = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({sorted(FAIRSEQ)}))\n"
+        "import torch\n"
+        "from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer\n"
+        "config = MHMoEConfig(embed_dim=16, num_heads=2, num_experts=4, top_k=2, expert_ffn_dim=8)\n"
+        "print(tuple(MHMoELayer(config)(torch.ones(3, 16)).hidden.shape))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(3, 16)"
+
+
+def test_files_stay_small() -> None:
+    files = python_files(PACKAGE, ROOT / "scripts", ROOT / "tests")
+    sizes = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    long = [f"{path.relative_to(ROOT)}: {lines} lines" for path, lines in sizes.items() if lines > MAX_FILE_LINES]
+    assert not long, long
+
+
+def test_functions_stay_short() -> None:
+    long = [
+        f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {length_without_docstring(function)} lines"
+        for path in python_files(PACKAGE, ROOT / "scripts", ROOT / "tests")
+        for function in functions(path)
+        if length_without_docstring(function) > MAX_FUNCTION_LINES
+    ]
+    assert not long, long
+
+
+def test_only_the_command_line_prints() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in python_files(PACKAGE)
+        if part_of(path) != "cli"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong, wrong
+
+
+def test_flags_are_read_in_one_place_only() -> None:
+    """Below torchscale_ext/args.py there is a config; nothing reads ``args.something``."""
+    readers = [
+        f"{path.relative_to(ROOT)}:{node.lineno} args.{node.attr}"
+        for path in python_files(*(PACKAGE / part for part in ("moe", "parallel", "torchscale_ext")))
+        if path != PACKAGE / "torchscale_ext" / "args.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
+    ]
+    assert not readers, readers
