@@ -26,8 +26,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM:
             raise
         raise UserError(
-            f"{path}: cannot be written ({str(error.strerror).lower()}): free some space or name another folder, then run "
-            "the same command again; finished stages and earlier outputs are kept"
+            f"{path}: cannot be written ({str(error.strerror).lower()}): free some space or name another folder, then "
+            "run the same command again; finished stages and earlier outputs are kept"
         ) from error
 
 

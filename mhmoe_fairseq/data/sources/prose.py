@@ -11,7 +11,7 @@ _QUOTES = re.compile(r"`{1,2}([^`]+)`{1,2}_{0,2}")
 _EMPHASIS = re.compile(r"(?<!\w)(\*{1,2})(?=\S)([^*]+?)(?<=\S)\1(?!\w)")
 _UNDERLINE = re.compile(r"^\s*([=\-~^\"'#*+.:_`])\1{2,}\s*$")
 _BULLET = re.compile(r"^\s*(?:[-*+•]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+")
-_FIELD = re.compile(r"^\s*:[\w .-]+:\s*")
+_FIELD = re.compile(r"^\s*:[\w .-]+:(?:\s+|$)")
 _CODE = re.compile(r"[{};]\s*$|==|->|=>|::|&&|<<|>>|\\\w|[|$#@^~{}]")
 _MIN_WORDS = 8
 _MIN_LETTERS = 0.85

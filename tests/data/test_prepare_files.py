@@ -1,0 +1,85 @@
+"""Atomic writing, full disks, broken UTF-8, locks."""
+
+import errno
+import gzip
+import subprocess
+import sys
+
+import pytest
+from mhmoe_fairseq.data.files import atomic_open, atomic_path, exclusive_lock, read_json, read_utf8_lines, write_json
+from mhmoe_fairseq.errors import UserError
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError):
+        with atomic_open(path) as stream:
+            stream.write(b"half of the new")
+            raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    with atomic_open(path) as stream:
+        stream.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    (tmp_path / ".a.txt.tmp").symlink_to("/dev/full")  # the kernel's own full disk
+    with pytest.raises(UserError, match="a.txt: cannot be written \\(no space left on device\\): free some space"):
+        with atomic_open(path) as stream:
+            stream.write(b"new" * 100_000)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_errors_while_writing_are_not_called_a_full_disk(tmp_path):
+    with pytest.raises(OSError) as caught:
+        with atomic_path(tmp_path / "a.txt"):
+            raise OSError(errno.EACCES, "Permission denied")
+    assert not isinstance(caught.value, UserError)
+
+
+def test_invalid_utf8_names_file_and_offset(tmp_path):
+    content = "größe\nzwei\n".encode() + b"ab\xffc\n"
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"a.txt: invalid UTF-8 at byte {content.index(0xFF)} \\(0xff\\)"):
+        list(read_utf8_lines(path))
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
+    with pytest.raises(UserError, match=f"a.txt.gz: invalid UTF-8 at byte {content.index(0xFF) + 3}"):
+        list(read_utf8_lines(packed))
+
+
+def test_a_damaged_gzip_is_named(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some text\n" * 1000)[:-12])
+    with pytest.raises(UserError, match="a.txt.gz: damaged gzip"):
+        list(read_utf8_lines(path))
+
+
+def test_json_round_trip_and_broken_json(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"name": "größe", "list": [1, None]})
+    assert read_json(path) == {"name": "größe", "list": [1, None]}
+    path.write_text('{\n"a": }')
+    with pytest.raises(UserError, match="a.json:2: not valid JSON"):
+        read_json(path)
+
+
+def test_the_lock_keeps_another_process_out_and_is_free_afterwards(tmp_path):
+    lock = tmp_path / ".lock"
+    other = (
+        "import fcntl, sys\ntry:\n    fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except OSError:\n    sys.exit(9)"
+    )
+    with exclusive_lock(lock, "--dest"):
+        assert subprocess.run([sys.executable, "-c", other, str(lock)]).returncode == 9
+        with pytest.raises(UserError, match="--dest .*: another run is writing there"):
+            with exclusive_lock(lock, "--dest"):
+                pass
+    assert subprocess.run([sys.executable, "-c", other, str(lock)]).returncode == 0
