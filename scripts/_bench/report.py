@@ -47,7 +47,7 @@ def write_report(
     parts = [
         title if complete else f"{title} (incomplete: the run is going on or was interrupted)",
         f"Command: `{command}`",
-        _table(("what", "value"), machine),
+        table(("what", "value"), machine),
         "## Targets",
         _targets(results),
         "## How it was measured",
@@ -64,24 +64,26 @@ def write_report(
         parts += ["## Notes", "\n".join(f"- {note}" for note in results.notes)]
     if complete and path.with_suffix(".png").exists():
         parts.append(f"![Time and memory]({path.with_suffix('.png').name})")
-    _write_atomically(path, "\n\n".join(part.strip() for part in parts) + "\n")
+    write_atomically(path, "\n\n".join(part.strip() for part in parts) + "\n")
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` in a single step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _targets(results: Results) -> str:
     rows = [(t.promise, t.measured, "met" if t.met else "**missed**") for t in targets(results)]
-    return _table(("target", "measured", "verdict"), rows) if rows else "None of the target settings was measured."
+    return table(("target", "measured", "verdict"), rows) if rows else "None of the target settings was measured."
 
 
 def _errors(results: Results) -> str:
@@ -119,7 +121,7 @@ def _times(results: Results) -> list[str]:
                 )
             )
         head = ("ours", "rival", "ours ms", "rival ms", "ours / rival (pairs)", "speed-up", "ours GFLOP/s")
-        parts += [f"### {setting.label()} ({setting.flops() / 1e9:.0f} GFLOP)", _table(head, rows)]
+        parts += [f"### {setting.label()} ({setting.flops() / 1e9:.0f} GFLOP)", table(head, rows)]
     return parts or ["Nothing was timed."]
 
 
@@ -141,12 +143,12 @@ def _memory(results: Results) -> str:
                 f"{record.tensors * 1024 / record.setting.tokens:.0f}",
             )
         )
-    return _table(("setting", "contender", "tensors", "resident", "tensors / plain loop's", "KiB per token"), rows)
+    return table(("setting", "contender", "tensors", "resident", "tensors / plain loop's", "KiB per token"), rows)
 
 
 def _breakdowns(results: Results) -> list[str]:
     parts = []
     for label, operators in results.breakdowns.items():
         rows = [(f"`{name}`", f"{milliseconds:.1f}", f"{share:.1%}") for name, milliseconds, share in operators]
-        parts += [f"### {label}", _table(("operator", "ms per step", "share"), rows)]
+        parts += [f"### {label}", table(("operator", "ms per step", "share"), rows)]
     return parts or ["Nothing was profiled."]
