@@ -121,14 +121,15 @@ def _within_capacity(
 
 
 def expert_capacity(config: MHMoEConfig, num_subtokens: Tensor, *, training: bool) -> Tensor:
-    """Slots per expert, GShard's and TorchScale's: ``int(factor * K * ceil(N / E))``, in evaluation ``ceil(fraction * N)``.
+    """Slots per expert as GShard and TorchScale count them: ``int(factor * K * ceil(N / E))``, in evaluation
+    ``ceil(fraction * N)``; at least one.
 
     ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens), so that counting padding costs no synchronisation.
     """
     num = num_subtokens.to(torch.float64)
     if not training and config.eval_capacity_fraction > 0:
         return (config.eval_capacity_fraction * num).ceil()
-    return (config.capacity_factor * config.top_k * (num / config.num_experts).ceil()).floor()
+    return (config.capacity_factor * config.top_k * (num / config.num_experts).ceil()).floor().clamp(min=1)
 
 
 def slot_positions(experts_NK: Tensor, num_experts: int) -> Tensor:
@@ -198,5 +199,5 @@ def plan_dispatch(experts_NK: Tensor, num_experts: int, *, all_real: bool) -> Di
 
 def combine(y_Rd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
     """Weighted sum of the experts' outputs, back in sub-token order: ``(R, d), (N, K) -> (N, d)``."""
-    y_NKd = y_Rd.index_select(0, plan.inverse_R).view(*gates_NK.shape, -1)
-    return torch.einsum("nkd,nk->nd", y_NKd, gates_NK.to(y_Rd.dtype))
+    y_NKd = y_Rd.index_select(0, plan.inverse_R).view(*gates_NK.shape, y_Rd.size(1))
+    return (y_NKd * gates_NK.to(y_Rd.dtype).unsqueeze(2)).sum(1)

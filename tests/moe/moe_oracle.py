@@ -1,0 +1,90 @@
+"""The slow, obvious MH-MoE layer: one sub-token and one expert at a time, plain autograd."""
+
+import torch
+import torch.nn.functional as F
+
+
+def expert(layer, index, x):
+    """One expert on one sub-token ``(d,)``."""
+    weights = {name: p[index] for name, p in layer.experts.named_parameters()}
+    hidden = weights["fc1_weight"] @ x + weights.get("fc1_bias", 0)
+    if layer.config.activation == "swiglu":
+        hidden = F.silu(hidden) * (weights["gate_weight"] @ x + weights.get("gate_bias", 0))
+    elif layer.config.activation == "gelu":
+        hidden = F.gelu(hidden)
+    else:
+        hidden = F.relu(hidden)
+    if layer.config.expert_layernorm:
+        hidden = F.layer_norm(hidden, hidden.shape, weights["layernorm_weight"], weights["layernorm_bias"])
+    return weights["fc2_weight"] @ hidden + weights.get("fc2_bias", 0)
+
+
+def router_logits(layer, x):
+    """The router on one sub-token ``(d,)``."""
+    router = layer.router
+    if layer.config.router == "linear":
+        return router.weight @ x
+    reduced = router.reduction.weight @ x
+    if layer.config.router_normalize == "both":
+        reduced = reduced / reduced.norm().clamp(min=1e-4)
+    experts = router.expert_embedding / router.expert_embedding.norm(dim=1, keepdim=True)
+    logits = experts @ reduced
+    return logits if router.temperature is None else logits / router.temperature
+
+
+def projection(modules, x):
+    """Head or merge projection on one token ``(D,)``."""
+    for index, linear in enumerate(modules or []):
+        x = linear.weight @ (x.relu() if index else x)
+        if linear.bias is not None:
+            x = x + linear.bias
+    return x
+
+
+def forward(layer, x, padding_mask=None):
+    """``(hidden, balance_loss, z_loss)`` of a dropless layer in evaluation; x is ``(T, D)``."""
+    config = layer.config
+    heads, dim = config.split_heads, config.subtoken_dim
+    outputs, all_probs, all_chosen, z_terms = [], [], [], []
+    for t in range(x.size(0)):
+        padded = padding_mask is not None and bool(padding_mask[t])
+        token = torch.zeros_like(x[t]) if padded else x[t]
+        projected = projection(layer.head_projection, token)
+        merged = []
+        for h in range(heads):
+            sub = projected[h * dim : (h + 1) * dim]
+            total = sub if config.subtoken_residual else torch.zeros_like(sub)
+            if not padded:
+                logits = router_logits(layer, sub)
+                probs = logits.softmax(0)
+                chosen = sorted(range(config.num_experts), key=lambda e: (-logits[e].item(), e))[: config.top_k]
+                weights = torch.stack([probs[e] for e in chosen])
+                if config.top_k > 1 and config.normalize_gates:
+                    weights = weights / weights.sum()
+                for weight, e in zip(weights, chosen):
+                    total = total + weight * expert(layer, e, sub)
+                all_probs.append(probs)
+                all_chosen.append(chosen)
+                z_terms.append(logits.logsumexp(0) ** 2)
+            merged.append(total)
+        y = projection(layer.merge_projection, torch.cat(merged))
+        if layer.shared_expert is not None:
+            y = y + layer.shared_expert(token)
+        outputs.append(y)
+    return torch.stack(outputs), balance(config, all_probs, all_chosen), sum(z_terms) / max(len(z_terms), 1)
+
+
+def balance(config, all_probs, all_chosen):
+    """P1 equation 10, counted by hand."""
+    counted = 1 if config.balance_assignment == "top1" else config.top_k
+    total = 0.0
+    for e in range(config.num_experts):
+        fraction = sum(chosen[:counted].count(e) for chosen in all_chosen) / (len(all_chosen) * counted)
+        total = total + fraction * sum(probs[e] for probs in all_probs) / len(all_probs)
+    return config.num_experts * total
+
+
+def relative_error(a, b):
+    """max|a-b| / max|b| (0 where both vanish)."""
+    scale = b.abs().max()
+    return float((a - b).abs().max() / scale) if scale > 0 else float((a - b).abs().max())

@@ -1,0 +1,104 @@
+"""The accelerator path as far as a machine without one allows: shapes, dtypes, and no look at the data."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe import experts as experts_module
+
+FIELDS = {"embed_dim": 64, "num_heads": 4, "num_experts": 4, "expert_ffn_dim": 32}
+VARIANTS = [{}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1}, {"routing": "capacity"}]
+HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::is_nonzero"}
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_forward_on_a_fake_cuda_device(dtype, variant):
+    with FakeTensorMode(), torch.device("cuda"), default_dtype(dtype):
+        layer = MHMoELayer(MHMoEConfig(**FIELDS, **variant))
+        x = torch.randn(2, 8, 64, dtype=dtype)
+        mask = torch.zeros(2, 8, dtype=torch.bool)
+        with Recorder() as recorder:
+            out = layer(x, mask)
+    assert out.hidden.device.type == "cuda" and out.hidden.dtype == dtype and out.hidden.shape == x.shape
+    assert ("aten::_grouped_mm" in recorder.names) == (dtype == torch.bfloat16)
+    assert not recorder.names & HOST_READS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_forward_and_backward_on_meta(dtype, variant):
+    with torch.device("meta"):
+        layer = MHMoELayer(MHMoEConfig(**FIELDS, **variant)).to(dtype)
+        x = torch.randn(2, 8, 64, dtype=dtype, requires_grad=True)
+        out = layer(x, torch.zeros(2, 8, dtype=torch.bool))
+        (out.hidden.float().square().sum() + out.balance_loss).backward()
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in layer.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", ["grouped", "blocked"])
+def test_real_run_reads_no_value_on_the_host(backend, variant):
+    """Shapes known, values not: forward and backward with every operation recorded."""
+    layer = MHMoELayer(MHMoEConfig(**FIELDS, **variant), backend=backend)
+    x = torch.randn(2, 8, 64, requires_grad=True)
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[1, 5:] = True
+    with Recorder() as recorder:
+        out = layer(x, mask)
+        (out.hidden.square().sum() + out.balance_loss).backward()
+    assert not recorder.names & HOST_READS
+
+
+def test_the_recorder_sees_a_host_read():
+    with Recorder() as recorder:
+        torch.ones(3).max().item()
+        torch.ones(3)[torch.ones(3, dtype=torch.bool)]
+    assert recorder.names & HOST_READS
+
+
+def test_backend_by_device_and_dtype():
+    layer = MHMoELayer(MHMoEConfig(**FIELDS))
+    assert layer.experts._backend_for(torch.empty(1, 16)) == "loop"
+    assert layer.experts._backend_for(torch.empty(1, 16, device="meta", dtype=torch.bfloat16)) == "grouped"
+    assert layer.experts._backend_for(torch.empty(1, 16, device="meta")) == "blocked"
+    narrow = experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (12, 32))
+    assert not narrow  # rows of 24 bytes
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped", "blocked"])
+def test_bfloat16_is_close_to_float32(backend):
+    torch.manual_seed(0)
+    # Without projections and with the weights rounded alike both see the same logits, so the same experts.
+    layer = MHMoELayer(MHMoEConfig(**FIELDS, num_projection_layers=0), backend=backend).bfloat16()
+    x = torch.randn(40, 64).bfloat16()
+    got = layer(x).hidden.float()
+    want = layer.float()(x.float()).hidden
+    assert (got - want).abs().max() < 0.05 * want.abs().max()

@@ -1,0 +1,38 @@
+"""Figures derived from the routing counts, on loads whose answers are known."""
+
+import math
+
+import torch
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer, RoutingStats
+from mhmoe_fairseq.moe import stats
+
+
+def test_shares_of_known_loads():
+    uniform, single = torch.tensor([5.0, 5, 5, 5]), torch.tensor([20.0, 0, 0, 0])
+    assert stats.active_share(uniform) == 1 and stats.active_share(single) == 0.25
+    torch.testing.assert_close(stats.effective_share(uniform), torch.tensor(1.0))
+    torch.testing.assert_close(stats.effective_share(single), torch.tensor(0.25))
+    assert stats.load_max_over_mean(uniform) == 1 and stats.load_max_over_mean(single) == 4
+
+
+def test_active_share_threshold_is_a_part_of_the_uniform_load():
+    load = torch.tensor([[1000.0, 2, 998, 0], [500, 500, 500, 500]])  # uniform load 500; 1 % of it is 5
+    assert stats.active_share(load).tolist() == [0.5, 1.0]
+    assert stats.active_share(load, threshold=0.001).tolist() == [0.75, 1.0]
+
+
+def test_empty_load_is_harmless():
+    zero = torch.zeros(3)
+    assert stats.active_share(zero) == 0 and stats.load_max_over_mean(zero) == 0
+    assert stats.overflow(RoutingStats(zero, torch.tensor(0.0), torch.tensor(0.0), torch.tensor(0.0))) == 0
+
+
+def test_layer_counts_real_subtokens_and_entropy():
+    layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, expert_ffn_dim=4, router="linear"))
+    torch.nn.init.zeros_(layer.router.weight)  # uniform router
+    mask = torch.tensor([False, False, True])
+    counted = layer(torch.randn(3, 8), mask).stats
+    assert counted.num_subtokens == 4 and counted.expert_load.sum() == 8
+    torch.testing.assert_close(counted.entropy / counted.num_subtokens, torch.tensor(math.log(4)))
+    assert not any(value.requires_grad for value in counted)
