@@ -135,7 +135,7 @@ class Workspace:
             files = read_json(self.partial / MANIFEST)["files"]
             old = self.dest / MANIFEST
             if old.exists():
-                for name in read_json(old)["files"].keys() - files.keys():
+                for name in read_json(old).get("files", {}).keys() - files.keys():
                     (self.dest / name).unlink(missing_ok=True)
                 old.unlink()
             with explain_full_disk(self.dest):
