@@ -90,8 +90,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         log_probs = model.get_normalized_probs((logits, None), log_probs=True)
         target = model.get_targets(sample, None)
         return F.nll_loss(
-            log_probs.view(-1, log_probs.size(-1)),
-            target.view(-1),
+            log_probs.reshape(-1, log_probs.size(-1)),
+            target.reshape(-1),
             ignore_index=self.padding_idx,
             reduction="sum" if reduce else "none",
         )

@@ -149,7 +149,10 @@ def _with_budget(options: Any) -> MHMoEConfig:
     budget = _text(options.mhmoe_budget) or "none"
     if budget == "none" or plain.num_params() == reference.num_params():
         return plain
-    return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, **changes)
+    try:
+        return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, **changes)
+    except ValueError as error:
+        raise ValueError(f"{error}; or set the width yourself: --moe-ffn-dim") from error
 
 
 def _shared_fields(options: Any) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""The decoder: MoE layers in it, padding, recomputation, incremental decoding, evaluation without side effects."""
+
+import math
+
+import pytest
+import torch
+from language_models import FAMILIES, relative_error, small_model, token_rows
+
+from mhmoe_fairseq.moe import MHMoELayer, RoutingStats
+
+POSITIONS = {
+    "sinusoidal": {},
+    "learned": {"decoder_learned_pos": True},
+    "rotary": {"rotary_embed": True, "no_token_positional_embeddings": True},
+    "xpos": {"xpos_rel_pos": True, "no_token_positional_embeddings": True},
+    "none": {"no_token_positional_embeddings": True},
+}
+
+
+def test_every_second_layer_is_an_mhmoe_layer():
+    model = small_model(decoder_layers=4)
+    assert [layer.is_moe_layer for layer in model.decoder.layers] == [False, True, False, True]
+    assert isinstance(model.decoder.layers[1].moe_layer, MHMoELayer)
+    assert not hasattr(model.decoder.layers[1], "ffn")
+
+
+def test_extras_have_one_entry_per_layer():
+    model = small_model(decoder_layers=4)
+    _, extra = model(token_rows([5, 5]))
+    assert [losses is None for losses in extra["l_aux"]] == [True, False, True, False]
+    assert extra["l_aux"][1].shape == (2,) and extra["l_aux"][1].requires_grad
+    assert isinstance(extra["moe_stats"][1], RoutingStats) and extra["moe_stats"][0] is None
+    assert extra["moe_stats"][1].num_subtokens == 2 * 5 * 4
+
+
+def test_statistics_are_overwritten_not_added():
+    model = small_model()
+    for _ in range(3):
+        _, extra = model(token_rows([6, 2]))
+    assert extra["moe_stats"][1].expert_load.sum() == (6 + 2) * 4 * 2  # real tokens * heads * top-k
+    assert not extra["moe_stats"][1].expert_load.requires_grad
+
+
+@pytest.mark.parametrize("routing", ["dropless", "capacity"])
+def test_padding_changes_neither_scores_nor_losses(routing):
+    model = small_model(mhmoe_routing=routing).double().eval()
+    row = token_rows([5])
+    padded = torch.cat([row, torch.full((1, 9), 1)], dim=1)
+    scores, extra = model(row)
+    padded_scores, padded_extra = model(padded)
+    torch.testing.assert_close(padded_scores[:, :5], scores, rtol=0, atol=1e-12)
+    torch.testing.assert_close(padded_extra["l_aux"][1], extra["l_aux"][1], rtol=0, atol=1e-12)
+    assert torch.equal(padded_extra["moe_stats"][1].expert_load, extra["moe_stats"][1].expert_load)
+
+
+def test_left_padding_with_a_mask_equals_none():
+    model = small_model(no_token_positional_embeddings=True, rotary_embed=True).double().eval()
+    row = token_rows([5])
+    padded = torch.cat([torch.full((1, 3), 1), row], dim=1)
+    scores, _ = model(padded, self_attn_padding_mask=padded.eq(1))
+    torch.testing.assert_close(scores[:, 3:], model(row)[0], rtol=0, atol=1e-6)
+    assert scores.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_give_the_same_gradients(precision):
+    flags = {"dropout": 0.1, "mhmoe_precision": precision}
+    tokens = token_rows([7, 4])
+    gradients = []
+    for recompute in (False, True):
+        model = small_model(checkpoint_activations=recompute, **flags).train()
+        torch.manual_seed(1)
+        logits, extra = model(tokens)
+        (logits.float().logsumexp(-1).sum() + extra["l_aux"][1].sum()).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        assert extra["moe_stats"][1].expert_load.sum() == 11 * 4 * 2
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_recomputation_saves_activations():
+    def saved_bytes(recompute):
+        model = small_model(checkpoint_activations=recompute, decoder_layers=4).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            model(token_rows([16, 16]))
+        return sum(sizes)
+
+    assert saved_bytes(True) < 0.5 * saved_bytes(False)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("family", ["dense", "mhmoe"])
+def test_incremental_decoding_equals_full_decoding(family, positions):
+    model = small_model(f"{family}_lm_tiny", **POSITIONS[positions]).double().eval()
+    tokens = token_rows([6, 6, 6])
+    full, _ = model(tokens)
+    state = {}
+    steps = [model.decoder(tokens[:, : i + 1], incremental_state=state)[0] for i in range(6)]
+    assert relative_error(torch.cat(steps, dim=1), full) < 1e-6
+
+
+def test_a_prefix_may_come_at_once():
+    model = small_model(rotary_embed=True).double().eval()
+    tokens = token_rows([6, 6])
+    full, _ = model(tokens)
+    state = {"is_first_step": True}
+    prefix, _ = model.decoder(tokens[:, :4], incremental_state=state)
+    state["is_first_step"] = False
+    rest = [model.decoder(tokens[:, : i + 1], incremental_state=state)[0] for i in (4, 5)]
+    assert relative_error(torch.cat([prefix, *rest], dim=1), full) < 1e-6
+
+
+def test_incremental_decoding_with_padded_rows():
+    model = small_model().double().eval()
+    tokens = token_rows([6, 4])
+    state = {}
+    for length in range(1, 7):
+        step, extra = model.decoder(tokens[:, :length], incremental_state=state)
+        real = int(tokens[:, length - 1].ne(1).sum())
+        assert extra["moe_stats"][1].num_subtokens == real * 4
+    torch.testing.assert_close(step[0, 0], model(tokens[:1])[0][0, -1], rtol=1e-6, atol=1e-6)
+
+
+def test_beams_are_reordered():
+    model = small_model().double().eval()
+    tokens, order = token_rows([5, 5, 5]), torch.tensor([2, 0, 0])
+    state = {"is_first_step": False}
+    for length in range(1, 5):
+        model.decoder(tokens[:, :length], incremental_state=state)
+    model.decoder.reorder_incremental_state_scripting(state, order)
+    reordered = tokens[order]
+    step, _ = model.decoder(reordered, incremental_state=state)
+    torch.testing.assert_close(step[:, 0], model(reordered)[0][:, -1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_do_not_depend_on_batching(family):
+    model = small_model(f"{family}_lm_tiny").double().eval()
+    rows = token_rows([9, 3, 7, 1, 5, 9, 2])
+    together = torch.log_softmax(model(rows)[0], -1)
+    for row, scores in zip(rows, together):
+        length = int(row.ne(1).sum())
+        alone = torch.log_softmax(model(row[None, :length])[0], -1)[0]
+        torch.testing.assert_close(scores[:length], alone, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_writes_no_parameter(family, training):
+    model = small_model(f"{family}_lm_tiny").train(training)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(token_rows([6, 3]))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_subln_rescales_initial_experts_like_dense_networks():
+    # fc1, fc2, out_proj and v_proj grow by sqrt(log(2 * layers)); routers and projections do not.
+    with_subln, without = small_model(mhmoe_budget="none"), small_model(no_subln=True, mhmoe_budget="none")
+    scale = math.sqrt(math.log(4.0))
+    ours, plain = (dict(m.decoder.layers[1].named_parameters()) for m in (with_subln, without))
+    for name in ("moe_layer.experts.fc1_weight", "moe_layer.experts.fc2_weight", "self_attn.v_proj.weight"):
+        assert (ours[name].std() / plain[name].std()).item() == pytest.approx(scale, rel=0.1), name
+    for name in ("moe_layer.head_projection.0.weight", "moe_layer.router.reduction.weight", "self_attn.q_proj.weight"):
+        assert (ours[name].std() / plain[name].std()).item() == pytest.approx(1.0, rel=0.1), name
+
+
+def test_deepnorm_is_post_norm():
+    model = small_model("dense_lm_tiny", deepnorm=True)
+    assert not model.decoder.layers[0].normalize_before and model.decoder.layer_norm is None
+    assert model.decoder.layers[0].alpha == pytest.approx((2 * 2) ** 0.25)
+    assert model(token_rows([4]))[0].isfinite().all()
+
+
+def test_features_and_hidden_states():
+    model = small_model().eval()
+    tokens = token_rows([4, 4])
+    features, extra = model.extract_features(tokens, return_all_hiddens=True)
+    assert features.shape == (2, 4, 32) and len(extra["inner_states"]) == 3
+    torch.testing.assert_close(model.output_layer(features), model(tokens)[0])
