@@ -109,6 +109,18 @@ def chosen_settings(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
+def check_quick(args: argparse.Namespace) -> None:
+    """``--quick`` has its own sizes.
+
+    Raises:
+        ValueError: sizes are given as well.
+    """
+    parser = build_parser()
+    for flag in ("tokens", "experts", "dtypes", "embed_dim", "heads", "top_k", "ffn_dim"):
+        if args.quick and getattr(args, flag) != parser.get_default(flag):
+            raise ValueError(f"--{flag.replace('_', '-')} contradicts --quick, which measures the targets' own sizes")
+
+
 def make_plan(args: argparse.Namespace, results: Results) -> Plan:
     """What to run, without the rivals that cannot run here; those are noted in ``results``."""
     rivals = []
@@ -147,6 +159,7 @@ def report_writer(path: Path, args: argparse.Namespace) -> Callable[..., None]:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_quick(args)
     path = report_path(args.output, "-quick" if args.quick else "")
     write = report_writer(path, args)
     noted = Results()

@@ -164,7 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(given)
     args.given = given
-    logging.getLogger().setLevel(logging.WARNING)  # fairseq and hydra would write through the progress bar
     set_threads(args.threads)
     try:
         return measure_here(args) if args.measure_memory else run(args)
@@ -174,4 +173,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger().setLevel(logging.WARNING)  # fairseq and hydra would write through the progress bar
     sys.exit(main())

@@ -72,7 +72,7 @@ def write_plot(path: Path, results: Results) -> bool:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("tokens T")
         axes.grid(alpha=0.3)
-        if axes.lines:
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=110)

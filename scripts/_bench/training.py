@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -94,7 +95,9 @@ class Training:
             data = setting.data or _dictionary_folder(Path(folder), setting.vocab_size)
             argv = [str(data), *setting.common_flags(), *setting.flags(name)]
             args = options.parse_args_and_arch(options.get_training_parser(), input_args=argv)
-            config = convert_namespace_to_omegaconf(args)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # fairseq composes with hydra's older calls
+                config = convert_namespace_to_omegaconf(args)
             task = tasks.setup_task(config.task)
         self.model = task.build_model(config.model).train()
         self.criterion = task.build_criterion(config.criterion).train()
