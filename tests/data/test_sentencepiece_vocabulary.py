@@ -1,6 +1,7 @@
 """The SentencePiece vocabulary: fairseq's indices, lossless, deterministic, clear about an impossible size."""
 
 import pytest
+
 from mhmoe_fairseq.data.sentencepiece_vocabulary import (
     SentencePieceVocabulary,
     check_vocab_size,

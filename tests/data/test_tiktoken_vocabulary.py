@@ -4,6 +4,7 @@ import base64
 import sys
 
 import pytest
+
 from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenDictionaryVocabulary, TiktokenVocabulary, load_ranks
 from mhmoe_fairseq.errors import UserError
 

@@ -1,6 +1,7 @@
 """The destination folder: resumed, refused, replaced, never half-done."""
 
 import pytest
+
 from mhmoe_fairseq.data.files import read_json, write_json
 from mhmoe_fairseq.data.workspace import open_workspace
 from mhmoe_fairseq.errors import UserError
@@ -63,7 +64,10 @@ def test_a_stage_whose_output_was_damaged_runs_again(tmp_path):
     "changed, message",
     [
         ({**SETTINGS, "vocab_size": 400}, "made with another --vocab-size \\(300, now 400\\)"),
-        ({**SETTINGS, "source": {"name": "text", "inputs": ["b"]}}, "another --source inputs \\(\\['a'\\], now \\['b'\\]\\)"),
+        (
+            {**SETTINGS, "source": {"name": "text", "inputs": ["b"]}},
+            "another --source inputs \\(\\['a'\\], now \\['b'\\]\\)",
+        ),
         ({**SETTINGS, "extra": 1}, "another --extra \\(None, now 1\\)"),
     ],
 )
@@ -106,7 +110,9 @@ def test_a_kill_between_two_moves_is_finished_by_the_next_run(tmp_path):
             (workspace.partial / name).write_text("new " + name)
         files = {name: {"bytes": 9} for name in ("a.txt", "b.txt")}
         write_json(workspace.partial / "manifest.json", {"settings": workspace.settings, "files": files})
-        write_json(workspace.partial / "progress.json", {"settings": workspace.settings, "stages": {}, "publishing": True})
+        write_json(
+            workspace.partial / "progress.json", {"settings": workspace.settings, "stages": {}, "publishing": True}
+        )
         (workspace.partial / "a.txt").replace(tmp_path / "a.txt")  # killed here
     assert make(tmp_path, {**SETTINGS, "seed": 2})[0] == "complete"
     assert visible(tmp_path) == ["a.txt", "b.txt", "manifest.json"]
