@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 COMMANDS = {
-    "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a named source or your own text"),
+    "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a source or your text"),
     "plan": ("mhmoe_fairseq.analysis.plan_command", "count parameters and FLOPs of an architecture without building it"),
     "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),

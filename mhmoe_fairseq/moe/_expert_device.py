@@ -92,5 +92,6 @@ def _ffn(
         inner = F.gelu(inner) if activation == "gelu" else F.relu(inner)
     inner = F.dropout(inner, dropout, training=dropout > 0)
     if weights.layernorm_weight is not None and weights.layernorm_bias is not None:
-        inner = F.layer_norm(inner, inner.shape[-1:]) * per_row(weights.layernorm_weight) + per_row(weights.layernorm_bias)
+        scale, shift = per_row(weights.layernorm_weight), per_row(weights.layernorm_bias)
+        inner = F.layer_norm(inner, inner.shape[-1:]) * scale + shift
     return linear(inner, weights.fc2_weight, weights.fc2_bias)

@@ -7,6 +7,7 @@ holds the sorted input and the gradient of whole slices. The rest is recomputed 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -60,9 +61,13 @@ def _activate_backward(activation: str, hidden: Tensor, gate: Tensor | None, gra
     return None
 
 
-def _regularize(settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor | None, norm_b: Tensor | None) -> Tensor:
-    """Dropout and LayerNorm between activation and fc2. Dropout draws from the piece's own generator, so that the
-    backward can draw the same mask again."""
+def _regularize(
+    settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor | None, norm_b: Tensor | None
+) -> Tensor:
+    """Dropout and LayerNorm between activation and fc2.
+
+    Dropout draws from the piece's own generator, so that the backward can draw the same mask again.
+    """
     if settings.dropout:
         generator = torch.Generator().manual_seed((settings.seed + piece.start) % 2**63)
         keep = torch.empty_like(inner).bernoulli_(1 - settings.dropout, generator=generator)
@@ -70,6 +75,19 @@ def _regularize(settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor
     if norm_w is not None:
         inner = F.layer_norm(inner, inner.shape[-1:], norm_w, norm_b)
     return inner
+
+
+def _regularize_backward(
+    settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``_regularize`` of one piece again: its output, the gradient of its input, the norm's (if any)."""
+    if not settings.dropout and norm_w is None:
+        return inner, grad, []
+    leaves = [t.detach().requires_grad_() for t in (inner, norm_w, norm_b) if t is not None]
+    with torch.enable_grad():
+        output = _regularize(settings, piece, leaves[0], *(leaves[1:] or (None, None)))
+    inner_grad, *norm_grads = torch.autograd.grad(output, leaves, grad)
+    return output.detach(), inner_grad, norm_grads
 
 
 def _huge_empty(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -118,8 +136,9 @@ class _LoopFFN(torch.autograd.Function):
         rows, hidden_dim = source_R.size(0), fc1_w.size(1)
         training = any(ctx.needs_input_grad)
         # Without a backward one piece of pre-activations is enough, used again and again.
-        hidden_RF = _huge_empty(rows if training else min(rows, _PIECE_ROWS), hidden_dim, x_Nd)
-        gate_RF = None if gate_w is None else _huge_empty(*hidden_RF.shape, x_Nd)
+        kept_rows = rows if training else min(rows, _PIECE_ROWS)
+        hidden_RF = _huge_empty(kept_rows, hidden_dim, x_Nd)
+        gate_RF = None if gate_w is None else _huge_empty(kept_rows, hidden_dim, x_Nd)
         scratch_PF = x_Nd.new_empty(min(rows, _PIECE_ROWS), hidden_dim)
         y_Rd = x_Nd.new_empty(rows, x_Nd.size(1))
         y_Rd[ends[-1] :].zero_()  # rows of the virtual expert
@@ -148,7 +167,7 @@ class _LoopFFN(torch.autograd.Function):
         grads = _Gradients(weights, ctx.needs_input_grad[4:], idle=_idle_experts(ctx.ends))
         source_R = plan.source_R
         gates_R = gates_NK.reshape(-1).index_select(0, plan.order_R).to(grad_Nd.dtype)
-        gate_grad_R = torch.zeros_like(gates_R)
+        gates_grad_R = torch.zeros_like(gates_R)
         x_grad_Rd = torch.empty_like(y_Rd)
         x_grad_Rd[ctx.ends[-1] :].zero_()
         scratch_2PF = hidden_RF.new_empty(2, min(len(y_Rd), _PIECE_ROWS), hidden_RF.size(1))
@@ -156,32 +175,29 @@ class _LoopFFN(torch.autograd.Function):
         for expert, piece in _pieces(ctx.ends):
             x = x_Nd.index_select(0, source_R[piece])
             y_grad = grad_Nd.index_select(0, source_R[piece])
-            torch.linalg.vecdot(y_grad, y_Rd[piece], out=gate_grad_R[piece])
+            torch.linalg.vecdot(y_grad, y_Rd[piece], out=gates_grad_R[piece])
             y_grad.mul_(gates_R[piece].unsqueeze(1))
             hidden, gate = hidden_RF[piece], None if gate_RF is None else gate_RF[piece]
-            scratch, inner_grad = scratch_2PF[:, : piece.stop - piece.start]
+            scratch, grad = scratch_2PF[:, : piece.stop - piece.start]
             inner = _activate(settings.activation, hidden, gate, scratch)
-            torch.mm(y_grad, fc2_w[expert], out=inner_grad)
-            if settings.dropout or norm_w is not None:
-                leaves = [t.detach().requires_grad_() for t in (inner, _at(norm_w, expert), _at(norm_b, expert)) if t is not None]
-                with torch.enable_grad():
-                    inner = _regularize(settings, piece, leaves[0], *(leaves[1:] or (None, None)))
-                leaf_grads = torch.autograd.grad(inner, leaves, inner_grad)
-                inner, inner_grad = inner.detach(), leaf_grads[0]
-                grads.add_norm(expert, *leaf_grads[1:])
+            torch.mm(y_grad, fc2_w[expert], out=grad)
+            inner, grad, norm_grads = _regularize_backward(
+                settings, piece, inner, _at(norm_w, expert), _at(norm_b, expert), grad
+            )
+            grads.add_norm(expert, *norm_grads)
             grads.add("fc2", expert, y_grad, inner)
-            act_gate_grad = _activate_backward(settings.activation, hidden, gate, inner_grad)
-            grads.add("fc1", expert, inner_grad, x)
-            x_grad = torch.mm(inner_grad, fc1_w[expert], out=x_grad_Rd[piece])
-            if gate_w is not None:
-                grads.add("gate", expert, act_gate_grad, x)
-                x_grad.addmm_(act_gate_grad, gate_w[expert])
+            gate_grad = _activate_backward(settings.activation, hidden, gate, grad)
+            grads.add("fc1", expert, grad, x)
+            x_grad = torch.mm(grad, fc1_w[expert], out=x_grad_Rd[piece])
+            if gate_grad is not None:
+                grads.add("gate", expert, gate_grad, x)
+                x_grad.addmm_(gate_grad, gate_w[expert])
 
         def to_choices(rows_R: Tensor) -> Tensor:
             return rows_R.index_select(0, plan.inverse_R).view(*gates_NK.shape, *rows_R.shape[1:])
 
         x_grad_Nd = to_choices(x_grad_Rd).sum(1)
-        return x_grad_Nd, to_choices(gate_grad_R).to(gates_NK.dtype), None, None, *grads.tensors()
+        return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, *grads.tensors()
 
 
 def _idle_experts(ends: list[int]) -> list[int]:
@@ -193,7 +209,7 @@ class _Gradients:
 
     _NAMES = ("fc1", "fc1_bias", "gate", "gate_bias", "norm", "norm_bias", "fc2", "fc2_bias")
 
-    def __init__(self, weights: list[Tensor | None], needed: tuple[bool, ...], idle: list[int]) -> None:
+    def __init__(self, weights: Sequence[Tensor | None], needed: tuple[bool, ...], idle: list[int]) -> None:
         self._grads: dict[str, Tensor | None] = {}
         self._begun: set[tuple[str, int]] = set()
         for name, weight, need in zip(self._NAMES, weights, needed):
@@ -209,15 +225,15 @@ class _Gradients:
         if weight is not None:
             # beta=0: the first piece writes, so the memory need not be cleared beforehand.
             weight[expert].addmm_(output_grad.t(), x, beta=float(self._has_begun(name, expert)))
-        self._add(name + "_bias", expert, output_grad)
+        self._add_rows(name + "_bias", expert, output_grad)
 
     def add_norm(self, expert: int, weight_grad: Tensor | None = None, bias_grad: Tensor | None = None) -> None:
         """The share of one piece in the LayerNorm."""
         if weight_grad is not None and bias_grad is not None:
-            self._add("norm", expert, weight_grad.unsqueeze(0))
-            self._add("norm_bias", expert, bias_grad.unsqueeze(0))
+            self._add_rows("norm", expert, weight_grad.unsqueeze(0))
+            self._add_rows("norm_bias", expert, bias_grad.unsqueeze(0))
 
-    def _add(self, name: str, expert: int, rows: Tensor) -> None:
+    def _add_rows(self, name: str, expert: int, rows: Tensor) -> None:
         total = self._grads[name]
         if total is None:
             return

@@ -74,7 +74,7 @@ def assign(
         logits_NE, probs_NE: the router's output and its softmax.
         padding_mask_N: True where padded.
         training: the second-expert policies apply in training only; evaluation draws no random number.
-        noise: for tests: Gumbel noise ``(N, E)`` (``sampling``) or uniform ``(N,)`` (``random``) instead of fresh draws.
+        noise: Gumbel noise ``(N, E)`` (``sampling``) or uniform ``(N,)`` (``random``) in place of fresh draws.
     """
     policy = config.second_expert_policy if training else "all"
     gumbel = None

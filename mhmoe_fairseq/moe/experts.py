@@ -107,12 +107,12 @@ class ExpertFFN(nn.Module):
         return "grouped" if grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths) else "blocked"
 
     def _in_compute_dtype(self, x_Nd: Tensor) -> tuple[Tensor, ExpertWeights]:
-        weights = ExpertWeights(*(getattr(self, name) for name in ExpertWeights._fields))
+        weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
         device = x_Nd.device.type
         if device == "meta" or not torch.is_autocast_enabled(device) or x_Nd.dtype == torch.float64:
             return x_Nd, weights
         dtype = torch.get_autocast_dtype(device)
-        return x_Nd.to(dtype), ExpertWeights(*(None if w is None else w.to(dtype) for w in weights))
+        return x_Nd.to(dtype), ExpertWeights._make(None if w is None else w.to(dtype) for w in weights)
 
 
 class SharedExpert(nn.Module):

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import MHMoEConfig
+
 
 def split_heads(x_TD: Tensor, num_heads: int) -> Tensor:
     """``(T, D) -> (N, d)``: the H sub-tokens of one token are consecutive rows."""
@@ -27,8 +29,9 @@ class Projection(nn.ModuleList):
     """
 
     def __init__(self, dim: int, num_layers: int, *, bias: bool, gain: float, zero_bias: bool) -> None:
-        super().__init__(nn.Linear(dim, dim, bias=bias) for _ in range(num_layers))
-        for linear in self:
+        linears = [nn.Linear(dim, dim, bias=bias) for _ in range(num_layers)]
+        super().__init__(linears)
+        for linear in linears:
             nn.init.xavier_uniform_(linear.weight, gain=gain)
             if bias and zero_bias:
                 nn.init.zeros_(linear.bias)
@@ -40,14 +43,22 @@ class Projection(nn.ModuleList):
         return x
 
 
-def head_projection(dim: int, num_layers: int, *, bias: bool) -> Projection:
+def head_projection(config: MHMoEConfig) -> Projection:
     """The projection before the split."""
-    return Projection(dim, num_layers, bias=bias, gain=1 / math.sqrt(2), zero_bias=False)
+    return Projection(
+        config.embed_dim,
+        config.num_projection_layers,
+        bias=config.projection_bias,
+        gain=1 / math.sqrt(2),
+        zero_bias=False,
+    )
 
 
-def merge_projection(dim: int, num_layers: int, *, bias: bool) -> Projection:
+def merge_projection(config: MHMoEConfig) -> Projection:
     """The projection after the merge."""
-    return Projection(dim, num_layers, bias=bias, gain=1.0, zero_bias=True)
+    return Projection(
+        config.embed_dim, config.num_projection_layers, bias=config.projection_bias, gain=1.0, zero_bias=True
+    )
 
 
 def repeat_mask(padding_mask_T: Tensor, num_heads: int) -> Tensor:

@@ -55,11 +55,10 @@ class MHMoELayer(nn.Module):
     def __init__(self, config: MHMoEConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        projection = {"num_layers": config.num_projection_layers, "bias": config.projection_bias}
-        self.head_projection = head_projection(config.embed_dim, **projection) if config.has_head_projection else None
+        self.head_projection = head_projection(config) if config.has_head_projection else None
         self.router = build_router(config)
         self.experts = ExpertFFN(config, backend=backend)
-        self.merge_projection = merge_projection(config.embed_dim, **projection) if config.has_merge_projection else None
+        self.merge_projection = merge_projection(config) if config.has_merge_projection else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
@@ -121,7 +120,8 @@ class MHMoELayer(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
         c = self.config
-        return f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, routing={c.routing}, params={c.num_params():,}"
+        sizes = f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, expert_ffn_dim={c.expert_ffn_dim}"
+        return f"{sizes}, routing={c.routing}, params={c.num_params():,}"
 
 
 def _at_least_fp32(x: Tensor) -> torch.dtype:

@@ -86,5 +86,6 @@ def balance(config, all_probs, all_chosen):
 
 def relative_error(a, b):
     """max|a-b| / max|b| (0 where both vanish)."""
+    a, b = a.detach(), b.detach()
     scale = b.abs().max()
     return float((a - b).abs().max() / scale) if scale > 0 else float((a - b).abs().max())

@@ -113,7 +113,8 @@ def test_layer_needs_neither_fairseq_nor_torchscale(tmp_path):
 
     code = (
         "import sys; sys.modules.update(fairseq=None, torchscale=None, omegaconf=None)\n"
-        "import importlib.util as u; real = u.find_spec; u.find_spec = lambda n, *a: None if n == 'fairseq' else real(n, *a)\n"
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'fairseq' else real(n, *a)\n"
         "from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer; import torch\n"
         "c = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=3, expert_ffn_dim=4)\n"
         "print(tuple(MHMoELayer(c)(torch.randn(2, 3, 8)).hidden.shape))\n"

@@ -4,8 +4,7 @@ import math
 
 import torch
 
-from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer, RoutingStats
-from mhmoe_fairseq.moe import stats
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer, RoutingStats, stats
 
 
 def test_shares_of_known_loads():
