@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -121,7 +122,9 @@ def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, float |
         RuntimeError: the process failed; the message ends with its last line of output.
     """
     command = [sys.executable, script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The same packages from the same places as here, also where they are found through sys.path alone.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
         last = (result.stderr.strip().splitlines() or ["no output"])[-1]
