@@ -7,10 +7,9 @@ release makes the repair needless.
 ========================================  ==========================================================
 Breakage of the stock package             What happens here
 ========================================  ==========================================================
-``np.compat.long`` and ``np.int`` are     :func:`restore_numpy_names` puts the two names back.
-gone from NumPy 2; ``--sample-break-mode
-eos`` and ``fairseq-interactive`` use
-them.
+``np.compat.long`` is gone from NumPy 2;  :func:`restore_numpy_compat` puts it back. (``np.int`` is
+``--sample-break-mode eos`` and           gone too, but only fairseq's speech masking uses it.)
+``fairseq-interactive`` use it.
 A distributed resume unpickles the        :func:`allow_checkpoint_globals` names the harmless classes
 checkpoint with ``weights_only=True``     of that payload; ``weights_only`` itself stays on.
 and stops at omegaconf's classes.
@@ -44,17 +43,15 @@ import torch
 def apply() -> None:
     """Install every repair; calling it again changes nothing."""
     silence_import_warnings()
-    restore_numpy_names()
+    restore_numpy_compat()
     allow_checkpoint_globals()
     accept_installed_user_dir()
 
 
-def restore_numpy_names() -> None:
-    """Give NumPy 2 the names ``np.compat.long`` and ``np.int`` back, if it has none of its own."""
+def restore_numpy_compat() -> None:
+    """Give NumPy 2 the name ``np.compat.long`` back, if it has none of its own."""
     if not hasattr(np, "compat"):
         np.compat = SimpleNamespace(long=np.int64)
-    if "int" not in vars(np):  # hasattr would trigger NumPy's own deprecation machinery
-        np.int = int
 
 
 def checkpoint_globals() -> list[typing.Any]:

@@ -1,0 +1,184 @@
+"""Each repair of stock fairseq works, and is still needed: the same probe fails without the package.
+
+A failing ``test_stock_...`` is good news: a new release of fairseq, NumPy or torch made the repair needless.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import socket
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fairseq import options
+
+import mhmoe_fairseq
+from mhmoe_fairseq import compat
+
+# Prints what breaks, with ("repaired") or without the package imported first.
+PROBE = """
+import collections, io, json, sys, warnings
+warnings.resetwarnings()
+seen = []
+warnings.showwarning = lambda message, category, *rest: seen.append(f"{category.__name__}: {message}")
+if sys.argv[1] == "repaired":
+    import mhmoe_fairseq
+import torch
+import torchscale.architecture.decoder
+from fairseq.data import TokenBlockDataset
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed.utils import _split_tensors_from_obj
+from omegaconf import OmegaConf
+
+def lines_as_blocks():
+    lines = [torch.tensor([5, 6, 2]), torch.tensor([7, 2])]
+    blocks = TokenBlockDataset(lines, [3, 2], block_size=None, pad=1, eos=2, break_mode="eos")
+    return [block.tolist() for block in blocks]
+
+def what_rank_0_sends():
+    saved = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), resolve=True, enum_to_str=True)
+    checkpoint = {"cfg": OmegaConf.create(saved), "extra": collections.defaultdict(list, losses=[1.5])}
+    buffer = io.BytesIO()
+    torch.save(_split_tensors_from_obj({**checkpoint, "model": {"w": torch.ones(2)}}, []), buffer)
+    got = torch.load(io.BytesIO(buffer.getvalue()), map_location="cpu")
+    return [got["cfg"].common.seed, got["extra"]["losses"]]
+
+def outcome(action):
+    try:
+        return action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+print(json.dumps({"blocks": outcome(lines_as_blocks), "sent": outcome(what_rank_0_sends), "warnings": seen}))
+"""
+
+# Two ranks: rank 0 sends a checkpoint as fairseq's trainer does on resume, rank 1 prints what it got.
+RESUME = """
+import json, sys
+import torch, torch.distributed as dist
+from mhmoe_fairseq import compat
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
+
+rank, port = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+saved = OmegaConf.to_container(OmegaConf.structured(FairseqConfig), resolve=True, enum_to_str=True)
+checkpoint = {"cfg": OmegaConf.create(saved), "model": {"w": torch.arange(3.0)}, "step": 3}
+sent = checkpoint if rank == 0 else None
+got = distributed_utils.broadcast_object(sent, src_rank=0, group=distributed_utils.get_global_group())
+if rank == 1:
+    print(json.dumps([got["cfg"].common.seed, got["model"]["w"].tolist(), got["step"]]))
+dist.destroy_process_group()
+"""
+
+
+def probe(repository: Path, mode: str) -> dict:
+    command = [sys.executable, "-c", PROBE, mode]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def stock(repository: Path) -> dict:
+    return probe(repository, "stock")
+
+
+@pytest.fixture(scope="module")
+def repaired(repository: Path) -> dict:
+    return probe(repository, "repaired")
+
+
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.0.0", reason="NumPy 1 still has np.compat")
+def test_stock_sentences_as_blocks_need_np_compat(stock: dict) -> None:
+    assert stock["blocks"].startswith("AttributeError") and "compat" in stock["blocks"]
+
+
+def test_sentences_become_blocks(repaired: dict) -> None:
+    assert repaired["blocks"] == [[5, 6, 2], [7, 2]]
+
+
+def test_stock_imports_warn_and_ours_do_not(stock: dict, repaired: dict) -> None:
+    assert any("custom_fwd" in warning for warning in stock["warnings"])
+    assert not [warning for warning in repaired["warnings"] if warning.startswith("FutureWarning")]
+
+
+def test_stock_refuses_the_checkpoint_that_a_resume_broadcasts(stock: dict) -> None:
+    assert "Weights only load failed" in stock["sent"]
+
+
+def test_the_checkpoint_that_a_resume_broadcasts_is_read(repaired: dict) -> None:
+    assert repaired["sent"] == [1, [1.5]]
+
+
+def test_a_checkpoint_broadcast_to_another_process_arrives_whole(repository: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", RESUME]
+    ranks = [
+        subprocess.Popen([*command, rank, port], cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for rank in ("0", "1")
+    ]
+    try:
+        output = [rank.communicate(timeout=120)[0].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], output
+    assert json.loads(output[1].splitlines()[-1]) == [1, [0.0, 1.0, 2.0], 3]
+
+
+class Unknown:
+    """Stands for a class in somebody else's checkpoint."""
+
+
+def test_an_unknown_class_is_still_refused(tmp_path: Path) -> None:
+    torch.save({"x": Unknown()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+def test_applying_twice_changes_nothing() -> None:
+    compat.apply()
+    before = (np.compat, set(torch.serialization.get_safe_globals()), list(mhmoe_fairseq.__path__), warnings.filters[:])
+    compat.apply()
+    after = (np.compat, set(torch.serialization.get_safe_globals()), list(mhmoe_fairseq.__path__), warnings.filters[:])
+    assert after == before
+    assert after[1] >= set(compat.checkpoint_globals())
+
+
+def training_arguments(*flags: str) -> Namespace:
+    """What stock fairseq makes of its own flags, for a model and a task of its own."""
+    command_line = ["data", "--arch", "transformer_lm", "--task", "language_modeling", *flags]
+    return options.parse_args_and_arch(options.get_training_parser(), command_line)
+
+
+def test_stock_bf16_means_a_tpu() -> None:
+    assert not training_arguments().tpu
+    assert training_arguments("--bf16").tpu
+
+
+def test_bf16_is_refused_by_name_before_data_is_read(repository: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "fairseq_cli.train", str(tmp_path / "no-such-data"), "--cpu", "--bf16",
+        "--user-dir", str(repository / "mhmoe_fairseq"), "--task", "mhmoe_language_modeling",
+        "--arch", "mhmoe_lm_tiny", "--criterion", "moe_cross_entropy", "--optimizer", "adam", "--max-tokens", "64",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "--mhmoe-precision bf16" in done.stderr.splitlines()[-1]
+
+
+def test_refuse_tpu_lets_other_devices_through() -> None:
+    compat.refuse_tpu(False)
+    with pytest.raises(ValueError, match="--bf16"):
+        compat.refuse_tpu(True)
