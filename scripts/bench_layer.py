@@ -123,6 +123,7 @@ def check_quick(args: argparse.Namespace) -> None:
 
 def make_plan(args: argparse.Namespace, results: Results) -> Plan:
     """What to run, without the rivals that cannot run here; those are noted in ``results``."""
+    settings = chosen_settings(args)  # first: bad sizes end the run before anything is said
     rivals = []
     for name in args.rivals:
         reason = contenders.unavailable(name)
@@ -131,7 +132,7 @@ def make_plan(args: argparse.Namespace, results: Results) -> Plan:
             say(results.notes[-1])
         else:
             rivals.append(name)
-    plan = quick_plan(rivals) if args.quick else full_plan(chosen_settings(args), rivals)
+    plan = quick_plan(rivals) if args.quick else full_plan(settings, rivals)
     if args.no_memory:
         plan = Plan(plan.verify, plan.duels, (), plan.breakdown)
     return plan

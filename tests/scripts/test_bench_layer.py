@@ -128,7 +128,7 @@ def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
 def test_memory_is_measured_in_fresh_processes(tmp_path):
     output = tmp_path / "report.md"
     flags = ["--rivals", "loop", "--pairs", "1", "--threads", "1", "--output", str(output)]
-    assert bench_layer.main([*SMALL, *flags]) == 0
-    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| T=8 E=4 fp32 |")]
+    assert bench_layer.main([*SMALL, "--tokens", "512", *flags]) == 0
+    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| T=512 E=4 fp32 |")]
     assert len(rows) == 2
     assert all(float(row.split("|")[3]) > 0 for row in rows)
