@@ -42,10 +42,10 @@ report says so.
 EPILOG = """\
 examples:
   python scripts/bench_layer.py --quick
-      the acceptance points only (some minutes): time at T=2048, E=8 and 32,
+      the acceptance points only (about ten minutes): time at T=2048, E=8 and 32,
       and peak memory at T=2048, 4096, 8192, all in fp32
   python scripts/bench_layer.py
-      the whole sweep: T=512..8192, E=8/32/128, fp32 and bf16 (about two hours)
+      the whole sweep: T=512..8192, E=8/32/128, fp32 and bf16 (an hour or two)
   python scripts/bench_layer.py --tokens 512 2048 --experts 8 --dtypes bf16 --rivals gemm loop
       a part of it
 
