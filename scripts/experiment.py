@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""The CPU-scale study: the same search, budget and data order for every model, several seeds, the test set once.
+
+1. Search: every model with every learning rate, one seed, ``--search-updates`` updates; the lowest validation loss wins.
+2. Study: every model with its learning rate, all seeds, ``--updates`` updates; then validation and test perplexity of
+   the last checkpoint through fairseq-eval-lm.
+
+Finished runs are kept, so a stopped study goes on where it was. Runs lie in OUT/search/MODEL/lr-X and
+OUT/runs/MODEL/seed-N; OUT/summary.json collects the figures, ``mhmoe report --aggregate`` makes table and plot.
+
+Example: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from mhmoe_fairseq.analysis.run_logs import read_evaluation, read_training_log
+
+MODELS = {
+    "dense": ["--arch", "dense_lm_{size}"],
+    "xmoe": ["--arch", "xmoe_lm_{size}"],
+    "smoe": ["--arch", "smoe_lm_{size}"],
+    **{
+        f"mhmoe-{budget}-h{heads}": [
+            "--arch", "mhmoe_lm_{size}", "--mhmoe-heads-number", str(heads), "--mhmoe-budget", budget
+        ]
+        for budget in ("params", "flops")
+        for heads in (2, 4, 8)
+    },
+}  # fmt: skip
+_SAY = threading.Lock()
+
+
+def say(text: str) -> None:
+    """One line, whole, whatever else runs."""
+    with _SAY:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def blocks(args: argparse.Namespace) -> list[str]:
+    """What training and evaluation share: the same blocks of text for every model."""
+    user_dir = Path(__file__).resolve().parent.parent / "mhmoe_fairseq"
+    return [
+        "--user-dir", str(user_dir), "--task", "mhmoe_language_modeling", "--tokens-per-sample",
+        str(args.tokens_per_sample), "--sample-break-mode", "none", "--cpu",
+    ]  # fmt: skip
+
+
+def train_command(args: argparse.Namespace, model: str, lr: float, seed: int, updates: int, run: Path) -> list[str]:
+    """The fairseq-train command of one run."""
+    interval = max(1, updates // 5)
+    return [
+        "fairseq-train", str(args.data), *blocks(args), *(word.format(size=args.size) for word in MODELS[model]),
+        "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
+        "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-6", "--weight-decay", "0.01",
+        "--clip-norm", "1.0", "--lr", f"{lr:g}", "--lr-scheduler", "polynomial_decay",
+        "--warmup-updates", str(updates // 10), "--total-num-update", str(updates), "--max-update", str(updates),
+        "--batch-size", str(args.batch_size), "--required-batch-size-multiple", "1", "--dropout", "0.1",
+        "--seed", str(seed), "--num-workers", "0", "--no-epoch-checkpoints", "--keep-interval-updates", "1",
+        "--validate-interval-updates", str(interval), "--save-interval-updates", str(updates),
+        "--log-format", "json", "--log-interval", str(max(1, updates // 20)),
+        "--save-dir", str(run), "--log-file", str(run / "train.log"),
+    ]  # fmt: skip
+
+
+def call(command: list[str], output: Path, threads: int) -> None:
+    """Run one command; its output is kept, a failure ends the study."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    partial = output.with_name(output.name + ".tmp")
+    with open(partial, "w") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
+    if done.returncode:
+        raise SystemExit(f"experiment: error: {command[0]} failed, see {partial}")
+    partial.replace(output)
+
+
+def train(args: argparse.Namespace, model: str, lr: float, seed: int, updates: int, run: Path) -> None:
+    """One training, unless it is finished."""
+    command = train_command(args, model, lr, seed, updates, run)
+    record = run / "command.json"
+    if (run / "finished").exists():
+        if json.loads(record.read_text()) != command:
+            raise SystemExit(f"experiment: error: {run} was trained with other settings; take another --out")
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    for stale in run.glob("checkpoint*.pt"):
+        stale.unlink()
+    (run / "train.log").unlink(missing_ok=True)
+    record.write_text(json.dumps(command, indent=1))
+    (run / "manifest.json").write_bytes((args.data / "manifest.json").read_bytes())
+    call(command, run / "output.txt", args.threads)
+    (run / "finished").touch()
+    say(f"{run.relative_to(args.out)}: {read_training_log(run / 'train.log').best_valid_loss():.3f} bits (validation)")
+
+
+def evaluate(args: argparse.Namespace, run: Path) -> None:
+    """Validation and test perplexity of the last checkpoint."""
+    for split in ("valid", "test"):
+        log = run / f"eval-{split}.log"
+        if not log.exists():
+            checkpoint = ["--path", str(run / "checkpoint_last.pt"), "--gen-subset", split, "--batch-size", "32"]
+            call(["fairseq-eval-lm", str(args.data), *blocks(args), *checkpoint], log, args.threads)
+
+
+def search(args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, float]:
+    """The best learning rate of every model on the validation set."""
+    jobs, losses = {}, {}
+    for model in args.models:
+        for lr in args.lrs:
+            run = args.out / "search" / model / f"lr-{lr:g}"
+            jobs[model, lr] = (run, pool.submit(train, args, model, lr, args.seeds[0], args.search_updates, run))
+    for key, (run, job) in jobs.items():
+        job.result()
+        losses[key] = read_training_log(run / "train.log").valid[-1]["valid_loss"]
+        for checkpoint in run.glob("checkpoint*.pt"):  # only the loss is needed
+            checkpoint.unlink()
+    best = {model: min(args.lrs, key=lambda lr: losses[model, lr]) for model in args.models}
+    table = {model: {f"{lr:g}": losses[model, lr] for lr in args.lrs} for model in args.models}
+    (args.out / "search.json").write_text(json.dumps({"valid_loss_bits": table, "best_lr": best}, indent=1))
+    return best
+
+
+def study(args: argparse.Namespace, pool: concurrent.futures.Executor, best: dict[str, float]) -> None:
+    """All seeds, then the evaluation and the summary."""
+
+    def one(model: str, seed: int) -> Path:
+        run = args.out / "runs" / model / f"seed-{seed}"
+        train(args, model, best[model], seed, args.updates, run)
+        evaluate(args, run)
+        return run
+
+    jobs = {(model, seed): pool.submit(one, model, seed) for seed in args.seeds for model in args.models}
+    summary = {}
+    for model in args.models:
+        results = [jobs[model, seed].result() for seed in args.seeds]
+        row: dict[str, object] = {"lr": best[model]}
+        for split in ("valid", "test"):
+            perplexities = [read_evaluation(run / f"eval-{split}.log").perplexity for run in results]
+            spread = statistics.stdev(perplexities) if len(perplexities) > 1 else None
+            row[split] = {"ppl": perplexities, "mean": statistics.mean(perplexities), "stdev": spread}
+        summary[model] = row
+        say(f"{model}: lr {best[model]:g}, validation {row['valid']}, test {row['test']}")
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder made by mhmoe prepare")
+    parser.add_argument("--out", type=Path, required=True, help="folder for runs and summary")
+    default_models = ["dense", "xmoe", "mhmoe-params-h4", "mhmoe-flops-h4"]
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=default_models, help="models to compare")
+    parser.add_argument("--size", choices=("tiny", "small", "base"), default="tiny", help="architecture size")
+    parser.add_argument("--updates", type=int, default=400, help="updates of every run of the study")
+    parser.add_argument("--search-updates", type=int, default=200, help="updates of every run of the search")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates to search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the search's")
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks per update")
+    parser.add_argument("--tokens-per-sample", type=int, default=128, help="tokens per block")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Search, then study."""
+    args = parse_arguments()
+    if not (args.data / "manifest.json").exists():
+        raise SystemExit(f"experiment: error: --data ({args.data}) holds no manifest.json: run mhmoe prepare first")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        best = search(args, pool) if len(args.lrs) > 1 else dict.fromkeys(args.models, args.lrs[0])
+        study(args, pool, best)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
