@@ -1,0 +1,1 @@
+"""Plans before training, reports and measurements after it."""
