@@ -124,8 +124,9 @@ def _download(archive: Archive, folder: Path) -> Path:
     if done.returncode == 0 and path is not None:
         return path
     said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    full = [line for line in said if "no space left" in line.lower()]
     complaints = [line for line in said if line.lower().startswith(("error", "e:", "npm err"))]
-    reason = [*complaints[:1], *said[-1:], "no message"][0]
+    reason = [*full[:1], *complaints[:1], *said[-1:], "no message"][0]
     raise UserError(
         f"--source: {archive.client} could not fetch {archive.package} (exit status {done.returncode}: {reason}); run "
         f"again with a network, put {archive.filename} into --cache-dir, or choose another source (docstrings needs no "

@@ -27,8 +27,8 @@ _LICENCES = "PSF (stdlib) and BSD-3-Clause (numpy, scipy, scikit-learn, torch, s
 _SKIPPED_FOLDERS = frozenset(
     {"tests", "test", "_internal", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor"}
 )
-_DOCTEST = re.compile(r"(?m)^\s*(>>>|\.\.\. ).*$")
-_PARAMETER = re.compile(r"(?m)^\s*[*\w][\w*, .]* : .*$")  # numpydoc's "name : type" lines
+_DOCTEST = re.compile(r"(?m)^[ \t]*(>>>|\.\.\. ).*$")
+_PARAMETER = re.compile(r"(?m)^[ \t]*[*\w][\w*, .]* : .*$")  # numpydoc's "name : type" lines
 _LONG_STRING = 200  # add_docstr and pydoc topics are plain strings, not docstrings
 
 
@@ -88,21 +88,20 @@ def docstring_documents(package: str, folder: Path) -> Iterator[Document]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Docstrings, then other long strings; a module that does not parse (a template, another version) has none."""
+    """Docstrings and other long strings; a module that does not parse (a template, another version) has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
         return
-    seen: set[int] = set()
-    for node in ast.walk(tree):
+    docstring_nodes: set[int] = set()
+    for node in ast.walk(tree):  # breadth first: a definition comes before the string in its body
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node)
             if docstring:
-                seen.add(id(node.body[0].value))  # type: ignore[attr-defined]
+                docstring_nodes.add(id(node.body[0].value))  # type: ignore[attr-defined]
                 yield docstring
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in seen:
-            if len(node.value) > _LONG_STRING:
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _LONG_STRING:
+            if id(node) not in docstring_nodes:
                 yield node.value
