@@ -76,8 +76,10 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         key = prefix + "vocabulary_fingerprint"
         saved = state_dict.setdefault(key, self.vocabulary_fingerprint)
-        if not saved.is_meta and not self.vocabulary_fingerprint.is_meta and not torch.equal(
-            saved.cpu(), self.vocabulary_fingerprint.cpu()
+        if (
+            not saved.is_meta
+            and not self.vocabulary_fingerprint.is_meta
+            and not torch.equal(saved.cpu(), self.vocabulary_fingerprint.cpu())
         ):
             embedding = state_dict.get(prefix + "embed_tokens.weight")
             words = "" if embedding is None else f"{embedding.size(0):,} "
@@ -100,7 +102,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
             ValueError: naming the flag, its value and the rule.
         """
         if args.decoder_layers is None:
-            raise ValueError(f"model {MODEL_NAME} needs an architecture, such as mhmoe_lm_tiny (--arch, or model._name)")
+            raise ValueError(f"model {MODEL_NAME} needs an architecture, such as mhmoe_lm_tiny: --arch or model._name")
         refuse_tpu(args.tpu)
         if len(task.target_dictionary) != len(task.source_dictionary):
             raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
@@ -130,7 +132,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
         data = find_data(checkpoint, data_name_or_path)
         sentencepiece = data / "sentencepiece.model"
         if "bpe" not in kwargs and sentencepiece.exists():
-            kwargs.update(bpe="sentencepiece", sentencepiece_model=str(sentencepiece))
+            kwargs.update(bpe="mhmoe_sentencepiece", sentencepiece_model=str(sentencepiece))
         return super().from_pretrained(str(checkpoint.parent.resolve()), checkpoint.name, str(data.resolve()), **kwargs)
 
 

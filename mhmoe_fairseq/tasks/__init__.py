@@ -1,5 +1,5 @@
 """fairseq tasks and tokenizers; importing registers them."""
 
-from . import language_modeling, tiktoken_bpe
+from . import language_modeling, sentencepiece_bpe, tiktoken_bpe
 
-__all__ = ["language_modeling", "tiktoken_bpe"]
+__all__ = ["language_modeling", "sentencepiece_bpe", "tiktoken_bpe"]
