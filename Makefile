@@ -5,8 +5,10 @@
 PYTHON ?= $(shell scripts/find_python.sh)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv/$(VERSION)
+EXTRAS ?= dev,plots,tensorboard
 BIN := $(abspath $(VENV))/bin
-STAMP := $(VENV)/.mhmoe-setup
+# Set-up runs once for each choice of extras, and again when what it installs has changed.
+STAMP := $(VENV)/.setup-$(EXTRAS)
 # One process for each core, each with one thread: the tests' tensors are too small to share.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 export EXTRAS PYTHON

@@ -6,7 +6,7 @@ set -euo pipefail
 
 python=${1:?usage: scripts/setup.sh PYTHON VENV}
 venv=${2:?usage: scripts/setup.sh PYTHON VENV}
-extras=${EXTRAS-dev,plots,tensorboard}
+extras=${EXTRAS-dev,plots,tensorboard} # EXTRAS= for none
 cd "$(dirname "$0")/.."
 
 "$python" scripts/check_machine.py "$venv"

@@ -167,17 +167,6 @@ def test_stock_bf16_means_a_tpu() -> None:
     assert training_arguments("--bf16").tpu
 
 
-def test_bf16_is_refused_by_name_before_data_is_read(repository: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "fairseq_cli.train", str(tmp_path / "no-such-data"), "--cpu", "--bf16",
-        "--user-dir", str(repository / "mhmoe_fairseq"), "--task", "mhmoe_language_modeling",
-        "--arch", "mhmoe_lm_tiny", "--criterion", "moe_cross_entropy", "--optimizer", "adam", "--max-tokens", "64",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "--mhmoe-precision bf16" in done.stderr.splitlines()[-1]
-
-
 def test_refuse_tpu_lets_other_devices_through() -> None:
     compat.refuse_tpu(False)
     with pytest.raises(ValueError, match="--bf16"):
