@@ -114,7 +114,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
 
         for key in ("gate_loss", "z_loss"):
             if any(key in log for log in logging_outputs):
-                metrics.log_scalar(key, sum(log.get(key, 0) for log in logging_outputs) / sample_size, sample_size, round=4)
+                value = sum(log.get(key, 0) for log in logging_outputs) / sample_size
+                metrics.log_scalar(key, value, sample_size, round=4)
         if any("moe_load" in log for log in logging_outputs):
             _log_routing(logging_outputs)
 

@@ -77,7 +77,7 @@ def dense(args: Any) -> None:
         ValueError: if ``--moe-freq`` asks for some.
     """
     if getattr(args, "moe_freq", None):
-        raise ValueError(f"--moe-freq ({args.moe_freq}) contradicts a dense_* architecture: take smoe_*, xmoe_*, mhmoe_*")
+        raise ValueError(f"--moe-freq ({args.moe_freq}) contradicts a dense_* architecture")
     fill(args, moe_freq=0)
 
 

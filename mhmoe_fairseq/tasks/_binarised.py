@@ -23,7 +23,7 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")
     if not (folder / "dict.txt").is_file():
-        raise FileNotFoundError(f"{folder / 'dict.txt'} is missing: {folder} holds no binarised data (see mhmoe prepare)")
+        raise FileNotFoundError(f"{folder / 'dict.txt'} is missing: {folder} holds no binarised data")
 
 
 def check_split(prefix: Path, vocabulary_size: int) -> None:
@@ -40,7 +40,7 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
         return
     for file in (index, data):
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing: binarise the data (mhmoe prepare, or fairseq-preprocess --only-source)")
+            raise FileNotFoundError(f"{file} is missing: binarise the data, see mhmoe prepare")
     dtype, sizes = _read_index(index)
     if sizes is None:
         return
@@ -53,7 +53,7 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
     largest = int(np.memmap(data, dtype=dtype, mode="r")[:_CHECKED_TOKENS].max())
     if largest >= vocabulary_size:
         raise ValueError(
-            f"{data} has token id {largest}, dict.txt has {vocabulary_size:,} words: it was binarised with another dictionary"
+            f"{data} has token id {largest}, dict.txt has {vocabulary_size:,} words: binarised with another dictionary"
         )
 
 

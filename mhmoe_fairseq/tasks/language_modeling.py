@@ -44,7 +44,7 @@ class MHMoELanguageModelingTask(LanguageModelingTask):
         words = (folders[0] / "dict.txt").read_bytes()
         for shard in folders[1:]:
             if (shard / "dict.txt").is_file() and (shard / "dict.txt").read_bytes() != words:
-                raise ValueError(f"{shard / 'dict.txt'} differs from {folders[0] / 'dict.txt'}: shards share one dictionary")
+                raise ValueError(f"{shard}/dict.txt differs from {folders[0]}/dict.txt: shards share one dictionary")
         return super().setup_task(args, **kwargs)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:

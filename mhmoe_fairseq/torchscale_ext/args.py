@@ -15,6 +15,8 @@ from .settings import DecoderSettings
 
 logger = logging.getLogger(__name__)
 
+# Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
+_WIDTH_MULTIPLES = (8, 4, 2, 1)
 _ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swiglu"}
 
 # Flags of TorchScale and the official repository: where they have no effect they are accepted with a warning.
@@ -149,10 +151,13 @@ def _with_budget(options: Any) -> MHMoEConfig:
     budget = _text(options.mhmoe_budget) or "none"
     if budget == "none" or plain.num_params() == reference.num_params():
         return plain
-    try:
-        return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, **changes)
-    except ValueError as error:
-        raise ValueError(f"{error}; or set the width yourself: --moe-ffn-dim") from error
+    problem = ""
+    for multiple in _WIDTH_MULTIPLES:
+        try:
+            return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+        except ValueError as error:
+            problem = str(error)
+    raise ValueError(f"{problem}; or set the width yourself: --moe-ffn-dim")
 
 
 def _shared_fields(options: Any) -> dict[str, Any]:
@@ -251,7 +256,7 @@ def _check_moe(options: Any) -> None:
     budget = _text(options.mhmoe_budget)
     if options.moe_ffn_dim is not None and budget not in (None, "none"):
         raise ValueError(
-            f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, and so does --mhmoe-budget {budget}: give one"
+            f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
         )
     _check_router(options)
     _check_capacity(options)

@@ -148,5 +148,7 @@ def test_gate_and_z_loss_are_means_per_target():
 def test_overflow_under_capacity_routing():
     model = small_model(mhmoe_routing="capacity", moe_eval_capacity_token_fraction=0.05).eval()
     log = log_of(model, sample([30]))
-    assert logged([log])["moe_overflow"] == pytest.approx((log["moe_dropped"] / log["moe_load"].sum(1)).item(), abs=1e-4)
+    assert logged([log])["moe_overflow"] == pytest.approx(
+        (log["moe_dropped"] / log["moe_load"].sum(1)).item(), abs=1e-4
+    )
     assert logged([log])["moe_overflow"] > 0.2

@@ -34,7 +34,9 @@ def test_dense_base_has_the_papers_162_million(paper_vocabulary):
     assert count(meta_model("dense_lm_base", paper_vocabulary)) == 162_160_896
 
 
-@pytest.mark.parametrize("experts, millions", [(8, 361), (16, 588), (32, 1_042), (64, 1_949), (128, 3_765), (256, 7_397)])
+@pytest.mark.parametrize(
+    "experts, millions", [(8, 361), (16, 588), (32, 1_042), (64, 1_949), (128, 3_765), (256, 7_397)]
+)
 def test_xmoe_and_mhmoe_base_have_the_counts_of_table_11(experts, millions, paper_vocabulary):
     xmoe = count(meta_model("xmoe_lm_base", paper_vocabulary, moe_expert_count=experts))
     mhmoe = count(meta_model("mhmoe_lm_base", paper_vocabulary, moe_expert_count=experts))

@@ -97,7 +97,9 @@ def test_bf16_trains_on_a_cpu(family):
 
 def test_fp16_training_needs_loss_scaling():
     tokens = token_rows([4])
-    with pytest.raises(ValueError, match="--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16"):
+    with pytest.raises(
+        ValueError, match="--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16"
+    ):
         small_model(mhmoe_precision="fp16").train()(tokens)
     for flag in ("amp", "fp16"):
         assert small_model(mhmoe_precision="fp16", **{flag: True}).train()(tokens)[0].dtype == torch.float16

@@ -94,8 +94,9 @@ def test_moe_normalize_gate_prob_before_dropping():
 def test_moe_eval_capacity_token_fraction():
     # -1: the training rule, here 8 sub-tokens' share of 8 experts, so that a crowded expert drops some.
     dropped = [
-        small_model(mhmoe_routing="capacity", moe_eval_capacity_token_fraction=fraction).eval()(token_rows([30]))[1]
-        ["moe_stats"][1].dropped.item()
+        small_model(mhmoe_routing="capacity", moe_eval_capacity_token_fraction=fraction)
+        .eval()(token_rows([30]))[1]["moe_stats"][1]
+        .dropped.item()
         for fraction in (-1.0, 1.0)
     ]
     assert dropped[0] > 0 and dropped[1] == 0

@@ -142,9 +142,16 @@ def test_one_head_is_the_reference_under_any_budget():
     assert config("xmoe_lm_tiny", mhmoe_budget="flops") == config("xmoe_lm_tiny")
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])
+def test_small_models_meet_the_budget_with_finer_widths(heads):
+    reference, ours = config("xmoe_lm_tiny"), config(mhmoe_heads_number=heads)
+    assert 0.995 * reference.num_params() <= ours.num_params() <= reference.num_params()
+    assert config("mhmoe_lm_base", mhmoe_heads_number=heads).expert_ffn_dim % 8 == 0
+
+
 def test_a_budget_that_no_width_meets_names_the_way_out():
     with pytest.raises(ValueError, match=r"'params'.*--mhmoe-heads-number=4.*--moe-ffn-dim"):
-        config(**SMALL)
+        config(**{**SMALL, "decoder_ffn_embed_dim": 8, "mhmoe_projection_layers": 6})
 
 
 # ---------------------------------------------------------------------- contradictions
@@ -155,26 +162,50 @@ def test_a_budget_that_no_width_meets_names_the_way_out():
     [
         ("mhmoe_lm_tiny", {"moe_top1_expert": True, "moe_top_k": 2}, "--moe-top1-expert contradicts --moe-top-k 2"),
         ("smoe_lm_tiny", {"use_xmoe": True, "mhmoe_router": "linear"}, "--use-xmoe contradicts --mhmoe-router linear"),
-        ("mhmoe_lm_tiny", {"moe_ffn_dim": 64, "mhmoe_budget": "params"}, r"--moe-ffn-dim \(64\).*--mhmoe-budget params"),
+        (
+            "mhmoe_lm_tiny",
+            {"moe_ffn_dim": 64, "mhmoe_budget": "params"},
+            r"--moe-ffn-dim \(64\).*--mhmoe-budget params",
+        ),
         ("mhmoe_lm_tiny", {"moe_ffn_dim": 64, "mhmoe_budget": "flops"}, r"--moe-ffn-dim \(64\).*--mhmoe-budget flops"),
         ("dense_lm_tiny", {"mhmoe_heads_number": 4}, "--mhmoe-heads-number needs MoE layers, but the model is dense"),
         ("dense_lm_tiny", {"mhmoe_budget": "params"}, "--mhmoe-budget needs MoE layers"),
         ("dense_lm_tiny", {"moe_freq": 2}, r"--moe-freq \(2\) contradicts a dense_\* architecture"),
         ("mhmoe_lm_tiny", {"moe_freq": 5}, r"--moe-freq \(5\) must be 0 or at most --decoder-layers \(4\)"),
         ("mhmoe_lm_tiny", {"moe_freq": -1}, r"--moe-freq \(-1\)"),
-        ("mhmoe_lm_tiny", {"mhmoe_heads_number": 3}, r"--mhmoe-heads-number \(3\) must divide --decoder-embed-dim \(128\)"),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_heads_number": 3},
+            r"--mhmoe-heads-number \(3\) must divide --decoder-embed-dim \(128\)",
+        ),
         ("mhmoe_lm_tiny", {"moe_top_k": 9}, r"--moe-top-k \(9\) must be at most --moe-expert-count \(8\)"),
         ("mhmoe_lm_tiny", {"moe_expert_count": 0}, r"--moe-expert-count \(0\)"),
         ("smoe_lm_tiny", {"mhmoe_router_temperature": 0.3}, "--mhmoe-router-temperature needs --mhmoe-router xmoe"),
         ("smoe_lm_tiny", {"mhmoe_router_preset": "p1"}, "--mhmoe-router-preset needs --mhmoe-router xmoe"),
-        ("mhmoe_lm_tiny", {"mhmoe_router_preset": "p1", "mhmoe_router_dim": 8}, "--mhmoe-router-preset sets what --mhmoe-router-dim"),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_router_preset": "p1", "mhmoe_router_dim": 8},
+            "--mhmoe-router-preset sets what --mhmoe-router-dim",
+        ),
         ("mhmoe_lm_tiny", {"mhmoe_capacity_factor": 2.0}, "--mhmoe-capacity-factor is about capacity"),
-        ("mhmoe_lm_tiny", {"mhmoe_projection_layers": 0, "mhmoe_head_projection": "on"}, r"--mhmoe-projection-layers \(0\)"),
-        ("mhmoe_lm_tiny", {"decoder_attention_heads": 5}, r"--decoder-attention-heads \(5\) must divide --decoder-embed-dim"),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_projection_layers": 0, "mhmoe_head_projection": "on"},
+            r"--mhmoe-projection-layers \(0\)",
+        ),
+        (
+            "mhmoe_lm_tiny",
+            {"decoder_attention_heads": 5},
+            r"--decoder-attention-heads \(5\) must divide --decoder-embed-dim",
+        ),
         ("mhmoe_lm_tiny", {"subln": True, "no_subln": True}, "--subln and --no-subln"),
         ("mhmoe_lm_tiny", {"subln": True, "deepnorm": True}, "--subln and --deepnorm"),
         ("mhmoe_lm_tiny", {"rotary_embed": True, "xpos_rel_pos": True}, "--rotary-embed and --xpos-rel-pos"),
-        ("mhmoe_lm_tiny", {"decoder_learned_pos": True, "no_token_positional_embeddings": True}, "--decoder-learned-pos and"),
+        (
+            "mhmoe_lm_tiny",
+            {"decoder_learned_pos": True, "no_token_positional_embeddings": True},
+            "--decoder-learned-pos and",
+        ),
         ("mhmoe_lm_tiny", {"dropout": 1.0}, r"--dropout \(1.0\) must be in \[0, 1\)"),
     ],
 )
@@ -207,7 +238,10 @@ def test_lineage_flags_on_a_dense_model_warn_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             assert config("dense_lm_tiny", moe_expert_count=8, moe_gating_use_fp32=True) is None
-    assert sorted(record.message.split()[0] for record in caplog.records) == ["--moe-expert-count", "--moe-gating-use-fp32"]
+    assert sorted(record.message.split()[0] for record in caplog.records) == [
+        "--moe-expert-count",
+        "--moe-gating-use-fp32",
+    ]
 
 
 def test_a_sampling_policy_needs_two_experts():
