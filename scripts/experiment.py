@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The CPU-scale study: the same search, budget and data order for every model, several seeds, the test set once.
 
-1. Search: every model with every learning rate, one seed, ``--search-updates`` updates; the lowest validation loss wins.
+1. Search: every model with every learning rate, one seed, ``--search-updates`` updates; the lowest
+   validation loss wins.
 2. Study: every model with its learning rate, all seeds, ``--updates`` updates; then validation and test perplexity of
    the last checkpoint through fairseq-eval-lm.
 

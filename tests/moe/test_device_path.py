@@ -1,40 +1,15 @@
 """The accelerator path as far as a machine without one allows: shapes, dtypes, and no look at the data."""
 
-import contextlib
-
 import pytest
 import torch
+from fake_devices import HOST_READS, Recorder, default_dtype
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe import experts as experts_module
 
 FIELDS = {"embed_dim": 64, "num_heads": 4, "num_experts": 4, "expert_ffn_dim": 32}
 VARIANTS = [{}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1}, {"routing": "capacity"}]
-HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::masked_select", "aten::is_nonzero"}
-
-
-class Recorder(TorchDispatchMode):
-    """The names of all operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
