@@ -1,0 +1,34 @@
+"""Markdown tables that also read well in a terminal, and numbers as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MISSING = "–"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def millions(value: float | None, digits: int = 2) -> str:
+    """``360.84M``."""
+    return MISSING if value is None else f"{value / 1e6:,.{digits}f}M"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """``12.34``, or a dash for None."""
+    return MISSING if value is None else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """``90.7 %``."""
+    return MISSING if share is None else f"{100 * share:.1f} %"
