@@ -59,7 +59,7 @@ def blocks(args: argparse.Namespace) -> list[str]:
 
 def train_command(args: argparse.Namespace, model: str, lr: float, seed: int, updates: int, run: Path) -> list[str]:
     """The fairseq-train command of one run."""
-    interval = max(1, updates // 5)
+    interval = max(1, updates // 4)
     return [
         "fairseq-train", str(args.data), *blocks(args), *(word.format(size=args.size) for word in MODELS[model]),
         "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
@@ -162,9 +162,9 @@ def parse_arguments() -> argparse.Namespace:
     default_models = ["dense", "xmoe", "mhmoe-params-h4", "mhmoe-flops-h4"]
     parser.add_argument("--models", nargs="+", choices=MODELS, default=default_models, help="models to compare")
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="tiny", help="architecture size")
-    parser.add_argument("--updates", type=int, default=400, help="updates of every run of the study")
-    parser.add_argument("--search-updates", type=int, default=200, help="updates of every run of the search")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates to search")
+    parser.add_argument("--updates", type=int, default=300, help="updates of every run of the study")
+    parser.add_argument("--search-updates", type=int, default=100, help="updates of every run of the search")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates to search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the search's")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks per update")
     parser.add_argument("--tokens-per-sample", type=int, default=128, help="tokens per block")
