@@ -15,3 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests sta
 def repository() -> Path:
     """The folder that holds setup.py."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory):
+    """A tiny MH-MoE language model, really trained (see ``trained_model.TrainedModel``)."""
+    from trained_model import train_tiny_model  # here, because it imports fairseq
+
+    return train_tiny_model(tmp_path_factory.mktemp("trained-model"))

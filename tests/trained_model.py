@@ -6,7 +6,6 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 from console import train
 
 from mhmoe_fairseq.cli import main as mhmoe
@@ -53,8 +52,3 @@ def train_tiny_model(root: Path) -> TrainedModel:
     flags = "--sample-break-mode eos --tokens-per-sample 64 --batch-size 16 --decoder-embed-dim 64 --lr 0.005".split()
     train(root / "data", root / "saved", "mhmoe_lm_tiny", *flags, max_update=60)
     return TrainedModel(root / "data", root / "saved")
-
-
-@pytest.fixture(scope="session")
-def trained_model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    return train_tiny_model(tmp_path_factory.mktemp("trained-model"))

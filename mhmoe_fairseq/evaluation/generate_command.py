@@ -7,7 +7,6 @@ import json
 import logging
 import pickle
 import sys
-import warnings
 from pathlib import Path
 
 from ..errors import UserError
@@ -63,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     )
     try:
         model = MHMoELanguageModel.from_pretrained(args.checkpoint, data_name_or_path=args.data)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{args.checkpoint}: no readable checkpoint ({str(error).splitlines()[0]})") from error
     model.to("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
@@ -76,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
 def quiet_fairseq() -> None:
     """Keep stderr for what concerns the user: fairseq logs its whole configuration when it loads a model."""
     logging.getLogger("fairseq").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")
 
 
 def read_prompts(name: str) -> list[str]:

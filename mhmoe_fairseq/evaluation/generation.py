@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import fairseq.search
 import torch
+from fairseq import utils
 from fairseq.hub_utils import GeneratorHubInterface
-from omegaconf import open_dict
+from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
 from ..errors import UserError
@@ -56,17 +59,19 @@ class Search:
         if not self.sampling and (self.top_k is not None or self.top_p is not None):
             raise UserError(f"--{'top-k' if self.top_k is not None else 'top-p'} needs --sampling")
 
-    def options(self) -> dict[str, Any]:
-        """The same as keyword arguments of ``GeneratorHubInterface.generate``."""
-        return {
-            "beam": self.beam,
-            "max_len_a": 0,
-            "max_len_b": self.max_len_b,
-            "sampling": self.sampling,
-            "temperature": self.temperature,
-            "sampling_topk": -1 if self.top_k is None else self.top_k,
-            "sampling_topp": -1.0 if self.top_p is None else self.top_p,
-        }
+
+class PromptSampling(fairseq.search.Sampling):
+    """fairseq's sampling, for prompts of any probability.
+
+    fairseq forces a prompt's token by ruling out all others, and then draws in proportion to its probability, which
+    fails where that one, sharpened by a temperature below 1, is no longer a float32.
+    """
+
+    FLOOR = -80.0  # exp of it is still a normal float32, and no token of such probability is ever drawn
+
+    def step(self, step: int, lprobs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As ``Sampling.step``, on ``lprobs`` that are -inf or at least the floor."""
+        return super().step(step, lprobs.clamp(min=self.FLOOR).where(lprobs > -torch.inf, lprobs), *args, **kwargs)
 
 
 class Continuation(NamedTuple):
@@ -108,14 +113,28 @@ def continue_prompts(
         raise UserError(f"--top-k ({search.top_k}) must be at most {len(model.tgt_dict)}, the words of the dictionary")
     longest = min(search.max_len_b, model.models[0].max_decoder_positions() - 1)
     encoded = [_encode(model, prompt, longest) for prompt in prompts]
-    with open_dict(model.cfg):  # what the model was trained with would cut our batches
-        model.cfg.dataset.batch_size, model.cfg.dataset.max_tokens = batch_size, None
+    generator = _build_generator(model, search)
     for start in range(0, len(prompts), batch_size):
         if search.sampling:
             torch.manual_seed(search.seed)
         batch = slice(start, start + batch_size)
-        for prompt, hypotheses in zip(prompts[batch], model.generate(encoded[batch], **search.options())):
+        found = model.task.inference_step(generator, model.models, _batch(model, encoded[batch]))
+        for prompt, hypotheses in zip(prompts[batch], found):
             yield _continuation(model, prompt, hypotheses[0])
+
+
+def _build_generator(model: GeneratorHubInterface, search: Search) -> SequenceGenerator:
+    options = SimpleNamespace(beam=search.beam, max_len_b=search.max_len_b, temperature=search.temperature)
+    generator = model.task.build_generator(model.models, options)
+    if search.sampling:
+        generator.search = PromptSampling(model.tgt_dict, search.top_k or -1, search.top_p or -1.0)
+    return generator
+
+
+def _batch(model: GeneratorHubInterface, encoded: list[Tensor]) -> dict[str, Any]:
+    dataset = model.task.build_dataset_for_inference(encoded, [len(tokens) for tokens in encoded])
+    sample = dataset.collater([dataset[index] for index in range(len(encoded))])
+    return utils.apply_to_sample(lambda tensor: tensor.to(model.device), sample)
 
 
 def _encode(model: GeneratorHubInterface, prompt: str, longest: int) -> Tensor:
