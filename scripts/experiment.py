@@ -164,7 +164,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=("tiny", "small", "base"), default="tiny", help="architecture size")
     parser.add_argument("--updates", type=int, default=300, help="updates of every run of the study")
     parser.add_argument("--search-updates", type=int, default=100, help="updates of every run of the search")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates to search")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2], help="learning rates to search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the search's")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks per update")
     parser.add_argument("--tokens-per-sample", type=int, default=128, help="tokens per block")
