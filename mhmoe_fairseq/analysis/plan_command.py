@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ..data.files import write_json
 from ..errors import UserError
 from ..models.architectures import architecture_options
 from ..models.options import LanguageModelOptions
+from .console import say
 from .model_counts import ModelCounts, blank_dictionary, count_model
 from .paper_numbers import P1, TABLE_11, TABLE_11_DENSE, ParameterRow
 from .tables import MISSING, markdown_table, millions
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     """
     dictionary = blank_dictionary(args.vocab_size)
     rows = plan(args.arch, _experts(args), dictionary, args.tokens_per_sample, _model_flags(args))
-    sys.stdout.write(describe(rows, args.arch, args.vocab_size) + "\n")
+    say(describe(rows, args.arch, args.vocab_size))
     if args.json:
         write_json(args.json, [_as_json(row) for row in rows])
     return 0

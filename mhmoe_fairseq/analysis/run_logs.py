@@ -39,9 +39,20 @@ class TrainingLog:
         return [updates for updates, _ in points], [value for _, value in points]
 
     def tokens_per_second(self) -> float | None:
-        """Median training speed over the log intervals, the first left out (warm-up); None without records."""
-        speeds = [record["wps"] for record in self.inner if "wps" in record]
-        return statistics.median(speeds[1:] or speeds) if speeds else None
+        """Median training speed over the log intervals; None without records.
+
+        The first interval (warm-up) and those that a validation interrupted are left out where others remain.
+        """
+        speeds = {int(_updates(record)): record["wps"] for record in self.inner if "wps" in record}
+        validated = [int(_updates(record)) for record in self.valid]
+        ends = list(speeds)
+        undisturbed = [
+            speeds[end]
+            for start, end in zip(ends, ends[1:])
+            if not any(start <= update < end for update in validated)
+        ]
+        chosen = undisturbed or list(speeds.values())[1:] or list(speeds.values())
+        return statistics.median(chosen) if chosen else None
 
     def best_valid_loss(self) -> float | None:
         """Lowest validation loss in bits per token, or None if the run never validated."""

@@ -1,0 +1,176 @@
+"""Which experts a trained model uses: routing counts summed over an evaluation set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils, utils
+from torch import Tensor
+
+from ..data.files import read_json, sha256_of, write_json
+from ..errors import UserError
+from ..moe import RoutingStats
+from ..moe.stats import active_share, effective_share, load_max_over_mean
+from .console import say
+
+ACTIVE_THRESHOLD = 0.01
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Counts of one model over one split.
+
+    Attributes:
+        checkpoint_sha256: of the file measured.
+        data_digest: of the data, as ``data_identity`` computes it.
+        split: ``valid`` or ``test`` or another.
+        tokens: targets evaluated.
+        loss: bits per token on them.
+        layers: indices of the MoE layers in the decoder, from 0.
+        load: per layer and expert, assignments (sub-token, choice) before dropping.
+        dropped: per layer, assignments dropped for lack of capacity.
+        entropy: per layer, the router's mean softmax entropy in nats.
+    """
+
+    checkpoint_sha256: str
+    data_digest: str
+    split: str
+    tokens: int
+    loss: float
+    layers: list[int]
+    load: list[list[float]]
+    dropped: list[float]
+    entropy: list[float]
+
+    @property
+    def load_LE(self) -> Tensor:
+        """``(layers, E)`` float64."""
+        return torch.tensor(self.load, dtype=torch.float64)
+
+    def active(self, threshold: float = ACTIVE_THRESHOLD) -> list[float]:
+        """Per layer, the share of experts with at least ``threshold`` of the uniform load."""
+        return active_share(self.load_LE, threshold).tolist()
+
+    def effective(self) -> list[float]:
+        """Per layer, ``exp(entropy of the load) / E``."""
+        return effective_share(self.load_LE).tolist()
+
+    def max_over_mean(self) -> list[float]:
+        """Per layer, the largest load over the mean load."""
+        return load_max_over_mean(self.load_LE).tolist()
+
+    def overflow(self) -> list[float]:
+        """Per layer, the share of assignments that were dropped."""
+        return [dropped / max(sum(load), 1.0) for dropped, load in zip(self.dropped, self.load)]
+
+    def relative_load(self) -> Tensor:
+        """``(layers, E)``: each expert's share of its layer's assignments times E; 1 is uniform."""
+        load_LE = self.load_LE
+        return load_LE / load_LE.mean(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def mean(values: list[float]) -> float | None:
+    """Mean over layers; None without any."""
+    return sum(values) / len(values) if values else None
+
+
+def load_for_evaluation(checkpoint: Path, data: Path) -> tuple[torch.nn.Module, Any]:
+    """The model in evaluation mode and its task, with the data taken from ``data``.
+
+    Raises:
+        ValueError: if the data's dictionary is not the checkpoint's.
+        FileNotFoundError: if there is no data.
+    """
+    overrides = {"data": str(data.resolve())}
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
+    model = models[0].eval()
+    return model.cuda() if torch.cuda.is_available() else model, task
+
+
+def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: str, batch_size: int = 32) -> Activation:
+    """Evaluate ``checkpoint`` on a split, in the blocks it was trained with, and sum its routing counts.
+
+    Raises:
+        ValueError: if the model has no MoE layers, or the data's dictionary is not the checkpoint's.
+        FileNotFoundError: if the split is missing.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
+    model, task = load_for_evaluation(checkpoint, data)
+    task.load_dataset(split)
+    batches = task.get_batch_iterator(
+        task.dataset(split),
+        max_sentences=batch_size,
+        max_positions=model.max_positions(),
+        required_batch_size_multiple=1,
+    ).next_epoch_itr(shuffle=False)
+    device = next(model.parameters()).device
+    loss, tokens, totals = 0.0, 0, {}
+    with torch.no_grad():
+        for sample in batches:
+            sample = utils.move_to_cuda(sample) if device.type == "cuda" else sample
+            logits, extra = model(**sample["net_input"])
+            loss += _loss_bits(model, logits, sample["target"])
+            tokens += int(sample["ntokens"])
+            totals = _add(totals, extra["moe_stats"])
+    if not totals:
+        raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
+    layers = sorted(totals)
+    return Activation(
+        checkpoint_sha256=sha256_of(checkpoint),
+        data_digest=data_digest,
+        split=split,
+        tokens=tokens,
+        loss=loss / tokens,
+        layers=layers,
+        load=[totals[layer].expert_load.tolist() for layer in layers],
+        dropped=[float(totals[layer].dropped) for layer in layers],
+        entropy=[float(totals[layer].entropy / totals[layer].num_subtokens) for layer in layers],
+    )
+
+
+def measured_activation(
+    cache: Path, checkpoint: Path, data: Path, split: str, data_digest: str, batch_size: int = 32
+) -> Activation:
+    """As ``measure_activation``, kept in the JSON file ``cache`` and read from there if it is of the same files."""
+    if cache.is_file():
+        kept = read_activation(cache)
+        if kept is not None and (kept.checkpoint_sha256, kept.data_digest, kept.split) == (
+            sha256_of(checkpoint), data_digest, split,
+        ):  # fmt: skip
+            return kept
+    say(f"measuring the experts of {checkpoint} on {split}")
+    activation = measure_activation(checkpoint, data, split, data_digest, batch_size)
+    write_json(cache, asdict(activation))
+    return activation
+
+
+def read_activation(path: Path) -> Activation | None:
+    """What ``measured_activation`` kept; None if the file is of another kind."""
+    kept = read_json(path)
+    fields = {key: value for key, value in kept.items() if key in Activation.__dataclass_fields__}
+    return Activation(**fields) if len(fields) == len(Activation.__dataclass_fields__) else None
+
+
+def _loss_bits(model: torch.nn.Module, logits: Tensor, target: Tensor) -> float:
+    padding = model.decoder.dictionary.pad()
+    nats = torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), target.flatten(), ignore_index=padding, reduction="sum"
+    )
+    return nats.item() / math.log(2)
+
+
+def _add(totals: dict[int, RoutingStats], stats: list[RoutingStats | None]) -> dict[int, RoutingStats]:
+    """Counts in float64: float32 stops counting at 16 million."""
+    summed = dict(totals)
+    for layer, new in enumerate(stats):
+        if new is None:
+            continue
+        exact = RoutingStats(*(count.double().cpu() for count in new))
+        old = totals.get(layer)
+        summed[layer] = exact if old is None else RoutingStats(*(a + b for a, b in zip(old, exact)))
+    return summed

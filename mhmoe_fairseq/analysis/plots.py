@@ -1,0 +1,86 @@
+"""PNG figures; matplotlib is the optional extra ``plots``."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.files import atomic_path
+from ..errors import UserError
+from .activation import Activation, mean
+from .aggregate import mean_and_deviation
+from .tables import percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = tuple[str, Sequence[float], Sequence[float]]
+
+
+def require_matplotlib() -> None:
+    """Raises:
+    UserError: with the line that installs it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("plots need matplotlib: pip install 'mhmoe-fairseq[plots]' (or pip install matplotlib)")
+
+
+def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_scale: bool = False) -> None:
+    """Values over updates, a line for every run."""
+    figure = _figure(7.0, 4.2)
+    axes = figure.subplots()
+    for name, updates, values in curves:
+        axes.plot(updates, values, marker="o" if len(updates) < 30 else None, markersize=3, label=name)
+    axes.set(title=title, xlabel="updates", ylabel=ylabel)
+    if log_scale:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_activations(path: Path, activations: dict[str, Activation]) -> None:
+    """Heat maps, MoE layers by experts, one for every model, on one colour scale (P1's figures 1 and 5)."""
+    loads = {name: activation.relative_load() for name, activation in activations.items()}
+    highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for load in loads.values())))
+    rows = sum(load.size(0) for load in loads.values())
+    figure = _figure(8.0, 1.1 * len(loads) + 0.35 * rows + 0.6)
+    heights = [max(load.size(0), 2) for load in loads.values()]
+    all_axes = figure.subplots(len(loads), 1, squeeze=False, height_ratios=heights)
+    image: Any = None
+    for axes, (name, load) in zip(all_axes[:, 0], loads.items()):
+        image = axes.imshow(load.numpy(), aspect="auto", vmin=0.0, vmax=highest, interpolation="nearest")
+        layers = activations[name].layers
+        axes.set_yticks(range(len(layers)), [str(layer + 1) for layer in layers])
+        axes.set(title=f"{name}: {percent(mean(activations[name].active()))} active", ylabel="layer", xlabel="expert")
+    figure.colorbar(image, ax=all_axes[:, 0].tolist(), label="load, 1 = uniform", extend="max")
+    _save(figure, path)
+
+
+def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylabel: str) -> None:
+    """Mean and standard deviation of every model, and each seed as a dot."""
+    figure = _figure(1.6 + 1.3 * len(values), 4.2)
+    axes = figure.subplots()
+    for place, seeds in enumerate(values.values()):
+        middle, deviation = mean_and_deviation(seeds)
+        axes.errorbar(place, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
+        axes.plot([place] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
+    axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
+    axes.set(title=title, ylabel=ylabel)
+    axes.grid(alpha=0.3, axis="y")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

@@ -1,0 +1,145 @@
+"""A trained run on disk: a folder with checkpoints, fairseq's log file and the outputs of ``fairseq-eval-lm``.
+
+Names: ``train.log`` (``fairseq-train --log-format json --log-file``), ``eval-valid.log`` and ``eval-test.log`` (what
+``fairseq-eval-lm`` printed), ``checkpoint_best.pt`` or ``checkpoint_last.pt``, and ``manifest.json``, a copy of the
+data's at the time of training (without it the data folder that the checkpoint names is looked at).
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UserError
+from .data_identity import DataIdentity, identify_data, identify_manifest
+from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
+
+SPLITS = ("valid", "test")
+_CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
+_EVALUATED_CHECKPOINT = re.compile(r"loading model\(s\) from (.+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model.
+
+    Attributes:
+        path: its folder.
+        log: the training's records.
+        checkpoint: the evaluated one, else the best, else the last.
+        settings: the stored configuration by section, plain values.
+        evaluations: by split, those that exist.
+        data: what it was trained on.
+    """
+
+    path: Path
+    log: TrainingLog
+    checkpoint: Path
+    settings: dict[str, dict[str, Any]]
+    evaluations: dict[str, Evaluation]
+    data: DataIdentity
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def options(self) -> Namespace:
+        """The model's options, as ``build_language_model`` takes them."""
+        return Namespace(**self.settings["model"])
+
+    def command(self) -> str | None:
+        """The command line that trained it, if it was kept."""
+        path = self.path / "command.txt"
+        return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
+
+
+def read_run(path: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UserError: naming what is missing or cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"run {path} does not exist")
+    log = read_training_log(path / "train.log")
+    checkpoint = _find_checkpoint(path)
+    settings = read_settings(checkpoint)
+    logs = {split: path / f"eval-{split}.log" for split in SPLITS}
+    evaluations = {split: read_evaluation(log_path) for split, log_path in logs.items() if log_path.exists()}
+    return Run(path, log, checkpoint, settings, evaluations, _data_of(path, settings))
+
+
+def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The configuration stored in a checkpoint; its tensors are not read.
+
+    Raises:
+        UserError: if the file is missing, is no checkpoint, or holds none of our models.
+    """
+    try:
+        stored = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        settings = stored["cfg"]
+        settings["model"]["decoder_layers"], settings["task"]["data"]
+        return settings
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {checkpoint} does not exist") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of a mhmoe language model") from error
+
+
+def require_data(runs: list[Run], data: DataIdentity, folder: Path) -> None:
+    """All runs were trained on ``data``.
+
+    Raises:
+        UserError: naming the first run that was not.
+    """
+    for run in runs:
+        if run.data.digest != data.digest:
+            raise UserError(
+                f"{run.path} was trained on other data ({run.data.source}, hash {run.data.digest[:12]}) than --data "
+                f"{folder} ({data.source}, hash {data.digest[:12]}): perplexities of different data do not compare"
+            )
+
+
+def _find_checkpoint(path: Path) -> Path:
+    names = [*_evaluated_names(path), *_CHECKPOINTS]
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"run {path} has no checkpoint ({' or '.join(_CHECKPOINTS)})")
+
+
+def _evaluated_names(path: Path) -> list[str]:
+    """File names of the checkpoints that the evaluation logs tell of."""
+    found = []
+    for log in (path / f"eval-{split}.log" for split in SPLITS):
+        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        match = _EVALUATED_CHECKPOINT.search(text)
+        if match is not None:
+            found.append(Path(match[1].strip()).name)
+    return found
+
+
+def _data_of(path: Path, settings: dict[str, dict[str, Any]]) -> DataIdentity:
+    if (path / "manifest.json").is_file():
+        return identify_manifest(path / "manifest.json")
+    folder = Path(str(settings["task"]["data"]).split(":")[0])
+    if not folder.is_dir():
+        raise UserError(
+            f"cannot tell what {path} was trained on: its data folder {folder} is gone, and the run has no copy of its "
+            "manifest.json"
+        )
+    return identify_data(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,0 +1,92 @@
+"""One run's figures for the tables: sizes, costs, perplexities, expert use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fairseq.data import Dictionary
+
+from .activation import Activation, mean, measured_activation
+from .data_identity import DataIdentity
+from .model_counts import ModelCounts, count_model
+from .runs import Run
+
+# Settings that a fair comparison keeps equal, by section of the stored configuration.
+COMPARED_SETTINGS = (
+    ("optimization", "max_update"),
+    ("optimization", "update_freq"),
+    ("optimization", "lr"),
+    ("optimization", "clip_norm"),
+    ("dataset", "batch_size"),
+    ("dataset", "max_tokens"),
+    ("task", "tokens_per_sample"),
+    ("task", "sample_break_mode"),
+    ("common", "seed"),
+    ("model", "dropout"),
+    ("model", "mhmoe_precision"),
+    ("criterion", "moe_gate_loss_wt"),
+    ("lr_scheduler", "warmup_updates"),
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run, what its model costs, and which experts it uses (None if dense or not measured)."""
+
+    run: Run
+    counts: ModelCounts
+    activation: Activation | None
+
+    def loss(self, split: str) -> float | None:
+        """Bits per token from ``fairseq-eval-lm``."""
+        evaluation = self.run.evaluations.get(split)
+        return None if evaluation is None else evaluation.loss
+
+    def perplexity(self, split: str) -> float | None:
+        """Perplexity per token, from the loss, which is printed with more digits."""
+        loss = self.loss(split)
+        return None if loss is None else 2**loss
+
+    def bits_per_byte(self, split: str) -> float | None:
+        """Comparable across vocabularies; None without a manifest or where not every token was evaluated."""
+        evaluation = self.run.evaluations.get(split)
+        if evaluation is None:
+            return None
+        return self.run.data.bits_per_byte(split, evaluation.loss, evaluation.tokens)
+
+    def active_share(self) -> float | None:
+        """Mean over the MoE layers."""
+        return None if self.activation is None else mean(self.activation.active())
+
+    def effective_share(self) -> float | None:
+        """Mean over the MoE layers."""
+        return None if self.activation is None else mean(self.activation.effective())
+
+
+def summarise(
+    run: Run, data: Path, identity: DataIdentity, dictionary: Dictionary, split: str | None, batch_size: int
+) -> Summary:
+    """Count the model, and measure its experts on ``split`` unless that is None (kept in the run's folder)."""
+    counts = count_model(run.options, dictionary)
+    activation = None
+    if split is not None and counts.moe is not None:
+        cache = run.path / f"activation-{split}.json"
+        activation = measured_activation(cache, run.checkpoint, data, split, identity.digest, batch_size)
+    return Summary(run, counts, activation)
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """Compared settings that are not the same in all runs: flag -> value in each run."""
+    differing = {}
+    for section, name in COMPARED_SETTINGS:
+        values = [_text(run.settings.get(section), name) for run in runs]
+        if len(set(values)) > 1:
+            differing["--" + name.replace("_", "-")] = values
+    return differing
+
+
+def _text(section: Any, name: str) -> str:
+    value = None if section is None else section.get(name)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
