@@ -46,7 +46,7 @@ def identify_data(folder: Path) -> DataIdentity:
         return identify_manifest(folder / "manifest.json")
     hashes = {name: sha256_of(folder / name) for name in _FILES if (folder / name).is_file()}
     if "dict.txt" not in hashes:
-        raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: no binarised data (see mhmoe prepare)")
+        raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: it is no binarised data")
     return DataIdentity(_digest(hashes), str(folder), {})
 
 
@@ -59,7 +59,8 @@ def identify_manifest(path: Path) -> DataIdentity:
     manifest = read_json(path)
     try:
         hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        splits = {name: {key: counts[key] for key in ("bytes", "tokens")} for name, counts in manifest["splits"].items()}
+        counted = manifest["splits"].items()
+        splits = {name: {key: counts[key] for key in ("bytes", "tokens")} for name, counts in counted}
         return DataIdentity(_digest(hashes), _describe(manifest["source"]), splits)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of mhmoe prepare: {error!r} is missing or malformed") from error

@@ -78,8 +78,8 @@ def _notes(context: int, split: str) -> str:
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
         f"MFLOPs/token: one forward pass, matrix products only, causal attention within {context:,} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
-        "Perplexities are per token, from `fairseq-eval-lm`; bits/byte divides by the text's bytes, line ends included.",
-        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load on the {split} split, mean over "
+        "Perplexities: per token, from `fairseq-eval-lm`; bits/byte divides by the text's bytes, line ends included.",
+        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load on the {split} split, mean of "
         "the MoE layers; effective experts: exp(entropy of the load) / number of experts.",
     ]
     return "\n".join(f"- {line}" for line in lines)

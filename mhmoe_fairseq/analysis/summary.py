@@ -39,15 +39,10 @@ class Summary:
     counts: ModelCounts
     activation: Activation | None
 
-    def loss(self, split: str) -> float | None:
-        """Bits per token from ``fairseq-eval-lm``."""
-        evaluation = self.run.evaluations.get(split)
-        return None if evaluation is None else evaluation.loss
-
     def perplexity(self, split: str) -> float | None:
-        """Perplexity per token, from the loss, which is printed with more digits."""
-        loss = self.loss(split)
-        return None if loss is None else 2**loss
+        """Perplexity per token, as ``fairseq-eval-lm`` printed it."""
+        evaluation = self.run.evaluations.get(split)
+        return None if evaluation is None else evaluation.perplexity
 
     def bits_per_byte(self, split: str) -> float | None:
         """Comparable across vocabularies; None without a manifest or where not every token was evaluated."""
