@@ -1,4 +1,4 @@
-"""The fairseq model: precision, dictionary, refusals, devices."""
+"""The fairseq model: precision, dictionary, refusals."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,6 @@ import torch
 from fairseq.data import TruncatedDictionary
 from fairseq.models import FairseqIncrementalDecoder
 from language_models import FAMILIES, small_dictionary, small_model, token_rows
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel, find_checkpoint, find_data
@@ -153,42 +152,3 @@ def test_find_data(tmp_path):
     (checkpoint.parent / "dict.txt").touch()
     assert find_data(checkpoint, None) == checkpoint.parent
     assert find_data(checkpoint, str(data)) == data
-
-
-# ---------------------------------------------------------------------- devices
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_forward_and_backward_on_meta(family):
-    with torch.device("meta"):
-        model = small_model(f"{family}_lm_tiny", dropout=0.1).train()
-    logits, extra = model(token_rows([6, 4]).to("meta"))
-    loss = logits.sum() + sum(losses.sum() for losses in extra["l_aux"] if losses is not None)
-    loss.backward()
-    assert logits.shape == (2, 6, 44)
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("heads", [1, 4])
-def test_the_device_path_reads_no_value_back(dtype, heads):
-    """A fake CUDA device has no values: ``item``, ``tolist``, ``nonzero`` or boolean indexing would raise."""
-    model = small_model(mhmoe_heads_number=heads, activation_fn="silu", rotary_embed=True).eval().to(dtype)
-    tokens = token_rows([6, 4])
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fake = small_model_on_fake_cuda(model)
-        logits, extra = fake(torch.empty_like(tokens, device="cuda"))
-    assert logits.device.type == "cuda" and logits.shape == (2, 6, 44) and logits.dtype == dtype
-    assert extra["l_aux"][1].shape == (2,)
-
-
-def small_model_on_fake_cuda(model):
-    """Replace every parameter and buffer, inside a FakeTensorMode, by a fake one of the same shape on CUDA."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype, device="cuda")
-                module._parameters[name] = torch.nn.Parameter(fake, requires_grad=False)
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
-    return model
