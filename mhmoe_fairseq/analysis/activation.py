@@ -101,6 +101,8 @@ def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: st
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     model, task = load_for_evaluation(checkpoint, data)
+    if not any(layer.is_moe_layer for layer in model.decoder.layers):
+        raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     task.load_dataset(split)
     batches = task.get_batch_iterator(
         task.dataset(split),
@@ -109,6 +111,7 @@ def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: st
         required_batch_size_multiple=1,
     ).next_epoch_itr(shuffle=False)
     device = next(model.parameters()).device
+    say(f"measuring the experts of {checkpoint} on {split}")
     loss, tokens, totals = 0.0, 0, {}
     with torch.no_grad():
         for sample in batches:
@@ -117,8 +120,6 @@ def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: st
             loss += _loss_bits(model, logits, sample["target"])
             tokens += int(sample["ntokens"])
             totals = _add(totals, extra["moe_stats"])
-    if not totals:
-        raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     layers = sorted(totals)
     return Activation(
         checkpoint_sha256=sha256_of(checkpoint),
@@ -143,10 +144,21 @@ def measured_activation(
             sha256_of(checkpoint), data_digest, split,
         ):  # fmt: skip
             return kept
-    say(f"measuring the experts of {checkpoint} on {split}")
     activation = measure_activation(checkpoint, data, split, data_digest, batch_size)
-    write_json(cache, asdict(activation))
+    write_activation(cache, activation)
     return activation
+
+
+def write_activation(path: Path, activation: Activation, threshold: float = ACTIVE_THRESHOLD) -> None:
+    """The counts, and what follows from them, as JSON."""
+    derived = {
+        "threshold": threshold,
+        "active": activation.active(threshold),
+        "effective": activation.effective(),
+        "load_max_over_mean": activation.max_over_mean(),
+        "overflow": activation.overflow(),
+    }
+    write_json(path, {**asdict(activation), "derived": derived})
 
 
 def read_activation(path: Path) -> Activation | None:

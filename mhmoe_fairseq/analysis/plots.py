@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.files import atomic_path
 from ..errors import UserError
-from .activation import Activation, mean
+from .activation import ACTIVE_THRESHOLD, Activation, mean
 from .aggregate import mean_and_deviation
 from .tables import percent
 
@@ -42,7 +42,7 @@ def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_sc
     _save(figure, path)
 
 
-def draw_activations(path: Path, activations: dict[str, Activation]) -> None:
+def draw_activations(path: Path, activations: dict[str, Activation], threshold: float = ACTIVE_THRESHOLD) -> None:
     """Heat maps, MoE layers by experts, one for every model, on one colour scale (P1's figures 1 and 5)."""
     loads = {name: activation.relative_load() for name, activation in activations.items()}
     highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for load in loads.values())))
@@ -55,7 +55,8 @@ def draw_activations(path: Path, activations: dict[str, Activation]) -> None:
         image = axes.imshow(load.numpy(), aspect="auto", vmin=0.0, vmax=highest, interpolation="nearest")
         layers = activations[name].layers
         axes.set_yticks(range(len(layers)), [str(layer + 1) for layer in layers])
-        axes.set(title=f"{name}: {percent(mean(activations[name].active()))} active", ylabel="layer", xlabel="expert")
+        active = percent(mean(activations[name].active(threshold)))
+        axes.set(title=f"{name}: {active} active", ylabel="layer", xlabel="expert")
     figure.colorbar(image, ax=all_axes[:, 0].tolist(), label="load, 1 = uniform", extend="max")
     _save(figure, path)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import shlex
+import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..data.files import read_json
 from ..errors import UserError
 from .data_identity import DataIdentity, identify_data, identify_manifest
 from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
@@ -56,9 +59,11 @@ class Run:
         return Namespace(**self.settings["model"])
 
     def command(self) -> str | None:
-        """The command line that trained it, if it was kept."""
-        path = self.path / "command.txt"
-        return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
+        """The command line that trained it, if it was kept: in command.txt, or as a list of words in command.json."""
+        text, words = self.path / "command.txt", self.path / "command.json"
+        if text.is_file():
+            return text.read_text(encoding="utf-8").partition("\n")[0].strip()
+        return shlex.join(read_json(words)) if words.is_file() else None
 
 
 def read_run(path: Path) -> Run:
@@ -83,6 +88,8 @@ def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if the file is missing, is no checkpoint, or holds none of our models.
     """
+    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
+        raise UserError(f"checkpoint {checkpoint} cannot be read: it is not a file of torch.save, or truncated")
     try:
         stored = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         settings = stored["cfg"]
