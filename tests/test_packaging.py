@@ -28,6 +28,8 @@ def load(case):
     sys.path.insert(0, "")
     if case.get("imported"):
         import mhmoe_fairseq
+        if case.get("unrepaired"):
+            del mhmoe_fairseq.__path__[1:]
     for _ in range(2):  # fairseq imports the user directory for the parser and again in the trainer
         fairseq.utils.import_user_module(Namespace(user_dir=case["user_dir"]))
     package = sys.modules["mhmoe_fairseq"]
@@ -115,10 +117,12 @@ def test_user_dir_of_the_installed_package(repository: Path, site: Path, tmp_pat
         {"folder": elsewhere, "user_dir": "mhmoe_fairseq", "imported": True},
         {"folder": elsewhere, "user_dir": installed, "imported": True},
     ]
+    unrepaired = {"folder": elsewhere, "user_dir": "mhmoe_fairseq", "imported": True, "unrepaired": True}
     second_copy = {"folder": elsewhere, "user_dir": str(repository / "mhmoe_fairseq"), "imported": True}
     missing = {"folder": elsewhere, "user_dir": "no_such_package"}
-    *outcomes, copy_error, missing_error = load_user_dirs([*good, second_copy, missing], site)
+    *outcomes, stock_error, copy_error, missing_error = load_user_dirs([*good, unrepaired, second_copy, missing], site)
     assert outcomes == [[installed, True]] * len(good)
+    assert stock_error[0] == "ImportError"  # else compat.accept_installed_user_dir is needless
     assert copy_error[0] == "ImportError" and "not globally unique" in copy_error[1]
     assert missing_error[0] == "FileNotFoundError" and "no_such_package" in missing_error[1]
 
