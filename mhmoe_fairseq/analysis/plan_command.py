@@ -30,6 +30,7 @@ _MHMOE_ONLY = {
     "mhmoe_projection_layers",
     "mhmoe_head_projection",
     "mhmoe_merge_projection",
+    "mhmoe_projection_bias",
     "mhmoe_no_split",
     "mhmoe_subtoken_residual",
 }

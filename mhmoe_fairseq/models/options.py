@@ -147,6 +147,9 @@ class LanguageModelOptions(LineageMoEOptions):
     mhmoe_merge_projection: Optional[ON_OFF_CHOICES] = option(
         "the projection after the merge (default: on with more than one head)"
     )
+    mhmoe_projection_bias: Optional[ON_OFF_CHOICES] = option(
+        "biases in the two projections; the official code has them even with --no-bias (default: off with --no-bias)"
+    )
     mhmoe_no_split: Optional[bool] = option("do not split tokens; experts work on whole tokens (paper 1, table 6)")
     mhmoe_shared_expert_dim: Optional[int] = option(
         "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)"

@@ -57,6 +57,7 @@ _MHMOE_FLAGS = (
     "mhmoe_projection_layers",
     "mhmoe_head_projection",
     "mhmoe_merge_projection",
+    "mhmoe_projection_bias",
     "mhmoe_no_split",
     "mhmoe_shared_expert_dim",
 )
@@ -171,7 +172,7 @@ def _shared_fields(options: Any) -> dict[str, Any]:
         "routing": "dropless" if _text(options.mhmoe_routing) in (None, "dropless") else "capacity",
         "activation": _ACTIVATIONS[_text(options.activation_fn)],
         "expert_bias": bias,
-        "projection_bias": bias,
+        "projection_bias": bias if options.mhmoe_projection_bias is None else _switch(options.mhmoe_projection_bias),
         "expert_layernorm": _has_subln(options),
         "activation_dropout": options.activation_dropout,
         "dropout": options.dropout,

@@ -11,8 +11,8 @@ FLAGS = """
 --decoder-embed-dim --decoder-ffn-embed-dim --decoder-layers --decoder-learned-pos --deepnorm --dropout
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-budget --mhmoe-capacity-factor --mhmoe-head-projection
 --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split --mhmoe-normalize-gates --mhmoe-precision
---mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize --mhmoe-router-preset
---mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
+--mhmoe-projection-bias --mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
+--mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias
 --no-scale-embedding --no-share-decoder-input-output-embed --no-subln --no-token-positional-embeddings --rms-norm

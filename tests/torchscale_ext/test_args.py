@@ -73,6 +73,7 @@ def test_dense_has_no_moe_layer():
         ({"mhmoe_projection_layers": 0}, {"has_head_projection": False, "has_merge_projection": False}),
         ({"mhmoe_head_projection": "off"}, {"has_head_projection": False}),
         ({"mhmoe_merge_projection": "off"}, {"has_merge_projection": False}),
+        ({"mhmoe_projection_bias": "off"}, {"projection_bias": False}),
         ({"mhmoe_no_split": True, "mhmoe_budget": "none"}, {"split": False, "subtoken_dim": 128}),
         ({"mhmoe_shared_expert_dim": 40}, {"shared_expert_dim": 40}),
         ({"mhmoe_router_dim": 12}, {"router_dim": 12}),
@@ -105,6 +106,11 @@ def test_each_flag_reaches_the_layer(flags, expected):
 def test_subln_survives_rms_norm_when_asked_for():
     assert config(rms_norm=True, subln=True).expert_layernorm
     assert settings(rms_norm=True, subln=True).subln and not settings(rms_norm=True).subln
+
+
+def test_projections_may_keep_their_biases_without_others():
+    kept = config(no_bias=True, mhmoe_projection_bias="on")
+    assert kept.projection_bias and not kept.expert_bias
 
 
 def test_xmoe_with_the_preset_keeps_16_dimensions():
