@@ -6,7 +6,6 @@ holds the sorted input and the gradient of whole slices. The rest is recomputed 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import _cpu_memory
 from .dispatch import DispatchPlan, combine
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
 _PIECE_ROWS = 512
-_HUGE_PAGE = 2**21
 
 
 class _Settings(NamedTuple):
@@ -90,21 +89,6 @@ def _regularize_backward(
     return output.detach(), inner_grad, norm_grads
 
 
-def _huge_empty(rows: int, columns: int, like: Tensor) -> Tensor:
-    """Uninitialised memory, advised to lie on huge pages where it is large and the system has them.
-
-    Fresh memory costs a page fault per 4 KiB; for the saved pre-activations that was a sixth of the layer's time.
-    """
-    size = rows * columns * like.element_size()
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(rows, columns)
-    memory = mmap.mmap(-1, size + _HUGE_PAGE)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=like.dtype)
-    skip = -flat.data_ptr() % _HUGE_PAGE // like.element_size()
-    return flat[skip : skip + rows * columns].view(rows, columns)
-
-
 def _pieces(ends: list[int]) -> list[tuple[int, slice]]:
     """(expert, rows) in order; an expert's rows come in one or more pieces, an idle expert has none."""
     pieces, start = [], 0
@@ -137,10 +121,10 @@ class _LoopFFN(torch.autograd.Function):
         training = any(ctx.needs_input_grad)
         # Without a backward one piece of pre-activations is enough, used again and again.
         kept_rows = rows if training else min(rows, _PIECE_ROWS)
-        hidden_RF = _huge_empty(kept_rows, hidden_dim, x_Nd)
-        gate_RF = None if gate_w is None else _huge_empty(kept_rows, hidden_dim, x_Nd)
-        scratch_PF = x_Nd.new_empty(min(rows, _PIECE_ROWS), hidden_dim)
-        y_Rd = x_Nd.new_empty(rows, x_Nd.size(1))
+        hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
+        gate_RF = None if gate_w is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
+        scratch_PF = _cpu_memory.empty((min(rows, _PIECE_ROWS), hidden_dim), x_Nd)
+        y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[ends[-1] :].zero_()  # rows of the virtual expert
         for expert, piece in _pieces(ends):
             here = slice(0, piece.stop - piece.start)
@@ -168,9 +152,9 @@ class _LoopFFN(torch.autograd.Function):
         source_R = plan.source_R
         gates_R = gates_NK.reshape(-1).index_select(0, plan.order_R).to(grad_Nd.dtype)
         gates_grad_R = torch.zeros_like(gates_R)
-        x_grad_Rd = torch.empty_like(y_Rd)
+        x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
         x_grad_Rd[ctx.ends[-1] :].zero_()
-        scratch_2PF = hidden_RF.new_empty(2, min(len(y_Rd), _PIECE_ROWS), hidden_RF.size(1))
+        scratch_2PF = _cpu_memory.empty((2, min(len(y_Rd), _PIECE_ROWS), hidden_RF.size(1)), hidden_RF)
 
         for expert, piece in _pieces(ctx.ends):
             x = x_Nd.index_select(0, source_R[piece])
@@ -215,7 +199,7 @@ class _Gradients:
         for name, weight, need in zip(self._NAMES, weights, needed):
             grad = None
             if weight is not None and need:
-                grad = _huge_empty(weight[0].numel() * len(weight), 1, weight).view_as(weight)
+                grad = torch.empty_like(weight)
                 grad[idle] = 0
             self._grads[name] = grad
 

@@ -1,0 +1,61 @@
+"""Large CPU buffers that are used again and again.
+
+The system hands out fresh memory page by page, zeroed, at the first touch; for the pre-activations that a layer keeps
+for its backward, hundreds of megabytes in every step, that costs more than computing the activation. Buffers from
+``empty`` go back to a pool when the last tensor over them is gone, and the next request takes them from there. The pool
+never holds more than was in use at one time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+_HUGE_PAGE = 2**21
+
+
+class _Pool:
+    """Free buffers. A request takes the smallest that fits without wasting more than half."""
+
+    def __init__(self) -> None:
+        self._free: list[mmap.mmap] = []
+        self._lock = threading.RLock()  # a finalizer may run while this thread holds it
+
+    def take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            fitting = [buffer for buffer in self._free if size <= len(buffer) <= 2 * size]
+            if fitting:
+                buffer = min(fitting, key=len)
+                self._free = [other for other in self._free if other is not buffer]
+                return buffer
+            self._free.clear()  # other sizes are needed now: do not hoard
+        # Private: Python's default is memory that forked processes, such as data loading workers, would share.
+        buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        return buffer
+
+    def give_back(self, buffer: mmap.mmap) -> None:
+        with self._lock:
+            self._free.append(buffer)
+
+
+_pool = _Pool()
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor with the dtype of ``like``; large ones come from the pool."""
+    count = 1
+    for length in shape:
+        count *= length
+    size = count * like.element_size()
+    if size < _HUGE_PAGE or not hasattr(mmap, "MAP_PRIVATE"):
+        return like.new_empty(shape)
+    buffer = _pool.take(-(-size // _HUGE_PAGE) * _HUGE_PAGE)
+    view = memoryview(buffer)  # what the tensor holds on to; its end is the tensor's
+    weakref.finalize(view, _pool.give_back, buffer)
+    return torch.frombuffer(view, dtype=like.dtype, count=count).view(shape)
