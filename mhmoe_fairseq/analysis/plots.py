@@ -70,7 +70,7 @@ def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylab
         axes.errorbar(place, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
         axes.plot([place] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
     axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
-    axes.set(title=title, ylabel=ylabel)
+    axes.set(title=title, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
     axes.grid(alpha=0.3, axis="y")
     _save(figure, path)
 

@@ -30,7 +30,7 @@ def comparison(identity: DataIdentity, summaries: list[Summary], drawn: list[tup
         *_differences(summaries),
         *_figures(drawn),
         _paper(),
-        *_commands(summaries),
+        *_commands([summary.run.name for summary in summaries], summaries),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -40,13 +40,15 @@ def aggregate(
 ) -> str:
     """The table over seeds, how to read it, the figure, the commands of each model's first seed."""
     first = [group[0] for group in groups.values()]
+    names = [f"{model}, {summary.run.name}" for model, summary in zip(groups, first)]
     notes = (
         "Mean ± sample standard deviation over the seeds. Perplexities are per token, from `fairseq-eval-lm`; "
         "bits/byte divides by the bytes of the text, line ends included. MFLOPs/token: one forward pass, matrix "
         f"products only, attention within {first[0].counts.context:,} tokens. Active experts: at least "
         f"{ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: exp(entropy of the load) / number."
     )
-    parts = ["# Several seeds", _data_line(identity), table, END_OF_TABLE, notes, *_figures(drawn), *_commands(first)]
+    parts = ["# Several seeds", _data_line(identity), table, END_OF_TABLE, notes, *_figures(drawn)]
+    parts += _commands(names, first)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -117,7 +119,7 @@ def _paper() -> str:
     )
 
 
-def _commands(summaries: list[Summary]) -> list[str]:
-    commands = [(summary.run.name, summary.run.command()) for summary in summaries]
+def _commands(names: list[str], summaries: list[Summary]) -> list[str]:
+    commands = [(name, summary.run.command()) for name, summary in zip(names, summaries)]
     kept = [f"# {name}\n{command}" for name, command in commands if command]
     return ["## Commands\n\n```bash\n" + "\n".join(kept) + "\n```"] if kept else []

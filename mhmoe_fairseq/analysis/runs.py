@@ -20,6 +20,7 @@ import torch
 
 from ..data.files import read_json
 from ..errors import UserError
+from ..models.options import LanguageModelOptions
 from .data_identity import DataIdentity, identify_data, identify_manifest
 from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
 
@@ -54,9 +55,9 @@ class Run:
         return self.path.name
 
     @property
-    def options(self) -> Namespace:
-        """The model's options, as ``build_language_model`` takes them."""
-        return Namespace(**self.settings["model"])
+    def options(self) -> LanguageModelOptions:
+        """The model's options, as ``build_language_model`` takes them; newer flags at their default."""
+        return LanguageModelOptions.from_namespace(Namespace(**self.settings["model"]))
 
     def command(self) -> str | None:
         """The command line that trained it, if it was kept: in command.txt, or as a list of words in command.json."""

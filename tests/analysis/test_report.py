@@ -97,6 +97,15 @@ def test_settings_that_differ_are_listed(runs) -> None:
     assert differing_settings([one, two]) == {"--lr": ["0.002", "0.5"]}
 
 
+def test_a_checkpoint_from_before_a_flag_is_read_with_its_default(runs) -> None:
+    from mhmoe_fairseq.analysis.runs import read_run
+
+    run = read_run(runs.mhmoe)
+    del run.settings["model"]["mhmoe_shared_expert_dim"]
+    assert run.options.mhmoe_shared_expert_dim is None
+    assert run.options.mhmoe_heads_number == 2
+
+
 def test_runs_of_other_data_are_refused(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = runs.copy("dense", tmp_path / "dense")
     manifest = json.loads((run / "manifest.json").read_text())
