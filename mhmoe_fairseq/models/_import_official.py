@@ -28,6 +28,7 @@ from ._official_settings import check_settings, model_flags
 from ._official_weights import convert_decoder, moe_layers
 from .architectures import architecture_options
 from .language_model import build_language_model, fingerprint
+from .options import LanguageModelOptions
 
 _EXPERT_WEIGHT = ".experts.0.fc1.weight"
 _FINGERPRINT = "decoder.vocabulary_fingerprint"
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     save(checkpoint, path)
     model = checkpoint["cfg"]["model"]
     say(f"{path}: {_count(checkpoint['model']):,} parameters, {model['decoder_layers']} layers, {describe(model)}")
+    say(f"to train on: fairseq-train ... --finetune-from-model {path} {command_line(model)}")
     return 0
 
 
@@ -108,7 +110,8 @@ def convert_checkpoint(
     """
     options = _options(official, settings, routing)
     state = convert_decoder(official, rotary_heads=options.decoder_attention_heads if options.rotary_embed else None)
-    state.setdefault("decoder.output_projection.weight", state["decoder.embed_tokens.weight"])
+    if not options.no_share_decoder_input_output_embed:  # one tensor, stored once
+        state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
     with torch.device("meta"):
         model = build_language_model(options, dictionary or blank_dictionary(len(state["decoder.embed_tokens.weight"])))
     check_fit(state, {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT})
@@ -142,7 +145,7 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
 
 def stored_config(options: Any) -> dict[str, Any]:
     """fairseq's configuration as plain data, with our model, task and criterion in it."""
-    config = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
+    config: Any = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
     model = {name: _plain(value) for name, value in vars(options).items()}
     config["model"] = model
     config["task"] = {
@@ -201,6 +204,16 @@ def describe(model: Mapping[str, Any]) -> str:
         f"every {model['moe_freq']}. one with {model['moe_expert_count']} experts of {model['moe_ffn_dim']}, "
         f"top-{model['moe_top_k']}, {model['mhmoe_heads_number']} heads, {model['mhmoe_routing']} routing"
     )
+
+
+def command_line(model: Mapping[str, Any]) -> str:
+    """The stored model settings as flags of ``fairseq-train``."""
+    words = [f"--arch {model['_name']}"]
+    for field in dataclasses.fields(LanguageModelOptions):
+        value = model[field.name]
+        if value is not None and value is not False and field.metadata.get("help"):
+            words.append("--" + field.name.replace("_", "-") + ("" if value is True else f" {value}"))
+    return " ".join(words)
 
 
 def say(line: str) -> None:

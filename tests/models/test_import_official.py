@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from console import evaluate, train
 from language_models import relative_error, small_dictionary
 from official_reference import OLDER, PUBLISHED, below, official_logits, official_moe_layer, official_state
 from omegaconf import OmegaConf
@@ -121,6 +122,29 @@ def test_whole_model(variant, tmp_path, data, capsys):
     torch.testing.assert_close(scores.double(), log_probs.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_fairseq_evaluates_and_trains_it(trained_model, tmp_path, capsys):
+    """The imported checkpoint goes through fairseq's own commands, trained on with the flags that are printed."""
+    settings = {**PUBLISHED, "tokens_per_sample": 64}
+    vocabulary = len((trained_model.data / "dict.txt").read_text(encoding="utf-8").splitlines()) + 4
+    write(tmp_path / "official.pt", official_state(settings, vocabulary), settings)
+    arguments = (tmp_path / "official.pt", "--data", trained_model.data, "--out", tmp_path / "out")
+    status, out, err = import_official(capsys, *arguments)
+    assert status == 0, err
+    path = tmp_path / "out" / "model.pt"
+    assert "Perplexity" in evaluate(trained_model.data, path, "--tokens-per-sample", 64)
+    flags = out.splitlines()[1].split(f"--finetune-from-model {path} --arch ")[1].split()
+    log = train(
+        trained_model.data, tmp_path / "saved", *flags, "--tokens-per-sample", 64, "--finetune-from-model", path,
+        max_update=2,
+    )  # fmt: skip
+    assert f"Loaded checkpoint {path}" in log
+    before, after = (torch.load(file, weights_only=True) for file in (path, tmp_path / "saved" / "checkpoint_last.pt"))
+    assert before["model"].keys() == after["model"].keys()
+    same = {"mhmoe_routing", "moe_ffn_dim", "mhmoe_projection_bias", "rotary_embed", "no_bias", "mhmoe_heads_number"}
+    assert all(before["cfg"]["model"][name] == after["cfg"]["model"][name] for name in same)
+
+
 def test_rotary_rows():
     weight = torch.arange(16.0)[:, None]
     assert rows_for_rotary(weight, 2)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
@@ -133,6 +157,8 @@ def test_stored_in_half_precision_and_as_a_namespace(tmp_path, data, capsys):
     assert import_official(capsys, path, "--data", data, "--out", tmp_path / "out")[0] == 0
     saved = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model"]
     assert all(value.dtype != torch.float16 for value in saved.values())
+    embedding, projection = saved["decoder.embed_tokens.weight"], saved["decoder.output_projection.weight"]
+    assert embedding.data_ptr() == projection.data_ptr()  # shared weights are stored once
     name = "decoder.layers.0.self_attn.v_proj.weight"
     assert torch.equal(saved[name], state[name].float())
 
