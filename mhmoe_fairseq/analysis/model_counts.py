@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,14 @@ def blank_dictionary(size: int) -> Dictionary:
 def count_model(options: Any, dictionary: Dictionary) -> ModelCounts:
     """Build the model of filled options on ``meta`` and count it.
 
+    TorchScale's own static layer cannot be built there; ours with the same capacity routing has the same parameters.
+
     Raises:
         ValueError: naming the flag, as building the model does.
     """
+    if str(options.mhmoe_routing) == "torchscale":
+        options = copy.copy(options)
+        options.mhmoe_routing = "capacity"
     with torch.device("meta"):
         model = build_language_model(options, dictionary)
     return count_built(model, int(options.tokens_per_sample))

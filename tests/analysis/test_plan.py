@@ -83,6 +83,26 @@ def test_meta_counts_equal_the_built_models() -> None:
     assert count_model(options, small_dictionary()) == count_built(small_model("mhmoe_lm_tiny"), 16)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"mhmoe_routing": "torchscale"},
+        {"activation_fn": "silu", "no_bias": True, "rms_norm": True},
+        {"mhmoe_shared_expert_dim": 24, "mhmoe_router": "linear"},
+        {"decoder_learned_pos": True, "moe_freq": 1},
+    ],
+    ids=str,
+)
+def test_counts_of_other_models(flags: dict) -> None:
+    options = architecture_options("xmoe_lm_tiny", dropout=0.0, **SMALL, **flags)
+    built = small_model("xmoe_lm_tiny", **flags)
+    counts = count_model(options, small_dictionary())
+    assert counts.total == sum(parameter.numel() for parameter in built.parameters())
+    assert counts.expert == sum(
+        parameter.numel() for name, parameter in built.named_parameters() if ".experts." in name
+    )
+
+
 def test_flops_of_a_dense_model_by_hand() -> None:
     counts = count_built(small_model("dense_lm_tiny"), context=7)
     dim, ffn, layers, words = 32, 64, 2, len(small_dictionary())
