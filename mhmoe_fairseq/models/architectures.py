@@ -6,6 +6,7 @@ to the command line and again to the stored configuration. ``base`` is the paper
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY, register_model_architecture
@@ -63,7 +64,11 @@ def base(args: Any) -> None:
 
 
 def common(args: Any) -> None:
-    """What all sizes share."""
+    """What all sizes share.
+
+    Options that a checkpoint of an earlier version does not have yet are set to None, which means "not given".
+    """
+    fill(args, **{field.name: None for field in dataclasses.fields(LanguageModelOptions) if field.default is None})
     fill(args, activation_fn="gelu", dropout=0.1, attention_dropout=0.0, activation_dropout=0.0)
 
 

@@ -62,11 +62,19 @@ def test_bad_input_is_one_line(trained_model, capsys, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     (tmp_path / "empty.txt").write_bytes(b"")
     (tmp_path / "broken.pt").write_bytes(trained_model.checkpoint.read_bytes()[:5000])
+    other = tmp_path / "other"
+    other.mkdir()
+    words = (trained_model.data / "dict.txt").read_text(encoding="utf-8").splitlines()
+    (other / "dict.txt").write_text("\n".join(words[::-1]) + "\n", encoding="utf-8")
     prompt = ("--prompt", "The river")
     for arguments, message in (
         ((tmp_path, *prompt), "no model.pt or checkpoint_best.pt or checkpoint_last.pt in"),
         ((tmp_path / "broken.pt", *prompt), "broken.pt: no readable checkpoint"),
         ((trained_model.folder, *prompt, "--data", tmp_path), f"no dict.txt in {tmp_path}"),
+        (
+            (trained_model.folder, *prompt, "--data", other),
+            "the checkpoint's dictionary (344 words) is not this data's",
+        ),
         ((trained_model.folder, "--prompts-file", tmp_path / "latin.txt"), "invalid UTF-8 at byte 3"),
         ((trained_model.folder, "--prompts-file", tmp_path / "empty.txt"), "no prompt in it"),
         ((trained_model.folder, "--prompts-file", tmp_path / "none.txt"), "none.txt"),

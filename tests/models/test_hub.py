@@ -87,6 +87,15 @@ def test_a_folder_that_stands_alone(hub, trained_model, tmp_path):
         MHMoELanguageModel.from_pretrained(str(tmp_path))
 
 
+def test_a_checkpoint_from_before_a_flag_existed(hub, trained_model, tmp_path):
+    state = torch.load(trained_model.checkpoint, weights_only=True)
+    for name in ("mhmoe_projection_bias", "mhmoe_shared_expert_dim", "rotary_embed"):
+        del state["cfg"]["model"][name]
+    torch.save(state, tmp_path / "model.pt")
+    older = MHMoELanguageModel.from_pretrained(str(tmp_path), data_name_or_path=str(trained_model.data))
+    assert torch.equal(older.score("The river")["positional_scores"], hub.score("The river")["positional_scores"])
+
+
 def test_a_checkpoint_by_name_and_by_path(hub, trained_model):
     expected = hub.score("The river")["score"]
     by_name = MHMoELanguageModel.from_pretrained(str(trained_model.folder), "checkpoint_best.pt")
