@@ -19,29 +19,38 @@ _HUGE_PAGE = 2**21
 
 
 class _Pool:
-    """Free buffers. A request takes the smallest that fits without wasting more than half."""
+    """Free buffers, the longest unused first. Together with those in use they never exceed the most ever in use."""
 
     def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
+        self._in_use = 0
+        self._peak = 0
         self._lock = threading.RLock()  # a finalizer may run while this thread holds it
 
     def take(self, size: int) -> mmap.mmap:
+        """The smallest free buffer that fits without wasting more than half, or a new one."""
         with self._lock:
             fitting = [buffer for buffer in self._free if size <= len(buffer) <= 2 * size]
-            if fitting:
-                buffer = min(fitting, key=len)
-                self._free = [other for other in self._free if other is not buffer]
-                return buffer
-            self._free.clear()  # other sizes are needed now: do not hoard
+            buffer = min(fitting, key=len) if fitting else self._allocate(size)
+            self._free = [other for other in self._free if other is not buffer]
+            self._in_use += len(buffer)
+            self._peak = max(self._peak, self._in_use)
+            return buffer
+
+    def give_back(self, buffer: mmap.mmap) -> None:
+        """The last tensor over ``buffer`` is gone."""
+        with self._lock:
+            self._free.append(buffer)
+            self._in_use -= len(buffer)
+
+    def _allocate(self, size: int) -> mmap.mmap:
+        while self._free and self._in_use + sum(map(len, self._free)) + size > self._peak:
+            self._free.pop(0)
         # Private: Python's default is memory that forked processes, such as data loading workers, would share.
         buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             buffer.madvise(mmap.MADV_HUGEPAGE)
         return buffer
-
-    def give_back(self, buffer: mmap.mmap) -> None:
-        with self._lock:
-            self._free.append(buffer)
 
 
 _pool = _Pool()

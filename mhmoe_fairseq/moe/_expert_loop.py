@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .experts import ExpertWeights
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
-_PIECE_ROWS = 512
+_PIECE_ROWS = 1024
 
 
 class _Settings(NamedTuple):
@@ -199,7 +199,7 @@ class _Gradients:
         for name, weight, need in zip(self._NAMES, weights, needed):
             grad = None
             if weight is not None and need:
-                grad = torch.empty_like(weight)
+                grad = _cpu_memory.empty(tuple(weight.shape), weight)
                 grad[idle] = 0
             self._grads[name] = grad
 

@@ -42,13 +42,17 @@ def test_live_tensors_never_share_memory(pool):
     assert all((tensor == key).all() for key, tensor in live.items())
 
 
-def test_other_sizes_empty_the_pool(pool):
+def test_free_buffers_and_those_in_use_never_exceed_the_peak(pool):
     like = torch.empty(0)
-    del_me = [_cpu_memory.empty(MILLION, like) for _ in range(3)]
-    del del_me
-    assert len(pool._free) == 3
-    big = _cpu_memory.empty((5 * 1024, 1024), like)
-    assert not pool._free and big.numel() == 5 * 1024 * 1024
+    torch.manual_seed(1)
+    live, peak = [], 0
+    for _ in range(200):
+        if live and torch.rand(()) < 0.5:
+            live.pop(int(torch.randint(len(live), ())))
+        live.append(_cpu_memory.empty((1024 * int(torch.randint(1, 6, ())), 512), like))
+        peak = max(peak, pool._in_use)
+        assert pool._in_use >= sum(tensor.numel() * 4 for tensor in live)
+        assert pool._in_use + sum(map(len, pool._free)) <= peak
 
 
 def test_small_tensors_and_dtypes(pool):
