@@ -61,16 +61,17 @@ class TiktokenVocabulary:
     Args:
         path: rank file.
         pattern: regular expression that cuts the text before merging.
+        flag: the flag that gave ``path``, for error messages.
 
     Raises:
         UserError: ``tiktoken`` is not installed, or the rank file is missing or malformed.
     """
 
-    def __init__(self, path: str | Path, pattern: str = CL100K_PATTERN):
+    def __init__(self, path: str | Path, pattern: str = CL100K_PATTERN, flag: str = "--tiktoken-ranks"):
+        ranks = load_ranks(Path(path), flag)
         require_tiktoken()
         import tiktoken
 
-        ranks = load_ranks(Path(path))
         self.num_ranks = len(ranks)
         self._encoding: Any = tiktoken.Encoding(
             name=Path(path).stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
