@@ -56,9 +56,8 @@ class MHMoEConfig:
         normalize_before_dropping: with capacity routing, renormalise before dropping.
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
         second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
-        capacity_factor: training capacity = ceil(K * factor * N / E) slots per expert.
-        eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens;
-            negative: the training rule with factor ``-eval_capacity_fraction``.
+        capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
+        eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
     """
 
     embed_dim: int
