@@ -26,7 +26,7 @@ class TrainedModel:
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint_last.pt"
 
-    def test_lines(self, count: int) -> list[str]:
+    def held_out_lines(self, count: int) -> list[str]:
         lines = (self.data / "text" / "test.txt").read_text(encoding="utf-8").splitlines()
         return [line for line in lines if line][:count]
 

@@ -8,7 +8,7 @@ Backends, the same function to rounding:
 ``blocked``  batched products over equal blocks (:mod:`._expert_device`): any dtype and shape on a device, without
              synchronisation, at up to twice the FLOPs.
 
-``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel measured about twice the loop's time (``make bench``);
+``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel was measured at about twice a loop's time (torch 2.14);
 elsewhere ``grouped`` where its kernel takes dtype and shape, else ``blocked``.
 """
 

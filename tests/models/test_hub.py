@@ -47,14 +47,14 @@ def test_scores_are_eval_lms(hub, trained_model, evaluated):
 
 
 def test_one_sentence_and_several(hub, trained_model):
-    one, *_ = lines = trained_model.test_lines(5)
+    one, *_ = lines = trained_model.held_out_lines(5)
     alone, together = hub.score(one), hub.score(lines)
     torch.testing.assert_close(alone["positional_scores"], together[0]["positional_scores"], rtol=0, atol=1e-5)
     assert hub.string(alone["tokens"]) == hub.apply_bpe(one)
 
 
 def test_the_trained_language_scores_above_shuffled_words(hub, trained_model):
-    for line in trained_model.test_lines(5):
+    for line in trained_model.held_out_lines(5):
         shuffled = " ".join(sorted(line.split(), key=lambda word: word[::-1]))
         assert hub.score(line)["score"] > hub.score(shuffled)["score"] + 0.3
 
