@@ -23,3 +23,19 @@ def trained_model(tmp_path_factory: pytest.TempPathFactory):
     from trained_model import train_tiny_model  # here, because it imports fairseq
 
     return train_tiny_model(tmp_path_factory.mktemp("trained-model"))
+
+
+@pytest.fixture(scope="session")
+def workers2():
+    """Two ranks (see ``workers.Workers``)."""
+    from workers import Workers
+
+    return Workers(2)
+
+
+@pytest.fixture(scope="session")
+def workers4():
+    """Four ranks."""
+    from workers import Workers
+
+    return Workers(4)

@@ -26,8 +26,8 @@ ENTRY_POINTS = {
     "fairseq-interactive": "fairseq_cli.interactive",
     "fairseq-preprocess": "fairseq_cli.preprocess",
 }
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torchscale.architecture.decoder", *ENTRY_POINTS.values()])
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torchscale.architecture.decoder", *ENTRY_POINTS.values()])
 
 
 def run_console(command: str, *args: object, cwd: Path, stdin: str = "", check: bool = True, real: bool = False) -> str:
@@ -53,7 +53,7 @@ def _run_script(words: list[str], cwd: Path, stdin, output: Path) -> int:
 
 
 def _run_forked(words: list[str], cwd: Path, stdin, output: Path) -> int:
-    process = _SERVER.Process(target=_entry_point, args=(words, str(cwd), stdin.read(), str(output)))
+    process = SERVER.Process(target=_entry_point, args=(words, str(cwd), stdin.read(), str(output)))
     process.start()
     process.join(600)
     assert process.exitcode is not None, f"{words[0]} did not end within 10 minutes"
