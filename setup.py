@@ -22,6 +22,8 @@ REQUIREMENTS = [
     "numpy>=1.26",
     "sentencepiece>=0.2",
     "sacrebleu>=2.4",
+    # 0.8 gives every tensor of a file its own storage.
+    "safetensors>=0.8",
 ]
 
 EXTRAS = {

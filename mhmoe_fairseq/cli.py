@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": ("mhmoe_fairseq.analysis.plan_command", "count an architecture's parameters and FLOPs without building it"),
     "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
+    "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),
     "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
     "import-official": (
         "mhmoe_fairseq.models._import_official",

@@ -7,20 +7,17 @@ data's at the time of training (without it the data folder that the checkpoint n
 
 from __future__ import annotations
 
-import pickle
 import re
 import shlex
-import zipfile
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.files import read_json
 from ..errors import UserError
 from ..models.options import LanguageModelOptions
+from .checkpoint_files import read_checkpoint
 from .data_identity import DataIdentity, identify_data, identify_manifest
 from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
 
@@ -89,17 +86,11 @@ def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: if the file is missing, is no checkpoint, or holds none of our models.
     """
-    if checkpoint.is_file() and not zipfile.is_zipfile(checkpoint):
-        raise UserError(f"checkpoint {checkpoint} cannot be read: it is not a file of torch.save, or truncated")
+    stored = read_checkpoint(checkpoint)
     try:
-        stored = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         settings = stored["cfg"]
         settings["model"]["decoder_layers"], settings["task"]["data"]
         return settings
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {checkpoint} does not exist") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{checkpoint} is not a checkpoint of a mhmoe language model") from error
 
@@ -147,7 +138,3 @@ def _data_of(path: Path, settings: dict[str, dict[str, Any]]) -> DataIdentity:
             "manifest.json"
         )
     return identify_data(folder)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -32,3 +32,11 @@ def number(value: float | None, digits: int = 2) -> str:
 def percent(share: float | None) -> str:
     """``90.7 %``."""
     return MISSING if share is None else f"{100 * share:.1f} %"
+
+
+def byte_size(size: float) -> str:
+    """Bytes as people write them, in powers of ten: ``8.0 MB``, ``1.5 GB``, ``16.0 TB``."""
+    for unit, factor in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size:,.0f} B"
