@@ -18,6 +18,14 @@ means "train on a TPU", on a GPU too.     read and names ``--mhmoe-precision bf1
 ``--user-dir mhmoe_fairseq`` (the         :func:`accept_installed_user_dir` adds the spelling that
 installed package, by name) is refused    fairseq builds for it to the package's ``__path__``.
 when the package is already imported.
+fairseq-fixed does not see torchrun       :func:`follow_launchers` reads torchrun's environment where
+without a GPU, or with one GPU on each    fairseq does not, and only there.
+node: every process trains alone, all
+into one folder. Told the world size, it
+divides by the number of GPUs, zero.
+SLURM without a GPU: fairseq-fixed        :func:`read_slurm` lets fairseq read SLURM's environment and
+selects a CUDA device; one task on each   stops before the CUDA part; the one-task case is refused with
+node makes a world of no processes.       what to write in its place.
 fairscale 0.4.0 and ``torch.jit.script``  :func:`silence_import_warnings` hides just these messages.
 warn on import, once for each process.
 ========================================  ==========================================================
@@ -30,6 +38,7 @@ are longer than the input in incremental decoding (``torchscale_ext``).
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import sys
 import typing
@@ -39,6 +48,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+TORCHRUN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
+
 
 def apply() -> None:
     """Install every repair; calling it again changes nothing."""
@@ -46,6 +57,7 @@ def apply() -> None:
     restore_numpy_compat()
     allow_checkpoint_globals()
     accept_installed_user_dir()
+    follow_launchers()
 
 
 def restore_numpy_compat() -> None:
@@ -86,6 +98,69 @@ def accept_installed_user_dir() -> None:
     is_ours = os.path.isdir(beside_fairseq) and os.path.samefile(beside_fairseq, os.path.dirname(__file__))
     if is_ours and beside_fairseq not in package.__path__:
         package.__path__.append(beside_fairseq)
+
+
+def follow_launchers() -> None:
+    """Let ``call_main`` find torchrun's and SLURM's environment where fairseq misses or misreads it, then look itself."""
+    from fairseq.distributed import utils
+
+    stock = utils.infer_init_method
+    if hasattr(stock, "__wrapped__"):  # ours already
+        return
+
+    @functools.wraps(stock)
+    def infer_init_method(config: typing.Any, force_distributed: bool = False) -> None:
+        read_torchrun(config)
+        read_slurm(config)
+        stock(config, force_distributed)
+
+    utils.infer_init_method = infer_init_method
+
+
+def read_torchrun(config: typing.Any) -> None:
+    """Fill in world size, rank and init method from torchrun's environment where fairseq-fixed would miss them.
+
+    It looks only if ``--distributed-world-size`` is more than 1, whose default is the number of this node's GPUs (at
+    least 1), and takes the rank modulo that number. With two GPUs or more it finds everything itself.
+
+    Args:
+        config: fairseq's ``distributed_training`` configuration; left as it is if it names an init method.
+    """
+    started_by_torchrun = all(name in os.environ for name in TORCHRUN_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+    if not started_by_torchrun or config.distributed_init_method is not None or config.tpu:
+        return
+    if config.pipeline_model_parallel or (config.distributed_world_size > 1 and torch.cuda.device_count() > 0):
+        return
+    config.distributed_init_method = "env://"
+    config.distributed_world_size = int(os.environ["WORLD_SIZE"])
+    config.distributed_rank = int(os.environ["RANK"])
+    config.device_id = int(os.environ.get("LOCAL_RANK", 0))
+    config.distributed_no_spawn = True  # torchrun has started the processes
+
+
+def read_slurm(config: typing.Any) -> None:
+    """Without a GPU, read SLURM's environment with fairseq's own function, but without its CUDA calls after it.
+
+    Args:
+        config: fairseq's ``distributed_training`` configuration. As in fairseq, SLURM is looked at if
+            ``--distributed-world-size`` and ``--distributed-port`` are given and nothing else connects the processes.
+
+    Raises:
+        ValueError: if there is one task on each node, of which fairseq makes one process for each GPU.
+    """
+    from fairseq.distributed import utils
+
+    connected = config.distributed_init_method is not None or config.distributed_world_size == 1
+    in_slurm = any(name in os.environ for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))
+    if connected or config.tpu or torch.cuda.device_count() > 0 or config.distributed_port <= 0 or not in_slurm:
+        return
+    asked = config.distributed_world_size
+    utils._infer_slurm_init(config, None)
+    if config.distributed_world_size == 0:
+        raise ValueError(
+            f"--distributed-world-size ({asked}): SLURM starts one task on each node, and fairseq makes of it one "
+            "process for each GPU, of which there are none here: give srun --ntasks-per-node, the processes of a node"
+        )
 
 
 def silence_import_warnings() -> None:

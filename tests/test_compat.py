@@ -6,6 +6,7 @@ A failing ``test_stock_...`` is good news: a new release of fairseq, NumPy or to
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import socket
 import subprocess
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from fairseq import options
+from launch_probe import places_found
+from workers import Workers
 
 import mhmoe_fairseq
 from mhmoe_fairseq import compat
@@ -171,3 +174,67 @@ def test_refuse_tpu_lets_other_devices_through() -> None:
     compat.refuse_tpu(False)
     with pytest.raises(ValueError, match="--bf16"):
         compat.refuse_tpu(True)
+
+
+TORCHRUN = {"MASTER_ADDR": "node0", "MASTER_PORT": "29400", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
+SLURM = {
+    "SLURM_STEP_NODELIST": "node[0-1]", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+}  # fmt: skip
+READS_ENVIRONMENT_ITSELF = "fairseq 0.12.2 reads the environment whatever the world size and the number of GPUs"
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs fairseq finds the processes itself")
+on_fairseq_fixed = pytest.mark.skipif(sys.version_info < (3, 11), reason=READS_ENVIRONMENT_ITSELF)
+
+
+def launched(environment: dict[str, str], *, repaired: bool) -> list:
+    """What a process of the launcher finds: for no flag, for a world size, and for a world size and a port."""
+    return Workers(1).run(places_found, environment, repaired, group=False)[0]
+
+
+@without_gpu
+@on_fairseq_fixed
+def test_stock_torchrun_without_gpu_is_independent_trainings_or_a_division_by_zero() -> None:
+    alone, told, _ = launched(TORCHRUN, repaired=False)
+    assert alone[:2] == [None, 1]  # no process group: each of the four would train alone
+    assert told.startswith("ZeroDivisionError")
+
+
+@without_gpu
+def test_torchruns_processes_are_connected() -> None:
+    assert launched(TORCHRUN, repaired=True) == [["env://", 4, 3, True, 1]] * 3
+
+
+def test_a_process_that_was_told_its_place_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    given = {"distributed_init_method": "tcp://node0:1", "distributed_world_size": 2, "tpu": False}
+    config = Namespace(**given, pipeline_model_parallel=False)
+    compat.read_torchrun(config)
+    assert vars(config) == {**given, "pipeline_model_parallel": False}
+
+
+@pytest.fixture()
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a task, and a ``scontrol`` that knows the node names."""
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[0-1]" ] && printf "node0\\nnode1\\n"\n')
+    scontrol.chmod(0o755)
+    return {**SLURM, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+
+@without_gpu
+@on_fairseq_fixed
+def test_stock_slurm_without_gpu_asks_for_a_cuda_device(slurm: dict[str, str]) -> None:
+    outcome = launched(slurm, repaired=False)[2]
+    assert "NVIDIA" in outcome or "CUDA" in outcome
+
+
+@without_gpu
+def test_slurms_tasks_are_connected(slurm: dict[str, str]) -> None:
+    assert launched(slurm, repaired=True)[2] == ["tcp://node0:29500", 4, 3, True, 1]
+
+
+@without_gpu
+def test_one_slurm_task_on_a_node_without_gpu_is_refused(slurm: dict[str, str]) -> None:
+    outcome = launched({**slurm, "SLURM_NTASKS_PER_NODE": "1"}, repaired=True)[2]
+    assert "--distributed-world-size (4)" in outcome and "--ntasks-per-node" in outcome

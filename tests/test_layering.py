@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "criterions": {"moe"},
     "models": {"moe", "parallel", "torchscale_ext", "compat", "errors"},
     "data": {"errors"},
-    "tasks": {"data", "models", "compat", "errors"},
+    "training": {"moe", "parallel", "compat", "errors"},
+    "tasks": {"data", "models", "training", "compat", "errors"},
     "evaluation": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "errors"},
     "analysis": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "evaluation", "errors"},
     "compat": set(),
     "errors": set(),
     "cli": {"errors"},
-    "__init__": {"compat", "criterions", "models", "tasks"},
+    "__init__": {"compat", "criterions", "models", "tasks", "training"},
 }
 FAIRSEQ = {"fairseq", "fairseq_cli", "hydra", "omegaconf", "torchscale", "fairscale", "timm"}
 # Parts that stay free of other packages: the layer and expert parallelism can be lifted into other code.

@@ -1,0 +1,46 @@
+"""Several processes that nobody connected: noticed before each of them trains alone."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+from ..errors import UserError
+
+# What tells how many processes were started, who sets it, and what makes fairseq connect them. torch reads the rank
+# from torchrun's environment where fairseq names -1.
+_LAUNCHERS = {
+    "WORLD_SIZE": (
+        "torchrun",
+        "distributed_training.distributed_world_size={n} distributed_training.distributed_rank=-1 "
+        "distributed_training.distributed_init_method=env:// distributed_training.distributed_no_spawn=true "
+        "to fairseq-hydra-train, or --distributed-world-size {n} --distributed-rank -1 "
+        "--distributed-init-method env:// --distributed-no-spawn to fairseq-train",
+    ),
+    "SLURM_STEP_NUM_TASKS": ("srun", "--distributed-world-size {n} --distributed-port PORT to fairseq-train"),
+}
+
+
+def require_process_group() -> None:
+    """Stop if this process is one of several that fairseq did not connect; to be called before a model is trained.
+
+    Each would train on all the data and overwrite the others' checkpoints, without a word. It happens where fairseq
+    does not read the launcher's environment: under ``srun`` without the flags that the message names, and under
+    ``torchrun`` with ``fairseq-hydra-train``, which loads this package after it has looked, when
+    ``compat.follow_launchers`` comes too late.
+
+    Raises:
+        UserError: with the flags that connect the processes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return
+    for variable, (launcher, flags) in _LAUNCHERS.items():
+        started = os.environ.get(variable, "1")
+        if started.isdecimal() and int(started) > 1:
+            raise UserError(
+                f"{variable} ({started}): {launcher} started {started} processes, but fairseq has not connected them, "
+                "so each would train alone and overwrite the others' checkpoints. "
+                f"Add {flags.format(n=started)}. If each is meant to train alone, with a --save-dir of its own, "
+                f"unset {variable}"
+            )
