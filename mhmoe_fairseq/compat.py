@@ -101,7 +101,7 @@ def accept_installed_user_dir() -> None:
 
 
 def follow_launchers() -> None:
-    """Let ``call_main`` find torchrun's and SLURM's environment where fairseq misses or misreads it, then look itself."""
+    """Let ``call_main`` find torchrun's and SLURM's environment where fairseq misses it, then look itself."""
     from fairseq.distributed import utils
 
     stock = utils.infer_init_method
