@@ -14,6 +14,7 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from ..moe import RoutingStats
+from ..moe.parallelism import Traffic
 from ..moe.stats import active_share, load_max_over_mean
 
 COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
@@ -84,6 +85,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         logging_output["gate_loss"] = balance.detach() * sample_size
         logging_output["z_loss"] = z.detach() * sample_size
         logging_output.update(_routing_log([stats for stats in extra["moe_stats"] if stats is not None]))
+        logging_output.update(_traffic_log([traffic for traffic in extra["moe_traffic"] if traffic is not None]))
         return loss, sample_size, logging_output
 
     def _cross_entropy(self, model: nn.Module, logits: Tensor, sample: dict[str, Any], reduce: bool) -> Tensor:
@@ -118,6 +120,8 @@ class MoECrossEntropyCriterion(FairseqCriterion):
                 metrics.log_scalar(key, value, sample_size, round=4)
         if any("moe_load" in log for log in logging_outputs):
             _log_routing(logging_outputs)
+        if any("a2a_rows" in log for log in logging_outputs):
+            _log_traffic(logging_outputs)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -133,6 +137,23 @@ def _routing_log(stats: list[RoutingStats]) -> dict[str, Tensor]:
         "moe_entropy_sum": torch.stack([layer.entropy for layer in stats]),
         "moe_subtokens": torch.stack([layer.num_subtokens for layer in stats]),
     }
+
+
+def _traffic_log(traffic: list[Traffic]) -> dict[str, Tensor]:
+    """Additive counts of what went to the experts, ``(layers,)``; nothing without expert parallelism."""
+    if not traffic:
+        return {}
+    return {
+        "a2a_rows": torch.tensor([layer.rows for layer in traffic], dtype=torch.float64),
+        "a2a_bytes": torch.tensor([layer.bytes for layer in traffic], dtype=torch.float64),
+    }
+
+
+def _log_traffic(logging_outputs: list[dict[str, Any]]) -> None:
+    """Of an average layer and an average update (in validation, batch), over all processes, in one direction."""
+    for key, name, unit in (("a2a_rows", "a2a_rows", 1), ("a2a_bytes", "a2a_mb", 1e6)):
+        total = sum(log[key] for log in logging_outputs if key in log)
+        metrics.log_scalar(name, float(total.mean()) / unit, weight=1, round=6)
 
 
 def _log_routing(logging_outputs: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.hub_utils import GeneratorHubInterface
@@ -16,7 +17,9 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import Tensor, nn
 
 from ..compat import refuse_tpu
-from ..torchscale_ext.args import decoder_settings
+from ..moe.parallelism import ExpertParallelism
+from ..parallel import expert_parallelism
+from ..torchscale_ext.args import decoder_settings, expert_parallel_size
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from .options import MODEL_NAME, LanguageModelOptions
@@ -34,9 +37,9 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
 
     vocabulary_fingerprint: Tensor
 
-    def __init__(self, options: Any, dictionary: Dictionary) -> None:
+    def __init__(self, options: Any, dictionary: Dictionary, parallel: ExpertParallelism | None = None) -> None:
         max_positions = options.max_target_positions or options.tokens_per_sample
-        settings = decoder_settings(options, len(dictionary), max_positions)
+        settings = decoder_settings(options, len(dictionary), max_positions, parallel)
         super().__init__(
             settings,
             build_embedding(dictionary, settings.decoder_embed_dim),
@@ -98,6 +101,9 @@ class MHMoELanguageModel(FairseqLanguageModel):
     def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
         """Build from filled options.
 
+        Experts are spread over the processes if the task says so with ``spreads_experts``, as it does for training;
+        for evaluation every process has all of them.
+
         Raises:
             ValueError: naming the flag, its value and the rule.
         """
@@ -106,7 +112,8 @@ class MHMoELanguageModel(FairseqLanguageModel):
         refuse_tpu(args.tpu)
         if len(task.target_dictionary) != len(task.source_dictionary):
             raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
-        return build_language_model(args, task.source_dictionary)
+        parallel = training_parallelism(args) if getattr(task, "spreads_experts", False) else None
+        return build_language_model(args, task.source_dictionary, parallel)
 
     @classmethod
     def from_pretrained(
@@ -136,12 +143,27 @@ class MHMoELanguageModel(FairseqLanguageModel):
         return super().from_pretrained(str(checkpoint.parent.resolve()), checkpoint.name, str(data.resolve()), **kwargs)
 
 
-def build_language_model(options: Any, dictionary: Dictionary) -> MHMoELanguageModel:
+def build_language_model(
+    options: Any, dictionary: Dictionary, parallel: ExpertParallelism | None = None
+) -> MHMoELanguageModel:
     """The model of filled options (see ``architectures.architecture_options``); allocates nothing on ``meta``.
 
     Example: ``with torch.device("meta"): model = build_language_model(options, dictionary)``.
     """
-    return MHMoELanguageModel(LanguageModelDecoder(options, dictionary))
+    return MHMoELanguageModel(LanguageModelDecoder(options, dictionary, parallel))
+
+
+def training_parallelism(options: Any) -> ExpertParallelism | None:
+    """What the flags make of the processes that torch.distributed knows of; None for one process.
+
+    Every process must call it, with the same options.
+
+    Raises:
+        ValueError: as ``expert_parallel_size``.
+    """
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = expert_parallel_size(options, world_size)
+    return None if world_size == 1 else expert_parallelism(size)
 
 
 def build_embedding(dictionary: Dictionary, dim: int) -> nn.Embedding:

@@ -19,6 +19,7 @@ ROUTER_CHOICES = ChoiceEnum(["arch", "linear", "xmoe"])
 PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(["expert", "both"])
 BALANCE_CHOICES = ChoiceEnum(["top1", "topk"])
+SCOPE_CHOICES = ChoiceEnum(["rank", "global"])
 POLICY_CHOICES = ChoiceEnum(["all", "sampling", "random"])
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16"])
@@ -131,6 +132,14 @@ class LanguageModelOptions(LineageMoEOptions):
     )
     mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
         "balance loss: count first choices, as GShard does, or all choices (default: top1)"
+    )
+    mhmoe_balance_scope: Optional[SCOPE_CHOICES] = option(
+        "data parallelism: balance loss and z-loss of each process's own batch, or global: of all processes' batches "
+        "together, as one process would see them in one batch (default: rank)"
+    )
+    mhmoe_expert_parallel_size: Optional[int] = option(
+        "in training, processes that share one bank of experts; divides the experts and the processes (default: as "
+        "many as possible). A checkpoint does not depend on it"
     )
     mhmoe_budget: Optional[BUDGET_CHOICES] = option(
         "expert width from a budget: params (paper 1: the parameters of the one-head layer with the same flags), "

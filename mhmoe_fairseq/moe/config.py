@@ -16,6 +16,7 @@ ROUTINGS = ("dropless", "capacity")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
 NORMALIZE_SIDES = ("expert", "both")
 BALANCE_ASSIGNMENTS = ("top1", "topk")
+BALANCE_SCOPES = ("rank", "global")
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
 
 
@@ -55,6 +56,8 @@ class MHMoEConfig:
         normalize_gates: renormalise the gate weights over the selected experts when K >= 2.
         normalize_before_dropping: with capacity routing, renormalise before dropping.
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
+        balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
+            processes' batches together (``"global"``), as one process would see them in one batch.
         second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
         capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
         eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
@@ -86,6 +89,7 @@ class MHMoEConfig:
     normalize_gates: bool = True
     normalize_before_dropping: bool = False
     balance_assignment: Literal["top1", "topk"] = "top1"
+    balance_scope: Literal["rank", "global"] = "rank"
     second_expert_policy: Literal["all", "sampling", "random"] = "all"
     capacity_factor: float = 1.0
     eval_capacity_fraction: float = 0.25
@@ -107,6 +111,7 @@ class MHMoEConfig:
             ("activation", ACTIVATIONS),
             ("router_normalize", NORMALIZE_SIDES),
             ("balance_assignment", BALANCE_ASSIGNMENTS),
+            ("balance_scope", BALANCE_SCOPES),
             ("second_expert_policy", SECOND_EXPERT_POLICIES),
         ):
             if getattr(self, field) not in choices:

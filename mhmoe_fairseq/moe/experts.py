@@ -14,6 +14,7 @@ elsewhere ``grouped`` where its kernel takes dtype and shape, else ``blocked``.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from ._expert_device import blocked_ffn, grouped_ffn, grouped_mm_supports
 from ._expert_loop import loop_ffn
 from .config import MHMoEConfig
 from .dispatch import DispatchPlan, combine
+from .parallelism import ExpertParallelism, Traffic, exchanged_ffn, local_experts
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
 
@@ -32,7 +34,7 @@ BACKENDS = ("auto", "loop", "grouped", "blocked")
 class ExpertWeights(NamedTuple):
     """The stacked parameters, in one dtype; None where the configuration has none."""
 
-    fc1_weight: Tensor  # (E, F, d)
+    fc1_weight: Tensor  # (E, F, d); under expert parallelism E counts this process's experts
     fc1_bias: Tensor | None  # (E, F)
     gate_weight: Tensor | None  # (E, F, d), SwiGLU only
     gate_bias: Tensor | None  # (E, F)
@@ -46,16 +48,29 @@ class ExpertFFN(nn.Module):
     """E feed-forward networks ``d -> F -> d`` with stacked parameters.
 
     One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; with SwiGLU ``silu(fc1(x)) * gate(x)`` stands for the
-    activation. Initialised like ``nn.Linear``, expert by expert in one draw.
+    activation. Initialised like ``nn.Linear``, each expert from a generator of its own.
+
+    Args:
+        config: sizes and activation.
+        backend: one of ``BACKENDS``.
+        parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
+
+    Attributes:
+        traffic: what the latest forward pass sent, overwritten by each; None while all experts are here.
     """
 
-    def __init__(self, config: MHMoEConfig, *, backend: str = "auto") -> None:
+    def __init__(
+        self, config: MHMoEConfig, *, backend: str = "auto", parallel: ExpertParallelism | None = None
+    ) -> None:
         super().__init__()
         if backend not in BACKENDS:
             raise ValueError(f"backend ({backend!r}) must be one of {', '.join(BACKENDS)}")
         self.config = config
         self.backend = backend
-        e, f, d = config.num_experts, config.expert_ffn_dim, config.subtoken_dim
+        self.parallel = parallel if parallel is not None and parallel.size > 1 else None
+        self.local_experts = local_experts(self.parallel, config.num_experts)
+        self.traffic: Traffic | None = None
+        e, f, d = len(self.local_experts), config.expert_ffn_dim, config.subtoken_dim
         bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
 
         def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
@@ -70,17 +85,22 @@ class ExpertFFN(nn.Module):
         self.fc2_weight = nn.Parameter(torch.empty(e, d, f))
         self.fc2_bias = parameter(bias, e, d)
         self.reset_parameters()
+        if self.parallel is not None:
+            self.parallel.shard(self, config.num_experts)
 
     def reset_parameters(self) -> None:
-        """``nn.Linear``'s default: uniform in +-1/sqrt(fan_in), biases included."""
+        """``nn.Linear``'s default: uniform in +-1/sqrt(fan_in), biases included.
+
+        An expert's values depend on the global generator and the expert's number, not on which process draws them.
+        """
         bound_in = 1 / math.sqrt(self.config.subtoken_dim)
         bound_hidden = 1 / math.sqrt(self.config.expert_ffn_dim)
         for parameter in (self.fc1_weight, self.fc1_bias, self.gate_weight, self.gate_bias):
             if parameter is not None:
-                nn.init.uniform_(parameter, -bound_in, bound_in)
+                _uniform_by_expert(parameter, self.local_experts, bound_in)
         for parameter in (self.fc2_weight, self.fc2_bias):
             if parameter is not None:
-                nn.init.uniform_(parameter, -bound_hidden, bound_hidden)
+                _uniform_by_expert(parameter, self.local_experts, bound_hidden)
         if self.layernorm_weight is not None and self.layernorm_bias is not None:
             nn.init.ones_(self.layernorm_weight)
             nn.init.zeros_(self.layernorm_bias)
@@ -89,14 +109,21 @@ class ExpertFFN(nn.Module):
         """Gate-weighted sum of the chosen experts' outputs: ``(N, d), (N, K) -> (N, d)``."""
         device = x_Nd.device.type
         x_Nd, weights = self._in_compute_dtype(x_Nd)
+        local_ffn = functools.partial(self._local_ffn, weights)
+        with _without_autocast(device):
+            if self.parallel is None:
+                return local_ffn(x_Nd, gates_NK, plan)
+            y_Nd, self.traffic = exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
+            return y_Nd
+
+    def _local_ffn(self, weights: ExpertWeights, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
         dropout = self.config.activation_dropout if self.training else 0.0
         activation = self.config.activation
-        with _without_autocast(device):
-            if self._backend_for(x_Nd) == "loop":
-                return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
-            device_ffn = grouped_ffn if self._backend_for(x_Nd) == "grouped" else blocked_ffn
-            y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
-            return combine(y_Rd, gates_NK, plan)
+        if self._backend_for(x_Nd) == "loop":
+            return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
+        device_ffn = grouped_ffn if self._backend_for(x_Nd) == "grouped" else blocked_ffn
+        y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
+        return combine(y_Rd, gates_NK, plan)
 
     def _backend_for(self, x_Nd: Tensor) -> str:
         if self.backend != "auto":
@@ -108,6 +135,8 @@ class ExpertFFN(nn.Module):
 
     def _in_compute_dtype(self, x_Nd: Tensor) -> tuple[Tensor, ExpertWeights]:
         weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
+        if self.parallel is not None:
+            weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
         device = x_Nd.device.type
         if device == "meta" or not torch.is_autocast_enabled(device) or x_Nd.dtype == torch.float64:
             return x_Nd, weights
@@ -132,6 +161,19 @@ class SharedExpert(nn.Module):
         if self.gate is not None:
             return self.fc2(F.silu(hidden) * self.gate(x_TD))
         return self.fc2(F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden))
+
+
+def _uniform_by_expert(stacked: Tensor, experts: range, bound: float) -> None:
+    """Fill dim 0 for ``experts``, each from its own generator; no process draws another's experts."""
+    if stacked.untyped_storage().device.type == "meta":  # meta and fake tensors have no values
+        return
+    seed = int(torch.randint(2**62, (), device="cpu"))
+    with torch.no_grad():
+        for values, expert in zip(stacked, experts):
+            generator = torch.Generator().manual_seed(seed + expert)
+            # On the CPU whatever the device, so that all devices begin with one model.
+            target = values if values.device.type == "cpu" else torch.empty(values.shape, device="cpu")
+            values.copy_(target.uniform_(-bound, bound, generator=generator))
 
 
 def _without_autocast(device: str) -> torch.autocast:

@@ -12,7 +12,8 @@ from .config import MHMoEConfig
 from .dispatch import assign, plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .heads import head_projection, merge_heads, merge_projection, repeat_mask, split_heads
-from .losses import load_balancing_loss, router_z_loss
+from .losses import load_balancing_loss, pack, router_sums, router_z_loss, unpack
+from .parallelism import ExpertParallelism, Traffic
 from .router import build_router
 from .stats import RoutingStats, routing_stats
 
@@ -50,14 +51,18 @@ class MHMoELayer(nn.Module):
         config: what to compute.
         backend: how the experts compute: ``"auto"`` (by device, dtype and shape), ``"loop"``, ``"grouped"`` or
             ``"blocked"``; see :mod:`.experts`.
+        parallel: the processes over which experts, and with ``balance_scope="global"`` losses, extend; None for one.
     """
 
-    def __init__(self, config: MHMoEConfig, *, backend: str = "auto") -> None:
+    def __init__(
+        self, config: MHMoEConfig, *, backend: str = "auto", parallel: ExpertParallelism | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.parallel = parallel
         self.head_projection = head_projection(config) if config.has_head_projection else None
         self.router = build_router(config)
-        self.experts = ExpertFFN(config, backend=backend)
+        self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         self.merge_projection = merge_projection(config) if config.has_merge_projection else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
@@ -101,15 +106,22 @@ class MHMoELayer(nn.Module):
         plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
         y_Nd = self.experts(x_Nd, assignment.gates_NK, plan)
 
-        balance_loss = load_balancing_loss(
+        sums = router_sums(
+            logits_NE=logits_NE.to(probs_NE.dtype),
             probs_NE=probs_NE,
             experts_NK=assignment.choices_NK,
             padding_mask_N=mask_N,
             assignment=config.balance_assignment,
         )
-        z_loss = router_z_loss(logits_NE=logits_NE.to(probs_NE.dtype), padding_mask_N=mask_N)
+        if self.parallel is not None and config.balance_scope == "global":
+            sums = unpack(self.parallel.sum(pack(sums)))
         stats = routing_stats(probs_NE, assignment, plan, mask_N)
-        return y_Nd, balance_loss, z_loss, stats
+        return y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the latest forward pass sent to experts on other processes; None while all experts are here."""
+        return self.experts.traffic
 
     def _check_shapes(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if x.size(-1) != self.config.embed_dim:

@@ -1,39 +1,82 @@
-"""Auxiliary losses as pure functions. Padding enters neither numerator nor denominator."""
+"""Auxiliary losses as pure functions of sums over sub-tokens. Padding enters neither numerator nor denominator.
+
+The sums of several batches, or of several processes' parts of a batch, add up: the losses of the total are those of
+the whole.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def masked_mean(values_N: Tensor, padding_mask_N: Tensor | None) -> Tensor:
-    """Mean over dim 0 of ``(N, ...)`` leaving out padded rows; 0 when there is no real row."""
-    if padding_mask_N is None:
-        return values_N.sum(0) / max(values_N.size(0), 1)
-    mask = padding_mask_N.view(-1, *([1] * (values_N.dim() - 1)))
-    real = (~padding_mask_N).sum().clamp(min=1)
-    return values_N.masked_fill(mask, 0).sum(0) / real
+class RouterSums(NamedTuple):
+    """What the losses depend on.
+
+    Attributes:
+        chosen_E: how often each expert was chosen, all choices of one sub-token together counting 1.
+        probs_E: the router's full softmax, summed over real sub-tokens.
+        z: squared log-partition, summed.
+        count: real sub-tokens.
+    """
+
+    chosen_E: Tensor
+    probs_E: Tensor
+    z: Tensor
+    count: Tensor
 
 
-def load_balancing_loss(
-    *, probs_NE: Tensor, experts_NK: Tensor, padding_mask_N: Tensor | None, assignment: str = "top1"
-) -> Tensor:
-    """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform.
+def router_sums(
+    *,
+    logits_NE: Tensor,
+    probs_NE: Tensor,
+    experts_NK: Tensor,
+    padding_mask_N: Tensor | None,
+    assignment: str = "top1",
+) -> RouterSums:
+    """Sum over the real sub-tokens of a batch.
 
     Args:
-        probs_NE: the router's full softmax.
+        logits_NE: the router's output, in the dtype of ``probs_NE``.
+        probs_NE: its full softmax.
         experts_NK: chosen experts, first choice first.
         padding_mask_N: True where padded.
-        assignment: f_p counts first choices (``"top1"``) or all choices divided by K (``"topk"``).
+        assignment: count first choices (``"top1"``, GShard) or all choices divided by K (``"topk"``).
     """
-    num_experts = probs_NE.size(1)
     counted_NK = experts_NK[:, :1] if assignment == "top1" else experts_NK
     chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
-    fraction_E = masked_mean(chosen_NE, padding_mask_N)
-    mean_prob_E = masked_mean(probs_NE, padding_mask_N)
-    return num_experts * (fraction_E * mean_prob_E).sum()
+    z_N = torch.logsumexp(logits_NE, dim=1).square()
+    if padding_mask_N is None:
+        return RouterSums(chosen_NE.sum(0), probs_NE.sum(0), z_N.sum(), z_N.new_full((), z_N.size(0)))
+    mask_N1 = padding_mask_N.unsqueeze(1)
+    return RouterSums(
+        chosen_NE.masked_fill(mask_N1, 0).sum(0),
+        probs_NE.masked_fill(mask_N1, 0).sum(0),
+        z_N.masked_fill(padding_mask_N, 0).sum(),
+        (~padding_mask_N).sum().to(z_N.dtype),
+    )
 
 
-def router_z_loss(*, logits_NE: Tensor, padding_mask_N: Tensor | None) -> Tensor:
+def load_balancing_loss(sums: RouterSums) -> Tensor:
+    """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform, 0 without sub-tokens."""
+    count = sums.count.clamp(min=1)
+    return sums.chosen_E.numel() * (sums.chosen_E / count * (sums.probs_E / count)).sum()
+
+
+def router_z_loss(sums: RouterSums) -> Tensor:
     """Mean squared log-partition of the router's logits (ST-MoE)."""
-    return masked_mean(torch.logsumexp(logits_NE, dim=1).square(), padding_mask_N)
+    return sums.z / sums.count.clamp(min=1)
+
+
+def pack(sums: RouterSums) -> Tensor:
+    """One vector ``(2 E + 2,)``, so that the sums travel in one message."""
+    return torch.cat([sums.chosen_E, sums.probs_E, sums.z.view(1), sums.count.view(1)])
+
+
+def unpack(vector: Tensor) -> RouterSums:
+    """The inverse of ``pack``."""
+    num_experts = vector.numel() // 2 - 1
+    chosen_E, probs_E, z, count = vector.split([num_experts, num_experts, 1, 1])
+    return RouterSums(chosen_E, probs_E, z.squeeze(0), count.squeeze(0))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import re
 from typing import Any
 
 from ..moe import MHMoEConfig
+from ..moe.parallelism import ExpertParallelism
 from .settings import DecoderSettings
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,8 @@ _MHMOE_FLAGS = (
     *_XMOE_ROUTER_FLAGS,
     "mhmoe_normalize_gates",
     "mhmoe_balance_assignment",
+    "mhmoe_balance_scope",
+    "mhmoe_expert_parallel_size",
     "mhmoe_budget",
     "mhmoe_subtoken_residual",
     "mhmoe_projection_layers",
@@ -81,8 +85,10 @@ _FLAG_OF_FIELD = {
 }
 
 
-def decoder_settings(options: Any, vocab_size: int, max_positions: int) -> DecoderSettings:
-    """Everything a decoder is built from.
+def decoder_settings(
+    options: Any, vocab_size: int, max_positions: int, parallel: ExpertParallelism | None = None
+) -> DecoderSettings:
+    """Everything a decoder is built from; ``parallel`` of the size that ``expert_parallel_size`` gives.
 
     Raises:
         ValueError: naming the flag, its value and the rule, for anything contradictory or impossible.
@@ -91,6 +97,7 @@ def decoder_settings(options: Any, vocab_size: int, max_positions: int) -> Decod
     moe = moe_config(options)
     return DecoderSettings(
         moe=moe,
+        parallel=parallel,
         static_xmoe=moe is not None and _text(options.mhmoe_routing) == "torchscale",
         rotary_embed=bool(options.rotary_embed),
         rms_norm=bool(options.rms_norm),
@@ -137,6 +144,26 @@ def moe_config(options: Any) -> MHMoEConfig | None:
         raise ValueError(_in_flags(str(error))) from error
 
 
+def expert_parallel_size(options: Any, world_size: int) -> int:
+    """How many of ``world_size`` data-parallel processes share one bank of experts: as asked, or as many as possible.
+
+    Raises:
+        ValueError: if ``--mhmoe-expert-parallel-size`` divides the experts or the processes unevenly, or the model
+            cannot be spread.
+    """
+    moe = moe_config(options)
+    size = options.mhmoe_expert_parallel_size
+    if moe is None or _text(options.mhmoe_routing) == "torchscale":
+        # TorchScale's own layer says itself that it runs in one process.
+        return 1
+    if size is None:
+        return math.gcd(moe.num_experts, world_size)
+    for what, number in (("--moe-expert-count", moe.num_experts), ("the number of processes", world_size)):
+        if size < 1 or number % size:
+            raise ValueError(f"--mhmoe-expert-parallel-size ({size}) must divide {what} ({number})")
+    return size
+
+
 def _with_budget(options: Any) -> MHMoEConfig:
     heads = options.mhmoe_heads_number
     reference = MHMoEConfig(num_heads=1, **_shared_fields(options), **_router_fields(options, heads=1))
@@ -181,6 +208,7 @@ def _shared_fields(options: Any) -> dict[str, Any]:
         "normalize_gates": _text(options.mhmoe_normalize_gates) != "off",
         "normalize_before_dropping": bool(options.moe_normalize_gate_prob_before_dropping),
         "balance_assignment": _text(options.mhmoe_balance_assignment) or "top1",
+        "balance_scope": _text(options.mhmoe_balance_scope) or "rank",
         "second_expert_policy": _second_expert_policy(options),
         "capacity_factor": _or(options.mhmoe_capacity_factor, 1.0),
         "eval_capacity_fraction": _or(options.moe_eval_capacity_token_fraction, 0.25),

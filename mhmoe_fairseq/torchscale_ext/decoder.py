@@ -70,7 +70,8 @@ class MHMoEDecoder(Decoder):
 
         Returns:
             ``(B, S, vocabulary)`` logits or ``(B, S, D)`` features, and ``extra`` with one entry per layer (None for
-            dense ones) in ``l_aux``, ``stack([balance, z])``, and ``moe_stats``, a ``RoutingStats``.
+            dense ones) in ``l_aux``, ``stack([balance, z])``, and ``moe_stats``, a ``RoutingStats``; under expert
+            parallelism in ``moe_traffic``, too, a ``Traffic``.
         """
         x, _ = self.forward_embedding(prev_output_tokens, token_embeddings, incremental_state)
         is_first_step = self.is_first_step(incremental_state)
@@ -79,7 +80,7 @@ class MHMoEDecoder(Decoder):
             padding_mask = prev_output_tokens.eq(self.embed_tokens.padding_idx)
         padding_mask = padding_mask[:, -x.size(1) :]  # incremental decoding: the mask spans all keys, x one token
 
-        inner_states, l_aux, moe_stats = [x], [], []
+        inner_states, l_aux, moe_stats, moe_traffic = [x], [], [], []
         for index, layer in enumerate(self.layers):
             layer_state = None if incremental_state is None else incremental_state.setdefault(index, {})
             run = functools.partial(checkpoint, layer, use_reentrant=False) if self._recomputes() else layer
@@ -92,6 +93,7 @@ class MHMoEDecoder(Decoder):
             )
             l_aux.append(layer_aux)
             moe_stats.append(layer.moe_stats if layer.is_moe_layer else None)
+            moe_traffic.append(layer.moe_traffic)
             if return_all_hiddens:
                 inner_states.append(x)
 
@@ -99,7 +101,8 @@ class MHMoEDecoder(Decoder):
             x = self.layer_norm(x)
         if not features_only:
             x = self.output_layer(x)
-        return x, {"inner_states": inner_states, "l_aux": l_aux, "moe_stats": moe_stats, "attn": None}
+        extra = {"l_aux": l_aux, "moe_stats": moe_stats, "moe_traffic": moe_traffic}
+        return x, {"inner_states": inner_states, "attn": None, **extra}
 
     def _recomputes(self) -> bool:
         # torch's own checkpointing, not fairscale's: that one recomputes outside bf16 autocast.

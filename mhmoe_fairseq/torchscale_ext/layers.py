@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchscale.architecture.decoder import DecoderLayer
 
 from ..moe import MHMoELayer, RoutingStats
+from ..moe.parallelism import Traffic
 from .attention import SelfAttention
 from .modules import build_dense_ffn, build_norm
 from .settings import DecoderSettings
@@ -18,6 +19,7 @@ class MHMoEDecoderLayer(DecoderLayer):
 
     Attributes:
         moe_stats: routing counts of the latest forward pass, overwritten by each; None for a dense layer.
+        moe_traffic: the same for what it sent to other processes' experts; None without expert parallelism.
     """
 
     def __init__(self, settings: DecoderSettings, depth: int, is_moe_layer: bool = False) -> None:
@@ -26,6 +28,7 @@ class MHMoEDecoderLayer(DecoderLayer):
         for name in ("self_attn_layer_norm", "final_layer_norm"):
             setattr(self, name, build_norm(settings, self.embed_dim))
         self.moe_stats: RoutingStats | None = None
+        self.moe_traffic: Traffic | None = None
         if is_moe_layer:
             del self.ffn
             self.is_moe_layer = True
@@ -77,6 +80,7 @@ class MHMoEDecoderLayer(DecoderLayer):
             output = self.moe_layer(x, padding_mask)
             l_aux = torch.stack([output.balance_loss, output.z_loss])
             self.moe_stats = output.stats
+            self.moe_traffic = getattr(self.moe_layer, "traffic", None)
             return output.hidden
 
         x = self._residual_block(x, self.self_attn_layer_norm, attend)
@@ -93,4 +97,4 @@ class MHMoEDecoderLayer(DecoderLayer):
 def build_moe_layer(settings: DecoderSettings) -> nn.Module:
     """The MoE layer that the settings describe; called as ``(x, padding_mask)``, returns an ``MHMoEOutput``."""
     assert settings.moe is not None, "moe_freq > 0 without an MHMoEConfig"
-    return StaticXMoE(settings) if settings.static_xmoe else MHMoELayer(settings.moe)
+    return StaticXMoE(settings) if settings.static_xmoe else MHMoELayer(settings.moe, parallel=settings.parallel)

@@ -7,6 +7,7 @@ from typing import Any
 from torchscale.architecture.config import DecoderConfig
 
 from ..moe import MHMoEConfig
+from ..moe.parallelism import ExpertParallelism
 
 
 class DecoderSettings(DecoderConfig):
@@ -17,6 +18,7 @@ class DecoderSettings(DecoderConfig):
 
     Args:
         moe: the MoE layers' configuration; None for a dense model.
+        parallel: the processes that the MoE layers extend over; None for one.
         static_xmoe: run TorchScale's own static routing in place of ours (a baseline).
         rotary_embed: rotate queries and keys by their position.
         rms_norm: RMSNorm in place of LayerNorm.
@@ -28,6 +30,7 @@ class DecoderSettings(DecoderConfig):
         self,
         *,
         moe: MHMoEConfig | None = None,
+        parallel: ExpertParallelism | None = None,
         static_xmoe: bool = False,
         rotary_embed: bool = False,
         rms_norm: bool = False,
@@ -36,6 +39,7 @@ class DecoderSettings(DecoderConfig):
     ) -> None:
         super().__init__(**decoder_kwargs)
         self.moe = moe
+        self.parallel = parallel
         self.static_xmoe = static_xmoe
         self.rotary_embed = rotary_embed
         self.rms_norm = rms_norm

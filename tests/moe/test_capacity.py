@@ -10,7 +10,7 @@ import torch
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.dispatch import assign, expert_capacity, slot_positions
-from mhmoe_fairseq.moe.losses import load_balancing_loss
+from mhmoe_fairseq.moe.losses import load_balancing_loss, router_sums
 
 routing = pytest.importorskip("torchscale.component.xmoe.routing", reason="TorchScale is the oracle here")
 
@@ -26,6 +26,13 @@ def histc_for_integers():
 def config(**changes):
     fields = {"embed_dim": 16, "num_experts": 6, "expert_ffn_dim": 8, "routing": "capacity", **changes}
     return MHMoEConfig(**fields)
+
+
+def balance_loss(logits, assignment, mask=None):
+    sums = router_sums(
+        logits_NE=logits, probs_NE=logits.softmax(1), experts_NK=assignment.choices_NK, padding_mask_N=mask
+    )
+    return load_balancing_loss(sums)
 
 
 def torchscale_gate(cfg, logits, *, training, mask=None, noise=None):
@@ -91,7 +98,7 @@ def test_choices_slots_drops_and_losses_equal_torchscale(changes, training, toke
     ours = our_combine_weights(cfg, assignment, combine.size(2))
     assert torch.equal(ours > 0, combine > 0)
     torch.testing.assert_close(ours, combine, rtol=0, atol=1e-6)
-    balance = load_balancing_loss(probs_NE=probs, experts_NK=assignment.choices_NK, padding_mask_N=None)
+    balance = balance_loss(logits, assignment)
     torch.testing.assert_close(balance, l_aux, rtol=0, atol=1e-6)
 
 
@@ -150,7 +157,7 @@ def test_padding_costs_no_capacity_and_no_loss_unlike_torchscale():
     assert ours.kept_NK[:, 0].tolist() == [True] * 2 + [False] * 4 + [True] * 2
     alone = assign(cfg, logits[~mask], logits[~mask].softmax(1), None, training=True)
     torch.testing.assert_close(ours.gates_NK[~mask], alone.gates_NK)
-    balance = load_balancing_loss(probs_NE=logits.softmax(1), experts_NK=ours.choices_NK, padding_mask_N=mask)
+    balance = balance_loss(logits, ours, mask)
     torch.testing.assert_close(balance, torch.tensor(1.0), rtol=0, atol=1e-6)
     # TorchScale divides first choices by all 8 rows although 4 are padding: half the loss.
     l_aux, _ = torchscale_gate(cfg, logits, training=True, mask=mask)

@@ -1,0 +1,65 @@
+"""Which processes share a bank of experts, and which hold the same experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .rows import DistributedExperts
+
+
+@dataclass(frozen=True)
+class RankGroups:
+    """One process's place among ``world_size`` processes in expert-parallel groups of ``size``.
+
+    Groups are consecutive ranks (fast links first): with 4 ranks and size 2, {0, 1} and {2, 3} share a bank each, and
+    {0, 2} and {1, 3} hold the same experts.
+
+    Attributes:
+        size: processes that share one bank of experts.
+        rank: this process's number among them.
+        experts: their process group.
+        replicas: the group of the processes with the same experts, one from each bank.
+        world_size: all data-parallel processes.
+    """
+
+    size: int
+    rank: int
+    experts: dist.ProcessGroup
+    replicas: dist.ProcessGroup
+    world_size: int
+
+    @property
+    def num_replicas(self) -> int:
+        """Banks of experts in the world."""
+        return self.world_size // self.size
+
+
+def rank_groups(size: int) -> RankGroups:
+    """Make the groups; every process of the world must call it, with the same size.
+
+    Raises:
+        ValueError: if ``size`` does not divide the world.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size % size:
+        raise ValueError(f"expert-parallel size ({size}) must divide the number of processes ({world_size})")
+    banks = [list(range(first, first + size)) for first in range(0, world_size, size)]
+    replicas = [list(range(first, world_size, size)) for first in range(size)]
+    # Every process takes part in making every group, in the same order.
+    experts_of = [dist.new_group(ranks) for ranks in banks]
+    replicas_of = [dist.new_group(ranks) for ranks in replicas]
+    return RankGroups(size, rank % size, experts_of[rank // size], replicas_of[rank % size], world_size)
+
+
+def expert_parallelism(size: int) -> DistributedExperts:
+    """What ``MHMoELayer(parallel=...)`` takes, for experts on ``size`` processes each.
+
+    Every process of the world must call it, with the same size. With size 1 all experts stay on every process; the
+    object then serves ``balance_scope="global"`` alone.
+
+    Raises:
+        ValueError: if ``size`` does not divide the number of processes.
+    """
+    return DistributedExperts(rank_groups(size))

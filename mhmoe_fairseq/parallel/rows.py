@@ -1,0 +1,142 @@
+"""Rows on their way to experts of other processes and back, with gradients, and counted.
+
+Every process takes part in every transfer, with no rows too, forward and backward in the same order: autograd runs a
+backward in the reverse order of the forward, which is the same on all processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .sharding import shard_experts
+
+if TYPE_CHECKING:
+    from .groups import RankGroups
+
+
+@dataclass
+class TrafficCounter:
+    """What really passed between processes, counted at each call; backward and recomputation included.
+
+    Attributes:
+        calls: all-to-all transfers of rows.
+        rows: rows sent, those to this process itself included.
+        bytes: of rows sent to other processes.
+        count_bytes: of row counts sent to other processes beforehand.
+    """
+
+    calls: int = 0
+    rows: int = 0
+    bytes: int = 0
+    count_bytes: int = 0
+
+
+class DistributedExperts:
+    """The expert parallelism that a layer is given; see ``moe.parallelism.ExpertParallelism``.
+
+    Attributes:
+        groups: this process's place.
+        counter: real transfers since the start; may be replaced.
+    """
+
+    def __init__(self, groups: RankGroups) -> None:
+        self.groups = groups
+        self.size = groups.size
+        self.rank = groups.rank
+        self.counter = TrafficCounter()
+
+    def shard(self, module: nn.Module, num_experts: int) -> None:
+        """Mark the parameters, and make saved states those of one process."""
+        shard_experts(module, num_experts, self.groups)
+
+    def scale_gradient(self, weight: Tensor) -> Tensor:
+        """The identity, the gradient divided by the number of data-parallel processes.
+
+        An expert gets the gradients of all processes' rows summed, where the others are averaged.
+        """
+        return _ScaleGradient.apply(weight, 1 / self.groups.world_size)
+
+    def exchange(self, load_E: Tensor) -> RowExchange:
+        """Tell the others how many rows will come."""
+        sent_Pe = load_E.view(self.size, -1).long()
+        received_Pe = torch.empty_like(sent_Pe)
+        dist.all_to_all_single(received_Pe, sent_Pe, group=self.groups.experts)
+        self.counter.count_bytes += (self.size - 1) * sent_Pe.size(1) * sent_Pe.element_size()
+        # One read on the host for all sizes: the transfers need them there.
+        sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
+        return RowExchange(self, sent, received, received_Pe)
+
+    def transfer(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """``(sum(sent), d) -> (sum(received), d)``: consecutive pieces to each process and from each."""
+        arrived = rows.new_empty(sum(received), rows.size(1))
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.groups.experts)
+        self.counter.calls += 1
+        self.counter.rows += rows.size(0)
+        self.counter.bytes += (rows.size(0) - sent[self.rank]) * rows.size(1) * rows.element_size()
+        return arrived
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all data-parallel processes, on each of them; its gradient is the sum of their gradients."""
+        return _AllReduceSum.apply(values)
+
+
+class RowExchange:
+    """One forward pass's transfers; see ``moe.parallelism.Exchange``."""
+
+    def __init__(self, parallel: DistributedExperts, sent: list[int], received: list[int], received_Pe: Tensor) -> None:
+        self._parallel = parallel
+        self._sent = sent
+        self._received = received
+        self.received_Pe = received_Pe
+        self.num_sent = sum(sent)
+        self.num_received = sum(received)
+        self.own_rows = sent[parallel.rank]
+
+    def dispatch(self, x_Sd: Tensor) -> Tensor:
+        """Rows sorted by expert to where the experts are."""
+        return _AllToAll.apply(x_Sd, self._sent, self._received, self._parallel)
+
+    def collect(self, y_Md: Tensor) -> Tensor:
+        """The way back."""
+        return _AllToAll.apply(y_Md, self._received, self._sent, self._parallel)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], parallel: DistributedExperts) -> Tensor:
+        ctx.sent, ctx.received, ctx.parallel = sent, received, parallel
+        return parallel.transfer(rows, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.parallel.transfer(grad, ctx.received, ctx.sent), None, None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,129 @@
+"""One MH-MoE layer on several ranks, and the same in one process: what both sides of the comparison compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.parallel import DistributedExperts, TrafficCounter, expert_parallelism, sharded_experts
+
+FIELDS = {"embed_dim": 24, "num_heads": 4, "num_experts": 8, "top_k": 2, "expert_ffn_dim": 16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``tokens[r]`` tokens on rank r, of which the last ``padded[r]`` are padding."""
+
+    tokens: tuple[int, ...]
+    padded: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+    fields: dict[str, Any] = field(default_factory=dict)
+    backend: str = "auto"
+    training: bool = True
+    router_scale: float = 1.0  # large: a few experts get everything, the others nothing
+
+    @property
+    def config(self) -> MHMoEConfig:
+        return MHMoEConfig(**{**FIELDS, **self.fields})
+
+    def layer(self, parallel=None) -> MHMoELayer:
+        torch.manual_seed(self.seed)
+        layer = MHMoELayer(self.config, backend=self.backend, parallel=parallel).to(self.dtype).train(self.training)
+        if self.router_scale != 1.0:
+            with torch.no_grad():
+                for parameter in layer.router.parameters():
+                    parameter.mul_(self.router_scale)
+        return layer
+
+    def batch(self, rank: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Input, padding mask, and the weights of the outputs in the loss."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + rank)
+        shape = (self.tokens[rank], self.config.embed_dim)
+        x, weights = (torch.randn(shape, generator=generator, dtype=self.dtype) for _ in range(2))
+        mask = None
+        if self.padded is not None:
+            mask = torch.arange(self.tokens[rank]) >= self.tokens[rank] - self.padded[rank]
+        return x.requires_grad_(), mask, weights
+
+
+@dataclass
+class Result:
+    """What one rank, or the single process, computed."""
+
+    hidden: Tensor
+    losses: Tensor
+    x_grad: Tensor
+    grads: dict[str, Tensor]
+    load: Tensor
+    traffic: tuple[int, int] | None = None
+    counted: tuple[int, int, int] | None = None
+
+
+def loss_of(output, weights: Tensor) -> Tensor:
+    return (output.hidden * weights).sum() + 3 * output.balance_loss + 2 * output.z_loss
+
+
+def run_rank(case: Case, parallel: DistributedExperts) -> Result:
+    """One rank's part, gradients as fairseq leaves them: dense averaged, expert replicas summed."""
+    parallel.counter = TrafficCounter()
+    layer = case.layer(parallel)
+    x, mask, weights = case.batch(dist.get_rank())
+    output = layer(x, mask)
+    loss_of(output, weights).backward()
+    sharded = {item.name for item in sharded_experts(layer)}
+    for name, parameter in layer.named_parameters():
+        if name in sharded:
+            dist.all_reduce(parameter.grad, group=parallel.groups.replicas)
+        else:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+    return Result(
+        output.hidden.detach(),
+        torch.stack([output.balance_loss, output.z_loss]).detach(),
+        x.grad,
+        {name: parameter.grad for name, parameter in layer.named_parameters()},
+        output.stats.expert_load,
+        layer.traffic,
+        (parallel.counter.calls, parallel.counter.rows, parallel.counter.bytes),
+    )
+
+
+def run_ranks(cases: list[Case], size: int) -> list[Result]:
+    parallel = expert_parallelism(size)
+    return [run_rank(case, parallel) for case in cases]
+
+
+def run_alone(case: Case) -> list[Result]:
+    """All ranks' batches in one process; the loss is the mean of the ranks' losses.
+
+    With ``balance_scope="global"`` they are one batch, else one micro-batch after the other.
+    """
+    layer, world_size = case.layer(), len(case.tokens)
+    batches = [case.batch(rank) for rank in range(world_size)]
+    if case.config.balance_scope == "global":
+        masks = None if case.padded is None else torch.cat([mask for _, mask, _ in batches])
+        output = layer(torch.cat([x for x, _, _ in batches]), masks)
+        rows = [len(x) for x, _, _ in batches]
+        outputs = [output._replace(hidden=hidden) for hidden in output.hidden.split(rows)]
+    else:
+        outputs = [layer(x, mask) for x, mask, _ in batches]
+    losses = [loss_of(output, weights) for output, (_, _, weights) in zip(outputs, batches)]
+    (sum(losses) / world_size).backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
+    return [
+        Result(
+            output.hidden.detach(),
+            torch.stack([output.balance_loss, output.z_loss]).detach(),
+            x.grad * world_size,  # a rank's own x enters its own loss alone, which is not averaged
+            grads,
+            output.stats.expert_load,
+        )
+        for output, (x, _, _) in zip(outputs, batches)
+    ]
