@@ -12,10 +12,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 heads=${HEADS:-4}
 case $SCALE in
 paper)
-    # 512 blocks of 2048 tokens per update.
-    per_step=$((512 / (GPUS * BATCH)))
+    share_update 512 # blocks of 2048 tokens
     shape=(
-        --decoder-ffn-embed-dim 2048 --moe-ffn-dim 2048 --tokens-per-sample 2048 --update-freq "$per_step"
+        --decoder-ffn-embed-dim 2048 --moe-ffn-dim 2048 --tokens-per-sample 2048
         --lr "${LR:-6e-4}" --end-learning-rate 3e-5 --warmup-updates 375
         --max-update "${UPDATES:-100000}" --total-num-update "${UPDATES:-100000}"
     )

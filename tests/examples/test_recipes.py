@@ -36,8 +36,18 @@ def commands(recipe: str, scale: str, *flags: str) -> tuple[tuple[str, ...], ...
     return tuple(tuple(shlex.split(line)) for line in done.stdout.splitlines())
 
 
+def unlaunched(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The command that torchrun would start, for one that it starts."""
+    if words[0] != "torchrun":
+        return words
+    at = words.index("-m")
+    assert words[at + 1] == "fairseq_cli.train"
+    return ("fairseq-train", *words[at + 2 :])
+
+
 def parse(words: tuple[str, ...]):
     """fairseq's own parsing of a command; an unknown flag ends the test."""
+    words = unlaunched(words)
     get_parser = {"fairseq-train": options.get_training_parser, "fairseq-eval-lm": options.get_eval_lm_parser}[words[0]]
     sys_argv, sys.argv = sys.argv, list(words)  # the parser looks for --user-dir there
     try:
@@ -53,7 +63,7 @@ def counts(words: tuple[str, ...]) -> ModelCounts:
 
 def runs(recipe: str, scale: str) -> dict[str, tuple[str, ...]]:
     """Run name -> training command."""
-    trainings = [words for words in commands(recipe, scale) if words[0] == "fairseq-train"]
+    trainings = [words for words in commands(recipe, scale) if unlaunched(words)[0] == "fairseq-train"]
     return {Path(words[words.index("--save-dir") + 1]).name: words for words in trainings}
 
 
@@ -63,7 +73,7 @@ def test_every_command_is_accepted_by_fairseq_and_by_the_model(recipe: str, scal
     words = commands(recipe, scale)
     assert words
     for command in words:
-        if command[0] == "fairseq-train":
+        if unlaunched(command)[0] == "fairseq-train":
             assert counts(command).total > 0
         else:
             assert parse(command).gen_subset in ("valid", "test")
@@ -145,12 +155,47 @@ def test_table_7_varies_the_projections() -> None:
     assert [config.has_head_projection for config in moe] == [False, True, True, True]
 
 
+def dry_run(recipe: str, **environment: str) -> tuple[str, ...]:
+    done = bash(FOLDER / f"{recipe}.sh", DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return tuple(shlex.split(done.stdout))
+
+
+@pytest.mark.parametrize("batch", ["", "2"])
+@pytest.mark.parametrize("nodes, nproc", [("1", "1"), ("1", "4"), ("2", "2")])
+def test_an_update_is_the_same_however_many_processes_share_it(nodes: str, nproc: str, batch: str) -> None:
+    places = {"NNODES": nodes, "NODE_RANK": "1", "MASTER_ADDR": "node0"} if nodes != "1" else {}
+    words = dry_run("mhmoe", NPROC=nproc, BATCH=batch, **places)
+    args = parse(words)
+    processes = int(nodes) * int(nproc)
+    assert args.batch_size * args.update_freq[0] * processes == 16
+    if processes == 1:
+        assert words[0] == "fairseq-train" and args.distributed_world_size == 1
+    else:
+        assert words[:5] == (
+            ("torchrun", "--standalone", "--nproc_per_node", nproc, "-m")
+            if nodes == "1"
+            else ("torchrun", "--nnodes", nodes, "--node_rank", "1")
+        )
+        assert (args.ddp_backend, args.distributed_backend) == ("legacy_ddp", "gloo")
+
+
+def test_gpus_talk_through_nccl_and_shared_blocks_of_the_official_recipe_are_512() -> None:
+    args = parse(dry_run("official_recipe", SCALE="paper", NNODES="4", NODE_RANK="0", MASTER_ADDR="node0"))
+    assert (args.ddp_backend, args.distributed_backend) == ("legacy_ddp", "nccl")
+    assert 32 * args.batch_size * args.update_freq[0] == 512
+
+
 @pytest.mark.parametrize(
     "recipe, environment, message",
     [
         ("dense", {"SCALE": "huge"}, "SCALE (huge) must be cpu or paper"),
         ("dense", {"UPDATES": "many"}, "UPDATES (many) must be a positive integer"),
-        ("dense", {"SCALE": "paper", "GPUS": "3"}, "GPUS (3) x BATCH (4) must divide 256"),
+        ("dense", {"SCALE": "paper", "NPROC": "3"}, "NPROC (3) x NNODES (1) x BATCH (4) must divide 256"),
+        ("dense", {"NPROC": "32"}, "NPROC (32) x NNODES (1) x BATCH (1) must divide 16, the blocks of an update"),
+        ("dense", {"NPROC": "two"}, "NPROC (two) must be a positive integer"),
+        ("dense", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK (2) must be this machine's number, 0 to NNODES"),
+        ("dense", {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must be the name of machine 0"),
         ("xmoe", {"DATA": "nowhere"}, "DATA (nowhere) holds no prepared corpus"),
         ("eval", {"DATA": "nowhere", "OUT": "nowhere"}, "has no checkpoint_best.pt"),
     ],
