@@ -61,6 +61,15 @@ def blank_dictionary(size: int) -> Dictionary:
 def count_model(options: Any, dictionary: Dictionary) -> ModelCounts:
     """Build the model of filled options on ``meta`` and count it.
 
+    Raises:
+        ValueError: naming the flag, as building the model does.
+    """
+    return count_built(build_on_meta(options, dictionary), int(options.tokens_per_sample))
+
+
+def build_on_meta(options: Any, dictionary: Dictionary) -> nn.Module:
+    """The model of filled options, without memory for its weights.
+
     TorchScale's own static layer cannot be built there; ours with the same capacity routing has the same parameters.
 
     Raises:
@@ -70,8 +79,7 @@ def count_model(options: Any, dictionary: Dictionary) -> ModelCounts:
         options = copy.copy(options)
         options.mhmoe_routing = "capacity"
     with torch.device("meta"):
-        model = build_language_model(options, dictionary)
-    return count_built(model, int(options.tokens_per_sample))
+        return build_language_model(options, dictionary)
 
 
 def count_built(model: nn.Module, context: int) -> ModelCounts:

@@ -1,4 +1,7 @@
-"""``mhmoe plan``: parameters and FLOPs of an architecture beside its baselines, without allocating weights."""
+"""``mhmoe plan``: an architecture beside its baselines, without allocating weights.
+
+Parameters and FLOPs; with ``--ranks`` the memory, traffic and time of a training on many ranks, too.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,13 @@ from ..data.files import write_json
 from ..errors import UserError
 from ..models.architectures import architecture_options
 from ..models.options import LanguageModelOptions
+from ..torchscale_ext.args import moe_config
+from .cluster import Cluster
 from .console import say
-from .model_counts import ModelCounts, blank_dictionary, count_model
+from .many_ranks import RankPlan, describe_ranks, plan_ranks
+from .many_ranks import as_json as ranks_as_json
+from .model_counts import ModelCounts, blank_dictionary, build_on_meta, count_built
+from .model_shape import ModelShape, shape_of
 from .paper_numbers import P1, TABLE_11, TABLE_11_DENSE, ParameterRow
 from .tables import MISSING, markdown_table, millions
 
@@ -40,6 +48,7 @@ _SHORT_FLAGS = {
     "--ffn-dim": "decoder_ffn_embed_dim",
     "--layers": "decoder_layers",
     "--embed-dim": "decoder_embed_dim",
+    "--ep": "mhmoe_expert_parallel_size",
 }
 # The settings of P1's table 11; flags that say the same leave the paper's figures in place.
 _PAPER_FLAGS = {"mhmoe_heads_number": 4, "moe_top_k": 2, "mhmoe_budget": "params", "decoder_ffn_embed_dim": 3072}
@@ -48,12 +57,17 @@ _NAMED = re.compile("(dense|smoe|xmoe|mhmoe)_(lm_[a-z]+)")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One model: its family, the experts asked for, its counts, and P1's figures if they are of the same settings."""
+    """One model: its family, the experts asked for, its counts, and P1's figures if they are of the same settings.
+
+    With a cluster ``ranks`` is its plan there.
+    """
 
     family: str
     experts: int | None
     counts: ModelCounts
+    shape: ModelShape
     paper: ParameterRow | None
+    ranks: RankPlan | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +85,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     short.add_argument(
         "--budget", dest="mhmoe_budget", choices=("none", "params", "flops"), help="the same as --mhmoe-budget"
     )
+    _add_cluster_arguments(parser.add_argument_group("many ranks: memory, all-to-all and time of a training on them"))
     model = parser.add_argument_group("the model, as in fairseq-train")
     gen_parser_from_dataclass(model, LanguageModelOptions())
+
+
+def _add_cluster_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--ranks", type=int, metavar="W", help="processes, one for each device; --ep of them share experts"
+    )
+    group.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="consecutive ranks on one machine")
+    group.add_argument(
+        "--tokens-per-rank", type=int, default=4096, metavar="T", help="in one micro-batch, without padding"
+    )
+    group.add_argument(
+        "--link", type=float, default=300, metavar="GB/S", help="gigabytes a second that a rank sends inside its node"
+    )
+    group.add_argument(
+        "--network", type=float, default=100, metavar="GBIT/S",
+        help="gigabits a second that a node sends to all others, for all its ranks together",
+    )  # fmt: skip
+    group.add_argument(
+        "--tflops", type=float, metavar="TFLOPS", help="what a rank reaches in training; adds the time of computing"
+    )
+    group.add_argument("--cpu", action="store_true", help="activation memory as on CPUs, whose experts keep less")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,15 +118,26 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for an unknown architecture, or anything that building the model refuses.
     """
     dictionary = blank_dictionary(args.vocab_size)
-    rows = plan(args.arch, _experts(args), dictionary, args.tokens_per_sample, _model_flags(args))
+    cluster = _cluster(args)
+    rows = plan(args.arch, _experts(args), dictionary, args.tokens_per_sample, _model_flags(args), cluster, args.cpu)
     say(describe(rows, args.arch, args.vocab_size))
+    plans = [row.ranks for row in rows if row.ranks is not None]
+    if cluster is not None:
+        shape = rows[-1].shape
+        say("\n" + describe_ranks(plans, cluster, half=shape.half, recompute=shape.recompute))
     if args.json:
         write_json(args.json, [_as_json(row) for row in rows])
     return 0
 
 
 def plan(
-    arch: str, experts: list[int], dictionary: Dictionary, tokens_per_sample: int, flags: dict[str, Any]
+    arch: str,
+    experts: list[int],
+    dictionary: Dictionary,
+    tokens_per_sample: int,
+    flags: dict[str, Any],
+    cluster: Cluster | None = None,
+    cpu: bool = False,
 ) -> list[PlanRow]:
     """Count ``arch`` and its baselines (dense, and the one-head reference of MH-MoE) for every number of experts.
 
@@ -107,12 +154,33 @@ def plan(
     for member in families:
         for count in [None] if member == "dense" else experts:
             kept = flags if member == family else _flags_of(member, flags)
-            given = {**kept, **({} if count is None else {"moe_expert_count": count})}
-            options = architecture_options(f"{member}_{size}", **given)
+            parallel = 1
+            if cluster is not None and count is not None:
+                parallel = cluster.expert_parallel_size(flags.get("mhmoe_expert_parallel_size"), count)
+            options = _options(f"{member}_{size}", kept, count, parallel)
             options.tokens_per_sample = tokens_per_sample
-            counts = count_model(options, dictionary)
-            rows.append(PlanRow(member, count, counts, _paper_row(member, count) if is_paper else None))
+            model = build_on_meta(options, dictionary)
+            counts, shape = count_built(model, tokens_per_sample), shape_of(model)
+            ranks = None
+            if cluster is not None:
+                name = member if count is None or len(experts) == 1 else f"{member} {count:,}"
+                ranks = plan_ranks(name, counts, shape, cluster, parallel, cpu=cpu)
+            rows.append(PlanRow(member, count, counts, shape, _paper_row(member, count) if is_paper else None, ranks))
     return rows
+
+
+def _options(arch: str, flags: dict[str, Any], experts: int | None, parallel: int) -> LanguageModelOptions:
+    """Filled options; experts that a budget multiplies are rounded to what ``parallel`` ranks can share."""
+    flags = {name: value for name, value in flags.items() if name != "mhmoe_expert_parallel_size"}
+    if experts is None:
+        return architecture_options(arch, **flags)
+    options = architecture_options(arch, **flags, moe_expert_count=experts)
+    moe = moe_config(options)
+    if moe is None or moe.num_experts % parallel == 0:
+        return options
+    rounded = max(round(moe.num_experts / parallel), 1) * parallel
+    fixed = {"mhmoe_budget": "none", "moe_ffn_dim": moe.expert_ffn_dim, "moe_expert_count": rounded}
+    return architecture_options(arch, **{**flags, **fixed})
 
 
 def describe(rows: list[PlanRow], arch: str, vocab_size: int) -> str:
@@ -135,6 +203,21 @@ def describe(rows: list[PlanRow], arch: str, vocab_size: int) -> str:
     return "\n".join(lines)
 
 
+def _cluster(args: argparse.Namespace) -> Cluster | None:
+    if args.ranks is None:
+        if args.mhmoe_expert_parallel_size is not None:
+            raise UserError("--mhmoe-expert-parallel-size needs --ranks")
+        return None
+    return Cluster(
+        ranks=args.ranks,
+        ranks_per_node=args.ranks_per_node,
+        tokens=args.tokens_per_rank,
+        link=args.link * 1e9,
+        network=args.network * 1e9 / 8,
+        flops=None if args.tflops is None else args.tflops * 1e12,
+    )
+
+
 def _experts(args: argparse.Namespace) -> list[int]:
     if args.experts and args.moe_expert_count:
         raise UserError("--experts and --moe-expert-count both set the number of experts: give one")
@@ -154,7 +237,10 @@ def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
 def _flags_of(family: str, flags: dict[str, Any]) -> dict[str, Any]:
     """The flags that a baseline can have: none of MH-MoE's for the one-head reference, none of MoE's for dense."""
     if family == "dense":
-        return {name: value for name, value in flags.items() if not name.startswith(("moe_", "mhmoe_", "use_xmoe"))}
+        of_moe = ("moe_", "mhmoe_", "use_xmoe")
+        return {
+            name: value for name, value in flags.items() if name == "mhmoe_precision" or not name.startswith(of_moe)
+        }
     return {name: value for name, value in flags.items() if name not in _MHMOE_ONLY}
 
 
@@ -196,4 +282,5 @@ def _as_json(row: PlanRow) -> dict[str, Any]:
         "flops_per_token": counts.flops_per_token,
         "context": counts.context,
         "paper_millions": None if row.paper is None else row.paper._asdict(),
+        "ranks": None if row.ranks is None else ranks_as_json(row.ranks),
     }

@@ -40,3 +40,11 @@ def byte_size(size: float) -> str:
         if size >= factor:
             return f"{size / factor:,.1f} {unit}"
     return f"{size:,.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """``1.2 s``, ``35.0 ms``, ``80.1 us``."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= factor:
+            return f"{seconds / factor:,.1f} {unit}"
+    return f"{seconds * 1e6:,.1f} us"
