@@ -44,7 +44,7 @@ class Exchange(Protocol):
     own_rows: int
 
     def dispatch(self, x_Sd: Tensor) -> Tensor:
-        """Rows sorted by expert to where the experts are: ``(num_sent, d) -> (M, d)``, sorted by sender, then expert."""
+        """Rows sorted by expert to where the experts are, ``(num_sent, d) -> (M, d)``: by sender, then expert."""
 
     def collect(self, y_Md: Tensor) -> Tensor:
         """The way back: ``(M, d) -> (num_sent, d)``."""

@@ -45,12 +45,15 @@ def rank_groups(size: int) -> RankGroups:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % size:
         raise ValueError(f"expert-parallel size ({size}) must divide the number of processes ({world_size})")
-    banks = [list(range(first, first + size)) for first in range(0, world_size, size)]
-    replicas = [list(range(first, world_size, size)) for first in range(size)]
-    # Every process takes part in making every group, in the same order.
-    experts_of = [dist.new_group(ranks) for ranks in banks]
-    replicas_of = [dist.new_group(ranks) for ranks in replicas]
-    return RankGroups(size, rank % size, experts_of[rank // size], replicas_of[rank % size], world_size)
+    first = rank - rank % size
+    experts = _group(range(first, first + size))
+    replicas = _group(range(rank % size, world_size, size))
+    return RankGroups(size, rank % size, experts, replicas, world_size)
+
+
+def _group(ranks: range) -> dist.ProcessGroup:
+    # Made by its members alone: in a large world there are many groups.
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def expert_parallelism(size: int) -> DistributedExperts:
