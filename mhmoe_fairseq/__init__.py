@@ -14,4 +14,6 @@ if find_spec("fairseq") is not None:
     from . import compat
 
     compat.apply()
-    from . import criterions, models, tasks  # noqa: F401  (imported for their registrations)
+    from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
+
+    training.save_atomically()

@@ -1,0 +1,82 @@
+"""Expert parallelism with stock fairseq: the combinations that would go wrong without a word are refused."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+from omegaconf import II
+
+from ..errors import UserError
+
+OPTIMIZER = "mhmoe_adam"
+_DDP_BACKENDS = ("legacy_ddp", "no_c10d")  # two names of one; it leaves the experts' gradients to us
+
+
+@dataclass
+class TrainingFlags(FairseqDataclass):
+    """fairseq's flags of other groups that expert parallelism depends on; a task sees only its own group."""
+
+    optimizer_config: Any = II("optimizer")
+    ddp_backend: str = II("distributed_training.ddp_backend")
+    zero_sharding: str = II("distributed_training.zero_sharding")
+    use_bmuf: bool = II("optimization.use_bmuf")
+    model_parallel_size: int = II("common.model_parallel_size")
+    store_ema: bool = II("ema.store_ema")
+    no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
+    fp16: bool = II("common.fp16")
+    memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
+    fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+
+
+def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None:
+    """Stop before training where fairseq would treat sharded experts as if every rank held the same ones.
+
+    Args:
+        flags: the task's configuration.
+        expert_parallel_size: ranks that share one bank of experts, more than one.
+
+    Raises:
+        UserError: naming the flag, its value, the rule and the reason.
+    """
+    problem = next(_problems(flags), None)
+    if problem is not None:
+        raise UserError(
+            f"{problem}. (Experts are shared out over {expert_parallel_size} ranks. Where every rank holds them all, with "
+            "--mhmoe-expert-parallel-size 1, this is not needed.)"
+        )
+
+
+def _problems(flags: TrainingFlags) -> Iterator[str]:
+    name = _optimizer_name(flags)
+    if name != OPTIMIZER:
+        yield (
+            f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of "
+            "all ranks"
+        )
+    if getattr(flags.optimizer_config, "fp16_adam_stats", False):
+        yield "--fp16-adam-stats must be off: each rank scales its statistics by itself, and a checkpoint has one scale"
+    if flags.ddp_backend not in _DDP_BACKENDS:
+        yield (
+            f"--ddp-backend ({flags.ddp_backend}) must be legacy_ddp: other backends average the gradients of "
+            "different experts"
+        )
+    if flags.zero_sharding != "none":
+        yield f"--zero-sharding ({flags.zero_sharding}) must be none: it gives every rank's parameters to other ranks"
+    if flags.use_bmuf:
+        yield "--use-bmuf must be off: it averages the parameters of different experts"
+    if flags.model_parallel_size > 1:
+        yield f"--model-parallel-size ({flags.model_parallel_size}) must be 1: experts are shared out over all ranks"
+    if flags.store_ema:
+        yield "--store-ema must be off: the moving average of rank 0 would be saved with its own experts only"
+    if flags.no_save_optimizer_state:
+        yield "--no-save-optimizer-state must be off: fairseq then does not collect the experts of other ranks either"
+    if flags.fp16 and not (flags.memory_efficient_fp16 or flags.fp16_no_flatten_grads):
+        yield (
+            "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16: in one flat tensor experts cannot be "
+            "told from the rest"
+        )
+
+
+def _optimizer_name(flags: TrainingFlags) -> Any:
+    return getattr(flags.optimizer_config, "_name", flags.optimizer_config)

@@ -1,0 +1,134 @@
+"""All experts in one checkpoint: collected on rank 0 before a save, shared out again when loading.
+
+fairseq has one moment at which all ranks meet before a save: ``Trainer.consolidate_optimizer`` calls
+``consolidate_state_dict`` of the inner torch optimizer, if it has one. What comes after, rank 0 does alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..parallel import ShardedParameter, sharded_experts
+from .checks import TrainingFlags, refuse_unsafe_flags
+
+# How long rank 0 waits for the others: one that has died must not hold up the rest for the half hour that process
+# groups wait by default.
+GATHER_TIMEOUT = datetime.timedelta(seconds=120)
+
+
+def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
+    """Get a new model ready for fairseq's trainer, if its experts are shared out over ranks.
+
+    The optimizer is given bare parameters; this tells it which of them are parts of something larger. ``param_group``
+    is the only attribute besides ``expert`` that both fairseq versions hand on to the fp32 copies that
+    ``FP16Optimizer`` steps on. Its own reader is the composite optimizer, which expert parallelism refuses.
+
+    Raises:
+        UserError: if the flags do not go with that; see ``checks``.
+    """
+    for shard in sharded_experts(model):
+        refuse_unsafe_flags(flags, shard.groups.size)
+        shard.parameter.param_group = shard  # type: ignore[attr-defined]
+
+
+def shards_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, ShardedParameter]:
+    """The marked ones among an optimizer's parameters, in order."""
+    marked = ((parameter, getattr(parameter, "param_group", None)) for parameter in parameters)
+    return {parameter: shard for parameter, shard in marked if isinstance(shard, ShardedParameter)}
+
+
+class ExpertState:
+    """Gives a torch optimizer's ``state_dict`` and ``load_state_dict`` the state of all experts.
+
+    The model's expert weights travel with it: they are collected at the same moment, from the model itself, and wait
+    for the model's ``state_dict``.
+
+    Args:
+        optimizer: the inner torch optimizer; its state per parameter is numbers and tensors of the parameter's shape.
+        shards: its expert parameters, at least one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, shards: dict[nn.Parameter, ShardedParameter]) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._optimizer = optimizer
+        self._shards = {index: (p, shards[p]) for index, p in enumerate(parameters) if p in shards}
+        self._whole: dict[int, dict[str, Tensor]] = {}
+        self._handled_at_start = sys.exc_info()[1]
+        # Rank 0 is in the first bank of experts, and each bank has all of them.
+        self._num_ranks = next(iter(shards.values())).groups.size
+        self._takes_part = dist.get_rank() < self._num_ranks
+        self._cpu_group = _gloo_group(range(self._num_ranks)) if self._takes_part else None
+        optimizer.consolidate_state_dict = self.gather  # type: ignore[attr-defined]
+        optimizer.register_state_dict_post_hook(self._put_whole)
+        optimizer.register_load_state_dict_pre_hook(self._take_part)
+
+    def gather(self) -> None:
+        """Bring all experts' weights and state to rank 0's memory, one tensor at a time; every rank must call it.
+
+        Raises:
+            Exception: the one that is being handled, if there is one: fairseq saves ``crash.pt`` after an exception
+                in a training step, on the rank that had it alone. The others are not waiting there.
+        """
+        error = sys.exc_info()[1]
+        if error is not None and error is not self._handled_at_start:
+            raise error
+        self._whole = {}
+        if not self._takes_part:
+            return
+        for index, (parameter, shard) in self._shards.items():
+            weight = self._on_rank_0(shard.parameter.detach())
+            if weight is not None:
+                shard.provide(weight)
+            state = self._optimizer.state.get(parameter, {})
+            whole = {key: self._on_rank_0(value) for key, value in state.items() if _is_like(value, parameter)}
+            self._whole[index] = {key: value for key, value in whole.items() if value is not None}
+
+    def _on_rank_0(self, part: Tensor) -> Tensor | None:
+        """``(E / P, ...) -> (E, ...)`` in host memory on rank 0, None elsewhere."""
+        part = part.cpu().contiguous()
+        if dist.get_rank() > 0:
+            dist.gather(part, dst=0, group=self._cpu_group)
+            return None
+        whole = part.new_empty(part.size(0) * self._num_ranks, *part.shape[1:])
+        dist.gather(part, list(whole.chunk(self._num_ranks)), dst=0, group=self._cpu_group)
+        return whole
+
+    def _put_whole(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        state = state_dict["state"]
+        for index, (_, shard) in self._shards.items():
+            if index not in state:  # before the first update
+                continue
+            if index not in self._whole:
+                raise RuntimeError(
+                    f"state_dict(): the optimizer's state of {shard.name} is spread over {self._num_ranks} processes "
+                    "and has not been gathered: all processes must call consolidate_state_dict() just before"
+                )
+            # A new dictionary: the old one is the optimizer's own.
+            state[index] = {**state[index], **self._whole.pop(index)}
+
+    def _take_part(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        # In place: MemoryEfficientFP16Optimizer reads the dictionary once more after the load. And copies, so that
+        # the tensors over all experts can go.
+        state = state_dict["state"]
+        for index in self._shards.keys() & state.keys():
+            shard = self._shards[index][1]
+            state[index] = {
+                key: shard.part(value).clone() if torch.is_tensor(value) and value.dim() > 0 else value
+                for key, value in state[index].items()
+            }
+
+
+def _gloo_group(ranks: range) -> dist.ProcessGroup:
+    # Of its own, and made by its members alone: what goes wrong in it is seen soon.
+    return dist.new_group(list(ranks), timeout=GATHER_TIMEOUT, backend="gloo", use_local_synchronization=True)
+
+
+def _is_like(value: Any, parameter: nn.Parameter) -> bool:
+    return torch.is_tensor(value) and value.shape == parameter.shape

@@ -1,0 +1,69 @@
+"""Adam for experts that are shared out over ranks: ``--optimizer mhmoe_adam``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from fairseq.optim import register_optimizer
+from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
+from torch import Tensor, nn
+
+from .checks import OPTIMIZER
+from .expert_state import ExpertState, shards_of
+
+
+@register_optimizer(OPTIMIZER, dataclass=FairseqAdamConfig)
+class MHMoEAdam(FairseqAdam):
+    """fairseq's Adam, flag for flag; where every rank holds all experts it is that and nothing else.
+
+    Where experts are shared out it does for them what fairseq does for the rest of the model: it adds up the
+    gradients of ranks that hold the same experts, counts all experts in the gradient norm, and saves and loads the
+    state of all. It works below ``FP16Optimizer`` (with ``--fp16-no-flatten-grads``), ``MemoryEfficientFP16Optimizer``
+    and ``AMPOptimizer`` too.
+    """
+
+    def __init__(self, cfg: FairseqAdamConfig, params: Iterable[nn.Parameter]) -> None:
+        super().__init__(cfg, params)
+        self._shards = shards_of(self.params)
+        if self._shards:
+            ExpertState(self._optimizer, self._shards)
+
+    def all_reduce_grads(self, module: nn.Module) -> None:
+        """Average the dense gradients over all ranks, then add up the experts' over the ranks that hold the same.
+
+        Gradients of the model are meant, also where the optimizer steps on fp32 copies: those are filled from it
+        afterwards. Expert gradients are divided by the number of ranks in the backward pass already, so their sum is
+        a mean over all ranks like the others.
+        """
+        super().all_reduce_grads(module)
+        for shard in self._shards.values():
+            if shard.groups.num_replicas > 1:
+                dist.all_reduce(shard.parameter.grad, group=shard.groups.replicas)
+
+    def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """The norm of the whole model's gradient, every expert counted once; the same on every rank.
+
+        fairseq's own function scales the experts' gradients but leaves them out of the norm.
+        """
+        if not self._shards:
+            return super().clip_grad_norm(max_norm, aggregate_norm_fn)
+        gradients = [parameter.grad for parameter in self._shards]  # fairseq has made zeros where there were none
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+        squares = torch.stack(norms).double().square().sum()
+        dist.all_reduce(squares, group=next(iter(self._shards.values())).groups.experts)
+
+        def with_experts(dense_norm: Tensor) -> Tensor:
+            return (dense_norm.double().square() + squares).sqrt().to(dense_norm.dtype)
+
+        norm = super().clip_grad_norm(max_norm, with_experts)
+        # Under --amp every rank looks for inf and NaN in its own gradients only and skips the update, or does not:
+        # what is found in one rank's experts must be found on all. Adding zero changes nothing.
+        gradients[0].add_((norm * 0).to(gradients[0].dtype))
+        return norm
+
+
+# Checkpoints name the class of their optimizer, and fairseq resumes them with a class of that name only. Both Adams
+# are the same one: what was saved with --optimizer adam goes on with mhmoe_adam, and the other way round.
+MHMoEAdam.__name__ = FairseqAdam.__name__

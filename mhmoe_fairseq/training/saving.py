@@ -1,0 +1,83 @@
+"""Checkpoint files that are either the old one or the new one, never half of one.
+
+fairseq writes the first file of a save to a temporary name, but then copies it straight over ``checkpoint_best.pt``
+and ``checkpoint_last.pt``: a process killed in between leaves a truncated file, and the run cannot resume. Here every
+file, copies included, gets its bytes under a temporary name in the same folder and takes its own name in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from functools import wraps
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.file_io import PathManager
+
+TEMPORARY_SUFFIX = ".tmp"  # fairseq's own: what a killed save leaves is overwritten by the next one
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Write to the temporary name that is given; on success it replaces ``path``, on failure it is removed.
+
+    The bytes reach the disk before the name changes, so that a machine that loses power keeps one of the two files.
+    """
+    temporary = path + TEMPORARY_SUFFIX
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        raise
+
+
+def copy(source: str, destination: str) -> bool:
+    """Copy a local file; True, as fairseq expects."""
+    with replacing(destination) as temporary:
+        shutil.copyfile(source, temporary)
+    return True
+
+
+def save(obj: object, path: str) -> None:
+    """``torch.save`` to a local file."""
+    with replacing(path) as temporary:
+        torch.save(obj, temporary)
+
+
+def save_atomically() -> None:
+    """Make fairseq save so; calling it again changes nothing.
+
+    Only local files: what fairseq sends through ``iopath`` (remote paths, ``--write-checkpoints-asynchronously``) has
+    no rename and stays fairseq's.
+    """
+    if getattr(PathManager.copy, "is_atomic", False):
+        return
+    stock_copy, stock_save = PathManager.copy, checkpoint_utils.torch_persistent_save
+
+    @wraps(stock_copy)
+    def copy_or_send(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        if _is_local(src_path) and _is_local(dst_path) and overwrite:
+            return copy(src_path, dst_path)
+        return stock_copy(src_path, dst_path, overwrite=overwrite)
+
+    @wraps(stock_save)
+    def save_or_send(obj: object, filename: str, async_write: bool = False) -> None:
+        if _is_local(filename) and not async_write:
+            save(obj, filename)
+        else:
+            stock_save(obj, filename, async_write=async_write)
+
+    copy_or_send.is_atomic = True
+    PathManager.copy = staticmethod(copy_or_send)
+    checkpoint_utils.torch_persistent_save = save_or_send
+
+
+def _is_local(path: str) -> bool:
+    return PathManager.supports_rename(path)

@@ -1,0 +1,60 @@
+"""Trainings through ``fairseq-train`` on one or more ranks, and what they log and save."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from console import run_console
+from workers import TRAIN_FLAGS, Workers
+
+BATCHES = 96  # of an epoch: a multiple of all numbers of ranks, so that no rank runs out before the others
+LINE_WORDS = 15  # and the end of the line make a sample
+BATCH_LINES = 2
+MODEL = (
+    "--arch", "mhmoe_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2",
+    "--moe-expert-count", "8", "--moe-ffn-dim", "16", "--mhmoe-heads-number", "2", "--moe-top-k", "2",
+    "--tokens-per-sample", str(LINE_WORDS + 1), "--batch-size", str(BATCH_LINES),
+)  # fmt: skip
+OPTIMIZATION = ("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.003", "--clip-norm", "1.0")
+
+
+def write_even_corpus(folder: Path, words: int = 40) -> Path:
+    """Binarised text with a simple grammar, whose training split is exactly ``BATCHES`` batches; the data folder."""
+    generator = random.Random(0)
+    for split, lines in (("train", BATCHES * BATCH_LINES), ("valid", 16), ("test", 16)):
+        with open(folder / f"{split}.txt", "w") as file:
+            for _ in range(lines):
+                sentence = [generator.randrange(words)]
+                while len(sentence) < LINE_WORDS:
+                    sentence.append((sentence[-1] * 3 + generator.choice([1, 2])) % words)
+                file.write(" ".join(f"w{word}" for word in sentence) + "\n")
+    prefixes = [part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / f"{split}.txt")]
+    run_console("fairseq-preprocess", "--only-source", *prefixes, "--destdir", folder / "data", cwd=folder)
+    return folder / "data"
+
+
+def train(ranks: int, data: Path, save_dir: Path, *flags: object, updates: int) -> list[dict[str, str]]:
+    """Train to ``updates`` with a global batch of four micro-batches; what each update of this run logged."""
+    words = [data, *TRAIN_FLAGS, *MODEL, *OPTIMIZATION, "--max-update", updates, "--save-dir", save_dir, *flags]
+    if "--update-freq" not in flags:
+        words += ["--update-freq", 4 // ranks]
+    return updates_in(Workers(ranks).fairseq("fairseq-train", *words)[0])
+
+
+def updates_in(log: str) -> list[dict[str, str]]:
+    """The figures of each update, as printed."""
+    lines = re.findall(r"train_inner[ |:]+(\{.*\})", log)
+    return [json.loads(line) for line in lines]
+
+
+def figures(updates: list[dict[str, str]], *names: str) -> list[tuple[str, ...]]:
+    return [tuple(update[name] for name in ("num_updates", *names)) for update in updates]
+
+
+def saved(save_dir: Path, name: str = "checkpoint_last.pt") -> dict[str, Any]:
+    return torch.load(save_dir / name, weights_only=True)

@@ -1,0 +1,111 @@
+"""Expert parallelism through ``fairseq-train``: the same training and the same checkpoints as in one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from console import evaluate
+from parallel_runs import figures, saved, train, write_even_corpus
+
+UPDATES = 50
+SAVED_AT = 30
+FIGURES = ("loss", "gate_loss", "gnorm", "z_loss", "ppl", "moe_active", "moe_load_max", "moe_overflow", "moe_entropy")
+SAVING = ("--save-interval-updates", SAVED_AT)
+CHECKPOINT = "checkpoint_2_30.pt"  # in the second epoch: 24 updates make one
+EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_even_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """By the number of ranks, which is the expert-parallel size: what 50 updates logged, and the checkpoint folder."""
+
+    @functools.lru_cache(maxsize=None)
+    def run(ranks: int):
+        folder = tmp_path_factory.mktemp(f"ranks-{ranks}")
+        return train(ranks, data, folder, *SAVING, updates=UPDATES), folder
+
+    return run
+
+
+def resume(data, folder, ranks, checkpoint, *flags):
+    return train(ranks, data, folder, "--restore-file", checkpoint, *flags, updates=UPDATES)
+
+
+def parameters(state):
+    """What training decides: the gradient of ``k_proj.bias`` is zero but for rounding, and Adam blows that up."""
+    return {name: value for name, value in state["model"].items() if not name.endswith("k_proj.bias")}
+
+
+# ---------------------------------------------------------------------- the same training
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_experts_on_several_ranks_train_as_in_one_process(trained, ranks):
+    one, several = trained(1)[0], trained(ranks)[0]
+    assert len(one) == UPDATES and float(one[-1]["loss"]) < 3 < float(one[0]["loss"])
+    assert figures(several, *FIGURES) == figures(one, *FIGURES)
+    assert {update["a2a_rows"] for update in several} == {"512"}  # 128 tokens x 2 heads x top 2
+
+
+def test_two_banks_of_experts_train_as_one(trained, data, tmp_path):
+    several = train(4, data, tmp_path, "--mhmoe-expert-parallel-size", 2, updates=UPDATES)
+    assert figures(several, *FIGURES) == figures(trained(1)[0], *FIGURES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, size", [(2, 2), (4, 2), (4, 4)])
+def test_limited_capacity_trains_as_in_one_process(data, tmp_path, ranks, size):
+    flags = ("--mhmoe-routing", "capacity", "--mhmoe-capacity-factor", "0.75")
+    one = train(1, data, tmp_path / "one", *flags, updates=UPDATES)
+    several = train(ranks, data, tmp_path / "several", *flags, "--mhmoe-expert-parallel-size", size, updates=UPDATES)
+    assert float(one[-1]["moe_overflow"]) > 0.05
+    assert figures(several, *FIGURES) == figures(one, *FIGURES)
+
+
+# ---------------------------------------------------------------------- the same checkpoints
+
+
+def matrix():
+    """Saved and resumed on 1, 2, 4 ranks; one way through all of them is in the default suite."""
+    default = {(1, 2), (2, 4), (4, 1)}
+    for before in (1, 2, 4):
+        for after in (1, 2, 4):
+            marks = () if (before, after) in default else pytest.mark.slow
+            yield pytest.param(before, after, marks=marks)
+
+
+@pytest.mark.parametrize("before, after", list(matrix()))
+def test_training_continues_on_other_ranks(trained, data, tmp_path, before, after):
+    resumed = resume(data, tmp_path, after, trained(before)[1] / CHECKPOINT)
+    assert figures(resumed, *FIGURES) == figures(trained(1)[0][SAVED_AT:], *FIGURES)
+    assert len(resumed) == UPDATES - SAVED_AT
+    assert evaluated(data, tmp_path / "checkpoint_last.pt") == evaluated(data, trained(1)[1] / "checkpoint_last.pt")
+
+
+@functools.lru_cache(maxsize=None)
+def evaluated(data, checkpoint) -> str:
+    log = evaluate(data, checkpoint, "--tokens-per-sample", 16)
+    return log[log.index("Loss (base 2)") :]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_checkpoint_does_not_tell_how_many_ranks_wrote_it(trained, data, ranks):
+    one, several = (saved(trained(r)[1], CHECKPOINT) for r in (1, ranks))
+    assert {n: v.shape for n, v in several["model"].items()} == {n: v.shape for n, v in one["model"].items()}
+    assert one["model"][EXPERTS].shape[0] == 8
+    for name, value in parameters(several).items():
+        torch.testing.assert_close(value, parameters(one)[name], rtol=0, atol=2e-5, msg=name)
+    assert several["last_optimizer_state"]["state"].keys() == one["last_optimizer_state"]["state"].keys()
+    for index, expected in one["last_optimizer_state"]["state"].items():
+        state = several["last_optimizer_state"]["state"][index]
+        assert state["step"] == expected["step"] == SAVED_AT
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(state[key], expected[key], rtol=1e-3, atol=1e-6, msg=f"{index} {key}")
+    assert evaluated(data, trained(ranks)[1] / CHECKPOINT) == evaluated(data, trained(1)[1] / CHECKPOINT)
