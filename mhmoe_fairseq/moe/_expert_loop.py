@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _cpu_memory
+from ._expert_norm import NormedLinear, stats_dtype
 from .dispatch import DispatchPlan, combine
 
 if TYPE_CHECKING:
@@ -47,10 +47,12 @@ def _activate(activation: str, hidden: Tensor, gate: Tensor | None, out: Tensor)
     return torch.clamp(hidden, min=0, out=out)
 
 
-def _activate_backward(activation: str, hidden: Tensor, gate: Tensor | None, grad: Tensor) -> Tensor | None:
-    """Turns ``grad`` in place into the pre-activation's gradient; returns the SwiGLU gate's."""
+def _activate_backward(
+    activation: str, hidden: Tensor, gate: Tensor | None, grad: Tensor, scratch: Tensor
+) -> Tensor | None:
+    """Turns ``grad`` in place into the pre-activation's gradient; returns the SwiGLU gate's, written to ``scratch``."""
     if gate is not None:
-        gate_grad = F.silu(hidden).mul_(grad)
+        gate_grad = torch.ops.aten.silu.out(hidden, out=scratch).mul_(grad)
         torch.ops.aten.silu_backward.grad_input(grad.mul_(gate), hidden, grad_input=grad)
         return gate_grad
     if activation == "gelu":
@@ -60,33 +62,14 @@ def _activate_backward(activation: str, hidden: Tensor, gate: Tensor | None, gra
     return None
 
 
-def _regularize(
-    settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor | None, norm_b: Tensor | None
-) -> Tensor:
-    """Dropout and LayerNorm between activation and fc2.
-
-    Dropout draws from the piece's own generator, so that the backward can draw the same mask again.
-    """
+def _inner(settings: _Settings, piece: slice, hidden: Tensor, gate: Tensor | None, scratch: Sequence[Tensor]) -> Tensor:
+    """Activation and dropout of one piece, in ``scratch[0]``; what dropout multiplied by stays in ``scratch[-1]``."""
+    inner = _activate(settings.activation, hidden, gate, scratch[0])
     if settings.dropout:
+        # The piece's own generator, so that the backward can draw the same again.
         generator = torch.Generator().manual_seed((settings.seed + piece.start) % 2**63)
-        keep = torch.empty_like(inner).bernoulli_(1 - settings.dropout, generator=generator)
-        inner = inner * keep.div_(1 - settings.dropout)
-    if norm_w is not None:
-        inner = F.layer_norm(inner, inner.shape[-1:], norm_w, norm_b)
+        inner.mul_(scratch[-1].bernoulli_(1 - settings.dropout, generator=generator).div_(1 - settings.dropout))
     return inner
-
-
-def _regularize_backward(
-    settings: _Settings, piece: slice, inner: Tensor, norm_w: Tensor | None, norm_b: Tensor | None, grad: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``_regularize`` of one piece again: its output, the gradient of its input, the norm's (if any)."""
-    if not settings.dropout and norm_w is None:
-        return inner, grad, []
-    leaves = [t.detach().requires_grad_() for t in (inner, norm_w, norm_b) if t is not None]
-    with torch.enable_grad():
-        output = _regularize(settings, piece, leaves[0], *(leaves[1:] or (None, None)))
-    inner_grad, *norm_grads = torch.autograd.grad(output, leaves, grad)
-    return output.detach(), inner_grad, norm_grads
 
 
 def _pieces(ends: list[int]) -> list[tuple[int, slice]]:
@@ -108,12 +91,20 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return out if bias is None else out.add_(bias)
 
 
+def _normed(weights: Sequence[Tensor | None], expert: int) -> NormedLinear | None:
+    """The expert's LayerNorm and second map; None without LayerNorm."""
+    norm_w, norm_b, fc2_w, fc2_b = weights[4:]
+    if norm_w is None or norm_b is None or fc2_w is None:
+        return None
+    return NormedLinear(norm_w[expert], norm_b[expert], fc2_w[expert], _at(fc2_b, expert))
+
+
 class _LoopFFN(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, settings: _Settings, *weights: Tensor | None
     ) -> Tensor:
-        fc1_w, fc1_b, gate_w, gate_b, norm_w, norm_b, fc2_w, fc2_b = weights
+        fc1_w, fc1_b, gate_w, gate_b, _, _, fc2_w, fc2_b = weights
         assert fc1_w is not None and fc2_w is not None
         ends = plan.offsets_E.tolist()
         source_R = plan.source_R
@@ -123,7 +114,8 @@ class _LoopFFN(torch.autograd.Function):
         kept_rows = rows if training else min(rows, _PIECE_ROWS)
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         gate_RF = None if gate_w is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
-        scratch_PF = _cpu_memory.empty((min(rows, _PIECE_ROWS), hidden_dim), x_Nd)
+        stats_2R = x_Nd.new_empty((2, kept_rows), dtype=stats_dtype(x_Nd.dtype))
+        scratch_SPF = _scratch(1 + bool(settings.dropout), rows, hidden_RF)
         y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[ends[-1] :].zero_()  # rows of the virtual expert
         for expert, piece in _pieces(ends):
@@ -134,27 +126,31 @@ class _LoopFFN(torch.autograd.Function):
             gate = None
             if gate_w is not None and gate_RF is not None:
                 gate = _linear_into(gate_RF[kept], x, gate_w[expert], _at(gate_b, expert))
-            inner = _activate(settings.activation, hidden, gate, scratch_PF[here])
-            inner = _regularize(settings, piece, inner, _at(norm_w, expert), _at(norm_b, expert))
-            _linear_into(y_Rd[piece], inner, fc2_w[expert], _at(fc2_b, expert))
+            inner = _inner(settings, piece, hidden, gate, scratch_SPF[:, here].unbind())
+            normed = _normed(weights, expert)
+            if normed is None:
+                _linear_into(y_Rd[piece], inner, fc2_w[expert], _at(fc2_b, expert))
+            else:
+                mean, rstd = stats_2R[:, kept]
+                normed.forward(inner, mean, rstd, y_Rd[piece])
         if training:
             ctx.plan, ctx.settings, ctx.ends = plan, settings, ends
-            ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, y_Rd, *weights)
+            ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *weights)
         return combine(y_Rd, gates_NK, plan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor | None, ...]:
-        x_Nd, gates_NK, hidden_RF, gate_RF, y_Rd, *weights = ctx.saved_tensors
+        x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *weights = ctx.saved_tensors
         plan, settings = ctx.plan, ctx.settings
-        fc1_w, _, gate_w, _, norm_w, norm_b, fc2_w, _ = weights
+        fc1_w, _, gate_w, _, _, _, fc2_w, _ = weights
         grads = _Gradients(weights, ctx.needs_input_grad[4:], idle=_idle_experts(ctx.ends))
         source_R = plan.source_R
         gates_R = gates_NK.reshape(-1).index_select(0, plan.order_R).to(grad_Nd.dtype)
         gates_grad_R = torch.zeros_like(gates_R)
         x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
         x_grad_Rd[ctx.ends[-1] :].zero_()
-        scratch_2PF = _cpu_memory.empty((2, min(len(y_Rd), _PIECE_ROWS), hidden_RF.size(1)), hidden_RF)
+        scratch_SPF = _scratch(2 + bool(settings.dropout), len(y_Rd), hidden_RF)
 
         for expert, piece in _pieces(ctx.ends):
             x = x_Nd.index_select(0, source_R[piece])
@@ -162,15 +158,20 @@ class _LoopFFN(torch.autograd.Function):
             torch.linalg.vecdot(y_grad, y_Rd[piece], out=gates_grad_R[piece])
             y_grad.mul_(gates_R[piece].unsqueeze(1))
             hidden, gate = hidden_RF[piece], None if gate_RF is None else gate_RF[piece]
-            scratch, grad = scratch_2PF[:, : piece.stop - piece.start]
-            inner = _activate(settings.activation, hidden, gate, scratch)
-            torch.mm(y_grad, fc2_w[expert], out=grad)
-            inner, grad, norm_grads = _regularize_backward(
-                settings, piece, inner, _at(norm_w, expert), _at(norm_b, expert), grad
-            )
-            grads.add_norm(expert, *norm_grads)
-            grads.add("fc2", expert, y_grad, inner)
-            gate_grad = _activate_backward(settings.activation, hidden, gate, grad)
+            scratch = scratch_SPF[:, : piece.stop - piece.start].unbind()
+            inner, grad = _inner(settings, piece, hidden, gate, scratch), scratch[1]
+            normed = _normed(weights, expert)
+            if normed is None:
+                grads.add("fc2", expert, y_grad, inner)
+                torch.mm(y_grad, fc2_w[expert], out=grad)
+            else:
+                mean, rstd = stats_2R[:, piece]
+                inner.sub_(mean.unsqueeze(1))
+                grads.add_normed(expert, normed, y_grad, rstd, inner, last=piece.stop == ctx.ends[expert])
+                normed.backward(inner, rstd, y_grad, gates_grad_R[piece] * gates_R[piece], grad)
+            if settings.dropout:
+                grad.mul_(scratch[-1])
+            gate_grad = _activate_backward(settings.activation, hidden, gate, grad, scratch[0])
             grads.add("fc1", expert, grad, x)
             x_grad = torch.mm(grad, fc1_w[expert], out=x_grad_Rd[piece])
             if gate_grad is not None:
@@ -184,38 +185,64 @@ class _LoopFFN(torch.autograd.Function):
         return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, *grads.tensors()
 
 
+def _scratch(count: int, rows: int, like_RF: Tensor) -> Tensor:
+    """``count`` buffers for the temporaries of one piece."""
+    return _cpu_memory.empty((count, min(rows, _PIECE_ROWS), like_RF.size(1)), like_RF)
+
+
 def _idle_experts(ends: list[int]) -> list[int]:
     return [expert for expert, (start, end) in enumerate(zip([0, *ends], ends)) if start == end]
+
+
+def _empty_grad(weight: Tensor, idle: list[int]) -> Tensor:
+    """Memory for a gradient that is yet to be written, but for the idle experts' zeros."""
+    grad = _cpu_memory.empty(tuple(weight.shape), weight)
+    if idle:  # an empty list of indices would cost as much as a full one
+        grad[idle] = 0
+    return grad
 
 
 class _Gradients:
     """Gradients of the stacked parameters, in the order of ``ExpertWeights``, summed piece by piece."""
 
     _NAMES = ("fc1", "fc1_bias", "gate", "gate_bias", "norm", "norm_bias", "fc2", "fc2_bias")
+    # All of these follow from two sums, which the gradients of fc2 hold meanwhile.
+    _NORMED = ("norm", "norm_bias", "fc2", "fc2_bias")
 
     def __init__(self, weights: Sequence[Tensor | None], needed: tuple[bool, ...], idle: list[int]) -> None:
-        self._grads: dict[str, Tensor | None] = {}
+        self._needed = needed
         self._begun: set[tuple[str, int]] = set()
-        for name, weight, need in zip(self._NAMES, weights, needed):
-            grad = None
-            if weight is not None and need:
-                grad = _cpu_memory.empty(tuple(weight.shape), weight)
-                grad[idle] = 0
-            self._grads[name] = grad
+        self._grads: dict[str, Tensor | None] = {}
+        weight_of = dict(zip(self._NAMES, weights))
+        fc2_w = weight_of["fc2"]
+        normed = weight_of["norm"] is not None and any(needed[self._NAMES.index("norm") :])
+        for name, need in zip(self._NAMES, needed):
+            weight = weight_of[name]
+            if normed and name in self._NORMED:
+                need = True
+                weight = fc2_w[:, :, 0] if weight is None and fc2_w is not None else weight  # a bias's shape
+            self._grads[name] = None if weight is None or not need else _empty_grad(weight, idle)
 
     def add(self, name: str, expert: int, output_grad: Tensor, x: Tensor) -> None:
         """The share of one piece in a linear map's weight and bias."""
+        self._add_product(name, expert, output_grad, x)
+        self._add_rows(name + "_bias", expert, output_grad)
+
+    def add_normed(
+        self, expert: int, layer: NormedLinear, output_grad: Tensor, rstd: Tensor, centered: Tensor, *, last: bool
+    ) -> None:
+        """The share of one piece in a LayerNorm and fc2; turns ``output_grad`` into its product with ``rstd``."""
+        self._add_rows("fc2_bias", expert, output_grad)
+        self._add_product("fc2", expert, output_grad.mul_(rstd.unsqueeze(1)), centered)
+        norm, norm_bias, fc2, fc2_bias = (self._grads[name] for name in self._NORMED)
+        if last and norm is not None and norm_bias is not None and fc2 is not None and fc2_bias is not None:
+            layer.parameter_grads(fc2[expert], fc2_bias[expert], norm[expert], norm_bias[expert])
+
+    def _add_product(self, name: str, expert: int, output_grad: Tensor, x: Tensor) -> None:
         weight = self._grads[name]
         if weight is not None:
             # beta=0: the first piece writes, so the memory need not be cleared beforehand.
             weight[expert].addmm_(output_grad.t(), x, beta=float(self._has_begun(name, expert)))
-        self._add_rows(name + "_bias", expert, output_grad)
-
-    def add_norm(self, expert: int, weight_grad: Tensor | None = None, bias_grad: Tensor | None = None) -> None:
-        """The share of one piece in the LayerNorm."""
-        if weight_grad is not None and bias_grad is not None:
-            self._add_rows("norm", expert, weight_grad.unsqueeze(0))
-            self._add_rows("norm_bias", expert, bias_grad.unsqueeze(0))
 
     def _add_rows(self, name: str, expert: int, rows: Tensor) -> None:
         total = self._grads[name]
@@ -233,4 +260,4 @@ class _Gradients:
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of ``ExpertWeights``."""
-        return [self._grads[name] for name in self._NAMES]
+        return [self._grads[name] if need else None for name, need in zip(self._NAMES, self._needed)]

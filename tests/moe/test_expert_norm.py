@@ -1,0 +1,124 @@
+"""Experts with a LayerNorm: the hand-written backward against autograd, one sub-token and one expert at a time."""
+
+import moe_oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from moe_oracle import relative_error
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe._expert_norm import NormedLinear, stats_dtype
+
+
+def build(dtype=torch.float64, **changes):
+    """A layer with sub-LN whose parameters are all far from their initial ones and zeros."""
+    torch.manual_seed(0)
+    fields = {"embed_dim": 16, "num_heads": 2, "num_experts": 5, "top_k": 2, "expert_ffn_dim": 12, **changes}
+    layer = MHMoELayer(MHMoEConfig(expert_layernorm=True, **fields), backend="loop").to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in layer.experts.named_parameters():
+            if parameter.dim() == 2:
+                parameter.uniform_(-1, 1).add_(1.5 if name == "layernorm_weight" else 0)
+    return layer
+
+
+def gradients(layer, x, hidden):
+    torch.manual_seed(9)
+    named = {"x": x, **{name: p for name, p in layer.named_parameters() if p.requires_grad}}
+    loss = (hidden * torch.randn_like(hidden)).sum()
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(named.items(), grads)}
+
+
+def assert_equals_oracle(layer, tokens, tolerance):
+    torch.manual_seed(1)
+    x = torch.randn(tokens, layer.config.embed_dim, dtype=layer.experts.fc1_weight.dtype, requires_grad=True)
+    hidden, want = layer(x).hidden, moe_oracle.forward(layer, x)[0]
+    assert relative_error(hidden, want) <= tolerance
+    want_grads = gradients(layer, x, want)
+    for name, got in gradients(layer, x, hidden).items():
+        scale = max(float(want_grads[name].abs().max()), 1e-3)
+        assert float((got - want_grads[name]).abs().max()) / scale <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("tokens, top_k, experts", [(1, 2, 5), (9, 2, 40), (7, 5, 5), (0, 2, 5)])
+def test_equals_oracle(tokens, top_k, experts, activation, bias, dtype, tolerance):
+    changes = {"top_k": top_k, "num_experts": experts, "activation": activation, "expert_bias": bias}
+    if tokens == 0:
+        layer = build(dtype, **changes)
+        layer(torch.empty(0, 16, dtype=dtype, requires_grad=True)).hidden.sum().backward()
+        assert all(not p.grad.any() for p in layer.experts.parameters())
+    else:
+        assert_equals_oracle(build(dtype, **changes), tokens, tolerance)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_pieces_sum_up(monkeypatch, activation):
+    from mhmoe_fairseq.moe import _expert_loop
+
+    monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 3)
+    assert_equals_oracle(build(num_experts=2, activation=activation), 10, 1e-10)
+
+
+@pytest.mark.parametrize("frozen", ["fc2_weight", "fc2_bias", "layernorm_weight", "layernorm_bias"])
+def test_frozen_parameters_leave_the_others_right(frozen):
+    layer = build()
+    getattr(layer.experts, frozen).requires_grad_(False)
+    assert_equals_oracle(layer, 6, 1e-10)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_with_dropout(monkeypatch, dropout, activation):
+    from mhmoe_fairseq.moe import _expert_loop
+
+    monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 4)
+    sizes = {"embed_dim": 4, "num_experts": 2, "top_k": 2, "expert_ffn_dim": 4}
+    layer = build(**sizes, activation=activation, activation_dropout=dropout).train()
+    names = [name for name, _ in layer.experts.named_parameters()]
+
+    def run(x, *parameters):
+        torch.manual_seed(5)  # the same mask at every evaluation
+        values = {f"experts.{name}": value for name, value in zip(names, parameters)}
+        return torch.func.functional_call(layer, values, (x,)).hidden
+
+    torch.manual_seed(3)
+    inputs = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True)]
+    inputs += [p.detach().clone().requires_grad_() for p in layer.experts.parameters()]
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def normed_linear(rows, norm_w, norm_b, weight, bias, grad):
+    """Output and gradients of input and parameters by ``NormedLinear``."""
+    layer = NormedLinear(norm_w, norm_b, weight, bias)
+    mean, rstd = torch.empty(2, len(rows), dtype=stats_dtype(rows.dtype))
+    output, input_grad = torch.empty_like(grad), torch.empty_like(rows)
+    layer.forward(rows.clone(), mean, rstd, output)
+    centered, scaled = rows - mean[:, None].to(rows.dtype), grad * rstd[:, None].to(rows.dtype)
+    layer.backward(centered, rstd, scaled, (output * grad).sum(1), input_grad)
+    product, norm_grad, norm_bias_grad = scaled.t() @ centered, torch.empty_like(norm_w), torch.empty_like(norm_b)
+    layer.parameter_grads(product, grad.sum(0), norm_grad, norm_bias_grad)
+    return output, input_grad, norm_grad, norm_bias_grad, product
+
+
+def by_autograd(rows, norm_w, norm_b, weight, bias, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (rows, norm_w, norm_b, weight)]
+    output = F.linear(F.layer_norm(leaves[0], norm_w.shape, leaves[1], leaves[2]), leaves[3], bias)
+    return output, *torch.autograd.grad(output, leaves, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 30.0])
+def test_as_exact_as_pytorchs_layer_norm(mean, dtype):
+    """Against float64, with means up to 30 deviations away: at most 3 times the rounding error of autograd's path."""
+    torch.manual_seed(2)
+    rows = torch.randn(40, 256, dtype=torch.float64) + mean
+    parameters = [torch.rand(256) + 0.5, torch.randn(256), torch.randn(24, 256) / 16, torch.randn(24)]
+    rounded = [t.to(dtype) for t in (rows, *parameters, torch.randn(40, 24))]
+    exact = by_autograd(*(t.double() for t in rounded))
+    for got, usual, want in zip(normed_linear(*rounded), by_autograd(*rounded), exact):
+        unit = torch.finfo(dtype).eps
+        assert relative_error(got.double(), want) <= 3 * max(relative_error(usual.double(), want), unit)
