@@ -1,0 +1,63 @@
+"""What a model looked like when its loss or gradient became NaN or infinite."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..moe import RoutingStats
+from ..moe.stats import load_max_over_mean
+
+logger = logging.getLogger(__name__)
+
+
+def is_looking_for_nan() -> bool:
+    """Whether fairseq is repeating an update whose gradient was not finite, to find out where; it ends afterwards."""
+    return isinstance(sys.exc_info()[1], FloatingPointError)
+
+
+def report_nonfinite(model: nn.Module, loss: Tensor, what: str) -> None:
+    """Log one error with the loss and a line on every layer of ``model`` after a batch.
+
+    Args:
+        model: has done the batch, and its backward pass if it is about gradients.
+        loss: of the batch.
+        what: the batch, for the message.
+    """
+    rank = f"rank {dist.get_rank()}, " if dist.is_initialized() else ""
+    lines = "\n".join(f"  {name}: {', '.join(_facts(layer))}" for name, layer in _layers(model))
+    logger.error(f"{rank}{what}: loss {float(loss.detach().sum()):g}; layer by layer on this rank:\n{lines}")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What gives routing counts, and the modules before and after: each parameter once."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "moe_stats")}
+    for name, module in model.named_modules():
+        has_own = any(True for _ in module.parameters(recurse=False))
+        inside = any(name.startswith(f"{layer}.") for layer in layers)
+        if name in layers or (has_own and not inside):
+            yield name.removeprefix("module.").removeprefix("module."), module
+
+
+def _facts(layer: nn.Module) -> Iterator[str]:
+    yield f"weights {_norm([p.detach() for p in layer.parameters()]):g}"
+    gradients = [p.grad for p in layer.parameters() if p.grad is not None]
+    if gradients:
+        yield f"gnorm {_norm(gradients):g}"
+    stats: RoutingStats | None = getattr(layer, "moe_stats", None)
+    if stats is not None:
+        entropy = float(stats.entropy / stats.num_subtokens.clamp(min=1))
+        loads = " ".join(f"{load:.0f}" for load in stats.expert_load.tolist())
+        yield f"router entropy {entropy:g}"
+        yield f"dropped {float(stats.dropped):.0f}"
+        yield f"largest load over mean {float(load_max_over_mean(stats.expert_load)):g}"
+        yield f"expert loads {loads}"
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]).norm())
