@@ -42,49 +42,66 @@ class ActivationBytes:
     """Bytes per token.
 
     Attributes:
-        dense_layer, moe_layer: of one layer of the kind, its attention included.
+        dense_layer, moe_layer: of one layer of the kind, its attention included; 0 if there is none.
+        gradients: of activations, at the fullest moment of any one layer's backward pass.
         layer_input: what recomputation keeps of a layer.
-        ends: embedding, last norm, output projection's input and the log-probabilities of all words.
-        loss: gradients of the log-probabilities and logits, which stand beside them for a moment.
+        ends: embedding, last norm and the output projection's input.
+        words: the log-probabilities of all words, gone before the layers' backward pass.
     """
 
     dense_layer: int
     moe_layer: int
+    gradients: int
     layer_input: int
     ends: int
-    loss: int
+    words: int
 
 
 def activation_bytes(shape: ModelShape, computation: Computation) -> ActivationBytes:
     """Count a model's parts."""
     d, a = shape.embed_dim, _element(shape)
-    ends = _INDEX + _mask(shape.dropout, d, _FP32, computation) + d * _FP32 + _NORM + d * a + shape.vocab_size * _FP32
     attention = _attention(shape, computation)
-    moe = 0 if shape.moe is None else attention + _moe(shape, shape.moe, computation)
+    has_dense = shape.layers > shape.moe_layers
+    gradients = [2 * shape.ffn_dim * a if has_dense else 0, _moe_gradients(shape, computation)]
     return ActivationBytes(
-        dense_layer=attention + _dense(shape, computation),
-        moe_layer=moe,
+        dense_layer=attention + _dense(shape, computation) if has_dense else 0,
+        moe_layer=0 if shape.moe is None else attention + _moe(shape, shape.moe, computation),
+        gradients=d * _FP32 + max(gradients),
         layer_input=d * _FP32,
-        ends=ends,
-        loss=2 * shape.vocab_size * _FP32,
+        ends=_INDEX + _mask(shape.dropout, d, _FP32, computation) + d * _FP32 + _NORM + d * a,
+        words=shape.vocab_size * _FP32,
     )
 
 
-def kept_bytes(shape: ModelShape, parts: ActivationBytes, *, recompute: bool) -> int:
-    """Per token: what is kept at the end of the forward pass, and under recomputation the largest layer's again."""
-    layers = (shape.layers - shape.moe_layers) * parts.dense_layer + shape.moe_layers * parts.moe_layer
-    if recompute:
-        largest = max(parts.dense_layer if shape.layers > shape.moe_layers else 0, parts.moe_layer)
-        layers = shape.layers * parts.layer_input + largest
-    return layers + parts.ends
+def kept_bytes(shape: ModelShape, parts: ActivationBytes) -> int:
+    """Per token: what is kept at the end of the forward pass and the loss, without recomputation."""
+    return _all_layers(shape, parts) + parts.ends + parts.words
 
 
 def peak_bytes(shape: ModelShape, parts: ActivationBytes, *, recompute: bool) -> int:
-    """Per token: the larger of two moments, the loss's backward and a recomputed layer's."""
-    kept = kept_bytes(shape, parts, recompute=recompute)
-    if not recompute:
-        return kept + parts.loss
-    return max(kept, shape.layers * parts.layer_input + parts.ends + parts.loss)
+    """Per token: the largest sum in a forward and backward pass.
+
+    Either when the gradients of logits and log-probabilities stand beside them, or in the first layer's backward pass
+    that follows, when the words are gone; recomputation keeps the layers' inputs and one layer more.
+    """
+    if recompute:
+        layers, largest = shape.layers * parts.layer_input, max(parts.dense_layer, parts.moe_layer)
+    else:
+        layers, largest = _all_layers(shape, parts), 0
+    return layers + max(parts.ends + 3 * parts.words, largest + parts.gradients)
+
+
+def _all_layers(shape: ModelShape, parts: ActivationBytes) -> int:
+    return (shape.layers - shape.moe_layers) * parts.dense_layer + shape.moe_layers * parts.moe_layer
+
+
+def _moe_gradients(shape: ModelShape, computation: Computation) -> int:
+    """Rows' gradients; a loop over pieces needs no more, autograd holds those of two inner activations."""
+    if shape.moe is None:
+        return 0
+    rows, a = shape.moe.split_heads * shape.moe.top_k, _element(shape)
+    moved = 2 * rows * shape.moe.subtoken_dim * a
+    return moved if computation.backend == "loop" else moved + 2 * rows * shape.moe.expert_ffn_dim * a
 
 
 def _element(shape: ModelShape) -> int:

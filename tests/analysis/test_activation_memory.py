@@ -1,60 +1,44 @@
-"""The plan's activation memory against what autograd really keeps of the same model on a CPU."""
+"""The plan's activation memory against what autograd keeps of the same model on a CPU, and against its peak."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from kept_tensors import kept_bytes_of, loss_of
 from language_models import small_dictionary
 from torch import nn
 
-from mhmoe_fairseq.analysis.activation_memory import Computation, activation_bytes, kept_bytes
+from mhmoe_fairseq.analysis.activation_memory import Computation, activation_bytes, kept_bytes, peak_bytes
 from mhmoe_fairseq.analysis.model_shape import shape_of
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import build_language_model
+from mhmoe_fairseq.moe import _expert_loop
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from _bench.memory import tensor_peak
 
 SIZES = {"decoder_layers": 3, "decoder_embed_dim": 64, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 160}
 ROWS, LENGTH, WORDS = 4, 96, 400
 # Mixed precision rounds some tensors anew that the formula takes to be shared.
 TOLERANCE = {"fp32": 0.02, "bf16": 0.05}
+PEAK_TOLERANCE = 0.1
 
 
-def build(arch: str, backend: str, **flags: Any) -> nn.Module:
+def build(arch: str, backend: str, words: int = WORDS, **flags: Any) -> nn.Module:
     torch.manual_seed(0)
     if arch.startswith("mhmoe"):
         flags.setdefault("mhmoe_budget", "none")
     options = architecture_options(arch, **{**SIZES, **flags})
-    model = build_language_model(options, small_dictionary(WORDS)).train()
+    model = build_language_model(options, small_dictionary(words)).train()
     for layer in model.decoder.layers:
         if layer.is_moe_layer:
             layer.moe_layer.experts.backend = backend
     return model
-
-
-def kept_per_token(model: nn.Module) -> float:
-    """Bytes of all storages that autograd holds after the forward pass and the loss, parameters left out.
-
-    Under autocast rounded copies of weights are held, too; the plan counts them as parameters.
-    """
-    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1}
-    weights = shapes | {shape[::-1] if len(shape) == 2 else (shape[0], *shape[:0:-1]) for shape in shapes}
-    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    held: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known and tuple(tensor.shape) not in weights:
-            held[storage._cdata] = storage
-        return tensor
-
-    tokens = torch.randint(4, WORDS, (ROWS, LENGTH))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits, _ = model(tokens)
-        log_probs = model.get_normalized_probs((logits, None), log_probs=True)
-        F.nll_loss(log_probs.reshape(-1, log_probs.size(-1)), tokens.reshape(-1), reduction="sum")
-    return sum(storage.nbytes() for storage in held.values()) / tokens.numel()
 
 
 CASES = [
@@ -82,8 +66,29 @@ def test_the_plan_is_what_autograd_keeps(arch: str, backend: str, flags: dict[st
     model = build(arch, backend, **flags)
     shape = shape_of(model)
     parts = activation_bytes(shape, Computation(backend, exchanged=False, cpu=True))
-    planned = kept_bytes(shape, parts, recompute=False)
-    measured = kept_per_token(model)
+    planned = kept_bytes(shape, parts)
+    tokens = torch.randint(4, WORDS, (ROWS, LENGTH))
+    measured = kept_bytes_of(model, tokens) / tokens.numel()
     if backend == "loop" and shape.moe is not None:  # the order of the rows, held in the plan and not by autograd
         measured += shape.moe_layers * shape.moe.split_heads * shape.moe.top_k * 2 * 8
     assert planned == pytest.approx(measured, rel=TOLERANCE[flags.get("mhmoe_precision", "fp32")])
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("words", [50, 2000])
+@pytest.mark.parametrize(
+    "arch, backend", [("dense_lm_tiny", "loop"), ("mhmoe_lm_tiny", "loop"), ("mhmoe_lm_tiny", "grouped")]
+)
+def test_the_planned_peak_is_near_that_of_a_whole_pass(
+    monkeypatch: pytest.MonkeyPatch, arch: str, backend: str, words: int, recompute: bool
+) -> None:
+    monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 64)  # buffers of one piece, which do not grow with the batch
+    model = build(arch, backend, words, decoder_layers=4, checkpoint_activations=recompute)
+    tokens = torch.randint(4, words, (8, LENGTH))
+    loss_of(model, tokens).backward()  # gradients exist, as from the second update on
+    existing = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
+    measured = tensor_peak(lambda: loss_of(model, tokens).backward(), [*existing, *model.buffers(), tokens])
+    shape = shape_of(model)
+    parts = activation_bytes(shape, Computation(backend, exchanged=False, cpu=True))
+    planned = peak_bytes(shape, parts, recompute=recompute) * tokens.numel()
+    assert planned == pytest.approx(measured, rel=PEAK_TOLERANCE)

@@ -1,0 +1,38 @@
+"""What autograd holds between a forward and a backward pass, measured."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def kept_bytes_of(model: nn.Module, tokens: Tensor, *, backward: bool = False) -> int:
+    """Bytes of all storages that autograd holds after the forward pass and the loss, parameters left out.
+
+    Under autocast rounded copies of weights are held, too; the plan counts them as parameters, so they are left out.
+    """
+    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1}
+    weights = shapes | {shape[::-1] if len(shape) == 2 else (shape[0], *shape[:0:-1]) for shape in shapes}
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known and tuple(tensor.shape) not in weights:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = loss_of(model, tokens)
+    if backward:
+        loss.backward()
+    return sum(storage.nbytes() for storage in held.values())
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    """As the criterion: cross entropy from log-probabilities in fp32, and the balance losses."""
+    logits, extra = model(tokens)
+    log_probs = model.get_normalized_probs((logits, None), log_probs=True)
+    loss = F.nll_loss(log_probs.reshape(-1, log_probs.size(-1)), tokens.reshape(-1), reduction="sum")
+    return loss + sum(losses.sum() for losses in extra["l_aux"] if losses is not None)
