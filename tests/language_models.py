@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel, build_language_model
+from mhmoe_fairseq.moe.parallelism import ExpertParallelism
 
 SMALL = {"decoder_layers": 2, "decoder_embed_dim": 32, "decoder_attention_heads": 2, "decoder_ffn_embed_dim": 64}
 FAMILIES = ("dense", "smoe", "xmoe", "mhmoe")
@@ -23,7 +24,11 @@ def small_dictionary(words: int = 40) -> Dictionary:
 
 
 def small_model(
-    arch: str = "mhmoe_lm_tiny", seed: int = 0, dictionary: Dictionary | None = None, **flags: Any
+    arch: str = "mhmoe_lm_tiny",
+    seed: int = 0,
+    dictionary: Dictionary | None = None,
+    parallel: ExpertParallelism | None = None,
+    **flags: Any,
 ) -> MHMoELanguageModel:
     """A model of 2 layers of 32, the second an MoE layer; without dropout unless given."""
     torch.manual_seed(seed)
@@ -31,7 +36,7 @@ def small_model(
     if arch.startswith("mhmoe"):
         flags.setdefault("mhmoe_budget", "none")  # no expert width comes within 0.5 % of so few parameters
     options = architecture_options(arch, **flags)
-    return build_language_model(options, dictionary or small_dictionary())
+    return build_language_model(options, dictionary or small_dictionary(), parallel)
 
 
 def token_rows(lengths: list[int], seed: int = 0, words: int = 44) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from ..torchscale_ext.args import decoder_settings, expert_parallel_size
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from .options import MODEL_NAME, LanguageModelOptions
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -163,7 +166,16 @@ def training_parallelism(options: Any) -> ExpertParallelism | None:
     """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     size = expert_parallel_size(options, world_size)
-    return None if world_size == 1 else expert_parallelism(size)
+    if world_size == 1:
+        return None
+    if size > 1:
+        logger.info(f"expert parallelism: {size} of {world_size} processes share one bank of experts")
+    elif options.moe_freq:
+        logger.warning(
+            "no expert parallelism: every process holds all experts, since that was asked for or their number and "
+            f"that of the processes ({world_size}) have no common divisor"
+        )
+    return expert_parallelism(size)
 
 
 def build_embedding(dictionary: Dictionary, dim: int) -> nn.Embedding:

@@ -19,13 +19,13 @@ class RouterSums(NamedTuple):
         chosen_E: how often each expert was chosen, all choices of one sub-token together counting 1.
         probs_E: the router's full softmax, summed over real sub-tokens.
         z: squared log-partition, summed.
-        count: real sub-tokens.
+        num_real: real sub-tokens.
     """
 
     chosen_E: Tensor
     probs_E: Tensor
     z: Tensor
-    count: Tensor
+    num_real: Tensor
 
 
 def router_sums(
@@ -61,22 +61,22 @@ def router_sums(
 
 def load_balancing_loss(sums: RouterSums) -> Tensor:
     """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform, 0 without sub-tokens."""
-    count = sums.count.clamp(min=1)
-    return sums.chosen_E.numel() * (sums.chosen_E / count * (sums.probs_E / count)).sum()
+    num_real = sums.num_real.clamp(min=1)
+    return sums.chosen_E.numel() * (sums.chosen_E / num_real * (sums.probs_E / num_real)).sum()
 
 
 def router_z_loss(sums: RouterSums) -> Tensor:
     """Mean squared log-partition of the router's logits (ST-MoE)."""
-    return sums.z / sums.count.clamp(min=1)
+    return sums.z / sums.num_real.clamp(min=1)
 
 
 def pack(sums: RouterSums) -> Tensor:
     """One vector ``(2 E + 2,)``, so that the sums travel in one message."""
-    return torch.cat([sums.chosen_E, sums.probs_E, sums.z.view(1), sums.count.view(1)])
+    return torch.cat([sums.chosen_E, sums.probs_E, sums.z.view(1), sums.num_real.view(1)])
 
 
 def unpack(vector: Tensor) -> RouterSums:
     """The inverse of ``pack``."""
     num_experts = vector.numel() // 2 - 1
-    chosen_E, probs_E, z, count = vector.split([num_experts, num_experts, 1, 1])
-    return RouterSums(chosen_E, probs_E, z.squeeze(0), count.squeeze(0))
+    chosen_E, probs_E, z, num_real = vector.split([num_experts, num_experts, 1, 1])
+    return RouterSums(chosen_E, probs_E, z.squeeze(0), num_real.squeeze(0))

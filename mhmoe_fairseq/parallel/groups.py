@@ -53,7 +53,9 @@ def rank_groups(size: int) -> RankGroups:
 
 def _group(ranks: range) -> dist.ProcessGroup:
     # Made by its members alone: in a large world there are many groups.
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "this process is a member"
+    return group
 
 
 def expert_parallelism(size: int) -> DistributedExperts:

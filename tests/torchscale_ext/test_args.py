@@ -8,7 +8,7 @@ from language_models import SMALL
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.moe import MHMoEConfig
 from mhmoe_fairseq.torchscale_ext import args as flags_module
-from mhmoe_fairseq.torchscale_ext.args import decoder_settings, moe_config
+from mhmoe_fairseq.torchscale_ext.args import decoder_settings, expert_parallel_size, moe_config
 
 
 @pytest.fixture(autouse=True)
@@ -253,3 +253,42 @@ def test_lineage_flags_on_a_dense_model_warn_once(caplog):
 def test_a_sampling_policy_needs_two_experts():
     with pytest.raises(ValueError, match=r"--moe-second-expert-policy \('random'\) needs --moe-top-k 2"):
         config(mhmoe_routing="capacity", moe_second_expert_policy="random", moe_top_k=1)
+
+
+# ---------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize(
+    "arch, flags, world_size, expected",
+    [
+        ("mhmoe_lm_tiny", {}, 1, 1),
+        ("mhmoe_lm_tiny", {}, 4, 4),
+        ("mhmoe_lm_tiny", {}, 12, 4),  # 8 experts
+        ("mhmoe_lm_tiny", {}, 3, 1),
+        ("mhmoe_lm_tiny", {"moe_expert_count": 12}, 8, 4),
+        ("xmoe_lm_tiny", {"mhmoe_expert_parallel_size": 2}, 8, 2),
+        ("smoe_lm_tiny", {"mhmoe_routing": "torchscale"}, 4, 1),
+        ("dense_lm_tiny", {}, 4, 1),
+    ],
+)
+def test_experts_are_spread_as_far_as_possible_unless_told(arch, flags, world_size, expected):
+    assert expert_parallel_size(architecture_options(arch, **flags), world_size) == expected
+
+
+@pytest.mark.parametrize(
+    "size, world_size, message",
+    [
+        (3, 3, r"--mhmoe-expert-parallel-size \(3\) must divide --moe-expert-count \(8\)"),
+        (4, 6, r"--mhmoe-expert-parallel-size \(4\) must divide the number of processes \(6\)"),
+        (2, 1, r"--mhmoe-expert-parallel-size \(2\) must divide the number of processes \(1\)"),
+        (0, 2, r"--mhmoe-expert-parallel-size \(0\) must divide"),
+    ],
+)
+def test_a_size_that_divides_unevenly_is_refused(size, world_size, message):
+    with pytest.raises(ValueError, match=message):
+        expert_parallel_size(architecture_options("mhmoe_lm_tiny", mhmoe_expert_parallel_size=size), world_size)
+
+
+def test_balance_scope_reaches_the_layer():
+    assert config().balance_scope == "rank"
+    assert config(mhmoe_balance_scope="global").balance_scope == "global"
