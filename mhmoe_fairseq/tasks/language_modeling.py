@@ -13,7 +13,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..compat import refuse_tpu
-from ..training import ResumableEpochBatchIterator, TrainingFlags, prepare_sharded_model, require_process_group
+from ..training import GuardedTask, ResumableEpochBatchIterator, TrainingFlags, prepare_sharded_model
 from ._batching import WholeMonolingualDataset
 from ._binarised import check_folder, check_split
 
@@ -24,7 +24,7 @@ class MHMoELanguageModelingConfig(TrainingFlags, LanguageModelingConfig):
 
 
 @register_task("mhmoe_language_modeling", dataclass=MHMoELanguageModelingConfig)
-class MHMoELanguageModelingTask(LanguageModelingTask):
+class MHMoELanguageModelingTask(GuardedTask, LanguageModelingTask):
     """fairseq's ``language_modeling`` with checks before training and complete batches.
 
     Data are one folder or several shards ``a:b:c``, one per epoch in turn, each with ``train.{bin,idx}``; the first
@@ -62,8 +62,6 @@ class MHMoELanguageModelingTask(LanguageModelingTask):
             ValueError: naming the flag, its value and the rule.
         """
         self.spreads_experts = not from_checkpoint
-        if self.spreads_experts:
-            require_process_group()
         model = super().build_model(args, from_checkpoint)
         prepare_sharded_model(model, self.args)
         return model

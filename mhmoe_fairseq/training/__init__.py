@@ -2,16 +2,16 @@
 
 from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
-from .launching import require_process_group
+from .guarded_task import GuardedTask
 from .optimizer import MHMoEAdam
 from .resuming import ResumableEpochBatchIterator
 from .saving import save_atomically
 
 __all__ = [
+    "GuardedTask",
     "MHMoEAdam",
     "ResumableEpochBatchIterator",
     "TrainingFlags",
     "prepare_sharded_model",
-    "require_process_group",
     "save_atomically",
 ]

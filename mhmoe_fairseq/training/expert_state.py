@@ -74,10 +74,11 @@ class ExpertState:
 
         Raises:
             Exception: the one that is being handled, if there is one: fairseq saves ``crash.pt`` after an exception
-                in a training step, on the rank that had it alone. The others are not waiting there.
+                in a training step, on the rank that had it alone. The others are not waiting there. They are after a
+                FloatingPointError, which all ranks raise together when the gradient's norm is not finite.
         """
         error = sys.exc_info()[1]
-        if error is not None and error is not self._handled_at_start:
+        if error is not None and error is not self._handled_at_start and not isinstance(error, FloatingPointError):
             raise error
         self._whole = {}
         if not self._takes_part:
