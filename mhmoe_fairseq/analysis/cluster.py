@@ -70,7 +70,7 @@ class Exchange:
         off_rank: bytes to other ranks when all experts are chosen equally often.
         off_node: the part of them that leaves the node, for the node that has most to send, over its ranks.
         count_bytes: row counts to other ranks, once per forward pass.
-        transfers: in a forward and backward pass.
+        transfers: in a forward and backward pass; none if every rank has all experts.
         count_transfers: of the counts.
         seconds: of one transfer, by bandwidth alone.
     """
@@ -114,7 +114,7 @@ def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, rec
     sent = rows * row_bytes
     inside, outside = _shares(cluster, size)
     times = (sent * inside / cluster.link, cluster.ranks_per_node * sent * outside / cluster.network)
-    passes = 2 if recompute else 1
+    passes = 0 if size == 1 else 2 if recompute else 1
     return Exchange(
         size=size,
         tokens=cluster.tokens,
@@ -123,7 +123,7 @@ def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, rec
         off_rank=sent * (size - 1) / size,
         off_node=sent * outside,
         count_bytes=(size - 1) * (moe.num_experts // size) * _COUNT_BYTES,
-        transfers=2 * passes + 2,
+        transfers=2 * passes + 2 if passes else 0,
         count_transfers=passes,
         seconds=max(times),  # inside the nodes and between them at the same time
     )

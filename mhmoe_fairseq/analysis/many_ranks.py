@@ -100,11 +100,12 @@ def plan_ranks(
 def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, recompute: bool) -> str:
     """Tables, one column for each model, and how to read them."""
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
-    kind = "2 bytes a number (--mhmoe-precision)" if half else "4 bytes a number (fp32)"
+    kind = "2 bytes a number" if half else "4 bytes a number"
     recomputing = ", --checkpoint-activations" if recompute else ""
+    nodes_in_words = "1 node" if nodes == 1 else f"{nodes:,} nodes"
     lines = [
-        f"{cluster.ranks:,} ranks on {nodes:,} {'node' if nodes == 1 else 'nodes'}, "
-        f"{cluster.tokens:,} tokens per rank and micro-batch, {kind}{recomputing};",
+        f"{cluster.ranks:,} ranks on {nodes_in_words}, {cluster.tokens:,} tokens per rank and micro-batch, "
+        f"{kind}{recomputing};",
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
         "",
         _table("memory", plans, _memory(plans, cluster)),
@@ -119,8 +120,8 @@ def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, r
             "",
             _table("all-to-all of one MoE layer, one direction", routed, _traffic(routed)),
             "",
-            "rows: sub-tokens x K, exactly, those for the rank's own experts included. off rank, off node: expected if",
-            "all experts are chosen equally often. time: by bandwidth alone; small messages take longer.",
+            "rows: sub-tokens x K, exactly (dropless routing), those for the rank's own experts included. off rank,",
+            "off node: expected if all experts are chosen equally often. time: by bandwidth alone.",
         ]
     lines += [
         "",
@@ -177,7 +178,9 @@ def _traffic(plans: Sequence[RankPlan]) -> dict[str, list[str]]:
         "to one other rank": [byte_size(one.message_bytes) for one in traffic],
         "counts of the rows, beforehand": [byte_size(one.count_bytes) for one in traffic],
         "time": [duration(one.seconds) for one in traffic],
-        "directions: forward + recomputed + backward": [f"2 + {one.transfers - 4} + 2" for one in traffic],
+        "directions: forward + recomputed + backward": [
+            f"2 + {one.transfers - 4} + 2" if one.transfers else "none" for one in traffic
+        ],
     }
 
 

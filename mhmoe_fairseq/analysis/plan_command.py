@@ -59,7 +59,7 @@ _NAMED = re.compile("(dense|smoe|xmoe|mhmoe)_(lm_[a-z]+)")
 class PlanRow:
     """One model: its family, the experts asked for, its counts, and P1's figures if they are of the same settings.
 
-    With a cluster ``ranks`` is its plan there.
+    With a cluster ``ranks`` is its plan there, and ``note`` says so if a budget's experts had to be rounded for it.
     """
 
     family: str
@@ -68,6 +68,7 @@ class PlanRow:
     shape: ModelShape
     paper: ParameterRow | None
     ranks: RankPlan | None = None
+    note: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +158,7 @@ def plan(
             parallel = 1
             if cluster is not None and count is not None:
                 parallel = cluster.expert_parallel_size(flags.get("mhmoe_expert_parallel_size"), count)
-            options = _options(f"{member}_{size}", kept, count, parallel)
+            options, note = _options(f"{member}_{size}", kept, count, parallel)
             options.tokens_per_sample = tokens_per_sample
             model = build_on_meta(options, dictionary)
             counts, shape = count_built(model, tokens_per_sample), shape_of(model)
@@ -165,22 +166,27 @@ def plan(
             if cluster is not None:
                 name = member if count is None or len(experts) == 1 else f"{member} {count:,}"
                 ranks = plan_ranks(name, counts, shape, cluster, parallel, cpu=cpu)
-            rows.append(PlanRow(member, count, counts, shape, _paper_row(member, count) if is_paper else None, ranks))
+            paper = _paper_row(member, count) if is_paper else None
+            rows.append(PlanRow(member, count, counts, shape, paper, ranks, note))
     return rows
 
 
-def _options(arch: str, flags: dict[str, Any], experts: int | None, parallel: int) -> LanguageModelOptions:
-    """Filled options; experts that a budget multiplies are rounded to what ``parallel`` ranks can share."""
+def _options(
+    arch: str, flags: dict[str, Any], experts: int | None, parallel: int
+) -> tuple[LanguageModelOptions, str | None]:
+    """Filled options; experts of a budget are rounded to what ``parallel`` ranks can share, and the note says how."""
     flags = {name: value for name, value in flags.items() if name != "mhmoe_expert_parallel_size"}
     if experts is None:
-        return architecture_options(arch, **flags)
+        return architecture_options(arch, **flags), None
     options = architecture_options(arch, **flags, moe_expert_count=experts)
     moe = moe_config(options)
     if moe is None or moe.num_experts % parallel == 0:
-        return options
+        return options, None
     rounded = max(round(moe.num_experts / parallel), 1) * parallel
     fixed = {"mhmoe_budget": "none", "moe_ffn_dim": moe.expert_ffn_dim, "moe_expert_count": rounded}
-    return architecture_options(arch, **{**flags, **fixed})
+    words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in fixed.items())
+    note = f"the budget's {moe.num_experts:,} experts are rounded to what {parallel:,} ranks can share: {words}"
+    return architecture_options(arch, **{**flags, **fixed}), note
 
 
 def describe(rows: list[PlanRow], arch: str, vocab_size: int) -> str:
@@ -197,6 +203,7 @@ def describe(rows: list[PlanRow], arch: str, vocab_size: int) -> str:
         "",
         "sum: all parameters. active: without the experts that a sub-token's K choices leave out.",
         f"MFLOPs/token: forward pass, matrix products only, causal attention within {rows[0].counts.context:,} tokens.",
+        *(f"{row.family}: {row.note}" for row in rows if row.note),
     ]
     if has_paper:
         lines.append(f"paper: {P1}, table 11, in millions as printed there; all other columns are ours.")

@@ -67,6 +67,8 @@ def test_time_is_that_of_the_slower_link_and_recomputing_sends_again() -> None:
     fast = exchange(LAYER, cluster(network=1e9), 8, element=4, recompute=False)
     assert fast.seconds == 5120 * 3 / 8 / 100
     again = exchange(LAYER, cluster(), 8, element=4, recompute=True)
+    alone = exchange(LAYER, cluster(), 1, element=4, recompute=True)
+    assert (alone.transfers, alone.off_rank, alone.seconds) == (0, 0, 0)
     assert (plan.transfers, plan.count_transfers) == (4, 1) and (again.transfers, again.count_transfers) == (6, 2)
     assert plan.count_bytes == 7 * 6 * 8
 
@@ -136,7 +138,9 @@ def test_a_checkpoint_has_the_planned_size(trained_model: TrainedModel, tmp_path
 # ---------------------------------------------------------------------- the command
 
 
-def test_a_thousand_experts_and_a_trillion_parameters_are_planned_in_seconds(tmp_path: Path) -> None:
+def test_a_thousand_experts_and_a_trillion_parameters_are_planned_in_seconds(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     flags = ["--experts", 1000, "--layers", 24, "--embed-dim", 4096, "--ffn-dim", 10240, "--heads", 8]
     machine = ["--decoder-attention-heads", 32, "--vocab-size", 32000, "--ranks", 4000, "--ep", 1000]
     start = time.process_time()
@@ -145,6 +149,7 @@ def test_a_thousand_experts_and_a_trillion_parameters_are_planned_in_seconds(tmp
     assert xmoe["total_params"] > 1e12 and mhmoe["total_params"] > 1e12
     # The budget asks for 9,996 experts; 1,000 ranks can share 10,000.
     assert mhmoe["num_experts"] == 10_000 and mhmoe["ranks"]["experts"] == 10
+    assert "--mhmoe-budget none --moe-ffn-dim 8192 --moe-expert-count 10000" in capsys.readouterr().out
     assert mhmoe["flops_per_token"] == pytest.approx(xmoe["flops_per_token"], rel=0.01)
     for row in (xmoe, mhmoe):
         assert row["ranks"]["parameters"]["expert"] * 1000 == row["expert_params"]
