@@ -57,7 +57,7 @@ settings_of() { # SCALE
     local interval=$(((updates + intervals - 1) / intervals))
     recipe+=(
         --criterion moe_cross_entropy --moe-gate-loss-wt 0.01
-        --optimizer adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01 --dropout 0.1
+        --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01 --dropout 0.1
         --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warmup" --total-num-update "$updates"
         --max-update "$updates" --required-batch-size-multiple 1 --seed "${SEED:-1}" --num-workers 0
         --validate-interval-updates "$interval" --save-interval-updates "$interval" --keep-interval-updates 1
