@@ -13,6 +13,7 @@ from .model_counts import ModelCounts
 from .model_shape import ModelShape
 from .rank_memory import (
     PRECISIONS,
+    SAVED_BYTES,
     RankParameters,
     largest_expert_bytes,
     rank_parameters,
@@ -33,7 +34,7 @@ class RankPlan:
         rounded: bytes of half-precision copies of weights.
         activations: bytes kept for the backward pass, at the peak, of one micro-batch.
         activations_recomputed: the same with ``--checkpoint-activations``.
-        saved: parameters of the whole model, which a checkpoint and rank 0's memory hold.
+        saved: parameters of the whole model, which a checkpoint holds.
         largest_tensor: bytes of the largest expert tensor.
         moe_layers: layers with experts.
         traffic: the all-to-all of one of them; None for a dense model.
@@ -111,8 +112,8 @@ def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, r
         _table("memory", plans, _memory(plans, cluster)),
         "",
         "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.",
-        "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file, which rank 0",
-        "holds in host memory to write it. largest expert tensor: what a save may add to a rank's device memory.",
+        "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file with weights and",
+        "moments in fp32, as fairseq writes it. largest expert tensor: what a save may add to a rank's device memory.",
     ]
     routed = [plan for plan in plans if plan.traffic is not None]
     if routed:
@@ -152,13 +153,14 @@ def _memory(plans: Sequence[RankPlan], cluster: Cluster) -> dict[str, list[str]]
     return {
         "EP x DP": [f"{plan.size:,} x {cluster.ranks // plan.size:,}" for plan in plans],
         "experts of a layer on a rank": [MISSING if plan.experts is None else f"{plan.experts:,}" for plan in plans],
-        "dense parameters on a rank": [millions(plan.parameters.dense, 0) for plan in plans],
-        "expert parameters on a rank": [millions(plan.parameters.expert, 0) for plan in plans],
+        "dense parameters on a rank": [millions(plan.parameters.dense) for plan in plans],
+        "expert parameters on a rank": [millions(plan.parameters.expert) for plan in plans],
         **states,
         "activations": [byte_size(plan.activations) for plan in plans],
         "activations, --checkpoint-activations": [byte_size(plan.activations_recomputed) for plan in plans],
+        "checkpoint": [byte_size(SAVED_BYTES * plan.saved) for plan in plans],
         **{
-            f"checkpoint = rank 0's host memory, {kind}": [byte_size(precision.saved * plan.saved) for plan in plans]
+            f"host memory of rank 0 to save it, {kind}": [byte_size(precision.host * plan.saved) for plan in plans]
             for kind, precision in (("fp32", PRECISIONS[0]), ("fp16", PRECISIONS[1]))
         },
         "largest expert tensor": [byte_size(plan.largest_tensor) if plan.traffic else MISSING for plan in plans],
@@ -186,7 +188,7 @@ def _traffic(plans: Sequence[RankPlan]) -> dict[str, list[str]]:
 
 def _times(plans: Sequence[RankPlan]) -> dict[str, list[str]]:
     rows = {
-        "FLOPs of a rank": [f"{plan.train_flops / 1e12:,.1f} T" for plan in plans],
+        "TFLOPs of a rank": [f"{plan.train_flops / 1e12:,.2f}" for plan in plans],
         "all-to-all, all layers and directions": [
             duration(plan.exchange_seconds) if plan.traffic else MISSING for plan in plans
         ],

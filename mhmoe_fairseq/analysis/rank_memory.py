@@ -17,14 +17,14 @@ class Precision:
         weights: in the model.
         gradients: of the weights.
         optimizer: copies of weights and gradients in fp32, and Adam's two moments.
-        saved: in a checkpoint: the model's weights, and the moments.
+        host: in rank 0's memory while it saves: the checkpoint, and half weights until they are made fp32.
     """
 
     flags: str
     weights: int
     gradients: int
     optimizer: int
-    saved: int
+    host: int
 
     @property
     def total(self) -> int:
@@ -32,11 +32,13 @@ class Precision:
         return self.weights + self.gradients + self.optimizer
 
 
+# fairseq's checkpoints hold weights and Adam's moments in fp32, whatever was trained in.
+SAVED_BYTES = 12
 # Adam's moments are in fp32 in all of them. fp16 that is flattened is refused at more than one rank per bank.
 PRECISIONS = (
-    Precision("fp32, --mhmoe-precision", weights=4, gradients=4, optimizer=8, saved=12),
-    Precision("--fp16 --fp16-no-flatten-grads", weights=2, gradients=2, optimizer=16, saved=10),
-    Precision("--memory-efficient-fp16", weights=2, gradients=2, optimizer=8, saved=10),
+    Precision("fp32, --mhmoe-precision", weights=4, gradients=4, optimizer=8, host=12),
+    Precision("--fp16 --fp16-no-flatten-grads", weights=2, gradients=2, optimizer=16, host=14),
+    Precision("--memory-efficient-fp16", weights=2, gradients=2, optimizer=8, host=14),
 )
 
 
