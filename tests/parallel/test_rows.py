@@ -1,0 +1,104 @@
+"""Transfers of rows: every type, uneven and empty, with gradients; no look at the data but for the counts."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_devices import HOST_READS, Recorder
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.dispatch import plan_dispatch
+from mhmoe_fairseq.moe.parallelism import plan_received
+from mhmoe_fairseq.parallel import expert_parallelism
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# COUNTS[r][p]: rows from rank r to rank p
+COUNTS = [[[2, 3], [1, 4]], [[0, 5], [0, 0]], [[0, 0], [3, 2]], [[0, 0], [0, 0]]]
+
+
+def rows_of(rank, counts, dtype):
+    return (torch.arange(sum(counts) * 3).view(-1, 3) + 100 * rank).to(dtype)
+
+
+def transfers_on_rank():
+    parallel, rank = expert_parallelism(2), dist.get_rank()
+    results = []
+    for dtype in DTYPES:
+        for counts in COUNTS:
+            rows = rows_of(rank, counts[rank], dtype).requires_grad_()
+            # two experts on each rank, the second one without rows
+            load = torch.tensor([[count, 0] for count in counts[rank]], dtype=torch.int32).flatten()
+            exchange = parallel.exchange(load)
+            arrived = exchange.dispatch(rows)
+            returned = exchange.collect(arrived * 2)
+            (returned * (rank + 1)).sum().backward()
+            results.append((arrived.detach(), returned.detach(), rows.grad, exchange.received_Pe))
+    return results
+
+
+def test_rows_arrive_by_sender_and_come_back_in_place(workers2):
+    by_rank = workers2.run(transfers_on_rank)
+    cases = [(dtype, counts) for dtype in DTYPES for counts in COUNTS]
+    for rank, results in enumerate(by_rank):
+        for (dtype, counts), (arrived, returned, gradient, received) in zip(cases, results):
+            sent = [rows_of(sender, counts[sender], dtype).split(counts[sender]) for sender in range(2)]
+            assert torch.equal(arrived, torch.cat([pieces[rank] for pieces in sent])) and arrived.dtype == dtype
+            assert torch.equal(returned, 2 * torch.cat(sent[rank]))
+            assert torch.equal(gradient, torch.full_like(returned, 2 * (rank + 1)))
+            assert received.tolist() == [[counts[sender][rank], 0] for sender in range(2)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_received_rows_are_planned_as_by_sorting(seed):
+    generator = torch.Generator().manual_seed(seed)
+    received = torch.randint(0, 4, (3, 5), generator=generator)
+    experts = torch.repeat_interleave(torch.arange(5).repeat(3), received.flatten())
+    plan, expected = plan_received(received, len(experts)), plan_dispatch(experts[:, None], 5, all_real=True)
+    for name in ("order_R", "inverse_R", "offsets_E"):
+        assert torch.equal(getattr(plan, name), getattr(expected, name)), name
+    assert plan.offsets_E.dtype == torch.int32 and (plan.top_k, plan.all_real) == (1, True)
+
+
+def operations_on_rank(flags):
+    config = MHMoEConfig(embed_dim=32, num_heads=4, num_experts=4, expert_ffn_dim=16, **flags)
+    layer = MHMoELayer(config, backend="blocked", parallel=expert_parallelism(2))
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    mask = torch.arange(16).view(2, 8) > 11
+    with Recorder() as recorder:
+        output = layer(x, mask)
+        (output.hidden.square().sum() + output.balance_loss).backward()
+    return recorder.names
+
+
+@pytest.mark.parametrize("flags", [{}, {"routing": "capacity", "balance_scope": "global"}])
+def test_only_the_counts_are_read_on_the_host(workers2, flags):
+    # ``tolist``, the one read of the counts, is none of the recorded operations.
+    for names in workers2.run(operations_on_rank, flags):
+        assert any("alltoall" in name for name in names)
+        assert not names & HOST_READS
+
+
+def sums_on_rank():
+    parallel = expert_parallelism(1)
+    values = torch.tensor([1.0, 10.0], dtype=torch.float64) * (dist.get_rank() + 1)
+    values.requires_grad_()
+    total = parallel.sum(values)
+    (total * torch.tensor([1.0, 2.0]) * (dist.get_rank() + 1)).sum().backward()
+    return total.detach(), values.grad
+
+
+def test_the_gradient_of_a_sum_is_the_sum_of_the_ranks_gradients(workers2):
+    for total, gradient in workers2.run(sums_on_rank):
+        assert total.tolist() == [3, 30]
+        assert gradient.tolist() == [3, 6]
+
+
+def wrong_size_on_rank():
+    with pytest.raises(ValueError, match=r"expert-parallel size \(3\) must divide the number of processes \(2\)"):
+        expert_parallelism(3)
+    with pytest.raises(ValueError, match=r"over 2 processes must divide num_experts \(5\)"):
+        MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=5, expert_ffn_dim=8), parallel=expert_parallelism(2))
+    return True
+
+
+def test_sizes_that_do_not_divide_are_refused(workers2):
+    assert workers2.run(wrong_size_on_rank) == [True, True]
