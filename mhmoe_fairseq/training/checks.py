@@ -42,7 +42,7 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
     problem = next(_problems(flags), None)
     if problem is not None:
         raise UserError(
-            f"{problem}. (Experts are shared out over {expert_parallel_size} ranks. Where every rank holds them all, with "
+            f"{problem}. (Experts are spread over {expert_parallel_size} ranks. Where every rank holds them all, with "
             "--mhmoe-expert-parallel-size 1, this is not needed.)"
         )
 

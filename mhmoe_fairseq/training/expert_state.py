@@ -61,10 +61,9 @@ class ExpertState:
         self._shards = {index: (p, shards[p]) for index, p in enumerate(parameters) if p in shards}
         self._whole: dict[int, dict[str, Tensor]] = {}
         self._handled_at_start = sys.exc_info()[1]
-        # Rank 0 is in the first bank of experts, and each bank has all of them.
-        self._num_ranks = next(iter(shards.values())).groups.size
-        self._takes_part = dist.get_rank() < self._num_ranks
-        self._cpu_group = _gloo_group(range(self._num_ranks)) if self._takes_part else None
+        groups = next(iter(shards.values())).groups
+        self._num_ranks = groups.size
+        self._cpu_group = _gloo_group(dist.get_process_group_ranks(groups.experts))
         optimizer.consolidate_state_dict = self.gather  # type: ignore[attr-defined]
         optimizer.register_state_dict_post_hook(self._put_whole)
         optimizer.register_load_state_dict_pre_hook(self._take_part)
@@ -81,7 +80,7 @@ class ExpertState:
         if error is not None and error is not self._handled_at_start and not isinstance(error, FloatingPointError):
             raise error
         self._whole = {}
-        if not self._takes_part:
+        if dist.get_rank() >= self._num_ranks:  # rank 0 is in the first bank, which has all experts
             return
         for index, (parameter, shard) in self._shards.items():
             weight = self._on_rank_0(shard.parameter.detach())
@@ -126,9 +125,10 @@ class ExpertState:
             }
 
 
-def _gloo_group(ranks: range) -> dist.ProcessGroup:
-    # Of its own, and made by its members alone: what goes wrong in it is seen soon.
-    return dist.new_group(list(ranks), timeout=GATHER_TIMEOUT, backend="gloo", use_local_synchronization=True)
+def _gloo_group(ranks: list[int]) -> dist.ProcessGroup:
+    # Every bank makes one, though only the first's is used: torch names a group that its members make alone by the
+    # number of groups that they have, which must be one number on all ranks.
+    return dist.new_group(ranks, timeout=GATHER_TIMEOUT, backend="gloo", use_local_synchronization=True)
 
 
 def _is_like(value: Any, parameter: nn.Parameter) -> bool:
