@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.parallel import DistributedExperts, TrafficCounter, expert_parallelism, sharded_experts
+from mhmoe_fairseq.parallel import DistributedExperts, TrafficCounter, expert_parallelism
 
 FIELDS = {"embed_dim": 24, "num_heads": 4, "num_experts": 8, "top_k": 2, "expert_ffn_dim": 16}
 
@@ -70,29 +70,51 @@ def loss_of(output, weights: Tensor) -> Tensor:
 
 
 def run_rank(case: Case, parallel: DistributedExperts) -> Result:
-    """One rank's part, gradients as fairseq leaves them: dense averaged, expert replicas summed."""
+    """One rank's part; its gradients are those of its own loss."""
     parallel.counter = TrafficCounter()
     layer = case.layer(parallel)
     x, mask, weights = case.batch(dist.get_rank())
     output = layer(x, mask)
     loss_of(output, weights).backward()
-    sharded = {item.name for item in sharded_experts(layer)}
-    for name, parameter in layer.named_parameters():
-        if name in sharded:
-            dist.all_reduce(parameter.grad, group=parallel.groups.replicas)
-        else:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
     return Result(
         output.hidden.detach(),
         torch.stack([output.balance_loss, output.z_loss]).detach(),
         x.grad,
-        {name: parameter.grad for name, parameter in layer.named_parameters()},
+        gradients_of(layer),
         output.stats.expert_load,
         layer.traffic,
         (parallel.counter.calls, parallel.counter.rows, parallel.counter.bytes),
     )
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    """By parameter, zero where there is none."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
+
+
+def merge_parameters(by_rank: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """What one process has: the experts of the first bank, and the rest from any rank."""
+    return {
+        name: torch.cat([part[name] for part in by_rank[:size]]) if is_sharded(name, size) else value
+        for name, value in by_rank[0].items()
+    }
+
+
+def merge_gradients(by_rank: list[dict[str, Tensor]], size: int) -> dict[str, Tensor]:
+    """As training does it: dense gradients averaged over the ranks, the experts' summed over their replicas."""
+    merged = {}
+    for name in by_rank[0]:
+        gradients = [gradient[name] for gradient in by_rank]
+        if is_sharded(name, size):
+            merged[name] = torch.cat([sum(gradients[first::size]) for first in range(size)])
+        else:
+            merged[name] = sum(gradients) / len(gradients)
+    return merged
+
+
+def is_sharded(name: str, size: int) -> bool:
+    """Whether a parameter of that name is spread over the ranks."""
+    return size > 1 and "experts" in name.split(".")
 
 
 def run_ranks(cases: list[Case], size: int) -> list[Result]:
@@ -116,13 +138,12 @@ def run_alone(case: Case) -> list[Result]:
         outputs = [layer(x, mask) for x, mask, _ in batches]
     losses = [loss_of(output, weights) for output, (_, _, weights) in zip(outputs, batches)]
     (sum(losses) / world_size).backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
     return [
         Result(
             output.hidden.detach(),
             torch.stack([output.balance_loss, output.z_loss]).detach(),
             x.grad * world_size,  # a rank's own x enters its own loss alone, which is not averaged
-            grads,
+            gradients_of(layer),
             output.stats.expert_load,
         )
         for output, (x, _, _) in zip(outputs, batches)

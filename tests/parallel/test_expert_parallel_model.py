@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from language_models import small_dictionary, small_model, token_rows
-from layer_cases import FIELDS
+from layer_cases import FIELDS, gradients_of, merge_gradients, merge_parameters
 
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from mhmoe_fairseq.models.architectures import architecture_options
@@ -13,20 +13,8 @@ from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.parallel import expert_parallelism, sharded_experts
 
 
-def gather(parameter, group):
-    """All experts of a sharded tensor."""
-    parts = [torch.empty_like(parameter) for _ in range(group.size())]
-    dist.all_gather(parts, parameter.detach().contiguous(), group=group)
-    return torch.cat(parts)
-
-
-def whole_state(model, of=lambda parameter: parameter.detach()):
-    """Parameters (or their gradients) by name as one process has them."""
-    sharded = {item.name: item for item in sharded_experts(model)}
-    return {
-        name: gather(of(p), sharded[name].groups.experts) if name in sharded else of(p)
-        for name, p in model.named_parameters()
-    }
+def parameters_of(model):
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def assert_same(actual, expected, tolerance=0.0):
@@ -41,15 +29,15 @@ def assert_same(actual, expected, tolerance=0.0):
 
 
 def initial_states(sizes, flags):
-    return [whole_state(small_model(parallel=expert_parallelism(size), **flags)) for size in sizes]
+    return [parameters_of(small_model(parallel=expert_parallelism(size), **flags)) for size in sizes]
 
 
 @pytest.mark.parametrize("flags", [{"decoder_layers": 4}, {"activation_fn": "silu", "deepnorm": True}])
 def test_one_seed_gives_one_model_for_every_size(workers4, flags):
-    expected = whole_state(small_model(**flags))
-    for states in workers4.run(initial_states, (1, 2, 4), flags):
-        for state in states:
-            assert_same(state, expected)
+    expected, sizes = parameters_of(small_model(**flags)), (1, 2, 4)
+    for size, by_rank in zip(sizes, zip(*workers4.run(initial_states, sizes, flags))):
+        for first in range(0, 4, size):  # every bank of experts
+            assert_same(merge_parameters(by_rank[first:], size), expected)
 
 
 def test_experts_begin_different_and_layers_too():
@@ -63,28 +51,27 @@ def test_experts_begin_different_and_layers_too():
 # ---------------------------------------------------------------------- gradients of whole models
 
 
-def gradients(flags, rows, dtype=torch.float64, parallel=None):
-    """Averaged over ranks as fairseq does it; experts over their replicas."""
-    model = small_model(parallel=parallel, **flags).to(dtype).train()
+def gradients(flags, rows, parallel=None):
+    """Of the sum of the rows' losses; on a rank of its own rows' loss."""
+    model = small_model(parallel=parallel, **flags).double().train()
     torch.manual_seed(1)
     rank = dist.get_rank() if parallel else None
     losses = []
     for number, tokens in enumerate(rows):
         if rank in (None, number):
             logits, extra = model(tokens)
-            losses.append(logits.float().logsumexp(-1)[tokens.ne(1)].sum() + extra["l_aux"][1].float().sum())
+            losses.append(logits.logsumexp(-1)[tokens.ne(1)].sum() + extra["l_aux"][1].sum())
     (sum(losses) / (len(rows) if parallel is None else 1)).backward()
-    if parallel is not None:
-        sharded = {item.name for item in sharded_experts(model)}
-        for name, parameter in model.named_parameters():
-            dist.all_reduce(parameter.grad, group=parallel.groups.replicas if name in sharded else None)
-            parameter.grad /= 1 if name in sharded else dist.get_world_size()
-    return whole_state(model, lambda parameter: parameter.grad)
+    return gradients_of(model)
 
 
-def gradients_on_rank(size, flags, rows, dtypes):
-    parallel = expert_parallelism(size)
-    return [gradients(flags, rows, dtype, parallel) for dtype in dtypes]
+def gradients_on_rank(size, flags, rows):
+    return gradients(flags, rows, parallel=expert_parallelism(size))
+
+
+def assert_equals_one_process(workers, size, flags, rows, **changes):
+    by_rank = workers.run(gradients_on_rank, size, flags, rows)
+    assert_same(merge_gradients(by_rank, size), gradients({**flags, **changes}, rows), 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -98,25 +85,19 @@ def test_recomputation_repeats_the_transfers(workers2, flags):
     rows = [token_rows([7, 4], 1), token_rows([3], 2)]
     if "mhmoe_balance_scope" in flags:
         rows[1] = rows[0]  # the same batch twice has the balance of one
-    expected = gradients({**flags, "checkpoint_activations": False}, rows)
-    for (actual,) in workers2.run(gradients_on_rank, 2, flags, rows, [torch.float64]):
-        assert_same(actual, expected, 1e-9)
+    assert_equals_one_process(workers2, 2, flags, rows, checkpoint_activations=False)
 
 
 def test_a_rank_whose_batch_is_all_padding_takes_part(workers2):
     rows = [token_rows([7, 4], 1), torch.ones(1, 3, dtype=torch.long)]
-    expected = gradients({}, rows)
-    for (actual,) in workers2.run(gradients_on_rank, 2, {}, rows, [torch.float64]):
-        assert_same(actual, expected, 1e-9)
+    assert_equals_one_process(workers2, 2, {}, rows)
 
 
 @pytest.mark.parametrize("family", ["smoe", "xmoe", "mhmoe"])
 def test_every_family_on_two_banks_of_two(workers4, family):
     flags = {"arch": f"{family}_lm_tiny", "mhmoe_shared_expert_dim": 16}
     rows = [token_rows([5, 4], seed) for seed in range(4)]
-    expected = gradients(flags, rows)
-    for (actual,) in workers4.run(gradients_on_rank, 2, flags, rows, [torch.float64]):
-        assert_same(actual, expected, 1e-9)
+    assert_equals_one_process(workers4, 2, flags, rows)
 
 
 # ---------------------------------------------------------------------- precision
@@ -136,10 +117,14 @@ def half_layers(size, dtypes):
             with torch.autocast("cpu", dtype, enabled=autocast):
                 output = layer(x)
                 output.hidden.float().square().sum().backward()
-            gradient = whole_state(layer, lambda p: p.grad)["experts.fc1_weight"].float()
+            gradient = {"experts.fc1_weight": layer.experts.fc1_weight.grad.float()}
             traffic = layer.traffic and layer.traffic.bytes / (layer.traffic.rows - own_rows(layer, output))
             results.append((output.hidden.float().detach(), gradient, traffic))
     return results
+
+
+def assert_near(actual, expected, share):
+    torch.testing.assert_close(actual, expected, rtol=share, atol=share * float(expected.abs().max()))
 
 
 def own_rows(layer, output):
@@ -149,24 +134,29 @@ def own_rows(layer, output):
 
 def test_half_precision_rows_travel_in_half_precision(workers2):
     dtypes = [torch.bfloat16, torch.float16]
-    expected = half_layers(1, dtypes)
-    for results in workers2.run(half_layers, 2, dtypes):
-        for (hidden, gradient, row_bytes), (want_hidden, want_gradient, _) in zip(results, expected):
-            torch.testing.assert_close(hidden, want_hidden, rtol=0.02, atol=0.02 * float(want_hidden.abs().max()))
-            # Both ranks have the same rows, so the mean over ranks is the one process's gradient.
-            torch.testing.assert_close(gradient, want_gradient, rtol=0.05, atol=0.05 * float(want_gradient.abs().max()))
+    for one, *ranks in zip(half_layers(1, dtypes), *workers2.run(half_layers, 2, dtypes)):
+        want_hidden, want_gradient, _ = one
+        for hidden, _, row_bytes in ranks:
+            assert_near(hidden, want_hidden, 0.02)
             assert row_bytes == 24 // 4 * 2
+        # Both ranks have the same rows, so the mean over ranks is the one process's gradient.
+        gradient = merge_gradients([gradient for _, gradient, _ in ranks], 2)
+        assert_near(gradient["experts.fc1_weight"], want_gradient["experts.fc1_weight"], 0.05)
 
 
 # ---------------------------------------------------------------------- flags
 
 
-def built_on_rank(flags):
+def built_on_rank(sizes):
+    return [built_with(size) for size in sizes]
+
+
+def built_with(size):
     class Task:
         source_dictionary = target_dictionary = small_dictionary()
         spreads_experts = True
 
-    options = architecture_options("mhmoe_lm_tiny", **flags)
+    options = architecture_options("mhmoe_lm_tiny", decoder_layers=2, mhmoe_expert_parallel_size=size)
     model = MHMoELanguageModel.build_model(options, Task())
     Task.spreads_experts = False
     whole = MHMoELanguageModel.build_model(options, Task())
@@ -178,19 +168,17 @@ def built_on_rank(flags):
 
 
 def test_the_task_decides_whether_experts_are_spread_and_the_flag_how_far(workers4):
-    results = workers4.run(built_on_rank, {})
-    assert [shares["fc1_weight"] for shares, *_ in results] == [2, 2, 2, 2]
-    assert {tuple(result[1:3]) for result in results} == {(2 * 6, 0)}  # fc1, fc2, biases, LayerNorm in two layers
-    results = workers4.run(built_on_rank, {"mhmoe_expert_parallel_size": 2})
-    assert [shares["fc1_weight"] for shares, *_ in results] == [4, 4, 4, 4]
-    assert [groups for *_, groups in results] == [
+    default, two, one = zip(*workers4.run(built_on_rank, (None, 2, 1)))
+    assert [shares["fc1_weight"] for shares, *_ in default] == [2, 2, 2, 2]
+    assert {tuple(result[1:3]) for result in default} == {(6, 0)}  # weight and bias of fc1, fc2 and LayerNorm
+    assert [shares["fc1_weight"] for shares, *_ in two] == [4, 4, 4, 4]
+    assert [groups for *_, groups in two] == [
         [[0, 1], [0, 2]],
         [[0, 1], [1, 3]],
         [[2, 3], [0, 2]],
         [[2, 3], [1, 3]],
     ]
-    results = workers4.run(built_on_rank, {"mhmoe_expert_parallel_size": 1})
-    assert [result[:3] for result in results] == [({}, 0, 0)] * 4
+    assert [result[:3] for result in one] == [({}, 0, 0)] * 4
 
 
 # ---------------------------------------------------------------------- states
@@ -205,9 +193,9 @@ def states_on_rank(full):
     except RuntimeError as error:
         problems.append(str(error))
     model.load_state_dict(full)
-    loaded = whole_state(model)
+    loaded = {name: value.clone() for name, value in parameters_of(model).items()}
     for item in sharded_experts(model):
-        item.provide(gather(item.parameter, parallel.groups.experts))
+        item.provide(full[item.name])
     saved = model.state_dict()
     try:
         model.state_dict()  # what was gathered is used up
@@ -224,8 +212,10 @@ def states_on_rank(full):
 
 def test_states_are_those_of_one_process(workers2):
     full = small_model().state_dict()
-    for loaded, saved, problems in workers2.run(states_on_rank, full):
-        assert_same(loaded, {name: full[name] for name in loaded})
+    results = workers2.run(states_on_rank, full)
+    loaded = merge_parameters([loaded for loaded, *_ in results], 2)
+    assert_same(loaded, {name: full[name] for name in loaded})
+    for _, saved, problems in results:
         assert_same(dict(saved), dict(full))
         assert [type(value) for value in saved.values()] == [type(value) for value in full.values()]
         assert len(problems) == 4
