@@ -77,6 +77,22 @@ def test_only_the_counts_are_read_on_the_host(workers2, flags):
         assert not names & HOST_READS
 
 
+def operations_with_all_experts_here():
+    counts = []
+    for parallel in (None, expert_parallelism(1)):
+        layer = MHMoELayer(MHMoEConfig(embed_dim=32, num_heads=4, num_experts=4, expert_ffn_dim=16), parallel=parallel)
+        with Recorder() as recorder:
+            layer(torch.randn(2, 8, 32)).hidden.sum().backward()
+        counts.append(recorder.names)
+        assert layer.traffic is None and all(not hasattr(p, "expert") for p in layer.parameters())
+    return counts
+
+
+def test_ranks_that_hold_all_experts_do_exactly_what_one_process_does(workers2):
+    for alone, together in workers2.run(operations_with_all_experts_here):
+        assert together == alone and not any("c10d" in name for name in together)
+
+
 def sums_on_rank():
     parallel = expert_parallelism(1)
     values = torch.tensor([1.0, 10.0], dtype=torch.float64) * (dist.get_rank() + 1)
