@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -70,18 +71,19 @@ class Board:
 
 
 class Watch(threading.Thread):
-    """The thread; it ends with the process group, or with the process.
+    """The thread.
 
     Args:
         board: this rank's.
-        limit: seconds without a sign of life after which a rank counts as lost, and that a rank gets to end by itself
-            after it was told why.
+        limit: seconds without a sign of life after which a rank counts as lost; half as many are given to this
+            process to end by itself once it was told.
+        is_over: whether the ranks have parted, after which the thread ends.
     """
 
-    def __init__(self, board: Board, limit: float) -> None:
+    def __init__(self, board: Board, limit: float, is_over: Callable[[], bool]) -> None:
         super().__init__(name="mhmoe-watch", daemon=True)
         self.board, self.limit = board, limit
-        self._group = weakref.ref(dist.group.WORLD)
+        self._has_parted = is_over
         self._left = threading.Event()
         started = time.monotonic()
         watched = range(1, board.size) if board.rank == 0 else [0]
@@ -97,14 +99,14 @@ class Watch(threading.Thread):
                 return
             try:
                 self.board.sign()
-                reason = self.board.failure() or self._lost()
+                reason = self.board.failure() or self.lost()
             except RuntimeError:
                 reason = f"{self.board.first_rank} cannot be reached any more"
             if reason:
                 self._end(reason)
                 return
 
-    def _lost(self) -> str:
+    def lost(self) -> str:
         """Who has given no new sign of life for too long; nothing if all have."""
         now = time.monotonic()
         for rank, (last, since) in self._seen.items():
@@ -117,7 +119,7 @@ class Watch(threading.Thread):
         return ""
 
     def _is_over(self) -> bool:
-        return self._left.is_set() or not dist.is_initialized() or dist.group.WORLD is not self._group()
+        return self._left.is_set() or self._has_parted()
 
     def _end(self, reason: str) -> None:
         logger.error(f"rank {self.board.rank}: the training ends, because {reason}")
@@ -133,8 +135,9 @@ def start_watch(limit: float) -> Watch | None:
     """Start watching in this process; every rank must call it. None if there is one rank only, or the limit is 0."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or limit == 0:
         return None
+    group = weakref.ref(dist.group.WORLD)
     store = distributed_c10d._get_default_store().clone()
-    watch = Watch(Board(store, dist.get_rank(), dist.get_world_size()), limit)
+    watch = Watch(Board(store, dist.get_rank(), dist.get_world_size()), limit, lambda: dist.group.WORLD is not group())
     watch.start()
     atexit.register(watch.leave)
     return watch

@@ -23,10 +23,16 @@ class Ranks:
         size: number of ranks.
         words: the command's flags, without the distributed ones.
         beforehand: called with the rank in each process before the command, as to make one fail later.
+        watch: ``MHMOE_WATCH_SECONDS``.
     """
 
     def __init__(
-        self, folder: Path, size: int, *words: object, beforehand: Callable[[int], None] | None = None
+        self,
+        folder: Path,
+        size: int,
+        *words: object,
+        beforehand: Callable[[int], None] | None = None,
+        watch: float = 20,
     ) -> None:
         folder.mkdir(parents=True)
         self.outputs = [folder / f"rank-{rank}.txt" for rank in range(size)]
@@ -36,7 +42,7 @@ class Ranks:
         ]  # fmt: skip
         command = list(map(str, ("fairseq-train", *words, *together)))
         self.processes = [
-            SERVER.Process(target=_main, args=([*command, "--distributed-rank", str(rank)], rank, output, beforehand))
+            SERVER.Process(target=_main, args=(command, rank, output, watch, beforehand))
             for rank, output in enumerate(self.outputs)
         ]
         for process in self.processes:
@@ -58,15 +64,20 @@ class Ranks:
     def kill(self, rank: int, how: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.processes[rank].pid, how)
 
-    def end(self, seconds: float = 120) -> list[int | None]:
-        """Every rank's status, None for one that was still there after so long (and is killed then)."""
+    def end(self, seconds: float = 120, but: int | None = None) -> list[int | None]:
+        """Every rank's status, None for one that was still there after so long, and is killed then.
+
+        Args:
+            seconds: for all of them.
+            but: a rank that is not waited for.
+        """
         deadline = time.monotonic() + seconds
-        running = {process.sentinel: process for process in self.processes}
+        running = {process.sentinel: process for rank, process in enumerate(self.processes) if rank != but}
         while running and time.monotonic() < deadline:
             for sentinel in wait(list(running), deadline - time.monotonic()):
                 running.pop(sentinel).join()
         statuses = [process.exitcode for process in self.processes]
-        for process in running.values():
+        for process in self.processes:
             process.kill()
             process.join()
         return statuses
@@ -76,18 +87,19 @@ class Ranks:
         return len(re.findall(r"train_inner\b", self.output()))
 
 
-def _main(words: list[str], rank: int, output: Path, beforehand: Callable[[int], None] | None) -> None:
+def _main(command: list[str], rank: int, output: Path, watch: float, beforehand: Callable[[int], None] | None) -> None:
+    os.environ["MHMOE_WATCH_SECONDS"] = str(watch)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(file, descriptor)
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = words
+    sys.argv = [*command, "--distributed-rank", str(rank)]
     try:
         if beforehand is not None:
             beforehand(rank)
-        importlib.import_module(ENTRY_POINTS[words[0]]).cli_main()
+        importlib.import_module(ENTRY_POINTS[command[0]]).cli_main()
     except Exception:
         # As a script's interpreter does; multiprocessing would not ask the hook.
         sys.excepthook(*sys.exc_info())
