@@ -21,7 +21,7 @@ help:
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the tests that train for longer, too"
 	@echo "make check      linters, types, layering, shell scripts"
-	@echo "make bench      speed and memory of the layer and of whole models"
+	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
 
 setup: $(STAMP)
@@ -46,6 +46,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python scripts/bench_layer.py
 	$(BIN)/python scripts/bench_train.py
+	$(BIN)/python scripts/bench_parallel.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -92,7 +92,7 @@ class Training:
     def __init__(self, name: str, setting: TrainingSetting) -> None:
         torch.manual_seed(SEED)
         with tempfile.TemporaryDirectory() as folder:
-            data = setting.data or _dictionary_folder(Path(folder), setting.vocab_size)
+            data = setting.data or dictionary_folder(Path(folder), setting.vocab_size)
             argv = [str(data), *setting.common_flags(), *setting.flags(name)]
             args = options.parse_args_and_arch(options.get_training_parser(), input_args=argv)
             with warnings.catch_warnings():
@@ -102,7 +102,7 @@ class Training:
         self.model = task.build_model(config.model).train()
         self.criterion = task.build_criterion(config.criterion).train()
         self.optimizer = build_optimizer(config.optimizer, list(self.model.parameters()))
-        self.batches = _real_batches(task, setting) if setting.data else _synthetic_batches(task.dictionary, setting)
+        self.batches = _real_batches(task, setting) if setting.data else synthetic_batches(task.dictionary, setting)
 
     def __call__(self) -> None:
         batch = next(self.batches)
@@ -131,14 +131,14 @@ class Training:
         return layers[0].config if layers else None
 
 
-def _dictionary_folder(folder: Path, vocab_size: int) -> Path:
+def dictionary_folder(folder: Path, vocab_size: int) -> Path:
     """A data folder with nothing but a dictionary of made-up words."""
     lines = [f"w{rank} {vocab_size - rank}\n" for rank in range(vocab_size)]
     (folder / "dict.txt").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
-def _synthetic_batches(dictionary: Any, setting: TrainingSetting) -> Iterator[dict]:
+def synthetic_batches(dictionary: Any, setting: TrainingSetting) -> Iterator[dict]:
     """Tokens drawn by Zipf's law (probability 1 / (rank + 2.7)), as frequent and as rare as words in a text."""
     generator = torch.Generator().manual_seed(SEED)
     first = dictionary.nspecial
