@@ -1,4 +1,4 @@
-"""What stock fairseq 0.12 needs to run on current NumPy, PyTorch and Python: the only place we patch.
+"""What stock fairseq 0.12 needs to run on current NumPy, PyTorch and Python: the place where we patch.
 
 ``apply()`` runs once when the package is imported, before any model is registered. Each repair has a
 test in ``tests/test_compat.py`` that also shows the unrepaired failure, so that it is noticed when a
@@ -31,8 +31,9 @@ warn on import, once for each process.
 ========================================  ==========================================================
 
 Owned elsewhere, because the cure is not a patch: fairseq-fixed drops the last batch of training and
-validation data unless ``--required-batch-size-multiple 1`` (our task corrects it); stock padding masks
-are longer than the input in incremental decoding (``torchscale_ext``).
+validation data unless ``--required-batch-size-multiple 1``, and forms other batches when a run resumes in a
+later epoch (our task corrects both); stock padding masks are longer than the input in incremental decoding
+(``torchscale_ext``); checkpoints are copied over the old ones byte by byte (``training.saving``).
 """
 
 from __future__ import annotations
