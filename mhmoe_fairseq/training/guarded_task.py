@@ -43,12 +43,11 @@ class GuardedTask(FairseqTask):
             guard_ranks([*own, *([] if everyone is None else [everyone])])
         return model
 
-    def train_step(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+    def train_step(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
         """fairseq's forward and backward pass of one batch."""
         with no_lone_recovery(self._spreads_experts):
-            outcome = super().train_step(*args, **kwargs)
+            outcome = super().train_step(sample, model, *args, **kwargs)
         if is_looking_for_nan():
-            model = kwargs.get("model", args[1] if len(args) > 1 else None)
             report_nonfinite(model, outcome[0], "the update whose gradient is not finite")
         return outcome
 
@@ -57,9 +56,9 @@ class GuardedTask(FairseqTask):
         super().begin_valid_epoch(epoch, model)
         self._has_reported = False
 
-    def valid_step(self, sample: dict[str, Any], model: nn.Module, criterion: nn.Module) -> tuple[Tensor, Any, dict]:
+    def valid_step(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
         """One batch of a validation; the first whose loss is not finite is reported."""
-        outcome = super().valid_step(sample, model, criterion)
+        outcome = super().valid_step(sample, model, *args, **kwargs)
         if not self._has_reported and not torch.isfinite(outcome[0]).all():
             self._has_reported = True
             report_nonfinite(model, outcome[0], "validation")

@@ -85,9 +85,9 @@ class Watch(threading.Thread):
         self.board, self.limit = board, limit
         self._has_parted = is_over
         self._left = threading.Event()
-        started = time.monotonic()
+        self._looked = time.monotonic()
         watched = range(1, board.size) if board.rank == 0 else [0]
-        self._seen = {rank: ("", started) for rank in watched}
+        self._seen = {rank: ("", self._looked) for rank in watched}
 
     def leave(self) -> None:
         """End the thread: this process ends, in its own time."""
@@ -109,9 +109,12 @@ class Watch(threading.Thread):
     def lost(self) -> str:
         """Who has given no new sign of life for too long; nothing if all have."""
         now = time.monotonic()
+        # Long without a look, this process was stopped (Ctrl-Z, a scheduler), and the others may have been with it.
+        was_stopped = now - self._looked > self.limit / 4
+        self._looked = now
         for rank, (last, since) in self._seen.items():
             sign = self.board.sign_of(rank)
-            if sign != last:
+            if sign != last or was_stopped:
                 self._seen[rank] = (sign, now)
             elif now - since > self.limit:
                 self.board.fail(f"{self.board.who(rank)} has given no sign of life for {self.limit:.0f} s")

@@ -17,6 +17,7 @@ from killable import Ranks
 from language_models import small_model, token_rows
 from workers import TRAIN_FLAGS
 
+from mhmoe_fairseq.training import watch as watch_module
 from mhmoe_fairseq.training.failures import guard_ranks, no_lone_recovery
 from mhmoe_fairseq.training.nonfinite import report_nonfinite
 from mhmoe_fairseq.training.watch import Board, Watch
@@ -91,7 +92,8 @@ def test_ranks_with_fewer_batches_hold_nobody_up(
     found = []
     for size in (2, 1):
         places = ("--save-dir", tmp_path / f"saved-{size}", "--mhmoe-expert-parallel-size", size)
-        output = workers2.fairseq("fairseq-train", corpus, *TRAIN_FLAGS, *MODEL, "--lr", 0.001, *flags, *places)[0]
+        words = (corpus, *TRAIN_FLAGS, *MODEL, "--lr", 0.001, *flags, *places)
+        output = workers2.fairseq("fairseq-train", *words, timeout=300)[0]
         found.append([(valid["valid_num_updates"], valid["valid_loss"]) for valid in records(output, "valid")])
     assert [number for number, _ in found[0]] == [str(updates), str(2 * updates)]
     assert found[0] == found[1]
@@ -135,14 +137,45 @@ def boards() -> tuple[Board, Board]:
     return Board(store, 0, 2), Board(store, 1, 2)
 
 
-def test_a_rank_without_signs_of_life_is_lost_and_all_are_told() -> None:
+class Clock:
+    """Stands for ``time`` in the watch."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture()
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(watch_module, "time", clock)
+    return clock
+
+
+def test_a_rank_without_signs_of_life_is_lost_and_all_are_told(clock: Clock) -> None:
     first, second = boards()
-    watch = Watch(first, 0.05, lambda: False)
-    for _ in range(3):
+    watch = Watch(first, 60, lambda: False)
+    for clock.now in range(0, 100, 3):
         second.sign()
         assert watch.lost() == ""
-        time.sleep(0.06)
-    assert "rank 1 (" in watch.lost() and "no sign of life" in second.failure()
+    for clock.now in range(100, 160, 3):
+        assert watch.lost() == ""
+    clock.now = 162
+    assert "rank 1 (" in watch.lost() and "no sign of life for 60 s" in second.failure()
+
+
+def test_ranks_that_were_stopped_together_go_on(clock: Clock) -> None:
+    first, second = boards()
+    watch = Watch(first, 60, lambda: False)
+    assert watch.lost() == ""
+    clock.now = 1000  # as after Ctrl-Z: nobody has looked or signed
+    assert watch.lost() == ""
+    for clock.now in range(1003, 1060, 3):
+        assert watch.lost() == ""
+    clock.now = 1063
+    assert "rank 1 (" in watch.lost()
 
 
 def test_the_first_reason_stays() -> None:
