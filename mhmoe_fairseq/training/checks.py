@@ -39,7 +39,7 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
     Raises:
         UserError: naming the flag, its value, the rule and the reason.
     """
-    problem = next(_problems(flags), None)
+    problem = next(problems(flags), None)
     if problem is not None:
         raise UserError(
             f"{problem}. (Experts are spread over {expert_parallel_size} ranks. Where every rank holds them all, with "
@@ -47,7 +47,8 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
         )
 
 
-def _problems(flags: TrainingFlags) -> Iterator[str]:
+def problems(flags: TrainingFlags) -> Iterator[str]:
+    """Every flag that does not go with experts on several ranks: its name, its value, the rule and the reason."""
     name = _optimizer_name(flags)
     if name != OPTIMIZER:
         yield (

@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from console import run_console
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from workers import TRAIN_FLAGS, Workers
+
+import mhmoe_fairseq  # noqa: F401  (registers the task and the optimizer for configuration())
 
 BATCHES = 96  # of an epoch: a multiple of all numbers of ranks, so that no rank runs out before the others
 LINE_WORDS = 15  # and the end of the line make a sample
@@ -38,12 +42,19 @@ def write_even_corpus(folder: Path, words: int = 40) -> Path:
     return folder / "data"
 
 
+def configuration(*flags: str) -> Any:
+    """fairseq's configuration of a training with ``mhmoe_adam`` under legacy_ddp, as the command line makes it."""
+    words = ["data", "--task", "mhmoe_language_modeling", "--arch", "mhmoe_lm_tiny", "--batch-size", "1"]
+    words += ["--optimizer", "mhmoe_adam", "--lr", "0.01", "--ddp-backend", "legacy_ddp", *flags]
+    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
+
+
 def train(ranks: int, data: Path, save_dir: Path, *flags: object, updates: int) -> list[dict[str, str]]:
     """Train to ``updates`` with a global batch of four micro-batches; what each update of this run logged."""
     words = [data, *TRAIN_FLAGS, *MODEL, *OPTIMIZATION, "--max-update", updates, "--save-dir", save_dir, *flags]
     if "--update-freq" not in flags:
         words += ["--update-freq", 4 // ranks]
-    return updates_in(Workers(ranks).fairseq("fairseq-train", *words)[0])
+    return updates_in(Workers(ranks).fairseq("fairseq-train", *words, timeout=600)[0])  # for machines with much to do
 
 
 def updates_in(log: str) -> list[dict[str, str]]:

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from fairseq import optim, options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq import optim
 from fairseq.optim import OPTIMIZER_REGISTRY
+from parallel_runs import configuration
 from torch import nn
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
@@ -46,13 +46,6 @@ class Model(nn.Module):
             if not hasattr(parameter, "expert"):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world_size
-
-
-def configuration(*flags):
-    """fairseq's, as the command line makes it."""
-    words = ["data", "--task", "mhmoe_language_modeling", "--arch", "mhmoe_lm_tiny", "--batch-size", "1"]
-    words += ["--optimizer", "mhmoe_adam", "--lr", "0.01", "--ddp-backend", "legacy_ddp", *flags]
-    return convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
 
 
 def build(config, parallel=None):
