@@ -5,10 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 # Tiny tensors: threads only cost time, and one thread makes the order of sums the same everywhere.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_group():
+    """No file leaves a process group to the next: TorchScale's static layer starts one in its process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
