@@ -66,6 +66,10 @@ class ShardedParameter:
             raise ValueError(f"{self.name}: shape {tuple(whole.shape)} is not that of {self.full_size} experts")
         _shards(self.module).provided[self.attribute] = whole
 
+    def provide_part(self) -> None:
+        """Let the next ``state_dict()`` have this process's experts only, where it will be thrown away."""
+        _shards(self.module).provided[self.attribute] = self.parameter.detach()
+
 
 def sharded_experts(model: nn.Module) -> list[ShardedParameter]:
     """All sharded parameters of ``model``, in the order of ``named_parameters``; none in one process."""
