@@ -79,16 +79,7 @@ def setting_of(args: argparse.Namespace) -> TrainingSetting:
         raise ValueError(f"--sentences ({args.sentences}) must be a multiple of --ranks ({args.ranks})")
     if args.threads % args.ranks:
         raise ValueError(f"--threads ({args.threads}) must be a multiple of --ranks ({args.ranks})")
-    return TrainingSetting(
-        size=args.size,
-        num_experts=args.experts,
-        num_heads=args.heads,
-        top_k=args.top_k,
-        sentences=args.sentences,
-        tokens_per_sample=args.tokens_per_sample,
-        vocab_size=args.vocab,
-        precision=args.precision,
-    )
+    return TrainingSetting.from_arguments(args)
 
 
 def measure(args: argparse.Namespace, setting: TrainingSetting, progress: Progress) -> ParallelResults:

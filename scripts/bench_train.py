@@ -80,23 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def setting_of(args: argparse.Namespace) -> TrainingSetting:
-    return TrainingSetting(
-        size=args.size,
-        num_experts=args.experts,
-        num_heads=args.heads,
-        top_k=args.top_k,
-        sentences=args.sentences,
-        tokens_per_sample=args.tokens_per_sample,
-        vocab_size=args.vocab,
-        precision=args.precision,
-        data=args.data,
-    )
-
-
 def measure_here(args: argparse.Namespace) -> int:
     """The fresh process's part: one update, so that Adam's state exists, then measure the next; print JSON."""
-    training = Training(args.measure_memory, setting_of(args))
+    training = Training(args.measure_memory, TrainingSetting.from_arguments(args))
     training()
     training.clear()
     kept = training.tensors()
@@ -119,7 +105,7 @@ def shape_of(training: Training, flags: Sequence[str]) -> dict:
 
 def time_models(args: argparse.Namespace, names: Sequence[str], results: TrainResults, progress: Progress) -> None:
     """Fill in speed, a model at a time beside the reference: two models fit where four do not."""
-    setting = setting_of(args)
+    setting = TrainingSetting.from_arguments(args)
     for name in names:
         label = f"time {name} / {REFERENCE}"
         progress(label, 0)
@@ -152,8 +138,8 @@ def run(args: argparse.Namespace) -> int:
         time_models(args, timed, results, progress)
     finally:
         progress.close()
-    write_report(path, results, setting_of(args), threads=args.threads, pairs=args.pairs)
-    decided = verdict(results, setting_of(args))
+    write_report(path, results, TrainingSetting.from_arguments(args), threads=args.threads, pairs=args.pairs)
+    decided = verdict(results, TrainingSetting.from_arguments(args))
     if decided:
         say(f"{'met   ' if decided[1] else 'MISSED'} {decided[0]}")
     say(f"report: {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -54,6 +55,21 @@ class TrainingSetting:
     vocab_size: int = 8000
     precision: str = "fp32"
     data: str | None = None
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> TrainingSetting:
+        """From a benchmark's command line; one without ``--data`` has synthetic tokens."""
+        return cls(
+            size=args.size,
+            num_experts=args.experts,
+            num_heads=args.heads,
+            top_k=args.top_k,
+            sentences=args.sentences,
+            tokens_per_sample=args.tokens_per_sample,
+            vocab_size=args.vocab,
+            precision=args.precision,
+            data=getattr(args, "data", None),
+        )
 
     @property
     def tokens(self) -> int:
