@@ -19,6 +19,11 @@ COMMANDS = {
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
     "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),
     "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
+    "classify": ("mhmoe_fairseq.evaluation.classify_command", "accuracy by language of a fine-tuned model"),
+    "lm-eval": (
+        "mhmoe_fairseq.evaluation.lm_eval_command",
+        "evaluate on tasks of lm-evaluation-harness, whose own command line this is",
+    ),
     "import-official": (
         "mhmoe_fairseq.models._import_official",
         "read MH-MoE layer weights of the official repository's checkpoints",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import pickle
 import sys
 from pathlib import Path
 
@@ -43,13 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints one text, or JSON object, per prompt."""
-    quiet_fairseq()
     prompts = args.prompt if args.prompts_file is None else read_prompts(args.prompts_file)
     # Imported late, so that `mhmoe generate --help` is quick.
-    import torch
-
-    from ..models.language_model import MHMoELanguageModel
     from .generation import Search, continue_prompts
+    from .loading import load_language_model
 
     search = Search(
         beam=args.beam,
@@ -60,23 +55,12 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    try:
-        model = MHMoELanguageModel.from_pretrained(args.checkpoint, data_name_or_path=args.data)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{args.checkpoint}: no readable checkpoint ({str(error).splitlines()[0]})") from error
-    model.to("cuda" if torch.cuda.is_available() and not args.cpu else "cpu")
+    model = load_language_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
         shown = json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text
         sys.stdout.write(shown + "\n")
         sys.stdout.flush()
     return 0
-
-
-def quiet_fairseq() -> None:
-    """Keep stderr for what concerns the user: fairseq logs its whole configuration when it loads a model."""
-    logging.getLogger("fairseq").setLevel(logging.WARNING)
 
 
 def read_prompts(name: str) -> list[str]:

@@ -23,6 +23,7 @@ from ..parallel import expert_parallelism
 from ..torchscale_ext.args import decoder_settings, expert_parallel_size
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
+from ._classification_head import LastTokenHead
 from .options import MODEL_NAME, LanguageModelOptions
 
 logger = logging.getLogger(__name__)
@@ -59,10 +60,15 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
         Raises:
             ValueError: when training in fp16 without loss scaling.
         """
-        with self._autocast(prev_output_tokens.device.type):
+        with self.autocast(prev_output_tokens.device.type):
             return super().forward(prev_output_tokens, **kwargs)
 
-    def _autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+    def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+        """The precision of ``--mhmoe-precision``, for calling ``output_layer`` by itself.
+
+        Raises:
+            ValueError: when training in fp16 without loss scaling.
+        """
         if self.precision == "fp32":
             return contextlib.nullcontext()
         if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
@@ -98,7 +104,15 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
 
 @register_model(MODEL_NAME, dataclass=LanguageModelOptions)
 class MHMoELanguageModel(FairseqLanguageModel):
-    """Decoder-only language model; ``--arch`` names one of ``models.architectures``."""
+    """Decoder-only language model; ``--arch`` names one of ``models.architectures``.
+
+    Attributes:
+        classification_heads: by name; empty but in the tasks of fine-tuning.
+    """
+
+    def __init__(self, decoder: LanguageModelDecoder) -> None:
+        super().__init__(decoder)
+        self.classification_heads = nn.ModuleDict()
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
@@ -117,6 +131,39 @@ class MHMoELanguageModel(FairseqLanguageModel):
             raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
         parallel = training_parallelism(args) if getattr(task, "spreads_experts", False) else None
         return build_language_model(args, task.source_dictionary, parallel)
+
+    def register_classification_head(
+        self, name: str, num_classes: int, dropout: float = 0.0, may_be_new: bool = True
+    ) -> None:
+        """Add a head on the last token of each row; it is saved and loaded with the model.
+
+        Args:
+            name, num_classes, dropout, may_be_new: as in ``LastTokenHead``.
+
+        Raises:
+            ValueError: if a number is out of range.
+        """
+        width = self.decoder.embed_dim
+        self.classification_heads[name] = LastTokenHead(width, num_classes, dropout, name, may_be_new)
+
+    def forward(
+        self, src_tokens: Tensor, classification_head_name: str | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits of the next token everywhere, or of a head's classes.
+
+        Args:
+            src_tokens: ``(B, S)``, padded on the right.
+            classification_head_name: a registered head.
+            **kwargs: of the decoder.
+
+        Returns:
+            ``(B, S, vocabulary)``, or ``(B, classes)`` with a head; and the decoder's ``extra``.
+        """
+        if classification_head_name is None:
+            return super().forward(src_tokens, **kwargs)
+        features, extra = self.decoder.extract_features(src_tokens, **kwargs)
+        padding_mask = src_tokens.eq(self.decoder.embed_tokens.padding_idx)
+        return self.classification_heads[classification_head_name](features, padding_mask), extra
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,232 @@
+"""Our language models for EleutherAI's lm-evaluation-harness, registered there as ``mhmoe``.
+
+Importing this module registers the model. lm-eval's own command line imports no third party's models, so
+``mhmoe lm-eval`` imports it first. How text becomes tokens, newlines above all, is told in ``scoring``; how a
+generation ends, in ``decoding``.
+
+Several processes: lm-eval takes every one for rank 0 of 1, so each scores all requests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    import lm_eval.models  # noqa: F401  (lm-eval fills its registry of models only while it is empty)
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError:
+    from .lm_eval_support import require_lm_eval
+
+    require_lm_eval()  # says how to install it
+    raise
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..models.language_model import fingerprint
+from .decoding import Ending, StopDecoder
+from .generation import Search
+from .loading import load_language_model
+from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
+
+_LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in lm-eval's order
+_SEARCH_NAMES = ("until", "do_sample", "temperature", "top_k", "top_p", "num_beams")
+
+
+@register_model("mhmoe")
+class MHMoEHarnessModel(TemplateLM):
+    """A language model of this package as lm-eval sees it. The arguments are ``--model_args``.
+
+    Args:
+        checkpoint: a checkpoint, or the folder that holds one.
+        data: folder with dict.txt and the tokenizer's model (default: see ``load_language_model``).
+        lang: a language's code; its symbol leads every text in place of ``</s>``.
+        batch_size: most rows per batch, or ``auto`` for as many as ``max_batch_tokens`` allow.
+        max_batch_size: most rows per batch under ``auto``.
+        device: ``cpu``, ``cuda:0``, ... (default: the GPU if there is one).
+        max_length: most tokens read at once (default: the model's positions).
+        max_gen_toks: most new tokens where a task does not say.
+        max_batch_tokens: most tokens per batch, padding included.
+        clean: prepare text as ``mhmoe prepare`` does.
+        unknown: arguments that do not exist, for a clear message.
+
+    Raises:
+        ValueError, OSError: naming the argument, or the file, and the rule.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        data: str | None = None,
+        lang: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
+        clean: bool = True,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise UserError(f"--model_args {', '.join(unknown)}: no such argument of the model mhmoe")
+        if checkpoint is None:
+            raise UserError("--model_args checkpoint=FILE is needed: a checkpoint, or the folder that holds one")
+        rows = _rows(batch_size, max_batch_size)
+        self.hub = load_language_model(str(checkpoint), data, device)
+        self.scorer = TextScorer(
+            self.hub,
+            batch_size=rows,
+            batch_tokens=max_batch_tokens,
+            max_length=max_length,
+            language=lang,
+            clean=clean,
+        )
+        self.max_gen_toks = max_gen_toks
+        self._device = self.hub.device
+
+    @property
+    def eot_token_id(self) -> int:
+        """``</s>``: the end of a line, and of a text."""
+        return self.hub.src_dict.eos()
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What every text is conditioned on: ``</s>``, or the language's symbol."""
+        return self.scorer.leading_symbol
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model reads at once."""
+        return self.scorer.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells lm-eval's request cache one vocabulary from another."""
+        return "mhmoe-" + "".join(f"{number & 0xFFFFFFFFFFFFFFFF:016x}" for number in fingerprint(self.hub.src_dict))
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval keeps in its results file."""
+        parameters = sum(parameter.numel() for parameter in self.hub.models[0].parameters())
+        return {"model_num_parameters": parameters, "model_dtype": self.scorer.decoder.precision}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; the leading symbol is added where it is scored, so ``add_special_tokens`` says nothing."""
+        return self.scorer.encode(string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return self.scorer.encode_pair(context, continuation)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether greedy decoding would give it."""
+        pairs = [request.args for request in requests]
+        encoded = [(pair, *self._encode_pair(*pair)) for pair in pairs]
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        found: list[Any] = [None] * len(requests)
+        scores = self.scorer.scores([(context, continuation) for _, context, continuation in requests])
+        for index, score in tqdm(scores, total=len(requests), desc="log-likelihoods", disable=disable_tqdm):
+            found[index] = (score.log_prob, score.is_greedy)
+            if requests[index][0] is not None:
+                self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, every token predicted once."""
+        texts = [request.args[0] for request in requests]
+        encoded = [(None, [], self.scorer.encode(text)) for text in texts]
+        found = [log_prob for log_prob, _ in self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)]
+        for text, log_prob in zip(texts, found):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), log_prob)
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The continuation of each context, without its stop string. Contexts that are too long lose their begin."""
+        found: list[str] = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        with tqdm(total=len(requests), desc="generations", disable=disable_tqdm) as bar:
+            for indices in groups.values():
+                contexts = [requests[index].args[0] for index in indices]
+                texts = self._generate(contexts, requests[indices[0]].args[1], bar)
+                for index, text in zip(indices, texts):
+                    found[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+        return found
+
+    def _generate(self, contexts: Sequence[str], arguments: dict[str, Any], bar: tqdm) -> list[str]:
+        search, ending = read_generation_arguments(arguments, self.max_gen_toks, self.max_length)
+        decoder = StopDecoder(self.hub, search)
+        room = self.max_length + 1 - ending.max_tokens  # the last new token is never read
+        prompts = [self._cut_prompt(self.scorer.encode(context), room) for context in contexts]
+        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        found: list[str] = [""] * len(prompts)
+        start = 0
+        while start < len(order):
+            rows = max(1, self.scorer.batch_tokens // (len(prompts[order[start]]) + ending.max_tokens))
+            batch = order[start : start + min(rows, self.scorer.batch_size or rows)]
+            for index, text in zip(batch, decoder.continue_prompts([prompts[index] for index in batch], ending)):
+                found[index] = text
+            bar.update(len(batch))
+            start += len(batch)
+        return found
+
+    def _cut_prompt(self, context: list[int], room: int) -> list[int]:
+        """The context that ``room`` tokens can hold, its leading symbol included."""
+        return [self.prefix_token_id, *context[max(0, len(context) - room + 1) :]]
+
+
+def read_generation_arguments(arguments: dict[str, Any], default: int, max_length: int) -> tuple[Search, Ending]:
+    """lm-eval's ``generation_kwargs`` as ours: greedy unless ``do_sample`` is true, as in lm-eval.
+
+    At least half of the model's positions stay with the context, whatever length a task allows itself.
+
+    Raises:
+        UserError: an argument that would change the result and is not supported, or an impossible value.
+    """
+    unknown = [name for name in arguments if name not in (*_LENGTH_NAMES, *_SEARCH_NAMES)]
+    if unknown:
+        known = ", ".join((*_SEARCH_NAMES, *_LENGTH_NAMES))
+        raise UserError(f"generation argument {unknown[0]} is not supported; known are {known}")
+    lengths = [arguments[name] for name in _LENGTH_NAMES if arguments.get(name) is not None]
+    most = int(lengths[0]) if lengths else default
+    until = arguments.get("until") or []
+    stops = tuple(until) if isinstance(until, (list, tuple)) else (until,)
+    beam = int(arguments.get("num_beams") or 1)
+    temperature = arguments.get("temperature")
+    if not arguments.get("do_sample") or temperature == 0:
+        search = Search(beam=beam)
+    else:
+        top_p = arguments.get("top_p")
+        search = Search(
+            beam=beam,
+            sampling=True,
+            temperature=1.0 if temperature is None else float(temperature),
+            top_k=arguments.get("top_k") or None,  # lm-eval's 0 is no limit
+            top_p=None if top_p in (None, 1) else float(top_p),
+        )
+    return search, Ending(stops, min(most, max(1, max_length // 2)))
+
+
+def _rows(batch_size: int | str | None, max_batch_size: int | None) -> int | None:
+    """Most rows per batch; None for no limit.
+
+    Raises:
+        UserError: neither a positive number nor ``auto``.
+    """
+    if batch_size is None or str(batch_size).split(":")[0] == "auto":
+        return max_batch_size
+    if not str(batch_size).isdigit() or int(batch_size) < 1:
+        raise UserError(f"--batch_size ({batch_size}) must be a positive number or auto")
+    return int(batch_size)
