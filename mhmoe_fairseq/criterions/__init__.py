@@ -1,5 +1,5 @@
 """fairseq criterions; importing registers them."""
 
-from . import moe_cross_entropy
+from . import gate_losses, moe_cross_entropy, sentence_classification
 
-__all__ = ["moe_cross_entropy"]
+__all__ = ["gate_losses", "moe_cross_entropy", "sentence_classification"]

@@ -82,7 +82,7 @@ class Preparation:
             "cleaning": cleaning,
             "tokenizer": vocabulary.describe(),
             "splits": counts,
-            "tools": _tool_versions(),
+            "tools": tool_versions(),
         }
         return self._workspace.publish(manifest, outputs)
 
@@ -181,7 +181,8 @@ def prepare(
     return manifest
 
 
-def _tool_versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that have a say in the data."""
     versions = {"python": platform.python_version()}
     for tool in _TOOLS:
         try:

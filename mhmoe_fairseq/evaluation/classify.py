@@ -160,8 +160,8 @@ class Classifier:
         probabilities = np.empty((len(dataset), len(self.task.classes)), dtype=np.float32)
         head = self.task.args.classification_head_name
         most = max(max_tokens, int(dataset.sizes.max()))  # a longer example makes a batch of its own
-        batches = self.task.get_batch_iterator(dataset, max_tokens=most, disable_iterator_cache=True)
-        for batch in batches.next_epoch_itr(shuffle=False):
+        for indices in dataset.batch_by_size(dataset.ordered_indices(), max_tokens=most):
+            batch = dataset.collater([dataset[index] for index in indices])
             batch = utils.apply_to_sample(lambda tensor: tensor.to(self.device), batch)
             with torch.no_grad():
                 logits, _ = self.model(**batch["net_input"], classification_head_name=head)

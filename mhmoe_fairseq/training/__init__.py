@@ -4,14 +4,18 @@ from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
 from .guarded_task import GuardedTask
 from .optimizer import MHMoEAdam
+from .parallel_task import ParallelTask
+from .pretrained import check_pretrained
 from .resuming import ResumableEpochBatchIterator
 from .saving import save_atomically
 
 __all__ = [
     "GuardedTask",
     "MHMoEAdam",
+    "ParallelTask",
     "ResumableEpochBatchIterator",
     "TrainingFlags",
+    "check_pretrained",
     "prepare_sharded_model",
     "save_atomically",
 ]

@@ -1,0 +1,136 @@
+"""The MoE layers' balance loss and z-loss, and their routing figures: the part that all criterions share."""
+
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any
+
+import torch
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.logging import metrics
+from torch import Tensor
+
+from ..moe import RoutingStats
+from ..moe.parallelism import Traffic
+from ..moe.stats import active_share, load_max_over_mean
+
+COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
+
+
+@dataclass
+class GateLossConfig(FairseqDataclass):
+    """The flags of the auxiliary losses."""
+
+    moe_gate_loss_wt: float = field(default=0.01, metadata={"help": "weight of the MoE layers' balance loss"})
+    moe_gate_loss_combine_method: COMBINE_CHOICES = field(
+        default="average", metadata={"help": "combine the MoE layers' balance losses, and z-losses, by sum or average"}
+    )
+    mhmoe_z_loss_wt: float = field(
+        default=0.0, metadata={"help": "weight of the router's z-loss, the mean squared log-sum-exp of its logits"}
+    )
+
+
+class GateLosses:
+    """``loss + sample_size * (w_b * balance + w_z * z)``: what every criterion adds to its own loss.
+
+    ``balance`` and ``z`` are the layers' values combined by sum or average; a dense model has neither.
+
+    Args:
+        moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt: as in :class:`GateLossConfig`.
+
+    Raises:
+        ValueError: if a weight is negative.
+    """
+
+    def __init__(self, moe_gate_loss_wt: float, moe_gate_loss_combine_method: str, mhmoe_z_loss_wt: float) -> None:
+        for flag, weight in (("--moe-gate-loss-wt", moe_gate_loss_wt), ("--mhmoe-z-loss-wt", mhmoe_z_loss_wt)):
+            if weight < 0:
+                raise ValueError(f"{flag} ({weight}) must be at least 0")
+        self.gate_weight = moe_gate_loss_wt
+        self.z_weight = mhmoe_z_loss_wt
+        self.combine_by_sum = str(moe_gate_loss_combine_method) == "sum"
+
+    def add_to(self, loss: Tensor, extra: dict[str, Any], sample_size: int) -> tuple[Tensor, dict[str, Any]]:
+        """Add the auxiliary losses of one batch.
+
+        Args:
+            loss: the criterion's own, summed over what ``sample_size`` counts.
+            extra: what the model returned beside its logits.
+            sample_size: what the loss is later divided by.
+
+        Returns:
+            the whole loss, and what to log of the MoE layers, all of it additive; nothing for a dense model.
+        """
+        losses = [losses for losses in extra.get("l_aux", []) if losses is not None]
+        if not losses:
+            return loss, {}
+        balance, z = self._combine(torch.stack(losses))
+        log: dict[str, Any] = {"gate_loss": balance.detach() * sample_size, "z_loss": z.detach() * sample_size}
+        log.update(_routing_log([stats for stats in extra["moe_stats"] if stats is not None]))
+        log.update(_traffic_log([traffic for traffic in extra["moe_traffic"] if traffic is not None]))
+        return loss + sample_size * (self.gate_weight * balance + self.z_weight * z), log
+
+    def _combine(self, losses: Tensor) -> Tensor:
+        """``(layers, 2) -> (2,)``."""
+        return losses.sum(0) if self.combine_by_sum else losses.mean(0)
+
+
+def log_gate_losses(logging_outputs: list[dict[str, Any]], sample_size: float) -> None:
+    """Log the auxiliary losses per target and the routing figures of the whole set; nothing for a dense model."""
+    for key in ("gate_loss", "z_loss"):
+        if any(key in log for log in logging_outputs):
+            value = sum(log.get(key, 0) for log in logging_outputs) / sample_size
+            metrics.log_scalar(key, value, sample_size, round=4)
+    if any("moe_load" in log for log in logging_outputs):
+        _log_routing(logging_outputs)
+    if any("a2a_rows" in log for log in logging_outputs):
+        _log_traffic(logging_outputs)
+
+
+def _routing_log(stats: list[RoutingStats]) -> dict[str, Tensor]:
+    """Additive routing counts: loads ``(layers, E)``, the rest ``(layers,)``."""
+    return {
+        "moe_load": torch.stack([layer.expert_load for layer in stats]),
+        "moe_dropped": torch.stack([layer.dropped for layer in stats]),
+        "moe_entropy_sum": torch.stack([layer.entropy for layer in stats]),
+        "moe_subtokens": torch.stack([layer.num_subtokens for layer in stats]),
+    }
+
+
+def _traffic_log(traffic: list[Traffic]) -> dict[str, Tensor]:
+    """Additive counts of what went to the experts, ``(layers,)``; nothing without expert parallelism."""
+    if not traffic:
+        return {}
+    return {
+        "a2a_rows": torch.tensor([layer.rows for layer in traffic], dtype=torch.float64),
+        "a2a_bytes": torch.tensor([layer.bytes for layer in traffic], dtype=torch.float64),
+    }
+
+
+def _log_traffic(logging_outputs: list[dict[str, Any]]) -> None:
+    """Of an average layer and an average update (in validation, batch), over all processes, in one direction."""
+    for key, name, unit in (("a2a_rows", "a2a_rows", 1), ("a2a_bytes", "a2a_mb", 1e6)):
+        total = sum(log[key] for log in logging_outputs if key in log)
+        metrics.log_scalar(name, float(total.mean()) / unit, weight=1, round=6)
+
+
+def _log_routing(logging_outputs: list[dict[str, Any]]) -> None:
+    # Hidden meters (leading underscore) add the counts up; the figures come from the sums, so that a validation set's
+    # are exact and not means over batches.
+    for key in ("moe_load", "moe_dropped", "moe_entropy_sum", "moe_subtokens"):
+        metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
+
+    def mean(values: Tensor) -> float:
+        return round(float(values.mean()), 4)
+
+    def count(meters: Any, key: str) -> Tensor:
+        return meters[f"_{key}"].sum
+
+    metrics.log_derived("moe_active", lambda meters: mean(active_share(count(meters, "moe_load"))))
+    metrics.log_derived("moe_load_max", lambda meters: mean(load_max_over_mean(count(meters, "moe_load"))))
+    metrics.log_derived(
+        "moe_overflow",
+        lambda meters: mean(count(meters, "moe_dropped") / count(meters, "moe_load").sum(1).clamp(min=1)),
+    )
+    metrics.log_derived(
+        "moe_entropy",
+        lambda meters: mean(count(meters, "moe_entropy_sum") / count(meters, "moe_subtokens").clamp(min=1)),
+    )

@@ -1,0 +1,1 @@
+"""Labelled sentences and pairs, such as XNLI's, for fine-tuning."""

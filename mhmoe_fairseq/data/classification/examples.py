@@ -1,0 +1,118 @@
+"""Examples out of JSON lines and TSV files: named fields with one or two texts, and a field with the label."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Optional
+
+from ...errors import UserError
+from ..documents import clean_line
+from ..files import read_utf8_lines
+
+_FORMATS = {".jsonl": "JSON lines", ".json": "JSON lines", ".tsv": "TSV"}
+
+
+class Example(NamedTuple):
+    """One example: its place as ``file:line``, its clean texts, and its label as the file spells it."""
+
+    place: str
+    texts: tuple[str, ...]
+    label: str
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Names of the fields.
+
+    Args:
+        texts: of one sentence, or of the first and the second of a pair.
+        label: of the label; None where there is none to read.
+        language: of the language's code, where one file holds several; None where it does not.
+    """
+
+    texts: tuple[str, ...]
+    label: Optional[str] = "label"
+    language: Optional[str] = None
+
+
+def read_examples(path: Path, fields: Fields, code: str = "") -> Iterator[Example]:
+    """The examples of a ``.jsonl`` or ``.tsv`` file (``.gz`` too), in order; empty lines are passed over.
+
+    A TSV file has the names of its fields in the first line, and no quoting.
+
+    Args:
+        code: with a language field, only examples of this language are read.
+
+    Raises:
+        UserError: naming file, line and field.
+    """
+    rows = _jsonl_rows(path) if file_format(path) == "JSON lines" else _tsv_rows(path, fields)
+    for place, row in rows:
+        if fields.language is not None and _value(row, fields.language, place) != code:
+            continue
+        texts = tuple(_text(row, name, place) for name in fields.texts)
+        yield Example(place, texts, "" if fields.label is None else _value(row, fields.label, place))
+
+
+def file_format(path: Path) -> str:
+    """``JSON lines`` or ``TSV``, by the name; ``UserError`` for another one."""
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in _FORMATS:
+        raise UserError(f"{path}: must end in {', '.join(_FORMATS)} (or one of them and .gz)")
+    return _FORMATS[suffix]
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_utf8_lines(path), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{place}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: needs a JSON object")
+        yield place, row
+
+
+def _tsv_rows(path: Path, fields: Fields) -> Iterator[tuple[str, dict[str, Any]]]:
+    lines = enumerate(read_utf8_lines(path), start=1)
+    _, first = next(lines, (0, ""))
+    header = first.split("\t")
+    for name in (*fields.texts, fields.label, fields.language):
+        if name is not None and name not in header:
+            raise UserError(f"{path}:1: no field {name!r}; the first line names {', '.join(header)}")
+    for number, line in lines:
+        if not line.strip():
+            continue
+        values = line.split("\t")
+        if len(values) != len(header):
+            raise UserError(f"{path}:{number}: {len(values)} fields, but the first line names {len(header)}")
+        yield f"{path}:{number}", dict(zip(header, values))
+
+
+def _value(row: dict[str, Any], name: str, place: str) -> str:
+    """A field that is a string or a whole number, as a string."""
+    if name not in row:
+        raise UserError(f"{place}: no field {name!r}; it has {', '.join(row) or 'none'}")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise UserError(f"{place}: field {name!r} is {json.dumps(value)}, must be a string or a whole number")
+    return str(value).strip()
+
+
+def _text(row: dict[str, Any], name: str, place: str) -> str:
+    if name not in row:
+        raise UserError(f"{place}: no field {name!r}; it has {', '.join(row) or 'none'}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise UserError(f"{place}: field {name!r} is {json.dumps(value)}, must be a text")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{place}: field {name!r} has half a surrogate pair, which UTF-8 cannot write")
+    text = clean_line(value)
+    if not text:
+        raise UserError(f"{place}: field {name!r} has no text")
+    return text

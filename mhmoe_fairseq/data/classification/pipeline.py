@@ -1,0 +1,226 @@
+"""From labelled files to a folder in the layout of fairseq's ``sentence_prediction``: input0/, input1/, label/."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, Sequence
+
+import numpy as np
+
+from ...errors import UserError
+from ..files import atomic_path, read_json
+from ..pipeline import tool_versions
+from ..vocabulary import NUM_SPECIALS
+from ..workspace import MANIFEST, Workspace, open_workspace
+from .examples import Example, Fields, read_examples
+from .labels import Labels, found_labels, given_labels
+from .language_model import LanguageModelText
+
+_EOS = 2
+_BATCH = 2000
+_LABEL_DICTIONARY = "label/dict.txt"
+
+
+@dataclass(frozen=True)
+class LabelledFile:
+    """One input: which split and language it is, and where."""
+
+    split: str
+    language: str
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Of the data set: ``valid_de``."""
+        return f"{self.split}_{self.language}"
+
+    @property
+    def flag(self) -> str:
+        """As the user gave it."""
+        return f"--{self.split} {self.language}={self.path}"
+
+
+@dataclass(frozen=True)
+class ClassificationSettings:
+    """How the files are read.
+
+    Args:
+        fields: names of the fields.
+        labels: of the classes, with other spellings (``contradiction=contradictory``); None to take them from the
+            training files.
+        skipped_labels: examples with these are left out.
+    """
+
+    fields: Fields
+    labels: Optional[tuple[str, ...]] = None
+    skipped_labels: tuple[str, ...] = ()
+
+
+class Preparation:
+    """One run over the stages of one workspace."""
+
+    def __init__(
+        self,
+        files: Sequence[LabelledFile],
+        settings: ClassificationSettings,
+        text: LanguageModelText,
+        workspace: Workspace,
+        say: Callable[[str], None],
+    ):
+        self._files = files
+        self._settings = settings
+        self._text = text
+        self._workspace = workspace
+        self._say = say
+        self._partial = workspace.partial
+        self._folders = [f"input{index}" for index in range(len(settings.fields.texts))]
+
+    def run(self) -> dict[str, Any]:
+        """Reads and checks every file, then binarises each; returns the manifest."""
+        spellings = self._workspace.stage("labels", [_LABEL_DICTIONARY], self._check_all)
+        labels = Labels(
+            tuple(map(tuple, spellings)), frozenset(self._settings.skipped_labels), str(self._settings.fields.label)
+        )
+        self._workspace.stage("language model", list(self._text.files), self._copy_language_model)
+        outputs = [_LABEL_DICTIONARY, *self._text.files]
+        counts = {}
+        for file in self._files:
+            made = [f"{folder}/{file.name}.{end}" for folder in (*self._folders, "label") for end in ("bin", "idx")]
+            counts[file.name] = self._workspace.stage(
+                f"binarise {file.name}", made, partial(self._binarise, file, labels)
+            )
+            outputs += made
+        manifest = {
+            "format": 1,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "classes": labels.names,
+            "fields": list(self._settings.fields.texts),
+            "tokenizer": self._text.vocabulary.describe(),
+            "splits": counts,
+            "tools": tool_versions(),
+        }
+        return self._workspace.publish(manifest, outputs)
+
+    def _check_all(self) -> list[list[str]]:
+        """Reads every file once, so that the last one's mistakes show before the first is binarised."""
+        fields, settings = self._settings.fields, self._settings
+        train = [file for file in self._files if file.split == "train"]
+        if settings.labels is None:
+            examples = (example for file in train for example in self._read(file))
+            labels = found_labels(examples, settings.skipped_labels, str(fields.label))
+        else:
+            labels = given_labels(settings.labels, settings.skipped_labels, str(fields.label))
+        in_training: Counter[int] = Counter()
+        for file in self._files:
+            classes = [labels.find(example) for example in self._read(file)]
+            found = Counter(index for index in classes if index is not None)
+            if not found:
+                of_language = f" of language {file.language}" if fields.language else ""
+                raise UserError(f"{file.flag}: no example{of_language} in it")
+            if file.split == "train":
+                in_training += found
+        absent = [name for index, name in enumerate(labels.names) if not in_training[index]]
+        if absent:
+            raise UserError(f"--train: no example of class {absent[0]!r}, which could not be learnt")
+        self._say(f"classes: {', '.join(labels.names)}")
+        with atomic_path(self._partial / _LABEL_DICTIONARY) as temporary:
+            lines = (f"{name} {in_training[index]}\n" for index, name in enumerate(labels.names))
+            temporary.write_text("".join(lines), encoding="utf-8")
+        return [list(spellings) for spellings in labels.spellings]
+
+    def _read(self, file: LabelledFile) -> Iterator[Example]:
+        return read_examples(file.path, self._settings.fields, file.language)
+
+    def _copy_language_model(self) -> None:
+        for name in self._text.files:
+            with atomic_path(self._partial / name) as temporary:
+                shutil.copyfile(self._text.folder / name, temporary)
+
+    def _binarise(self, file: LabelledFile, labels: Labels) -> dict[str, Any]:
+        prefixes = [self._partial / folder / file.name for folder in self._folders]
+        longest = tokens = skipped = 0
+        found: Counter[str] = Counter()
+        vocabulary = self._text.vocabulary
+        with contextlib.ExitStack() as stack:
+            vocab_size = len(vocabulary.symbols) + NUM_SPECIALS
+            inputs = [stack.enter_context(_builder(prefix, vocab_size)) for prefix in prefixes]
+            targets = stack.enter_context(
+                _builder(self._partial / "label" / file.name, NUM_SPECIALS + len(labels.names))
+            )
+            for batch in _batches(self._read(file)):
+                classes = [labels.find(example) for example in batch]
+                kept = [(example, index) for example, index in zip(batch, classes) if index is not None]
+                skipped += len(batch) - len(kept)
+                encoded = [
+                    vocabulary.encode_lines([example.texts[place] for example, _ in kept])
+                    for place in range(len(prefixes))
+                ]
+                for sentences, (_, index) in zip(zip(*encoded), kept):
+                    for add, ids in zip(inputs, sentences):
+                        add([*ids, _EOS])
+                    targets([NUM_SPECIALS + index, _EOS])
+                    found[labels.names[index]] += 1
+                    length = sum(map(len, sentences)) + len(sentences) + 1
+                    longest, tokens = max(longest, length), tokens + length
+        counts = {name: found[name] for name in labels.names}
+        total = sum(counts.values())
+        self._say(
+            f"{file.name}: {total} examples ({', '.join(f'{name} {count}' for name, count in counts.items())}), "
+            f"{skipped} left out, {tokens / total:.1f} tokens on average, the longest {longest}"
+        )
+        majority = max(counts.values()) / total
+        return {
+            "language": file.language, "examples": total, "skipped": skipped, "classes": counts,
+            "majority": round(majority, 4), "tokens": tokens, "longest": longest,
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _builder(prefix: Path, vocab_size: int) -> Iterator[Callable[[list[int]], None]]:
+    """Adds lines of ids to ``prefix.bin`` and ``prefix.idx``, which appear together at the end."""
+    import torch
+    from fairseq.data import indexed_dataset
+
+    with atomic_path(prefix.with_suffix(".idx")) as index, atomic_path(prefix.with_suffix(".bin")) as data:
+        builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=vocab_size)
+        yield lambda ids: builder.add_item(torch.from_numpy(np.array(ids, dtype=np.int64)))
+        builder.finalize(str(index))
+
+
+def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    while batch := list(islice(examples, _BATCH)):
+        yield batch
+
+
+def prepare(
+    files: Sequence[LabelledFile],
+    settings: ClassificationSettings,
+    text: LanguageModelText,
+    dest: Path,
+    *,
+    overwrite: bool,
+    identity: dict[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepares ``files`` into ``dest`` and returns the manifest; does nothing if that was done before.
+
+    Args:
+        identity: the settings by flag name that decide whether an earlier preparation is the same one.
+
+    Raises:
+        UserError: bad input, other settings already in ``dest``, no room.
+    """
+    with open_workspace(dest, identity) as workspace:
+        if workspace.begin(overwrite=overwrite, say=say) == "complete":
+            say(f"{dest}: already prepared with these settings, nothing to do")
+            return read_json(dest / MANIFEST)
+        manifest = Preparation(files, settings, text, workspace, say).run()
+    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
+    return manifest

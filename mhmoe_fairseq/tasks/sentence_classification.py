@@ -1,0 +1,251 @@
+"""Fine-tuning a language model to classify sentences and pairs of sentences, in several languages."""
+
+import logging
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from fairseq.data import ConcatDataset, Dictionary, data_utils
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import LegacyFairseqTask, register_task
+from omegaconf import II, MISSING
+
+from ..compat import refuse_tpu
+from ..data.languages import language_symbol
+from ..data.vocabulary import NUM_SPECIALS
+from ..errors import UserError
+from ..training import ParallelTask, TrainingFlags, check_pretrained
+from ._binarised import check_split
+from ._sentence_pairs import LabelledSentences
+
+logger = logging.getLogger(__name__)
+
+HEAD_NAME = "sentence_classification_head"
+FIRST, SECOND, LABELS = "input0", "input1", "label"  # fairseq's names of the folders
+RESUMED = "checkpoint_last.pt"  # fairseq's default: a run of this task itself, in --save-dir
+
+
+@dataclass
+class SentenceClassificationTaskConfig(TrainingFlags):
+    """Flags of the task."""
+
+    data: str = field(
+        default=MISSING,
+        metadata={"help": "folder with dict.txt, input0/, label/ and, for pairs, input1/: see mhmoe prepare"},
+    )
+    num_classes: Optional[int] = field(
+        default=None, metadata={"help": "number of classes (default: as many as label/dict.txt has)"}
+    )
+    classification_head_name: str = field(
+        default=HEAD_NAME, metadata={"help": "the head's name in the model and in checkpoints"}
+    )
+    mhmoe_head_dropout: float = field(
+        default=0.1, metadata={"help": "dropout on the features that the classification head reads"}
+    )
+    tokens_per_sample: int = field(
+        default=512,
+        metadata={"help": "longest input in tokens, all counted; of a longer one the longer sentence loses its end"},
+    )
+    max_target_positions: Optional[int] = field(
+        default=None,
+        metadata={"help": "positions of the model: of learned ones as many as in pre-training (default: as above)"},
+    )
+    mhmoe_language_token: bool = field(
+        default=False,
+        metadata={"help": "start an input of train_de, valid_de, ... with __de__ in place of </s>, as in pre-training"},
+    )
+    # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
+    seed: int = II("common.seed")
+    tpu: bool = II("common.tpu")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    restore_file: str = II("checkpoint.restore_file")
+
+
+@register_task("mhmoe_sentence_classification", dataclass=SentenceClassificationTaskConfig)
+class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
+    """Classification of sentences or pairs, with a head on the last token of a causal language model.
+
+    The data have the layout of fairseq's ``sentence_prediction``: ``input0/``, ``input1/`` for pairs, ``label/``, each
+    with ``SPLIT.{bin,idx}``, and ``dict.txt`` (or ``input0/dict.txt``) and ``label/dict.txt``. A split of that name,
+    such as ``valid_de``, is one file; ``valid`` is the file of that name or else all of ``valid_*`` together.
+
+    ``--finetune-from-model`` starts from a language model's checkpoint, to which the head is new.
+    """
+
+    def __init__(self, args: Any, dictionary: Dictionary, classes: list[str]) -> None:
+        super().__init__(args)
+        self.dictionary = dictionary
+        self.classes = classes
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "SentenceClassificationTask":
+        """Load the dictionary and the names of the classes.
+
+        Raises:
+            FileNotFoundError: if the data folder or one of its dictionaries is missing.
+            ValueError: naming the flag, its value and the rule.
+        """
+        refuse_tpu(args.tpu)
+        folder = Path(args.data)
+        dictionary = Dictionary.load(str(find_dictionary(folder)))
+        classes = read_classes(folder / LABELS / "dict.txt")
+        if args.num_classes is not None and args.num_classes != len(classes):
+            raise UserError(f"--num-classes ({args.num_classes}): {folder}/label/dict.txt has {len(classes)} classes")
+        return cls(args, dictionary, classes)
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model with its head; for training, check the checkpoint that it will start from.
+
+        Raises:
+            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
+        """
+        model = super().build_model(args, from_checkpoint)
+        if not hasattr(model, "register_classification_head"):
+            raise UserError(
+                "--arch: mhmoe_sentence_classification needs a language model of ours, such as mhmoe_lm_tiny"
+            )
+        model.register_classification_head(
+            self.args.classification_head_name,
+            num_classes=len(self.classes),
+            dropout=self.args.mhmoe_head_dropout,
+            may_be_new=not from_checkpoint,
+        )
+        if not from_checkpoint:
+            for file in filter(None, (self.args.finetune_from_model, self.args.restore_file)):
+                if file != RESUMED and Path(file).is_file():
+                    check_pretrained(model, Path(file), self.args.data)
+        return model
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """Check and load a split.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file that is missing, truncated, too short or of another
+                dictionary.
+        """
+        parts = self._parts(split)
+        labels = [self._check(part) for part in parts]
+        dataset = LabelledSentences(
+            [ConcatDataset([self._read(folder, part) for part in parts]) for folder in self.sentence_folders()],
+            np.concatenate(labels),
+            np.concatenate([np.full(len(ids), self.first_token(part)) for part, ids in zip(parts, labels)]),
+            longest=self.max_positions(),
+            pad=self.dictionary.pad(),
+            seed=self.args.seed if split.partition("_")[0] == "train" else None,
+        )
+        if dataset.num_cut:
+            logger.info(f"{split}: {dataset.num_cut} of {len(dataset)} inputs are cut to {self.max_positions()} tokens")
+        self.datasets[split] = dataset
+
+    def sentence_folders(self) -> list[str]:
+        """``input0``, and ``input1`` if the data are pairs."""
+        has_pairs = any((Path(self.args.data) / SECOND).glob("*.idx"))
+        return [FIRST, SECOND] if has_pairs else [FIRST]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the task: the names of the classes."""
+        return {"classes": self.classes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the checkpoint's classes with the data's.
+
+        Raises:
+            ValueError: if they differ or come in another order.
+        """
+        saved = state_dict.get("classes", self.classes)
+        if saved != self.classes:
+            raise UserError(
+                f"{self.args.data}/label/dict.txt has the classes {', '.join(self.classes)}; the checkpoint's are "
+                f"{', '.join(saved)}, in this order"
+            )
+
+    def first_token(self, split: str) -> int:
+        """The first token of every input: ``</s>``, after which pre-training's lines start, or a language's symbol.
+
+        Args:
+            split: with ``--mhmoe-language-token`` of a name such as ``valid_de``.
+
+        Raises:
+            ValueError: if it names no language, or the dictionary has no symbol for it.
+        """
+        if not self.args.mhmoe_language_token:
+            return self.dictionary.eos()
+        code = split.partition("_")[2] or "xx"
+        symbol = language_symbol(code)
+        if symbol not in self.dictionary:
+            raise UserError(
+                f"--mhmoe-language-token: split {split} must be called {split.partition('_')[0]}_LANGUAGE, and the "
+                f"dictionary have the language's symbol, such as {symbol}"
+            )
+        return self.dictionary.index(symbol)
+
+    def max_positions(self) -> int:
+        """Longest input in tokens; longer ones are cut to it."""
+        return min(self.args.tokens_per_sample, self.args.max_target_positions or self.args.tokens_per_sample)
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        """The language model's."""
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        """The language model's, which the model ties its embeddings by; the classes are ``classes``."""
+        return self.dictionary
+
+    def _parts(self, split: str) -> list[str]:
+        """``[split]``, or the splits that it stands for: ``valid`` for ``valid_de`` and ``valid_en``."""
+        folder = Path(self.args.data) / FIRST
+        if (folder / f"{split}.idx").is_file():
+            return [split]
+        return sorted(file.stem for file in folder.glob(f"{split}_*.idx")) or [split]
+
+    def _check(self, part: str) -> np.ndarray:
+        """``(examples,)`` classes of a split whose files are complete, of these dictionaries and equally long."""
+        folder = Path(self.args.data)
+        sizes = {name: len(self.dictionary) for name in self.sentence_folders()}
+        for name, size in {**sizes, LABELS: NUM_SPECIALS + len(self.classes)}.items():
+            check_split(folder / name / part, size)
+        counts = {name: len(self._read(name, part)) for name in (*sizes, LABELS)}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            raise UserError(f"{folder}: {part} has different numbers of examples ({listed})")
+        classes = np.array([int(item[0]) for item in self._read(LABELS, part)]) - NUM_SPECIALS
+        wrong = np.flatnonzero(classes < 0)
+        if len(wrong):
+            raise UserError(f"{folder / LABELS / part}.bin: example {wrong[0] + 1:,} has no class of label/dict.txt")
+        return classes
+
+    def _read(self, folder: str, part: str) -> Any:
+        return data_utils.load_indexed_dataset(str(Path(self.args.data) / folder / part), self.dictionary)
+
+
+def find_dictionary(folder: Path) -> Path:
+    """``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data folder {folder} does not exist")
+    for file in (folder / "dict.txt", folder / FIRST / "dict.txt"):
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{folder}/dict.txt is missing: make the data with mhmoe prepare classification")
+
+
+def read_classes(file: Path) -> list[str]:
+    """The names of the classes, by id, from fairseq's dictionary of labels.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has fewer than two classes.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: make the data with mhmoe prepare classification")
+    dictionary = Dictionary.load(str(file))
+    classes = [symbol for symbol in dictionary.symbols[dictionary.nspecial :] if not symbol.startswith("madeupword")]
+    if len(classes) < 2:
+        raise UserError(f"{file} has {len(classes)} classes, and there must be at least two")
+    return classes

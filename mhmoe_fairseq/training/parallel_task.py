@@ -1,0 +1,50 @@
+"""What every task of this package does about several processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairseq.data import FairseqDataset
+from fairseq.models import BaseFairseqModel
+
+from .expert_state import prepare_sharded_model
+from .guarded_task import GuardedTask
+from .resuming import ResumableEpochBatchIterator
+
+
+class ParallelTask(GuardedTask):
+    """Stands in front of fairseq's task, whose ``args`` are ``TrainingFlags``, among a task's bases.
+
+    In training the model's experts are shared out over the processes, and a run can be resumed on any number of them.
+
+    Attributes:
+        spreads_experts: whether the model that is being built shares its experts out over the ranks: in training only.
+    """
+
+    args: Any
+    spreads_experts = False
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
+
+        Raises:
+            ValueError: naming the flag, its value and the rule.
+        """
+        self.spreads_experts = not from_checkpoint
+        model = super().build_model(args, from_checkpoint)
+        prepare_sharded_model(model, self.args)
+        return model
+
+    def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, epoch: int = 1, **kwargs: Any) -> Any:
+        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks.
+
+        fairseq-fixed 0.12.3.1 forms the batches by the epoch in which the iterator is made, and a run that goes on for
+        several epochs keeps those of its first. A resumed run must not form others. A dataset that has other samples
+        in every epoch gets an iterator for each.
+        """
+        formed_in = 1 if self.can_reuse_epoch_itr(dataset) else epoch
+        iterator = super().get_batch_iterator(dataset, *args, epoch=formed_in, **kwargs)
+        if not isinstance(iterator, ResumableEpochBatchIterator):  # else it has served an epoch before
+            dataset.set_epoch(epoch)
+            iterator.epoch = max(epoch, 1)
+        return ResumableEpochBatchIterator.of(iterator)
