@@ -1,5 +1,17 @@
 """fairseq tasks and tokenizers; importing registers them."""
 
-from . import language_modeling, sentencepiece_bpe, tiktoken_bpe
+from . import (
+    language_modeling,
+    multilingual_language_modeling,
+    sentence_classification,
+    sentencepiece_bpe,
+    tiktoken_bpe,
+)
 
-__all__ = ["language_modeling", "sentencepiece_bpe", "tiktoken_bpe"]
+__all__ = [
+    "language_modeling",
+    "multilingual_language_modeling",
+    "sentence_classification",
+    "sentencepiece_bpe",
+    "tiktoken_bpe",
+]

@@ -5,15 +5,25 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-from fairseq.data import MonolingualDataset
+from fairseq.data import FairseqDataset, MonolingualDataset
 
 
-class WholeMonolingualDataset(MonolingualDataset):
-    """A dataset whose batches hold every sample.
+class WholeBatches(FairseqDataset):
+    """Stands in front of a dataset's class among the bases: its batches hold every sample.
 
     fairseq-fixed 0.12.3.1 drops the last batch if its size is no multiple of ``--required-batch-size-multiple``, 8 by
     default: training and validation silently lose data. fairseq 0.12.2 keeps it as a smaller batch, and so does this.
     """
+
+    def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
+        """Batches of ``indices``, in order; what the installed fairseq leaves out becomes the last batch."""
+        batches = list(super().batch_by_size(indices, *args, **kwargs))
+        batched = sum(len(batch) for batch in batches)
+        return batches if batched == len(indices) else [*batches, np.asarray(indices[batched:])]
+
+
+class WholeMonolingualDataset(WholeBatches, MonolingualDataset):
+    """fairseq's dataset of one text, in whole batches."""
 
     @classmethod
     def of(cls, dataset: MonolingualDataset) -> WholeMonolingualDataset:
@@ -21,9 +31,3 @@ class WholeMonolingualDataset(MonolingualDataset):
         whole = copy.copy(dataset)
         whole.__class__ = cls
         return whole
-
-    def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
-        """Batches of ``indices``, in order; what the installed fairseq leaves out becomes the last batch."""
-        batches = list(super().batch_by_size(indices, *args, **kwargs))
-        batched = sum(len(batch) for batch in batches)
-        return batches if batched == len(indices) else [*batches, np.asarray(indices[batched:])]

@@ -1,0 +1,95 @@
+"""A data folder of several languages: which there are, checks before anything is read, characters per token."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from fairseq.data import Dictionary
+
+from ..data.files import read_json, sha256_of
+from ..data.languages import language_symbol
+from ..errors import UserError
+
+
+def find_languages(folder: Path, langs: str) -> list[str]:
+    """The languages of ``--langs``, else every folder with a training set; sorted.
+
+    Raises:
+        UserError: naming a language that is given twice or has no folder, or saying that there is none at all.
+    """
+    available = sorted(path.parent.name for path in folder.glob("*/*.idx"))
+    if not langs:
+        found = sorted(path.parent.name for path in folder.glob("*/train.idx"))
+        if not found:
+            raise UserError(f"{folder} has no language: no folder in it, such as {folder}/de, has a train.idx")
+        return found
+    asked = [language.strip() for language in langs.split(",")]
+    for language in asked:
+        if asked.count(language) > 1:
+            raise UserError(f"--langs ({langs}) names {language} twice")
+        if language not in available:
+            there = ", ".join(dict.fromkeys(available)) or "none"
+            raise UserError(f"--langs ({langs}): {folder} has no binarised text of {language!r}; it has {there}")
+    return sorted(asked)
+
+
+def check_languages(folder: Path, languages: list[str]) -> None:
+    """The languages' files are their own, and of this folder's dictionary.
+
+    Raises:
+        UserError: naming two languages with the same text, or another dictionary.
+    """
+    for split in ("train", "valid", "test"):
+        texts = {language: folder / language / f"{split}.bin" for language in languages}
+        texts = {language: path for language, path in texts.items() if path.is_file()}
+        for one, other in itertools.combinations(texts, 2):
+            if _have_same_content(texts[one], texts[other]):
+                raise UserError(f"{texts[one]} and {texts[other]} are the same text: {one} and {other} need their own")
+    words = (folder / "dict.txt").read_bytes()
+    for language in languages:
+        own = folder / language / "dict.txt"
+        if own.is_file() and own.read_bytes() != words:
+            raise UserError(f"{own} differs from {folder / 'dict.txt'}: all languages share one dictionary")
+
+
+def _have_same_content(one: Path, other: Path) -> bool:
+    if one.samefile(other):
+        return True
+    size = one.stat().st_size
+    return size > 0 and size == other.stat().st_size and sha256_of(one) == sha256_of(other)
+
+
+def language_symbols(dictionary: Dictionary, languages: list[str]) -> dict[str, int]:
+    """Language -> its symbol's number in the dictionary.
+
+    Raises:
+        UserError: naming a symbol that the dictionary lacks.
+    """
+    for language in languages:
+        if language_symbol(language) not in dictionary.indices:
+            raise UserError(
+                f"--mhmoe-language-token: dict.txt has no {language_symbol(language)}: prepare the data with "
+                "`mhmoe prepare multilingual`, whose dictionaries hold a symbol for every language"
+            )
+    return {language: dictionary.index(language_symbol(language)) for language in languages}
+
+
+def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str, float]:
+    """Language -> characters that ``tokens`` targets of its text stand for, as far as the manifest tells.
+
+    ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
+    language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
+    """
+    manifest = folder / "manifest.json"
+    counts: dict[str, Any] = read_json(manifest).get("languages", {}) if manifest.is_file() else {}
+    found = {}
+    for language, evaluated in tokens.items():
+        counted = counts.get(language, {}).get("splits", {}).get(split)
+        if counted is None:
+            continue
+        left_out = counted["tokens"] - evaluated
+        if 0 <= left_out < max(counted["documents"], 1):
+            found[language] = float(counted["chars"] - left_out)
+    return found
