@@ -17,8 +17,10 @@ from _bench.console import (
     say,
     set_threads,
 )
+from _bench.gemm_bound import GemmBound
 from _bench.memory import MIB, in_fresh_process, measure
-from _bench.timing import time_pairs
+from _bench.setting import DTYPES
+from _bench.timing import Pairs, time_pairs
 from _bench.train_report import PROMISED, TrainResults, verdict, write_report
 from _bench.training import NAMES, REFERENCE, Training, TrainingSetting
 
@@ -116,6 +118,20 @@ def time_models(args: argparse.Namespace, names: Sequence[str], results: TrainRe
         results.pairs[name] = time_pairs(
             model, reference, pairs=args.pairs, after_pair=lambda label=label: progress(label, 1)
         )
+        if model.moe() is not None:
+            results.products[name] = time_products(model, reference, setting, args.pairs)
+
+
+def time_products(model: Training, reference: Training, setting: TrainingSetting, pairs: int) -> Pairs:
+    """Seconds of the matrix products of all MoE layers in an update, by turns."""
+    bounds = [GemmBound(each.moe(), setting.tokens, DTYPES[setting.precision]) for each in (model, reference)]
+    repeats = [each.num_moe_layers() for each in (model, reference)]
+
+    def products(which: int) -> None:
+        for _ in range(repeats[which]):
+            bounds[which]()
+
+    return time_pairs(lambda: products(0), lambda: products(1), pairs=pairs)
 
 
 def measure_models(args: argparse.Namespace, names: Sequence[str], results: TrainResults, progress: Progress) -> None:

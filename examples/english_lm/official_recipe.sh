@@ -3,7 +3,7 @@
 # rotary positions, RMSNorm, no biases, top-1 of 8 experts with limited capacity.
 # As published it never sets --mhmoe-heads-number, whose default there is 1, and so trains a plain sparse MoE:
 # here it is explicit, HEADS=4 by default; HEADS=1 is what was published.
-# SCALE=cpu keeps the flags and shrinks the model. See common.sh for the rest. Evaluate it in its own block length:
+# SCALE=cpu keeps the flags and shrinks the model. See ../common.sh for the rest. Evaluate it in its own block length:
 #   SCALE=paper TOKENS=2048 examples/english_lm/eval.sh official-h4
 set -euo pipefail
 # shellcheck source=examples/english_lm/common.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's table 6: what the projections and the splitting are worth. See common.sh for the settings.
+# The paper's table 6: what the projections and the splitting are worth. See ../common.sh for the settings.
 set -euo pipefail
 # shellcheck source=examples/english_lm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's table 7: 0 to 3 layers in each projection, ReLU between them. See common.sh for the settings.
+# The paper's table 7: 0 to 3 layers in each projection, ReLU between them. See ../common.sh for the settings.
 set -euo pipefail
 # shellcheck source=examples/english_lm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -129,5 +129,5 @@ def build(name: str, setting: Setting) -> Callable[[], object]:
         raise ValueError(f"contender ({name}) must be one of {', '.join(NAMES)}")
     torch.manual_seed(SEED)
     if name == "gemm":
-        return GemmBound(setting)
+        return GemmBound(setting.config(), setting.tokens, setting.torch_dtype)
     return Step(BUILDERS[name](setting), setting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .setting import Setting
+from mhmoe_fairseq.moe import MHMoEConfig
 
 
 class _Product:
@@ -33,19 +33,23 @@ class _Product:
 class GemmBound:
     """Every matrix product of one forward and backward pass as ``torch.mm`` into preallocated outputs.
 
-    Both projections are one product over all tokens; each expert has its two products over an equal
-    share of the rows, so that the expert weights are as large, and read as often, as the layer's.
+    A projection is one product over all tokens; each expert has its products over an equal share of
+    the rows, so that the expert weights are as large, and read as often, as the layer's.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        dim, sub_dim, dtype = setting.embed_dim, setting.sub_dim, setting.torch_dtype
-        head = _Product(setting.tokens, dim, dim, dtype)
-        merge = _Product(setting.tokens, dim, dim, dtype)
-        experts = []
-        for rows in equal_shares(setting.num_rows, setting.num_experts):
-            experts.append(_Product(rows, sub_dim, setting.ffn_dim, dtype))
-            experts.append(_Product(rows, setting.ffn_dim, sub_dim, dtype))
-        self.products = [head, *experts, merge]
+    def __init__(self, config: MHMoEConfig, tokens: int, dtype: torch.dtype) -> None:
+        dim, sub_dim = config.embed_dim, config.subtoken_dim
+        inward = [(sub_dim, config.expert_ffn_dim)] * (config.matrices_per_expert - 1)
+        experts = [
+            _Product(rows, *shape, dtype)
+            for rows in equal_shares(tokens * config.split_heads * config.top_k, config.num_experts)
+            for shape in (*inward, (config.expert_ffn_dim, sub_dim))
+        ]
+        before, after = (
+            [_Product(tokens, dim, dim, dtype) for _ in range(has * config.num_projection_layers)]
+            for has in (config.has_head_projection, config.has_merge_projection)
+        )
+        self.products = [*before, *experts, *after]
 
     def __call__(self) -> None:
         for product in self.products:

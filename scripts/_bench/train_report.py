@@ -19,10 +19,14 @@ PROMISED_RATIO = 0.95
 
 @dataclass
 class TrainResults:
-    """What one run found out; ``ratio`` of a pair is seconds of the model / seconds of X-MoE."""
+    """What one run found out; ``ratio`` of a pair is seconds of the model / seconds of X-MoE.
+
+    ``products`` has the seconds of all MoE layers' matrix products alone, as ``pairs`` those of an update.
+    """
 
     shapes: dict[str, dict] = field(default_factory=dict)
     pairs: dict[str, Pairs] = field(default_factory=dict)
+    products: dict[str, Pairs] = field(default_factory=dict)
     memory: dict[str, dict] = field(default_factory=dict)
 
     def seconds(self, name: str) -> float:
@@ -80,6 +84,16 @@ def _speed_table(results: TrainResults, tokens: int) -> str:
     return table(head, rows)
 
 
+def _products_table(results: TrainResults) -> str:
+    rows = []
+    for name, products in results.products.items():
+        ours, theirs, update = products.first_median, products.second_median, results.pairs[name].second_median
+        limit = update / (update + ours - theirs)
+        rows.append((NAMES[name], f"{ours:.3f}", f"{theirs:.3f}", f"{products.ratio:.3f}", f"{limit:.3f}"))
+    head = ("model", "its products, s/update", "X-MoE's", "ratio", "speed that they alone would permit")
+    return table(head, rows)
+
+
 def _memory_table(results: TrainResults) -> str:
     rows = []
     for name, found in results.memory.items():
@@ -107,6 +121,11 @@ def write_report(path: Path, results: TrainResults, setting: TrainingSetting, *,
         f"forward, backward and Adam. Every model took turns with X-MoE for {pairs} pairs after one warm-up each; "
         "seconds are medians, the last column is the median over the pairs.",
         _speed_table(results, setting.tokens),
+        "## What matrix products alone permit",
+        "The products of all MoE layers, forward and backward, as `torch.mm` into preallocated outputs with equal rows "
+        "for each expert, by turns. The last column is X-MoE's speed if everything else took X-MoE's time and these "
+        "products their own: what no implementation with `torch.mm` can exceed at these shapes.",
+        _products_table(results) if results.products else "There are none but X-MoE's.",
         "## Peak memory (MiB)",
         _memory_table(results),
         "## Flags",

@@ -143,8 +143,14 @@ class Training:
 
     def moe(self) -> MHMoEConfig | None:
         """The configuration of the MoE layers; None in a dense model."""
-        layers = [module for module in self.model.modules() if isinstance(module, MHMoELayer)]
+        layers = self._moe_layers()
         return layers[0].config if layers else None
+
+    def num_moe_layers(self) -> int:
+        return len(self._moe_layers())
+
+    def _moe_layers(self) -> list[MHMoELayer]:
+        return [module for module in self.model.modules() if isinstance(module, MHMoELayer)]
 
 
 def dictionary_folder(folder: Path, vocab_size: int) -> Path:

