@@ -15,6 +15,7 @@ from pathlib import Path
 COMMANDS = {
     "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a source or your text"),
     "plan": ("mhmoe_fairseq.analysis.plan_command", "count what a training needs: parameters, FLOPs, memory, traffic"),
+    "evaluate": ("mhmoe_fairseq.analysis.evaluate_command", "perplexity of a checkpoint, every language and the total"),
     "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
     "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),

@@ -78,14 +78,19 @@ def mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def load_for_evaluation(checkpoint: Path, data: Path) -> tuple[torch.nn.Module, Any]:
+def load_for_evaluation(
+    checkpoint: Path, data: Path, overrides: dict[str, Any] | None = None
+) -> tuple[torch.nn.Module, Any]:
     """The model in evaluation mode and its task, with the data taken from ``data``.
+
+    Args:
+        overrides: other settings to change, by name.
 
     Raises:
         ValueError: if the data's dictionary is not the checkpoint's.
         FileNotFoundError: if there is no data.
     """
-    overrides = {"data": str(data.resolve())}
+    overrides = {**(overrides or {}), "data": str(data.resolve())}
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
     model = models[0].eval()
     return model.cuda() if torch.cuda.is_available() else model, task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ..data.files import read_json, sha256_of
 from ..errors import UserError
 
-_FILES = ("dict.txt", "train.bin", "valid.bin", "test.bin")
+_SPLIT_FILES = ("train.bin", "valid.bin", "test.bin")
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,17 @@ class DataIdentity:
     """A binarised corpus.
 
     Attributes:
-        digest: SHA-256 over the hashes of the dictionary and of the binarised splits; the same however the folder is
-            named, and with or without a manifest.
+        digest: SHA-256 over the hashes of the dictionary and of the binarised splits, in the folder itself or in one
+            for every language; the same however the folder is named, and with or without a manifest.
         source: what the corpus is, from the manifest.
-        splits: bytes of text and tokens per split, from the manifest; empty without one.
+        splits: bytes of text and tokens per split, of all languages together, from the manifest; empty without one.
+        languages: of a corpus of several languages, else empty.
     """
 
     digest: str
     source: str
     splits: dict[str, dict[str, int]]
+    languages: tuple[str, ...] = ()
 
     def bits_per_byte(self, split: str, bits_per_token: float, tokens: int) -> float | None:
         """None where the manifest lacks the split, or ``tokens`` are not all of its tokens."""
@@ -44,10 +47,11 @@ def identify_data(folder: Path) -> DataIdentity:
     """
     if (folder / "manifest.json").is_file():
         return identify_manifest(folder / "manifest.json")
-    hashes = {name: sha256_of(folder / name) for name in _FILES if (folder / name).is_file()}
+    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name))]
+    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files if path.is_file()}
     if "dict.txt" not in hashes:
         raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: it is no binarised data")
-    return DataIdentity(_digest(hashes), str(folder), {})
+    return DataIdentity(_digest(hashes), str(folder), {}, _languages(hashes))
 
 
 def identify_manifest(path: Path) -> DataIdentity:
@@ -59,16 +63,32 @@ def identify_manifest(path: Path) -> DataIdentity:
     manifest = read_json(path)
     try:
         hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        counted = manifest["splits"].items()
-        splits = {name: {key: counts[key] for key in ("bytes", "tokens")} for name, counts in counted}
-        return DataIdentity(_digest(hashes), _describe(manifest["source"]), splits)
+        texts = [manifest] if "splits" in manifest else manifest["languages"].values()
+        splits: dict[str, dict[str, int]] = {}
+        for name, counts in (item for text in texts for item in text["splits"].items()):
+            total = splits.setdefault(name, {"bytes": 0, "tokens": 0})
+            splits[name] = {key: total[key] + counts[key] for key in total}
+        return DataIdentity(_digest(hashes), _describe(manifest["source"]), splits, _languages(hashes))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of mhmoe prepare: {error!r} is missing or malformed") from error
 
 
 def _digest(hashes: dict[str, str]) -> str:
-    text = "".join(f"{name} {hashes[name]}\n" for name in _FILES if name in hashes)
+    """Over the dictionary and the splits of the folder itself, then those of each language's folder."""
+    folders = ["", *(f"{language}/" for language in _languages(hashes))]
+    names = ["dict.txt", *(f"{folder}{name}" for folder in folders for name in _SPLIT_FILES)]
+    text = "".join(f"{name} {hashes[name]}\n" for name in names if name in hashes)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _named(folder: Path, name: str) -> list[Path]:
+    return [folder / name, *folder.glob(f"*/{name}")]
+
+
+def _languages(files: Iterable[str]) -> tuple[str, ...]:
+    """Folders that hold the splits; none if they are in the folder itself, whose other folders then do not count."""
+    folders = {name.rpartition("/")[0] for name in files if name.endswith(_SPLIT_FILES)}
+    return () if "" in folders else tuple(sorted(folders))
 
 
 def _describe(source: dict[str, Any]) -> str:

@@ -24,6 +24,9 @@ class LanguagesDataset(WholeBatches):
         symbols: language -> the word that stands in place of the context before a block's first target; empty to
             leave that context as it is. Targets stay the same, so that perplexities compare.
         characters: language -> characters of its text, where known.
+
+    Attributes:
+        characters: the same, or empty unless they are known for all languages.
     """
 
     def __init__(
@@ -37,9 +40,9 @@ class LanguagesDataset(WholeBatches):
         self.languages = list(parts)
         self.symbols = symbols or {}
         self.sizes = np.concatenate([part.sizes for part in parts.values()])
-        self.characters_per_token: dict[str, float] = {}
-        if characters is not None and set(parts) <= set(characters):
-            self.characters_per_token = {name: characters[name] / part.sizes.sum() for name, part in parts.items()}
+        self.characters = characters or {}
+        if not set(parts) <= set(self.characters):
+            self.characters = {}
         self._numbers = torch.tensor([numbers[language] for language in parts])
         self._ends = np.cumsum([len(part) for part in parts.values()])
 
@@ -55,8 +58,9 @@ class LanguagesDataset(WholeBatches):
             source[0] = self.symbols[language]
             sample["source"] = source
         sample = {**sample, "id": int(index), "language": self._numbers[place]}
-        if self.characters_per_token:
-            sample["characters"] = len(sample["target"]) * self.characters_per_token[language]
+        if self.characters:
+            share = len(sample["target"]) / self.parts[language].sizes.sum()
+            sample["characters"] = share * self.characters[language]
         return sample
 
     def place_of(self, index: int) -> int:
@@ -73,7 +77,7 @@ class LanguagesDataset(WholeBatches):
             return {}
         batch = self.parts[self.languages[0]].collater(samples)  # all parts are made with the same settings
         batch["languages"] = torch.stack([sample["language"] for sample in samples])
-        if self.characters_per_token:
+        if self.characters:
             batch["characters"] = torch.tensor([sample["characters"] for sample in samples])
         return batch
 

@@ -115,7 +115,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         Raises:
             FileNotFoundError, ValueError: naming the file that is missing, truncated, empty or of another dictionary.
         """
-        base, chosen = self._split_of(split)
+        base, chosen = self.split_of(split)
         parts = {language: self._load_part(language, base, epoch, combine, **kwargs) for language in chosen}
         numbers = {language: number for number, language in enumerate(self.languages)}
         if split == "train":
@@ -130,8 +130,12 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         else:
             self.datasets[split] = LanguagesDataset(parts, numbers, self._symbols, self._characters(base, parts))
 
-    def _split_of(self, split: str) -> tuple[str, list[str]]:
-        """The files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``."""
+    def split_of(self, split: str) -> tuple[str, list[str]]:
+        """The files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``.
+
+        Raises:
+            UserError: if no language has such files.
+        """
         for language in self.languages:
             if split.endswith(f"_{language}"):
                 return split.removesuffix(f"_{language}"), [language]

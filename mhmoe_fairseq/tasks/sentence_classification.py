@@ -15,6 +15,7 @@ from ..compat import refuse_tpu
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
 from ..errors import UserError
+from ..models._checkpoints import read_checkpoint
 from ..training import ParallelTask, TrainingFlags, check_pretrained
 from ._binarised import check_split
 from ._sentence_pairs import LabelledSentences
@@ -114,7 +115,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         if not from_checkpoint:
             for file in filter(None, (self.args.finetune_from_model, self.args.restore_file)):
                 if file != RESUMED and Path(file).is_file():
-                    check_pretrained(model, Path(file), self.args.data)
+                    check_pretrained(model, Path(file), read_checkpoint(Path(file))["model"], self.args.data)
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:

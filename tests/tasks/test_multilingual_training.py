@@ -1,0 +1,201 @@
+"""Training and evaluation in several languages through fairseq's commands and ``mhmoe evaluate``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from console import evaluate, train
+from multilingual_data import LANGUAGES, write_languages
+from workers import TRAIN_FLAGS, Workers
+
+from mhmoe_fairseq.analysis.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.cli import main
+
+TASK = ("--task", "mhmoe_multilingual_language_modeling")
+SAMPLED = (*TASK, "--multilang-sampling-alpha", 0.5)
+MODEL = (
+    "--decoder-embed-dim", 32, "--decoder-attention-heads", 2, "--moe-expert-count", 4, "--moe-ffn-dim", 16,
+    "--mhmoe-heads-number", 2, "--moe-top-k", 2, "--batch-size", 64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_languages(tmp_path_factory.mktemp("languages") / "data")
+
+
+def train_languages(data: Path, run: Path, *flags: object, updates: int) -> list[dict]:
+    """Train; what each update logged."""
+    log = ["--log-format", "json", "--log-interval", 1, "--log-file", run / "train.log"]
+    run.mkdir(exist_ok=True)
+    train(data, run, "mhmoe_lm_tiny", *SAMPLED, *MODEL, *log, *flags, max_update=updates)
+    return read_training_log(run / "train.log").inner
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of 15 updates, and a little more."""
+    folder = tmp_path_factory.mktemp("run") / "mhmoe"
+    flags = ["--valid-subset", "valid,valid_de", "--validate-interval", 100, "--save-interval-updates", 20]
+    if importlib.util.find_spec("tensorboardX"):
+        flags += ["--tensorboard-logdir", folder / "board"]
+    train_languages(data, folder, *flags, updates=32)
+    return folder
+
+
+def scores(data: Path, run: Path, split: str, *flags: object) -> dict:
+    output = run.parent / "scores.json"
+    checkpoint = run / "checkpoint_last.pt"
+    words = [checkpoint, "--data", data, "--split", split, "--json", output, *flags]
+    assert main(["evaluate", *map(str, words)]) == 0
+    return json.loads(output.read_text())
+
+
+def fairseq_score(data: Path, run: Path, split: str, *flags: object):
+    log = evaluate(data, run / "checkpoint_last.pt", *TASK, "--gen-subset", split, "--batch-size", 32, *flags)
+    path = run.parent / f"eval-{split}.log"
+    path.write_text(log, encoding="utf-8")
+    return read_evaluation(path)
+
+
+# ---------------------------------------------------------------------- the training log
+
+
+def test_every_language_is_in_the_training_log(data: Path, run: Path) -> None:
+    lines = (run / "train.log").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.startswith('{"epoch"')]
+    together = [record for record in records if "valid_loss" in record][-1]
+    alone = [record for record in records if "valid_de_loss" in record][-1]
+    assert together["valid_ppl_de"] == alone["valid_de_ppl"]
+    assert together["valid_bpc_de"] == alone["valid_de_bpc"]
+    tokens = {language: token_count(data, language, "valid") for language in LANGUAGES}
+    bits = sum(math.log2(float(together[f"valid_ppl_{language}"])) * tokens[language] for language in LANGUAGES)
+    assert float(together["valid_loss"]) == pytest.approx(bits / sum(tokens.values()), abs=2e-3)
+    assert float(together["valid_bpc_zh"]) == pytest.approx(math.log2(float(together["valid_ppl_zh"])), abs=2e-3)
+    assert 0 < float(together["valid_moe_active"]) <= 1  # routing is logged as ever
+    assert not any(key.startswith(("ppl_", "bpc")) for record in records for key in record)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboardX") is None, reason="tensorboardX is an optional package")
+def test_every_language_is_in_tensorboard(run: Path) -> None:
+    (events,) = (run / "board" / "valid").glob("events*")
+    content = events.read_bytes()
+    for language in LANGUAGES:
+        assert f"ppl_{language}".encode() in content and f"bpc_{language}".encode() in content
+
+
+def token_count(data: Path, language: str, split: str) -> int:
+    text = (data / "text" / language / f"{split}.txt").read_text(encoding="utf-8")
+    return len(text)  # the words are characters, and the end of a line is one
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_one_launch_evaluates_every_language_as_fairseq_does(data: Path, run: Path, capsys) -> None:
+    found = scores(data, run, "test")
+    table = capsys.readouterr().out
+    for split, score in {"test_de": found["languages"]["de"], "test": found["total"]}.items():
+        printed = fairseq_score(data, run, split)
+        assert f"{score['loss']:.4f}" == f"{printed.loss:.4f}"
+        assert f"{score['perplexity']:.2f}" == f"{printed.perplexity:.2f}"
+        assert score["tokens"] == printed.tokens
+        assert f"| {printed.loss:.4f} |" in re.sub(" +", " ", table)
+    assert list(found["languages"]) == LANGUAGES
+    for language, score in found["languages"].items():
+        assert score["tokens"] == token_count(data, language, "test")
+        assert score["bits_per_character"] == pytest.approx(score["loss"])  # a token is a character here
+    parts = found["languages"].values()
+    weighted = sum(score["loss"] * score["tokens"] for score in parts) / sum(score["tokens"] for score in parts)
+    assert found["total"]["loss"] == pytest.approx(weighted)
+
+
+def test_a_subset_of_the_languages_is_evaluated_with_the_same_vocabulary(data: Path, run: Path) -> None:
+    whole, subset = scores(data, run, "test"), scores(data, run, "test", "--langs", "zh,el")
+    assert list(subset["languages"]) == ["el", "zh"]
+    for language in ("el", "zh"):
+        assert subset["languages"][language] == whole["languages"][language]
+    assert subset["total"]["tokens"] == sum(token_count(data, language, "test") for language in ("el", "zh"))
+    assert fairseq_score(data, run, "test", "--langs", "el,zh").tokens == subset["total"]["tokens"]
+
+
+def test_one_language_is_evaluated_alone_and_without_a_manifest(data: Path, run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in data.iterdir():
+        if path.name != "manifest.json":
+            (bare / path.name).symlink_to(path)
+    found = scores(bare, run, "test_en", "--batch-size", 5)
+    assert list(found["languages"]) == ["en"] and found["total"]["bits_per_character"] is None
+    assert found["total"]["loss"] == pytest.approx(scores(data, run, "test")["languages"]["en"]["loss"], abs=1e-5)
+    assert found["data_digest"] == scores(data, run, "test")["data_digest"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--langs", "de,sw"], "--langs (de,sw): "),
+        (["--split", "test_sw"], "no split 'test_sw'"),
+        (["--batch-size", "0"], "--batch-size (0) must be at least 1"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_line(data: Path, run: Path, capsys, flags: list[str], message: str) -> None:
+    assert main(["evaluate", str(run / "checkpoint_last.pt"), "--data", str(data), *flags]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("mhmoe evaluate: error: ") and message in error
+
+
+# ---------------------------------------------------------------------- resuming and several ranks
+
+
+def test_resuming_in_the_second_epoch_is_exact(data: Path, run: Path, tmp_path: Path) -> None:
+    straight = read_training_log(run / "train.log").inner
+    (checkpoint,) = run.glob("checkpoint_*_20.pt")
+    assert checkpoint.name == "checkpoint_2_20.pt"
+    flags = ["--disable-validation", "--restore-file", checkpoint]
+    resumed = train_languages(data, tmp_path / "resumed", *flags, updates=32)
+    names = ("num_updates", "loss", "gate_loss", "gnorm", "wpb")
+    assert [tuple(update[name] for name in names) for update in resumed] == [
+        tuple(update[name] for name in names) for update in straight[20:]
+    ]
+    assert len(resumed) == 12
+    one, other = (
+        torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"] for folder in (run, tmp_path / "resumed")
+    )
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_two_ranks_with_spread_experts_train_as_one_process(data: Path, tmp_path: Path) -> None:
+    updates = {}
+    for ranks in (1, 2):
+        words = [
+            data, *TRAIN_FLAGS, *SAMPLED, "--arch", "mhmoe_lm_tiny", "--decoder-layers", 2, *MODEL, "--batch-size", 16,
+            "--tokens-per-sample", 32, "--optimizer", "mhmoe_adam", "--lr", 0.003, "--clip-norm", 1, "--max-update", 6,
+            "--update-freq", 2 // ranks, "--save-dir", tmp_path / str(ranks),
+        ]  # fmt: skip
+        log = Workers(ranks).fairseq("fairseq-train", *words, timeout=300)[0]
+        updates[ranks] = [json.loads(line) for line in re.findall(r"train_inner[ |:]+(\{.*\})", log)]
+        valid = json.loads(re.findall(r"[|:] ?valid[ |:]+(\{.*\})", log)[-1])
+        updates[ranks].append({key: valid[key] for key in valid if key.startswith(("valid_ppl", "valid_bpc"))})
+    names = ("num_updates", "loss", "gate_loss", "gnorm", "wpb")
+    one, two = ([tuple(update[name] for name in names) for update in updates[ranks][:-1]] for ranks in (1, 2))
+    assert one == two and len(one) == 6
+    assert updates[1][-1] == updates[2][-1]
+    assert {f"valid_ppl_{language}" for language in LANGUAGES} < set(updates[2][-1])
+
+
+def test_a_model_with_language_tokens_is_trained_and_evaluated(data: Path, tmp_path: Path) -> None:
+    train_languages(data, tmp_path / "run", "--mhmoe-language-token", "--disable-validation", updates=2)
+    found = scores(data, tmp_path / "run", "test")["total"]
+    printed = fairseq_score(data, tmp_path / "run", "test", "--mhmoe-language-token")
+    assert (f"{found['loss']:.4f}", found["tokens"]) == (f"{printed.loss:.4f}", printed.tokens)
+    assert found["tokens"] == sum(token_count(data, language, "test") for language in LANGUAGES)
+    with pytest.raises(AssertionError, match="the model was trained with --mhmoe-language-token: add the flag"):
+        fairseq_score(data, tmp_path / "run", "test")
