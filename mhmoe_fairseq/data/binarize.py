@@ -67,6 +67,15 @@ def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCou
     return counts, occurrences
 
 
+def count_text(text: Path) -> SplitCounts:
+    """The sizes of a text file, without tokens."""
+    counts = SplitCounts(bytes=text.stat().st_size, documents=1)
+    for lines in _batches(text):
+        for line in lines:
+            _count(counts, line)
+    return counts
+
+
 def _batches(text: Path) -> Iterator[list[str]]:
     with open(text, encoding="utf-8", newline="\n") as stream:
         lines = (line.rstrip("\n") for line in stream)

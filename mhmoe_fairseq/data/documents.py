@@ -35,6 +35,26 @@ def clean_line(line: str) -> str:
     return " ".join(unicodedata.normalize("NFC", line).split())
 
 
+class SeenTexts:
+    """Remembers texts by a 16-byte digest."""
+
+    def __init__(self) -> None:
+        self._digests: set[bytes] = set()
+
+    def add(self, text: str) -> bool:
+        """Remembers ``text``; whether it is new."""
+        before = len(self._digests)
+        self._digests.add(_digest(text))
+        return len(self._digests) > before
+
+    def __contains__(self, text: str) -> bool:
+        return _digest(text) in self._digests
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
 @dataclass
 class Cleaner:
     """Cleans and deduplicates a stream of documents, and counts what it dropped.
@@ -45,7 +65,7 @@ class Cleaner:
 
     dedup: str = "lines"
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
-    _seen: set[bytes] = field(default_factory=set, repr=False)
+    _seen: SeenTexts = field(default_factory=SeenTexts, repr=False)
 
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yields the documents that still have a line."""
@@ -64,14 +84,7 @@ class Cleaner:
         if self.dedup == "none":
             return lines
         if self.dedup == "documents":
-            return lines if self._is_new("\n".join(lines)) else []
-        kept = [line for line in lines if self._is_new(line)]
+            return lines if self._seen.add("\n".join(lines)) else []
+        kept = [line for line in lines if self._seen.add(line)]
         self.counts["duplicate_lines"] += len(lines) - len(kept)
         return kept
-
-    def _is_new(self, text: str) -> bool:
-        digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
-        if digest in self._seen:
-            return False
-        self._seen.add(digest)
-        return True

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import prepare_english
+from . import prepare_classification, prepare_english, prepare_multilingual
 
-PREPARERS = {"english": (prepare_english, "English text for language modelling")}
+PREPARERS = {
+    "english": (prepare_english, "English text for language modelling"),
+    "multilingual": (prepare_multilingual, "text in many languages for language modelling"),
+    "classification": (prepare_classification, "labelled sentences or pairs, such as XNLI's, for fine-tuning"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,17 +30,19 @@ class Vocabulary(Protocol):
         ...
 
 
-def build_dictionary(symbols: Sequence[str], counts: np.ndarray) -> Dictionary:
-    """fairseq's dictionary: the four specials, then ``symbols`` with their counts, padded to a multiple of 8.
+def build_dictionary(symbols: Sequence[str], counts: np.ndarray, extra_symbols: Sequence[str] = ()) -> Dictionary:
+    """fairseq's dictionary: the four specials, ``symbols`` with their counts, ``extra_symbols``, and padding to 8.
 
     Args:
         counts: (len(symbols) + 4,) occurrences by dictionary index.
+        extra_symbols: symbols that no text has (count 0), such as those of languages.
     """
     from fairseq.data import Dictionary
 
     dictionary = Dictionary()
-    for index, symbol in enumerate(symbols, start=NUM_SPECIALS):
-        if dictionary.add_symbol(symbol, n=int(counts[index])) != index:
+    occurrences = [*map(int, counts[NUM_SPECIALS:]), *(0 for _ in extra_symbols)]
+    for index, symbol in enumerate([*symbols, *extra_symbols], start=NUM_SPECIALS):
+        if dictionary.add_symbol(symbol, n=occurrences[index - NUM_SPECIALS]) != index:
             raise RuntimeError(f"symbol {symbol!r} occurs twice in the vocabulary")
     dictionary.pad_to_multiple_(8)
     return dictionary

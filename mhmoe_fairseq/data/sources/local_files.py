@@ -94,7 +94,13 @@ class JsonlSource:
 
 
 def jsonl_documents(path: Path, field: str) -> Iterator[Document]:
-    """Yields one document per non-empty line.
+    """Yields one document per non-empty line; ``UserError`` as in :func:`jsonl_records`."""
+    for place, record in jsonl_records(path, field):
+        yield Document(place, record[field].splitlines())
+
+
+def jsonl_records(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ``file:line`` and the object of every non-empty line.
 
     Raises:
         UserError: a line is not a JSON object with a string in ``field`` (names file:line).
@@ -109,10 +115,9 @@ def jsonl_documents(path: Path, field: str) -> Iterator[Document]:
             raise UserError(f"{place}: not valid JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise UserError(f"{place}: needs an object with a string in the field {field!r} (--jsonl-field)")
-        text = record[field]
-        if any("\ud800" <= character <= "\udfff" for character in text):
+        if any("\ud800" <= character <= "\udfff" for character in record[field]):
             raise UserError(f"{place}: the field {field!r} has half a surrogate pair, which UTF-8 cannot write")
-        yield Document(place, text.splitlines())
+        yield place, record
 
 
 @dataclass(frozen=True)

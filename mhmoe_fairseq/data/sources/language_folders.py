@@ -1,0 +1,117 @@
+"""The user's own text in many languages: ``DIR/de.txt``, ``DIR/de/*.txt`` or ``DIR/de.jsonl`` (``.gz`` too)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping, Sequence
+
+from ...errors import UserError
+from ..archives import Say
+from ..files import read_utf8_lines, require_files, sha256_of
+from ..multilingual.corpus_source import MultilingualCorpus, Stage
+from ..multilingual.passages import Passage
+from .local_files import jsonl_records, text_documents
+
+_LICENCE = "the user's own text: its terms are the user's to know"
+Read = Callable[[Path, str], Iterator[Passage]]
+
+
+@dataclass(frozen=True)
+class LanguageFolder:
+    """One file or one folder of files per language.
+
+    Args:
+        name: ``text`` or ``jsonl``.
+        folder: with the languages' files.
+        patterns: where they are, ``{}`` for the code; the first pattern that has a file wins.
+        read: from a file and its name to passages.
+        options: flags that change what is read, for the identity.
+    """
+
+    name: str
+    folder: Path
+    patterns: tuple[str, ...]
+    read: Read
+    options: Mapping[str, Any]
+    filter_lines: bool = False
+
+    def files(self, code: str) -> list[Path]:
+        """The files of one language by name; ``UserError`` when there is none."""
+        for pattern in self.patterns:
+            found = sorted(self.folder.glob(pattern.format(code)))
+            if found:
+                require_files(found, f"--source {self.name}")
+                return found
+        looked = ", ".join(str(self.folder / pattern.format(code)) for pattern in self.patterns)
+        raise UserError(f"--source {self.name}: no data for the language {code}: none of {looked}")
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """The files' names, sizes and hashes, all of which are read once to see that they are UTF-8.
+
+        Raises:
+            UserError: no such folder, a language without files, two languages with the same file, or invalid UTF-8.
+        """
+        if not self.folder.is_dir():
+            raise UserError(f"--source {self.name} {self.folder}: no such folder")
+        files = {code: self.files(code) for code in languages}
+        inputs: dict[str, list[dict[str, object]]] = {code: [] for code in languages}
+        owners: dict[object, tuple[str, Path]] = {}
+        for code, paths in files.items():
+            for path in paths:
+                digest = sha256_of(path)
+                owner, other = owners.setdefault(digest, (code, path))
+                if owner != code:
+                    raise UserError(
+                        f"--source {self.name}: {other} ({owner}) and {path} ({code}) are the same text; every "
+                        "language needs its own"
+                    )
+                for _ in read_utf8_lines(path):
+                    pass
+                inputs[code].append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
+        return {"inputs": inputs, **self.options}
+
+    def open(
+        self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
+    ) -> MultilingualCorpus:
+        """Nothing is fetched or copied."""
+        return MultilingualCorpus(
+            provenance={"licence": _LICENCE},
+            sources={code: [path.name for path in self.files(code)] for code in languages},
+            missing={code: {} for code in languages},
+            passages=partial(self._passages, tuple(languages)),
+            has_english="en" in languages,
+        )
+
+    def _passages(self, languages: Sequence[str], code: str) -> Iterator[tuple[str, Passage]]:
+        for path in self.files(code) if code in languages else []:
+            name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+            for passage in self.read(path, "" if name == code else name):
+                yield self.name, passage
+
+
+def text_folder(folder: Path, separator: str) -> LanguageFolder:
+    """Plain text; a document is what stands between two ``separator`` lines. It has no key: nothing is aligned."""
+
+    def read(path: Path, name: str) -> Iterator[Passage]:
+        for number, document in enumerate(text_documents(path, separator), start=1):
+            yield Passage(f"{name}:{number}", f"{name}:{number}", document.lines)
+
+    patterns = ("{}.txt", "{}.txt.gz", "{}/*.txt", "{}/*.txt.gz")
+    return LanguageFolder("text", folder, patterns, read, {"document_separator": separator})
+
+
+def jsonl_folder(folder: Path, field: str, key_field: str) -> LanguageFolder:
+    """JSON lines: one document an object; objects with the same key in several languages are translations."""
+
+    def read(path: Path, name: str) -> Iterator[Passage]:
+        for number, (place, record) in enumerate(jsonl_records(path, field), start=1):
+            key = record.get(key_field)
+            if key is not None and not isinstance(key, (str, int)):
+                raise UserError(f"{place}: the key in {key_field!r} must be a string or a number (--jsonl-key-field)")
+            unit = f"{name}:{number}" if key is None else str(key)
+            yield Passage(unit, unit, record[field].splitlines(), None if key is None else str(key))
+
+    patterns = ("{}.jsonl", "{}.jsonl.gz", "{}/*.jsonl", "{}/*.jsonl.gz")
+    return LanguageFolder("jsonl", folder, patterns, read, {"jsonl_field": field, "jsonl_key_field": key_field})
