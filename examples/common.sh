@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # What the language models' recipes share; each experiment's common.sh sources it, after setting
-#   experiment (its folder), task (flags for training and evaluation), DATA and OUT.
+#   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, if each language has its own
+#   figures, by_language.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
 #   DATA=DIR         prepared corpus (default: the experiment's, see its prepare.sh)
@@ -165,25 +166,30 @@ same_data() { # RUN
     [[ ! -f $DATA/manifest.json ]] || cmp -s "$DATA/manifest.json" "$1/manifest.json"
 }
 
-# evaluate NAME SPLIT: fairseq-eval-lm of the best checkpoint, kept in eval-SPLIT.log.
+# evaluate NAME SPLIT: the best checkpoint's perplexity, kept in eval-SPLIT.log (and by language in eval-SPLIT.json).
 evaluate() {
     local name=$1 run=$OUT/$1 split=$2
-    local log=$run/eval-$split.log
-    local command=(
-        fairseq-eval-lm "$DATA" "${blocks[@]}" --path "$run/checkpoint_best.pt" --gen-subset "$split"
-        --batch-size "${EVAL_BATCH:-32}" --distributed-world-size 1
-    )
+    local log=$run/eval-$split.log checkpoint=$run/checkpoint_best.pt command
+    if [[ -n ${by_language:-} ]]; then
+        command=(mhmoe evaluate "$checkpoint" --data "$DATA" --split "$split" --json "$run/eval-$split.json")
+        [[ -z ${LANGS:-} ]] || command+=(--langs "$LANGS")
+    else
+        command=(
+            fairseq-eval-lm "$DATA" "${blocks[@]}" --path "$checkpoint" --gen-subset "$split"
+            --batch-size "${EVAL_BATCH:-32}" --distributed-world-size 1
+        )
+    fi
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%q ' "${command[@]}" && echo
         return
     fi
     if [[ ! -e $log ]]; then
-        [[ -e $run/checkpoint_best.pt ]] || fail "$run has no checkpoint_best.pt: train it first"
+        [[ -e $checkpoint ]] || fail "$run has no checkpoint_best.pt: train it first"
         "${command[@]}" >"$log.tmp" 2>&1 ||
             fail "evaluation of $name on $split failed: $(tail -n 1 "$log.tmp") (see $log.tmp)"
         mv "$log.tmp" "$log"
     fi
-    say "$name, $split: $(sed -n 's/.*\(Loss (base 2).*\)/\1/p' "$log")"
+    say "$name, $split: $(sed -n -e 's/.*\(Loss (base 2).*\)/\1/p' -e 's/^| total | //p' "$log")"
 }
 
 # compare REPORT NAME...: evaluates the runs and writes the report.

@@ -4,12 +4,13 @@
 1. Search: every model with every learning rate, one seed, ``--search-updates`` updates; the lowest
    validation loss wins.
 2. Study: every model with its learning rate, all seeds, ``--updates`` updates; then validation and test perplexity of
-   the last checkpoint through fairseq-eval-lm.
+   the last checkpoint through fairseq-eval-lm, or, of text in several languages, through ``mhmoe evaluate``.
 
 Finished runs are kept, so a stopped study goes on where it was. Runs lie in OUT/search/MODEL/lr-X and
 OUT/runs/MODEL/seed-N; OUT/summary.json collects the figures, ``mhmoe report --aggregate`` makes table and plot.
 
-Example: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
+Examples: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
+          scripts/experiment.py --data data/multilingual --out outputs/languages --lrs 8e-3 --validations 2
 """
 
 from __future__ import annotations
@@ -51,15 +52,23 @@ def say(text: str) -> None:
 def blocks(args: argparse.Namespace) -> list[str]:
     """What training and evaluation share: the same blocks of text for every model."""
     user_dir = Path(__file__).resolve().parent.parent / "mhmoe_fairseq"
+    task = ["--task", "mhmoe_language_modeling"]
+    if has_languages(args.data):
+        task = ["--task", "mhmoe_multilingual_language_modeling", "--multilang-sampling-alpha", f"{args.alpha:g}"]
     return [
-        "--user-dir", str(user_dir), "--task", "mhmoe_language_modeling", "--tokens-per-sample",
-        str(args.tokens_per_sample), "--sample-break-mode", "none", "--cpu",
+        "--user-dir", str(user_dir), *task, "--tokens-per-sample", str(args.tokens_per_sample),
+        "--sample-break-mode", "none", "--cpu",
     ]  # fmt: skip
+
+
+def has_languages(data: Path) -> bool:
+    """Whether ``mhmoe prepare multilingual`` made the data."""
+    return "languages" in json.loads((data / "manifest.json").read_text(encoding="utf-8"))
 
 
 def train_command(args: argparse.Namespace, model: str, lr: float, seed: int, updates: int, run: Path) -> list[str]:
     """The fairseq-train command of one run."""
-    interval = max(1, updates // 4)
+    interval = max(1, updates // args.validations)
     return [
         "fairseq-train", str(args.data), *blocks(args), *(word.format(size=args.size) for word in MODELS[model]),
         "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
@@ -106,11 +115,26 @@ def train(args: argparse.Namespace, model: str, lr: float, seed: int, updates: i
 
 def evaluate(args: argparse.Namespace, run: Path) -> None:
     """Validation and test perplexity of the last checkpoint."""
+    checkpoint = str(run / "checkpoint_last.pt")
     for split in ("valid", "test"):
         log = run / f"eval-{split}.log"
-        if not log.exists():
-            checkpoint = ["--path", str(run / "checkpoint_last.pt"), "--gen-subset", split, "--batch-size", "32"]
-            call(["fairseq-eval-lm", str(args.data), *blocks(args), *checkpoint], log, args.threads)
+        if log.exists():
+            continue
+        if has_languages(args.data):
+            command = ["mhmoe", "evaluate", checkpoint, "--data", str(args.data), "--split", split]
+            command += ["--json", str(run / f"eval-{split}.json")]
+        else:
+            command = ["fairseq-eval-lm", str(args.data), *blocks(args), "--path", checkpoint]
+            command += ["--gen-subset", split, "--batch-size", "32"]
+        call(command, log, args.threads)
+
+
+def perplexity(run: Path, split: str) -> float:
+    """Of all text of the split."""
+    figures = run / f"eval-{split}.json"
+    if figures.exists():
+        return json.loads(figures.read_text(encoding="utf-8"))["total"]["perplexity"]
+    return read_evaluation(run / f"eval-{split}.log").perplexity
 
 
 def search(args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, float]:
@@ -146,7 +170,7 @@ def study(args: argparse.Namespace, pool: concurrent.futures.Executor, best: dic
         results = [jobs[model, seed].result() for seed in args.seeds]
         row: dict[str, object] = {"lr": best[model]}
         for split in ("valid", "test"):
-            perplexities = [read_evaluation(run / f"eval-{split}.log").perplexity for run in results]
+            perplexities = [perplexity(run, split) for run in results]
             spread = statistics.stdev(perplexities) if len(perplexities) > 1 else None
             row[split] = {"ppl": perplexities, "mean": statistics.mean(perplexities), "stdev": spread}
         summary[model] = row
@@ -166,6 +190,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--search-updates", type=int, default=100, help="updates of every run of the search")
     parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2], help="learning rates to search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the search's")
+    parser.add_argument("--validations", type=int, default=4, help="how often a run is validated while it trains")
+    parser.add_argument("--alpha", type=float, default=0.5, help="for several languages: --multilang-sampling-alpha")
     parser.add_argument("--batch-size", type=int, default=16, help="blocks per update")
     parser.add_argument("--tokens-per-sample", type=int, default=128, help="tokens per block")
     parser.add_argument("--threads", type=int, default=1, help="threads of every run")

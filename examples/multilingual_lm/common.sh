@@ -5,6 +5,7 @@
 #   ALPHA=X          languages are drawn with probability ~ (share of the data)^X (default 0.5; 1: as the data are)
 # shellcheck disable=SC2034  # all are read by ../common.sh
 experiment=multilingual_lm
+by_language=1
 task=(--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha "${ALPHA:-0.5}")
 [[ -z ${LANGS:-} ]] || task+=(--langs "$LANGS")
 DATA=${DATA:-data/multilingual}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from fairseq import options
 
+from mhmoe_fairseq import cli
 from mhmoe_fairseq.analysis.model_counts import ModelCounts, blank_dictionary, count_model
 from mhmoe_fairseq.models.options import LanguageModelOptions
 
@@ -86,8 +87,10 @@ def test_every_command_is_accepted_by_fairseq_and_by_the_model(recipe: str, scal
     for command in words:
         if unlaunched(command)[0] == "fairseq-train":
             assert counts(command).total > 0
-        else:
+        elif command[0] == "fairseq-eval-lm":
             assert parse(command).gen_subset in ("valid", "test")
+        else:
+            assert cli.build_parser(command[1]).parse_args(command[1:]).split in ("valid", "test")
 
 
 def test_an_unknown_flag_would_be_seen() -> None:
