@@ -110,7 +110,7 @@ def write_split(
         "lines": sum(map(len, documents)),
         "words": sum(len(line.split()) for line in lines),
         "bytes": text.stat().st_size,
-        "characters": sum(len(line) + 1 for line in lines),
+        "chars": sum(len(line) + 1 for line in lines),
         "tokens": sum(map(len, items)),
     }
 

@@ -91,5 +91,5 @@ def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str,
             continue
         left_out = counted["tokens"] - evaluated
         if 0 <= left_out < max(counted["documents"], 1):
-            found[language] = float(counted["characters"] - left_out)
+            found[language] = float(counted["chars"] - left_out)
     return found
