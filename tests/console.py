@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "fairseq-hydra-train": "fairseq_cli.hydra_train",
     "fairseq-interactive": "fairseq_cli.interactive",
     "fairseq-preprocess": "fairseq_cli.preprocess",
+    "fairseq-validate": "fairseq_cli.validate",
 }
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torchscale.architecture.decoder", *ENTRY_POINTS.values()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..data.classification.examples import Example
 from ..data.classification.labels import Labels
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
 from ..errors import UserError
+from ..models._checkpoints import read_checkpoint
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
 from ..tasks._sentence_pairs import LabelledSentences
 from ..tasks.sentence_classification import FIRST, SentenceClassificationTask
@@ -173,12 +173,7 @@ class Classifier:
 
 def _require_head(checkpoint: Path) -> None:
     """The checkpoint is of our task; a language model's would be evaluated with a random head."""
-    try:
-        loaded = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        task = loaded["cfg"]["task"]["_name"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint}: no readable checkpoint ({reason})") from error
+    task = read_checkpoint(checkpoint)["cfg"]["task"]["_name"]
     if task != TASK:
         raise UserError(
             f"{checkpoint}: was trained with task {task} and has no classification head: fine-tune it with "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +15,18 @@ _FINGERPRINT = "decoder.vocabulary_fingerprint"
 _HEADS = "classification_heads."
 
 
-def check_pretrained(model: nn.Module, checkpoint: Path, data: str) -> None:
+def check_pretrained(model: nn.Module, checkpoint: Path, state: dict[str, Tensor], data: str) -> None:
     """The checkpoint has the model's dictionary and all of its parameters but new heads, and no other.
 
     Args:
         model: in training, with its heads.
-        checkpoint: fairseq's.
+        checkpoint: its name, for messages.
+        state: its ``model``.
         data: the data folder, for messages.
 
     Raises:
         ValueError: naming the checkpoint and the first thing that differs.
     """
-    state = _read_state(checkpoint)
     fingerprint = state.get(_FINGERPRINT)
     if fingerprint is not None and not torch.equal(fingerprint, model.get_buffer(_FINGERPRINT).cpu()):
         words = f"{state['decoder.embed_tokens.weight'].size(0):,} words, "
@@ -39,15 +37,6 @@ def check_pretrained(model: nn.Module, checkpoint: Path, data: str) -> None:
     difference = next(_differences(model, state), None)
     if difference is not None:
         raise UserError(f"{checkpoint}: {difference}: give --arch and the model's flags as in its training")
-
-
-def _read_state(checkpoint: Path) -> dict[str, Tensor]:
-    try:
-        loaded: Any = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        return loaded["model"]
-    except (RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{checkpoint}: no readable checkpoint ({reason})") from error
 
 
 def _differences(model: nn.Module, state: dict[str, Tensor]) -> Iterator[str]:
