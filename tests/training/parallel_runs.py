@@ -27,10 +27,10 @@ MODEL = (
 OPTIMIZATION = ("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.003", "--clip-norm", "1.0")
 
 
-def write_even_corpus(folder: Path, words: int = 40) -> Path:
-    """Binarised text with a simple grammar, whose training split is exactly ``BATCHES`` batches; the data folder."""
+def write_even_corpus(folder: Path, words: int = 40, batches: int = BATCHES) -> Path:
+    """Binarised text with a simple grammar, whose training split is exactly ``batches`` batches; the data folder."""
     generator = random.Random(0)
-    for split, lines in (("train", BATCHES * BATCH_LINES), ("valid", 16), ("test", 16)):
+    for split, lines in (("train", batches * BATCH_LINES), ("valid", 16), ("test", 16)):
         with open(folder / f"{split}.txt", "w") as file:
             for _ in range(lines):
                 sentence = [generator.randrange(words)]

@@ -70,6 +70,17 @@ def test_limited_capacity_trains_as_in_one_process(data, tmp_path, ranks, size):
     assert figures(several, *FIGURES) == figures(one, *FIGURES)
 
 
+def test_global_balance_is_that_of_one_larger_batch(tmp_path):
+    """An epoch of one update, so that the ranks' batches are the halves of the larger one."""
+    data = write_even_corpus(tmp_path, batches=4)
+    one = train(1, data, tmp_path / "one", "--batch-size", 8, "--update-freq", 1, updates=10)
+    halves = ("--batch-size", 4, "--update-freq", 1)
+    two = train(2, data, tmp_path / "two", *halves, "--mhmoe-balance-scope", "global", updates=10)
+    apart = train(2, data, tmp_path / "apart", *halves, updates=10)
+    assert len(one) == 10 and figures(two, *FIGURES) == figures(one, *FIGURES)
+    assert figures(apart, "gate_loss") != figures(one, "gate_loss")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
