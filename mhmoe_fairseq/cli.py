@@ -25,6 +25,8 @@ COMMANDS = {
         "mhmoe_fairseq.evaluation.lm_eval_command",
         "evaluate on tasks of lm-evaluation-harness, whose own command line this is",
     ),
+    "xnli": ("mhmoe_fairseq.analysis.xnli_command", "zero-shot XNLI in every language, from your copy of it"),
+    "probe": ("mhmoe_fairseq.analysis.probe_command", "cross-lingual probe from aligned held-out text, not XNLI"),
     "import-official": (
         "mhmoe_fairseq.models._import_official",
         "read MH-MoE layer weights of the official repository's checkpoints",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from fairseq.data import Dictionary
-from fairseq.sequence_scorer import SequenceScorer
+from harness import direct_scores
 from language_models import small_model
 
 from mhmoe_fairseq.evaluation.loading import load_language_model
@@ -18,13 +18,6 @@ TEXTS = [
     "The teacher mends the engine behind a quiet house 93. The farmer opens it.",
     "A",
 ]
-
-
-def direct_scores(model, tokens):
-    """Positional log-probabilities of ``tokens`` after ``</s>``, from fairseq's SequenceScorer, one text at a time."""
-    source = torch.tensor([[model.src_dict.eos(), *tokens[:-1]]])
-    sample = {"net_input": {"src_tokens": source, "src_lengths": None}, "target": torch.tensor([tokens])}
-    return SequenceScorer(model.tgt_dict).generate(model.models, sample)[0][0]["positional_scores"].double()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,192 @@
+"""A cross-lingual probe of our own, not XNLI: which of n sentences translates the one before it?
+
+From aligned held-out text (``aligned/test.jsonl`` of ``mhmoe prepare multilingual``): after a sentence and its line
+end, a model scores the sentence's translation and n - 1 distractors, sentences of similar length in the same language
+from the same split. A model that links the two languages prefers the translation. Names, numbers and markup that both
+languages write alike are cues, too: compare models with one another, and read no level of understanding off a figure.
+
+Two ways to choose: the highest log-probability per token, and the largest gain that the sentence before brings, the
+log-probability after it minus that at the begin of a text (pointwise mutual information, PMI).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.files import read_utf8_lines
+from ..errors import UserError
+from .scoring import Score, TextScorer
+
+_NEIGHBOURS = 20  # distractors are drawn from so many next shorter and next longer sentences
+
+
+class Aligned(NamedTuple):
+    """One key of the aligned text: a sentence by language."""
+
+    key: str
+    text: dict[str, str]
+
+
+class Item(NamedTuple):
+    """One question.
+
+    Attributes:
+        key: of the aligned text.
+        context: the sentence.
+        candidates: sentences of the other language.
+        answer: index of the translation.
+    """
+
+    key: str
+    context: str
+    candidates: tuple[str, ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Of one pair of languages.
+
+    Attributes:
+        items: number of questions.
+        by_length: right answers by log-probability per token.
+        by_pmi: right answers by pointwise mutual information.
+    """
+
+    items: int
+    by_length: int
+    by_pmi: int
+
+    def accuracy(self, correct: int) -> tuple[float, float]:
+        """Share of right answers and its standard error."""
+        share = correct / self.items
+        return share, math.sqrt(share * (1 - share) / self.items)
+
+
+def read_aligned(path: Path) -> list[Aligned]:
+    """The aligned text: a JSON object a line, ``{"key": str, "text": {"en": str, "de": str, ...}}``.
+
+    Raises:
+        UserError: naming the file, the line and what is wrong there.
+    """
+    found = []
+    for number, line in enumerate(read_utf8_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+            raise UserError(f"{path}:{number}: needs a JSON object with a field 'key', a text")
+        text = row.get("text")
+        if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
+            raise UserError(f"{path}:{number}: field 'text' must be an object of texts by language")
+        found.append(Aligned(row["key"], text))
+    if not found:
+        raise UserError(f"{path}: no aligned text in it")
+    return found
+
+
+def make_items(
+    aligned: Sequence[Aligned],
+    source: str,
+    target: str,
+    *,
+    candidates: int = 4,
+    seed: int = 1,
+    most: int | None = None,
+    min_characters: int = 10,
+) -> list[Item]:
+    """The questions of a pair of languages: the same for the same text and seed, whatever the order of the lines.
+
+    Args:
+        source: the language of the contexts.
+        target: that of the candidates.
+        candidates: per question, the translation counted.
+        seed: of the choice of questions, distractors and places.
+        most: at most so many questions, drawn at random.
+        min_characters: shorter sentences are left out.
+
+    Raises:
+        UserError: a bad number, or too little text aligned.
+    """
+    if candidates < 2:
+        raise UserError(f"--candidates ({candidates}) must be at least 2")
+    if most is not None and most < 1:
+        raise UserError(f"--max-items ({most}) must be at least 1")
+    by_target: dict[str, Aligned] = {}
+    for one in sorted(aligned):
+        before, after = one.text.get(source, ""), one.text.get(target, "")
+        if min(len(before), len(after)) >= min_characters and before != after:
+            by_target.setdefault(after, one)
+    pool = sorted(by_target.values(), key=lambda one: (len(one.text[target]), one.key))
+    if len(pool) < candidates:
+        raise UserError(
+            f"{source}-{target}: {len(pool)} aligned sentences of at least {min_characters} characters, but a question "
+            f"needs {candidates}"
+        )
+    chosen = range(len(pool))
+    if most is not None and most < len(pool):
+        chosen = sorted(random.Random(f"{seed} {source} {target}").sample(chosen, most))
+    return [_item(pool, place, source, target, candidates, seed) for place in chosen]
+
+
+def _item(pool: list[Aligned], place: int, source: str, target: str, candidates: int, seed: int) -> Item:
+    one = pool[place]
+    reach = max(_NEIGHBOURS, candidates)
+    others = [*pool[max(0, place - reach) : place], *pool[place + 1 : place + 1 + reach]]
+    # A distractor with the same context would be right, too.
+    apart = [other for other in others if other.text[source] != one.text[source]]
+    if len(apart) < candidates - 1:
+        raise UserError(f"{source}-{target}: too few sentences of similar length around {one.key!r} to draw from")
+    draw = random.Random(f"{seed} {source} {target} {one.key}")
+    texts = [one.text[target], *(other.text[target] for other in draw.sample(apart, candidates - 1))]
+    draw.shuffle(texts)
+    return Item(one.key, one.text[source], tuple(texts), texts.index(one.text[target]))
+
+
+def score_items(
+    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool = False
+) -> tuple[list[list[Score]], list[list[Score]]]:
+    """Scores of every candidate after its context, and at the begin of a text.
+
+    Args:
+        language_symbols: a language's symbol stands before each sentence in place of ``</s>``.
+    """
+    middle = scorer.language_id(target) if language_symbols else scorer.dictionary.eos()
+    pairs = [
+        ([*scorer.encode(item.context), middle], scorer.encode(candidate))
+        for item in items
+        for candidate in item.candidates
+    ]
+    scorer.set_language(source if language_symbols else None)
+    after = scorer.score_all(pairs)
+    texts = list(dict.fromkeys(candidate for item in items for candidate in item.candidates))
+    scorer.set_language(target if language_symbols else None)
+    alone = dict(zip(texts, scorer.score_all([([], scorer.encode(text)) for text in texts])))
+    rows = iter(after)
+    return (
+        [[next(rows) for _ in item.candidates] for item in items],
+        [[alone[candidate] for candidate in item.candidates] for item in items],
+    )
+
+
+def probe(
+    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool = False
+) -> ProbeResult:
+    """Score the questions of a pair of languages and count right answers."""
+    after, alone = score_items(scorer, items, source, target, language_symbols=language_symbols)
+    by_length = by_pmi = 0
+    for item, scores, before in zip(items, after, alone):
+        per_token = [score.log_prob / max(1, score.num_tokens) for score in scores]
+        gain = [score.log_prob - other.log_prob for score, other in zip(scores, before)]
+        by_length += per_token.index(max(per_token)) == item.answer
+        by_pmi += gain.index(max(gain)) == item.answer
+    return ProbeResult(len(items), by_length, by_pmi)

@@ -1,0 +1,126 @@
+"""Find and read a user's copy of XNLI: one file per language, or the official files of all languages.
+
+Official are ``xnli.dev.tsv``, ``xnli.test.tsv`` and their ``.jsonl`` twins, with the fields ``language``,
+``gold_label``, ``sentence1`` and ``sentence2``. Files per language may name these ``premise``, ``hypothesis`` and
+``label``, as the data set that lm-eval downloads does, whose labels are 0, 1 and 2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data.classification.examples import Fields, file_format, read_examples
+from ..data.classification.labels import Labels
+from ..data.files import read_utf8_lines, sha256_of
+from ..data.languages import XNLI_LANGUAGES, get_language
+from ..errors import UserError
+
+LABELS = ("entailment", "neutral", "contradiction")  # by id, as XNLI's and lm-eval's
+_SPELLINGS = (("entailment",), ("neutral",), ("contradiction", "contradictory"))
+SPLITS = {"validation": ("validation", "dev", "valid", "val"), "test": ("test",)}
+_SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".tsv", ".json") for packed in ("", ".gz"))
+_SHARED = ("xnli.{split}", "{split}")
+_SINGLE = (
+    "{code}/{split}", "{split}/{code}", "xnli_{code}_{split}", "xnli_{split}_{code}", "xnli.{split}.{code}",
+    "{code}_{split}", "{split}_{code}", "{split}.{code}", "{code}.{split}", "xnli_{code}", "xnli.{code}", "{code}",
+)  # fmt: skip
+_PREMISE, _HYPOTHESIS, _LABEL = ("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("label", "gold_label")
+
+
+@dataclass(frozen=True)
+class XnliSet:
+    """The examples of one language.
+
+    Attributes:
+        code: the language.
+        path: the file they came from.
+        sha256: of that file.
+        examples: objects with ``premise``, ``hypothesis`` and ``label``, an index into ``LABELS``.
+    """
+
+    code: str
+    path: Path
+    sha256: str
+    examples: tuple[dict[str, str | int], ...]
+
+
+def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> list[XnliSet]:
+    """The examples of every language asked for, or of all that are there.
+
+    Args:
+        folder: where the files are.
+        split: validation or test.
+        codes: languages; each must have examples.
+
+    Raises:
+        UserError: naming the file, the line and the field, or the language without a file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--xnli-dir {folder}: no such folder")
+    found = []
+    for code in codes or XNLI_LANGUAGES:
+        get_language(code)
+        path = _find(folder, _SINGLE, split, code)
+        shared = path or _find(folder, _SHARED, split, code)
+        if shared is None:
+            if codes is not None:
+                raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
+            continue
+        examples = tuple(_read(shared, code if path is None else None))
+        if examples:
+            found.append(XnliSet(code, shared, sha256_of(shared), examples))
+        elif codes is not None or path is not None:
+            raise UserError(f"{shared}: no example of {code}")
+    if not found:
+        raise UserError(f"--xnli-dir {folder}: no XNLI {split} file in it; {_expected(split, 'de')}")
+    _refuse_twins(found)
+    return found
+
+
+def _find(folder: Path, patterns: Sequence[str], split: str, code: str) -> Path | None:
+    for pattern, alias, suffix in itertools.product(patterns, SPLITS[split], _SUFFIXES):
+        path = folder / (pattern.format(split=alias, code=code) + suffix)
+        if path.is_file():
+            return path
+    return None
+
+
+def _expected(split: str, code: str) -> str:
+    alias = SPLITS[split][min(1, len(SPLITS[split]) - 1)]
+    return f"looked for xnli.{alias}.tsv, xnli.{alias}.jsonl, {code}/{split}.jsonl, {code}.jsonl and the like"
+
+
+def _read(path: Path, code: str | None) -> Iterator[dict[str, str | int]]:
+    """Examples of a file: those of one language, or all if ``code`` is None."""
+    names = _field_names(path)
+    if not names:
+        return
+    premise, hypothesis, label = (
+        next((name for name in spellings if name in names), spellings[0])
+        for spellings in (_PREMISE, _HYPOTHESIS, _LABEL)
+    )
+    fields = Fields((premise, hypothesis), label, None if code is None else "language")
+    labels = Labels(_SPELLINGS, field=label)
+    for example in read_examples(path, fields, code or ""):
+        yield {"premise": example.texts[0], "hypothesis": example.texts[1], "label": labels.find(example)}
+
+
+def _field_names(path: Path) -> list[str]:
+    """Of the first line that is not empty."""
+    first = next((line for line in read_utf8_lines(path) if line.strip()), "")
+    if file_format(path) == "TSV":
+        return first.split("\t")
+    try:
+        return list(json.loads(first)) if first else []
+    except (ValueError, TypeError):
+        return [""]  # reading the line says what is wrong with it
+
+
+def _refuse_twins(sets: list[XnliSet]) -> None:
+    for one, other in itertools.combinations(sets, 2):
+        if one.examples == other.examples:
+            raise UserError(f"{one.path} and {other.path}: the same examples for {one.code} and {other.code}")
