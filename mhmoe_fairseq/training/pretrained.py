@@ -50,5 +50,5 @@ def _differences(model: nn.Module, state: dict[str, Tensor]) -> Iterator[str]:
                 yield f"it has no parameter {name}"
         elif state[name].shape[first:] != parameter.shape[first:]:
             yield f"its {name} is of shape {tuple(state[name].shape)}, this model's of {tuple(parameter.shape)}"
-    for name in state.keys() - expected.keys() - {_FINGERPRINT}:
+    for name in sorted(state.keys() - expected.keys() - {_FINGERPRINT}):
         yield f"this model has no parameter {name}"

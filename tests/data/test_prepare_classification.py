@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 
 import numpy as np
 import pytest
 from fairseq.data import Dictionary, data_utils
 from labelled import XNLI_LABELS, prepare, write_jsonl, write_official_tsv, xnli_rows
+from trained_model import sentences
 
 from mhmoe_fairseq.data.files import read_json
 from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
@@ -22,11 +22,9 @@ CODES = ("en", "de", "zh")
 def lm_data(tmp_path_factory):
     """The dictionary and SentencePiece model of a language model's data, with a language symbol at the end."""
     folder = tmp_path_factory.mktemp("lm-data")
-    words = "the a river farmer teacher engine garden letter opens mends paints watches near behind under".split()
-    generator = random.Random(0)
-    lines = [" ".join(generator.choices(words, k=8)) for _ in range(200)]
+    lines = sentences(300)
     train_sentencepiece(
-        lines, 200, folder / "sentencepiece.model", vocab_size=300, model="unigram", max_lines=1000, seed=1
+        lines, 300, folder / "sentencepiece.model", vocab_size=320, model="unigram", max_lines=1000, seed=1
     )
     vocabulary = SentencePieceVocabulary(folder / "sentencepiece.model")
     symbols = [*vocabulary.symbols, "__de__"]
