@@ -122,7 +122,7 @@ def make_items(
     if most is not None and most < 1:
         raise UserError(f"--max-items ({most}) must be at least 1")
     by_target: dict[str, Aligned] = {}
-    for one in sorted(aligned):
+    for one in sorted(aligned, key=lambda one: one.key):
         before, after = one.text.get(source, ""), one.text.get(target, "")
         if min(len(before), len(after)) >= min_characters and before != after:
             by_target.setdefault(after, one)

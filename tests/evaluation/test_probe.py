@@ -1,0 +1,140 @@
+"""The cross-lingual probe: its questions, its scores against direct scoring, and the command."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from harness import direct_scores, line_ids
+
+from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.evaluation.probe import Aligned, ProbeResult, make_items, probe, read_aligned, score_items
+from mhmoe_fairseq.evaluation.scoring import TextScorer
+
+_WORDS = "river farmer teacher engine garden letter winter captain window market forest doctor".split()
+
+
+def aligned_text(count: int) -> list[Aligned]:
+    """English and a German of its own: the words backwards."""
+    draw = random.Random(0)
+    found = []
+    for number in range(count):
+        words = draw.sample(_WORDS, 2 + number % 3)
+        text = {"en": " ".join(words), "de": " ".join(word[::-1] for word in words)}
+        found.append(Aligned(f"key{number:03}", {**text, "fr": text["en"]} if number % 2 else text))
+    return found
+
+
+def test_questions_have_one_answer_and_distractors_of_its_length():
+    aligned = aligned_text(80)
+    items = make_items(aligned, "en", "de", candidates=4)
+    translation = {one.text["en"]: one.text["de"] for one in aligned}
+    assert len(items) > 60
+    for item in items:
+        assert len(set(item.candidates)) == 4 and item.candidates[item.answer] == translation[item.context]
+        assert max(map(len, item.candidates)) <= 2.5 * min(map(len, item.candidates))
+    places = [item.answer for item in items]
+    assert all(places.count(place) > 5 for place in range(4))
+
+
+def test_questions_depend_on_the_seed_and_not_on_the_order_of_lines():
+    aligned = aligned_text(80)
+    first = make_items(aligned, "en", "de", most=20)
+    assert make_items(aligned[::-1], "en", "de", most=20) == first and len(first) == 20
+    assert make_items(aligned, "en", "de", most=20, seed=2) != first
+
+
+def test_untranslated_short_and_repeated_sentences_are_left_out():
+    aligned = aligned_text(80)
+    with pytest.raises(
+        ValueError, match="en-fr: 0 aligned sentences of at least 10 characters, but a question needs 4"
+    ):
+        make_items(aligned, "en", "fr")
+    extra = [*aligned, Aligned("short", {"en": "river", "de": "revir"}), aligned[0]._replace(key="repeated")]
+    assert make_items(extra, "en", "de") == make_items(aligned, "en", "de")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"candidates": 1}, r"--candidates \(1\) must be at least 2"), ({"most": 0}, r"--max-items \(0\)")],
+)
+def test_bad_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_items(aligned_text(10), "en", "de", **options)
+
+
+def test_scores_and_choices_equal_direct_scoring(hub):
+    items = make_items(aligned_text(30), "en", "de", candidates=3, most=6)
+    scorer = TextScorer(hub)
+    after, alone = score_items(scorer, items, "en", "de")
+    by_length = by_pmi = 0
+    for item, scores, before in zip(items, after, alone):
+        per_token, gain = [], []
+        for candidate, score, other in zip(item.candidates, scores, before):
+            context, tokens = [*line_ids(hub, item.context), hub.src_dict.eos()], line_ids(hub, candidate)
+            assert len(context) + len(tokens) <= 64
+            conditional = direct_scores(hub, context + tokens)[len(context) :].sum().item()
+            unconditional = direct_scores(hub, tokens).sum().item()
+            assert score.log_prob == pytest.approx(conditional, rel=1e-6) and score.num_tokens == len(tokens)
+            assert other.log_prob == pytest.approx(unconditional, rel=1e-6)
+            per_token.append(conditional / len(tokens))
+            gain.append(conditional - unconditional)
+        by_length += max(per_token) == per_token[item.answer]
+        by_pmi += max(gain) == gain[item.answer]
+    assert probe(scorer, items, "en", "de") == ProbeResult(6, by_length, by_pmi)
+
+
+def test_accuracy_has_a_standard_error():
+    assert ProbeResult(100, 50, 25).accuracy(50) == (0.5, 0.05)
+
+
+@pytest.fixture
+def data(trained_model, tmp_path):
+    """A folder as ``mhmoe prepare multilingual`` leaves it, as far as the probe reads it."""
+    for name in ("dict.txt", "sentencepiece.model"):
+        (tmp_path / name).write_bytes((trained_model.data / name).read_bytes())
+    (tmp_path / "aligned").mkdir()
+    lines = [json.dumps({"key": one.key, "text": one.text}) + "\n" for one in aligned_text(40)]
+    (tmp_path / "aligned" / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_command(trained_model, hub, data, capsys):
+    flags = ["--checkpoint", str(trained_model.folder), "--data", str(data), "--cpu", "--max-items", "8"]
+    assert main(["probe", *flags, "--pairs", "en-de,de-en", "--out", str(data / "probe.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("Cross-lingual probe of our own, not XNLI") and "chance is 25.0" in out
+    record = json.loads((data / "probe.json").read_text(encoding="utf-8"))
+    [model] = record["models"]
+    assert list(model["pairs"]) == ["en-de", "de-en"] and record["chance"] == 0.25 and "not XNLI" in record["what"]
+    for pair, figures in model["pairs"].items():
+        assert figures["items"] == 8 and figures["pmi"]["accuracy"] == figures["pmi"]["correct"] / 8
+        [row] = [line for line in out.splitlines() if line.startswith(f"| {pair} ")]
+        assert f"{100 * figures['per_token']['accuracy']:.1f} ± {100 * figures['per_token']['stderr']:.1f}" in row
+    expected = make_items(read_aligned(data / "aligned" / "test.jsonl"), "en", "de", most=8)
+    scorer = TextScorer(hub)
+    assert probe(scorer, expected, "en", "de").by_pmi == model["pairs"]["en-de"]["pmi"]["correct"]
+
+
+def test_bad_input_is_one_line(trained_model, data, capsys):
+    aligned = data / "aligned" / "test.jsonl"
+    good = aligned.read_text(encoding="utf-8")
+    flags = ["--checkpoint", "nowhere.pt", "--data", str(data)]
+    for words, text, message in (
+        (["--split", "valid"], good, "--data: no such file"),
+        (["--pairs", "en-en"], good, "--pairs en-en: must be two different language codes"),
+        (["--pairs", "en-xx"], good, "--pairs xx: no such language"),
+        (["--pairs", "en-de,en-de"], good, "--pairs en-de: given twice"),
+        (["--pairs", "en-ru"], good, "en-ru: 0 aligned sentences"),
+        (["--candidates", "1"], good, "--candidates (1) must be at least 2"),
+        ([], good + "{\n", "test.jsonl:41: not valid JSON"),
+        ([], good + '{"text": {}}\n', "test.jsonl:41: needs a JSON object with a field 'key'"),
+        ([], good + '{"key": "a", "text": {"en": 1}}\n', "test.jsonl:41: field 'text' must be an object of texts"),
+        ([], "", "test.jsonl: no aligned text in it"),
+        (["--pairs", "en-de"], good, "no model.pt or checkpoint_best.pt or checkpoint_last.pt in nowhere.pt"),
+    ):
+        aligned.write_text(text, encoding="utf-8")
+        assert main(["probe", *flags, *words]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("mhmoe probe: error: ") and message in err and err.count("\n") == 1, err

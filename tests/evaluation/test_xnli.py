@@ -1,0 +1,127 @@
+"""Zero-shot XNLI on a local file: official prompts by inclusion, scores of direct scoring."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from harness import direct_scores, line_ids
+from test_xnli_files import write_lines
+
+from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.evaluation.xnli_files import read_xnli
+
+pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+from mhmoe_fairseq.evaluation.lm_eval_support import require_lm_eval  # noqa: E402
+from mhmoe_fairseq.evaluation.xnli_tasks import write_tasks  # noqa: E402
+
+# The official prompts, as lm-eval's README gives them: premise, question word, label, hypothesis.
+PROMPTS = {
+    "en": "{premise}, right? {label}, {hypothesis}",
+    "de": "{premise}, richtig? {label}, {hypothesis}",
+    "zh": "{premise}, 正确? {label}, {hypothesis}",
+}
+WORDS = {"en": ("Yes", "Also", "No"), "de": ("Ja", "Auch", "Nein"), "zh": ("是的", "所以", "不是的")}
+EXAMPLES = {
+    "en": [("The river", "A letter", 0), ("The doctor waits", "The doctor", 2), ("A window", "The winter", 1)],
+    "de": [("Der Fluss", "Ein Brief", 2), ("Das Tor", "Der Arzt", 1)],
+    "zh": [("河", "信", 0), ("门", "医", 1), ("冬天", "天", 2)],
+}
+
+
+@pytest.fixture(scope="module")
+def xnli_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("xnli")
+    for code, rows in EXAMPLES.items():
+        lines = [{"premise": one, "hypothesis": two, "label": label} for one, two, label in rows]
+        write_lines(folder / f"{code}.jsonl", lines)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(trained_model, xnli_dir, tmp_path_factory):
+    """The command on two checkpoints: (its text, its folder)."""
+    out = tmp_path_factory.mktemp("out")
+    twin = tmp_path_factory.mktemp("twin")
+    shutil.copy(trained_model.checkpoint, twin / "model.pt")
+    text: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mhmoe_fairseq.analysis.xnli_command.say", text.append)
+        status = main([
+            "xnli", "--checkpoint", str(trained_model.folder), str(twin), "--data", str(trained_model.data),
+            "--xnli-dir", str(xnli_dir), "--out", str(out), "--cpu",
+        ])  # fmt: skip
+    assert status == 0
+    return "\n".join(text), out
+
+
+def test_scores_equal_direct_scoring(result, hub):
+    _, out = result
+    models = json.loads((out / "results.json").read_text(encoding="utf-8"))["models"]
+    assert len({model["checkpoint_sha256"] for model in models}) == 1 and len({model["name"] for model in models}) == 2
+    for code, rows in EXAMPLES.items():
+        kept = json.loads((out / "scores" / models[0]["name"] / f"{code}.json").read_text(encoding="utf-8"))
+        right = 0
+        for (premise, hypothesis, label), example in zip(rows, kept, strict=True):
+            texts = [PROMPTS[code].format(premise=premise, label=word, hypothesis=hypothesis) for word in WORDS[code]]
+            ids = [line_ids(hub, text) for text in texts]
+            assert max(map(len, ids)) <= 64
+            expected = [direct_scores(hub, tokens).sum().item() for tokens in ids]
+            assert example["log_probs"] == pytest.approx(expected, rel=1e-6)
+            assert example["label"] == label
+            right += expected.index(max(expected)) == label
+        for model in models:
+            figures = model["languages"][code]
+            assert figures["accuracy"] == pytest.approx(right / len(rows)) and figures["examples"] == len(rows)
+            assert sum(figures["predicted"].values()) == len(rows)
+
+
+def test_the_table_has_ours_and_the_papers(result, trained_model):
+    text, out = result
+    lines = text.splitlines()
+    [header] = [line for line in lines if line.startswith("| model")]
+    assert header.split() == "| model | de | en | zh | avg |".split()
+    assert sum(line.startswith("| ours: ") for line in lines) == 2
+    paper = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines if line.startswith("| paper: ")}
+    assert [cell.strip() for cell in paper["paper: MH-MoE 8"]] == ["33.2", "40.1", "33.5", "34.7"]
+    assert [cell.strip() for cell in paper["paper: dense"]] == ["33.3", "35.1", "32.9", "33.5"]
+    assert len(paper) == 5 and "chance 33.3" in text and "beside ours, not mixed" in text
+    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert set(record["files"]) == set(EXAMPLES) and record["split"] == "validation"
+    assert record["models"][0]["paper_languages_mean"] is None  # three languages are not the paper's fourteen
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_tasks_change_the_data_set_and_splits_only(xnli_dir, tmp_path, split):
+    sets = read_xnli(xnli_dir, split)
+    names = write_tasks(tmp_path, sets, split)
+    ours = TaskManager(include_path=str(tmp_path), include_defaults=False).load(names)["tasks"]
+    changed = {"dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split"}
+    for name in names:
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        official = load_yaml(require_lm_eval() / "xnli" / f"{name}.yaml", resolve_func=False)
+        written = load_yaml(tmp_path / f"{name}.yaml", resolve_func=False)
+        apart = {key for key in {*official, *written} if official.get(key) != written.get(key)}
+        assert apart <= changed and {"dataset_path", "dataset_kwargs"} <= apart
+        code = name.removeprefix("xnli_")
+        docs = list(ours[name].eval_docs)
+        expected = [{"premise": one, "hypothesis": two, "label": label} for one, two, label in EXAMPLES[code]]
+        assert [dict(doc) for doc in docs] == expected
+        first = ours[name].doc_to_choice(docs[0])
+        one, two, _ = EXAMPLES[code][0]
+        assert first == [PROMPTS[code].format(premise=one, label=word, hypothesis=two) for word in WORDS[code]]
+        assert ours[name].doc_to_text(docs[0]) == ""
+
+
+def test_all_fifteen_languages_have_a_task(tmp_path):
+    from mhmoe_fairseq.data.languages import XNLI_LANGUAGES
+
+    for number, code in enumerate(XNLI_LANGUAGES):
+        write_lines(tmp_path / f"{code}.jsonl", [{"premise": f"a {number}", "hypothesis": "b", "label": "neutral"}])
+    names = write_tasks(tmp_path / "tasks", read_xnli(tmp_path, "validation"), "validation")
+    assert names == [f"xnli_{code}" for code in XNLI_LANGUAGES]
