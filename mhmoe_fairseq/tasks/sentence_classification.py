@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-from fairseq.data import ConcatDataset, Dictionary, data_utils
+from fairseq.data import ConcatDataset, Dictionary, FairseqDataset, data_utils
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import LegacyFairseqTask, register_task
 from omegaconf import II, MISSING
@@ -143,6 +143,14 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         """``input0``, and ``input1`` if the data are pairs."""
         has_pairs = any((Path(self.args.data) / SECOND).glob("*.idx"))
         return [FIRST, SECOND] if has_pairs else [FIRST]
+
+    def build_dataset_for_inference(self, *args: Any, **kwargs: Any) -> FairseqDataset:
+        """fairseq's hook for prompts to continue.
+
+        Raises:
+            ValueError: always: what a fine-tuned model would write after them means nothing.
+        """
+        raise UserError("the model was fine-tuned to classify: continue text with the language model that it came from")
 
     def state_dict(self) -> dict[str, Any]:
         """What checkpoints keep of the task: the names of the classes."""

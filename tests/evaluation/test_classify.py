@@ -131,3 +131,8 @@ def test_a_checkpoint_is_not_evaluated_with_classes_in_another_order(fine_tuned,
     (data / "label" / "dict.txt").write_text("time 1\nplace 1\n")
     status, _, err = classify(capsys, fine_tuned, "--data", data)
     assert status == 2 and "has the classes time, place; the checkpoint's are place, time, in this order" in err
+
+
+def test_a_classifier_does_not_continue_text(fine_tuned, capsys):
+    assert main(["generate", str(fine_tuned), "--prompt", "The river", "--max-len-b", "9"]) == 2
+    assert "mhmoe generate: error: the model was fine-tuned to classify" in capsys.readouterr().err
