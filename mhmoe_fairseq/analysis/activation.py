@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import checkpoint_utils
 from torch import Tensor
 
 from ..data.files import read_json, sha256_of, write_json
 from ..errors import UserError
-from ..moe import RoutingStats
 from ..moe.stats import active_share, effective_share, load_max_over_mean
 from .console import say
+from .routing_counts import RoutingCounts, count_routing
 
 ACTIVE_THRESHOLD = 0.01
 
@@ -45,6 +44,27 @@ class Activation:
     load: list[list[float]]
     dropped: list[float]
     entropy: list[float]
+
+    @classmethod
+    def of(cls, counts: RoutingCounts, checkpoint_sha256: str, data_digest: str, split: str) -> Activation:
+        """From counts over a whole split."""
+        stats = [counts.layers[layer] for layer in sorted(counts.layers)]
+        return cls(
+            checkpoint_sha256=checkpoint_sha256,
+            data_digest=data_digest,
+            split=split,
+            tokens=counts.tokens,
+            loss=counts.bits / counts.tokens,
+            layers=sorted(counts.layers),
+            load=[layer.expert_load.tolist() for layer in stats],
+            dropped=[float(layer.dropped) for layer in stats],
+            entropy=[float(layer.entropy / layer.num_subtokens) for layer in stats],
+        )
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What it belongs to: checkpoint, data, split."""
+        return self.checkpoint_sha256, self.data_digest, self.split
 
     @property
     def load_LE(self) -> Tensor:
@@ -96,18 +116,26 @@ def load_for_evaluation(
     return model.cuda() if torch.cuda.is_available() else model, task
 
 
-def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: str, batch_size: int = 32) -> Activation:
-    """Evaluate ``checkpoint`` on a split, in the blocks it was trained with, and sum its routing counts.
+def load_moe_model(checkpoint: Path, data: Path, batch_size: int) -> tuple[torch.nn.Module, Any]:
+    """As ``load_for_evaluation``, for a measurement of its experts.
 
     Raises:
-        ValueError: if the model has no MoE layers, or the data's dictionary is not the checkpoint's.
-        FileNotFoundError: if the split is missing.
+        UserError: if the model has none.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     model, task = load_for_evaluation(checkpoint, data)
     if not any(layer.is_moe_layer for layer in model.decoder.layers):
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
+    return model, task
+
+
+def count_split(model: torch.nn.Module, task: Any, split: str, batch_size: int) -> RoutingCounts:
+    """Evaluate a split in the blocks that the model was trained with.
+
+    Raises:
+        FileNotFoundError: if the split is missing.
+    """
     task.load_dataset(split)
     batches = task.get_batch_iterator(
         task.dataset(split),
@@ -115,40 +143,28 @@ def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: st
         max_positions=model.max_positions(),
         required_batch_size_multiple=1,
     ).next_epoch_itr(shuffle=False)
-    device = next(model.parameters()).device
+    return count_routing(model, batches)
+
+
+def measure_activation(checkpoint: Path, data: Path, split: str, data_digest: str, batch_size: int = 32) -> Activation:
+    """Evaluate ``checkpoint`` on a split and sum its routing counts.
+
+    Raises:
+        ValueError: if the model has no MoE layers, or the data's dictionary is not the checkpoint's.
+        FileNotFoundError: if the split is missing.
+    """
+    model, task = load_moe_model(checkpoint, data, batch_size)
     say(f"measuring the experts of {checkpoint} on {split}")
-    loss, tokens, totals = 0.0, 0, {}
-    with torch.no_grad():
-        for sample in batches:
-            sample = utils.move_to_cuda(sample) if device.type == "cuda" else sample
-            logits, extra = model(**sample["net_input"])
-            loss += _loss_bits(model, logits, sample["target"])
-            tokens += int(sample["ntokens"])
-            totals = _add(totals, extra["moe_stats"])
-    layers = sorted(totals)
-    return Activation(
-        checkpoint_sha256=sha256_of(checkpoint),
-        data_digest=data_digest,
-        split=split,
-        tokens=tokens,
-        loss=loss / tokens,
-        layers=layers,
-        load=[totals[layer].expert_load.tolist() for layer in layers],
-        dropped=[float(totals[layer].dropped) for layer in layers],
-        entropy=[float(totals[layer].entropy / totals[layer].num_subtokens) for layer in layers],
-    )
+    return Activation.of(count_split(model, task, split, batch_size), sha256_of(checkpoint), data_digest, split)
 
 
 def measured_activation(
     cache: Path, checkpoint: Path, data: Path, split: str, data_digest: str, batch_size: int = 32
 ) -> Activation:
     """As ``measure_activation``, kept in the JSON file ``cache`` and read from there if it is of the same files."""
-    if cache.is_file():
-        kept = read_activation(cache)
-        if kept is not None and (kept.checkpoint_sha256, kept.data_digest, kept.split) == (
-            sha256_of(checkpoint), data_digest, split,
-        ):  # fmt: skip
-            return kept
+    kept = read_activation(cache)
+    if kept is not None and kept.identity == (sha256_of(checkpoint), data_digest, split):
+        return kept
     activation = measure_activation(checkpoint, data, split, data_digest, batch_size)
     write_activation(cache, activation)
     return activation
@@ -167,27 +183,7 @@ def write_activation(path: Path, activation: Activation, threshold: float = ACTI
 
 
 def read_activation(path: Path) -> Activation | None:
-    """What ``measured_activation`` kept; None if the file is of another kind."""
-    kept = read_json(path)
+    """What ``measured_activation`` kept; None if there is no such file, or it is of another kind."""
+    kept = read_json(path) if path.is_file() else {}
     fields = {key: value for key, value in kept.items() if key in Activation.__dataclass_fields__}
     return Activation(**fields) if len(fields) == len(Activation.__dataclass_fields__) else None
-
-
-def _loss_bits(model: torch.nn.Module, logits: Tensor, target: Tensor) -> float:
-    padding = model.decoder.dictionary.pad()
-    nats = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), target.flatten(), ignore_index=padding, reduction="sum"
-    )
-    return nats.item() / math.log(2)
-
-
-def _add(totals: dict[int, RoutingStats], stats: list[RoutingStats | None]) -> dict[int, RoutingStats]:
-    """Counts in float64: float32 stops counting at 16 million."""
-    summed = dict(totals)
-    for layer, new in enumerate(stats):
-        if new is None:
-            continue
-        exact = RoutingStats(*(count.double().cpu() for count in new))
-        old = totals.get(layer)
-        summed[layer] = exact if old is None else RoutingStats(*(a + b for a, b in zip(old, exact)))
-    return summed

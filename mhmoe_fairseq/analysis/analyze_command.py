@@ -1,4 +1,5 @@
-"""``mhmoe analyze``: which experts a checkpoint uses on a binarised set, as table, JSON and heat map."""
+"""``mhmoe analyze``: which experts a checkpoint uses on a binarised set, and which each language, as tables, JSON and
+heat maps."""
 
 from __future__ import annotations
 
@@ -9,6 +10,9 @@ from ..errors import UserError
 from .activation import ACTIVE_THRESHOLD, Activation, mean, measured_activation, write_activation
 from .console import quiet, say
 from .data_identity import identify_data
+from .language_plots import draw_language_loads, draw_language_matrices
+from .language_report import describe_languages
+from .language_routing import LanguageRouting, activation_file, is_multilingual, languages_file, measured_languages
 from .plots import draw_activations, require_matplotlib
 from .runs import read_settings
 from .tables import markdown_table, number, percent
@@ -21,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for activation-SPLIT.json and .png (default: the checkpoint's)",
+        help="folder for activation-SPLIT.json and .png, and languages-SPLIT (default: the checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=float, default=ACTIVE_THRESHOLD, metavar="SHARE",
@@ -41,20 +45,40 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--threshold ({args.threshold}) must be in [0, 1]")
     if not args.no_plots:
         require_matplotlib()
-    read_settings(args.checkpoint)
+    settings = read_settings(args.checkpoint)
     identity = identify_data(args.data)
     out = args.out or args.checkpoint.parent
-    record = out / f"activation-{args.split}.json"
+    record = activation_file(out, args.split)
+    measured = (args.checkpoint, args.data, args.split, identity.digest, args.batch_size)
+    languages = None
     with quiet():
-        activation = measured_activation(
-            record, args.checkpoint, args.data, args.split, identity.digest, args.batch_size
-        )
+        if is_multilingual(settings):
+            activation, languages = measured_languages(out, *measured)
+        else:
+            activation = measured_activation(record, *measured)
         write_activation(record, activation, args.threshold)
+        files = [record] if languages is None else [record, languages_file(out, args.split)]
         if not args.no_plots:
-            draw_activations(record.with_suffix(".png"), {args.checkpoint.parent.name: activation}, args.threshold)
+            files += _draw(args, out, activation, languages)
     say(describe(activation, args.threshold))
-    say(f"written: {record}" + ("" if args.no_plots else f", {record.with_suffix('.png').name}"))
+    if languages is not None:
+        say("\n" + describe_languages(languages))
+    say(f"written: {', '.join(map(str, files))}")
     return 0
+
+
+def _draw(
+    args: argparse.Namespace, out: Path, activation: Activation, languages: LanguageRouting | None
+) -> list[Path]:
+    name = args.checkpoint.parent.name
+    figure = activation_file(out, args.split).with_suffix(".png")
+    draw_activations(figure, {name: activation}, args.threshold)
+    if languages is None:
+        return [figure]
+    loads, matrices = (out / f"languages-{args.split}-{kind}.png" for kind in ("load", "overlap"))
+    draw_language_loads(loads, languages, name)
+    draw_language_matrices(matrices, languages, name)
+    return [figure, loads, matrices]
 
 
 def describe(activation: Activation, threshold: float) -> str:

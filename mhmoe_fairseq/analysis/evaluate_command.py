@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..data.files import sha256_of, write_json
+from ..data.files import sha256_of
 from ..errors import UserError
-from ..evaluation.perplexity import Score, SplitScores, score_split
+from ..evaluation.perplexity import score_split
+from ..evaluation.split_scores import SplitScores, write_scores
 from .activation import load_for_evaluation
 from .console import quiet, say
 from .data_identity import identify_data
@@ -53,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
             "data_digest": identity.digest,
             "split": args.split,
         }
-        languages = {language: _figures(score) for language, score in scores.languages.items()}
-        write_json(args.json, {**provenance, "languages": languages, "total": _figures(scores.total)})
+        write_scores(args.json, scores, provenance)
         say(f"written: {args.json}")
     return 0
 
@@ -72,13 +72,3 @@ def describe(scores: SplitScores) -> str:
         for name, score in {**scores.languages, "total": scores.total}.items()
     ]
     return markdown_table(["language", "tokens", "loss (bits/token)", "perplexity", "bits/character"], rows)
-
-
-def _figures(score: Score) -> dict[str, float | None]:
-    return {
-        "tokens": score.tokens,
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "characters": score.characters,
-        "bits_per_character": score.bits_per_character,
-    }

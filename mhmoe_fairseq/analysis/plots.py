@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from ..data.files import atomic_path
 from ..errors import UserError
 from .activation import ACTIVE_THRESHOLD, Activation, mean
@@ -30,7 +32,7 @@ def require_matplotlib() -> None:
 
 def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_scale: bool = False) -> None:
     """Values over updates, a line for every run."""
-    figure = _figure(7.0, 4.2)
+    figure = new_figure(7.0, 4.2)
     axes = figure.subplots()
     for name, updates, values in curves:
         axes.plot(updates, values, marker="o" if len(updates) < 30 else None, markersize=3, label=name)
@@ -39,7 +41,7 @@ def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_sc
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_activations(path: Path, activations: dict[str, Activation], threshold: float = ACTIVE_THRESHOLD) -> None:
@@ -47,23 +49,27 @@ def draw_activations(path: Path, activations: dict[str, Activation], threshold: 
     loads = {name: activation.relative_load() for name, activation in activations.items()}
     highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for load in loads.values())))
     rows = sum(load.size(0) for load in loads.values())
-    figure = _figure(8.0, 1.1 * len(loads) + 0.35 * rows + 0.6)
+    figure = new_figure(8.0, 1.1 * len(loads) + 0.35 * rows + 0.6)
     heights = [max(load.size(0), 2) for load in loads.values()]
     all_axes = figure.subplots(len(loads), 1, squeeze=False, height_ratios=heights)
     image: Any = None
     for axes, (name, load) in zip(all_axes[:, 0], loads.items()):
-        image = axes.imshow(load.numpy(), aspect="auto", vmin=0.0, vmax=highest, interpolation="nearest")
-        layers = activations[name].layers
-        axes.set_yticks(range(len(layers)), [str(layer + 1) for layer in layers])
+        image = heat_map(axes, load, [str(layer + 1) for layer in activations[name].layers], highest)
         active = percent(mean(activations[name].active(threshold)))
         axes.set(title=f"{name}: {active} active", ylabel="layer", xlabel="expert")
     figure.colorbar(image, ax=all_axes[:, 0].tolist(), label="load, 1 = uniform", extend="max")
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def heat_map(axes: Any, values: Tensor, rows: Sequence[str], highest: float) -> Any:
+    """A matrix from 0 to ``highest``; the image, for a colour bar."""
+    axes.set_yticks(range(len(rows)), rows)
+    return axes.imshow(values.numpy(), aspect="auto", vmin=0.0, vmax=highest, interpolation="nearest")
 
 
 def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylabel: str) -> None:
     """Mean and standard deviation of every model, and each seed as a dot."""
-    figure = _figure(1.6 + 1.3 * len(values), 4.2)
+    figure = new_figure(1.6 + 1.3 * len(values), 4.2)
     axes = figure.subplots()
     for place, seeds in enumerate(values.values()):
         middle, deviation = mean_and_deviation(seeds)
@@ -72,16 +78,22 @@ def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylab
     axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
     axes.set(title=title, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
     axes.grid(alpha=0.3, axis="y")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches.
+
+    Raises:
+        UserError: without matplotlib.
+    """
     require_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from .activation import ACTIVE_THRESHOLD
 from .data_identity import DataIdentity
-from .paper_numbers import FIGURE_5_ACTIVE, P1, TABLE_1_ENGLISH
+from .language_report import language_section, routing_section
+from .paper_numbers import FIGURE_5_ACTIVE, P1, TABLE_1_ENGLISH, TABLE_1_MULTILINGUAL
 from .summary import Summary, differing_settings
 from .tables import MISSING, markdown_table, millions, number, percent
 
@@ -21,15 +22,18 @@ _HEADER = (
 
 def comparison(identity: DataIdentity, summaries: list[Summary], drawn: list[tuple[str, Path]], split: str) -> str:
     """One row for every run, figures, what differs in the settings, the paper's numbers apart, the commands."""
+    by_name = {summary.run.name: [summary] for summary in summaries}
     parts = [
         "# Language models side by side",
         _data_line(identity),
         markdown_table(_HEADER, [_row(summary) for summary in summaries]),
+        language_section(by_name),
         END_OF_TABLE,
         _notes(summaries[0].counts.context, split),
+        routing_section(by_name),
         *_differences(summaries),
         *_figures(drawn),
-        _paper(),
+        _paper(identity),
         *_commands([summary.run.name for summary in summaries], summaries),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -47,7 +51,8 @@ def aggregate(
         f"products only, attention within {first[0].counts.context:,} tokens. Active experts: at least "
         f"{ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: exp(entropy of the load) / number."
     )
-    parts = ["# Several seeds", _data_line(identity), table, END_OF_TABLE, notes, *_figures(drawn)]
+    parts = ["# Several seeds", _data_line(identity), table, language_section(groups), END_OF_TABLE, notes]
+    parts += [routing_section(groups), *_figures(drawn)]
     parts += _commands(names, first)
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -104,16 +109,18 @@ def _figures(drawn: list[tuple[str, Path]]) -> list[str]:
     return [f"## {title}\n\n![{title}]({path.as_posix()})" for title, path in drawn]
 
 
-def _paper() -> str:
+def _paper(identity: DataIdentity) -> str:
+    kind, numbers = ("multilingual", TABLE_1_MULTILINGUAL) if identity.languages else ("English", TABLE_1_ENGLISH)
+    corpus = "Wikipedia in 14 languages" if identity.languages else "RedPajama"
     rows = [
         [f"{experts} experts", *(number(ppl[name]) for name in ("dense", "xmoe", "mhmoe"))]
-        for experts, ppl in TABLE_1_ENGLISH.items()
+        for experts, ppl in numbers.items()
     ]
-    table = markdown_table(["paper, English", "dense", "X-MoE", "MH-MoE"], rows)
+    table = markdown_table([f"paper, {kind}", "dense", "X-MoE", "MH-MoE"], rows)
     active = ", ".join(f"{name} {percent(share)}" for name, share in FIGURE_5_ACTIVE.items())
     return (
         "## What the paper reports, at its own scale\n\n"
-        f"Validation perplexity, {P1}, table 1: 12 layers of 768, 250,000 updates on RedPajama. Other data, another "
+        f"Validation perplexity, {P1}, table 1: 12 layers of 768, 250,000 updates on {corpus}. Other data, another "
         "vocabulary, another scale: these numbers show an order to look for, not values to reach.\n\n"
         f"{table}\n\nActive experts of 32 (figure 5 there): {active}."
     )

@@ -13,6 +13,7 @@ from . import report
 from .aggregate import aggregate_table, figures, find_seed_runs, group_by_model
 from .console import quiet, say
 from .data_identity import DataIdentity, identify_data
+from .language_report import draw_languages
 from .plots import draw_activations, draw_curves, draw_error_bars, require_matplotlib
 from .runs import Run, read_run, require_data
 from .summary import Summary, summarise
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe report``."""
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN_DIR",
-        help="folder with checkpoints, train.log, eval-valid.log and eval-test.log",
+        help="folder with checkpoints, train.log, and eval-valid and eval-test (.json of mhmoe evaluate or .log)",
     )  # fmt: skip
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data that all runs were trained on")
     parser.add_argument("--out", type=Path, default=Path("outputs/report.md"), metavar="FILE", help="the report")
@@ -76,9 +77,16 @@ def _summarise_all(args: argparse.Namespace, runs: list[Run], identity: DataIden
 
 def _write_comparison(args: argparse.Namespace, identity: DataIdentity, summaries: list[Summary]) -> str:
     drawn: list[tuple[str, Path]] = []
+    by_name = {summary.run.name: [summary] for summary in summaries}
     if not args.no_plots:
         drawn = _draw_comparison(args.out, summaries)
+        drawn += _draw_languages(args.out, by_name)
     return report.comparison(identity, summaries, drawn, args.activation_split)
+
+
+def _draw_languages(out: Path, groups: dict[str, list[Summary]]) -> list[tuple[str, Path]]:
+    drawn = draw_languages(out.parent / f"{out.stem}-figures", groups)
+    return [(title, path.relative_to(out.parent)) for title, path in drawn]
 
 
 def _draw_comparison(out: Path, summaries: list[Summary]) -> list[tuple[str, Path]]:
@@ -111,4 +119,6 @@ def _write_aggregate(args: argparse.Namespace, identity: DataIdentity, summaries
         path = args.out.parent / f"{args.out.stem}-figures" / "test-perplexity.png"
         draw_error_bars(path, values, title, "perplexity")
         drawn.append((title, path.relative_to(args.out.parent)))
+    if not args.no_plots:
+        drawn += _draw_languages(args.out, groups)
     return report.aggregate(identity, table, groups, drawn)

@@ -1,8 +1,9 @@
 """A trained run on disk: a folder with checkpoints, fairseq's log file and the outputs of ``fairseq-eval-lm``.
 
-Names: ``train.log`` (``fairseq-train --log-format json --log-file``), ``eval-valid.log`` and ``eval-test.log`` (what
-``fairseq-eval-lm`` printed), ``checkpoint_best.pt`` or ``checkpoint_last.pt``, and ``manifest.json``, a copy of the
-data's at the time of training (without it the data folder that the checkpoint names is looked at).
+Names: ``train.log`` (``fairseq-train --log-format json --log-file``), ``eval-valid.json`` and ``eval-test.json``
+(``mhmoe evaluate --json``) or, without them, ``.log`` (what ``fairseq-eval-lm`` printed), ``checkpoint_best.pt`` or
+``checkpoint_last.pt``, and ``manifest.json``, a copy of the data's at the time of training (without it the data folder
+that the checkpoint names is looked at).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from ..data.files import read_json
 from ..errors import UserError
+from ..evaluation.split_scores import Score, read_scores
 from ..models.options import LanguageModelOptions
 from .checkpoint_files import read_checkpoint
 from .data_identity import DataIdentity, identify_data, identify_manifest
@@ -36,6 +38,7 @@ class Run:
         checkpoint: the evaluated one, else the best, else the last.
         settings: the stored configuration by section, plain values.
         evaluations: by split, those that exist.
+        languages: by split and language, from ``mhmoe evaluate``.
         data: what it was trained on.
     """
 
@@ -45,6 +48,7 @@ class Run:
     settings: dict[str, dict[str, Any]]
     evaluations: dict[str, Evaluation]
     data: DataIdentity
+    languages: dict[str, dict[str, Score]]
 
     @property
     def name(self) -> str:
@@ -73,11 +77,22 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise UserError(f"run {path} does not exist")
     log = read_training_log(path / "train.log")
-    checkpoint = _find_checkpoint(path)
+    scores = {split: read_scores(file) for split in SPLITS if (file := path / f"eval-{split}.json").is_file()}
+    checkpoint = _find_checkpoint(path, [provenance["checkpoint"] for _, provenance in scores.values()])
     settings = read_settings(checkpoint)
-    logs = {split: path / f"eval-{split}.log" for split in SPLITS}
-    evaluations = {split: read_evaluation(log_path) for split, log_path in logs.items() if log_path.exists()}
-    return Run(path, log, checkpoint, settings, evaluations, _data_of(path, settings))
+    data = _data_of(path, settings)
+    evaluations, languages = {}, {}
+    for split in SPLITS:
+        if split in scores:
+            found, provenance = scores[split]
+            if provenance["data_digest"] != data.digest:
+                raise UserError(f"{path / f'eval-{split}.json'} was evaluated on other data than {path} was trained on")
+            total = found.total
+            evaluations[split] = Evaluation(total.loss, total.perplexity, total.tokens)
+            languages[split] = found.languages
+        elif (path / f"eval-{split}.log").exists():
+            evaluations[split] = read_evaluation(path / f"eval-{split}.log")
+    return Run(path, log, checkpoint, settings, evaluations, data, languages)
 
 
 def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
@@ -109,8 +124,8 @@ def require_data(runs: list[Run], data: DataIdentity, folder: Path) -> None:
             )
 
 
-def _find_checkpoint(path: Path) -> Path:
-    names = [*_evaluated_names(path), *_CHECKPOINTS]
+def _find_checkpoint(path: Path, evaluated: list[str]) -> Path:
+    names = [*evaluated, *_evaluated_names(path), *_CHECKPOINTS]
     for name in names:
         if (path / name).is_file():
             return path / name

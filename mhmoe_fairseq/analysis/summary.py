@@ -10,6 +10,7 @@ from fairseq.data import Dictionary
 
 from .activation import Activation, mean, measured_activation
 from .data_identity import DataIdentity
+from .language_routing import LanguageRouting, activation_file, is_multilingual, measured_languages
 from .model_counts import ModelCounts, count_model
 from .runs import Run
 
@@ -23,6 +24,9 @@ COMPARED_SETTINGS = (
     ("dataset", "max_tokens"),
     ("task", "tokens_per_sample"),
     ("task", "sample_break_mode"),
+    ("task", "langs"),
+    ("task", "multilang_sampling_alpha"),
+    ("task", "mhmoe_language_token"),
     ("common", "seed"),
     ("model", "dropout"),
     ("model", "mhmoe_precision"),
@@ -33,11 +37,12 @@ COMPARED_SETTINGS = (
 
 @dataclass(frozen=True)
 class Summary:
-    """A run, what its model costs, and which experts it uses (None if dense or not measured)."""
+    """A run, what its model costs, and which experts it, and each language, uses (None if dense or not measured)."""
 
     run: Run
     counts: ModelCounts
     activation: Activation | None
+    language_routing: LanguageRouting | None = None
 
     def perplexity(self, split: str) -> float | None:
         """Perplexity per token, as ``fairseq-eval-lm`` printed it."""
@@ -50,6 +55,12 @@ class Summary:
         if evaluation is None:
             return None
         return self.run.data.bits_per_byte(split, evaluation.loss, evaluation.tokens)
+
+    def language_figures(self, figure: str, split: str) -> dict[str, float]:
+        """``perplexity`` or ``bits_per_character`` of every language that has it."""
+        scores = self.run.languages.get(split, {})
+        found = {language: getattr(score, figure) for language, score in scores.items()}
+        return {language: value for language, value in found.items() if value is not None}
 
     def active_share(self) -> float | None:
         """Mean over the MoE layers."""
@@ -65,11 +76,13 @@ def summarise(
 ) -> Summary:
     """Count the model, and measure its experts on ``split`` unless that is None (kept in the run's folder)."""
     counts = count_model(run.options, dictionary)
-    activation = None
-    if split is not None and counts.moe is not None:
-        cache = run.path / f"activation-{split}.json"
-        activation = measured_activation(cache, run.checkpoint, data, split, identity.digest, batch_size)
-    return Summary(run, counts, activation)
+    if split is None or counts.moe is None:
+        return Summary(run, counts, None)
+    if is_multilingual(run.settings):
+        measured = measured_languages(run.path, run.checkpoint, data, split, identity.digest, batch_size)
+        return Summary(run, counts, *measured)
+    cache = activation_file(run.path, split)
+    return Summary(run, counts, measured_activation(cache, run.checkpoint, data, split, identity.digest, batch_size))
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,39 +11,7 @@ from fairseq_cli.eval_lm import eval_lm
 
 from ..errors import UserError
 from ..tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of a text.
-
-    Attributes:
-        tokens: targets scored.
-        loss: bits per token.
-        characters: what the tokens stand for; None if unknown.
-    """
-
-    tokens: int
-    loss: float
-    characters: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        """Per token."""
-        return 2**self.loss
-
-    @property
-    def bits_per_character(self) -> float | None:
-        """Comparable across vocabularies; None if the characters are unknown."""
-        return self.loss * self.tokens / self.characters if self.characters else None
-
-
-@dataclass(frozen=True)
-class SplitScores:
-    """A split's languages, none if it is one text, and the whole: the languages weighted by their tokens."""
-
-    languages: dict[str, Score]
-    total: Score
+from .split_scores import Score, SplitScores, total_of
 
 
 def score_split(
@@ -63,17 +30,6 @@ def score_split(
     base, languages = task.split_of(split)
     scores = {language: _score(model, task, f"{base}_{language}", max_tokens, batch_size) for language in languages}
     return SplitScores(scores, total_of(list(scores.values())))
-
-
-def total_of(scores: list[Score]) -> Score:
-    """Of all texts together; characters only if all are known."""
-    tokens = sum(score.tokens for score in scores)
-    characters = [score.characters for score in scores if score.characters is not None]
-    return Score(
-        tokens=tokens,
-        loss=sum(score.loss * score.tokens for score in scores) / tokens,
-        characters=sum(characters) if len(characters) == len(scores) else None,
-    )
 
 
 def _score(model: torch.nn.Module, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> Score:
