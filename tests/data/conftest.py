@@ -3,6 +3,7 @@
 import gzip
 import io
 import random
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -137,6 +138,45 @@ def linux_deb(tmp_path: Path) -> Path:
         root + "html/index.html": b"<p>This page must not be read, although it has a sentence.</p>\n",
     }
     path = tmp_path / "linux-doc-6.1_6.1.176-1_all.deb"
-    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", tar_bytes(files, "w:xz"))]
-    path.write_bytes(b"!<arch>\n" + b"".join(ar_member(name, content) for name, content in members))
+    path.write_bytes(deb_bytes(files))
     return path
+
+
+def deb_bytes(files: dict[str, bytes]) -> bytes:
+    """A Debian package with these files."""
+    members = [("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", tar_bytes(files, "w:xz"))]
+    return b"!<arch>\n" + b"".join(ar_member(name, content) for name, content in members)
+
+
+@pytest.fixture
+def make_deb(tmp_path: Path):
+    """A function that writes a Debian package with these files (text or bytes) into ``tmp_path/debs``."""
+
+    def make(package: str, files: dict[str, str | bytes]) -> Path:
+        path = tmp_path / "debs" / f"{package}_1.0-1_all.deb"
+        path.parent.mkdir(exist_ok=True)
+        encoded = {name: text.encode() if isinstance(text, str) else text for name, text in files.items()}
+        path.write_bytes(deb_bytes({f"./usr/share/{name}": content for name, content in encoded.items()}))
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_catalogue():
+    """A function from ``{"context\\x04English": "translation"}`` to the bytes of a gettext catalogue."""
+    return catalogue_bytes
+
+
+def catalogue_bytes(messages: dict[str, str], order: str = "<") -> bytes:
+    """A ``.mo`` file: header, two tables of (length, offset), the texts with a zero byte after each."""
+    pairs = sorted({"": "Content-Type: text/plain; charset=UTF-8\n", **messages}.items())
+    start = 28 + 16 * len(pairs)
+    tables, texts = [b"", b""], b""
+    for column in (0, 1):
+        for pair in pairs:
+            content = pair[column].encode()
+            tables[column] += struct.pack(f"{order}2I", len(content), start + len(texts))
+            texts += content + b"\0"
+    header = struct.pack(f"{order}7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    return header + tables[0] + tables[1] + texts

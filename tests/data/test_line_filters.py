@@ -23,7 +23,7 @@ def test_scripts_of_characters():
     "code, line, expected",
     [
         ("ru", "Откройте файл config.txt в LibreOffice Writer", True),
-        ("ru", "Use cfdisk, или так", False),
+        ("ru", "Use cfdisk with care, или так", False),
         ("bg", "ελληνικά και български", False),
         ("zh", "使用 LibreOffice Writer 打开文件", True),
         ("zh", "LibreOffice Writer 文件 and something else", False),
@@ -77,7 +77,7 @@ def test_ideographs_count_for_more_than_a_letter():
     "line",
     [
         "Der Befehl 'the' ist nicht definiert und wird in dieser Version nicht verwendet.",
-        "Bu dosya is not here",
+        "Bu dosya silindi ve geri getirilemez",
         "Tập tin có thể mở được",
         "El archivo se abre con el editor",
     ],

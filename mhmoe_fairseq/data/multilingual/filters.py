@@ -1,4 +1,4 @@
-"""Which lines of a translated corpus are left out: too short, another script, or English that nobody translated."""
+"""Which lines of a translated corpus are left out: too short, a list of letters, another script, untranslated."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Container
 from ..languages import Language
 from .scripts import fits, letters_by_script
 
-KEPT, SHORT, SCRIPT, ENGLISH = "kept_lines", "short_lines", "other_script_lines", "english_lines"
-_MIN_WIDTH = 10
+KEPT, SHORT, LISTING = "kept_lines", "short_lines", "list_lines"
+SCRIPT, ENGLISH = "other_script_lines", "english_lines"
+_MIN_WIDTH, _MAX_LENGTH = 10, 2000
+_LIST_WORDS, _LIST_WORD_LENGTH = 8, 2  # so many words of at most so many letters on average are a list: a b c aa ab
 _CJK_WIDTH = 3  # an ideograph counts for three characters
 # Words that are frequent in English and no words of the other languages in Latin script.
 _ENGLISH_WORDS = frozenset(
@@ -45,6 +47,9 @@ class LineFilter:
         letters = letters_by_script(line)
         if len(line) + (_CJK_WIDTH - 1) * letters["CJK"] < _MIN_WIDTH:
             return SHORT
+        num_words = line.count(" ") + 1
+        if len(line) > _MAX_LENGTH or (num_words >= _LIST_WORDS and len(line) < num_words * (_LIST_WORD_LENGTH + 1)):
+            return LISTING
         if self._language.code != "en" and line in self._english:
             return ENGLISH
         if not fits(letters, self._language):

@@ -11,7 +11,7 @@ from ..languages import Language
 # First words of letters' names that tell no script: ª º µ, modifier letters, letters of formulas.
 _NO_SCRIPT = frozenset("FEMININE MASCULINE MICRO MODIFIER MATHEMATICAL DOUBLE SCRIPT BLACK ANGSTROM".split())
 _MAX_FOREIGN_SHARE = 0.2
-_MIN_OWN_SHARE = 0.4
+_MIN_OWN_SHARE = 0.3
 _CJK_WEIGHT = 3  # an ideograph stands for about as much as this many letters
 
 
@@ -44,8 +44,8 @@ def foreign_letters(letters: Counter[str], language: Language) -> int:
 def fits(letters: Counter[str], language: Language) -> bool:
     """Whether a line with these letters can be of ``language``.
 
-    It needs a letter; at most a fifth may be of foreign scripts; and of a language that is not written in Latin, two
-    fifths must be its own, an ideograph counting for three letters: names and code are in Latin everywhere.
+    It needs a letter; at most a fifth may be of foreign scripts; and of a language that is not written in Latin,
+    three tenths must be its own, an ideograph counting for three letters: names and code are in Latin everywhere.
     """
     foreign, total = foreign_letters(letters, language), sum(letters.values())
     if not total or foreign > _MAX_FOREIGN_SHARE * total:

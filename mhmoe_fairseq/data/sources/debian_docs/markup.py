@@ -61,12 +61,12 @@ def plain(text: str) -> str:
 
 def message_text(text: str) -> str:
     """A program's message as a reader sees it: no tags or accelerator marks; a placeholder becomes an ellipsis."""
-    text = text.replace("%PRODUCTNAME", "LibreOffice").replace("\\n", " ")
+    text = plain(text.replace("%PRODUCTNAME", "LibreOffice").replace("\\n", " "))
     text = _CJK_ACCELERATOR.sub("", text)
     for mark in _ACCELERATORS:
         if text.count(mark) == 1 and re.search(re.escape(mark) + r"\w", text):
             text = text.replace(mark, "")
-    return _PLACEHOLDER.sub("…", plain(text))
+    return _PLACEHOLDER.sub("…", text)
 
 
 def wiki_text(text: str) -> list[str]:
