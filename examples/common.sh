@@ -211,16 +211,22 @@ train_dense() { # FLAGS...
 }
 
 train_xmoe() { # FLAGS...
+    local moe
+    set_moe
     train "${NAME:-xmoe}" --arch "xmoe_lm_$size" "${moe[@]}" "$@"
 }
 
 train_mhmoe() { # FLAGS...
-    local budget=${BUDGET:-params}
+    local budget=${BUDGET:-params} moe
+    set_moe
     train "${NAME:-mhmoe-$budget}" --arch "mhmoe_lm_$size" "${moe[@]}" \
         --mhmoe-heads-number "${HEADS:-4}" --mhmoe-budget "$budget" "$@"
 }
 
+set_moe() {
+    moe=(--moe-freq 2 --moe-top-k 2 --moe-expert-count "${EXPERTS:-8}")
+    [[ $SCALE != paper ]] || moe+=(--mhmoe-router-preset p1)
+}
+
 SCALE=${SCALE:-cpu}
 settings_of "$SCALE"
-moe=(--moe-freq 2 --moe-top-k 2 --moe-expert-count "${EXPERTS:-8}")
-[[ $SCALE != paper ]] || moe+=(--mhmoe-router-preset p1)

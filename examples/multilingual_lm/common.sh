@@ -3,7 +3,7 @@
 #
 #   LANGS=de,fr,...  languages to train on or to evaluate (default: all that are prepared)
 #   ALPHA=X          languages are drawn with probability ~ (share of the data)^X (default 0.5; 1: as the data are)
-# shellcheck disable=SC2034  # all are read by ../common.sh
+# shellcheck disable=SC2034  # most are read by ../common.sh
 experiment=multilingual_lm
 by_language=1
 task=(--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha "${ALPHA:-0.5}")
@@ -12,3 +12,34 @@ DATA=${DATA:-data/multilingual}
 OUT=${OUT:-outputs/multilingual_lm}
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+# Trains the models of the paper's table 1 that are not trained yet; sets names.
+train_table1() { # FLAGS...
+    local default=8 budget=${BUDGET:-params} experts list
+    [[ $SCALE != paper ]] || default="8 32"
+    read -r -a list <<<"${EXPERTS_LIST:-$default}"
+    names=(dense)
+    train_dense "$@"
+    for experts in "${list[@]}"; do
+        names+=("xmoe-e$experts" "mhmoe-$budget-e$experts")
+        EXPERTS=$experts NAME=xmoe-e$experts train_xmoe "$@"
+        EXPERTS=$experts NAME=mhmoe-$budget-e$experts train_mhmoe "$@"
+    done
+}
+
+require_xnli() {
+    [[ -n ${DRY_RUN:-} || -d ${XNLI:-} ]] || fail "XNLI (${XNLI:-}) must be the folder of your copy of XNLI"
+}
+
+evaluate_xnli() { # NAME...
+    require_xnli
+    local command=(mhmoe xnli --checkpoint "${@/#/$OUT/}" --data "$DATA" --xnli-dir "${XNLI:-XNLI}" --out "$OUT/xnli")
+    [[ -z ${LANGS:-} ]] || command+=(--langs "$LANGS")
+    [[ -z ${LIMIT:-} ]] || command+=(--limit "$LIMIT")
+    [[ $SCALE == paper ]] || command+=(--cpu)
+    if [[ -n ${DRY_RUN:-} ]]; then
+        printf '%q ' "${command[@]}" && echo
+    else
+        "${command[@]}"
+    fi
+}

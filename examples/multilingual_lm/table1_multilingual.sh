@@ -5,15 +5,5 @@ set -euo pipefail
 # shellcheck source=examples/multilingual_lm/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-default=8
-[[ $SCALE != paper ]] || default="8 32"
-read -r -a list <<<"${EXPERTS_LIST:-$default}"
-budget=${BUDGET:-params}
-names=(dense)
-"$here/dense.sh" "$@"
-for experts in "${list[@]}"; do
-    names+=("xmoe-e$experts" "mhmoe-$budget-e$experts")
-    EXPERTS=$experts NAME=xmoe-e$experts "$here/xmoe.sh" "$@"
-    EXPERTS=$experts NAME=mhmoe-$budget-e$experts "$here/mhmoe.sh" "$@"
-done
+train_table1 "$@"
 compare "$OUT/table1-multilingual.md" "${names[@]}"

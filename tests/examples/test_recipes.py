@@ -90,7 +90,8 @@ def test_every_command_is_accepted_by_fairseq_and_by_the_model(recipe: str, scal
         elif command[0] == "fairseq-eval-lm":
             assert parse(command).gen_subset in ("valid", "test")
         else:
-            assert cli.build_parser(command[1]).parse_args(command[1:]).split in ("valid", "test")
+            assert command[0] == "mhmoe"
+            assert cli.build_parser(command[1]).parse_args(command[1:]).split in ("valid", "test", "validation")
 
 
 def test_an_unknown_flag_would_be_seen() -> None:
@@ -161,6 +162,16 @@ def test_table_6_has_the_papers_seven_rows() -> None:
         "mhmoe-no-projections": (True, True, False, False),
         "mhmoe-params": (True, True, True, True),
     }
+
+
+def test_the_tables_of_several_languages_have_the_papers_models() -> None:
+    table_1 = runs("multilingual_lm/table1_multilingual", "paper")
+    experts = {name: getattr(counts(words).moe, "num_experts", 0) for name, words in table_1.items()}
+    assert experts == {"dense": 0, "xmoe-e8": 8, "mhmoe-params-e8": 8, "xmoe-e32": 32, "mhmoe-params-e32": 32}
+    *trainings, xnli = commands("multilingual_lm/table3_xnli", "paper")
+    assert tuple(trainings) == tuple(table_1.values())
+    parsed = cli.build_parser("xnli").parse_args(xnli[1:])
+    assert [path.name for path in parsed.checkpoint] == list(experts)
 
 
 def test_table_7_varies_the_projections() -> None:
