@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-characters", type=int, default=10, metavar="N", help="shorter sentences are left out")
     parser.add_argument("--seed", type=int, default=1, help="of questions, distractors and their order")
     parser.add_argument(
-        "--language-token", action="store_true",
-        help="a language's symbol before every sentence (models trained with --mhmoe-language-token)",
+        "--language-token", action=argparse.BooleanOptionalAction,
+        help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
     parser.add_argument("--max-batch-tokens", type=int, default=8192, metavar="N", help="most tokens per batch")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")

@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--langs", metavar="CODES", help="languages, with commas in between (default: all there are)")
     parser.add_argument("--split", choices=list(SPLITS), default="validation", help="lm-eval and the paper use it")
     parser.add_argument(
-        "--language-token", action="store_true",
-        help="lead every text with its language's symbol (models trained with --mhmoe-language-token)",
+        "--language-token", action=argparse.BooleanOptionalAction,
+        help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="only N examples of each language, for a trial")
     parser.add_argument("--max-batch-tokens", type=int, default=8192, metavar="N", help="most tokens per batch")

@@ -10,6 +10,7 @@ Several processes: lm-eval takes every one for rank 0 of 1, so each scores all r
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,10 @@ from ..errors import UserError
 from ..models.language_model import fingerprint
 from .decoding import Ending, StopDecoder
 from .generation import Search
-from .loading import load_language_model
+from .loading import load_language_model, was_trained_with
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
+
+logger = logging.getLogger(__name__)
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in lm-eval's order
 _SEARCH_NAMES = ("until", "do_sample", "temperature", "top_k", "top_p", "num_beams")
@@ -86,6 +89,8 @@ class MHMoEHarnessModel(TemplateLM):
             language=lang,
             clean=clean,
         )
+        if lang is None and was_trained_with(self.hub, "mhmoe_language_token"):
+            logger.warning(f"{checkpoint} was trained with --mhmoe-language-token: --model_args lang=CODE is missing")
         self.max_gen_toks = max_gen_toks
         self._device = self.hub.device
 

@@ -42,6 +42,11 @@ def load_language_model(
     return model.to(place).eval()
 
 
+def was_trained_with(model: GeneratorHubInterface, flag: str) -> bool:
+    """Whether a switch of its task, such as ``mhmoe_language_token``, was on in a model's training."""
+    return bool(getattr(model.task.args, flag, False))
+
+
 def find_device(name: str | None) -> torch.device:
     """The device called ``name``.
 

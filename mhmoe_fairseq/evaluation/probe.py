@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from ..data.files import read_utf8_lines
 from ..errors import UserError
+from .loading import was_trained_with
 from .scoring import Score, TextScorer
 
 _NEIGHBOURS = 20  # distractors are drawn from so many next shorter and next longer sentences
@@ -153,13 +154,16 @@ def _item(pool: list[Aligned], place: int, source: str, target: str, candidates:
 
 
 def score_items(
-    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool = False
+    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool | None = None
 ) -> tuple[list[list[Score]], list[list[Score]]]:
     """Scores of every candidate after its context, and at the begin of a text.
 
     Args:
-        language_symbols: a language's symbol stands before each sentence in place of ``</s>``.
+        language_symbols: a language's symbol stands before each sentence in place of ``</s>`` (default: if the model
+            was trained so).
     """
+    if language_symbols is None:
+        language_symbols = was_trained_with(scorer.model, "mhmoe_language_token")
     middle = scorer.language_id(target) if language_symbols else scorer.dictionary.eos()
     pairs = [
         ([*scorer.encode(item.context), middle], scorer.encode(candidate))
@@ -179,7 +183,7 @@ def score_items(
 
 
 def probe(
-    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool = False
+    scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool | None = None
 ) -> ProbeResult:
     """Score the questions of a pair of languages and count right answers."""
     after, alone = score_items(scorer, items, source, target, language_symbols=language_symbols)

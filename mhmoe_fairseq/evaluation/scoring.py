@@ -4,7 +4,8 @@ Text becomes tokens as in training. Every line is cleaned as ``mhmoe prepare`` c
 spaces) and encoded by itself; between two lines stands ``</s>``, the token that ends every line of the training data.
 A raw newline is in no vocabulary. fairseq's ``hub.score(text, replace_newline_with_eos=True)``, made for the XGLM
 models, does the same, except that it never scores the line end of a text's last line: here ``"yes\\n"`` ends in
-``</s>``. Every text is conditioned on a leading ``</s>``, as fairseq's scorer does, or on its language's symbol.
+``</s>``. Every text is conditioned on a leading ``</s>``, as by fairseq's scorer (``<s>`` after training with
+``--add-bos-token``), or on its language's symbol.
 
 A score does not depend on the batch. Padding is on the right, where causal attention never looks, and is not routed.
 Models with capacity routing, whose experts refuse tokens by what else is in the batch, are scored row by row.
@@ -23,6 +24,7 @@ from torch import Tensor
 from ..data.documents import clean_line
 from ..data.languages import language_symbol
 from ..errors import UserError
+from .loading import was_trained_with
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +96,13 @@ class TextScorer:
         self.set_language(language)
 
     def set_language(self, language: str | None) -> None:
-        """Lead texts with this language's symbol from now on; None for ``</s>``.
+        """Lead texts with this language's symbol from now on; None for the ``</s>`` or ``<s>`` of every text.
 
         Raises:
             UserError: the dictionary has no such symbol.
         """
-        self.leading_symbol = self.dictionary.eos() if language is None else self.language_id(language)
+        begin = self.dictionary.bos() if was_trained_with(self.model, "add_bos_token") else self.dictionary.eos()
+        self.leading_symbol = begin if language is None else self.language_id(language)
         self._keeps_leading_symbol = language is not None
 
     def language_id(self, language: str) -> int:

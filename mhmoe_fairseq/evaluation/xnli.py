@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .loading import was_trained_with
 from .xnli_files import LABELS
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def evaluate_xnli(
     tasks: Path,
     codes: Sequence[str],
     *,
-    language_symbols: bool = False,
+    language_symbols: bool | None = None,
     limit: int | None = None,
 ) -> Iterator[LanguageResult]:
     """Evaluate one language after the other.
@@ -60,12 +61,14 @@ def evaluate_xnli(
         model: lm-eval's view of the model.
         tasks: folder of ``write_tasks``.
         codes: languages with a task there.
-        language_symbols: lead every text with its language's symbol.
+        language_symbols: lead every text with its language's symbol (default: as the model was trained).
         limit: score only so many examples of each.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    if language_symbols is None:
+        language_symbols = was_trained_with(model.hub, "mhmoe_language_token")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     for code in codes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq.data import Dictionary
@@ -60,7 +62,7 @@ def test_text_is_cleaned_as_the_corpora_are(model, scorer):
 
 def test_words_that_the_dictionary_lacks_are_told_once(model, caplog):
     scorer = TextScorer(model)
-    scorer.model = type("Words", (), {"encode": lambda self, line: model.binarize(line), "device": model.device})()
+    scorer.model = SimpleNamespace(encode=model.binarize, task=model.task, device=model.device)  # no tokenizer
     assert scorer.encode("xyzzy plugh") == [model.src_dict.unk()] * 2
     scorer.encode("xyzzy")
     assert [record.message for record in caplog.records if "<unk>" in record.message] == [
@@ -151,6 +153,7 @@ class TinyHub:
             self.src_dict.add_symbol(word)
         self.models = [small_model(arch, dictionary=self.src_dict, tokens_per_sample=32, **flags)]
         self.tgt_dict, self.device = self.src_dict, torch.device("cpu")
+        self.task = SimpleNamespace(args=SimpleNamespace())
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,8 @@ def test_a_language_symbol_leads_every_window():
     scorer.set_language(None)
     [plain] = scorer.score_all([([german], [5, 9, 8])])
     assert scorer.leading_symbol == hub.src_dict.eos()
+    hub.task.args.add_bos_token = True
+    assert TextScorer(hub).leading_symbol == hub.src_dict.bos()
     assert led.log_prob != pytest.approx(plain.log_prob, rel=1e-3)
     with pytest.raises(ValueError, match="lang fr: the dictionary has no __fr__"):
         scorer.set_language("fr")
