@@ -42,15 +42,17 @@ def draw_language_matrices(path: Path, routing: LanguageRouting, title: str) -> 
     size = 2.2 + 0.3 * len(routing.languages)
     figure = new_figure(2 * size, size)
     left, right = figure.subplots(1, 2)
-    _matrix(left, routing.overlap_LGG().mean(0), routing.languages, "share of load in common (mean of layers)")
+    shared_GG = routing.overlap_LGG().mean(0)
+    lowest = math.floor(10 * shared_GG.min().item()) / 10
+    _matrix(left, shared_GG, routing.languages, "share of load in common (mean of layers)", lowest)
     _matrix(right, guessed_GG, routing.languages, f"language guessed from {routing.piece_tokens} tokens' routing")
     right.set(xlabel="guessed", ylabel="language")
     figure.suptitle(title)
     save_figure(figure, path)
 
 
-def _matrix(axes: Any, values: Tensor, names: Sequence[str], title: str) -> None:
-    image = heat_map(axes, values, names, highest=1.0)
+def _matrix(axes: Any, values: Tensor, names: Sequence[str], title: str, lowest: float = 0.0) -> None:
+    image = heat_map(axes, values, names, highest=1.0, lowest=lowest)
     axes.set_xticks(range(len(names)), names, rotation=90)
     axes.set_title(title, fontsize=9)
     axes.figure.colorbar(image, ax=axes)

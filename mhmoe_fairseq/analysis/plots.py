@@ -61,10 +61,10 @@ def draw_activations(path: Path, activations: dict[str, Activation], threshold: 
     save_figure(figure, path)
 
 
-def heat_map(axes: Any, values: Tensor, rows: Sequence[str], highest: float) -> Any:
-    """A matrix from 0 to ``highest``; the image, for a colour bar."""
+def heat_map(axes: Any, values: Tensor, rows: Sequence[str], highest: float, lowest: float = 0.0) -> Any:
+    """A matrix, coloured from ``lowest`` to ``highest``; the image, for a colour bar."""
     axes.set_yticks(range(len(rows)), rows)
-    return axes.imshow(values.numpy(), aspect="auto", vmin=0.0, vmax=highest, interpolation="nearest")
+    return axes.imshow(values.numpy(), aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest")
 
 
 def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylabel: str) -> None:

@@ -35,8 +35,12 @@ def find_languages(folder: Path, langs: str) -> list[str]:
     return sorted(asked)
 
 
-def check_languages(folder: Path, languages: list[str]) -> None:
-    """The languages' files are their own, and of this folder's dictionary.
+def check_languages(folder: Path, languages: list[str], dictionary: Path) -> None:
+    """The languages' files are their own, and of the dictionary.
+
+    Args:
+        folder: the data, or one shard of them.
+        dictionary: the file that is read.
 
     Raises:
         UserError: naming two languages with the same text, or another dictionary.
@@ -47,11 +51,19 @@ def check_languages(folder: Path, languages: list[str]) -> None:
         for one, other in itertools.combinations(texts, 2):
             if _have_same_content(texts[one], texts[other]):
                 raise UserError(f"{texts[one]} and {texts[other]} are the same text: {one} and {other} need their own")
-    words = (folder / "dict.txt").read_bytes()
+    used = sha256_of(dictionary)
     for language in languages:
         own = folder / language / "dict.txt"
-        if own.is_file() and own.read_bytes() != words:
-            raise UserError(f"{own} differs from {folder / 'dict.txt'}: all languages share one dictionary")
+        if own.is_file() and sha256_of(own) != used:
+            raise UserError(f"{own} differs from {dictionary}: all languages share one dictionary")
+    recorded = _manifest(folder).get("files", {}).get("dict.txt", {}).get("sha256", used)
+    if recorded != used:
+        raise UserError(f"{dictionary} is not the dictionary that {folder} was binarised with, says its manifest.json")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def _have_same_content(one: Path, other: Path) -> bool:
@@ -82,8 +94,7 @@ def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str,
     ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
     language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
     """
-    manifest = folder / "manifest.json"
-    counts: dict[str, Any] = read_json(manifest).get("languages", {}) if manifest.is_file() else {}
+    counts = _manifest(folder).get("languages", {})
     found = {}
     for language, evaluated in tokens.items():
         counted = counts.get(language, {}).get("splits", {}).get(split)

@@ -43,6 +43,7 @@ class LanguagesDataset(WholeBatches):
         self.characters = characters or {}
         if not set(parts) <= set(self.characters):
             self.characters = {}
+        self._per_token = {name: count / parts[name].sizes.sum() for name, count in self.characters.items()}
         self._numbers = torch.tensor([numbers[language] for language in parts])
         self._ends = np.cumsum([len(part) for part in parts.values()])
 
@@ -59,8 +60,7 @@ class LanguagesDataset(WholeBatches):
             sample["source"] = source
         sample = {**sample, "id": int(index), "language": self._numbers[place]}
         if self.characters:
-            share = len(sample["target"]) / self.parts[language].sizes.sum()
-            sample["characters"] = share * self.characters[language]
+            sample["characters"] = len(sample["target"]) * self._per_token[language]
         return sample
 
     def place_of(self, index: int) -> int:

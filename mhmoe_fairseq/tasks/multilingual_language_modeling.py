@@ -86,7 +86,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         folders = data_folders(self.args)
         languages = find_languages(folders[0], self.args.langs)
         for folder in folders:
-            check_languages(folder, languages)
+            check_languages(folder, languages, folders[0] / "dict.txt")
         return languages
 
     @functools.cached_property

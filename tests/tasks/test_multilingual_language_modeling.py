@@ -164,6 +164,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(prepared, epoch, ranks_befo
 
 def test_shards_take_turns(prepared, tmp_path):
     second = write_languages(tmp_path / "second", {"de": 20, "el": 20, "en": 20, "zh": 20})
+    (second / "dict.txt").unlink()
     task = task_for(f"{prepared}:{second}", multilang_sampling_alpha=0.0)
     counts = []
     for epoch in (1, 2, 3):
@@ -342,11 +343,15 @@ def test_dictionaries_of_other_languages(data):
     (data / "de" / "dict.txt").unlink()
     words = (data / "dict.txt").read_text(encoding="utf-8").splitlines()
     (data / "dict.txt").write_text("\n".join(words[:50]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data/dict.txt is not the dictionary that .*data was binarised with, says"):
+        loaded(data, "train")
+    (data / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"token id \d+, dict.txt has 54 words: binarised with another dictionary"):
         loaded(data, "train")
 
 
 def test_a_dictionary_without_language_symbols(data):
+    (data / "manifest.json").unlink()
     dictionary = Dictionary()
     for symbol in build_dictionary().symbols[4:]:
         dictionary.add_symbol(symbol.replace("__de__", "other"))

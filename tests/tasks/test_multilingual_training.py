@@ -177,7 +177,7 @@ def test_two_ranks_with_spread_experts_train_as_one_process(data: Path, tmp_path
     for ranks in (1, 2):
         words = [
             data, *TRAIN_FLAGS, *SAMPLED, "--arch", "mhmoe_lm_tiny", "--decoder-layers", 2, *MODEL, "--batch-size", 16,
-            "--tokens-per-sample", 32, "--optimizer", "mhmoe_adam", "--lr", 0.003, "--clip-norm", 1, "--max-update", 6,
+            "--tokens-per-sample", 32, "--optimizer", "mhmoe_adam", "--lr", 0.003, "--clip-norm", 1, "--max-update", 4,
             "--update-freq", 2 // ranks, "--save-dir", tmp_path / str(ranks),
         ]  # fmt: skip
         log = Workers(ranks).fairseq("fairseq-train", *words, timeout=300)[0]
@@ -186,16 +186,14 @@ def test_two_ranks_with_spread_experts_train_as_one_process(data: Path, tmp_path
         updates[ranks].append({key: valid[key] for key in valid if key.startswith(("valid_ppl", "valid_bpc"))})
     names = ("num_updates", "loss", "gate_loss", "gnorm", "wpb")
     one, two = ([tuple(update[name] for name in names) for update in updates[ranks][:-1]] for ranks in (1, 2))
-    assert one == two and len(one) == 6
+    assert one == two and len(one) == 4
     assert updates[1][-1] == updates[2][-1]
     assert {f"valid_ppl_{language}" for language in LANGUAGES} < set(updates[2][-1])
 
 
 def test_a_model_with_language_tokens_is_trained_and_evaluated(data: Path, tmp_path: Path) -> None:
-    train_languages(data, tmp_path / "run", "--mhmoe-language-token", "--disable-validation", updates=2)
+    train_languages(data, tmp_path / "run", "--mhmoe-language-token", "--disable-validation", updates=1)
     found = scores(data, tmp_path / "run", "test")["total"]
-    printed = fairseq_score(data, tmp_path / "run", "test", "--mhmoe-language-token")
-    assert (f"{found['loss']:.4f}", found["tokens"]) == (f"{printed.loss:.4f}", printed.tokens)
     assert found["tokens"] == sum(token_count(data, language, "test") for language in LANGUAGES)
     with pytest.raises(AssertionError, match="the model was trained with --mhmoe-language-token: add the flag"):
         fairseq_score(data, tmp_path / "run", "test")
