@@ -10,6 +10,7 @@ from mhmoe_fairseq.cli import main
 from mhmoe_fairseq.data.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
 from mhmoe_fairseq.data.multilingual.pipeline import MultilingualSettings, prepare_multilingual
+from mhmoe_fairseq.data.sources.debian_docs.source import DebianDocs
 from mhmoe_fairseq.data.sources.language_folders import jsonl_folder
 
 WORDS = {
@@ -190,6 +191,29 @@ def test_debian_packages_and_what_is_missing(capsys, tmp_path, apt, make_deb, ma
         assert (checked["foreign_script_lines"], checked["misfit_lines"]) == (0, 0)
         assert checked == manifest["languages"][code]["spot_check"]
     assert sum(manifest["aligned"]["test"].values()) > 0
+
+
+def test_an_interrupted_extraction_continues(tmp_path, apt, make_deb, make_catalogue):
+    cache = write_debian_packages(make_deb, make_catalogue)
+    settings = MultilingualSettings(
+        languages=("de", "ru"), filter_lines=True, vocab_size=380, valid_fraction=0.1, test_fraction=0.1
+    )
+    source = DebianDocs(("mediawiki", "emoji", "lo-ui"))
+
+    def prepare_into(dest, say):
+        prepare_multilingual(source, settings, dest, cache_dir=cache, overwrite=False, say=say)
+
+    def interrupt(line):
+        if line.startswith("extract: emoji"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_into(tmp_path / "d", interrupt)
+    said: list[str] = []
+    prepare_into(tmp_path / "d", said.append)
+    assert [line.split()[1] for line in said if line.startswith("extract:")] == ["emoji", "lo-ui"]
+    prepare_into(tmp_path / "straight", said.append)
+    assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
 
 
 def test_no_package_at_all(capsys, tmp_path, apt):

@@ -81,7 +81,7 @@ class MultilingualPreparation:
         checks = workspace.stage("spot check", [_SPOT_CHECK], self._spot_check)
         aligned_files = [f"aligned/{split}.jsonl" for split in self._splits if split != "train"]
         aligned = workspace.stage("align", aligned_files, self._align)
-        workspace.stage("vocabulary", [MODEL_FILE], partial(self._train_vocabulary, cleaning))
+        workspace.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
         counts = {code: self._binarise(code) for code in codes}
         workspace.stage("dictionary", ["dict.txt"], self._make_dictionary)
         languages = {
@@ -165,7 +165,7 @@ class MultilingualPreparation:
         self._say(f"aligned: {', '.join(f'{split} {counts}' for split, counts in aligned.items())}")
         return aligned if any(aligned.values()) else {}
 
-    def _train_vocabulary(self, cleaning: dict[str, Any]) -> None:
+    def _train_vocabulary(self) -> None:
         start = time.monotonic()
         settings = self._settings
         texts = {code: self._partial / "text" / code / "train.txt" for code in settings.languages}
