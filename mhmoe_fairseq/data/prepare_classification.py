@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fields.add_argument("--label-field", default="label", metavar="NAME", help="field of the label (XNLI: gold_label)")
     fields.add_argument(
         "--language-field", metavar="NAME",
-        help="field of the language's code, for files that hold several: only those of LANG are read (XNLI: language)",
+        help="field of the language's code, for files that hold several: only LANG's examples are read, and those of "
+        "files for one language that do not have it (XNLI: language)",
     )  # fmt: skip
     fields.add_argument(
         "--labels", nargs="+", metavar="NAME[=OTHER]",

@@ -95,7 +95,8 @@ def _results(classifier: Classifier, args: argparse.Namespace) -> Iterator[Class
             raise UserError(f"--input {word}: must be LANG=FILE, such as en={word}")
         get_language(code, "--input")
         require_files([Path(name)], "--input")
-        examples = list(read_examples(Path(name), fields, code))
+        is_shared = sum(other.partition("=")[2] == name for other in args.input) > 1
+        examples = list(read_examples(Path(name), fields, code, is_shared=is_shared))
         if not examples:
             raise UserError(f"--input {word}: no example in it")
         yield classifier.classify_examples(f"input_{code}", examples, args.label_field is not None, args.max_tokens)

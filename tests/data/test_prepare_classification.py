@@ -96,17 +96,18 @@ def test_json_lines_with_ids(run, files, tmp_path, lm_data):
 def test_the_official_files_hold_all_languages(run, tmp_path):
     tsv = write_official_tsv(tmp_path / "xnli.dev.tsv", *CODES)
     train = write_jsonl(tmp_path / "multinli.jsonl", [
-        {"language": "en", "gold_label": {"contradiction": "contradictory"}.get(word, word),
+        {"gold_label": {"contradiction": "contradictory"}.get(word, word),
          "sentence1": row["premise"], "sentence2": row["hypothesis"]}
-        for row, word in zip(xnli_rows("en"), words_of("en"))
+        for row, word in [*zip(xnli_rows("en"), words_of("en")), (xnli_rows("en")[0], "-")]
     ])  # fmt: skip
     status, out, err = run(
         "--train", f"en={train}", "--valid", *(f"{code}={tsv}" for code in CODES), "--text-fields", "sentence1",
         "sentence2", "--label-field", "gold_label", "--language-field", "language",
-        "--labels", "entailment", "neutral", "contradiction=contradictory",
+        "--labels", "entailment", "neutral", "contradiction=contradictory", "--skip-labels", "-",
     )  # fmt: skip
     dest = tmp_path / "data"
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, "") and "contradiction 2), 1 left out" in out
+    assert len(labels(dest, "train_en")) == 6, "rows without the field are of their file's language"
     for code in CODES:
         assert texts(dest, "input1", f"valid_{code}") == [row["hypothesis"] for row in xnli_rows(code)]
         assert labels(dest, f"valid_{code}") == words_of(code)
@@ -216,6 +217,7 @@ def test_bad_flags(run, files, tmp_path):
     en, de = files["en"], files["de"]
     same = f"de={en.partition('=')[2]}"
     tsv = write_official_tsv(tmp_path / "xnli.tsv", "en")
+    twice = ("--train", en, "--valid", f"de={tmp_path / 'zh.jsonl'}", files["zh"], "--language-field", "language")
     official = ("--text-fields", "sentence1", "--label-field", "gold_label", "--language-field", "language")
     for arguments, message in (
         (("--train", "en.jsonl"), "--train en.jsonl: must be LANG=FILE, such as en=en.jsonl"),
@@ -232,6 +234,7 @@ def test_bad_flags(run, files, tmp_path):
             ("--train", f"en={tsv}", "--valid", f"de={tsv}", *official),
             f"--valid de={tsv}: no example of language de in it",
         ),
+        (twice, "zh.jsonl:1: no field 'language'; it has premise, hypothesis, label"),
     ):
         status, out, err = run(*arguments)
         assert status == 2 and message in err and err.count("\n") == 1, err

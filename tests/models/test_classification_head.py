@@ -78,6 +78,13 @@ def test_dropout_of_the_head_is_for_training():
     assert torch.equal(logits(model, rows), logits(model, rows))
 
 
+def test_the_head_works_in_its_own_precision():
+    """Features may be of 16 bits, as some norms leave them under --mhmoe-precision."""
+    head = classifier().classification_heads["head"]
+    features, mask = torch.randn(2, 4, 32).bfloat16(), torch.zeros(2, 4, dtype=torch.bool)
+    torch.testing.assert_close(head.eval()(features, mask), head(features.float(), mask), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "how, message",
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from ...errors import UserError
 from ..documents import clean_line
@@ -37,21 +37,25 @@ class Fields:
     language: Optional[str] = None
 
 
-def read_examples(path: Path, fields: Fields, code: str = "") -> Iterator[Example]:
+def read_examples(path: Path, fields: Fields, code: str = "", *, is_shared: bool = False) -> Iterator[Example]:
     """The examples of a ``.jsonl`` or ``.tsv`` file (``.gz`` too), in order; empty lines are passed over.
 
     A TSV file has the names of its fields in the first line, and no quoting.
 
     Args:
-        code: with a language field, only examples of this language are read.
+        code: with a language field, examples of other languages are passed over.
+        is_shared: the file is read for several languages, so every example must have the language field; otherwise
+            those without it are of this language.
 
     Raises:
         UserError: naming file, line and field.
     """
-    rows = _jsonl_rows(path) if file_format(path) == "JSON lines" else _tsv_rows(path, fields)
+    needed = [*fields.texts, fields.label, fields.language if is_shared else None]
+    rows = _jsonl_rows(path) if file_format(path) == "JSON lines" else _tsv_rows(path, needed)
     for place, row in rows:
-        if fields.language is not None and _value(row, fields.language, place) != code:
-            continue
+        if fields.language is not None and (is_shared or fields.language in row):
+            if _value(row, fields.language, place) != code:
+                continue
         texts = tuple(_text(row, name, place) for name in fields.texts)
         yield Example(place, texts, "" if fields.label is None else _value(row, fields.label, place))
 
@@ -78,11 +82,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, row
 
 
-def _tsv_rows(path: Path, fields: Fields) -> Iterator[tuple[str, dict[str, Any]]]:
+def _tsv_rows(path: Path, needed: Sequence[Optional[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
     lines = enumerate(read_utf8_lines(path), start=1)
     _, first = next(lines, (0, ""))
     header = first.split("\t")
-    for name in (*fields.texts, fields.label, fields.language):
+    for name in needed:
         if name is not None and name not in header:
             raise UserError(f"{path}:1: no field {name!r}; the first line names {', '.join(header)}")
     for number, line in lines:

@@ -90,10 +90,10 @@ class Preparation:
         )
         self._workspace.stage("language model", list(self._text.files), self._copy_language_model)
         outputs = [_LABEL_DICTIONARY, *self._text.files]
-        counts = {}
+        splits = {}
         for file in self._files:
             made = [f"{folder}/{file.name}.{end}" for folder in (*self._folders, "label") for end in ("bin", "idx")]
-            counts[file.name] = self._workspace.stage(
+            splits[file.name] = self._workspace.stage(
                 f"binarise {file.name}", made, partial(self._binarise, file, labels)
             )
             outputs += made
@@ -103,7 +103,7 @@ class Preparation:
             "classes": labels.names,
             "fields": list(self._settings.fields.texts),
             "tokenizer": self._text.vocabulary.describe(),
-            "splits": counts,
+            "splits": splits,
             "tools": tool_versions(),
         }
         return self._workspace.publish(manifest, outputs)
@@ -136,7 +136,8 @@ class Preparation:
         return [list(spellings) for spellings in labels.spellings]
 
     def _read(self, file: LabelledFile) -> Iterator[Example]:
-        return read_examples(file.path, self._settings.fields, file.language)
+        is_shared = sum(other.path.resolve() == file.path.resolve() for other in self._files) > 1
+        return read_examples(file.path, self._settings.fields, file.language, is_shared=is_shared)
 
     def _copy_language_model(self) -> None:
         for name in self._text.files:
@@ -145,41 +146,38 @@ class Preparation:
 
     def _binarise(self, file: LabelledFile, labels: Labels) -> dict[str, Any]:
         prefixes = [self._partial / folder / file.name for folder in self._folders]
-        longest = tokens = skipped = 0
-        found: Counter[str] = Counter()
-        vocabulary = self._text.vocabulary
+        vocab_size = len(self._text.vocabulary.symbols) + NUM_SPECIALS
+        lengths: list[int] = []
+        classes: Counter[str] = Counter()
+        skipped = 0
         with contextlib.ExitStack() as stack:
-            vocab_size = len(vocabulary.symbols) + NUM_SPECIALS
             inputs = [stack.enter_context(_builder(prefix, vocab_size)) for prefix in prefixes]
-            targets = stack.enter_context(
-                _builder(self._partial / "label" / file.name, NUM_SPECIALS + len(labels.names))
-            )
+            label_prefix = self._partial / "label" / file.name
+            add_label = stack.enter_context(_builder(label_prefix, NUM_SPECIALS + len(labels.names)))
             for batch in _batches(self._read(file)):
-                classes = [labels.find(example) for example in batch]
-                kept = [(example, index) for example, index in zip(batch, classes) if index is not None]
+                kept = [(example, index) for example in batch if (index := labels.find(example)) is not None]
                 skipped += len(batch) - len(kept)
-                encoded = [
-                    vocabulary.encode_lines([example.texts[place] for example, _ in kept])
-                    for place in range(len(prefixes))
-                ]
-                for sentences, (_, index) in zip(zip(*encoded), kept):
+                for sentences, (_, index) in zip(self._encode([example for example, _ in kept]), kept):
                     for add, ids in zip(inputs, sentences):
                         add([*ids, _EOS])
-                    targets([NUM_SPECIALS + index, _EOS])
-                    found[labels.names[index]] += 1
-                    length = sum(map(len, sentences)) + len(sentences) + 1
-                    longest, tokens = max(longest, length), tokens + length
-        counts = {name: found[name] for name in labels.names}
-        total = sum(counts.values())
+                    add_label([NUM_SPECIALS + index, _EOS])
+                    classes[labels.names[index]] += 1
+                    lengths.append(1 + sum(len(ids) + 1 for ids in sentences))
+        counts = {name: classes[name] for name in labels.names}
+        tokens, longest = sum(lengths), max(lengths)
         self._say(
-            f"{file.name}: {total} examples ({', '.join(f'{name} {count}' for name, count in counts.items())}), "
-            f"{skipped} left out, {tokens / total:.1f} tokens on average, the longest {longest}"
+            f"{file.name}: {len(lengths)} examples ({', '.join(f'{name} {count}' for name, count in counts.items())}), "
+            f"{skipped} left out, {tokens / len(lengths):.1f} tokens on average, the longest {longest}"
         )
-        majority = max(counts.values()) / total
         return {
-            "language": file.language, "examples": total, "skipped": skipped, "classes": counts,
-            "majority": round(majority, 4), "tokens": tokens, "longest": longest,
+            "language": file.language, "examples": len(lengths), "skipped": skipped, "classes": counts,
+            "tokens": tokens, "longest": longest,
         }  # fmt: skip
+
+    def _encode(self, examples: list[Example]) -> Iterator[tuple[list[int], ...]]:
+        """The ids of each example's one or two sentences, without end marks."""
+        columns = zip(*(example.texts for example in examples))
+        return zip(*(self._text.vocabulary.encode_lines(list(column)) for column in columns))
 
 
 @contextlib.contextmanager
