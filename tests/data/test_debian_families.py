@@ -52,7 +52,8 @@ def test_libreoffice_help_by_paragraph(make_deb):
     page = """<html><body><header><p>no</p></header><div id="DisplayArea" x="y"><h1 id="hd_id1">Titel</h1>
     <p id="par_id2" class="p">Drücken Sie
     <span hidden="true" id="MACtext" class="MAC"><span class="k">Befehl</span></span>
-    <span hidden="true" id="defaulttext"><span class="k">Strg</span></span>.</p><p>Ohne Nummer</p></div>
+    <span hidden="true" id="defaulttext"><span class="k">Strg</span></span>.</p><p>Ohne Nummer</p>
+    <p>[text/a/b.xhp#c not found]</p></div>
     <div id="SearchFrame"></div><footer><p>no</p></footer></body></html>"""
     path = make_deb("libreoffice-help-de", {"libreoffice/help/de/text/swriter/guide/a.html": page})
     assert read("lo-help", path, ("de",)) == [

@@ -74,8 +74,22 @@ def test_ideographs_count_for_more_than_a_letter():
 
 
 @pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("The image can be found with Katze", True),
+        ("Some modern cluster file systems provide perfect coherence, see Abschnitt 5", False),
+        ("Wait for the signal", True),
+        ("Das Feld for und das Feld while", False),
+    ],
+)
+def test_english_is_told_by_its_small_words(line, expected):
+    assert reads_like_english(line) is expected
+
+
+@pytest.mark.parametrize(
     "line",
     [
+        "Was ist eine Arbeitsfläche, und was habe ich davon?",
         "Der Befehl 'the' ist nicht definiert und wird in dieser Version nicht verwendet.",
         "Bu dosya silindi ve geri getirilemez",
         "Tập tin có thể mở được",

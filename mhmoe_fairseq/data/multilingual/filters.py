@@ -17,9 +17,10 @@ _CJK_WIDTH = 3  # an ideograph counts for three characters
 # Words that are frequent in English and no words of the other languages in Latin script.
 _ENGLISH_WORDS = frozenset(
     "the and of is are for with this that from be or not by you your it which will if when has have as used use "
-    "should must does any all into these they than then only other but was were been its their".split()
+    "should must does any into these they than then only other but were been its their can each such how where "
+    "some many more before after between without using".split()
 )
-_MIN_ENGLISH_WORDS, _MIN_ENGLISH_SHARE = 2, 0.25
+_MIN_ENGLISH_WORDS, _MIN_ENGLISH_SHARE = 2, 0.15
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -60,7 +61,7 @@ class LineFilter:
 
 
 def reads_like_english(line: str) -> bool:
-    """Whether at least two words, and a quarter of all, are English function words."""
+    """Whether at least two words, and 15 % of all, are English function words."""
     words = [word.lower() for word in _WORD.findall(line)]
     english = sum(word in _ENGLISH_WORDS for word in words)
     return english >= _MIN_ENGLISH_WORDS and english >= _MIN_ENGLISH_SHARE * len(words)

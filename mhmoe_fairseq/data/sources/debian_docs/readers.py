@@ -25,6 +25,9 @@ _HIDDEN_VARIANT = re.compile(
     r"<span hidden=\"true\" id=\"[^\"]*\" class=\"[A-Z]+\">(?:<span[^>]*>[^<]*</span>|[^<])*</span>"
 )
 
+# What LibreOffice writes where a page includes a paragraph that does not exist.
+_BROKEN_INCLUDE = re.compile(r"text/\S+\.xhp#")
+
 Labelled = Iterator[tuple[str, Passage]]
 Locate = Callable[[str], Optional[tuple[str, str]]]
 
@@ -129,7 +132,7 @@ def libreoffice_help(path: Path, languages: Sequence[str]) -> Labelled:
         page = content.decode("utf-8", "replace")
         body = page[page.find('id="DisplayArea"') : page.find('<div id="SearchFrame">')].partition(">")[2]
         for identifier, same in groupby(blocks(_HIDDEN_VARIANT.sub("", body)), key=lambda block: block.id):
-            lines = [block.text for block in same]
+            lines = [block.text for block in same if not _BROKEN_INCLUDE.search(block.text)]
             key = f"{place}#{identifier}" if identifier.startswith(("par_id", "hd_id")) else None
             yield language, Passage(place, place, lines, key)
 
