@@ -28,7 +28,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "tiktoken": ["tiktoken>=0.7"],
-    "lm-eval": ["lm-eval>=0.4.9"],
+    "lm-eval": ["lm-eval>=0.4.13"],
     "plots": ["matplotlib>=3.8"],
     "tensorboard": ["tensorboardX>=2.6"],
     "captions": ["pycocoevalcap>=1.2"],

@@ -79,15 +79,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def name_models(checkpoints: Sequence[Path]) -> list[str]:
-    """Short names for a table's rows: the folder's, or the whole path where two are alike.
+    """Names for a table: as much of the folders' paths as tells one from the other, the file's too if need be.
 
     Raises:
         UserError: one is given twice.
     """
-    if len(set(checkpoints)) < len(checkpoints):
+    paths = [path.resolve() for path in checkpoints]
+    if len(set(paths)) < len(paths):
         raise UserError(f"--checkpoint: one is given twice in {' '.join(map(str, checkpoints))}")
-    names = [(path.parent if path.suffix == ".pt" else path).resolve().name for path in checkpoints]
-    return [name if names.count(name) == 1 else str(path) for name, path in zip(names, checkpoints)]
+    folders = [path.parent if path.suffix == ".pt" else path for path in paths]
+    depths = range(1, 1 + max(len(path.parts) for path in paths))
+    named = (["/".join(path.parts[-depth:]) for path in some] for some in (folders, paths) for depth in depths)
+    return next(names for names in named if len(set(names)) == len(names))
 
 
 def _evaluate(args: argparse.Namespace, name: str, checkpoint: Path, sets: list[XnliSet]) -> dict[str, Any]:

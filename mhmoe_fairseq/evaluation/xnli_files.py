@@ -105,7 +105,7 @@ def _read(path: Path, code: str | None) -> Iterator[dict[str, str | int]]:
     )
     fields = Fields((premise, hypothesis), label, None if code is None else "language")
     labels = Labels(_SPELLINGS, field=label)
-    for example in read_examples(path, fields, code or ""):
+    for example in read_examples(path, fields, code or "", is_shared=code is not None):
         yield {"premise": example.texts[0], "hypothesis": example.texts[1], "label": labels.find(example)}
 
 

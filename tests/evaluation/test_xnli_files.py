@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mhmoe_fairseq.analysis.xnli_command import name_models
 from mhmoe_fairseq.cli import main
 from mhmoe_fairseq.evaluation.xnli_files import read_xnli
 
@@ -128,6 +129,17 @@ def test_two_languages_with_the_same_examples(tmp_path):
         write_lines(tmp_path / f"{code}.jsonl", [GOOD])
     with pytest.raises(ValueError, match=r"de.jsonl and .*fr.jsonl: the same examples for de and fr"):
         read_xnli(tmp_path, "validation")
+
+
+def test_models_are_named_by_what_tells_them_apart():
+    def names(*paths):
+        return name_models([Path(path) for path in paths])
+
+    assert names("/runs/dense/checkpoint_best.pt", "/runs/mhmoe") == ["dense", "mhmoe"]
+    assert names("/runs/dense/seed-1/a.pt", "/runs/mhmoe/seed-1/a.pt") == ["dense/seed-1", "mhmoe/seed-1"]
+    assert names("/runs/dense/a.pt", "/runs/dense/b.pt") == ["a.pt", "b.pt"]
+    with pytest.raises(ValueError, match="--checkpoint: one is given twice in /runs/x /runs/y/../x"):
+        names("/runs/x", "/runs/y/../x")
 
 
 def test_bad_flags(tmp_path, capsys):
