@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from own_scripts import ROOT, Scripts
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("dense", "xmoe", "mhmoe-params", "mhmoe-flops")
 
 
-class Demo:
-    """Runs scripts with this checkout's ``mhmoe`` first on PATH."""
+class Demo(Scripts):
+    """The demo's script on a small corpus."""
 
     def __init__(self, folder: Path) -> None:
         from trained_model import sentences
@@ -23,25 +22,8 @@ class Demo:
         lines = sentences(500)
         documents = ["\n".join(lines[start : start + 10]) for start in range(0, len(lines), 10)]
         (folder / "corpus.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-        (folder / "bin").mkdir()
-        mhmoe = folder / "bin" / "mhmoe"
-        mhmoe.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m mhmoe_fairseq.cli "$@"\n')
-        mhmoe.chmod(0o755)
-        self.environment = {
-            **os.environ,
-            "PATH": f"{mhmoe.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",
-            "DEMO_DIR": str(self.folder),
-            "DEMO_SOURCE": f"text {folder / 'corpus.txt'}",
-            "DEMO_VOCAB_SIZE": "340",
-        }
-
-    def run(self, script: str, **environment: str) -> str:
-        done = subprocess.run(
-            ["bash", script], cwd=ROOT, env={**self.environment, **environment}, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        source = f"text {folder / 'corpus.txt'}"
+        super().__init__(folder, DEMO_DIR=str(self.folder), DEMO_SOURCE=source, DEMO_VOCAB_SIZE="340")
 
 
 @pytest.mark.slow
