@@ -6,11 +6,14 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from fairseq.data import Dictionary
+import torch
+from fairseq.data import Dictionary, MonolingualDataset
 
 from ..data.files import read_json, sha256_of
 from ..data.languages import language_symbol
 from ..errors import UserError
+
+_CHECKED_BLOCKS = 20
 
 
 def find_languages(folder: Path, langs: str) -> list[str]:
@@ -71,6 +74,18 @@ def _have_same_content(one: Path, other: Path) -> bool:
         return True
     size = one.stat().st_size
     return size > 0 and size == other.stat().st_size and sha256_of(one) == sha256_of(other)
+
+
+def check_words(part: MonolingualDataset, dictionary: Dictionary, name: str) -> None:
+    """A language is in the dictionary's words: of unknown ones, a model would learn to predict ``<unk>``.
+
+    Raises:
+        UserError: if most words of its first blocks are unknown.
+    """
+    words = torch.cat([part[block]["target"] for block in range(min(len(part), _CHECKED_BLOCKS))])
+    unknown = words.eq(dictionary.unk()).float().mean().item()
+    if unknown > 0.5:
+        raise UserError(f"{name}: {unknown:.0%} of its words are unknown; dict.txt is a dictionary of other languages")
 
 
 def language_symbols(dictionary: Dictionary, languages: list[str]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ._language_metrics import language_sums, log_languages
-from ._languages_data import characters_of, check_languages, find_languages, language_symbols
+from ._languages_data import characters_of, check_languages, check_words, find_languages, language_symbols
 from ._languages_dataset import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
 from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelingTask, data_folders
 
@@ -153,7 +153,9 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         settings.data = os.pathsep.join(str(folder / language) for folder in data_folders(self.args))
         task = MHMoELanguageModelingTask(settings, self.dictionary, self.output_dictionary, self.targets)
         task.load_dataset(split, *args, **kwargs)
-        return task.dataset(split)
+        part = task.dataset(split)
+        check_words(part, self.dictionary, f"{split} of {language}")
+        return part
 
     def _characters(self, split: str, parts: dict[str, MonolingualDataset]) -> dict[str, float]:
         folder = data_folders(self.args)[0]

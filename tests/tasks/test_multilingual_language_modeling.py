@@ -350,6 +350,17 @@ def test_dictionaries_of_other_languages(data):
         loaded(data, "train")
 
 
+def test_text_in_words_that_the_dictionary_lacks(data):
+    builder = MMapIndexedDatasetBuilder(str(data / "zh" / "valid.bin"), dtype=np.uint16)
+    for _ in range(5):
+        builder.add_item(torch.tensor([3, 3, 3, 2]))
+    builder.finalize(str(data / "zh" / "valid.idx"))
+    with pytest.raises(
+        ValueError, match="valid of zh: 75% of its words are unknown; dict.txt is a dictionary of other"
+    ):
+        loaded(data, "valid")
+
+
 def test_a_dictionary_without_language_symbols(data):
     (data / "manifest.json").unlink()
     dictionary = Dictionary()
