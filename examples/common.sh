@@ -13,6 +13,7 @@
 #   NPROC=N          processes on this machine (cpu: 1; paper: 8, one for each GPU), connected by torchrun
 #   NNODES=N NODE_RANK=N MASTER_ADDR=HOST MASTER_PORT=N
 #                    machines (1), this one's number from 0, name and port (29500) of number 0; start a recipe on each
+#   INTERVALS=N      how often a training is validated and saved (cpu: 4; paper: 50)
 #   BATCH=N          blocks per process and step (cpu: all of the update's; paper: 4). An update has 16 blocks (paper:
 #                    256) however many processes share it: --update-freq is 16 / (NPROC x NNODES x BATCH)
 #   DRY_RUN=1        print the commands, run nothing
@@ -40,17 +41,18 @@ settings_of() { # SCALE
     local tokens lr warmup intervals per_update
     positive UPDATES "${UPDATES:-1}"
     positive TOKENS "${TOKENS:-1}"
+    positive INTERVALS "${INTERVALS:-1}"
     recipe=()
     case $1 in
     cpu)
         size=tiny updates=${UPDATES:-300} lr=${LR:-8e-3} tokens=${TOKENS:-128}
-        warmup=$((updates / 10)) intervals=4
+        warmup=$((updates / 10)) intervals=${INTERVALS:-4}
         recipe+=(--clip-norm 1.0)
         per_update=16 nproc=${NPROC:-1} batch=${BATCH:-} backend=gloo
         ;;
     paper)
         size=base updates=${UPDATES:-250000} lr=${LR:-5e-4} tokens=${TOKENS:-4096}
-        warmup=$((updates < 25000 ? updates / 10 : 10000)) intervals=50
+        warmup=$((updates < 25000 ? updates / 10 : 10000)) intervals=${INTERVALS:-50}
         recipe+=(--mhmoe-precision bf16)
         per_update=256 nproc=${NPROC:-8} batch=${BATCH:-4} backend=nccl
         ;;

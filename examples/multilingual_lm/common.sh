@@ -3,11 +3,14 @@
 #
 #   LANGS=de,fr,...  languages to train on or to evaluate (default: all that are prepared)
 #   ALPHA=X          languages are drawn with probability ~ (share of the data)^X (default 0.5; 1: as the data are)
+#
+# At CPU scale a training is validated twice (INTERVALS=2): 14 languages take as long as a third of the training.
 # shellcheck disable=SC2034  # most are read by ../common.sh
 experiment=multilingual_lm
 by_language=1
 task=(--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha "${ALPHA:-0.5}")
 [[ -z ${LANGS:-} ]] || task+=(--langs "$LANGS")
+[[ ${SCALE:-cpu} != cpu ]] || INTERVALS=${INTERVALS:-2}
 DATA=${DATA:-data/multilingual}
 OUT=${OUT:-outputs/multilingual_lm}
 # shellcheck source=examples/common.sh
