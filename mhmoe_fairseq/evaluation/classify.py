@@ -35,12 +35,14 @@ class Classified:
         classes: names, by id.
         labels: ``(examples,)`` right classes, ``UNLABELLED`` where unknown.
         probabilities: ``(examples, classes)`` float32.
+        num_cut: examples that were longer than the model's inputs may be.
     """
 
     split: str
     classes: list[str]
     labels: np.ndarray
     probabilities: np.ndarray
+    num_cut: int = 0
 
     @property
     def predictions(self) -> np.ndarray:
@@ -120,8 +122,7 @@ class Classifier:
         Args:
             max_tokens: of a batch, padding counted.
         """
-        self.task.load_dataset(split)
-        return self._classify(split, self.task.dataset(split), max_tokens)
+        return self._classify(split, self.task.read_split(split), max_tokens)
 
     def classify_examples(self, split: str, examples: Sequence[Example], labelled: bool, max_tokens: int) -> Classified:
         """Texts that are not prepared, encoded with the ``sentencepiece.model`` of the data.
@@ -168,7 +169,7 @@ class Classifier:
             places = batch["id"].cpu().numpy()
             labels[places] = batch["target"].cpu().numpy()
             probabilities[places] = logits.float().softmax(dim=1).cpu().numpy()
-        return Classified(split, self.task.classes, labels, probabilities)
+        return Classified(split, self.task.classes, labels, probabilities, dataset.num_cut)
 
 
 def _require_head(checkpoint: Path) -> None:

@@ -113,6 +113,8 @@ def _text_fields(classifier: Classifier, given: list[str] | None) -> tuple[str, 
 
 def _line(result: Classified) -> str:
     start = f"{result.split}: {len(result.labels)} examples"
+    if result.num_cut:
+        start += f" ({result.num_cut} too long, cut)"
     if not result.is_labelled:
         return start
     return f"{start}, accuracy {result.accuracy:.2f}, majority class {result.majority:.2f}"

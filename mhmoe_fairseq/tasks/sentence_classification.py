@@ -119,7 +119,14 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Check and load a split.
+        """Check and load a split; see ``read_split``."""
+        dataset = self.read_split(split)
+        if dataset.num_cut:
+            logger.info(f"{split}: {dataset.num_cut} of {len(dataset)} inputs are cut to {self.max_positions()} tokens")
+        self.datasets[split] = dataset
+
+    def read_split(self, split: str) -> LabelledSentences:
+        """The examples of a split, checked.
 
         Raises:
             FileNotFoundError, ValueError: naming the file that is missing, truncated, too short or of another
@@ -127,7 +134,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         """
         parts = self._parts(split)
         labels = [self._check(part) for part in parts]
-        dataset = LabelledSentences(
+        return LabelledSentences(
             [ConcatDataset([self._read(folder, part) for part in parts]) for folder in self.sentence_folders()],
             np.concatenate(labels),
             np.concatenate([np.full(len(ids), self.first_token(part)) for part, ids in zip(parts, labels)]),
@@ -135,9 +142,6 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
             pad=self.dictionary.pad(),
             seed=self.args.seed if split.partition("_")[0] == "train" else None,
         )
-        if dataset.num_cut:
-            logger.info(f"{split}: {dataset.num_cut} of {len(dataset)} inputs are cut to {self.max_positions()} tokens")
-        self.datasets[split] = dataset
 
     def sentence_folders(self) -> list[str]:
         """``input0``, and ``input1`` if the data are pairs."""

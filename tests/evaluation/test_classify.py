@@ -90,11 +90,13 @@ def test_predictions_do_not_depend_on_batches_or_preparation(fine_tuned, capsys,
 
 
 def test_texts_without_labels(fine_tuned, capsys, tmp_path):
-    (tmp_path / "new.jsonl").write_text('{"text": "The farmer opens the letter before dawn 7."}\n')
+    text = "The farmer opens the letter before dawn 7."
+    long = "\n".join([text] * 9)
+    (tmp_path / "new.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": long}) + "\n")
     arguments = ("--input", f"en={tmp_path / 'new.jsonl'}", "--predictions", tmp_path / "out.jsonl")
     status, out, _ = classify(capsys, fine_tuned, *arguments)
-    assert (status, out) == (0, "input_en: 1 examples\n")
-    record = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (status, out) == (0, "input_en: 2 examples (1 too long, cut)\n")
+    record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert record["label"] is None and record["prediction"] == "time"
 
 
