@@ -15,13 +15,12 @@ from .archives import Say
 from .binarize import binarize
 from .corpus import iter_lines, read_sizes, write_corpus, write_splits
 from .documents import Cleaner
-from .files import read_json
 from .sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from .sources import Source
 from .splits import SPLITS, assign_splits
 from .tiktoken_vocabulary import TiktokenDictionaryVocabulary
 from .vocabulary import Vocabulary, build_dictionary, save_dictionary
-from .workspace import MANIFEST, Workspace, open_workspace
+from .workspace import Workspace, prepare_folder
 
 MODEL_FILE = "sentencepiece.model"
 _CORPUS, _SIZES = "corpus.txt", "corpus.sizes"
@@ -169,16 +168,10 @@ def prepare(
     Raises:
         UserError: other settings already in ``dest``, bad input, no room, a client that is missing or fails.
     """
-    with open_workspace(dest, identity) as workspace:
-        state = workspace.begin(overwrite=overwrite, say=say)
-        if state == "complete":
-            say(f"{dest}: already prepared with these settings, nothing to do")
-            return read_json(dest / MANIFEST)
-        if state == "resumed":
-            say(f"{dest}: continuing an unfinished preparation")
-        manifest = Preparation(source, settings, workspace, cache_dir, say).run()
-    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
-    return manifest
+    return prepare_folder(
+        dest, identity, lambda workspace: Preparation(source, settings, workspace, cache_dir, say).run(),
+        overwrite=overwrite, say=say,
+    )  # fmt: skip
 
 
 def tool_versions() -> dict[str, str]:

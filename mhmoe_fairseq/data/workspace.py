@@ -156,6 +156,31 @@ def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspac
         yield Workspace(dest, settings)
 
 
+def prepare_folder(
+    dest: Path,
+    settings: Mapping[str, Any],
+    make: Callable[[Workspace], dict[str, Any]],
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepares ``dest`` with ``make``, unless that was done before with equal settings; returns the manifest.
+
+    Raises:
+        UserError: other settings already in ``dest``, another run holds it, or what ``make`` raises.
+    """
+    with open_workspace(dest, settings) as workspace:
+        state = workspace.begin(overwrite=overwrite, say=say)
+        if state == "complete":
+            say(f"{dest}: already prepared with these settings, nothing to do")
+            return read_json(dest / MANIFEST)
+        if state == "resumed":
+            say(f"{dest}: continuing an unfinished preparation")
+        manifest = make(workspace)
+    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
+    return manifest
+
+
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """Name and both values of the first setting that differs; inside ``source`` the part that differs is named."""
     for name in [*new, *(old.keys() - new.keys())]:

@@ -15,10 +15,10 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import numpy as np
 
 from ...errors import UserError
-from ..files import atomic_path, read_json
+from ..files import atomic_path
 from ..pipeline import tool_versions
 from ..vocabulary import NUM_SPECIALS
-from ..workspace import MANIFEST, Workspace, open_workspace
+from ..workspace import Workspace, prepare_folder
 from .examples import Example, Fields, read_examples
 from .labels import Labels, found_labels, given_labels
 from .language_model import LanguageModelText
@@ -215,10 +215,7 @@ def prepare(
     Raises:
         UserError: bad input, other settings already in ``dest``, no room.
     """
-    with open_workspace(dest, identity) as workspace:
-        if workspace.begin(overwrite=overwrite, say=say) == "complete":
-            say(f"{dest}: already prepared with these settings, nothing to do")
-            return read_json(dest / MANIFEST)
-        manifest = Preparation(files, settings, text, workspace, say).run()
-    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
-    return manifest
+    return prepare_folder(
+        dest, identity, lambda workspace: Preparation(files, settings, text, workspace, say).run(),
+        overwrite=overwrite, say=say,
+    )  # fmt: skip

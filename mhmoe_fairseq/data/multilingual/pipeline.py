@@ -14,12 +14,12 @@ import numpy as np
 from ...errors import UserError
 from ..archives import Say
 from ..binarize import binarize, count_text
-from ..files import atomic_open, read_json, write_json
+from ..files import atomic_open, write_json
 from ..languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
 from ..pipeline import MODEL_FILE, tool_versions
 from ..sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from ..vocabulary import build_dictionary, save_dictionary
-from ..workspace import MANIFEST, Workspace, open_workspace
+from ..workspace import Workspace, prepare_folder
 from .aligned import write_aligned
 from .assignment import Assignment
 from .cleaning import CleaningSettings, LanguageCorpus, english_lines
@@ -244,13 +244,7 @@ def prepare_multilingual(
     """
     identity = {"source": {"name": source.name, **source.identity(settings.languages)}, **asdict(settings)}
     identity["langs"] = list(identity.pop("languages"))
-    with open_workspace(dest, identity) as workspace:
-        state = workspace.begin(overwrite=overwrite, say=say)
-        if state == "complete":
-            say(f"{dest}: already prepared with these settings, nothing to do")
-            return read_json(dest / MANIFEST)
-        if state == "resumed":
-            say(f"{dest}: continuing an unfinished preparation")
-        manifest = MultilingualPreparation(source, settings, workspace, cache_dir, say).run()
-    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
-    return manifest
+    return prepare_folder(
+        dest, identity, lambda workspace: MultilingualPreparation(source, settings, workspace, cache_dir, say).run(),
+        overwrite=overwrite, say=say,
+    )  # fmt: skip
