@@ -178,3 +178,9 @@ def test_flags_are_read_in_one_place_only() -> None:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "args"
     ]
     assert not readers, readers
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their names alone, and ends with an error at the second."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
