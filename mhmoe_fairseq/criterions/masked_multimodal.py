@@ -1,0 +1,205 @@
+"""Cross entropy of masked patches and masked words, plus the MoE layers' balance loss and z-loss."""
+
+import functools
+import math
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import ChoiceEnum
+from fairseq.logging import metrics
+from torch import Tensor, nn
+
+from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+
+MODALITIES = ("image", "text", "pair")
+# What is predicted: the patches of images and of pairs, the words of texts and of pairs.
+PARTS = ("image", "text", "pair_image", "pair_text")
+AVERAGE_CHOICES = ChoiceEnum(["part", "target"])
+
+
+class MaskedPart(NamedTuple):
+    """One kind of masked positions in one batch; all are sums.
+
+    Attributes:
+        loss: cross entropy in nats, with its gradient.
+        targets: masked positions.
+        correct: those whose most probable symbol is the right one.
+    """
+
+    loss: Tensor
+    targets: Tensor
+    correct: Tensor
+
+
+@dataclass
+class MaskedMultimodalConfig(GateLossConfig):
+    """Flags of the criterion."""
+
+    masked_loss_average: AVERAGE_CHOICES = field(
+        default="part",
+        metadata={
+            "help": "part: mean of the four mean losses, of patches of images, words of texts, patches of pairs and "
+            "words of pairs; target: mean of all masked positions, most of which are patches"
+        },
+    )
+
+
+@register_criterion("mhmoe_masked_multimodal", dataclass=MaskedMultimodalConfig)
+class MaskedMultimodalCriterion(FairseqCriterion):
+    """Masked data modelling: the tokenizer's ids of masked patches, and masked words, from one model.
+
+    A batch holds a sub-batch of each modality, and the model is called once for each. With mean cross entropies
+    ``c_p`` of the parts ``p``, in nats, and n samples of each modality in the batch,
+
+    ``loss = n * (mean_p c_p + mean over the calls of (w_b * balance + w_z * z))``, divided by n later. With
+    ``--masked-loss-average target`` n is the number of masked positions and all of them weigh the same.
+
+    Logged, in bits (``loss`` without the balance and z-losses):
+
+    - ``image_loss``, ``text_loss``, ``pair_image_loss``, ``pair_text_loss``: per masked patch or word; and with the
+      same beginnings ``_ppl``, perplexity, and ``_accuracy``, in percent.
+    - ``loss``: what training minimises: by default the mean of these.
+    - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is the figure of table 1.
+
+    All come from sums over the whole set, so that a validation's do not depend on its batches.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        moe_gate_loss_wt: float,
+        moe_gate_loss_combine_method: str,
+        mhmoe_z_loss_wt: float,
+        masked_loss_average: str,
+    ) -> None:
+        super().__init__(task)
+        self.task = task
+        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
+        self.averages_parts = str(masked_loss_average) == "part"
+
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict]:
+        """The loss of one batch.
+
+        Args:
+            model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
+            sample: a sub-batch for each modality under its name. Where ``counted`` is False a sub-batch is only there
+                for its experts' calls, which all ranks make together.
+            reduce: there is one loss for the batch either way.
+
+        Returns:
+            the loss, in nats; the number that it is later divided by; what to log, all of it additive.
+        """
+        parts: dict[str, MaskedPart] = {}
+        extras = []
+        num_positions = 0
+        for modality in (name for name in MODALITIES if name in sample):
+            features, extra = model(**sample[modality]["net_input"])
+            parts.update(self._parts(model, modality, sample[modality], features, extra["image_positions"]))
+            extras.append(extra)
+            num_positions += _real_positions(features, extra["padding_mask"])
+        sample_size = sample["nsentences"] if self.averages_parts else _total(parts, "targets")
+        logging_output = {
+            "ntokens": num_positions,
+            "nsentences": sample["nsentences"],
+            "sample_size": sample_size,
+            "averages_parts": int(self.averages_parts),
+            **_part_log(parts),
+        }
+        loss = self._combine(parts, sample_size)
+        for extra in extras:
+            loss, log = self.gate_losses.add_to(loss, extra, sample_size / len(extras))
+            for key, value in log.items():
+                logging_output[key] = logging_output[key] + value if key in logging_output else value
+        return loss, sample_size, logging_output
+
+    def _parts(
+        self, model: nn.Module, modality: str, batch: dict[str, Any], features: Tensor, image_positions: int
+    ) -> dict[str, MaskedPart]:
+        """The masked patches and the masked words of one sub-batch, each if its modality has them."""
+        found = {}
+        prefix = "pair_" if modality == "pair" else ""
+        is_counted = batch.get("counted", True)
+        if modality != "text":
+            masked = batch["net_input"]["masked_patches"] & is_counted
+            patches = features[:, 1:image_positions]
+            targets = self.task.image_targets(batch)
+            found[f"{prefix}image"] = masked_part(model.image_logits(patches[masked]), targets[masked])
+        if modality != "image":
+            masked = batch["text_targets"].ne(self.padding_idx) & is_counted
+            words = features[:, image_positions:]
+            found[f"{prefix}text"] = masked_part(model.text_logits(words[masked]), batch["text_targets"][masked])
+        return found
+
+    def _combine(self, parts: dict[str, MaskedPart], sample_size: Any) -> Tensor:
+        if not self.averages_parts:
+            return _total(parts, "loss")
+        means = [part.loss / part.targets.clamp(min=1) for part in parts.values()]
+        return sample_size * torch.stack(means).mean()
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        """Log every part, and all together."""
+        totals = {
+            part: [float(sum(log[f"{part}_{key}"] for log in logging_outputs)) for key in MaskedPart._fields]
+            for part in PARTS
+            if any(f"{part}_loss" in log for log in logging_outputs)
+        }
+        totals = {part: sums for part, sums in totals.items() if sums[1] > 0}
+        for part, (loss, targets, correct) in totals.items():
+            metrics.log_scalar(f"{part}_loss", loss / targets / math.log(2), targets, round=3)
+            metrics.log_scalar(f"{part}_accuracy", 100 * correct / targets, targets, round=2)
+            metrics.log_derived(f"{part}_ppl", functools.partial(_perplexity, f"{part}_loss"))
+        all_targets = sum(sums[1] for sums in totals.values())
+        if all_targets:
+            bits = sum(sums[0] for sums in totals.values()) / all_targets / math.log(2)
+            metrics.log_scalar("nll_loss", bits, all_targets, round=3)
+            metrics.log_derived("ppl", functools.partial(_perplexity, "nll_loss"))
+            averages_parts = any(log["averages_parts"] for log in logging_outputs)
+            metrics.log_derived("loss", functools.partial(_objective, averages_parts))
+        log_gate_losses(logging_outputs, sum(log["sample_size"] for log in logging_outputs))
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """True: everything logged is additive, vectors included."""
+        return True
+
+
+def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
+    """Sums over masked positions, which may be none.
+
+    Args:
+        logits: ``(M, symbols)``.
+        targets: ``(M,)`` ids.
+    """
+    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+    correct = logits.detach().argmax(dim=-1).eq(targets).sum()
+    return MaskedPart(loss, torch.tensor(targets.numel(), device=loss.device), correct)
+
+
+def _total(parts: dict[str, MaskedPart], figure: str) -> Tensor:
+    return torch.stack([getattr(part, figure) for part in parts.values()]).sum()
+
+
+def _part_log(parts: dict[str, MaskedPart]) -> dict[str, Tensor]:
+    return {f"{name}_{key}": value.detach() for name, part in parts.items() for key, value in part._asdict().items()}
+
+
+def _real_positions(features: Tensor, padding_mask: Tensor | None) -> int:
+    """Positions that the model worked on: the class position, patches and words, without padding."""
+    padded = 0 if padding_mask is None else int(padding_mask.sum())
+    return features.size(0) * features.size(1) - padded
+
+
+def _objective(averages_parts: bool, meters: Any) -> float:
+    """Bits per part, or per masked position, of all that was logged."""
+    names = [f"{part}_loss" for part in PARTS] if averages_parts else ["nll_loss"]
+    losses = [float(meters[name].avg) for name in names if name in meters]
+    return round(sum(losses) / len(losses), 3)
+
+
+def _perplexity(name: str, meters: Any) -> float:
+    return utils.get_perplexity(meters[name].avg)

@@ -1,0 +1,154 @@
+"""What all tasks on images and text share: flags, the dictionary, the shapes, the checkpoint to start from."""
+
+import logging
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import LegacyFairseqTask
+from omegaconf import II, MISSING
+
+from ..compat import refuse_tpu
+from ..data.files import read_json
+from ..errors import UserError
+from ..training import ParallelTask, TrainingFlags
+from ._binarised import check_folder
+from ._starting_checkpoint import check_starting_checkpoint
+
+logger = logging.getLogger(__name__)
+
+MASK = "<mask>"
+KIND = "image-text"  # in manifest.json
+
+
+@dataclass
+class ImageTextTaskConfig(TrainingFlags):
+    """Flags that all tasks on images and text have; the model reads the last three from here."""
+
+    data: str = field(
+        default=MISSING,
+        metadata={"help": "folder of mhmoe prepare image-text, or BEiT-3's index files with dict.txt beside them"},
+    )
+    img_size: int = field(
+        default=224, metadata={"help": "side of the square images that the model sees, a multiple of --patch-size"}
+    )
+    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels"})
+    max_text_length: int = field(
+        default=64, metadata={"help": "most tokens of a text, <s> and </s> counted; longer ones are cut"}
+    )
+    # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
+    seed: int = II("common.seed")
+    tpu: bool = II("common.tpu")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    restore_file: str = II("checkpoint.restore_file")
+    save_dir: str = II("checkpoint.save_dir")
+
+
+class ImageTextTask(ParallelTask, LegacyFairseqTask):
+    """Base of the tasks on images and text.
+
+    A task of one's own sets ``num_visual_tokens`` if it predicts them, and adds its heads in ``add_heads``.
+
+    Args:
+        args: an ``ImageTextTaskConfig`` or a subclass's.
+        dictionary: of the text, with ``<mask>``.
+    """
+
+    num_visual_tokens = 0
+
+    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+        super().__init__(args)
+        self.dictionary = dictionary
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "ImageTextTask":
+        """Load the dictionary.
+
+        Raises:
+            FileNotFoundError: if the data folder or its dictionary is missing.
+            ValueError: naming the flag or file, its value and the rule.
+        """
+        refuse_tpu(args.tpu)
+        check_shapes(args)
+        return cls(args, load_dictionary(Path(args.data)))
+
+    @property
+    def folder(self) -> Path:
+        """The data."""
+        return Path(self.args.data)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.args.img_size // self.args.patch_size
+        return side, side
+
+    @property
+    def mask_index(self) -> int:
+        """The id of ``<mask>``."""
+        return self.dictionary.index(MASK)
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        """Of the text."""
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        """Of the text."""
+        return self.dictionary
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model with the task's heads; for training, check the checkpoint that it will start from.
+
+        Raises:
+            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
+        """
+        model = super().build_model(args, from_checkpoint)
+        if not hasattr(model, "register_head"):
+            raise UserError("--arch: this task needs a model of images and text of ours, such as mhmoe_beit3_tiny")
+        self.add_heads(model, may_be_new=not from_checkpoint)
+        if not from_checkpoint:
+            check_starting_checkpoint(model, self.args)
+        return model
+
+    def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
+        """Register the task's heads with ``model.register_head``; none by default.
+
+        Args:
+            may_be_new: whether a checkpoint may lack them, as one of pre-training does.
+        """
+
+
+def check_shapes(args: Any) -> None:
+    """The flags of :class:`ImageTextTaskConfig` go together.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    if args.patch_size < 1:
+        raise UserError(f"--patch-size ({args.patch_size}) must be at least 1")
+    if args.img_size < args.patch_size or args.img_size % args.patch_size:
+        raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
+    if args.max_text_length < 3:
+        raise UserError(f"--max-text-length ({args.max_text_length}) must be at least 3: <s>, a token and </s>")
+
+
+def load_dictionary(folder: Path) -> Dictionary:
+    """``dict.txt`` of a folder of images and text.
+
+    Raises:
+        FileNotFoundError: if the folder or its dictionary is missing.
+        UserError: if the folder was prepared for another task, or the dictionary has no ``<mask>``.
+    """
+    check_folder(folder)
+    manifest = folder / "manifest.json"
+    kind = read_json(manifest).get("kind", KIND) if manifest.is_file() else KIND
+    if kind != KIND:
+        raise UserError(f"{manifest}: this folder holds {kind} data: images and text are made by mhmoe prepare {KIND}")
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    if MASK not in dictionary:
+        raise UserError(f"{folder / 'dict.txt'} has no symbol {MASK}, which masked words are replaced by")
+    return dictionary
