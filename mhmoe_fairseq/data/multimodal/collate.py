@@ -1,0 +1,68 @@
+"""Samples to batches: texts padded on the right, pictures stacked."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import torch
+from fairseq.data import data_utils
+from torch import Tensor
+
+Sample = dict[str, Any]
+
+
+def pad_texts(texts: Sequence[Tensor], pad: int) -> Tensor:
+    """``(B, S)``: rows of ``(length,)``, padded on the right to the longest."""
+    return data_utils.collate_tokens(list(texts), pad)
+
+
+def stack(samples: Sequence[Sample], key: str) -> Tensor | None:
+    """The tensors of equal shape that every sample has under ``key``; None if they have none."""
+    if samples[0].get(key) is None:
+        return None
+    return torch.stack([sample[key] for sample in samples])
+
+
+def pad_key(samples: Sequence[Sample], key: str, pad: int) -> Tensor | None:
+    """As ``pad_texts``, of what every sample has under ``key``; None if they have none."""
+    if samples[0].get(key) is None:
+        return None
+    return pad_texts([sample[key] for sample in samples], pad)
+
+
+def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
+    """What the batches of all data sets have.
+
+    Args:
+        samples: with ``id``, and ``text (S,)`` and ``image (3, H, W)`` where there are such, ``is_replaced`` and
+            ``is_filler``.
+
+    Returns:
+        ``id (B,)``; ``nsentences``, the samples that are no fillers; ``ntokens``, the texts' tokens, or without texts
+        the pictures; ``num_replaced``, the samples that stand for one with a bad picture; ``net_input`` with
+        ``text_tokens (B, S)`` or None and ``images (B, 3, H, W)`` or None.
+    """
+    text_tokens = pad_key(samples, "text", pad)
+    return {
+        "id": torch.tensor([sample["id"] for sample in samples]),
+        "nsentences": sum(not sample.get("is_filler", False) for sample in samples),
+        "ntokens": len(samples) if text_tokens is None else sum(len(sample["text"]) for sample in samples),
+        "num_replaced": sum(sample.get("is_replaced", False) for sample in samples),
+        "net_input": {"text_tokens": text_tokens, "images": stack(samples, "image")},
+    }
+
+
+def add_masking(batch: dict[str, Any], samples: Sequence[Sample], pad: int) -> None:
+    """Add what masked data modelling predicts, and count it as ``ntokens``.
+
+    Adds ``text_targets (B, S)`` or None, ``tokenizer_images (B, 3, H2, W2)`` or None, and to ``net_input``
+    ``masked_patches (B, N)`` bool or None.
+    """
+    batch["text_targets"] = pad_key(samples, "text_targets", pad)
+    batch["tokenizer_images"] = stack(samples, "tokenizer_image")
+    masked_patches = batch["net_input"]["masked_patches"] = stack(samples, "masked_patches")
+    batch["ntokens"] = 0
+    if batch["text_targets"] is not None:
+        batch["ntokens"] += int(batch["text_targets"].ne(pad).sum())
+    if masked_patches is not None:
+        batch["ntokens"] += int(masked_patches.sum())

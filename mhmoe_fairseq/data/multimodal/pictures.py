@@ -1,0 +1,84 @@
+"""Reading one picture as 8-bit RGB, or saying clearly what is wrong with its file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ...errors import UserError
+
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 2
+_WHITE = (255, 255, 255, 255)
+_LARGEST_16_BIT = 65535
+
+
+class PictureError(UserError):
+    """A file that cannot be used as a picture: the message names it and the rule that it breaks."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode a picture of any format that Pillow reads, as mode ``RGB``.
+
+    Transparent parts become white, CMYK is converted, 16-bit grey is scaled to 8 bits, of an animation the first frame
+    is taken. The orientation tag of cameras is not applied: BEiT-3's readers do not either. Sizes are checked before
+    anything is decoded.
+
+    Raises:
+        PictureError: no such file, not a picture, truncated or damaged, a side under 2 pixels, more than 64 megapixels,
+            or 32-bit values, whose range no rule gives.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                _check_size(path, *picture.size)
+                picture.load()
+                return _to_rgb(path, picture)
+    except (PictureError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{path}: not a picture of a known format") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: no such picture") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        raise PictureError(f"{path}: truncated or damaged picture ({_reason(error)})") from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise PictureError(
+            f"{path}: {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded"
+        )
+
+
+def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise PictureError(f"{path}: floating-point values, must have 8 or 16 bits per channel")
+    if picture.mode.startswith("I"):
+        return _from_16_bit(path, picture).convert("RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8 bits: Pillow's own conversion would cut everything above 255 off."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > _LARGEST_16_BIT:
+        raise PictureError(
+            f"{path}: grey values from {values.min()} to {values.max()}, must have 8 or 16 bits per channel"
+        )
+    return Image.fromarray(np.rint(values * (255 / _LARGEST_16_BIT)).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
