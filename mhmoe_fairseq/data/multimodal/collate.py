@@ -34,20 +34,18 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
     """What the batches of all data sets have.
 
     Args:
-        samples: with ``id``, and ``text (S,)`` and ``image (3, H, W)`` where there are such, ``is_replaced`` and
-            ``is_filler``.
+        samples: with ``id``, ``is_replaced``, and ``text (S,)`` and ``image (3, H, W)`` where there are such.
 
     Returns:
-        ``id (B,)``; ``nsentences``, the samples that are no fillers; ``ntokens``, the texts' tokens, or without texts
-        the pictures; ``num_replaced``, the samples that stand for one with a bad picture; ``net_input`` with
+        ``id (B,)``; ``nsentences``, their number; ``ntokens``, the texts' tokens, or without texts the pictures; ``num_replaced``, the samples that stand for one with a bad picture; ``net_input`` with
         ``text_tokens (B, S)`` or None and ``images (B, 3, H, W)`` or None.
     """
     text_tokens = pad_key(samples, "text", pad)
     return {
         "id": torch.tensor([sample["id"] for sample in samples]),
-        "nsentences": sum(not sample.get("is_filler", False) for sample in samples),
+        "nsentences": len(samples),
         "ntokens": len(samples) if text_tokens is None else sum(len(sample["text"]) for sample in samples),
-        "num_replaced": sum(sample.get("is_replaced", False) for sample in samples),
+        "num_replaced": sum(sample["is_replaced"] for sample in samples),
         "net_input": {"text_tokens": text_tokens, "images": stack(samples, "image")},
     }
 

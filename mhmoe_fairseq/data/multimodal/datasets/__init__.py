@@ -4,7 +4,6 @@ from .base import DatasetSettings, PictureTextDataset
 from .captions import CaptionDataset, RetrievalDataset
 from .labelled import LabelledPictures, PicturePairs, VQADataset
 from .masked import MaskedImages, MaskedPairs, MaskedTexts
-from .zipped import ZippedModalities
 
 __all__ = [
     "CaptionDataset",
@@ -17,5 +16,4 @@ __all__ = [
     "PictureTextDataset",
     "RetrievalDataset",
     "VQADataset",
-    "ZippedModalities",
 ]

@@ -85,8 +85,8 @@ class DatasetSettings:
 class PictureTextDataset(FairseqDataset, abc.ABC):
     """Base of the data sets.
 
-    Everything random about a sample comes from a generator made of seed, epoch, row and visit, so that it does not
-    depend on the number of workers or ranks, and a resumed run sees what an uninterrupted one does.
+    Everything random about a sample comes from a generator made of seed, epoch and row, so that it does not depend on
+    the number of workers or ranks, and a resumed run sees what an uninterrupted one does.
 
     A subclass gives ``make_sample``, ``add_targets`` and, where errors shall name an index file, ``place``.
 
@@ -122,25 +122,23 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         return len(self.sizes)
 
     def __getitem__(self, row: int) -> Sample:
-        return self.draw(int(row))
-
-    def draw(self, row: int, visit: int = 0) -> Sample:
-        """A row's sample at a visit: 0 for the first in an epoch, and so on, each with its own crop and mask.
+        """The sample of a row.
 
         Raises:
             PictureError: naming the row's place, the picture and the rule, unless such samples are skipped.
         """
+        row = int(row)
         for step in range(min(len(self), _MOST_BAD)):
             taken = (row + step) % len(self)
             try:
-                sample = self.make_sample(taken, self._generator(_SAMPLE, visit, row))
+                sample = self.make_sample(taken, self._generator(_SAMPLE, row))
             except PictureError as error:
                 if not (self.settings.skip_bad_pictures and self.settings.training):
                     raise PictureError(f"{self.place(taken)}: {error}") from error
                 self._tell(str(error))
             else:
                 return {"id": taken, "is_replaced": step > 0, **sample}
-        raise PictureError(f"{self.place(row)}: no good picture from here on, in {step + 1} rows")
+        raise PictureError(f"{self.place(row)}: no good picture in {step + 1:,} rows from here on")
 
     def collater(self, samples: list[Sample]) -> dict[str, Any]:
         """A batch; ``{}`` of no samples, which fairseq takes for one of another rank's that has run out."""
@@ -150,15 +148,11 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         self.add_targets(batch, samples)
         return batch
 
-    def order(self, visit: int = 0) -> np.ndarray:
-        """``(rows,)``: all rows, in training shuffled anew for every epoch and visit."""
+    def ordered_indices(self) -> np.ndarray:
+        """``(rows,)``: all rows, in training shuffled anew for every epoch."""
         if not self.settings.training:
             return np.arange(len(self))
-        return self._generator(_ORDER, visit).permutation(len(self))
-
-    def ordered_indices(self) -> np.ndarray:
-        """As ``order``."""
-        return self.order()
+        return self._generator(_ORDER).permutation(len(self))
 
     def read(self, path: str) -> Image.Image:
         """The picture of a path in an index; raises ``PictureError``."""
@@ -196,9 +190,8 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         """Batches that hold every row: fairseq-fixed drops a last one of another multiple."""
         return super().batch_by_size(indices, *args, required_batch_size_multiple=1, **kwargs)
 
-    def _generator(self, *what: int) -> np.random.Generator:
-        purpose, visit, *row = what
-        return np.random.default_rng([self.settings.seed % 2**32, self.stream, purpose, self.epoch, visit, *row])
+    def _generator(self, purpose: int, *row: int) -> np.random.Generator:
+        return np.random.default_rng([self.settings.seed % 2**32, self.stream, purpose, self.epoch, *row])
 
     def _tell(self, message: str) -> None:
         if message not in self._told:

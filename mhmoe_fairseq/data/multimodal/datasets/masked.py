@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Callable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -32,15 +31,6 @@ class MaskedDataset(PictureTextDataset):
         """Add the keys."""
         batch["modality"] = self.modality
         add_masking(batch, samples, self.settings.dictionary.pad())
-
-    def filler(self, row: int) -> Sample:
-        """A row's sample with nothing to predict: it takes part in a step and counts nowhere."""
-        sample = {**self.draw(row), "is_filler": True}
-        if sample.get("text_targets") is not None:
-            sample["text_targets"] = torch.full_like(sample["text_targets"], self.settings.dictionary.pad())
-        if sample.get("masked_patches") is not None:
-            sample["masked_patches"] = torch.zeros_like(sample["masked_patches"])
-        return sample
 
 
 class MaskedImages(MaskedDataset):
