@@ -1,0 +1,148 @@
+"""What every visual tokenizer offers, and how one is kept in a file."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UserError
+from ..files import atomic_path
+
+FORMAT = 1
+_MAX_SCORES = 1 << 24  # entries of one block of vector-code scores: 64 MB of float32
+
+
+class VisualTokenizer(nn.Module, ABC):
+    """Turns a picture into one id per patch: the targets of masked image modelling.
+
+    Args:
+        vocab_size: number of codes.
+        patch_size: side of a patch in pixels.
+        image_size: side of the square pictures that :meth:`encode` takes; a multiple of ``patch_size``.
+        provenance: how it was made (JSON values), for people to read.
+
+    Raises:
+        UserError: a size that is not positive, or an image that is not whole patches.
+    """
+
+    kind: ClassVar[str]
+    can_decode: ClassVar[bool] = True
+
+    def __init__(
+        self, vocab_size: int, patch_size: int, image_size: int, provenance: Optional[dict[str, Any]] = None
+    ):
+        super().__init__()
+        check_sizes(vocab_size, patch_size, image_size)
+        self.vocab_size = vocab_size
+        self.patch_size = patch_size
+        self.image_size = image_size
+        self.provenance = dict(provenance or {})
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Rows and columns of the grid of ids."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def device(self) -> torch.device:
+        """Where its buffers are."""
+        return next(iter(self.state_dict().values())).device
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Ids of the patches, row by row.
+
+        Args:
+            images: (B, 3, image_size, image_size), values in [0, 1]; moved to the tokenizer's device.
+
+        Returns:
+            (B, N) int64, N = rows x columns of :attr:`token_shape`.
+
+        Raises:
+            ValueError: another shape, integers, or values outside [0, 1].
+        """
+        if images.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(
+                f"images {tuple(images.shape)}: this tokenizer takes (B, 3, {self.image_size}, {self.image_size})"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images of {images.dtype}: must be floating point in [0, 1]")
+        images = images.to(self.device, torch.float32)
+        if images.numel() and not bool(((images >= -1e-4) & (images <= 1 + 1e-4)).all()):
+            low, high = float(images.min()), float(images.max())
+            raise ValueError(f"images in [{low:g}, {high:g}]: must be in [0, 1], not normalised")
+        with torch.autocast(self.device.type, enabled=False):  # ids must not depend on the trainer's precision
+            return self._encode(images)
+
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor:
+        """As :meth:`encode`, for checked images on the right device."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor) -> Tensor:
+        """Pictures of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
+
+    def settings(self) -> dict[str, Any]:
+        """Further arguments of the constructor, as JSON values."""
+        return {}
+
+    def save(self, path: Path) -> None:
+        """Writes plain tensors and values to ``path``, atomically."""
+        content = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "patch_size": self.patch_size,
+            "image_size": self.image_size,
+            "settings": self.settings(),
+            "state": {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
+            "provenance": self.provenance,
+        }
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+
+    def train(self, mode: bool = True) -> VisualTokenizer:
+        """Stays in evaluation mode: a tokenizer inside a model in training must not change its ids."""
+        return super().train(False)
+
+
+def check_sizes(vocab_size: int, patch_size: int, image_size: int) -> None:
+    """``UserError`` that names the flag of a bad size."""
+    for flag, value, least in (("--vocab-size", vocab_size, 2), ("--patch-size", patch_size, 1)):
+        if value < least:
+            raise UserError(f"{flag} {value}: must be at least {least}")
+    if image_size < patch_size or image_size % patch_size:
+        raise UserError(f"--image-size {image_size}: must be a multiple of --patch-size {patch_size}")
+
+
+def to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 * patch_size ** 2): the patches row by row, each colour by colour."""
+    return torch.nn.functional.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
+
+
+def from_patches(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """The inverse of :func:`to_patches` for square pictures."""
+    return torch.nn.functional.fold(
+        patches.transpose(1, 2), (image_size, image_size), patch_size, stride=patch_size
+    )  # fmt: skip
+
+
+def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Index of the code with the smallest Euclidean distance; the first of equals.
+
+    Args:
+        vectors: (R, D).
+        codes: (K, D).
+
+    Returns:
+        (R,) int64.
+    """
+    half_norms = codes.square().sum(1) / 2
+    rows = max(1, _MAX_SCORES // len(codes))
+    found = [(torch.addmm(half_norms, block, codes.T, alpha=-1)).argmin(1) for block in vectors.split(rows)]
+    return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.long)

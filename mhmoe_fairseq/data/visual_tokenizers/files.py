@@ -1,0 +1,51 @@
+"""Reading a visual tokenizer's file, whatever kind it is; nothing in it is run."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from pathlib import Path
+from typing import Any, Mapping
+
+import torch
+
+from ...errors import UserError
+from .base import FORMAT, VisualTokenizer
+from .patch_kmeans import PatchKMeans
+
+KINDS: dict[str, type[VisualTokenizer]] = {kind.kind: kind for kind in (PatchKMeans,)}
+
+
+def load_visual_tokenizer(path: Path) -> VisualTokenizer:
+    """The tokenizer in ``path``: one of ours, or a VQ-KD checkpoint of BEiT v2.
+
+    Raises:
+        UserError: naming the file and what is wrong with it.
+    """
+    content = _read(Path(path))
+    kind = content.get("kind")
+    if kind not in KINDS:
+        raise UserError(f"{path}: no visual tokenizer ('kind' is {kind!r}, must be one of {', '.join(KINDS)})")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
+    try:
+        sizes = [content[name] for name in ("vocab_size", "patch_size", "image_size")]
+        tokenizer = KINDS[kind](*sizes, provenance=content["provenance"], **content["settings"])
+        tokenizer.load_state_dict(content["state"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: damaged visual tokenizer ({' '.join(str(error).split())[:200]})") from error
+    return tokenizer.eval()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise UserError(f"--visual-tokenizer {path}: no such file; `mhmoe visual-tokenizer fit` makes one")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a visual tokenizer's file ({reason[:200]})") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a visual tokenizer")
+    return content
