@@ -10,13 +10,15 @@ import torch
 from fairseq.data import Dictionary
 from torch import nn
 
+from ..models.beit3 import MHMoEBEiT3, build_beit3
 from ..models.language_model import build_language_model
+from ..models.options import BEiT3Options
 from ..moe import MHMoEConfig
 
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """What a language model has and spends.
+    """What a model has and spends.
 
     Attributes:
         non_expert: parameters outside the routed experts: embedding, attention, dense networks, routers, projections.
@@ -24,8 +26,9 @@ class ModelCounts:
         active: parameters that one token uses: all but the experts that its K choices leave out, where the sub-tokens
             of a token are taken to choose the same K.
         flops_per_token: of one token's forward pass, matrix products only (2 per multiply-add), with attention over
-            half of ``context`` tokens, the mean of a causal block.
-        context: tokens per block that attention was counted for.
+            half of ``context`` tokens, the mean of a causal block; of BEiT-3 of one position's pass through the
+            encoder, attending to all ``context`` positions, without the heads and the embedding of patches.
+        context: tokens per block, or positions, that attention was counted for.
         moe_layers: number of MoE layers.
         moe: their configuration; None for a dense model.
     """
@@ -67,48 +70,93 @@ def count_model(options: Any, dictionary: Dictionary) -> ModelCounts:
     return count_built(build_on_meta(options, dictionary), int(options.tokens_per_sample))
 
 
-def build_on_meta(options: Any, dictionary: Dictionary) -> nn.Module:
+def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> nn.Module:
     """The model of filled options, without memory for its weights.
 
     TorchScale's own static layer cannot be built there; ours with the same capacity routing has the same parameters.
 
+    Args:
+        options: of a language model or of BEiT-3.
+        dictionary: of the text.
+        num_visual_tokens: BEiT-3's scores for masked patches.
+
     Raises:
         ValueError: naming the flag, as building the model does.
     """
-    if str(options.mhmoe_routing) == "torchscale":
-        options = copy.copy(options)
-        options.mhmoe_routing = "capacity"
     with torch.device("meta"):
+        if isinstance(options, BEiT3Options):
+            return build_beit3(options, dictionary, num_visual_tokens)
+        if str(options.mhmoe_routing) == "torchscale":
+            options = copy.copy(options)
+            options.mhmoe_routing = "capacity"
         return build_language_model(options, dictionary)
 
 
 def count_built(model: nn.Module, context: int) -> ModelCounts:
-    """Count a model that ``build_language_model`` made."""
-    decoder = model.decoder
-    layers = [layer for layer in decoder.layers if layer.is_moe_layer]
-    moe = decoder.args.moe if layers else None
+    """Count a model that ``build_language_model`` or ``build_beit3`` made."""
+    stack = stack_of_layers(model)
+    layers = [layer for layer in stack.layers if layer.is_moe_layer]
+    moe = stack.args.moe if layers else None
     total = sum(parameter.numel() for parameter in model.parameters())
-    expert = len(layers) * moe.num_experts * moe.num_expert_params() if moe is not None else 0
-    idle = len(layers) * (moe.num_experts - moe.top_k) * moe.num_expert_params() if moe is not None else 0
+    expert, used = 0, 0
+    if moe is not None:
+        pools = 2 if getattr(stack.args, "separate_experts", False) else 1
+        expert = len(layers) * pools * moe.num_experts * moe.num_expert_params()
+        used = len(layers) * moe.top_k * moe.num_expert_params()
     return ModelCounts(
         non_expert=total - expert,
         expert=expert,
-        active=total - idle,
-        flops_per_token=_flops_per_token(decoder, context),
+        active=total - expert + used,
+        flops_per_token=_flops_per_token(model, context),
         context=context,
         moe_layers=len(layers),
         moe=moe,
     )
 
 
-def _flops_per_token(decoder: nn.Module, context: int) -> int:
-    in_moe_layers = {id(inner) for layer in decoder.layers if layer.is_moe_layer for inner in layer.moe_layer.modules()}
+def stack_of_layers(model: Any) -> Any:
+    """The decoder, or BEiT-3's encoder: with ``layers`` and, as ``args``, the settings that it was built from."""
+    return model.beit3.encoder if isinstance(model, MHMoEBEiT3) else model.decoder
+
+
+def _flops_per_token(model: nn.Module, context: int) -> int:
+    stack = stack_of_layers(model)
+    bidirectional = isinstance(model, MHMoEBEiT3)
+    width = stack.args.encoder_embed_dim if bidirectional else stack.embed_dim
+    moe_layers = [layer for layer in stack.layers if layer.is_moe_layer]
+    in_moe_layers = {id(inner) for layer in moe_layers for inner in layer.moe_layer.modules()}
     matrices = sum(
         module.weight.numel()
-        for module in decoder.modules()
-        if isinstance(module, nn.Linear) and id(module) not in in_moe_layers
+        for name, module in stack.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in in_moe_layers and ".B" not in name
     )
-    # Queries times keys, weights times values: each D multiply-adds for each of (context + 1) / 2 visible tokens.
-    attention = len(decoder.layers) * decoder.embed_dim * (context + 1)
-    moe = sum(decoder.args.moe.flops_per_token() for layer in decoder.layers if layer.is_moe_layer)
+    # Queries times keys, weights times values: each D multiply-adds for each visible token.
+    visible = context if bidirectional else (context + 1) / 2
+    attention = round(2 * len(stack.layers) * width * visible)
+    moe = sum(stack.args.moe.flops_per_token() for _ in moe_layers)
     return 2 * (matrices + attention) + moe
+
+
+_PARTS = (
+    ("experts", (".experts.",)),
+    ("routers", (".router.",)),
+    ("head and merge projections", (".head_projection.", ".merge_projection.")),
+    ("shared experts", (".shared_expert.",)),
+    ("attention", (".self_attn.",)),
+    ("dense networks", (".ffn.",)),
+    ("text embedding", (".text_embed.", ".embed_tokens.")),
+    ("patch embedding", (".vision_embed.",)),
+    ("positions", (".embed_positions.",)),
+    ("text head", ("text_head.", ".output_projection.")),
+    ("image head", ("image_head.",)),
+    ("norms", ("layer_norm.", "layernorm_embedding.")),
+)
+
+
+def count_parts(model: nn.Module) -> dict[str, int]:
+    """Parameters by part of the model, those that it has; they add up to all. Sub-LN's norms count where they stand."""
+    counts = {part: 0 for part, _ in _PARTS}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
+        counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}

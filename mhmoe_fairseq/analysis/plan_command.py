@@ -18,15 +18,22 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from ..data.files import write_json
 from ..errors import UserError
 from ..models.architectures import architecture_options
-from ..models.options import LanguageModelOptions
+from ..models.options import BEiT3Options, EncoderOptions, LanguageModelOptions, MoEOptions
 from ..torchscale_ext.args import moe_config
 from .cluster import Cluster
 from .console import say
 from .many_ranks import RankPlan, describe_ranks, plan_ranks
 from .many_ranks import as_json as ranks_as_json
-from .model_counts import ModelCounts, blank_dictionary, build_on_meta, count_built
+from .model_counts import ModelCounts, blank_dictionary, build_on_meta, count_built, count_parts
 from .model_shape import ModelShape, shape_of
-from .paper_numbers import P1, TABLE_11, TABLE_11_DENSE, ParameterRow
+from .paper_numbers import (
+    P1,
+    TABLE_11,
+    TABLE_11_DENSE,
+    TABLE_11_MULTIMODAL,
+    TABLE_11_MULTIMODAL_DENSE,
+    ParameterRow,
+)
 from .tables import MISSING, markdown_table, millions
 
 # GPT-4's vocabulary, which P1's table 11 fits.
@@ -42,31 +49,63 @@ _MHMOE_ONLY = {
     "mhmoe_no_split",
     "mhmoe_subtoken_residual",
 }
-_SHORT_FLAGS = {
-    "--heads": "mhmoe_heads_number",
-    "--top-k": "moe_top_k",
-    "--ffn-dim": "decoder_ffn_embed_dim",
-    "--layers": "decoder_layers",
-    "--embed-dim": "decoder_embed_dim",
-    "--ep": "mhmoe_expert_parallel_size",
+_SHORT_FLAGS = {"--heads": "mhmoe_heads_number", "--top-k": "moe_top_k", "--ep": "mhmoe_expert_parallel_size"}
+# Of the decoder or the encoder, as the architecture has one or the other.
+_SHORT_SIZES = {"--layers": "layers", "--embed-dim": "embed_dim", "--ffn-dim": "ffn_embed_dim"}
+_PICTURE_FLAGS = ("img_size", "patch_size", "max_text_length")
+_NAMED = re.compile("(dense|smoe|xmoe|mhmoe)_((lm|beit3)_[a-z]+)")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is planned: language models or BEiT-3, and P1's table 11 about them.
+
+    Attributes:
+        options: the flags.
+        stack: how the flags of sizes begin.
+        vocab_size: of P1's model.
+        dense, sparse: P1's sums in millions, the second by family and experts.
+        embedding: what the text's embedding shares with the output.
+    """
+
+    options: type[MoEOptions]
+    stack: str
+    vocab_size: int
+    dense: int
+    sparse: dict[str, dict[int, ParameterRow]]
+    embedding: str
+
+    @property
+    def paper_flags(self) -> dict[str, Any]:
+        """The settings of P1's table; flags that say the same leave the paper's figures in place."""
+        own = {"mhmoe_heads_number": 4, "moe_top_k": 2, "mhmoe_budget": "params", f"{self.stack}_ffn_embed_dim": 3072}
+        return {**own, "img_size": 224, "patch_size": 16}
+
+
+KINDS = {
+    "lm": Kind(LanguageModelOptions, "decoder", PAPER_VOCAB_SIZE, TABLE_11_DENSE, TABLE_11, "tied embedding"),
+    "beit3": Kind(
+        BEiT3Options, "encoder", 64_010, TABLE_11_MULTIMODAL_DENSE, TABLE_11_MULTIMODAL, "text head of its own"
+    ),
 }
-# The settings of P1's table 11; flags that say the same leave the paper's figures in place.
-_PAPER_FLAGS = {"mhmoe_heads_number": 4, "moe_top_k": 2, "mhmoe_budget": "params", "decoder_ffn_embed_dim": 3072}
-_NAMED = re.compile("(dense|smoe|xmoe|mhmoe)_(lm_[a-z]+)")
+# Codes of BEiT v2's visual tokenizer.
+PAPER_VISUAL_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One model: its family, the experts asked for, its counts, and P1's figures if they are of the same settings.
+    """One model: its family, the experts asked for, its counts, also by part, and P1's figures for the same settings.
 
-    With a cluster ``ranks`` is its plan there, and ``note`` says so if a budget's experts had to be rounded for it.
+    With a cluster ``ranks`` is its plan there, made for its ``shape``, and ``note`` says so if a budget's experts had
+    to be rounded for it.
     """
 
     family: str
     experts: int | None
     counts: ModelCounts
-    shape: ModelShape
+    shape: ModelShape | None
     paper: ParameterRow | None
+    parts: dict[str, int]
     ranks: RankPlan | None = None
     note: str | None = None
 
@@ -77,18 +116,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", type=int, nargs="+", metavar="E", help="numbers of experts (default: --moe-expert-count, else 8)"
     )
-    parser.add_argument("--vocab-size", type=int, default=PAPER_VOCAB_SIZE, help="entries of the dictionary")
+    parser.add_argument("--vocab-size", type=int, help="entries of the dictionary (default: the paper's)")
     parser.add_argument("--tokens-per-sample", type=int, default=1024, help="tokens per block, for attention's FLOPs")
+    parser.add_argument(
+        "--visual-tokens", type=int, default=PAPER_VISUAL_TOKENS, help="BEiT-3: codes of the visual tokenizer"
+    )
+    for name, what in zip(_PICTURE_FLAGS, ("side of a picture", "side of a patch", "longest text, in tokens")):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"BEiT-3: {what}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     short = parser.add_argument_group("short names")
     for flag, name in _SHORT_FLAGS.items():
         short.add_argument(flag, dest=name, type=int, help=f"the same as --{name.replace('_', '-')}")
+    for flag, name in _SHORT_SIZES.items():
+        words = name.replace("_", "-")
+        short.add_argument(flag, dest=name, type=int, help=f"the same as --decoder-{words} or --encoder-{words}")
     short.add_argument(
         "--budget", dest="mhmoe_budget", choices=("none", "params", "flops"), help="the same as --mhmoe-budget"
     )
     _add_cluster_arguments(parser.add_argument_group("many ranks: memory, all-to-all and time of a training on them"))
     model = parser.add_argument_group("the model, as in fairseq-train")
     gen_parser_from_dataclass(model, LanguageModelOptions())
+    gen_parser_from_dataclass(model, EncoderOptions())
 
 
 def _add_cluster_arguments(group: argparse._ArgumentGroup) -> None:
@@ -118,13 +166,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: for an unknown architecture, or anything that building the model refuses.
     """
-    dictionary = blank_dictionary(args.vocab_size)
+    kind = KINDS[_named(args.arch)[2]]
+    vocab_size = args.vocab_size or kind.vocab_size
+    dictionary = blank_dictionary(vocab_size)
     cluster = _cluster(args)
-    rows = plan(args.arch, _experts(args), dictionary, args.tokens_per_sample, _model_flags(args), cluster, args.cpu)
-    say(describe(rows, args.arch, args.vocab_size))
+    if cluster is not None and kind.options is BEiT3Options:
+        raise UserError(f"--ranks plans language models, not --arch {args.arch}")
+    flags = _model_flags(args, kind)
+    rows = plan(
+        args.arch, _experts(args), dictionary, args.tokens_per_sample, flags, cluster, args.cpu, args.visual_tokens
+    )
+    say(describe(rows, args.arch, vocab_size, kind))
     plans = [row.ranks for row in rows if row.ranks is not None]
     if cluster is not None:
         shape = rows[-1].shape
+        assert shape is not None, "planned for a cluster"
         say("\n" + describe_ranks(plans, cluster, half=shape.half, recompute=shape.recompute))
     if args.json:
         write_json(args.json, [_as_json(row) for row in rows])
@@ -139,18 +195,22 @@ def plan(
     flags: dict[str, Any],
     cluster: Cluster | None = None,
     cpu: bool = False,
+    num_visual_tokens: int = PAPER_VISUAL_TOKENS,
 ) -> list[PlanRow]:
     """Count ``arch`` and its baselines (dense, and the one-head reference of MH-MoE) for every number of experts.
 
     Raises:
         ValueError: for an unknown architecture, or anything that building the model refuses.
     """
-    named = _NAMED.fullmatch(arch)
-    if named is None:
-        raise UserError(f"--arch ({arch}) must be a named language model, such as mhmoe_lm_base or xmoe_lm_small")
-    family, size = named.groups()
+    family, size, name = _named(arch)
+    kind = KINDS[name]
     families = {"dense": ["dense"], "mhmoe": ["dense", "xmoe", "mhmoe"]}.get(family, ["dense", family])
-    is_paper = size == "lm_base" and len(dictionary) == PAPER_VOCAB_SIZE and flags.items() <= _PAPER_FLAGS.items()
+    is_paper = (
+        size == f"{name}_base"
+        and len(dictionary) == kind.vocab_size
+        and num_visual_tokens == PAPER_VISUAL_TOKENS
+        and flags.items() <= kind.paper_flags.items()
+    )
     rows = []
     for member in families:
         for count in [None] if member == "dense" else experts:
@@ -159,21 +219,36 @@ def plan(
             if cluster is not None and count is not None:
                 parallel = cluster.expert_parallel_size(flags.get("mhmoe_expert_parallel_size"), count)
             options, note = _options(f"{member}_{size}", kept, count, parallel)
-            options.tokens_per_sample = tokens_per_sample
-            model = build_on_meta(options, dictionary)
-            counts, shape = count_built(model, tokens_per_sample), shape_of(model)
-            ranks = None
+            context = _context(options, tokens_per_sample)
+            model = build_on_meta(options, dictionary, num_visual_tokens)
+            counts, shape, ranks = count_built(model, context), None, None
             if cluster is not None:
-                name = member if count is None or len(experts) == 1 else f"{member} {count:,}"
-                ranks = plan_ranks(name, counts, shape, cluster, parallel, cpu=cpu)
-            paper = _paper_row(member, count) if is_paper else None
-            rows.append(PlanRow(member, count, counts, shape, paper, ranks, note))
+                shape = shape_of(model)
+                label = member if count is None or len(experts) == 1 else f"{member} {count:,}"
+                ranks = plan_ranks(label, counts, shape, cluster, parallel, cpu=cpu)
+            paper = _paper_row(kind, member, count) if is_paper else None
+            rows.append(PlanRow(member, count, counts, shape, paper, count_parts(model), ranks, note))
     return rows
 
 
-def _options(
-    arch: str, flags: dict[str, Any], experts: int | None, parallel: int
-) -> tuple[LanguageModelOptions, str | None]:
+def _named(arch: str) -> tuple[str, str, str]:
+    """Family, size and kind: ``mhmoe``, ``lm_base`` and ``lm``."""
+    named = _NAMED.fullmatch(arch)
+    if named is None:
+        raise UserError(f"--arch ({arch}) must be a named architecture, such as mhmoe_lm_base or mhmoe_beit3_base")
+    family, size, kind = named.groups()
+    return family, size, kind
+
+
+def _context(options: MoEOptions, tokens_per_sample: int) -> int:
+    """Positions that attention is counted for; of BEiT-3 a picture's with the longest text."""
+    if isinstance(options, BEiT3Options):
+        return 1 + (options.img_size // options.patch_size) ** 2 + options.max_text_length
+    options.tokens_per_sample = tokens_per_sample
+    return tokens_per_sample
+
+
+def _options(arch: str, flags: dict[str, Any], experts: int | None, parallel: int) -> tuple[MoEOptions, str | None]:
     """Filled options; experts of a budget are rounded to what ``parallel`` ranks can share, and the note says how."""
     flags = {name: value for name, value in flags.items() if name != "mhmoe_expert_parallel_size"}
     if experts is None:
@@ -189,25 +264,49 @@ def _options(
     return architecture_options(arch, **{**flags, **fixed}), note
 
 
-def describe(rows: list[PlanRow], arch: str, vocab_size: int) -> str:
-    """The table and how to read it."""
+def describe(rows: list[PlanRow], arch: str, vocab_size: int, kind: Kind) -> str:
+    """The tables and how to read them."""
     has_paper = any(row.paper for row in rows)
     header = ["model", "experts", "expert width", "non-expert", "expert", "sum", "active", "MFLOPs/token"]
     if has_paper:
         header += ["paper: non-expert", "expert", "sum"]
     table = markdown_table(header, [_cells(row, has_paper) for row in rows])
     lines = [
-        f"{arch}, vocabulary {vocab_size:,}, tied embedding; parameters counted on the model's own modules",
+        f"{arch}, vocabulary {vocab_size:,}, {kind.embedding}; parameters counted on the model's own modules",
         "",
         table,
         "",
         "sum: all parameters. active: without the experts that a sub-token's K choices leave out.",
-        f"MFLOPs/token: forward pass, matrix products only, causal attention within {rows[0].counts.context:,} tokens.",
+        _explained_flops(rows[0].counts.context, kind),
         *(f"{row.family}: {row.note}" for row in rows if row.note),
     ]
     if has_paper:
         lines.append(f"paper: {P1}, table 11, in millions as printed there; all other columns are ours.")
+    if kind.options is BEiT3Options:
+        lines += ["", _parts_table(rows)]
+        if has_paper:
+            lines += [
+                "",
+                "The paper's own text does not say how its multimodal rows come about; ours are not fitted to them.",
+            ]
     return "\n".join(lines)
+
+
+def _explained_flops(context: int, kind: Kind) -> str:
+    if kind.options is BEiT3Options:
+        return (
+            "MFLOPs/token: one position's forward pass through the encoder, matrix products only, attention over "
+            f"{context:,} positions."
+        )
+    return f"MFLOPs/token: forward pass, matrix products only, causal attention within {context:,} tokens."
+
+
+def _parts_table(rows: list[PlanRow]) -> str:
+    """Parameters by part, a column for each model."""
+    parts = list(dict.fromkeys(part for row in rows for part in row.parts))
+    header = ["part", *(row.family if row.experts is None else f"{row.family} {row.experts}" for row in rows)]
+    cells = [[part, *(millions(row.parts[part]) if part in row.parts else MISSING for row in rows)] for part in parts]
+    return markdown_table(header, cells)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster | None:
@@ -235,9 +334,11 @@ def _experts(args: argparse.Namespace) -> list[int]:
     return experts
 
 
-def _model_flags(args: argparse.Namespace) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(LanguageModelOptions)} - {"_name", "tokens_per_sample"}
-    given = {name: getattr(args, name, None) for name in names - {"moe_expert_count"}}
+def _model_flags(args: argparse.Namespace, kind: Kind) -> dict[str, Any]:
+    names = {field.name for options in (LanguageModelOptions, BEiT3Options) for field in dataclasses.fields(options)}
+    given = {name: getattr(args, name, None) for name in names - {"_name", "tokens_per_sample", "moe_expert_count"}}
+    sizes = {f"{kind.stack}_{name}": getattr(args, name) for name in _SHORT_SIZES.values()}
+    given.update({name: value for name, value in sizes.items() if value is not None})
     return {name: value for name, value in given.items() if value not in (None, False)}
 
 
@@ -251,10 +352,10 @@ def _flags_of(family: str, flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if name not in _MHMOE_ONLY}
 
 
-def _paper_row(family: str, experts: int | None) -> ParameterRow | None:
+def _paper_row(kind: Kind, family: str, experts: int | None) -> ParameterRow | None:
     if family == "dense":
-        return ParameterRow(TABLE_11_DENSE, 0, TABLE_11_DENSE)
-    return TABLE_11.get(family, {}).get(experts or 0)
+        return ParameterRow(kind.dense, 0, kind.dense)
+    return kind.sparse.get(family, {}).get(experts or 0)
 
 
 def _cells(row: PlanRow, has_paper: bool) -> list[str]:
@@ -288,6 +389,7 @@ def _as_json(row: PlanRow) -> dict[str, Any]:
         "active_params": counts.active,
         "flops_per_token": counts.flops_per_token,
         "context": counts.context,
+        "params_by_part": row.parts,
         "paper_millions": None if row.paper is None else row.paper._asdict(),
         "ranks": None if row.ranks is None else ranks_as_json(row.ranks),
     }

@@ -1,5 +1,5 @@
 """fairseq models and their named architectures; importing registers them."""
 
-from . import architectures, language_model, options
+from . import architectures, beit3, language_model, options
 
-__all__ = ["architectures", "language_model", "options"]
+__all__ = ["architectures", "beit3", "language_model", "options"]

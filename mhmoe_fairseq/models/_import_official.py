@@ -26,8 +26,9 @@ from ..torchscale_ext.args import moe_config
 from ._official_files import State, read_official
 from ._official_settings import check_settings, model_flags
 from ._official_weights import convert_decoder, moe_layers
+from ._vocabulary import fingerprint
 from .architectures import architecture_options
-from .language_model import build_language_model, fingerprint
+from .language_model import build_language_model
 from .options import LanguageModelOptions
 
 _EXPERT_WEIGHT = ".experts.0.fc1.weight"

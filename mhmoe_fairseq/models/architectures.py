@@ -1,4 +1,4 @@
-"""Named architectures ``{dense,smoe,xmoe,mhmoe}_lm_{tiny,small,base}``.
+"""Named architectures ``{dense,smoe,xmoe,mhmoe}_lm_{tiny,small,base}`` and ``..._beit3_{tiny,base}``.
 
 Each fills what the user left open (None) and is a few lines on top of another, so that fairseq may apply it twice:
 to the command line and again to the stored configuration. ``base`` is the paper's model.
@@ -11,8 +11,8 @@ from typing import Any
 
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY, register_model_architecture
 
-from . import language_model  # noqa: F401  (the model must be registered before its architectures)
-from .options import MODEL_NAME, LanguageModelOptions
+from . import beit3, language_model  # noqa: F401  (models must be registered before their architectures)
+from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
 
 
 def fill(args: Any, **defaults: Any) -> None:
@@ -22,18 +22,27 @@ def fill(args: Any, **defaults: Any) -> None:
             setattr(args, name, value)
 
 
-def architecture_options(arch: str, **flags: Any) -> LanguageModelOptions:
+def architecture_options(arch: str, **flags: Any) -> Any:
     """The options of a named architecture with ``flags`` given, as the command line would fill them.
 
     Example: ``architecture_options("mhmoe_lm_base", moe_expert_count=32)``.
 
+    Returns:
+        ``LanguageModelOptions``, or ``BEiT3Options`` for ``*_beit3_*``.
+
     Raises:
         ValueError: if there is no such architecture or flag.
     """
-    if ARCH_MODEL_NAME_REGISTRY.get(arch) != MODEL_NAME:
-        known = sorted(name for name, model in ARCH_MODEL_NAME_REGISTRY.items() if model == MODEL_NAME)
+    model = ARCH_MODEL_NAME_REGISTRY.get(arch)
+    if model not in (MODEL_NAME, BEIT3_NAME):
+        known = sorted(name for name, model in ARCH_MODEL_NAME_REGISTRY.items() if model in (MODEL_NAME, BEIT3_NAME))
         raise ValueError(f"--arch ({arch}) must be one of {', '.join(known)}")
-    options = LanguageModelOptions(max_target_positions=None, tokens_per_sample=1024, tpu=False, amp=False, fp16=False)
+    common = {"tpu": False, "amp": False, "fp16": False}
+    options: MoEOptions
+    if model == MODEL_NAME:
+        options = LanguageModelOptions(max_target_positions=None, tokens_per_sample=1024, **common)
+    else:
+        options = BEiT3Options(img_size=224, patch_size=16, max_text_length=64, **common)
     for name, value in flags.items():
         if not hasattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} is not an option of {arch}")
@@ -63,13 +72,31 @@ def base(args: Any) -> None:
     common(args)
 
 
-def common(args: Any) -> None:
+def common(args: Any, options: type[MoEOptions] = LanguageModelOptions) -> None:
     """What all sizes share.
 
     Options that a checkpoint of an earlier version does not have yet are set to None, which means "not given".
     """
-    fill(args, **{field.name: None for field in dataclasses.fields(LanguageModelOptions) if field.default is None})
+    fill(args, **{field.name: None for field in dataclasses.fields(options) if field.default is None})
     fill(args, activation_fn="gelu", dropout=0.1, attention_dropout=0.0, activation_dropout=0.0)
+
+
+def beit3_tiny(args: Any) -> None:
+    """4 layers of 128: trains in minutes on two CPU cores."""
+    fill(args, encoder_layers=4, encoder_embed_dim=128, encoder_attention_heads=4, encoder_ffn_embed_dim=512)
+    beit3_common(args)
+
+
+def beit3_base(args: Any) -> None:
+    """The paper's 12 layers of 768."""
+    fill(args, encoder_layers=12, encoder_embed_dim=768, encoder_attention_heads=12, encoder_ffn_embed_dim=3072)
+    beit3_common(args)
+
+
+def beit3_common(args: Any) -> None:
+    """What all sizes of BEiT-3 share."""
+    fill(args, drop_path_rate=0.0)
+    common(args, BEiT3Options)
 
 
 # ---------------------------------------------------------------------- families
@@ -196,3 +223,59 @@ def mhmoe_lm_base(args: Any) -> None:
     """MH-MoE, the paper's size."""
     mhmoe(args)
     base(args)
+
+
+@register_model_architecture(BEIT3_NAME, "dense_beit3_tiny")
+def dense_beit3_tiny(args: Any) -> None:
+    """Dense BEiT-3, tiny."""
+    dense(args)
+    beit3_tiny(args)
+
+
+@register_model_architecture(BEIT3_NAME, "dense_beit3_base")
+def dense_beit3_base(args: Any) -> None:
+    """Dense BEiT-3, the paper's size."""
+    dense(args)
+    beit3_base(args)
+
+
+@register_model_architecture(BEIT3_NAME, "smoe_beit3_tiny")
+def smoe_beit3_tiny(args: Any) -> None:
+    """Sparse MoE BEiT-3, tiny."""
+    smoe(args)
+    beit3_tiny(args)
+
+
+@register_model_architecture(BEIT3_NAME, "smoe_beit3_base")
+def smoe_beit3_base(args: Any) -> None:
+    """Sparse MoE BEiT-3, the paper's size."""
+    smoe(args)
+    beit3_base(args)
+
+
+@register_model_architecture(BEIT3_NAME, "xmoe_beit3_tiny")
+def xmoe_beit3_tiny(args: Any) -> None:
+    """X-MoE BEiT-3, tiny."""
+    xmoe(args)
+    beit3_tiny(args)
+
+
+@register_model_architecture(BEIT3_NAME, "xmoe_beit3_base")
+def xmoe_beit3_base(args: Any) -> None:
+    """X-MoE BEiT-3, the paper's size."""
+    xmoe(args)
+    beit3_base(args)
+
+
+@register_model_architecture(BEIT3_NAME, "mhmoe_beit3_tiny")
+def mhmoe_beit3_tiny(args: Any) -> None:
+    """MH-MoE BEiT-3, tiny."""
+    mhmoe(args)
+    beit3_tiny(args)
+
+
+@register_model_architecture(BEIT3_NAME, "mhmoe_beit3_base")
+def mhmoe_beit3_base(args: Any) -> None:
+    """MH-MoE BEiT-3, the paper's size."""
+    mhmoe(args)
+    beit3_base(args)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.hub_utils import GeneratorHubInterface
@@ -19,27 +14,20 @@ from torch import Tensor, nn
 
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
-from ..parallel import expert_parallelism
-from ..torchscale_ext.args import decoder_settings, expert_parallel_size
+from ..torchscale_ext.args import decoder_settings
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from ._classification_head import LastTokenHead
+from ._parallelism import training_parallelism
+from ._precision import ComputePrecision
+from ._vocabulary import RemembersVocabulary
 from .options import MODEL_NAME, LanguageModelOptions
 
-logger = logging.getLogger(__name__)
-
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
-    """The decoder as fairseq knows it: dictionary, precision, generation.
-
-    Its state has one tensor that is no parameter, a fingerprint of the dictionary: a checkpoint is refused with
-    another dictionary even where the sizes agree.
-    """
-
-    vocabulary_fingerprint: Tensor
+class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, FairseqIncrementalDecoder):
+    """The decoder as fairseq knows it: dictionary, precision, generation."""
 
     def __init__(self, options: Any, dictionary: Dictionary, parallel: ExpertParallelism | None = None) -> None:
         max_positions = options.max_target_positions or options.tokens_per_sample
@@ -50,9 +38,8 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
             build_positions(options, max_positions),
             dictionary=dictionary,
         )
-        self.precision = str(options.mhmoe_precision or "fp32")
-        self.scales_loss = bool(options.amp or options.fp16)
-        self.register_buffer("vocabulary_fingerprint", torch.tensor(fingerprint(dictionary)))
+        self.set_precision(options)
+        self.remember_vocabulary(dictionary, "embed_tokens.weight")
 
     def forward(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """As ``MHMoEDecoder.forward``, in the precision of ``--mhmoe-precision``.
@@ -63,20 +50,6 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
         with self.autocast(prev_output_tokens.device.type):
             return super().forward(prev_output_tokens, **kwargs)
 
-    def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
-        """The precision of ``--mhmoe-precision``, for calling ``output_layer`` by itself.
-
-        Raises:
-            ValueError: when training in fp16 without loss scaling.
-        """
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
-            raise ValueError(
-                "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
-            )
-        return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])
-
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """``(B, S, D)`` features and the same extras as ``forward``."""
         return self(prev_output_tokens, features_only=True, **kwargs)
@@ -84,22 +57,6 @@ class LanguageModelDecoder(MHMoEDecoder, FairseqIncrementalDecoder):
     def max_positions(self) -> int:
         """Longest sequence accepted by data loading and generation."""
         return self.args.max_target_positions
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        key = prefix + "vocabulary_fingerprint"
-        saved = state_dict.setdefault(key, self.vocabulary_fingerprint)
-        if (
-            not saved.is_meta
-            and not self.vocabulary_fingerprint.is_meta
-            and not torch.equal(saved.cpu(), self.vocabulary_fingerprint.cpu())
-        ):
-            embedding = state_dict.get(prefix + "embed_tokens.weight")
-            words = "" if embedding is None else f"{embedding.size(0):,} "
-            raise ValueError(
-                f"the checkpoint's dictionary ({words}words) is not this data's dict.txt ({len(self.dictionary):,} "
-                "words): use the data folder that the model was trained on, or one prepared with its dictionary"
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @register_model(MODEL_NAME, dataclass=LanguageModelOptions)
@@ -203,28 +160,6 @@ def build_language_model(
     return MHMoELanguageModel(LanguageModelDecoder(options, dictionary, parallel))
 
 
-def training_parallelism(options: Any) -> ExpertParallelism | None:
-    """What the flags make of the processes that torch.distributed knows of; None for one process.
-
-    Every process must call it, with the same options.
-
-    Raises:
-        ValueError: as ``expert_parallel_size``.
-    """
-    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    size = expert_parallel_size(options, world_size)
-    if world_size == 1:
-        return None
-    if size > 1:
-        logger.info(f"expert parallelism: {size} of {world_size} processes share one bank of experts")
-    elif options.moe_freq:
-        logger.warning(
-            "no expert parallelism: every process holds all experts, since that was asked for or their number and "
-            f"that of the processes ({world_size}) have no common divisor"
-        )
-    return expert_parallelism(size)
-
-
 def build_embedding(dictionary: Dictionary, dim: int) -> nn.Embedding:
     """fairseq's initial embedding: normal with deviation ``dim ** -0.5``, zero for padding."""
     embedding = nn.Embedding(len(dictionary), dim, padding_idx=dictionary.pad())
@@ -239,12 +174,6 @@ def build_positions(options: Any, max_positions: int) -> nn.Module | None:
         return None
     kind = LearnedPositions if options.decoder_learned_pos else SinusoidalPositions
     return kind(options.decoder_embed_dim, max_positions)
-
-
-def fingerprint(dictionary: Dictionary) -> list[int]:
-    """Four 64-bit numbers from the SHA-256 of the symbols in order."""
-    digest = hashlib.sha256("\n".join(dictionary.symbols).encode()).digest()
-    return list(struct.unpack("<4q", digest))
 
 
 def find_checkpoint(path: Path, name: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Every flag of the language models, as one fairseq dataclass.
+"""The models' flags as fairseq dataclasses: what all models share, language models, BEiT-3.
 
 A field's default None means "as the architecture says": named architectures fill what is still None, so the command
 line, a YAML file and a checkpoint's stored configuration behave alike.
@@ -11,6 +11,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 MODEL_NAME = "mhmoe_lm"
+BEIT3_NAME = "mhmoe_beit3"
 
 ACTIVATION_CHOICES = ChoiceEnum(["gelu", "relu", "silu"])
 ON_OFF_CHOICES = ChoiceEnum(["on", "off"])
@@ -22,6 +23,7 @@ BALANCE_CHOICES = ChoiceEnum(["top1", "topk"])
 SCOPE_CHOICES = ChoiceEnum(["rank", "global"])
 POLICY_CHOICES = ChoiceEnum(["all", "sampling", "random"])
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
+MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
 PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16"])
 
 
@@ -31,15 +33,9 @@ def option(text: str) -> Any:
 
 
 @dataclass
-class DecoderOptions(FairseqDataclass):
-    """The transformer around the MoE layers; spelled as in fairseq and TorchScale."""
+class TransformerOptions(FairseqDataclass):
+    """The transformer around the MoE layers, but its sizes; spelled as in fairseq and TorchScale."""
 
-    decoder_layers: Optional[int] = option("decoder layers")
-    decoder_embed_dim: Optional[int] = option("model dimension")
-    decoder_ffn_embed_dim: Optional[int] = option(
-        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
-    )
-    decoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
     activation_fn: Optional[ACTIVATION_CHOICES] = option(
         "activation of dense networks and experts; silu means SwiGLU, with a gate matrix"
     )
@@ -55,19 +51,6 @@ class DecoderOptions(FairseqDataclass):
     no_subln: Optional[bool] = option("no sub-LN: a plain pre-norm transformer")
     deepnorm: Optional[bool] = option("post-norm with DeepNorm's residual and initial scales (switches sub-LN off)")
     layernorm_embedding: Optional[bool] = option("a norm on the embedding")
-    no_scale_embedding: Optional[bool] = option("do not multiply the embedding by the square root of its width")
-    no_token_positional_embeddings: Optional[bool] = option(
-        "add no positions to the embedding (default: sinusoidal ones, which have no parameters)"
-    )
-    decoder_learned_pos: Optional[bool] = option("add learned positions to the embedding in place of sinusoidal ones")
-    rotary_embed: Optional[bool] = option("rotate queries and keys by their position")
-    xpos_rel_pos: Optional[bool] = option("rotate and scale queries and keys by their position (TorchScale's xPos)")
-    no_share_decoder_input_output_embed: Optional[bool] = option(
-        "give the output projection its own weights (default: the embedding's)"
-    )
-    share_decoder_input_output_embed: Optional[bool] = option(
-        "use the embedding's weights as output projection; the default, accepted for the lineage's command lines"
-    )
     checkpoint_activations: Optional[bool] = option("recompute each layer's activations in the backward pass")
     mhmoe_precision: Optional[PRECISION_CHOICES] = option(
         "compute under autocast in this type, on GPU and CPU; weights stay in float32 (default: fp32); training in "
@@ -76,7 +59,7 @@ class DecoderOptions(FairseqDataclass):
 
 
 @dataclass
-class LineageMoEOptions(DecoderOptions):
+class LineageMoEOptions(TransformerOptions):
     """MoE flags spelled as in TorchScale and the official MH-MoE repository."""
 
     moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model")
@@ -103,8 +86,8 @@ class LineageMoEOptions(DecoderOptions):
 
 
 @dataclass
-class LanguageModelOptions(LineageMoEOptions):
-    """All options of a language model; the plugin's own MoE flags start with ``--mhmoe-``."""
+class MoEOptions(LineageMoEOptions):
+    """What all models share; the plugin's own MoE flags start with ``--mhmoe-``."""
 
     mhmoe_routing: Optional[ROUTING_CHOICES] = option(
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
@@ -143,8 +126,8 @@ class LanguageModelOptions(LineageMoEOptions):
     )
     mhmoe_budget: Optional[BUDGET_CHOICES] = option(
         "expert width from a budget: params (paper 1: the parameters of the one-head layer with the same flags), "
-        "flops (paper 2: its FLOPs and its parameters, by more and smaller experts), none: --decoder-ffn-embed-dim or "
-        "--moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)"
+        "flops (paper 2: its FLOPs and its parameters, by more and smaller experts), none: the dense networks' width "
+        "or --moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)"
     )
     mhmoe_subtoken_residual: Optional[bool] = option("add each sub-token to its experts' sum (paper 1, equation 6)")
     mhmoe_projection_layers: Optional[int] = option(
@@ -163,9 +146,64 @@ class LanguageModelOptions(LineageMoEOptions):
     mhmoe_shared_expert_dim: Optional[int] = option(
         "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)"
     )
-    # Without help these are no flags of ours: fairseq fills them from the task and the common options.
-    max_target_positions: Optional[int] = II("task.max_target_positions")
-    tokens_per_sample: int = II("task.tokens_per_sample")
+    # Without help these are no flags of ours: fairseq fills them from the common options.
     tpu: bool = II("common.tpu")
     amp: bool = II("common.amp")
     fp16: bool = II("common.fp16")
+
+
+@dataclass
+class LanguageModelOptions(MoEOptions):
+    """All options of a language model."""
+
+    decoder_layers: Optional[int] = option("decoder layers")
+    decoder_embed_dim: Optional[int] = option("model dimension")
+    decoder_ffn_embed_dim: Optional[int] = option(
+        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
+    )
+    decoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
+    no_scale_embedding: Optional[bool] = option("do not multiply the embedding by the square root of its width")
+    no_token_positional_embeddings: Optional[bool] = option(
+        "add no positions to the embedding (default: sinusoidal ones, which have no parameters)"
+    )
+    decoder_learned_pos: Optional[bool] = option("add learned positions to the embedding in place of sinusoidal ones")
+    rotary_embed: Optional[bool] = option("rotate queries and keys by their position")
+    xpos_rel_pos: Optional[bool] = option("rotate and scale queries and keys by their position (TorchScale's xPos)")
+    no_share_decoder_input_output_embed: Optional[bool] = option(
+        "give the output projection its own weights (default: the embedding's)"
+    )
+    share_decoder_input_output_embed: Optional[bool] = option(
+        "use the embedding's weights as output projection; the default, accepted for the lineage's command lines"
+    )
+    # Filled from the task.
+    max_target_positions: Optional[int] = II("task.max_target_positions")
+    tokens_per_sample: int = II("task.tokens_per_sample")
+
+
+@dataclass
+class EncoderOptions(FairseqDataclass):
+    """What only BEiT-3's encoder has."""
+
+    encoder_layers: Optional[int] = option("encoder layers")
+    encoder_embed_dim: Optional[int] = option("model dimension")
+    encoder_ffn_embed_dim: Optional[int] = option(
+        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
+    )
+    encoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
+    drop_path_rate: Optional[float] = option(
+        "stochastic depth: the share of samples that leave out a block, rising to this at the last layer (default: 0)"
+    )
+    mhmoe_modality_experts: Optional[MODALITY_CHOICES] = option(
+        "shared: images and text go to one pool of experts; separate: each has as many experts of its own "
+        "(default: shared)"
+    )
+
+
+@dataclass
+class BEiT3Options(EncoderOptions, MoEOptions):
+    """All options of BEiT-3."""
+
+    # Filled from the task.
+    img_size: int = II("task.img_size")
+    patch_size: int = II("task.patch_size")
+    max_text_length: int = II("task.max_text_length")

@@ -1,7 +1,18 @@
-"""The bridge to TorchScale: decoder layers with MH-MoE, attention, positions, and flags -> configurations."""
+"""The bridge to TorchScale: decoder and encoder layers with MH-MoE, attention, positions, flags -> configurations."""
 
+from .beit3 import MultiwayBEiT3
 from .decoder import MHMoEDecoder
+from .encoder import MultiwayEncoder
+from .encoder_layer import MultiwayEncoderLayer
 from .layers import MHMoEDecoderLayer
-from .settings import DecoderSettings
+from .settings import DecoderSettings, EncoderSettings
 
-__all__ = ["DecoderSettings", "MHMoEDecoder", "MHMoEDecoderLayer"]
+__all__ = [
+    "DecoderSettings",
+    "EncoderSettings",
+    "MHMoEDecoder",
+    "MHMoEDecoderLayer",
+    "MultiwayBEiT3",
+    "MultiwayEncoder",
+    "MultiwayEncoderLayer",
+]

@@ -1,4 +1,4 @@
-"""Small parts shared by the decoder's layers: norms, bias removal and the dense SwiGLU network."""
+"""Small parts shared by decoder and encoder layers: norms, bias removal and the dense SwiGLU network."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.feedforward_network import FeedForwardNetwork
 
-from .settings import DecoderSettings
+from .settings import DecoderSettings, EncoderSettings
+
+Settings = DecoderSettings | EncoderSettings
 
 
-def build_norm(settings: DecoderSettings, dim: int) -> nn.Module:
+def build_norm(settings: Settings, dim: int) -> nn.Module:
     """RMSNorm or LayerNorm over ``dim`` features, as the settings say."""
     kind = nn.RMSNorm if settings.rms_norm else nn.LayerNorm
     return kind(dim, eps=settings.layernorm_eps)
@@ -29,7 +31,7 @@ class SwiGLUNetwork(nn.Module):
     rescaling of the initial weights finds them; the gate is left alone.
     """
 
-    def __init__(self, settings: DecoderSettings, dim: int, ffn_dim: int) -> None:
+    def __init__(self, settings: Settings, dim: int, ffn_dim: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.gate = nn.Linear(dim, ffn_dim)
@@ -37,6 +39,12 @@ class SwiGLUNetwork(nn.Module):
         self.ffn_layernorm = build_norm(settings, ffn_dim) if settings.subln else None
         self.activation_dropout_module = nn.Dropout(settings.activation_dropout)
         self.dropout_module = nn.Dropout(settings.dropout)
+
+    def reset_parameters(self) -> None:
+        """Initial values, as the constructors draw them."""
+        for module in (self.fc1, self.gate, self.fc2, self.ffn_layernorm):
+            if module is not None:
+                module.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""
@@ -46,7 +54,7 @@ class SwiGLUNetwork(nn.Module):
         return self.dropout_module(self.fc2(hidden))
 
 
-def build_dense_ffn(settings: DecoderSettings, dim: int, ffn_dim: int) -> nn.Module:
+def build_dense_ffn(settings: Settings, dim: int, ffn_dim: int) -> nn.Module:
     """TorchScale's feed-forward network, or the SwiGLU one for ``activation_fn="silu"``."""
     if settings.activation_fn == "silu":
         ffn: nn.Module = SwiGLUNetwork(settings, dim, ffn_dim)

@@ -130,7 +130,7 @@ def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> Non
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be a named language model"),
+        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be a named architecture"),
         (["--arch", "mhmoe_lm_huge"], "must be one of"),
         (["--heads", "5"], r"--mhmoe-heads-number \(5\) must divide --decoder-embed-dim \(768\)"),
         (["--experts", "0"], r"--experts \(0\) must be at least 1"),

@@ -2,13 +2,18 @@
 
 import argparse
 import dataclasses
+import inspect
 
+import pytest
+
+from mhmoe_fairseq.models import _parallelism, _precision, architectures
+from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel
-from mhmoe_fairseq.models.options import LanguageModelOptions
+from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
+from mhmoe_fairseq.torchscale_ext import args, flag_checks
 
-FLAGS = """
---activation-dropout --activation-fn --attention-dropout --checkpoint-activations --decoder-attention-heads
---decoder-embed-dim --decoder-ffn-embed-dim --decoder-layers --decoder-learned-pos --deepnorm --dropout
+SHARED = """
+--activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-budget --mhmoe-capacity-factor
 --mhmoe-expert-parallel-size --mhmoe-head-projection --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision
@@ -16,40 +21,52 @@ FLAGS = """
 --mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias
---no-scale-embedding --no-share-decoder-input-output-embed --no-subln --no-token-positional-embeddings --rms-norm
---rotary-embed --share-decoder-input-output-embed --subln --use-xmoe --xpos-rel-pos
+--no-subln --rms-norm --subln --use-xmoe
 """
+OWN = {
+    MHMoELanguageModel: """
+--decoder-attention-heads --decoder-embed-dim --decoder-ffn-embed-dim --decoder-layers --decoder-learned-pos
+--no-scale-embedding --no-share-decoder-input-output-embed --no-token-positional-embeddings --rotary-embed
+--share-decoder-input-output-embed --xpos-rel-pos
+""",
+    MHMoEBEiT3: """
+--drop-path-rate --encoder-attention-heads --encoder-embed-dim --encoder-ffn-embed-dim --encoder-layers
+--mhmoe-modality-experts
+""",
+}
+OPTIONS = {MHMoELanguageModel: LanguageModelOptions, MHMoEBEiT3: BEiT3Options}
+both_models = pytest.mark.parametrize("model", OWN, ids=lambda model: model.__name__)
 
 
-def parser():
+def parser(model):
     result = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, add_help=False)
-    MHMoELanguageModel.add_args(result)
+    model.add_args(result)
     return result
 
 
-def test_flags_are_frozen():
-    flags = {flag for action in parser()._actions for flag in action.option_strings}
-    assert flags == set(FLAGS.split())
+@both_models
+def test_flags_are_frozen(model):
+    flags = {flag for action in parser(model)._actions for flag in action.option_strings}
+    assert flags == set((SHARED + OWN[model]).split())
 
 
-def test_every_flag_has_help():
-    for action in parser()._actions:
+@both_models
+def test_every_flag_has_help(model):
+    for action in parser(model)._actions:
         assert action.help and len(action.help) > 10, action.option_strings
 
 
-def test_nothing_is_set_unless_given():
-    assert vars(parser().parse_args([])) == {}
-    for field in dataclasses.fields(LanguageModelOptions):
+@both_models
+def test_nothing_is_set_unless_given(model):
+    assert vars(parser(model).parse_args([])) == {}
+    for field in dataclasses.fields(OPTIONS[model]):
         assert field.default is None or str(field.default).startswith("${"), field.name
 
 
-def test_every_flag_is_read():
-    """No dead flags: args.py or the model reads each by its name."""
-    import inspect
-
-    from mhmoe_fairseq.models import architectures, language_model
-    from mhmoe_fairseq.torchscale_ext import args
-
-    source = "".join(inspect.getsource(module) for module in (args, language_model, architectures))
-    for field in dataclasses.fields(LanguageModelOptions):
+@both_models
+def test_every_flag_is_read(model):
+    """No dead flags: args.py or the model reads each by its name, sizes by that of the stack."""
+    modules = (args, flag_checks, architectures, _parallelism, _precision, inspect.getmodule(model))
+    source = "".join(inspect.getsource(module) for module in modules)
+    for field in dataclasses.fields(OPTIONS[model]):
         assert f".{field.name}" in source or f'"{field.name}"' in source, field.name

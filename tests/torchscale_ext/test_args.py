@@ -7,13 +7,13 @@ from language_models import SMALL
 
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.moe import MHMoEConfig
-from mhmoe_fairseq.torchscale_ext import args as flags_module
+from mhmoe_fairseq.torchscale_ext import flag_checks
 from mhmoe_fairseq.torchscale_ext.args import decoder_settings, expert_parallel_size, moe_config
 
 
 @pytest.fixture(autouse=True)
 def fresh_warnings():
-    flags_module._warn_once.cache_clear()
+    flag_checks.warn_once.cache_clear()
 
 
 def config(arch="mhmoe_lm_tiny", **flags):

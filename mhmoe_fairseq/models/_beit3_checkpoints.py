@@ -1,0 +1,82 @@
+"""A checkpoint of BEiT-3 fitted to a model of other sizes: position tables, heads."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..torchscale_ext.settings import UNUSED_POSITIONS
+
+logger = logging.getLogger(__name__)
+
+IMAGE_POSITIONS = "beit3.encoder.embed_positions.A.weight"
+TEXT_POSITIONS = "beit3.encoder.embed_positions.B.weight"
+IMAGE_HEAD = "image_head."
+# Before the patches: the unused rows and the class token's.
+_FIRST_PATCH = UNUSED_POSITIONS + 1
+
+
+def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str], prefix: str = "") -> None:
+    """Change a state dictionary in place into one that ``model`` can load.
+
+    The picture's position table is resized to the model's grid of patches, the text's cut to the model's length; the
+    head of masked patches is left out if the model has none; a head in ``new_heads`` that the checkpoint lacks keeps
+    its initial weights.
+
+    Args:
+        model: an ``MHMoEBEiT3``.
+        state: a state dictionary whose names start with ``prefix``; its tensors are not changed.
+        new_heads: names of heads that the checkpoint may lack.
+
+    Raises:
+        ValueError: if the checkpoint's texts were shorter than the model's.
+    """
+    for name, fit in ((IMAGE_POSITIONS, resize_image_positions), (TEXT_POSITIONS, cut_text_positions)):
+        saved = state.get(prefix + name)
+        if saved is not None:
+            state[prefix + name] = fit(saved, model.get_parameter(name).size(0))
+    if not any(name.startswith(IMAGE_HEAD) for name, _ in model.named_parameters()):
+        for name in [name for name in state if name.startswith(prefix + IMAGE_HEAD)]:
+            del state[name]
+    for head in new_heads:
+        own = {f"{prefix}heads.{head}.{name}": value for name, value in model.heads[head].state_dict().items()}
+        if own and not own.keys() & state.keys():
+            logger.info(f"the checkpoint has no head {head!r}: it starts from its initial weights")
+            state.update(own)
+
+
+def resize_image_positions(table: Tensor, rows: int) -> Tensor:
+    """Bicubically, as BEiT does; the class token's row is kept. ``(rows', D) -> (rows, D)``.
+
+    Raises:
+        ValueError: if the table is not that of a square of patches.
+    """
+    if table.size(0) == rows:
+        return table
+    before, after = (math.isqrt(size - _FIRST_PATCH) for size in (table.size(0), rows))
+    if before**2 != table.size(0) - _FIRST_PATCH:
+        raise ValueError(f"{IMAGE_POSITIONS}: {table.size(0)} rows are not the positions of a square of patches")
+    logger.info(f"positions of {before}x{before} patches are resized to {after}x{after} (--img-size)")
+    grid = table[_FIRST_PATCH:].float().t().reshape(1, -1, before, before)
+    resized = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
+    return torch.cat([table[:_FIRST_PATCH], resized.flatten(2)[0].t().to(table.dtype)])
+
+
+def cut_text_positions(table: Tensor, rows: int) -> Tensor:
+    """The first ``rows`` of a longer table.
+
+    Raises:
+        ValueError: if it is shorter: nothing has been learnt for the rest.
+    """
+    if table.size(0) < rows:
+        raise ValueError(
+            f"--max-text-length ({rows - UNUSED_POSITIONS}): the checkpoint has positions for "
+            f"{table.size(0) - UNUSED_POSITIONS} tokens only"
+        )
+    return table[:rows]
