@@ -48,7 +48,7 @@ class GateLosses:
         self.z_weight = mhmoe_z_loss_wt
         self.combine_by_sum = str(moe_gate_loss_combine_method) == "sum"
 
-    def add_to(self, loss: Tensor, extra: dict[str, Any], sample_size: int) -> tuple[Tensor, dict[str, Any]]:
+    def add_to(self, loss: Tensor, extra: dict[str, Any], sample_size: float) -> tuple[Tensor, dict[str, Any]]:
         """Add the auxiliary losses of one batch.
 
         Args:
@@ -67,6 +67,20 @@ class GateLosses:
         log.update(_routing_log([stats for stats in extra["moe_stats"] if stats is not None]))
         log.update(_traffic_log([traffic for traffic in extra["moe_traffic"] if traffic is not None]))
         return loss + sample_size * (self.gate_weight * balance + self.z_weight * z), log
+
+    def add_all_to(
+        self, loss: Tensor, extras: list[dict[str, Any]], sample_size: float
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As ``add_to``, where a batch takes several calls of the model: the mean of their auxiliary losses.
+
+        Args:
+            extras: of the calls.
+        """
+        total: dict[str, Any] = {}
+        for extra in extras:
+            loss, log = self.add_to(loss, extra, sample_size / len(extras))
+            total = {key: total[key] + value if key in total else value for key, value in log.items()}
+        return loss, total
 
     def _combine(self, losses: Tensor) -> Tensor:
         """``(layers, 2) -> (2,)``."""

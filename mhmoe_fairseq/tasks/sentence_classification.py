@@ -15,16 +15,16 @@ from ..compat import refuse_tpu
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
 from ..errors import UserError
-from ..models._checkpoints import read_checkpoint
-from ..training import ParallelTask, TrainingFlags, check_pretrained
+from ..training import ParallelTask, TrainingFlags
 from ._binarised import check_split
+from ._classes import require_same_classes
 from ._sentence_pairs import LabelledSentences
+from ._starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
 
 HEAD_NAME = "sentence_classification_head"
 FIRST, SECOND, LABELS = "input0", "input1", "label"  # fairseq's names of the folders
-RESUMED = "checkpoint_last.pt"  # fairseq's default: a run of this task itself, in --save-dir
 
 
 @dataclass
@@ -113,9 +113,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
             may_be_new=not from_checkpoint,
         )
         if not from_checkpoint:
-            for file in filter(None, (self.args.finetune_from_model, self.args.restore_file)):
-                if file != RESUMED and Path(file).is_file():
-                    check_pretrained(model, Path(file), read_checkpoint(Path(file))["model"], self.args.data)
+            check_starting_checkpoint(model, self.args)
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
@@ -166,12 +164,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         Raises:
             ValueError: if they differ or come in another order.
         """
-        saved = state_dict.get("classes", self.classes)
-        if saved != self.classes:
-            raise UserError(
-                f"{self.args.data}/label/dict.txt has the classes {', '.join(self.classes)}; the checkpoint's are "
-                f"{', '.join(saved)}, in this order"
-            )
+        require_same_classes(f"{self.args.data}/label/dict.txt", self.classes, state_dict.get("classes", self.classes))
 
     def first_token(self, split: str) -> int:
         """The first token of every input: ``</s>``, after which pre-training's lines start, or a language's symbol.

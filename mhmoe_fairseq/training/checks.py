@@ -49,7 +49,7 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
 
 def problems(flags: TrainingFlags) -> Iterator[str]:
     """Every flag that does not go with experts on several ranks: its name, its value, the rule and the reason."""
-    name = _optimizer_name(flags)
+    name = optimizer_name(flags)
     if name != OPTIMIZER:
         yield (
             f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of "
@@ -79,5 +79,6 @@ def problems(flags: TrainingFlags) -> Iterator[str]:
         )
 
 
-def _optimizer_name(flags: TrainingFlags) -> Any:
+def optimizer_name(flags: TrainingFlags) -> Any:
+    """What ``--optimizer`` names."""
     return getattr(flags.optimizer_config, "_name", flags.optimizer_config)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..parallel import ShardedParameter, sharded_experts
 from .checks import TrainingFlags, refuse_unsafe_flags
+from .parameter_notes import notes_of, take_note
 
 # How long rank 0 waits for the others: one that has died must not hold up the rest for the half hour that process
 # groups wait by default.
@@ -26,22 +27,20 @@ GATHER_TIMEOUT = datetime.timedelta(seconds=120)
 def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
     """Get a new model ready for fairseq's trainer, if its experts are shared out over ranks.
 
-    The optimizer is given bare parameters; this tells it which of them are parts of something larger. ``param_group``
-    is the only attribute besides ``expert`` that both fairseq versions hand on to the fp32 copies that
-    ``FP16Optimizer`` steps on. Its own reader is the composite optimizer, which expert parallelism refuses.
+    The optimizer is given bare parameters; notes tell it which of them are parts of something larger.
 
     Raises:
         UserError: if the flags do not go with that; see ``checks``.
     """
     for shard in sharded_experts(model):
         refuse_unsafe_flags(flags, shard.groups.size)
-        shard.parameter.param_group = shard  # type: ignore[attr-defined]
+        take_note(shard.parameter, shard=shard)
 
 
 def shards_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, ShardedParameter]:
     """The marked ones among an optimizer's parameters, in order."""
-    marked = ((parameter, getattr(parameter, "param_group", None)) for parameter in parameters)
-    return {parameter: shard for parameter, shard in marked if isinstance(shard, ShardedParameter)}
+    noted = ((parameter, notes_of(parameter).shard) for parameter in parameters)
+    return {parameter: shard for parameter, shard in noted if shard is not None}
 
 
 class ExpertState:

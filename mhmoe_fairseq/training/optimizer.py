@@ -1,8 +1,9 @@
-"""Adam for experts that are shared out over ranks: ``--optimizer mhmoe_adam``."""
+"""Adam for experts that are shared out over ranks, and for learning rates by layer: ``--optimizer mhmoe_adam``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,25 +11,61 @@ from fairseq.optim import register_optimizer
 from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .checks import OPTIMIZER
 from .expert_state import ExpertState, shards_of
+from .parameter_notes import notes_of
+
+_SCALE = "lr_scale"
 
 
 @register_optimizer(OPTIMIZER, dataclass=FairseqAdamConfig)
 class MHMoEAdam(FairseqAdam):
-    """fairseq's Adam, flag for flag; where every rank holds all experts it is that and nothing else.
+    """fairseq's Adam, flag for flag; where every rank holds all experts and all learn alike it is that and no more.
 
     Where experts are shared out it does for them what fairseq does for the rest of the model: it adds up the
     gradients of ranks that hold the same experts, counts all experts in the gradient norm, and saves and loads the
     state of all. It works below ``FP16Optimizer`` (with ``--fp16-no-flatten-grads``), ``MemoryEfficientFP16Optimizer``
     and ``AMPOptimizer`` too.
+
+    Where parameters have factors of the learning rate (see :mod:`.layer_decay`) each factor has a parameter group,
+    whose ``lr_scale`` it is.
     """
 
     def __init__(self, cfg: FairseqAdamConfig, params: Iterable[nn.Parameter]) -> None:
-        super().__init__(cfg, params)
+        super().__init__(cfg, _groups_by_scale(list(params)))
+        self.set_lr(self.optimizer_config["lr"])
         self._shards = shards_of(self.params)
         if self._shards:
             ExpertState(self._optimizer, self._shards)
+
+    def get_lr(self) -> float:
+        """The learning rate of the run, of which groups have their factors."""
+        group = self.param_groups[0]
+        return group["lr"] / group.get(_SCALE, 1.0)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the run."""
+        for group in self.param_groups:
+            group["lr"] = lr * group.get(_SCALE, 1.0)
+
+    def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
+        """Continue where a run stopped.
+
+        Raises:
+            UserError: if it had other factors of the learning rate.
+        """
+        saved, own = (
+            [group.get(_SCALE, 1.0) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        )
+        if saved != own:
+            raise UserError(
+                f"--layer-decay, --head-lr-multiplier: the run that is resumed had the factors {_listed(saved)} of the "
+                f"learning rate, this one has {_listed(own)}: give the same flags, or --reset-optimizer"
+            )
+        super().load_state_dict(state_dict, optimizer_overrides)
+        if optimizer_overrides and "lr" in optimizer_overrides:
+            self.set_lr(optimizer_overrides["lr"])
 
     def all_reduce_grads(self, module: nn.Module) -> None:
         """Average the dense gradients over all ranks, then add up the experts' over the ranks that hold the same.
@@ -62,6 +99,20 @@ class MHMoEAdam(FairseqAdam):
         # what is found in one rank's experts must be found on all. Adding zero changes nothing.
         gradients[0].add_((norm * 0).to(gradients[0].dtype))
         return norm
+
+
+def _groups_by_scale(parameters: list[nn.Parameter]) -> list[Any]:
+    """One group for each factor of the learning rate, in order of appearance; the parameters if all have factor 1."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(notes_of(parameter).lr_scale, []).append(parameter)
+    if set(groups) <= {1.0}:
+        return parameters
+    return [{"params": members, _SCALE: scale} for scale, members in groups.items()]
+
+
+def _listed(scales: list[float]) -> str:
+    return ", ".join(f"{scale:.3g}" for scale in scales)
 
 
 # Checkpoints name the class of their optimizer, and fairseq resumes them with a class of that name only. Both Adams

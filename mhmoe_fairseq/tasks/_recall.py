@@ -1,0 +1,96 @@
+"""Recall at 1, 5 and 10 of pictures by texts and of texts by pictures, over a whole set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from fairseq.logging.meters import Meter
+from torch import Tensor
+
+RANKS = (1, 5, 10)
+_CHUNK = 1024  # rows of the similarity matrix at a time
+
+
+def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, float]:
+    """How often what belongs together is found, in percent.
+
+    Args:
+        images: ``(I, D)`` of length 1.
+        texts: ``(T, D)`` of length 1.
+        image_of_text: ``(T,)`` the row of each text's picture; every picture has a text.
+
+    Returns:
+        ``text_rK``: how often one of a picture's texts is among the K most similar to it; ``image_rK``: how often a
+        text's picture is among the K most similar to it; ``mean_recall`` of the six. Of equally similar ones the right
+        one counts as the last, so that a model that gives all the same vector finds nothing.
+    """
+    best_text = _ranks_of_texts(images, texts, image_of_text)
+    best_image = _ranks_of_images(images, texts, image_of_text)
+    found = {}
+    for direction, ranks in (("text", best_text), ("image", best_image)):
+        for most in RANKS:
+            found[f"{direction}_r{most}"] = 100 * float((ranks < most).double().mean())
+    return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
+    """``(I,)``: how many other texts are at least as similar to a picture as the most similar one of its own."""
+    ranks = []
+    for start in range(0, len(images), _CHUNK):
+        similarity = images[start : start + _CHUNK] @ texts.T
+        rows = torch.arange(start, start + len(similarity), device=images.device)
+        is_own = image_of_text[None] == rows[:, None]
+        best = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
+        ranks.append(((similarity >= best) & ~is_own).sum(dim=1))
+    return torch.cat(ranks)
+
+
+def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
+    """``(T,)``: how many other pictures are at least as similar to a text as its own."""
+    ranks = []
+    for start in range(0, len(texts), _CHUNK):
+        similarity = texts[start : start + _CHUNK] @ images.T
+        own = similarity.gather(1, image_of_text[start : start + _CHUNK, None])
+        ranks.append((similarity >= own).sum(dim=1) - 1)
+    return torch.cat(ranks)
+
+
+class VectorMeter(Meter):
+    """Keeps what a validation has embedded, each text and each picture once, whatever batches it came in."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._texts: dict[int, tuple[int, Tensor]] = {}
+        self._images: dict[int, Tensor] = {}
+
+    def update(self, vectors: Any) -> None:
+        """Add a batch: ``ids``, ``image_ids``, ``images`` and ``texts``, one row for each text."""
+        images, texts = vectors.images.float().cpu(), vectors.texts.float().cpu()
+        for row, (text_id, image_id) in enumerate(zip(vectors.ids.tolist(), vectors.image_ids.tolist())):
+            self._texts[text_id] = (image_id, texts[row])
+            self._images[image_id] = images[row]
+
+    @property
+    def recalls(self) -> dict[str, float]:
+        """Those of what was added so far; see ``recalls``."""
+        row_of_image = {image: row for row, image in enumerate(self._images)}
+        image_of_text = torch.tensor([row_of_image[image] for image, _ in self._texts.values()])
+        texts = torch.stack([text for _, text in self._texts.values()])
+        return recalls(torch.stack(list(self._images.values())), texts, image_of_text)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a validation is never resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start empty."""
+        self.reset()
+
+    @property
+    def smoothed_value(self) -> float:
+        """fairseq's name for a meter's figure."""
+        return self.recalls["mean_recall"]

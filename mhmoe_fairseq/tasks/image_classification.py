@@ -1,0 +1,79 @@
+"""Fine-tuning on classes of pictures."""
+
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.data import Dictionary
+from fairseq.tasks import register_task
+from torch import nn
+
+from ..data.files import read_json
+from ..data.multimodal.datasets import DatasetSettings, LabelledPictures
+from ..data.multimodal.index import Index
+from ..errors import UserError
+from ..models._beit3_heads import ImageClassificationHead
+from ._image_text_finetuning import ClassTask, ImageTextFineTuningConfig
+
+CLASSES_FILE = "imagenet.classes.json"
+
+
+@dataclass
+class ImageClassificationTaskConfig(ImageTextFineTuningConfig):
+    """Flags of image classification."""
+
+    num_classes: Optional[int] = field(
+        default=None, metadata={"help": f"number of classes (default: as many as {CLASSES_FILE} in the data names)"}
+    )
+
+
+@register_task("mhmoe_image_classification", dataclass=ImageClassificationTaskConfig)
+class ImageClassificationTask(ClassTask):
+    """Classes of pictures.
+
+    The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split, and
+    ``imagenet.classes.json``, the list of the classes' names, in place of which ``--num-classes`` may be given.
+    Validation logs ``accuracy`` and ``accuracy5`` in percent: select with ``--best-checkpoint-metric accuracy
+    --maximize-best-checkpoint-metric``.
+    """
+
+    head_name = "image_classification"
+    index_task = "imagenet"
+
+    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+        super().__init__(args, dictionary)
+        self.classes = read_class_names(self.folder, args.num_classes)
+        self.classes_source = str(self.folder / CLASSES_FILE)
+
+    def build_head(self, embed_dim: int) -> nn.Module:
+        """The head of a model of that width."""
+        return ImageClassificationHead(embed_dim, len(self.classes))
+
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledPictures:
+        """The pictures of an index."""
+        return LabelledPictures(index, settings, transform, len(self.classes))
+
+
+def read_class_names(folder: Path, num_classes: int | None) -> list[str]:
+    """The names of the classes by label; numbers if the folder has no names.
+
+    Args:
+        num_classes: how many there must be, if given.
+
+    Raises:
+        UserError: if there are neither names nor a number, or both and they differ, or fewer than two.
+    """
+    file = folder / CLASSES_FILE
+    if not file.is_file():
+        if num_classes is None:
+            raise UserError(f"--num-classes is missing, and so is {file}, which would name the classes")
+        names = [str(label) for label in range(num_classes)]
+    else:
+        names = read_json(file)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{file}: must be a JSON list of the classes' names, by label")
+        if num_classes not in (None, len(names)):
+            raise UserError(f"--num-classes ({num_classes}): {file} names {len(names)} classes")
+    if len(names) < 2:
+        raise UserError(f"--num-classes ({len(names)}) must be at least 2")
+    return names

@@ -1,0 +1,31 @@
+"""Fine-tuning on visual reasoning: is a statement about two pictures true?"""
+
+from typing import Any
+
+from fairseq.tasks import register_task
+from torch import nn
+
+from ..data.multimodal.datasets import DatasetSettings, PicturePairs
+from ..data.multimodal.index import Index
+from ..models._beit3_heads import NLVR2Head
+from ._image_text_finetuning import HeadTask, ImageTextFineTuningConfig
+
+
+@register_task("mhmoe_nlvr2", dataclass=ImageTextFineTuningConfig)
+class NLVR2Task(HeadTask):
+    """Statements about pairs of pictures.
+
+    The files are BEiT-3's: ``nlvr2.{train,dev,test-P}.index.jsonl``. Validation logs ``accuracy`` in percent: select
+    with ``--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric``.
+    """
+
+    head_name = "nlvr2"
+    index_task = "nlvr2"
+
+    def build_head(self, embed_dim: int) -> nn.Module:
+        """The head of a model of that width."""
+        return NLVR2Head(embed_dim)
+
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> PicturePairs:
+        """The statements of an index."""
+        return PicturePairs(index, settings, transform)

@@ -1,0 +1,69 @@
+"""Fine-tuning on finding pictures by their texts and texts by their pictures."""
+
+import functools
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any, Optional
+
+from fairseq.data import Dictionary
+from fairseq.logging import metrics
+from fairseq.tasks import register_task
+from torch import nn
+
+from ..data.multimodal.datasets import DatasetSettings, RetrievalDataset
+from ..data.multimodal.index import Index
+from ..models._beit3_heads import RetrievalHead
+from ._image_text_finetuning import HeadTask, ImageTextFineTuningConfig
+from ._recall import RANKS, VectorMeter
+
+
+@dataclass
+class RetrievalTaskConfig(ImageTextFineTuningConfig):
+    """Flags of retrieval."""
+
+    retrieval_set: Optional[str] = field(
+        default=None,
+        metadata={"help": "coco_retrieval or flickr30k (default: the first of them that the data folder has)"},
+    )
+
+
+@register_task("mhmoe_retrieval", dataclass=RetrievalTaskConfig)
+class RetrievalTask(HeadTask):
+    """Pictures and their captions.
+
+    The files are BEiT-3's: ``coco_retrieval.{train,val,test}.jsonl``, or ``flickr30k``'s. Validation compares all
+    pictures with all captions of the split and logs in percent how often a caption of the picture is among the 1, 5
+    and 10 most similar ones (``text_r1``, ...), how often the caption's picture is (``image_r1``, ...), and
+    ``mean_recall``, the mean of the six: select with ``--best-checkpoint-metric mean_recall
+    --maximize-best-checkpoint-metric``.
+    """
+
+    head_name = "retrieval"
+    index_task = "retrieval"
+
+    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+        super().__init__(args, dictionary)
+        self.index_name = args.retrieval_set
+
+    def build_head(self, embed_dim: int) -> nn.Module:
+        """The head of a model of that width."""
+        return RetrievalHead(embed_dim)
+
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> RetrievalDataset:
+        """The pictures and captions of an index."""
+        return RetrievalDataset(index, settings, transform)
+
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        """fairseq's hook after a batch: in evaluation, recall over all batches so far, of all ranks."""
+        super().reduce_metrics(logging_outputs, criterion)
+        vectors = criterion.take_vectors()
+        if vectors is None:
+            return
+        metrics.log_custom(VectorMeter, "_vectors", vectors)
+        for direction in ("text", "image"):
+            for rank in RANKS:
+                metrics.log_derived(f"{direction}_r{rank}", functools.partial(_recall, f"{direction}_r{rank}"))
+        metrics.log_derived("mean_recall", functools.partial(_recall, "mean_recall"))
+
+
+def _recall(name: str, meters: Any) -> float:
+    return round(meters["_vectors"].recalls[name], 2)

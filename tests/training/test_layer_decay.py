@@ -1,0 +1,210 @@
+"""Learning rates by layer against steps computed by hand, in one process and with experts on two ranks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq import optim
+from fairseq.optim.lr_scheduler import build_lr_scheduler
+from parallel_runs import configuration
+from torch import nn
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.parallel import expert_parallelism
+from mhmoe_fairseq.training import prepare_sharded_model
+from mhmoe_fairseq.training.layer_decay import learning_rate_scale, scale_learning_rates
+
+LAYER = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=2, expert_ffn_dim=6, router="xmoe")
+DECAY, HEAD, LR, BETAS, EPS, WEIGHT_DECAY = 0.5, 3.0, 0.01, (0.9, 0.98), 1e-6, 0.1
+ADAM = ["--lr", LR, "--adam-betas", str(BETAS), "--adam-eps", EPS, "--weight-decay", WEIGHT_DECAY]
+# Two layers: the embedding is three steps below the top.
+FACTORS = {"embed": 0.5**3, "layers.0": 0.5**2, "layers.1": 0.5, "norm": 1.0, "heads.task": HEAD}
+
+
+class Model(nn.Module):
+    """Names as in an encoder of ours."""
+
+    def __init__(self, parallel=None):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Linear(8, 8)
+        self.layers = nn.ModuleList([nn.Linear(8, 8), MHMoELayer(LAYER, parallel=parallel)])
+        self.norm = nn.LayerNorm(8)
+        self.heads = nn.ModuleDict({"task": nn.Linear(8, 2)})
+
+    def forward(self, x):
+        x = self.layers[0](self.embed(x))
+        output = self.layers[1](x)
+        return self.heads["task"](self.norm(x + output.hidden)).square().sum() + output.balance_loss
+
+
+@functools.cache
+def settings(*flags):
+    """fairseq takes long to make them."""
+    return configuration(*map(str, (*ADAM, *flags)))
+
+
+def build(decay=DECAY, head=HEAD, parallel=None, flags=()):
+    config = settings(*flags)
+    model = Model(parallel)
+    prepare_sharded_model(model, config.task)
+    scale_learning_rates(model, config.task, decay, head)
+    common = config.common
+    if common.fp16:
+        model.half()
+        wrapper = optim.MemoryEfficientFP16Optimizer if common.memory_efficient_fp16 else optim.FP16Optimizer
+        return model, wrapper.build_optimizer(config, list(model.parameters()))
+    return model, optim.build_optimizer(config.optimizer, list(model.parameters()))
+
+
+def factor(name):
+    return next(value for prefix, value in FACTORS.items() if name.startswith(prefix))
+
+
+def inputs(seed=0):
+    return torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    optimizer.backward(model(x.to(next(model.parameters()).dtype)))
+    optimizer.all_reduce_grads(SimpleNamespace())
+    norm = optimizer.clip_grad_norm(0.5)
+    optimizer.step()
+    return float(norm)
+
+
+def adam_by_hand(model, batches, lr):
+    """Parameters after some steps of Adam with decoupled weight decay, each at its own learning rate."""
+    values = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
+    first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
+    for number, x in enumerate(batches, 1):
+        for name, parameter in model.named_parameters():
+            parameter.data = values[name].float()
+        gradients = dict(zip(values, torch.autograd.grad(model(x), list(model.parameters()))))
+        total = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
+        for name, value in values.items():
+            gradient = gradients[name].double() * min(1.0, 0.5 / (total + 1e-6))
+            first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * gradient
+            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * gradient**2
+            corrected = (1 - BETAS[1] ** number) ** 0.5 / (1 - BETAS[0] ** number)
+            own = lr * factor(name)
+            value -= own * WEIGHT_DECAY * value
+            value -= own * corrected * first[name] / (second[name].sqrt() + EPS)
+    return values
+
+
+def test_steps_are_those_of_adam_by_hand():
+    model, optimizer = build()
+    reference, batches = copy.deepcopy(model), [inputs(seed) for seed in range(3)]
+    optimizer.set_lr(0.02)  # what a scheduler does
+    for x in batches:
+        step(model, optimizer, x)
+    for name, value in adam_by_hand(reference, batches, 0.02).items():
+        torch.testing.assert_close(dict(model.named_parameters())[name].double(), value, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("beit3.text_embed.weight", 0.5**3),
+        ("beit3.vision_embed.cls_token", 0.5**3),
+        ("beit3.vision_embed.proj.bias", 0.5**3),
+        ("beit3.encoder.embed_positions.A.weight", 0.5**3),
+        ("beit3.encoder.layers.0.self_attn.q_proj.A.weight", 0.5**2),
+        ("beit3.encoder.layers.1.moe_layer.router.expert_embedding", 0.5),
+        ("beit3.encoder.layer_norm.B.weight", 1),
+        ("heads.vqa.pooler.weight", 3),
+    ],
+)
+def test_factors_of_a_models_parameters(name, expected):
+    """An X-MoE router's expert embeddings belong to their layer, and not to the embeddings as in unilm."""
+    assert learning_rate_scale(name, 2, 0.5, 3.0) == expected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4), ("--fp16", "--memory-efficient-fp16")],
+    ids=["fp32", "fp16", "memory-efficient"],
+)
+def test_a_schedule_sets_every_groups_learning_rate(flags):
+    _, optimizer = build(flags=flags)
+    scheduler = build_lr_scheduler(
+        settings("--lr-scheduler", "inverse_sqrt", "--warmup-updates", 10).lr_scheduler, optimizer
+    )
+    assert scheduler.step_update(5) == pytest.approx(LR / 2) and optimizer.get_lr() == pytest.approx(LR / 2)
+    rates = sorted(group["lr"] for group in optimizer.param_groups)
+    assert rates == pytest.approx(sorted(LR / 2 * value for value in FACTORS.values()))
+
+
+def test_without_decay_there_is_one_group_as_in_fairseq():
+    _, optimizer = build(decay=1, head=1)
+    [group] = optimizer.param_groups
+    assert "lr_scale" not in group and group["lr"] == LR
+
+
+def test_a_saved_state_goes_on():
+    model, optimizer = build()
+    step(model, optimizer, inputs(0))
+    other, its = build()
+    other.load_state_dict(model.state_dict())
+    its.load_state_dict(copy.deepcopy(optimizer.state_dict()), {"lr": 0.3})
+    assert its.get_lr() == pytest.approx(0.3)
+    its.set_lr(LR)
+    for each in ((model, optimizer), (other, its)):
+        step(*each, inputs(1))
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("decay, head", [(0.7, HEAD), (1.0, 1.0)])
+def test_a_state_of_other_factors_is_refused(decay, head):
+    _, optimizer = build()
+    with pytest.raises(ValueError, match="--layer-decay, --head-lr-multiplier: .* had the factors 0.125, 0.25, 0.5"):
+        build(decay, head)[1].load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    "decay, head, flags, message",
+    [
+        (0, 1, (), r"--layer-decay \(0\) must be more than 0"),
+        (1.5, 1, (), r"--layer-decay \(1.5\)"),
+        (1, 0, (), r"--head-lr-multiplier \(0\)"),
+        (0.5, 1, ("--optimizer", "adam"), r"--layer-decay: --optimizer \(adam\) must be mhmoe_adam"),
+        (1, 2, ("--optimizer", "adam"), r"--head-lr-multiplier: --optimizer \(adam\) must be mhmoe_adam"),
+        (0.5, 1, ("--fp16",), "--fp16 needs --fp16-no-flatten-grads"),
+        (0.5, 1, ("--zero-sharding", "os"), r"--zero-sharding \(os\)"),
+        (0.5, 1, ("--ddp-backend", "fully_sharded"), "fully_sharded"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(decay, head, flags, message):
+    with pytest.raises(ValueError, match=message):
+        build(decay, head, flags=flags)
+
+
+def on_ranks():
+    """Two ranks share the experts; each has the same batch, so that means over ranks are one rank's."""
+    model, optimizer = build(parallel=expert_parallelism(2))
+    model.all_reduce_grads = lambda: None
+    norms = [step(model, optimizer, inputs(seed)) for seed in range(3)]
+    optimizer.optimizer.consolidate_state_dict()
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    state = copy.deepcopy(optimizer.state_dict()) if torch.distributed.get_rank() == 0 else None
+    return norms, weights, state
+
+
+def test_with_experts_on_two_ranks_it_is_one_process(workers2):
+    model, optimizer = build()
+    norms = [step(model, optimizer, inputs(seed)) for seed in range(3)]
+    outcomes = workers2.run(on_ranks)
+    assert outcomes[0][0] == pytest.approx(norms, rel=1e-4)
+    for name, value in model.named_parameters():
+        parts = [outcome[1][name] for outcome in outcomes]
+        whole = torch.cat(parts) if ".experts." in name else parts[0]
+        torch.testing.assert_close(whole, value.detach(), atol=1e-5, rtol=1e-4, msg=name)
+    other, its = build()
+    its.load_state_dict(outcomes[0][2])  # all experts, in one process
+    assert [group["lr_scale"] for group in its.param_groups] == list(FACTORS.values())
