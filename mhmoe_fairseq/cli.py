@@ -21,6 +21,7 @@ COMMANDS = {
     "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),
     "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
     "classify": ("mhmoe_fairseq.evaluation.classify_command", "accuracy by language of a fine-tuned model"),
+    "caption": ("mhmoe_fairseq.evaluation.caption_command", "captions of images, and their scores"),
     "lm-eval": (
         "mhmoe_fairseq.evaluation.lm_eval_command",
         "evaluate on tasks of lm-evaluation-harness, whose own command line this is",

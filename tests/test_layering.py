@@ -22,9 +22,12 @@ MAY_IMPORT = {
     "models": {"moe", "parallel", "torchscale_ext", "compat", "errors"},
     "data": {"errors"},
     "training": {"moe", "parallel", "compat", "errors"},
-    "tasks": {"data", "models", "training", "compat", "errors"},
-    "evaluation": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "errors"},
-    "analysis": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "tasks", "evaluation", "errors"},
+    "captions": {"data", "errors"},
+    "tasks": {"data", "models", "training", "captions", "compat", "errors"},
+    "evaluation": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "errors"},
+    "analysis": {
+        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "evaluation", "errors"
+    },
     "compat": set(),
     "errors": set(),
     "cli": {"errors"},
@@ -36,6 +39,7 @@ FOREIGN = {
     "moe": FAIRSEQ | {"torch.distributed"},
     "parallel": FAIRSEQ,
     "torchscale_ext": {"fairseq_cli", "hydra"},
+    "captions": FAIRSEQ,
     "errors": FAIRSEQ | {"torch"},
 }
 

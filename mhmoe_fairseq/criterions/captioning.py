@@ -1,0 +1,148 @@
+"""Captioning as BEiT-3 trains it: smoothed cross entropy of masked tokens, plus the balance loss and z-loss."""
+
+import math
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any
+
+import torch.nn.functional as F
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.logging import metrics
+from torch import Tensor, nn
+
+from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+
+
+@dataclass
+class CaptioningConfig(GateLossConfig):
+    """Flags of the criterion."""
+
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "probability that the targets leave to all other tokens together"}
+    )
+    drop_worst_ratio: float = field(
+        default=0.2, metadata={"help": "share of a batch's tokens, those of the largest loss, that do not count"}
+    )
+    drop_worst_after: int = field(
+        default=12000, metadata={"help": "updates before which all tokens count, as always in validation"}
+    )
+
+
+@register_criterion("mhmoe_captioning", dataclass=CaptioningConfig)
+class CaptioningCriterion(FairseqCriterion):
+    """Kullback-Leibler divergence of the model's distribution from the smoothed target, at masked tokens of captions.
+
+    ``loss = sum of the tokens' divergences in nats + tokens * (w_b * balance + w_z * z)``, over the tokens that count:
+    from ``--drop-worst-after`` updates on the ``--drop-worst-ratio`` with the largest divergence do not, since their
+    captions are often wrong. The smoothed target has 1 less ``--label-smoothing`` at the token and the rest evenly at
+    all others.
+
+    Logged: ``loss``, the divergence in bits of tokens that count; of all masked tokens ``nll_loss``, cross entropy
+    without smoothing in bits, ``ppl`` from it and ``accuracy`` in percent; and ``cider``, 100 times its mean, if the
+    task has decoded captions.
+
+    Attributes:
+        num_updates: how many there have been; the task tells.
+    """
+
+    def __init__(
+        self,
+        task: Any,
+        moe_gate_loss_wt: float,
+        moe_gate_loss_combine_method: str,
+        mhmoe_z_loss_wt: float,
+        label_smoothing: float,
+        drop_worst_ratio: float,
+        drop_worst_after: int,
+    ) -> None:
+        super().__init__(task)
+        for flag, value in (("--label-smoothing", label_smoothing), ("--drop-worst-ratio", drop_worst_ratio)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{flag} ({value}) must be at least 0 and below 1")
+        if drop_worst_after < 0:
+            raise ValueError(f"--drop-worst-after ({drop_worst_after}) must be at least 0")
+        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
+        self.label_smoothing = label_smoothing
+        self.drop_worst_ratio = drop_worst_ratio
+        self.drop_worst_after = drop_worst_after
+        self.num_updates = 0
+
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict]:
+        """The loss of one batch.
+
+        Args:
+            model: called with the sample's ``net_input`` and ``attention="caption"``; has ``text_logits``.
+            sample: its ``text_targets`` are ``(B, S)``, padding where nothing is predicted.
+            reduce: there is one loss for the batch either way.
+
+        Returns:
+            the loss, in nats and summed over tokens that count; their number; what to log, all of it additive.
+        """
+        features, extra = model(**sample["net_input"], attention="caption")
+        masked = sample["text_targets"].ne(self.padding_idx)
+        targets = sample["text_targets"][masked]
+        logits = model.text_logits(features[:, extra["image_positions"] :][masked]).float()
+        divergences = smoothed_divergence(logits, targets, self.label_smoothing)
+        kept = self._without_worst(divergences, model.training)
+        sample_size = kept.numel()
+        logging_output = {
+            "loss": kept.detach().sum(),
+            "nll_loss": F.cross_entropy(logits.detach(), targets, reduction="sum"),
+            "ncorrect": logits.detach().argmax(dim=1).eq(targets).sum(),
+            "ntokens": targets.numel(),
+            "nsentences": sample["nsentences"],
+            "sample_size": sample_size,
+        }
+        loss, log = self.gate_losses.add_to(kept.sum(), extra, sample_size)
+        return loss, sample_size, {**logging_output, **log}
+
+    def _without_worst(self, divergences: Tensor, is_training: bool) -> Tensor:
+        if not is_training or not self.drop_worst_ratio or self.num_updates < self.drop_worst_after:
+            return divergences
+        keep = max(1, int(divergences.numel() * (1 - self.drop_worst_ratio)))
+        return divergences.topk(min(keep, divergences.numel()), largest=False).values
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
+        """Log sums over the batches, so that a validation set's figures are exact."""
+
+        def total(key: str) -> Any:
+            return sum(log.get(key, 0) for log in logging_outputs)
+
+        sample_size, ntokens = total("sample_size"), total("ntokens")
+        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
+        metrics.log_scalar("nll_loss", total("nll_loss") / ntokens / math.log(2), ntokens, round=3)
+        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
+        metrics.log_scalar("accuracy", 100 * total("ncorrect") / ntokens, ntokens, round=2)
+        if any("cider_sum" in log for log in logging_outputs):
+            metrics.log_scalar("cider", 100 * total("cider_sum") / total("captions"), total("captions"), round=2)
+        log_gate_losses(logging_outputs, sample_size)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """True: everything logged is additive, vectors included."""
+        return True
+
+
+def smoothed_divergence(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """``KL(q || p)`` in nats of each row.
+
+    q has ``1 - smoothing`` at the target and ``smoothing`` evenly over all other symbols.
+
+    Args:
+        logits: ``(M, V)``.
+        targets: ``(M,)`` ids.
+
+    Returns:
+        ``(M,)``.
+    """
+    log_probs = logits.log_softmax(dim=-1)
+    at_target = log_probs.gather(1, targets[:, None]).squeeze(1)
+    others = logits.size(-1) - 1
+    share = smoothing / others
+    cross_entropy = -(1 - smoothing - share) * at_target - share * log_probs.sum(-1)
+    return cross_entropy + _xlogx(1 - smoothing) + others * _xlogx(share)
+
+
+def _xlogx(value: float) -> float:
+    return value * math.log(value) if value else 0.0

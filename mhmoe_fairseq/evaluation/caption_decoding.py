@@ -1,0 +1,79 @@
+"""Captions of a split, or of single pictures, by a fine-tuned model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from fairseq import utils
+
+from ..captions import CaptionSearch, read_ground_truth
+from ..data.multimodal.datasets import CaptionDataset
+from ..data.multimodal.index import read_index
+from ..data.multimodal.pictures import read_picture
+from ..data.multimodal.transforms import EvaluationTransform
+from ..tasks.captioning import GROUND_TRUTH, CaptioningTask
+from .image_text_loading import load_image_text_model
+
+TASK = "mhmoe_captioning"
+SPLITS = tuple(GROUND_TRUTH)
+
+
+class Captioner:
+    """A model fine-tuned with task ``mhmoe_captioning``.
+
+    Args:
+        checkpoint: its file, or the folder that holds it.
+        data: prepared data (default: those of the training).
+        device: where the model works (default: the GPU if there is one).
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+        ValueError: the file is no such checkpoint, or the data have another dictionary.
+    """
+
+    task: CaptioningTask
+
+    def __init__(self, checkpoint: str | Path, data: str | Path | None = None, device: str | None = None) -> None:
+        self.model, self.task, self.file = load_image_text_model(checkpoint, TASK, data, device)
+        self.transform = EvaluationTransform(self.task.args.img_size)
+
+    def references(self, split: str) -> dict[int, list[str]] | None:
+        """The captions that a split's are scored against; None if the data have none."""
+        file = self.task.folder / GROUND_TRUTH[split]
+        return read_ground_truth(file) if file.is_file() else None
+
+    def caption_split(self, split: str, search: CaptionSearch, batch_size: int = 32) -> dict[int, str]:
+        """A caption for every picture of a split, by image id, in the index's order.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the index or picture that is missing or broken.
+        """
+        index = read_index(self.task.folder, "captioning", split)
+        settings = self.task.dataset_settings(split, seed=0)
+        dataset = CaptionDataset(index, settings, self.transform)
+        batches = self.task.get_batch_iterator(
+            dataset, max_sentences=batch_size, required_batch_size_multiple=1
+        ).next_epoch_itr(shuffle=False)
+        captions: dict[int, str] = {}
+        for batch in batches:
+            batch = utils.move_to_cuda(batch) if self._is_on_gpu else batch
+            written = self.task.write_captions(self.model, batch["net_input"]["images"], search)
+            captions.update(zip(batch["image_ids"].tolist(), written))
+        return captions
+
+    def caption_pictures(self, paths: Sequence[Path], search: CaptionSearch, batch_size: int = 32) -> Iterator[str]:
+        """A caption for every file.
+
+        Raises:
+            ValueError: naming the file that is missing or no picture, and the rule.
+        """
+        device = next(self.model.parameters()).device
+        for start in range(0, len(paths), batch_size):
+            pictures = [self.transform(read_picture(path)) for path in paths[start : start + batch_size]]
+            yield from self.task.write_captions(self.model, torch.stack(pictures).to(device), search)
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return next(self.model.parameters()).device.type == "cuda"

@@ -1,0 +1,172 @@
+"""Fine-tuning on image captions as BEiT-3 does, with CIDEr of decoded captions at every validation."""
+
+import functools
+import logging
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any, Optional
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
+from fairseq.distributed import utils as distributed_utils
+from fairseq.tasks import register_task
+from torch import Tensor, nn
+
+from ..captions import CaptionSearch, Specials, read_ground_truth, search_captions, tokenize
+from ..data.multimodal.datasets import CaptionDataset
+from ..data.multimodal.index import read_index
+from ..data.multimodal.masking import check_fraction
+from ..errors import UserError
+from ._image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
+from ._referenced_captions import ReferencedCaptions
+from .sentencepiece_bpe import WholeSentencepieceBPE
+
+logger = logging.getLogger(__name__)
+
+GROUND_TRUTH = {"valid": "coco_karpathy_val_gt.json", "test": "coco_karpathy_test_gt.json"}
+_VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
+
+
+@dataclass
+class CaptioningTaskConfig(ImageTextFineTuningConfig):
+    """Flags of captioning besides those of all fine-tuning tasks on images and text."""
+
+    caption_mask_prob: float = field(
+        default=0.7, metadata={"help": "share of a caption's tokens, </s> among them, that are masked in training"}
+    )
+    caption_beam: int = field(
+        default=3, metadata={"help": "hypotheses that validation's beam search keeps; 1 is greedy and faster"}
+    )
+    caption_length_penalty: float = field(
+        default=0.6, metadata={"help": "captions are compared by log-probability over their length to this power"}
+    )
+    caption_max_len: Optional[int] = field(
+        default=None,
+        metadata={"help": "most tokens of a decoded caption, </s> counted (default: --max-text-length less 1)"},
+    )
+
+
+@register_task("mhmoe_captioning", dataclass=CaptioningTaskConfig)
+class CaptioningTask(ImageTextFineTuning):
+    """Captions of pictures: masked tokens in training, each seeing the picture and the text before it.
+
+    The files are ``coco_captioning.{train,val,test}.jsonl`` and, with the reference captions in COCO's layout,
+    ``coco_karpathy_{val,test}_gt.json``. Validation decodes a caption for every picture and logs ``cider``, 100 times
+    the mean CIDEr-D, beside the loss on the references: select with ``--best-checkpoint-metric cider
+    --maximize-best-checkpoint-metric``.
+
+    Attributes:
+        search: how validation decodes.
+    """
+
+    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+        super().__init__(args, dictionary)
+        self.search = self.build_search(args.caption_beam, args.caption_length_penalty, args.caption_max_len)
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "CaptioningTask":
+        """Load the dictionary.
+
+        Raises:
+            FileNotFoundError: if the data folder or its dictionary is missing.
+            ValueError: naming the flag or file, its value and the rule.
+        """
+        check_fraction(args.caption_mask_prob, "--caption-mask-prob")
+        return super().setup_task(args, **kwargs)
+
+    def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:
+        """How to decode; by default as many tokens as the model has positions for.
+
+        Raises:
+            ValueError: naming the flag, its value and the rule.
+        """
+        most = self.args.max_text_length - 1  # <s> takes a place
+        if max_len is not None and max_len > most:
+            raise UserError(f"a caption of {max_len} tokens is too long: --max-text-length leaves {most} after <s>")
+        return CaptionSearch(beam, length_penalty, most if max_len is None else max_len)
+
+    @functools.cached_property
+    def tokenizer(self) -> WholeSentencepieceBPE:
+        """The data's ``sentencepiece.model``.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
+        model = self.folder / "sentencepiece.model"
+        if not model.is_file():
+            raise FileNotFoundError(f"{model} is missing: it turns tokens into words")
+        return WholeSentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))
+
+    @property
+    def specials(self) -> Specials:
+        """What the search may not write, and how captions start and end."""
+        dictionary = self.dictionary
+        never = (dictionary.bos(), dictionary.pad(), dictionary.unk(), self.mask_index)
+        return Specials(dictionary.bos(), dictionary.eos(), never)
+
+    def encode(self, caption: str) -> list[int]:
+        """A caption's ids, without specials."""
+        return [self.dictionary.index(piece) for piece in self.tokenizer.encode(caption).split()]
+
+    def decode(self, tokens: tuple[int, ...]) -> str:
+        """The text of ids without specials."""
+        return self.tokenizer.decode(" ".join(self.dictionary[token] for token in tokens))
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """Check and load a split; one that is not for training with its reference captions.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
+        """
+        index = read_index(self.folder, "captioning", split, "coco_captioning", vocabulary_size=len(self.dictionary))
+        fraction, transform = self.args.caption_mask_prob, self.build_transform(split)
+        if split == "train":
+            settings = self.dataset_settings(split, self.args.seed)
+            self.datasets[split] = CaptionDataset(index, settings, transform, fraction)
+            return
+        references = read_ground_truth(self.folder / GROUND_TRUTH[split])
+        self.datasets[split] = ReferencedCaptions(
+            index,
+            self.dataset_settings(split, _VALIDATION_SEED),
+            transform,
+            fraction,
+            split,
+            references,
+            {image: self.encode(captions[0]) for image, captions in references.items()},
+        )
+
+    def write_captions(self, model: nn.Module, images: Tensor, search: CaptionSearch | None = None) -> list[str]:
+        """A caption for each of ``(B, 3, H, W)`` pictures.
+
+        Args:
+            search: other than validation's.
+        """
+        found = search_captions(model, images, search or self.search, self.specials, self._are_all_done)
+        return [self.decode(caption.tokens) for caption in found]
+
+    def _are_all_done(self, is_done: bool) -> bool:
+        """Where ranks share the experts, all of them decode until the last one is done."""
+        if not self._spreads_experts:
+            return is_done
+        group = distributed_utils.get_global_group()
+        device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
+        waiting = torch.tensor([0 if is_done else 1], device=device)
+        distributed_utils.all_reduce(waiting, group)
+        return not waiting.any()
+
+    def train_step(
+        self, sample: dict, model: nn.Module, criterion: Any, optimizer: Any, update_num: int, **kwargs: Any
+    ):
+        """fairseq's forward and backward pass of one batch; the criterion learns how far training is."""
+        criterion.num_updates = update_num
+        return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
+
+    def valid_step(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+        """The loss on masked references, and the sum of the CIDEr of decoded captions."""
+        loss, sample_size, log = super().valid_step(sample, model, *args, **kwargs)
+        captions = self.write_captions(model, sample["net_input"]["images"])
+        cider = self.datasets[sample["split"]].cider
+        rows = sample["id"].tolist()
+        log["cider_sum"] = sum(cider.score(row, tokenize(caption)) for row, caption in zip(rows, captions))
+        log["captions"] = len(captions)
+        return loss, sample_size, log
