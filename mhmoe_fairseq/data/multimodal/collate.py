@@ -37,7 +37,8 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
         samples: with ``id``, ``is_replaced``, and ``text (S,)`` and ``image (3, H, W)`` where there are such.
 
     Returns:
-        ``id (B,)``; ``nsentences``, their number; ``ntokens``, the texts' tokens, or without texts the pictures; ``num_replaced``, the samples that stand for one with a bad picture; ``net_input`` with
+        ``id (B,)``; ``nsentences``, the number of samples; ``ntokens``, that of the texts' tokens, or without texts of
+        pictures; ``num_replaced``, that of samples that stand for one with a bad picture; ``net_input`` with
         ``text_tokens (B, S)`` or None and ``images (B, 3, H, W)`` or None.
     """
     text_tokens = pad_key(samples, "text", pad)

@@ -145,9 +145,9 @@ def read_index(
         UserError: naming file, line and field: no JSON, a field that is missing or of another kind, a token of another
             dictionary, a path that leaves the folder; or no row at all.
     """
+    files, starts, lines = index_files(folder, task, split, name), [], array("i")
     builders: dict[str, Builder] = {field: kind.builder() for field, kind in FIELDS[task].items()}
     seen: set[str] = set()
-    files, starts, lines = index_files(folder, task, split, name), [], array("i")
     for file in files:
         starts.append(len(lines))
         for number, values in _read_records(file, task):

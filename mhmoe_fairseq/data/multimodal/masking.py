@@ -127,7 +127,8 @@ def mask_text(
     chosen = rng.permutation(maskable)[: masked_count(len(maskable), fraction)]
     draws = rng.random(len(chosen))
     mask = mask_index(dictionary)
-    words = rng.integers(dictionary.nspecial, mask, size=len(chosen))
+    words = rng.integers(dictionary.nspecial, len(dictionary) - 1, size=len(chosen))
+    words += words >= mask
     masked, targets = tokens.clone(), torch.full_like(tokens, dictionary.pad())
     targets[chosen] = tokens[chosen]
     masked[chosen[draws < _REPLACED_BY_MASK]] = mask
