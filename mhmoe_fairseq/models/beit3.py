@@ -92,7 +92,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             images: ``(B, 3, H, W)``, normalised.
             masked_patches: bool ``(B, patches)``, True where the mask token replaces the patch.
             attention: ``full``, or ``caption``: the picture sees itself, a token the picture and the text up to itself.
-            head: a registered head.
+            head: a registered head; it reads the features before the final norm if its ``normalize_output`` is False.
 
         Returns:
             features ``(B, L, D)`` of ``[cls | patches, row by row | text]``, or the head's result; and ``extra``:
@@ -105,7 +105,8 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         """
         given = images if text_tokens is None else text_tokens
         with self.autocast("cpu" if given is None else given.device.type):
-            features, extra = self.beit3(text_tokens, images, masked_patches, attention)
+            normalize = head is None or getattr(self.heads[head], "normalize_output", True)
+            features, extra = self.beit3(text_tokens, images, masked_patches, attention, normalize_output=normalize)
             return (features if head is None else self.heads[head](features, extra)), extra
 
     def text_logits(self, features: Tensor) -> Tensor:

@@ -59,6 +59,7 @@ class MultiwayBEiT3(nn.Module):
         masked_patches: Tensor | None = None,
         attention: str = "full",
         caches: Sequence[KeyValueCache] | None = None,
+        normalize_output: bool = True,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Features of every position.
 
@@ -68,9 +69,10 @@ class MultiwayBEiT3(nn.Module):
             masked_patches: bool ``(B, patches)``, True where the mask token replaces the patch.
             attention: ``full`` or ``caption``, see ``visible_keys``.
             caches: one for each layer, empty: keys and values are kept in them.
+            normalize_output: whether the final norm is applied.
 
         Returns:
-            ``(B, L, D)`` after the final norm; and the encoder's ``extra`` with ``padding_mask`` (bool ``(B, L)``, None
+            ``(B, L, D)``; and the encoder's ``extra`` with ``padding_mask`` (bool ``(B, L)``, None
             without a text) and ``image_positions``, L's first, 0 without a picture.
 
         Raises:
@@ -89,7 +91,7 @@ class MultiwayBEiT3(nn.Module):
         if text_tokens is not None:
             padding_mask = nn.functional.pad(text_tokens.eq(self.padding_index), (split, 0))
         visible = visible_keys(attention, split, x.size(1), padding_mask, x.device)
-        x, extra = self.encoder(x, split, padding_mask, visible, caches)
+        x, extra = self.encoder(x, split, padding_mask, visible, caches, normalize_output)
         return x, {**extra, "padding_mask": padding_mask, "image_positions": split}
 
     def embed_images(self, images: Tensor, masked_patches: Tensor | None = None) -> Tensor:

@@ -50,6 +50,7 @@ class MultiwayEncoder(Encoder):
         padding_mask: Tensor | None = None,
         visible: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
+        normalize_output: bool = True,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Features of every position.
 
@@ -58,6 +59,7 @@ class MultiwayEncoder(Encoder):
             padding_mask: bool ``(B, L)``, True = padded.
             visible: as in ``MultiwaySelfAttention``.
             caches: one for each layer, extended.
+            normalize_output: whether the final norm is applied, if there is one.
 
         Returns:
             ``(B, L, D)``, and one entry per layer (None for dense ones) in ``l_aux``, ``stack([balance, z])``, and
@@ -76,7 +78,7 @@ class MultiwayEncoder(Encoder):
             extra["l_aux"].append(l_aux)
             extra["moe_stats"].append(layer.moe_stats if layer.is_moe_layer else None)
             extra["moe_traffic"].append(layer.moe_traffic)
-        if self.layer_norm is not None:
+        if self.layer_norm is not None and normalize_output:
             x = self.layer_norm(x, split)
         return x, extra
 
