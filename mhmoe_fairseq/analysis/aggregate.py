@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .summary import Summary
-from .tables import MISSING, markdown_table, millions, percent
+from .tables import BITS_PER_BYTE, MISSING, markdown_table, millions, percent, without_column
 
 _SEED = re.compile(r"seed-(\d+)")
 
@@ -83,7 +83,7 @@ def aggregate_table(groups: dict[str, list[Summary]], reference: str | None) -> 
     if reference is not None and reference not in groups:
         raise UserError(f"--reference ({reference}) must be one of {', '.join(groups)}")
     header = ["model", "seeds", "updates", "lr", "parameters", "active", "MFLOPs/token", "valid ppl", "test ppl"]
-    header += ["test bits/byte", "active experts", "effective experts"]
+    header += [BITS_PER_BYTE, "active experts", "effective experts"]
     if reference is not None:
         header.append(f"test ppl against {reference}")
     rows = []
@@ -106,6 +106,8 @@ def aggregate_table(groups: dict[str, list[Summary]], reference: str | None) -> 
         if reference is not None:
             row.append(_change(paired_change(group, groups[reference], "test")) if model != reference else MISSING)
         rows.append(row)
+    if all(summary.run.data.has_images for group in groups.values() for summary in group):
+        header, rows = without_column(header, rows, BITS_PER_BYTE)
     return markdown_table(header, rows)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from ..data.files import read_json, sha256_of
 from ..errors import UserError
 
 _SPLIT_FILES = ("train.bin", "valid.bin", "test.bin")
+# Of a folder of images and text: what pre-training reads, but the pictures themselves.
+_IMAGE_TEXT_FILES = ("image.*.jsonl", "pair.*.jsonl", *(f"text/{name}" for name in _SPLIT_FILES))
 
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """A binarised corpus.
+    """A binarised corpus, or images and text.
 
     Attributes:
-        digest: SHA-256 over the hashes of the dictionary and of the binarised splits, in the folder itself or in one
-            for every language; the same however the folder is named, and with or without a manifest.
+        digest: SHA-256 over the hashes of the dictionary and of the splits' files, in the folder itself or in one for
+            every language; the same however the folder is named, and with or without a manifest.
         source: what the corpus is, from the manifest.
         splits: bytes of text and tokens per split, of all languages together, from the manifest; empty without one.
         languages: of a corpus of several languages, else empty.
@@ -30,6 +33,7 @@ class DataIdentity:
     source: str
     splits: dict[str, dict[str, int]]
     languages: tuple[str, ...] = ()
+    has_images: bool = False
 
     def bits_per_byte(self, split: str, bits_per_token: float, tokens: int) -> float | None:
         """None where the manifest lacks the split, or ``tokens`` are not all of its tokens."""
@@ -47,11 +51,12 @@ def identify_data(folder: Path) -> DataIdentity:
     """
     if (folder / "manifest.json").is_file():
         return identify_manifest(folder / "manifest.json")
-    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name))]
+    pictures = [path for pattern in _IMAGE_TEXT_FILES for path in folder.glob(pattern)]
+    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *pictures]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files if path.is_file()}
     if "dict.txt" not in hashes:
         raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: it is no binarised data")
-    return DataIdentity(_digest(hashes), str(folder), {}, _languages(hashes))
+    return _identity(hashes, str(folder), {})
 
 
 def identify_manifest(path: Path) -> DataIdentity:
@@ -63,20 +68,34 @@ def identify_manifest(path: Path) -> DataIdentity:
     manifest = read_json(path)
     try:
         hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        if _has_images(hashes):
+            return _identity(hashes, _describe(manifest["source"]), {})
         texts = [manifest] if "splits" in manifest else manifest["languages"].values()
         splits: dict[str, dict[str, int]] = {}
         for name, counts in (item for text in texts for item in text["splits"].items()):
             total = splits.setdefault(name, {"bytes": 0, "tokens": 0})
             splits[name] = {key: total[key] + counts[key] for key in total}
-        return DataIdentity(_digest(hashes), _describe(manifest["source"]), splits, _languages(hashes))
+        return _identity(hashes, _describe(manifest["source"]), splits)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of mhmoe prepare: {error!r} is missing or malformed") from error
+
+
+def _identity(hashes: dict[str, str], source: str, splits: dict[str, dict[str, int]]) -> DataIdentity:
+    has_images = _has_images(hashes)
+    return DataIdentity(_digest(hashes), source, splits, () if has_images else _languages(hashes), has_images)
+
+
+def _has_images(names: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in names for pattern in _IMAGE_TEXT_FILES[:2])
 
 
 def _digest(hashes: dict[str, str]) -> str:
     """Over the dictionary and the splits of the folder itself, then those of each language's folder."""
     folders = ["", *(f"{language}/" for language in _languages(hashes))]
     names = ["dict.txt", *(f"{folder}{name}" for folder in folders for name in _SPLIT_FILES)]
+    if _has_images(hashes):
+        matching = (name for name in hashes if any(fnmatch(name, pattern) for pattern in _IMAGE_TEXT_FILES))
+        names = ["dict.txt", *sorted(matching)]
     text = "".join(f"{name} {hashes[name]}\n" for name in names if name in hashes)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,29 +1,35 @@
-"""``mhmoe evaluate``: a checkpoint's perplexity on a split, every language and the total in one launch."""
+"""``mhmoe evaluate``: a checkpoint's perplexity on a split, by language or by what is masked, and the total."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..data.files import sha256_of
 from ..errors import UserError
+from ..evaluation.modality_scores import ModalityScores, score_modalities, write_modality_scores
 from ..evaluation.perplexity import score_split
 from ..evaluation.split_scores import SplitScores, write_scores
+from ..tasks.masked_multimodal import MaskedMultimodalTask
 from .activation import load_for_evaluation
 from .console import quiet, say
 from .data_identity import identify_data
 from .runs import read_settings
-from .tables import markdown_table, number
+from .tables import markdown_table, number, percent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe evaluate``."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of a language model")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with dict.txt and the text")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of a pre-trained model")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of mhmoe prepare")
     parser.add_argument("--split", default="test", help="valid, test, or one language's, such as test_de")
     parser.add_argument("--langs", metavar="CODES", help="evaluate on these of the languages, with commas in between")
-    parser.add_argument("--max-tokens", type=int, default=36000, metavar="N", help="most tokens per batch")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="most blocks per batch")
+    parser.add_argument("--max-tokens", type=int, default=36000, metavar="N", help="most tokens per batch of text")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="most blocks, or samples of each modality, per batch"
+    )
     parser.add_argument(
         "--json", type=Path, metavar="FILE",
         help="write the figures there, too; mhmoe report reads eval-SPLIT.json in a run's folder",
@@ -45,18 +51,27 @@ def run(args: argparse.Namespace) -> int:
     identity = identify_data(args.data)
     with quiet():
         model, task = load_for_evaluation(args.checkpoint, args.data, overrides)
-        scores = score_split(model, task, args.split, args.max_tokens, args.batch_size)
-    say(describe(scores))
+        table, write = _score(args, model, task)
+    say(table)
     if args.json is not None:
-        provenance = {
+        write(args.json, {
             "checkpoint": args.checkpoint.name,
             "checkpoint_sha256": sha256_of(args.checkpoint),
             "data_digest": identity.digest,
             "split": args.split,
-        }
-        write_scores(args.json, scores, provenance)
+        })  # fmt: skip
         say(f"written: {args.json}")
     return 0
+
+
+def _score(args: argparse.Namespace, model: Any, task: Any) -> tuple[str, Callable[[Path, dict[str, Any]], None]]:
+    """The figures as a table, and what writes them to a file together with their provenance."""
+    if isinstance(task, MaskedMultimodalTask):
+        modalities = score_modalities(model, task, args.split, args.batch_size)
+        tokenizer = task.state_dict()  # which visual tokenizer's ids were predicted
+        return describe_parts(modalities), lambda path, kept: write_modality_scores(path, modalities, kept | tokenizer)
+    scores = score_split(model, task, args.split, args.max_tokens, args.batch_size)
+    return describe(scores), lambda path, kept: write_scores(path, scores, kept)
 
 
 def describe(scores: SplitScores) -> str:
@@ -72,3 +87,18 @@ def describe(scores: SplitScores) -> str:
         for name, score in {**scores.languages, "total": scores.total}.items()
     ]
     return markdown_table(["language", "tokens", "loss (bits/token)", "perplexity", "bits/character"], rows)
+
+
+def describe_parts(scores: ModalityScores) -> str:
+    """A row for everything that is masked, and one for all together."""
+    rows = [
+        [
+            name.replace("_", ", "),
+            f"{score.targets:,}",
+            number(score.loss, 4),
+            number(score.perplexity),
+            percent(score.accuracy),
+        ]
+        for name, score in {**scores.parts, "all": scores.total}.items()
+    ]
+    return markdown_table(["masked", "positions", "loss (bits)", "perplexity", "right"], rows)

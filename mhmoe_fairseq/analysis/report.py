@@ -7,29 +7,34 @@ from pathlib import Path
 from .activation import ACTIVE_THRESHOLD
 from .data_identity import DataIdentity
 from .language_report import language_section, routing_section
-from .paper_numbers import FIGURE_5_ACTIVE, P1, TABLE_1_ENGLISH, TABLE_1_MULTILINGUAL
+from .modality_report import modality_section
+from .paper_numbers import FIGURE_5_ACTIVE, P1, TABLE_1_ENGLISH, TABLE_1_MULTILINGUAL, TABLE_1_MULTIMODAL
 from .summary import Summary, differing_settings
-from .tables import MISSING, markdown_table, millions, number, percent
+from .tables import BITS_PER_BYTE, MISSING, markdown_table, millions, number, percent, without_column
 
 # Invisible in rendered Markdown; what stands before it is also printed on the terminal.
 END_OF_TABLE = "<!-- end of table -->"
 
 _HEADER = (
     "model", "heads", "experts x width", "parameters", "active", "MFLOPs/token", "tokens/s", "updates", "valid ppl",
-    "test ppl", "test bits/byte", "active experts", "effective experts",
+    "test ppl", BITS_PER_BYTE, "active experts", "effective experts",
 )  # fmt: skip
 
 
 def comparison(identity: DataIdentity, summaries: list[Summary], drawn: list[tuple[str, Path]], split: str) -> str:
     """One row for every run, figures, what differs in the settings, the paper's numbers apart, the commands."""
     by_name = {summary.run.name: [summary] for summary in summaries}
+    header, rows = list(_HEADER), [_row(summary) for summary in summaries]
+    if identity.has_images:
+        header, rows = without_column(header, rows, BITS_PER_BYTE)
     parts = [
-        "# Language models side by side",
+        f"# {'Masked multimodal' if identity.has_images else 'Language'} models side by side",
         _data_line(identity),
-        markdown_table(_HEADER, [_row(summary) for summary in summaries]),
+        markdown_table(header, rows),
         language_section(by_name),
+        modality_section(by_name),
         END_OF_TABLE,
-        _notes(summaries[0].counts.context, split),
+        _notes(identity, summaries[0].counts.context, split),
         routing_section(by_name),
         *_differences(summaries),
         *_figures(drawn),
@@ -45,20 +50,29 @@ def aggregate(
     """The table over seeds, how to read it, the figure, the commands of each model's first seed."""
     first = [group[0] for group in groups.values()]
     names = [f"{model}, {summary.run.name}" for model, summary in zip(groups, first)]
+    perplexities = (
+        "Perplexities are per masked position, of patches and words together, from `mhmoe evaluate`."
+        if identity.has_images
+        else "Perplexities are per token, from `fairseq-eval-lm`; bits/byte divides by the bytes of the text, line "
+        "ends included."
+    )
     notes = (
-        "Mean ± sample standard deviation over the seeds. Perplexities are per token, from `fairseq-eval-lm`; "
-        "bits/byte divides by the bytes of the text, line ends included. MFLOPs/token: one forward pass, matrix "
+        f"Mean ± sample standard deviation over the seeds. {perplexities} MFLOPs/token: one forward pass, matrix "
         f"products only, attention within {first[0].counts.context:,} tokens. Active experts: at least "
         f"{ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: exp(entropy of the load) / number."
     )
-    parts = ["# Several seeds", _data_line(identity), table, language_section(groups), END_OF_TABLE, notes]
+    parts = ["# Several seeds", _data_line(identity), table, language_section(groups), modality_section(groups)]
+    parts += [END_OF_TABLE, notes]
     parts += [routing_section(groups), *_figures(drawn)]
     parts += _commands(names, first)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _data_line(identity: DataIdentity) -> str:
-    return f"Data: {identity.source}, SHA-256 `{identity.digest}` (dictionary, training, validation and test files)."
+    files = "dictionary, training, validation and test files"
+    if identity.has_images:
+        files = "dictionary, texts and indexes of pictures"
+    return f"Data: {identity.source}, SHA-256 `{identity.digest}` ({files})."
 
 
 def _row(summary: Summary) -> list[str]:
@@ -80,12 +94,17 @@ def _row(summary: Summary) -> list[str]:
     ]
 
 
-def _notes(context: int, split: str) -> str:
+def _notes(identity: DataIdentity, context: int, split: str) -> str:
+    attention = "causal attention"
+    perplexities = "per token, from `fairseq-eval-lm`; bits/byte divides by the text's bytes, line ends included."
+    if identity.has_images:
+        attention = "attention"
+        perplexities = "per masked position, patches and words together, from `mhmoe evaluate`."
     lines = [
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
-        f"MFLOPs/token: one forward pass, matrix products only, causal attention within {context:,} tokens.",
+        f"MFLOPs/token: one forward pass, matrix products only, {attention} within {context:,} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
-        "Perplexities: per token, from `fairseq-eval-lm`; bits/byte divides by the text's bytes, line ends included.",
+        f"Perplexities: {perplexities}",
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load on the {split} split, mean of "
         "the MoE layers; effective experts: exp(entropy of the load) / number of experts.",
     ]
@@ -110,8 +129,11 @@ def _figures(drawn: list[tuple[str, Path]]) -> list[str]:
 
 
 def _paper(identity: DataIdentity) -> str:
-    kind, numbers = ("multilingual", TABLE_1_MULTILINGUAL) if identity.languages else ("English", TABLE_1_ENGLISH)
-    corpus = "Wikipedia in 14 languages" if identity.languages else "RedPajama"
+    kind, numbers, corpus = "English", TABLE_1_ENGLISH, "RedPajama"
+    if identity.languages:
+        kind, numbers, corpus = "multilingual", TABLE_1_MULTILINGUAL, "Wikipedia in 14 languages"
+    if identity.has_images:
+        kind, numbers, corpus = "masked multimodal", TABLE_1_MULTIMODAL, "images, text and pairs"
     rows = [
         [f"{experts} experts", *(number(ppl[name]) for name in ("dense", "xmoe", "mhmoe"))]
         for experts, ppl in numbers.items()

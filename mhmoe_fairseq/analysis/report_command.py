@@ -14,8 +14,9 @@ from .aggregate import aggregate_table, figures, find_seed_runs, group_by_model
 from .console import quiet, say
 from .data_identity import DataIdentity, identify_data
 from .language_report import draw_languages
+from .modality_report import draw_modalities
 from .plots import draw_activations, draw_curves, draw_error_bars, require_matplotlib
-from .runs import Run, read_run, require_data
+from .runs import Run, read_run, require_data, require_one_tokenizer
 from .summary import Summary, summarise
 
 
@@ -54,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
     runs = [read_run(path) for path in (find_seed_runs(args.runs) if args.aggregate else args.runs)]
     _check_names(runs, args.aggregate)
     require_data(runs, identity, args.data)
+    require_one_tokenizer(runs)
     write = _write_aggregate if args.aggregate else _write_comparison
     with quiet():
         text = write(args, identity, _summarise_all(args, runs, identity))
@@ -80,12 +82,14 @@ def _write_comparison(args: argparse.Namespace, identity: DataIdentity, summarie
     by_name = {summary.run.name: [summary] for summary in summaries}
     if not args.no_plots:
         drawn = _draw_comparison(args.out, summaries)
-        drawn += _draw_languages(args.out, by_name)
+        drawn += _draw_groups(args.out, by_name)
     return report.comparison(identity, summaries, drawn, args.activation_split)
 
 
-def _draw_languages(out: Path, groups: dict[str, list[Summary]]) -> list[tuple[str, Path]]:
-    drawn = draw_languages(out.parent / f"{out.stem}-figures", groups)
+def _draw_groups(out: Path, groups: dict[str, list[Summary]]) -> list[tuple[str, Path]]:
+    """Figures by language and by what is masked."""
+    folder = out.parent / f"{out.stem}-figures"
+    drawn = draw_languages(folder, groups) + draw_modalities(folder, groups)
     return [(title, path.relative_to(out.parent)) for title, path in drawn]
 
 
@@ -120,5 +124,5 @@ def _write_aggregate(args: argparse.Namespace, identity: DataIdentity, summaries
         draw_error_bars(path, values, title, "perplexity")
         drawn.append((title, path.relative_to(args.out.parent)))
     if not args.no_plots:
-        drawn += _draw_languages(args.out, groups)
+        drawn += _draw_groups(args.out, groups)
     return report.aggregate(identity, table, groups, drawn)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import re
 import shlex
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..data.files import read_json
 from ..errors import UserError
-from ..evaluation.split_scores import Score, read_scores
-from ..models.options import LanguageModelOptions
+from ..evaluation.modality_scores import ModalityScores, read_modality_scores
+from ..evaluation.split_scores import Score, SplitScores, read_scores
+from ..models.options import BEiT3Options, LanguageModelOptions, MoEOptions
 from .checkpoint_files import read_checkpoint
 from .data_identity import DataIdentity, identify_data, identify_manifest
 from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
@@ -37,18 +38,20 @@ class Run:
         log: the training's records.
         checkpoint: the evaluated one, else the best, else the last.
         settings: the stored configuration by section, plain values.
+        data: what it was trained on.
         evaluations: by split, those that exist.
         languages: by split and language, from ``mhmoe evaluate``.
-        data: what it was trained on.
+        modalities: by split, from ``mhmoe evaluate``; empty of a language model.
     """
 
     path: Path
     log: TrainingLog
     checkpoint: Path
     settings: dict[str, dict[str, Any]]
-    evaluations: dict[str, Evaluation]
     data: DataIdentity
-    languages: dict[str, dict[str, Score]]
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    languages: dict[str, dict[str, Score]] = field(default_factory=dict)
+    modalities: dict[str, ModalityScores] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,9 +59,10 @@ class Run:
         return self.path.name
 
     @property
-    def options(self) -> LanguageModelOptions:
-        """The model's options, as ``build_language_model`` takes them; newer flags at their default."""
-        return LanguageModelOptions.from_namespace(Namespace(**self.settings["model"]))
+    def options(self) -> MoEOptions:
+        """The model's options, as its building function takes them; newer flags at their default."""
+        kind = BEiT3Options if "encoder_layers" in self.settings["model"] else LanguageModelOptions
+        return kind.from_namespace(Namespace(**self.settings["model"]))
 
     def command(self) -> str | None:
         """The command line that trained it, if it was kept: in command.txt, or as a list of words in command.json."""
@@ -77,22 +81,38 @@ def read_run(path: Path) -> Run:
     if not path.is_dir():
         raise UserError(f"run {path} does not exist")
     log = read_training_log(path / "train.log")
-    scores = {split: read_scores(file) for split in SPLITS if (file := path / f"eval-{split}.json").is_file()}
+    scores = {split: _read_scores(file) for split in SPLITS if (file := path / f"eval-{split}.json").is_file()}
     checkpoint = _find_checkpoint(path, [provenance["checkpoint"] for _, provenance in scores.values()])
     settings = read_settings(checkpoint)
-    data = _data_of(path, settings)
-    evaluations, languages = {}, {}
+    run = Run(path, log, checkpoint, settings, _data_of(path, settings))
     for split in SPLITS:
         if split in scores:
-            found, provenance = scores[split]
-            if provenance["data_digest"] != data.digest:
-                raise UserError(f"{path / f'eval-{split}.json'} was evaluated on other data than {path} was trained on")
-            total = found.total
-            evaluations[split] = Evaluation(total.loss, total.perplexity, total.tokens)
-            languages[split] = found.languages
+            _keep(run, split, *scores[split])
         elif (path / f"eval-{split}.log").exists():
-            evaluations[split] = read_evaluation(path / f"eval-{split}.log")
-    return Run(path, log, checkpoint, settings, evaluations, data, languages)
+            run.evaluations[split] = read_evaluation(path / f"eval-{split}.log")
+    return run
+
+
+def _read_scores(file: Path) -> tuple[SplitScores | ModalityScores, dict[str, Any]]:
+    read = read_modality_scores if "modalities" in read_json(file) else read_scores
+    return read(file)
+
+
+def _keep(run: Run, split: str, found: SplitScores | ModalityScores, provenance: dict[str, Any]) -> None:
+    """Give a run what ``mhmoe evaluate`` wrote of a split.
+
+    Raises:
+        UserError: if that was of other data.
+    """
+    if provenance["data_digest"] != run.data.digest:
+        raise UserError(f"{run.path / f'eval-{split}.json'} was evaluated on other data than {run.path} was trained on")
+    total = found.total
+    if isinstance(found, SplitScores):
+        run.evaluations[split] = Evaluation(total.loss, total.perplexity, total.tokens)
+        run.languages[split] = found.languages
+    else:
+        run.evaluations[split] = Evaluation(total.loss, total.perplexity, total.targets)
+        run.modalities[split] = found
 
 
 def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
@@ -104,10 +124,11 @@ def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
     stored = read_checkpoint(checkpoint)
     try:
         settings = stored["cfg"]
-        settings["model"]["decoder_layers"], settings["task"]["data"]
+        model, _ = settings["model"], settings["task"]["data"]
+        model["encoder_layers" if "encoder_layers" in model else "decoder_layers"]
         return settings
     except (KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of a mhmoe language model") from error
+        raise UserError(f"{checkpoint} is not a checkpoint of a mhmoe model") from error
 
 
 def require_data(runs: list[Run], data: DataIdentity, folder: Path) -> None:
@@ -121,6 +142,21 @@ def require_data(runs: list[Run], data: DataIdentity, folder: Path) -> None:
             raise UserError(
                 f"{run.path} was trained on other data ({run.data.source}, hash {run.data.digest[:12]}) than --data "
                 f"{folder} ({data.source}, hash {data.digest[:12]}): perplexities of different data do not compare"
+            )
+
+
+def require_one_tokenizer(runs: list[Run]) -> None:
+    """All runs predict the same visual tokenizer's ids.
+
+    Raises:
+        UserError: naming the first run that does not.
+    """
+    digests = {run.path: read_checkpoint(run.checkpoint).get("task_state", {}).get("visual_tokenizer") for run in runs}
+    for path, digest in digests.items():
+        if digest != digests[runs[0].path]:
+            raise UserError(
+                f"{path} was trained with another visual tokenizer than {runs[0].path}: perplexities of their ids do "
+                "not compare"
             )
 
 

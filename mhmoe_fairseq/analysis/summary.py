@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fairseq.data import Dictionary
 
+from ..data.files import sha256_of
 from .activation import Activation, mean, measured_activation
 from .data_identity import DataIdentity
 from .language_routing import LanguageRouting, activation_file, is_multilingual, measured_languages
@@ -27,10 +28,18 @@ COMPARED_SETTINGS = (
     ("task", "langs"),
     ("task", "multilang_sampling_alpha"),
     ("task", "mhmoe_language_token"),
+    ("task", "modalities"),
+    ("task", "img_size"),
+    ("task", "patch_size"),
+    ("task", "max_text_length"),
+    ("task", "image_mask_prob"),
+    ("task", "text_mask_prob"),
+    ("task", "pair_text_mask_prob"),
     ("common", "seed"),
     ("model", "dropout"),
     ("model", "mhmoe_precision"),
     ("criterion", "moe_gate_loss_wt"),
+    ("criterion", "masked_loss_average"),
     ("lr_scheduler", "warmup_updates"),
 )
 
@@ -78,11 +87,28 @@ def summarise(
     counts = count_model(run.options, dictionary)
     if split is None or counts.moe is None:
         return Summary(run, counts, None)
+    if run.data.has_images:
+        return Summary(run, counts, _routed_experts(run, split))
     if is_multilingual(run.settings):
         measured = measured_languages(run.path, run.checkpoint, data, split, identity.digest, batch_size)
         return Summary(run, counts, *measured)
     cache = activation_file(run.path, split)
     return Summary(run, counts, measured_activation(cache, run.checkpoint, data, split, identity.digest, batch_size))
+
+
+def _routed_experts(run: Run, split: str) -> Activation | None:
+    """Which experts ``mhmoe evaluate`` saw in use; None without an evaluation of the split."""
+    scores = run.modalities.get(split)
+    if scores is None or scores.experts is None:
+        return None
+    return Activation(
+        checkpoint_sha256=sha256_of(run.checkpoint),
+        data_digest=run.data.digest,
+        split=split,
+        tokens=scores.total.targets,
+        loss=scores.total.loss,
+        **asdict(scores.experts),
+    )
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:

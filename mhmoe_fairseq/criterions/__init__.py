@@ -1,5 +1,23 @@
 """fairseq criterions; importing registers them."""
 
-from . import gate_losses, moe_cross_entropy, sentence_classification
+from . import (
+    captioning,
+    gate_losses,
+    masked_multimodal,
+    moe_cross_entropy,
+    picture_classification,
+    retrieval,
+    sentence_classification,
+    visual_questions,
+)
 
-__all__ = ["gate_losses", "moe_cross_entropy", "sentence_classification"]
+__all__ = [
+    "captioning",
+    "gate_losses",
+    "masked_multimodal",
+    "moe_cross_entropy",
+    "picture_classification",
+    "retrieval",
+    "sentence_classification",
+    "visual_questions",
+]

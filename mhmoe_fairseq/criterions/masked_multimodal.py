@@ -65,6 +65,8 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     - ``loss``: what training minimises: by default the mean of these.
     - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is the figure of table 1.
 
+    - ``replaced``: samples that stood for one with a bad picture, where there are such.
+
     All come from sums over the whole set, so that a validation's do not depend on its batches.
     """
 
@@ -107,14 +109,11 @@ class MaskedMultimodalCriterion(FairseqCriterion):
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
             "averages_parts": int(self.averages_parts),
+            "num_replaced": sum(sample[name].get("num_replaced", 0) for name in MODALITIES if name in sample),
             **_part_log(parts),
         }
-        loss = self._combine(parts, sample_size)
-        for extra in extras:
-            loss, log = self.gate_losses.add_to(loss, extra, sample_size / len(extras))
-            for key, value in log.items():
-                logging_output[key] = logging_output[key] + value if key in logging_output else value
-        return loss, sample_size, logging_output
+        loss, log = self.gate_losses.add_all_to(self._combine(parts, sample_size), extras, sample_size)
+        return loss, sample_size, {**logging_output, **log}
 
     def _parts(
         self, model: nn.Module, modality: str, batch: dict[str, Any], features: Tensor, image_positions: int
@@ -160,6 +159,9 @@ class MaskedMultimodalCriterion(FairseqCriterion):
             metrics.log_derived("ppl", functools.partial(_perplexity, "nll_loss"))
             averages_parts = any(log["averages_parts"] for log in logging_outputs)
             metrics.log_derived("loss", functools.partial(_objective, averages_parts))
+        replaced = sum(log["num_replaced"] for log in logging_outputs)
+        if replaced:
+            metrics.log_scalar_sum("replaced", float(replaced))
         log_gate_losses(logging_outputs, sum(log["sample_size"] for log in logging_outputs))
 
     @staticmethod

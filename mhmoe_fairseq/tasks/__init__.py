@@ -1,17 +1,29 @@
 """fairseq tasks and tokenizers; importing registers them."""
 
 from . import (
+    captioning,
+    image_classification,
     language_modeling,
+    masked_multimodal,
     multilingual_language_modeling,
+    nlvr2,
+    retrieval,
     sentence_classification,
     sentencepiece_bpe,
     tiktoken_bpe,
+    vqa,
 )
 
 __all__ = [
+    "captioning",
+    "image_classification",
     "language_modeling",
+    "masked_multimodal",
     "multilingual_language_modeling",
+    "nlvr2",
+    "retrieval",
     "sentence_classification",
     "sentencepiece_bpe",
     "tiktoken_bpe",
+    "vqa",
 ]

@@ -12,6 +12,8 @@ from omegaconf import II, MISSING
 
 from ..compat import refuse_tpu
 from ..data.files import read_json
+from ..data.multimodal.datasets import DatasetSettings
+from ..data.multimodal.masking import mask_index
 from ..errors import UserError
 from ..training import ParallelTask, TrainingFlags
 from ._binarised import check_folder
@@ -19,13 +21,12 @@ from ._starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
 
-MASK = "<mask>"
 KIND = "image-text"  # in manifest.json
 
 
 @dataclass
 class ImageTextTaskConfig(TrainingFlags):
-    """Flags that all tasks on images and text have; the model reads the last three from here."""
+    """Flags that all tasks on images and text have; the model reads the sizes from here."""
 
     data: str = field(
         default=MISSING,
@@ -37,6 +38,10 @@ class ImageTextTaskConfig(TrainingFlags):
     patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels"})
     max_text_length: int = field(
         default=64, metadata={"help": "most tokens of a text, <s> and </s> counted; longer ones are cut"}
+    )
+    skip_bad_pictures: bool = field(
+        default=False,
+        metadata={"help": "in training, let another sample take the place of one whose picture cannot be read"},
     )
     # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
     seed: int = II("common.seed")
@@ -88,7 +93,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
     @property
     def mask_index(self) -> int:
         """The id of ``<mask>``."""
-        return self.dictionary.index(MASK)
+        return mask_index(self.dictionary)
 
     @property
     def source_dictionary(self) -> Dictionary:
@@ -99,6 +104,24 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
     def target_dictionary(self) -> Dictionary:
         """Of the text."""
         return self.dictionary
+
+    def dataset_settings(self, split: str, seed: int) -> DatasetSettings:
+        """What the data sets of a split are read by.
+
+        Args:
+            split: of which ``train`` has other orders, crops and masks in every epoch.
+            seed: of those.
+        """
+        return DatasetSettings(
+            folder=self.folder,
+            dictionary=self.dictionary,
+            img_size=self.args.img_size,
+            patch_size=self.args.patch_size,
+            max_text_length=self.args.max_text_length,
+            seed=seed,
+            training=split == "train",
+            skip_bad_pictures=self.args.skip_bad_pictures,
+        )
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with the task's heads; for training, check the checkpoint that it will start from.
@@ -149,6 +172,5 @@ def load_dictionary(folder: Path) -> Dictionary:
     if kind != KIND:
         raise UserError(f"{manifest}: this folder holds {kind} data: images and text are made by mhmoe prepare {KIND}")
     dictionary = Dictionary.load(str(folder / "dict.txt"))
-    if MASK not in dictionary:
-        raise UserError(f"{folder / 'dict.txt'} has no symbol {MASK}, which masked words are replaced by")
+    mask_index(dictionary)
     return dictionary

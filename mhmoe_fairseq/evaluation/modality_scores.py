@@ -1,0 +1,144 @@
+"""Perplexity and accuracy of masked patches and words on a split, and the JSON file that keeps them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.tasks import FairseqTask
+
+from ..criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion
+from ..data.files import read_json, write_json
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class PartScore:
+    """Of one kind of masked positions.
+
+    Attributes:
+        targets: masked positions.
+        loss: bits for each of them.
+        accuracy: share of them whose most probable symbol is the right one.
+    """
+
+    targets: int
+    loss: float
+    accuracy: float
+
+    @property
+    def perplexity(self) -> float:
+        """Per masked position."""
+        return 2**self.loss
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """How a split was routed; all modalities together.
+
+    Attributes:
+        layers: the MoE layers' places in the encoder, from 0.
+        load: per layer and expert, assignments (sub-token, choice) before dropping.
+        dropped: per layer, assignments dropped for lack of capacity.
+        entropy: per layer, the router's mean softmax entropy in nats.
+    """
+
+    layers: list[int]
+    load: list[list[float]]
+    dropped: list[float]
+    entropy: list[float]
+
+
+@dataclass(frozen=True)
+class ModalityScores:
+    """A split's parts (see ``PARTS``), those that the model was trained on, and its experts, None of a dense model."""
+
+    parts: dict[str, PartScore]
+    experts: ExpertCounts | None = None
+
+    @property
+    def total(self) -> PartScore:
+        """All masked positions together."""
+        targets = sum(part.targets for part in self.parts.values())
+        return PartScore(
+            targets,
+            sum(part.loss * part.targets for part in self.parts.values()) / targets,
+            sum(part.accuracy * part.targets for part in self.parts.values()) / targets,
+        )
+
+
+@torch.no_grad()
+def score_modalities(model: torch.nn.Module, task: FairseqTask, split: str, batch_size: int) -> ModalityScores:
+    """Score a split as a validation in training does; every sample once, with the split's own masks.
+
+    Raises:
+        ValueError, OSError: for a bad batch size, or as ``task.load_dataset``.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
+    task.load_dataset(split)
+    batches = task.get_batch_iterator(
+        task.dataset(split), max_sentences=batch_size, required_batch_size_multiple=1
+    ).next_epoch_itr(shuffle=False)
+    criterion = MaskedMultimodalCriterion(task, 0.0, "average", 0.0, "part").eval()
+    on_gpu = next(model.parameters()).is_cuda
+    sums: dict[str, Any] = {}
+    for batch in batches:
+        log = task.valid_step(utils.move_to_cuda(batch) if on_gpu else batch, model.eval(), criterion)[2]
+        for key, value in log.items():
+            sums[key] = sums.get(key, 0) + (value.double().cpu() if torch.is_tensor(value) else value)
+    layers = [place for place, layer in enumerate(model.beit3.encoder.layers) if layer.is_moe_layer]
+    return ModalityScores(_parts(sums), _experts(sums, layers))
+
+
+def _parts(sums: dict[str, Any]) -> dict[str, PartScore]:
+    found = {}
+    for part in PARTS:
+        targets = int(sums.get(f"{part}_targets", 0))
+        if targets:
+            bits, correct = float(sums[f"{part}_loss"]) / math.log(2), float(sums[f"{part}_correct"])
+            found[part] = PartScore(targets, bits / targets, correct / targets)
+    return found
+
+
+def _experts(sums: dict[str, Any], layers: list[int]) -> ExpertCounts | None:
+    if not layers:
+        return None
+    entropy = sums["moe_entropy_sum"] / sums["moe_subtokens"].clamp(min=1)
+    return ExpertCounts(layers, sums["moe_load"].tolist(), sums["moe_dropped"].tolist(), entropy.tolist())
+
+
+def write_modality_scores(path: Path, scores: ModalityScores, provenance: dict[str, Any]) -> None:
+    """Write the figures, and what they belong to: ``checkpoint`` (the file's name) and ``data_digest`` among others."""
+    parts = {name: _figures(part) for name, part in scores.parts.items()}
+    experts = None if scores.experts is None else asdict(scores.experts)
+    write_json(path, {**provenance, "modalities": parts, "total": _figures(scores.total), "experts": experts})
+
+
+def read_modality_scores(path: Path) -> tuple[ModalityScores, dict[str, Any]]:
+    """What ``write_modality_scores`` wrote: the figures and what they belong to.
+
+    Raises:
+        UserError: if it is another file.
+    """
+    kept = read_json(path)
+    try:
+        parts = {name: _score(figures) for name, figures in kept.pop("modalities").items()}
+        experts = kept.pop("experts")
+        kept.pop("total")
+        kept["checkpoint"], kept["data_digest"]
+        return ModalityScores(parts, None if experts is None else ExpertCounts(**experts)), kept
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no output of mhmoe evaluate on images and text: {error!r}") from error
+
+
+def _figures(part: PartScore) -> dict[str, float]:
+    return {**asdict(part), "perplexity": part.perplexity}
+
+
+def _score(figures: dict[str, float]) -> PartScore:
+    return PartScore(int(figures["targets"]), figures["loss"], figures["accuracy"])

@@ -1,0 +1,197 @@
+"""Masked data modelling on images, texts and pairs of them: BEiT-3's pre-training."""
+
+import functools
+import hashlib
+import logging
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.data import FairseqDataset, data_utils
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import register_task
+from torch import Tensor
+
+from ..data.multimodal.datasets import MaskedImages, MaskedPairs, MaskedTexts
+from ..data.multimodal.index import read_index
+from ..data.multimodal.masking import check_fraction
+from ..data.multimodal.transforms import EvaluationViews, PretrainingViews
+from ..data.visual_tokenizers import VisualTokenizer, load_visual_tokenizer
+from ..errors import UserError
+from ..models._checkpoints import read_checkpoint
+from ._binarised import check_split
+from ._image_text_task import ImageTextTask, ImageTextTaskConfig
+from ._modalities_dataset import EvaluationModalities, TrainingModalities
+from ._starting_checkpoint import resumed_checkpoint
+
+logger = logging.getLogger(__name__)
+
+MODALITIES = ("image", "text", "pair")
+_VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
+
+
+@dataclass
+class MaskedMultimodalTaskConfig(ImageTextTaskConfig):
+    """Flags of pre-training besides those of all tasks on images and text."""
+
+    modalities: str = field(
+        default=",".join(MODALITIES),
+        metadata={"help": "comma-separated: what every batch has a sub-batch of, image, text and pair"},
+    )
+    visual_tokenizer: Optional[str] = field(
+        default=None,
+        metadata={"help": "file of the tokenizer whose ids of masked patches are predicted (default: the data's own)"},
+    )
+    image_mask_prob: float = field(default=0.4, metadata={"help": "share of the patches that are masked, in blocks"})
+    text_mask_prob: float = field(default=0.15, metadata={"help": "share of the tokens of a text that are masked"})
+    pair_text_mask_prob: float = field(
+        default=0.5, metadata={"help": "share of the tokens that are masked where the text comes with an image"}
+    )
+
+
+@register_task("mhmoe_masked_multimodal", dataclass=MaskedMultimodalTaskConfig)
+class MaskedMultimodalTask(ImageTextTask):
+    """Every batch holds images, texts and pairs, ``--batch-size`` of each, and every rank does the same with them.
+
+    An epoch is as many samples of each modality as the largest has, see ``TrainingModalities``. A held-out split goes
+    through every sample of every modality once, with masks that depend on neither ``--seed`` nor the epoch.
+
+    The ids of masked patches come from the visual tokenizer while training, from the same crop that the model sees.
+    It is no part of checkpoints, but a digest of it is: a run cannot go on with another one.
+    """
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "MaskedMultimodalTask":
+        """Load the dictionary.
+
+        Raises:
+            FileNotFoundError: if the data folder or its dictionary is missing.
+            ValueError: naming the flag or file, its value and the rule.
+        """
+        read_modalities(args.modalities)
+        for flag in ("image_mask_prob", "text_mask_prob", "pair_text_mask_prob"):
+            check_fraction(getattr(args, flag), "--" + flag.replace("_", "-"))
+        return super().setup_task(args, **kwargs)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those of ``--modalities``."""
+        return read_modalities(self.args.modalities)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether patches are predicted."""
+        return "image" in self.modalities or "pair" in self.modalities
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Codes of the visual tokenizer; 0 without images."""
+        return self.visual_tokenizer.vocab_size if self.has_images else 0
+
+    @functools.cached_property
+    def visual_tokenizer(self) -> VisualTokenizer:
+        """That of ``--visual-tokenizer``, read when first needed.
+
+        Raises:
+            UserError: if there is none, or its grid is not the model's.
+        """
+        path = Path(self.args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
+        tokenizer = load_visual_tokenizer(path)
+        if tokenizer.token_shape != self.grid:
+            rows, columns = tokenizer.token_shape
+            raise UserError(
+                f"--visual-tokenizer {path} gives {rows} x {columns} ids for an image, but --img-size "
+                f"({self.args.img_size}) and --patch-size ({self.args.patch_size}) make {self.grid[0]} x "
+                f"{self.grid[1]} patches: both grids must be the same"
+            )
+        return tokenizer
+
+    def image_targets(self, batch: dict[str, Any]) -> Tensor:
+        """``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is."""
+        images = batch["tokenizer_images"]
+        return self.visual_tokenizer.to(images.device).encode(images.float())
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model; for training, check the checkpoint that it will start from or go on with.
+
+        Raises:
+            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model, dictionary or
+                visual tokenizer.
+        """
+        model = super().build_model(args, from_checkpoint)
+        resumed = None if from_checkpoint else resumed_checkpoint(self.args)
+        if resumed is not None:
+            self.load_state_dict(read_checkpoint(resumed).get("task_state") or {})
+        return model
+
+    def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
+        """Check and load a split of every modality.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
+        """
+        parts = {name: self._read(name, split) for name in self.modalities}
+        counts = ", ".join(f"{len(part):,} of {name}" for name, part in parts.items())
+        logger.info(f"{split}: {counts}")
+        if split == "train":
+            self.datasets[split] = TrainingModalities(parts, self.args.seed)
+        else:
+            self.datasets[split] = EvaluationModalities(parts)
+
+    def _read(self, modality: str, split: str) -> FairseqDataset:
+        """One modality of a split, its files checked."""
+        settings = self.dataset_settings(split, seed=self.args.seed if split == "train" else _VALIDATION_SEED)
+        if modality == "text":
+            prefix = self.folder / "text" / split
+            check_split(prefix, len(self.dictionary))
+            lines = data_utils.load_indexed_dataset(str(prefix), self.dictionary)
+            return MaskedTexts(lines, settings, self.args.text_mask_prob)
+        index = read_index(self.folder, modality, split, vocabulary_size=len(self.dictionary))
+        kind = PretrainingViews if settings.training else EvaluationViews
+        views = kind(self.args.img_size, self.visual_tokenizer.image_size)
+        if modality == "image":
+            return MaskedImages(index, settings, views, self.args.image_mask_prob)
+        return MaskedPairs(index, settings, views, self.args.image_mask_prob, self.args.pair_text_mask_prob)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the task: which visual tokenizer there was."""
+        return {"visual_tokenizer": self._tokenizer_digest} if self.has_images else {}
+
+    @functools.cached_property
+    def _tokenizer_digest(self) -> str:
+        return digest_of(self.visual_tokenizer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the checkpoint's visual tokenizer with this task's.
+
+        Raises:
+            UserError: if they differ: ids would mean other patches.
+        """
+        saved = state_dict.get("visual_tokenizer")
+        if saved is not None and self.has_images and saved != self._tokenizer_digest:
+            raise UserError(
+                f"--visual-tokenizer ({self.args.visual_tokenizer or self.folder / 'visual_tokenizer.pt'}) is not the "
+                "one that the checkpoint was trained with: its ids mean other patches"
+            )
+
+
+def read_modalities(text: str) -> tuple[str, ...]:
+    """The modalities of ``--modalities``, in our order.
+
+    Raises:
+        UserError: for one that there is not, or none.
+    """
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in MODALITIES]
+    if unknown or len(set(names)) < len(names):
+        raise UserError(f"--modalities ({text}) must be some of {','.join(MODALITIES)}, each once")
+    return tuple(name for name in MODALITIES if name in names)
+
+
+def digest_of(tokenizer: VisualTokenizer) -> str:
+    """SHA-256 of what decides a visual tokenizer's ids: its kind and its tensors."""
+    digest = hashlib.sha256(f"{tokenizer.kind} {tokenizer.image_size} {tokenizer.patch_size}".encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,216 @@
+"""The criterion of masked data modelling against loops over the masked positions."""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fairseq.logging import metrics
+from pictures_and_words import IMG_SIZE, PATCH_SIZE, write_pictures_and_words
+from torch import Tensor
+
+from mhmoe_fairseq.criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_part
+from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
+from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig
+
+SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
+SMALL = {"encoder_layers": 2, "encoder_embed_dim": 32, "encoder_attention_heads": 2, "encoder_ffn_embed_dim": 32}
+MOE = {"moe_freq": 1, "moe_expert_count": 4, "moe_ffn_dim": 16, "mhmoe_heads_number": 2, "moe_top_k": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+
+
+def build_task(data: Path, **flags: Any) -> MaskedMultimodalTask:
+    config = MaskedMultimodalTaskConfig(data=str(data), tpu=False, seed=1)
+    return MaskedMultimodalTask.setup_task(Namespace(**{**vars(config), **SHAPES, **flags}))
+
+
+def build_model(task: MaskedMultimodalTask, arch: str = "mhmoe_beit3_tiny") -> MHMoEBEiT3:
+    torch.manual_seed(1)
+    moe = {} if arch.startswith("dense") else MOE
+    options = architecture_options(arch, **SMALL, **moe, dropout=0.0, **SHAPES)
+    return MHMoEBEiT3(options, task.source_dictionary, task.num_visual_tokens)
+
+
+def batch_of(task: MaskedMultimodalTask, size: int = 6, split: str = "train") -> dict[str, Any]:
+    if split not in task.datasets:
+        task.load_dataset(split)
+    dataset = task.dataset(split)
+    return dataset.collater([dataset[index] for index in dataset.ordered_indices()[:size]])
+
+
+def criterion_of(
+    task: Any, average: str = "part", weight: float = 0.1, z_weight: float = 0.01, combine: str = "average"
+):
+    return MaskedMultimodalCriterion(task, weight, combine, z_weight, average)
+
+
+@torch.no_grad()
+def slow_parts(task: MaskedMultimodalTask, model: MHMoEBEiT3, batch: dict[str, Any]) -> dict[str, tuple]:
+    """Part -> sum of losses in nats, positions, right answers: position by position, all logits computed."""
+    found: dict[str, list] = {part: [0.0, 0, 0] for part in PARTS}
+
+    def count(part: str, logits: Tensor, target: int) -> None:
+        found[part][0] += float(torch.logsumexp(logits.double(), 0) - logits[target])
+        found[part][1] += 1
+        found[part][2] += int(max(range(len(logits)), key=lambda place: float(logits[place])) == target)
+
+    for modality in ("image", "text", "pair"):
+        sub = batch[modality]
+        features, extra = model(**sub["net_input"])
+        prefix = "pair_" if modality == "pair" else ""
+        rows = features.size(0)
+        if modality != "text":
+            codes = task.visual_tokenizer.encode(sub["tokenizer_images"])
+            for row in range(rows):
+                for patch in range(codes.size(1)):
+                    if sub["net_input"]["masked_patches"][row, patch]:
+                        count(f"{prefix}image", model.image_logits(features[row, 1 + patch]), int(codes[row, patch]))
+        if modality != "image":
+            start = 0 if modality == "text" else 1 + (IMG_SIZE // PATCH_SIZE) ** 2
+            for row in range(rows):
+                for place, target in enumerate(sub["text_targets"][row].tolist()):
+                    if target != task.source_dictionary.pad():
+                        count(f"{prefix}text", model.text_logits(features[row, start + place]), target)
+    return {part: tuple(sums) for part, sums in found.items()}
+
+
+def auxiliary(model: MHMoEBEiT3, batch: dict[str, Any], combine: str = "average") -> tuple[float, float]:
+    """Balance and z-loss: combined over the layers, mean of the three calls."""
+    calls = []
+    for modality in ("image", "text", "pair"):
+        layers = torch.stack([losses for losses in model(**batch[modality]["net_input"])[1]["l_aux"]])
+        calls.append(layers.sum(0) if combine == "sum" else layers.mean(0))
+    return tuple(torch.stack(calls).mean(0).tolist())
+
+
+@pytest.mark.parametrize("combine", ["average", "sum"])
+def test_the_loss_is_the_mean_of_the_four_parts_and_of_the_calls_auxiliary_losses(data: Path, combine: str) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    parts = slow_parts(task, model, batch)
+    balance, z = auxiliary(model, batch, combine)
+    loss, sample_size, log = criterion_of(task, combine=combine)(model, batch)
+    expected = sum(nats / count for nats, count, _ in parts.values()) / 4 + 0.1 * balance + 0.01 * z
+    assert sample_size == log["nsentences"] == 6
+    assert loss.item() == pytest.approx(6 * expected, rel=1e-5)
+    assert float(log["gate_loss"]) == pytest.approx(6 * balance, rel=1e-5)
+    for part, (nats, count, correct) in parts.items():
+        assert float(log[f"{part}_loss"]) == pytest.approx(nats, rel=1e-5)
+        assert (int(log[f"{part}_targets"]), int(log[f"{part}_correct"])) == (count, correct)
+
+
+def test_all_masked_positions_alike(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    parts = slow_parts(task, model, batch)
+    balance, z = auxiliary(model, batch)
+    loss, sample_size, _ = criterion_of(task, average="target")(model, batch)
+    targets = sum(count for _, count, _ in parts.values())
+    assert sample_size == targets == sum(batch[name]["ntokens"] for name in ("image", "text", "pair"))
+    assert (loss / targets).item() == pytest.approx(
+        sum(nats for nats, _, _ in parts.values()) / targets + 0.1 * balance + 0.01 * z, rel=1e-5
+    )
+
+
+def test_only_masked_positions_are_in_the_loss(data: Path) -> None:
+    """Targets elsewhere may be anything."""
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    criterion = criterion_of(task)
+    codes = task.image_targets(batch["image"])
+    before = criterion(model, batch)[0]
+    masked = batch["image"]["net_input"]["masked_patches"]
+    task.image_targets = lambda sub: torch.where(sub["net_input"]["masked_patches"], task_codes(sub), 0)
+    encode = task.visual_tokenizer.encode
+
+    def task_codes(sub: dict[str, Any]) -> Tensor:
+        return encode(sub["tokenizer_images"])
+
+    assert torch.equal(criterion(model, batch)[0], before)
+    assert not torch.equal(codes, torch.where(masked, codes, 0))
+    task.image_targets = lambda sub: torch.where(sub["net_input"]["masked_patches"], 0, task_codes(sub))
+    assert not torch.equal(criterion(model, batch)[0], before)
+
+
+def test_every_parameter_learns_from_a_batch(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    criterion_of(task)(model, batch)[0].backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without
+    assert all(float(parameter.grad.abs().sum()) > 0 for parameter in (model.image_head.weight, model.text_head.weight))
+
+
+def test_the_log_adds_up_over_batches(data: Path) -> None:
+    task = build_task(data)
+    model = build_model(task).eval()
+    task.load_dataset("valid")
+    dataset = task.dataset("valid")
+    criterion = criterion_of(task)
+
+    def logged(batch_size: int) -> dict[str, float]:
+        outputs = []
+        with metrics.aggregate(new_root=True) as found, torch.no_grad():
+            for indices in dataset.batch_by_size(dataset.ordered_indices(), max_sentences=batch_size):
+                outputs = [criterion(model, dataset.collater([dataset[index] for index in indices]))[2]]
+                criterion.reduce_metrics(outputs)  # once for each batch, as a validation does
+            return {key: float(value) for key, value in found.get_smoothed_values().items()}
+
+    whole, by_batches = logged(12), logged(5)
+    for key in (*(f"{part}_{figure}" for part in PARTS for figure in ("loss", "ppl", "accuracy")), "loss", "ppl"):
+        assert by_batches[key] == pytest.approx(whole[key], abs=2e-3), key
+    assert by_batches["loss"] == pytest.approx(sum(whole[f"{part}_loss"] for part in PARTS) / 4, abs=2e-3)
+    assert whole["image_ppl"] == pytest.approx(2 ** whole["image_loss"], rel=2e-3)
+    assert whole["ppl"] == pytest.approx(2 ** whole["nll_loss"], rel=2e-3)
+    assert 0 < whole["moe_active"] <= 1
+
+
+def test_the_figure_of_all_positions_weighs_parts_by_their_positions(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    parts = slow_parts(task, model, batch)
+    with metrics.aggregate(new_root=True) as found:
+        criterion_of(task, average="target").reduce_metrics([criterion_of(task, average="target")(model, batch)[2]])
+        values = found.get_smoothed_values()
+    bits = sum(nats for nats, _, _ in parts.values()) / sum(count for _, count, _ in parts.values()) / math.log(2)
+    assert values["nll_loss"] == pytest.approx(bits, abs=1e-3)
+    assert values["loss"] == values["nll_loss"]
+
+
+def test_what_is_not_counted_is_called_but_not_scored(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    uncounted = {**batch, "image": {**batch["image"], "counted": False}}
+    loss, _, log = criterion_of(task)(model, uncounted)
+    assert int(log["image_targets"]) == 0 and float(log["image_loss"]) == 0
+    assert torch.equal(log["moe_load"], criterion_of(task)(model, batch)[2]["moe_load"])
+    assert torch.isfinite(loss)
+    with metrics.aggregate(new_root=True) as found:
+        MaskedMultimodalCriterion.reduce_metrics([log])
+        assert "image_loss" not in found.get_smoothed_values()
+
+
+def test_some_modalities_only(data: Path) -> None:
+    task = build_task(data, modalities="text")
+    assert task.num_visual_tokens == 0
+    model, batch = build_model(task, "dense_beit3_tiny"), batch_of(task)
+    loss, sample_size, log = criterion_of(task)(model, batch)
+    assert (loss / sample_size).item() == pytest.approx(float(log["text_loss"] / log["text_targets"]), rel=1e-6)
+    assert not any(key.startswith(("image", "pair", "moe", "gate")) for key in log)
+
+
+def test_no_masked_position_gives_a_loss_of_zero_with_a_gradient() -> None:
+    logits = torch.zeros(0, 5, requires_grad=True)
+    part = masked_part(logits, torch.zeros(0, dtype=torch.long))
+    part.loss.backward()
+    assert (float(part.loss), int(part.targets), int(part.correct)) == (0, 0, 0)
+    assert logits.grad.shape == (0, 5)

@@ -1,0 +1,148 @@
+"""Pre-training on images, texts and pairs through fairseq's commands, and its evaluation."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from console import USER_DIR, run_console
+from pictures_and_words import SHAPES, training_words, write_pictures_and_words, write_tokenizer
+
+from mhmoe_fairseq.analysis.run_logs import TrainingLog, read_training_log
+from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.criterions.masked_multimodal import PARTS
+
+EPOCH = 12  # updates: 48 samples of the largest modality, 4 in a batch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+
+
+def train(data: Path, save_dir: Path, *flags: object, updates: int, check: bool = True) -> str:
+    save_dir.mkdir(parents=True, exist_ok=True)
+    log = ["--log-file", save_dir / "train.log"]
+    return run_console(
+        "fairseq-train", *training_words(data, save_dir, *log, *flags, updates=updates), cwd=data, check=check
+    )
+
+
+def saved(save_dir: Path) -> dict[str, Any]:
+    return torch.load(save_dir / "checkpoint_last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs and a half, dropout and all."""
+    folder = tmp_path_factory.mktemp("run") / "mhmoe"
+    flags = ["--dropout", 0.1, "--save-interval-updates", 17, "--keep-interval-updates", 1]
+    if importlib.util.find_spec("tensorboardX"):
+        flags += ["--tensorboard-logdir", folder / "board"]
+    train(data, folder, *flags, updates=30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def log(run: Path) -> TrainingLog:
+    return read_training_log(run / "train.log")
+
+
+# ---------------------------------------------------------------------- the training log
+
+
+def test_every_part_is_logged_and_learnt(log: TrainingLog) -> None:
+    first, last = log.valid[0], log.valid[-1]
+    for part in PARTS:
+        assert last[f"valid_{part}_ppl"] == pytest.approx(2 ** last[f"valid_{part}_loss"], rel=5e-3)
+        assert 0 <= last[f"valid_{part}_accuracy"] <= 100
+    mean = sum(last[f"valid_{part}_loss"] for part in PARTS) / 4
+    assert last["valid_loss"] == pytest.approx(mean, abs=2e-3)
+    assert last["valid_loss"] < first["valid_loss"]
+    assert last["valid_ppl"] == pytest.approx(2 ** last["valid_nll_loss"], rel=5e-3)
+    assert log.inner[-1]["loss"] < log.inner[0]["loss"]
+    assert {"gate_loss", "moe_active", "moe_load_max", "moe_entropy"} <= log.inner[-1].keys()
+    assert log.inner[0]["bsz"] == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboardX") is None, reason="tensorboardX is an optional package")
+def test_every_part_is_in_tensorboard(run: Path) -> None:
+    (events,) = (run / "board" / "valid").glob("events*")
+    content = events.read_bytes()
+    for part in PARTS:
+        assert f"{part}_ppl".encode() in content and f"{part}_accuracy".encode() in content
+
+
+# ---------------------------------------------------------------------- resuming
+
+
+def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_the_same(data: Path, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    (checkpoint,) = run.glob("checkpoint_2_17.pt")  # 5 updates into the second epoch
+    shutil.copy(checkpoint, folder / "checkpoint_last.pt")
+    train(data, folder, "--dropout", 0.1, "--num-workers", 2, updates=30)
+    whole, resumed = saved(run), saved(folder)
+    assert whole["model"].keys() == resumed["model"].keys()
+    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+    moments, again = (state["last_optimizer_state"]["state"] for state in (whole, resumed))
+    assert all(torch.equal(moments[key]["exp_avg"], again[key]["exp_avg"]) for key in moments)
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(data: Path, run: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "other.pt", data, seed=2)
+    shutil.copy(run / "checkpoint_last.pt", tmp_path / "checkpoint_last.pt")
+    log = train(data, tmp_path, "--visual-tokenizer", tmp_path / "other.pt", updates=40, check=False)
+    assert "is not the one that the checkpoint was trained with: its ids mean other patches" in log
+    assert '"update": ' not in log and "train_inner" not in log
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+def test_fairseq_validate_and_mhmoe_evaluate_agree_with_the_training(data: Path, run: Path, log: TrainingLog) -> None:
+    words = [data, "--user-dir", USER_DIR, "--task", "mhmoe_masked_multimodal", *SHAPES]
+    words += ["--path", run / "checkpoint_last.pt", "--valid-subset", "valid", "--batch-size", 3, "--cpu"]
+    printed = run_console("fairseq-validate", *words, "--num-workers", 0, "--log-format", "json", cwd=data)
+    (line,) = [line for line in printed.splitlines() if '"valid_ppl"' in line or ('"ppl"' in line and "{" in line)]
+    record = json.loads(line[line.index("{") :])
+    file = run / "eval-valid.json"
+    words = [run / "checkpoint_last.pt", "--data", data, "--split", "valid", "--json", file, "--batch-size", 5]
+    assert main(["evaluate", *map(str, words)]) == 0
+    scores = json.loads(file.read_text())
+    last = log.valid[-1]
+    for part in PARTS:
+        perplexity = scores["modalities"][part]["perplexity"]
+        assert perplexity == pytest.approx(last[f"valid_{part}_ppl"], rel=3e-3)
+        assert perplexity == pytest.approx(float(record.get(f"valid_{part}_ppl", record.get(f"{part}_ppl"))), rel=3e-3)
+    assert scores["total"]["perplexity"] == pytest.approx(last["valid_ppl"], rel=3e-3)
+    assert scores["total"]["targets"] == sum(score["targets"] for score in scores["modalities"].values())
+    assert scores["experts"]["layers"] == [1] and len(scores["experts"]["load"][0]) == 4
+
+
+# ---------------------------------------------------------------------- other ways to train
+
+
+def test_bf16_accumulation_and_fewer_modalities(data: Path, tmp_path: Path) -> None:
+    flags = ("--mhmoe-precision", "bf16", "--update-freq", 2, "--modalities", "text,pair", "--disable-validation")
+    train(data, tmp_path, *flags, updates=6)
+    records = read_training_log(tmp_path / "train.log").inner
+    assert len(records) == 6 and records[0]["bsz"] == 8
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert "pair_image_ppl" in records[-1] and "image_ppl" not in records[-1]
+
+
+def test_a_dense_model_and_mean_over_targets(data: Path, tmp_path: Path) -> None:
+    dense = [word for word in training_words(data, tmp_path, updates=4)]
+    place = dense.index("--moe-freq")
+    dense = dense[:place] + dense[place + 10 :]
+    dense[dense.index("mhmoe_beit3_tiny")] = "dense_beit3_tiny"
+    words = [*dense, "--log-file", tmp_path / "train.log", "--masked-loss-average", "target", "--no-save"]
+    run_console("fairseq-train", *words, cwd=data)
+    record = read_training_log(tmp_path / "train.log").inner[-1]
+    assert record["loss"] == record["nll_loss"] and "gate_loss" not in record
