@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import prepare_classification, prepare_english, prepare_multilingual
+from . import prepare_classification, prepare_english, prepare_image_text, prepare_multilingual
 
 PREPARERS = {
     "english": (prepare_english, "English text for language modelling"),
     "multilingual": (prepare_multilingual, "text in many languages for language modelling"),
     "classification": (prepare_classification, "labelled sentences or pairs, such as XNLI's, for fine-tuning"),
+    "image-text": (prepare_image_text, "pictures with captions and questions, for masked multimodal models"),
 }
 
 

@@ -30,12 +30,15 @@ class Vocabulary(Protocol):
         ...
 
 
-def build_dictionary(symbols: Sequence[str], counts: np.ndarray, extra_symbols: Sequence[str] = ()) -> Dictionary:
-    """fairseq's dictionary: the four specials, ``symbols`` with their counts, ``extra_symbols``, and padding to 8.
+def build_dictionary(
+    symbols: Sequence[str], counts: np.ndarray, extra_symbols: Sequence[str] = (), multiple: int = 8
+) -> Dictionary:
+    """fairseq's dictionary: the four specials, ``symbols`` with their counts, ``extra_symbols``, and padding.
 
     Args:
         counts: (len(symbols) + 4,) occurrences by dictionary index.
         extra_symbols: symbols that no text has (count 0), such as those of languages.
+        multiple: made-up symbols are added until the size is a multiple of this; 1 for none.
     """
     from fairseq.data import Dictionary
 
@@ -44,7 +47,7 @@ def build_dictionary(symbols: Sequence[str], counts: np.ndarray, extra_symbols: 
     for index, symbol in enumerate([*symbols, *extra_symbols], start=NUM_SPECIALS):
         if dictionary.add_symbol(symbol, n=occurrences[index - NUM_SPECIALS]) != index:
             raise RuntimeError(f"symbol {symbol!r} occurs twice in the vocabulary")
-    dictionary.pad_to_multiple_(8)
+    dictionary.pad_to_multiple_(multiple)
     return dictionary
 
 

@@ -32,9 +32,7 @@ class VisualTokenizer(nn.Module, ABC):
     kind: ClassVar[str]
     can_decode: ClassVar[bool] = True
 
-    def __init__(
-        self, vocab_size: int, patch_size: int, image_size: int, provenance: Optional[dict[str, Any]] = None
-    ):
+    def __init__(self, vocab_size: int, patch_size: int, image_size: int, provenance: Optional[dict[str, Any]] = None):
         super().__init__()
         check_sizes(vocab_size, patch_size, image_size)
         self.vocab_size = vocab_size

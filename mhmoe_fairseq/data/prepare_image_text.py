@@ -1,0 +1,119 @@
+"""Fetch or read pictures with captions, divide them, learn a vocabulary and a visual tokenizer on the training part,
+and write everything that masked multimodal pre-training and fine-tuning read, in BEiT-3's formats."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..errors import UserError
+from .files import require_files
+from .image_text.console import say, silence_pillow
+from .image_text.derived import DerivedSettings
+from .image_text.pictures import PictureSource
+from .image_text.pipeline import ImageTextSettings, prepare_image_text
+from .sentencepiece_vocabulary import MODELS, check_vocab_size
+from .sources.pictures.emoji import EmojiSource
+from .splits import SPLITS, check_fractions
+from .visual_tokenizers.fitting import FitSettings
+
+SOURCES = ("emoji",)
+_NEEDS_FOLDER = ()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``mhmoe prepare image-text``."""
+    parser.add_argument("--source", nargs="+", default=["emoji"], metavar=("NAME", "DIR"), help=f"{', '.join(SOURCES)}")
+    parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
+    parser.add_argument(
+        "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
+    parser.add_argument("--seed", type=int, default=1, help="decides what is held out, derived and fitted")
+    parser.add_argument("--valid-fraction", type=float, default=0.1, help="share of the things that are pictured")
+    parser.add_argument("--test-fraction", type=float, default=0.1, help="share of the things that are pictured")
+    _add_text_arguments(parser.add_argument_group("text"))
+    _add_picture_arguments(parser.add_argument_group("visual tokenizer"))
+    derived = parser.add_argument_group("derived questions and statements")
+    derived.add_argument("--no-derived", action="store_true", help="make none")
+    derived.add_argument("--min-answer-count", type=int, default=3, metavar="N", help="rarer answers are no classes")
+    derived.add_argument("--statements", type=int, default=10_000, metavar="N", help="of the training part")
+
+
+def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--langs", default="en", metavar="CODES", help="of captions, with commas in between")
+    group.add_argument("--vocab-size", type=int, default=2000, metavar="N", help="SentencePiece's pieces")
+    group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
+    group.add_argument(
+        "--text-data", type=Path, metavar="DIR",
+        help="text without pictures: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
+    )  # fmt: skip
+
+
+def _add_picture_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
+    group.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="side of the pictures it takes")
+    group.add_argument("--patch-size", type=int, default=8, metavar="PIXELS", help="side of a patch")
+    group.add_argument("--visual-vocab-size", type=int, default=512, metavar="N", help="number of codes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepares the pictures; raises ``UserError`` for anything the user can mend."""
+    source, settings = build_source(args), build_settings(args)
+    cache_dir = args.cache_dir or args.dest.absolute().parent / ".mhmoe-downloads"
+    silence_pillow()
+    say(f"source: {source.name}; licence: {source.licence}")
+    prepare_image_text(source, settings, args.dest, cache_dir=cache_dir, overwrite=args.overwrite, say=say)
+    return 0
+
+
+def build_source(args: argparse.Namespace) -> PictureSource:
+    """The source that ``--source`` names.
+
+    Raises:
+        UserError: an unknown name, a folder where none belongs, or none where one does.
+    """
+    name, folders = args.source[0], args.source[1:]
+    if name not in SOURCES:
+        raise UserError(f"--source {name}: must be one of {', '.join(SOURCES)}")
+    if len(folders) != (name in _NEEDS_FOLDER):
+        needs = "needs one folder after it" if name in _NEEDS_FOLDER else "takes no folder"
+        raise UserError(f"--source {name}: {needs}, got {' '.join(folders) or 'none'}")
+    return EmojiSource()
+
+
+def build_settings(args: argparse.Namespace) -> ImageTextSettings:
+    """Checks the flags before any work and returns the settings."""
+    check_fractions(args.valid_fraction, args.test_fraction)
+    for flag, value in (("--valid-fraction", args.valid_fraction), ("--test-fraction", args.test_fraction)):
+        if not value:
+            raise UserError(f"{flag} 0: must be above 0, every task has all three parts")
+    check_vocab_size(args.vocab_size)
+    for flag, value in (("--min-answer-count", args.min_answer_count), ("--statements", args.statements)):
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    tokenizer = FitSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
+    tokenizer.check()
+    return ImageTextSettings(
+        languages=parse_codes(args.langs), vocab_size=args.vocab_size, tokenizer_model=args.tokenizer_model,
+        text_data=_text_folder(args.text_data), valid_fraction=args.valid_fraction, test_fraction=args.test_fraction,
+        seed=args.seed, derived=None if args.no_derived else DerivedSettings(args.min_answer_count, args.statements),
+        tokenizer=None if args.no_visual_tokenizer else tokenizer,
+    )  # fmt: skip
+
+
+def parse_codes(langs: str) -> tuple[str, ...]:
+    """The languages of ``--langs``; ``UserError`` when there is none."""
+    codes = tuple(dict.fromkeys(code.strip() for code in langs.split(",") if code.strip()))
+    if not codes:
+        raise UserError(f"--langs {langs!r}: must name at least one language")
+    return codes
+
+
+def _text_folder(folder: Path | None) -> Path | None:
+    """The folder with train.txt, valid.txt and test.txt; those of a prepared folder are in its text/."""
+    if folder is None:
+        return None
+    inner = folder / "text" if (folder / "text").is_dir() else folder
+    require_files([inner / f"{split}.txt" for split in SPLITS], "--text-data")
+    return inner
