@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,8 @@ from ...errors import UserError
 
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 2
+# Not all that Pillow knows: it hands EPS files, which are programs, to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _WHITE = (255, 255, 255, 255)
 _LARGEST_16_BIT = 65535
 
@@ -21,7 +22,7 @@ class PictureError(UserError):
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Decode a picture of any format that Pillow reads, as mode ``RGB``.
+    """Decode a picture as mode ``RGB``; see ``FORMATS``.
 
     Transparent parts become white, CMYK is converted, 16-bit grey is scaled to 8 bits, of an animation the first frame
     is taken. The orientation tag of cameras is not applied: BEiT-3's readers do not either. Sizes are checked before
@@ -29,24 +30,25 @@ def read_picture(path: Path) -> Image.Image:
 
     Raises:
         PictureError: no such file, not a picture, truncated or damaged, a side under 2 pixels, more than 64 megapixels,
-            or 32-bit values, whose range no rule gives.
+            or values that no rule brings to 8 bits.
+        OSError: the file is there and cannot be read.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                _check_size(path, *picture.size)
-                picture.load()
-                return _to_rgb(path, picture)
+        with Image.open(path, formats=FORMATS) as picture:
+            _check_size(path, *picture.size)
+            picture.load()
+            return _to_rgb(path, picture)
     except (PictureError, MemoryError):
         raise
-    except UnidentifiedImageError as error:
-        raise PictureError(f"{path}: not a picture of a known format") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such picture") from error
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{path}: not a picture of a known format ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # no right to read it, a broken disk, ...
+            raise
         raise PictureError(f"{path}: truncated or damaged picture ({_reason(error)})") from error
 
 
@@ -60,8 +62,8 @@ def _check_size(path: Path, width: int, height: int) -> None:
 
 
 def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
-        raise PictureError(f"{path}: floating-point values, must have 8 or 16 bits per channel")
+    if picture.mode in ("F", "LAB"):
+        raise PictureError(f"{path}: colours of mode {picture.mode}, must have 8 or 16 bits of grey, RGB or CMYK")
     if picture.mode.startswith("I"):
         return _from_16_bit(path, picture).convert("RGB")
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):

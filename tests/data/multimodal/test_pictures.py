@@ -48,7 +48,7 @@ def test_transparent_parts_become_white(tmp_path):
     values[0, :, 3], values[1, :, 3] = 0, 255
     alpha = values[..., 3:].astype(float) / 255
     expected = values[..., :3] * alpha + 255 * (1 - alpha)  # composition over white, slowly
-    read = pixels(saved(Image.fromarray(values, "RGBA"), tmp_path / "a.png"))
+    read = pixels(saved(Image.fromarray(values), tmp_path / "a.png"))
     assert np.abs(read - expected).max() <= 1
     assert (read[0] == 255).all() and np.array_equal(read[1], values[1, :, :3])
 
@@ -102,12 +102,32 @@ def test_black_and_white_and_the_first_frame(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "values, rule",
-    [(np.array([[-1, 5]] * 2, dtype=np.int32), "grey values from -1 to 5"), (np.zeros((2, 2), np.float32), "floating")],
+    "picture, rule",
+    [
+        (Image.fromarray(np.array([[-1, 5]] * 2, dtype=np.int32)), "grey values from -1 to 5"),
+        (Image.fromarray(np.array([[1, 65536]] * 2, dtype=np.int32)), "grey values from 1 to 65536"),
+        (Image.fromarray(np.zeros((2, 2), np.float32)), "colours of mode F"),
+        (Image.new("LAB", (2, 2)), "colours of mode LAB"),
+    ],
+    ids=str,
 )
-def test_values_without_a_range_are_refused(tmp_path, values, rule):
-    path = saved(Image.fromarray(values), tmp_path / "a.tiff")
-    with pytest.raises(PictureError, match=rf"a\.tiff: {rule}.* must have 8 or 16 bits per channel"):
+def test_values_without_a_rule_are_refused(tmp_path, picture, rule):
+    path = saved(picture, tmp_path / "a.tiff")
+    with pytest.raises(PictureError, match=rf"a\.tiff: {rule}, must have 8 or 16 bits"):
+        read_picture(path)
+
+
+def test_big_endian_and_32_bit_grey(tmp_path):
+    values = np.array([[0, 257, 32896], [65535, 128, 51400]])
+    (tmp_path / "a.pgm").write_bytes(b"P5 3 2 65535\n" + values.astype(">u2").tobytes())
+    saved(Image.fromarray(values.astype(np.int32)), tmp_path / "b.tiff")
+    for name in ("a.pgm", "b.tiff"):
+        assert pixels(tmp_path / name)[..., 0].tolist() == [[0, 1, 128], [255, 0, 200]]
+
+
+def test_programs_are_no_pictures(tmp_path):
+    path = saved(Image.new("RGB", (8, 8)), tmp_path / "a.eps")
+    with pytest.raises(PictureError, match=r"a\.eps: not a picture of a known format \(JPEG, PNG, "):
         read_picture(path)
 
 
@@ -149,10 +169,11 @@ def test_what_is_no_picture(tmp_path, content):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(PictureError, match=r"a\.png: no such picture"):
         read_picture(tmp_path / "a.png")
-    with pytest.raises(PictureError, match="truncated or damaged picture .*directory"):
+    with pytest.raises(IsADirectoryError):  # no fault of a picture
         read_picture(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8_001, 10_000, 20_000, 60_000])
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, side):
     """The file has no pixel at all: only its header can have been read."""

@@ -76,10 +76,10 @@ class DatasetSettings:
         """Tokens of texts of such ``lengths``, with ``<s>`` and ``</s>``, after the cut."""
         return np.minimum(lengths + 2, self.max_text_length)
 
-    def text(self, ids: np.ndarray | Sequence[int]) -> Tensor:
+    def text(self, ids: np.ndarray | Tensor) -> Tensor:
         """``(S,)``: ``<s> ids </s>``, the end of the ids left out where there is no room for it."""
-        kept = [int(token) for token in ids[: self.max_text_length - 2]]
-        return torch.tensor([self.dictionary.bos(), *kept, self.dictionary.eos()])
+        kept = torch.as_tensor(ids[: self.max_text_length - 2]).long()
+        return torch.cat([torch.tensor([self.dictionary.bos()]), kept, torch.tensor([self.dictionary.eos()])])
 
 
 class PictureTextDataset(FairseqDataset, abc.ABC):
