@@ -22,6 +22,10 @@ COMMANDS = {
     "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
     "classify": ("mhmoe_fairseq.evaluation.classify_command", "accuracy by language of a fine-tuned model"),
     "caption": ("mhmoe_fairseq.evaluation.caption_command", "captions of images, and their scores"),
+    "predict": (
+        "mhmoe_fairseq.evaluation.predict_command",
+        "score a model that was fine-tuned on pictures, or write its predictions for submission",
+    ),
     "lm-eval": (
         "mhmoe_fairseq.evaluation.lm_eval_command",
         "evaluate on tasks of lm-evaluation-harness, whose own command line this is",
@@ -42,7 +46,9 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
     for name, (module, summary) in COMMANDS.items():
         sub = subparsers.add_parser(
-            name, help=summary, description=summary[0].upper() + summary[1:] + ".",
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == command:

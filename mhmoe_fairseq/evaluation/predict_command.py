@@ -1,0 +1,47 @@
+"""``mhmoe predict``: scores of a model that was fine-tuned on pictures, and its predictions as submission files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+
+TASKS = ("mhmoe_vqa", "mhmoe_nlvr2", "mhmoe_image_classification", "mhmoe_retrieval")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``mhmoe predict``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuned checkpoint, or the folder with one")
+    parser.add_argument("--data", metavar="DIR", help="the prepared folder; that of the training if not given")
+    parser.add_argument(
+        "--split", default="test", metavar="NAME", help="train, valid or test; for questions test-dev too"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="write the predictions: of questions JSON as VQAv2's server takes it, of statements NLVR2's CSV, of "
+        "classes a CSV, of retrieval the figures as JSON",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that the model sees together")
+    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode pictures")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the split's scores, if it has labels, beside what one gets without looking at pictures."""
+    if args.num_workers < 0:
+        raise UserError(f"--num-workers ({args.num_workers}) must be at least 0")
+    # Imported late, so that `mhmoe predict --help` is quick.
+    from .fine_tuned import load_fine_tuned
+    from .picture_predictor import predict_split
+
+    model = load_fine_tuned(args.checkpoint, TASKS, args.data, "cpu" if args.cpu else None)
+    predictions = predict_split(model, args.split, args.batch_size, args.num_workers)
+    if not predictions.has_scores and args.output is None:
+        raise UserError(f"--split {args.split} has no labels to score by: give --output FILE for the predictions")
+    for line in predictions.describe():
+        sys.stdout.write(line + "\n")
+    if args.output is not None:
+        predictions.write(args.output)
+    return 0
