@@ -1,7 +1,10 @@
 # shellcheck shell=bash
-# What the language models' recipes share; each experiment's common.sh sources it, after setting
-#   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, if each language has its own
-#   figures, by_language.
+# What the recipes share; each experiment's common.sh sources it, after setting
+#   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, where evaluation has more than
+#   one figure (a language's, a modality's), several_figures.
+#   family (lm) of the architectures; inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
+#   (more flags of training; they win) and paper_batch (samples of an update at paper scale) where a language model's do
+#   not fit.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
 #   DATA=DIR         prepared corpus (default: the experiment's, see its prepare.sh)
@@ -15,13 +18,15 @@
 #                    machines (1), this one's number from 0, name and port (29500) of number 0; start a recipe on each
 #   INTERVALS=N      how often a training is validated and saved (cpu: 4; paper: 50)
 #   BATCH=N          blocks per process and step (cpu: all of the update's; paper: 4). An update has 16 blocks (paper:
-#                    256) however many processes share it: --update-freq is 16 / (NPROC x NNODES x BATCH)
+#                    256) however many processes share it: --update-freq is 16 / (NPROC x NNODES x BATCH).
+#                    A block is a sample: of language models TOKENS tokens, of others see the experiment's README
 #   DRY_RUN=1        print the commands, run nothing
 #
 # Flags after a recipe's name are added to its fairseq-train command. A finished run is kept, a killed one resumes.
 # shellcheck disable=SC2154  # experiment and task are the sourcing file's
 set -euo pipefail
 
+: "${family:=lm}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$experiment
 user_dir=$(cd "$here/../.." && pwd)/mhmoe_fairseq
 
@@ -54,23 +59,26 @@ settings_of() { # SCALE
         size=base updates=${UPDATES:-250000} lr=${LR:-5e-4} tokens=${TOKENS:-4096}
         warmup=$((updates < 25000 ? updates / 10 : 10000)) intervals=${INTERVALS:-50}
         recipe+=(--mhmoe-precision bf16)
-        per_update=256 nproc=${NPROC:-8} batch=${BATCH:-4} backend=nccl
+        per_update=${paper_batch:-256} nproc=${NPROC:-8} batch=${BATCH:-4} backend=nccl
         ;;
     *) fail "SCALE ($1) must be cpu or paper" ;;
     esac
     meeting_of_nodes
     share_update "$per_update"
-    blocks=(--user-dir "$user_dir" "${task[@]}" --tokens-per-sample "$tokens" --sample-break-mode none)
+    [[ -n ${inputs[*]-} ]] || inputs=(--tokens-per-sample "$tokens" --sample-break-mode none)
+    blocks=(--user-dir "$user_dir" "${task[@]}" "${inputs[@]}")
     [[ $1 == paper ]] || blocks+=(--cpu)
+    [[ -n ${schedule[*]-} ]] || schedule=(--lr-scheduler polynomial_decay --total-num-update "$updates")
     local interval=$(((updates + intervals - 1) / intervals))
     recipe+=(
         --criterion moe_cross_entropy --moe-gate-loss-wt 0.01
         --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01 --dropout 0.1
-        --lr "$lr" --lr-scheduler polynomial_decay --warmup-updates "$warmup" --total-num-update "$updates"
+        --lr "$lr" "${schedule[@]}" --warmup-updates "$warmup"
         --max-update "$updates" --required-batch-size-multiple 1 --seed "${SEED:-1}" --num-workers 0
         --validate-interval-updates "$interval" --save-interval-updates "$interval" --keep-interval-updates 1
         --no-epoch-checkpoints --log-format json --log-interval $(((interval + 4) / 5))
     )
+    recipe+=(${settings[@]+"${settings[@]}"})
 }
 
 # Shares an update out: sets launcher (what starts training), sharing (blocks per process and step, steps per update,
@@ -168,11 +176,11 @@ same_data() { # RUN
     [[ ! -f $DATA/manifest.json ]] || cmp -s "$DATA/manifest.json" "$1/manifest.json"
 }
 
-# evaluate NAME SPLIT: the best checkpoint's perplexity, kept in eval-SPLIT.log (and by language in eval-SPLIT.json).
+# evaluate NAME SPLIT: the best checkpoint's perplexity, kept in eval-SPLIT.log (and in parts in eval-SPLIT.json).
 evaluate() {
     local name=$1 run=$OUT/$1 split=$2
     local log=$run/eval-$split.log checkpoint=$run/checkpoint_best.pt command
-    if [[ -n ${by_language:-} ]]; then
+    if [[ -n ${several_figures:-} ]]; then
         command=(mhmoe evaluate "$checkpoint" --data "$DATA" --split "$split" --json "$run/eval-$split.json")
         [[ -z ${LANGS:-} ]] || command+=(--langs "$LANGS")
     else
@@ -209,20 +217,34 @@ compare() {
 # The three models. MoE is every second layer, top-2. At paper scale the router is the paper's appendix's, at CPU scale
 # TorchScale's, as in the study.
 train_dense() { # FLAGS...
-    train "${NAME:-dense}" --arch "dense_lm_$size" "$@"
+    train "${NAME:-dense}" --arch "dense_${family}_$size" "$@"
 }
 
 train_xmoe() { # FLAGS...
     local moe
     set_moe
-    train "${NAME:-xmoe}" --arch "xmoe_lm_$size" "${moe[@]}" "$@"
+    train "${NAME:-xmoe}" --arch "xmoe_${family}_$size" "${moe[@]}" "$@"
 }
 
 train_mhmoe() { # FLAGS...
     local budget=${BUDGET:-params} moe
     set_moe
-    train "${NAME:-mhmoe-$budget}" --arch "mhmoe_lm_$size" "${moe[@]}" \
+    train "${NAME:-mhmoe-$budget}" --arch "mhmoe_${family}_$size" "${moe[@]}" \
         --mhmoe-heads-number "${HEADS:-4}" --mhmoe-budget "$budget" "$@"
+}
+
+# Trains the models of the paper's table 1 that are not trained yet; sets names.
+train_table1() { # FLAGS...
+    local default=8 budget=${BUDGET:-params} experts list
+    [[ $SCALE != paper ]] || default="8 32"
+    read -r -a list <<<"${EXPERTS_LIST:-$default}"
+    names=(dense)
+    train_dense "$@"
+    for experts in "${list[@]}"; do
+        names+=("xmoe-e$experts" "mhmoe-$budget-e$experts")
+        EXPERTS=$experts NAME=xmoe-e$experts train_xmoe "$@"
+        EXPERTS=$experts NAME=mhmoe-$budget-e$experts train_mhmoe "$@"
+    done
 }
 
 set_moe() {

@@ -7,7 +7,7 @@
 # At CPU scale a training is validated twice (INTERVALS=2): 14 languages take as long as a third of the training.
 # shellcheck disable=SC2034  # most are read by ../common.sh
 experiment=multilingual_lm
-by_language=1
+several_figures=1
 task=(--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha "${ALPHA:-0.5}")
 [[ -z ${LANGS:-} ]] || task+=(--langs "$LANGS")
 [[ ${SCALE:-cpu} != cpu ]] || INTERVALS=${INTERVALS:-2}
@@ -15,20 +15,6 @@ DATA=${DATA:-data/multilingual}
 OUT=${OUT:-outputs/multilingual_lm}
 # shellcheck source=examples/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-
-# Trains the models of the paper's table 1 that are not trained yet; sets names.
-train_table1() { # FLAGS...
-    local default=8 budget=${BUDGET:-params} experts list
-    [[ $SCALE != paper ]] || default="8 32"
-    read -r -a list <<<"${EXPERTS_LIST:-$default}"
-    names=(dense)
-    train_dense "$@"
-    for experts in "${list[@]}"; do
-        names+=("xmoe-e$experts" "mhmoe-$budget-e$experts")
-        EXPERTS=$experts NAME=xmoe-e$experts train_xmoe "$@"
-        EXPERTS=$experts NAME=mhmoe-$budget-e$experts train_mhmoe "$@"
-    done
-}
 
 require_xnli() {
     [[ -n ${DRY_RUN:-} || -d ${XNLI:-} ]] || fail "XNLI (${XNLI:-}) must be the folder of your copy of XNLI"

@@ -61,7 +61,7 @@ class Preparation:
         if self._settings.tokenizer == "sentencepiece":
             self._workspace.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
             outputs.append(MODEL_FILE)
-        vocabulary = self._load_vocabulary()
+        vocabulary = load_vocabulary(self._partial, self._settings.tiktoken_ranks)
         counts = {}
         for split in splits:
             files = [f"{split}.bin", f"{split}.idx"] + (["dict.txt"] if split == "train" else [])
@@ -131,11 +131,6 @@ class Preparation:
             f"learnt on the training part, {time.monotonic() - start:.1f} s"
         )
 
-    def _load_vocabulary(self) -> Vocabulary:
-        if self._settings.tiktoken_ranks is not None:
-            return TiktokenDictionaryVocabulary(self._settings.tiktoken_ranks)
-        return SentencePieceVocabulary(self._partial / MODEL_FILE)
-
     def _binarise(self, split: str, vocabulary: Vocabulary) -> dict[str, float]:
         start = time.monotonic()
         counts, occurrences = binarize(self._partial / "text" / f"{split}.txt", self._partial / split, vocabulary)
@@ -172,6 +167,13 @@ def prepare(
         dest, identity, lambda workspace: Preparation(source, settings, workspace, cache_dir, say).run(),
         overwrite=overwrite, say=say,
     )  # fmt: skip
+
+
+def load_vocabulary(folder: Path, tiktoken_ranks: Optional[Path]) -> Vocabulary:
+    """The rank file's vocabulary, or that of the SentencePiece model in ``folder`` without one."""
+    if tiktoken_ranks is not None:
+        return TiktokenDictionaryVocabulary(tiktoken_ranks)
+    return SentencePieceVocabulary(folder / MODEL_FILE)
 
 
 def tool_versions() -> dict[str, str]:

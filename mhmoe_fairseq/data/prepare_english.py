@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..errors import UserError
 from .documents import DEDUP_CHOICES
-from .files import require_files, sha256_of
+from .files import sha256_of
 from .pipeline import PrepareSettings, prepare
-from .sentencepiece_vocabulary import MODELS, check_vocab_size
+from .sentencepiece_vocabulary import MODELS
 from .sources import Source
 from .sources.docstrings import DEFAULT_PACKAGES, DocstringSource
 from .sources.local_files import BLANK_LINE, JsonlSource, TextSource, TorchscaleShardSource
 from .sources.packaged import BROWN, WEB_BIBLE, linux_doc
 from .splits import check_fractions
-from .tiktoken_vocabulary import require_tiktoken
+from .tiktoken_vocabulary import TOKENIZERS, check_tokenizer
 
 _NEEDS_FILES = ("text", "jsonl", "torchscale-shards")
 SOURCES = ("web-bible", "brown", "docstrings", "linux-doc", *_NEEDS_FILES)
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     text.add_argument("--deb-package", default="linux-doc-6.1", metavar="NAME", help="for linux-doc: its name here")
     vocabulary = parser.add_argument_group("vocabulary")
-    vocabulary.add_argument("--tokenizer", choices=("sentencepiece", "tiktoken"), default="sentencepiece", help="kind")
+    vocabulary.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
     vocabulary.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     vocabulary.add_argument(
         "--tokenizer-lines", type=int, default=2_000_000, metavar="N", help="learn pieces from at most about N lines"
@@ -104,24 +104,12 @@ def build_settings(args: argparse.Namespace) -> PrepareSettings:
     check_fractions(args.valid_fraction, args.test_fraction)
     if args.tokenizer_lines < 1:
         raise UserError(f"--tokenizer-lines {args.tokenizer_lines}: must be at least 1")
-    if args.tokenizer == "tiktoken":
-        _check_tiktoken(args.tiktoken_ranks)
-    else:
-        check_vocab_size(args.vocab_size)
-        if args.tiktoken_ranks is not None:
-            raise UserError("--tiktoken-ranks: has no meaning without --tokenizer tiktoken")
+    check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     return PrepareSettings(
         vocab_size=args.vocab_size, tokenizer=args.tokenizer, tokenizer_model=args.tokenizer_model,
         tokenizer_lines=args.tokenizer_lines, tiktoken_ranks=args.tiktoken_ranks, dedup=args.dedup,
         valid_fraction=args.valid_fraction, test_fraction=args.test_fraction, seed=args.seed,
     )  # fmt: skip
-
-
-def _check_tiktoken(ranks: Optional[Path]) -> None:
-    if ranks is None:
-        raise UserError("--tokenizer tiktoken: needs --tiktoken-ranks FILE (a local rank file; nothing is downloaded)")
-    require_files([ranks], "--tiktoken-ranks")
-    require_tiktoken()
 
 
 def identify(args: argparse.Namespace, source: Source, settings: PrepareSettings) -> dict[str, Any]:

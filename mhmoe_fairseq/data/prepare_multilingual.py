@@ -12,12 +12,13 @@ from .languages import PAPER_LANGUAGES, parse_languages
 from .multilingual.corpus_source import MultilingualSource
 from .multilingual.pipeline import MultilingualSettings, prepare_multilingual
 from .multilingual.sampling import check_alpha
-from .sentencepiece_vocabulary import MODELS, check_vocab_size
+from .sentencepiece_vocabulary import MODELS
 from .sources.debian_docs.families import FAMILIES
 from .sources.debian_docs.source import DebianDocs
 from .sources.language_folders import jsonl_folder, text_folder
 from .sources.local_files import BLANK_LINE
 from .splits import check_fractions
+from .tiktoken_vocabulary import TOKENIZERS, check_tokenizer
 
 _DEBIAN = "debian-docs"
 _NEEDS_FOLDER = ("text", "jsonl")
@@ -69,6 +70,8 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_vocabulary_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
+    group.add_argument("--tiktoken-ranks", type=Path, metavar="FILE", help="rank file for --tokenizer tiktoken")
     group.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="SentencePiece's pieces")
     group.add_argument(
         "--vocab-sampling-alpha", type=float, default=0.5, metavar="A",
@@ -115,7 +118,7 @@ def build_source(args: argparse.Namespace) -> MultilingualSource:
 def build_settings(args: argparse.Namespace, source: MultilingualSource) -> MultilingualSettings:
     """Checks the flags before any work and returns the settings."""
     check_fractions(args.valid_fraction, args.test_fraction)
-    check_vocab_size(args.vocab_size)
+    check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     check_alpha(args.vocab_sampling_alpha, "--vocab-sampling-alpha")
     if args.tokenizer_lines < 1:
         raise UserError(f"--tokenizer-lines {args.tokenizer_lines}: must be at least 1")
@@ -127,7 +130,7 @@ def build_settings(args: argparse.Namespace, source: MultilingualSource) -> Mult
         vocab_size=args.vocab_size, vocab_sampling_alpha=args.vocab_sampling_alpha,
         tokenizer_model=args.tokenizer_model, tokenizer_lines=args.tokenizer_lines,
         max_mb_per_language=args.max_mb_per_language or None, valid_fraction=args.valid_fraction,
-        test_fraction=args.test_fraction, seed=args.seed,
+        test_fraction=args.test_fraction, tiktoken_ranks=args.tiktoken_ranks, seed=args.seed,
     )  # fmt: skip
 
 

@@ -10,11 +10,14 @@ import base64
 import binascii
 import importlib.util
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Optional
 
 from ..errors import UserError
 from .files import require_files, sha256_of
+from .sentencepiece_vocabulary import check_vocab_size
 from .vocabulary import NUM_SPECIALS
+
+TOKENIZERS = ("sentencepiece", "tiktoken")
 
 # How cl100k_base cuts text before merging bytes: contractions, words, up to three digits, punctuation, white space.
 CL100K_PATTERN = (
@@ -53,6 +56,23 @@ def require_tiktoken() -> None:
     """``UserError`` with the line to type when the ``tiktoken`` package is not installed."""
     if importlib.util.find_spec("tiktoken") is None:
         raise UserError("tiktoken: the package is not installed; pip install 'mhmoe_fairseq[tiktoken]'")
+
+
+def check_tokenizer(tokenizer: str, vocab_size: int, ranks: Optional[Path]) -> None:
+    """The flags ``--tokenizer``, ``--vocab-size`` and ``--tiktoken-ranks`` fit each other.
+
+    Raises:
+        UserError: naming the flag and the rule.
+    """
+    if tokenizer != "tiktoken":
+        check_vocab_size(vocab_size)
+        if ranks is not None:
+            raise UserError("--tiktoken-ranks: has no meaning without --tokenizer tiktoken")
+        return
+    if ranks is None:
+        raise UserError("--tokenizer tiktoken: needs --tiktoken-ranks FILE (a local rank file; nothing is downloaded)")
+    require_files([ranks], "--tiktoken-ranks")
+    require_tiktoken()
 
 
 class TiktokenVocabulary:

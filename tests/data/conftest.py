@@ -1,5 +1,6 @@
 """Tiny archives in the real layouts of the packages, and a small English corpus."""
 
+import base64
 import gzip
 import io
 import random
@@ -180,3 +181,12 @@ def catalogue_bytes(messages: dict[str, str], order: str = "<") -> bytes:
             texts += content + b"\0"
     header = struct.pack(f"{order}7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
     return header + tables[0] + tables[1] + texts
+
+
+@pytest.fixture
+def byte_ranks(tmp_path):
+    """A rank file of the 256 bytes and the tokens "Th" and "The"."""
+    path = tmp_path / "r.tiktoken"
+    tokens = [bytes([value]) for value in range(256)] + [b"Th", b"The"]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path

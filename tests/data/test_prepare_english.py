@@ -1,6 +1,5 @@
 """``mhmoe prepare english`` from the command line to data that fairseq loads."""
 
-import base64
 import json
 import os
 import resource
@@ -131,23 +130,20 @@ def test_torchscale_shards_keep_their_parts(capsys, tmp_path, sentences):
     assert (dest / "text" / "train.txt").read_text().replace("\n\n", "\n").splitlines() == lines[:100]
 
 
-def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus):
+def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus, byte_ranks):
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
     from fairseq.data import Dictionary, data_utils
 
     from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenVocabulary
 
-    ranks = tmp_path / "r.tiktoken"
-    tokens = [bytes([value]) for value in range(256)] + [b"Th", b"The"]
-    ranks.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     dest = tmp_path / "d"
-    arguments = ["--tokenizer", "tiktoken", "--tiktoken-ranks", ranks]
+    arguments = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
     assert run(capsys, "--source", "text", text_corpus, "--dest", dest, *arguments)[0] == 0
     dictionary = Dictionary.load(str(dest / "dict.txt"))
     dataset = data_utils.load_indexed_dataset(str(dest / "valid"), dictionary, "mmap")
     words = dictionary.string(dataset[0]).split()
     first = (dest / "text" / "valid.txt").read_text().splitlines()[0]
-    assert TiktokenVocabulary(ranks).decode(map(int, words)) == first
+    assert TiktokenVocabulary(byte_ranks).decode(map(int, words)) == first
     assert words[0] == "257" and len(dictionary) == 264
     assert not (dest / "sentencepiece.model").exists()
 

@@ -92,6 +92,28 @@ def test_json_lines_to_data_that_fairseq_loads(capsys, tmp_path, jsonl):
     assert "nothing to do" in run(capsys, *arguments)[1] and hashes(dest) == before
 
 
+def test_tiktoken_ranks_serve_all_languages(capsys, tmp_path, jsonl, byte_ranks):
+    pytest.importorskip("tiktoken", reason="tiktoken is an extra")
+    from fairseq.data import Dictionary, data_utils
+
+    from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenVocabulary
+
+    dest = tmp_path / "data"
+    arguments = ["--source", "jsonl", jsonl, "--langs", "de,th", "--dest", dest]
+    tokenizer = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
+    status, out, err = run(capsys, *arguments, *tokenizer)
+    assert (status, err) == (0, "") and "vocabulary:" not in out
+    assert visible(dest) == "aligned de dict.txt manifest.json spot_check.json text th".split()
+    dictionary = Dictionary.load(str(dest / "dict.txt"))
+    assert dictionary.symbols[4 + 258 :][:15] == [language_symbol(code) for code in XNLI_LANGUAGES]
+    for code in ("de", "th"):
+        dataset = data_utils.load_indexed_dataset(str(dest / code / "valid"), dictionary, "mmap")
+        text = (dest / "text" / code / "valid.txt").read_text(encoding="utf-8").splitlines()
+        assert TiktokenVocabulary(byte_ranks).decode(map(int, dictionary.string(dataset[0]).split())) == text[0]
+    assert "nothing to do" in run(capsys, *arguments, *tokenizer)[1]
+    assert "tiktoken_ranks" in run(capsys, *arguments, *SMALL)[2]
+
+
 def test_aligned_text_is_held_out_and_the_same_in_all_languages(capsys, tmp_path, jsonl):
     dest = tmp_path / "data"
     assert run(capsys, "--source", "jsonl", jsonl, "--langs", "de,en,ru,th", "--dest", dest, *SMALL)[0] == 0
@@ -243,6 +265,8 @@ def test_a_known_package_that_cannot_be_fetched_is_an_error(capsys, tmp_path, ap
         (["--max-mb-per-language", "-1"], "--max-mb-per-language -1: must be above 0, or 0 for no limit"),
         (["--vocab-sampling-alpha", "2"], "--vocab-sampling-alpha 2: must be between 0"),
         (["--vocab-size", "12"], "--vocab-size 12: must be at least 261"),
+        (["--tokenizer", "tiktoken"], "--tokenizer tiktoken: needs --tiktoken-ranks FILE"),
+        (["--tiktoken-ranks", "r"], "--tiktoken-ranks: has no meaning without --tokenizer tiktoken"),
         (["--tokenizer-lines", "0"], "--tokenizer-lines 0: must be at least 1"),
         (["--valid-fraction", "0.6", "--test-fraction", "0.5"], "their sum must be below 1"),
     ],

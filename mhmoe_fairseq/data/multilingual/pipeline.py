@@ -14,11 +14,11 @@ import numpy as np
 from ...errors import UserError
 from ..archives import Say
 from ..binarize import binarize, count_text
-from ..files import atomic_open, write_json
+from ..files import atomic_open, sha256_of, write_json
 from ..languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
-from ..pipeline import MODEL_FILE, tool_versions
-from ..sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
-from ..vocabulary import build_dictionary, save_dictionary
+from ..pipeline import MODEL_FILE, load_vocabulary, tool_versions
+from ..sentencepiece_vocabulary import train_sentencepiece
+from ..vocabulary import Vocabulary, build_dictionary, save_dictionary
 from ..workspace import Workspace, prepare_folder
 from .aligned import write_aligned
 from .assignment import Assignment
@@ -40,6 +40,7 @@ class MultilingualSettings:
     vocab_sampling_alpha: float = 0.5
     tokenizer_model: str = "unigram"
     tokenizer_lines: int = 120_000
+    tiktoken_ranks: Optional[Path] = None
     max_mb_per_language: Optional[float] = 2.0
     valid_fraction: float = 0.05
     test_fraction: float = 0.05
@@ -81,7 +82,8 @@ class MultilingualPreparation:
         checks = workspace.stage("spot check", [_SPOT_CHECK], self._spot_check)
         aligned_files = [f"aligned/{split}.jsonl" for split in self._splits if split != "train"]
         aligned = workspace.stage("align", aligned_files, self._align)
-        workspace.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
+        if self._settings.tiktoken_ranks is None:
+            workspace.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
         counts = {code: self._binarise(code) for code in codes}
         workspace.stage("dictionary", ["dict.txt"], self._make_dictionary)
         languages = {
@@ -107,7 +109,9 @@ class MultilingualPreparation:
         return workspace.publish(manifest, self._outputs(aligned_files if aligned else []))
 
     def _outputs(self, aligned_files: list[str]) -> list[str]:
-        outputs = ["dict.txt", MODEL_FILE, _SPOT_CHECK, *aligned_files]
+        outputs = ["dict.txt", _SPOT_CHECK, *aligned_files]
+        if self._settings.tiktoken_ranks is None:
+            outputs.append(MODEL_FILE)
         for code in self._settings.languages:
             for split in self._splits:
                 outputs += [f"{code}/{split}.bin", f"{code}/{split}.idx", f"text/{code}/{split}.txt"]
@@ -187,8 +191,8 @@ class MultilingualPreparation:
         )
 
     @cached_property
-    def _vocabulary(self) -> SentencePieceVocabulary:
-        return SentencePieceVocabulary(self._partial / MODEL_FILE)
+    def _vocabulary(self) -> Vocabulary:
+        return load_vocabulary(self._partial, self._settings.tiktoken_ranks)
 
     def _language_symbols(self) -> list[str]:
         """Of XNLI's languages and of all prepared ones: the dictionary is the same whichever a model is given."""
@@ -244,6 +248,11 @@ def prepare_multilingual(
     """
     identity = {"source": {"name": source.name, **source.identity(settings.languages)}, **asdict(settings)}
     identity["langs"] = list(identity.pop("languages"))
+    ranks = identity.pop("tiktoken_ranks")
+    if ranks is not None:
+        identity["tiktoken_ranks"] = sha256_of(ranks)
+        for of_sentencepiece in ("vocab_size", "vocab_sampling_alpha", "tokenizer_model", "tokenizer_lines"):
+            del identity[of_sentencepiece]
     return prepare_folder(
         dest, identity, lambda workspace: MultilingualPreparation(source, settings, workspace, cache_dir, say).run(),
         overwrite=overwrite, say=say,

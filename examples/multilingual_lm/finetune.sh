@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Fine-tunes runs in OUT to classify, such as English NLI, and tests in every language that is prepared:
+#   CLASSIFICATION=DIR examples/multilingual_lm/finetune.sh [NAME...]     DIR: made by mhmoe prepare classification
+# Without names: dense, xmoe and mhmoe-params. EXPERTS, HEADS and BUDGET as in their training; runs and accuracies
+# (accuracy.txt) go to OUT/finetuned/NAME. Defaults at CPU scale: 300 updates of 16 examples, learning rate 1e-3; at
+# paper scale 10000 of 256, 2e-5.
+set -euo pipefail
+case ${SCALE:-cpu} in
+cpu) UPDATES=${UPDATES:-300} LR=${LR:-1e-3} ;;
+*) UPDATES=${UPDATES:-10000} LR=${LR:-2e-5} TOKENS=${TOKENS:-256} ;;
+esac
+# shellcheck source=examples/multilingual_lm/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+# The training language's validation split chooses the best checkpoint: the others' would be no zero-shot transfer.
+validation_split() {
+    local train
+    train=$(basename "$(find "$CLASSIFICATION/label" -name 'train_*.idx' | sort | head -n 1)" .idx)
+    [[ -f $CLASSIFICATION/label/valid_${train#train_}.idx ]] ||
+        fail "CLASSIFICATION ($CLASSIFICATION) has no validation split of the language of $train"
+    echo "valid_${train#train_}"
+}
+
+# Another task on other data; the models and the rest of the settings stay those of ../common.sh.
+turn_to_classification() {
+    local split=valid_en
+    if [[ -z ${DRY_RUN:-} ]]; then
+        [[ -d ${CLASSIFICATION:-}/label ]] ||
+            fail "CLASSIFICATION (${CLASSIFICATION:-}) must be a folder made by mhmoe prepare classification"
+        split=$(validation_split)
+    fi
+    language_models=$OUT DATA=${CLASSIFICATION:-CLASSIFICATION} OUT=$OUT/finetuned
+    task=(--task mhmoe_sentence_classification) inputs=(--tokens-per-sample "${TOKENS:-128}")
+    settings=(
+        --criterion mhmoe_sentence_classification --valid-subset "$split"
+        --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric
+    )
+    settings_of "$SCALE"
+}
+
+finetune() { # NAME
+    local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 train
+    case $1 in
+    dense*) train=train_dense ;;
+    xmoe*) train=train_xmoe ;;
+    mhmoe*) train=train_mhmoe ;;
+    *) fail "$1 must start with dense, xmoe or mhmoe, as the recipes' runs do" ;;
+    esac
+    [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: train it first"
+    NAME=$1 "$train" --finetune-from-model "$from"
+    [[ -z ${DRY_RUN:-} ]] || return 0
+    local command=(mhmoe classify "$run/checkpoint_best.pt")
+    [[ $SCALE == paper ]] || command+=(--cpu)
+    say "$1:"
+    "${command[@]}" | tee "$run/accuracy.txt.tmp"
+    mv "$run/accuracy.txt.tmp" "$run/accuracy.txt"
+}
+
+(($#)) || set -- dense xmoe mhmoe-params
+turn_to_classification
+for name in "$@"; do finetune "$name"; done
