@@ -61,13 +61,20 @@ def blank_dictionary(size: int) -> Dictionary:
     return dictionary
 
 
-def count_model(options: Any, dictionary: Dictionary) -> ModelCounts:
-    """Build the model of filled options on ``meta`` and count it.
+def count_model(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> ModelCounts:
+    """Build the model of filled options on ``meta`` and count it; see ``build_on_meta``.
 
     Raises:
         ValueError: naming the flag, as building the model does.
     """
-    return count_built(build_on_meta(options, dictionary), int(options.tokens_per_sample))
+    return count_built(build_on_meta(options, dictionary, num_visual_tokens), context_of(options))
+
+
+def context_of(options: Any) -> int:
+    """Positions that attention is counted for; of BEiT-3 a picture's with the longest text."""
+    if isinstance(options, BEiT3Options):
+        return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
+    return int(options.tokens_per_sample)
 
 
 def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> nn.Module:

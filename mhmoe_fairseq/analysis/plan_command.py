@@ -24,7 +24,7 @@ from .cluster import Cluster
 from .console import say
 from .many_ranks import RankPlan, describe_ranks, plan_ranks
 from .many_ranks import as_json as ranks_as_json
-from .model_counts import ModelCounts, blank_dictionary, build_on_meta, count_built, count_parts
+from .model_counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built, count_parts
 from .model_shape import ModelShape, shape_of
 from .paper_numbers import (
     P1,
@@ -219,9 +219,10 @@ def plan(
             if cluster is not None and count is not None:
                 parallel = cluster.expert_parallel_size(flags.get("mhmoe_expert_parallel_size"), count)
             options, note = _options(f"{member}_{size}", kept, count, parallel)
-            context = _context(options, tokens_per_sample)
+            if isinstance(options, LanguageModelOptions):
+                options.tokens_per_sample = tokens_per_sample
             model = build_on_meta(options, dictionary, num_visual_tokens)
-            counts, shape, ranks = count_built(model, context), None, None
+            counts, shape, ranks = count_built(model, context_of(options)), None, None
             if cluster is not None:
                 shape = shape_of(model)
                 label = member if count is None or len(experts) == 1 else f"{member} {count:,}"
@@ -238,14 +239,6 @@ def _named(arch: str) -> tuple[str, str, str]:
         raise UserError(f"--arch ({arch}) must be a named architecture, such as mhmoe_lm_base or mhmoe_beit3_base")
     family, size, kind = named.groups()
     return family, size, kind
-
-
-def _context(options: MoEOptions, tokens_per_sample: int) -> int:
-    """Positions that attention is counted for; of BEiT-3 a picture's with the longest text."""
-    if isinstance(options, BEiT3Options):
-        return 1 + (options.img_size // options.patch_size) ** 2 + options.max_text_length
-    options.tokens_per_sample = tokens_per_sample
-    return tokens_per_sample
 
 
 def _options(arch: str, flags: dict[str, Any], experts: int | None, parallel: int) -> tuple[MoEOptions, str | None]:
