@@ -8,6 +8,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+from labelled import prepare, write_jsonl
 from multilingual_data import LANGUAGES, documents_of
 from own_scripts import Scripts
 
@@ -38,6 +39,10 @@ def test_from_text_in_four_languages_to_a_report(tmp_path: Path) -> None:
     assert re.findall(r"^\| ([a-z]{2}) +\|", report, re.MULTILINE) == LANGUAGES
     assert "7.19" in report  # the paper's X-MoE with 8 experts, in several languages
 
+    fine_tune(scripts, tmp_path, data)
+    table = (out / "finetuned" / NAME / "accuracy.txt").read_text(encoding="utf-8")
+    assert "test_de" in table and "test_en" in table
+
     if find_spec("lm_eval") is None:  # an extra, which zero-shot XNLI alone needs
         return
     xnli = tmp_path / "xnli"
@@ -48,3 +53,17 @@ def test_from_text_in_four_languages_to_a_report(tmp_path: Path) -> None:
         (xnli / f"{language}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     scripts.run(f"{RECIPES}/xnli.sh", NAME, XNLI=str(xnli))
     assert (out / "xnli" / "results.json").is_file()
+
+
+def fine_tune(scripts: Scripts, folder: Path, language_model_data: Path) -> None:
+    """Prepare labelled sentences in two languages, and run the recipe on them."""
+    files = {}
+    for split, language, seed in (("train", "en", 3), ("valid", "en", 4), ("test", "de", 5), ("test", "en", 6)):
+        lines = ["1", "22", *(document[0] for document in documents_of(language, 12, seed))]
+        rows = [{"text": line, "label": ("even", "odd")[len(line) % 2]} for line in lines]
+        file = write_jsonl(folder / f"labelled-{split}-{language}.jsonl", rows)
+        files.setdefault(f"--{split}", []).append(f"{language}={file}")
+    words = [word for flag, given in files.items() for word in (flag, *given)]
+    flags = ["--text-fields", "text", "--data", language_model_data, "--dest", folder / "labelled"]
+    assert prepare(*words, *flags) == 0
+    scripts.run(f"{RECIPES}/finetune.sh", NAME, CLASSIFICATION=str(folder / "labelled"))
