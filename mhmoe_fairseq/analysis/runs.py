@@ -64,6 +64,11 @@ class Run:
         kind = BEiT3Options if "encoder_layers" in self.settings["model"] else LanguageModelOptions
         return kind.from_namespace(Namespace(**self.settings["model"]))
 
+    def num_visual_tokens(self) -> int:
+        """Scores for masked patches; 0 of a model without them."""
+        head = read_checkpoint(self.checkpoint)["model"].get("image_head.weight")
+        return 0 if head is None else len(head)
+
     def command(self) -> str | None:
         """The command line that trained it, if it was kept: in command.txt, or as a list of words in command.json."""
         text, words = self.path / "command.txt", self.path / "command.json"

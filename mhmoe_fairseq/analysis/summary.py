@@ -84,7 +84,7 @@ def summarise(
     run: Run, data: Path, identity: DataIdentity, dictionary: Dictionary, split: str | None, batch_size: int
 ) -> Summary:
     """Count the model, and measure its experts on ``split`` unless that is None (kept in the run's folder)."""
-    counts = count_model(run.options, dictionary)
+    counts = count_model(run.options, dictionary, run.num_visual_tokens())
     if split is None or counts.moe is None:
         return Summary(run, counts, None)
     if run.data.has_images:
