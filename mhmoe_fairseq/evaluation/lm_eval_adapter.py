@@ -27,7 +27,7 @@ except ModuleNotFoundError:
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..models.language_model import fingerprint
+from ..models._vocabulary import fingerprint
 from .decoding import Ending, StopDecoder
 from .generation import Search
 from .loading import load_language_model, was_trained_with
