@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Callable, Mapping
 
 from ...errors import UserError
@@ -13,6 +13,7 @@ from ..vocabulary import NUM_SPECIALS
 from .columns import Builder, ListsBuilder, NumbersBuilder, StringsBuilder
 
 _LARGEST_ID = 2**31 - 1
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUM_CONTROLS = NUM_SPECIALS - 1  # <s>, <pad>, </s>; <unk> may be in a text
 
 
@@ -36,8 +37,7 @@ class Field:
 def _path(value: Any) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError("must be a relative path")
-    path = PurePosixPath(value)
-    if path.is_absolute() or ".." in path.parts:
+    if value.startswith("/") or ".." in value.split("/"):
         raise ValueError("must stay within the data folder: no absolute path and no '..'")
     return _encodable(value)
 
@@ -49,7 +49,7 @@ def _string(value: Any) -> str:
 
 
 def _encodable(value: str) -> str:
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _HALF_PAIR.search(value):
         raise ValueError("has half a surrogate pair, which UTF-8 cannot write")
     return value
 
@@ -61,26 +61,28 @@ def _number(value: Any) -> int:
 
 
 def _ids(value: Any) -> list[int]:
-    if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= _LARGEST_ID for item in value):
+    if not isinstance(value, list) or not _are_within(value, {int}, _LARGEST_ID):
         raise ValueError("must be a list of ids, whole numbers of 0 or more")
     return value
 
 
 def _tokens(value: Any) -> list[int]:
-    if isinstance(value, list) and any(isinstance(item, str) for item in value):
+    if isinstance(value, list) and str in set(map(type, value)):
         raise ValueError("must be a list of token ids, not of pieces")
-    if any(item < _NUM_CONTROLS for item in _ids(value)):
+    if min(_ids(value), default=_NUM_CONTROLS) < _NUM_CONTROLS:
         raise ValueError("must have no <s>, <pad> or </s> (0, 1, 2): they are added when the text is read")
     return value
 
 
 def _scores(value: Any) -> list[float]:
-    def is_score(item: Any) -> bool:
-        return type(item) in (int, float) and math.isfinite(item) and 0 <= item <= 1
-
-    if not isinstance(value, list) or not all(map(is_score, value)):
+    if not isinstance(value, list) or not _are_within(value, {int, float}, 1) or any(map(math.isnan, value)):
         raise ValueError("must be a list of numbers from 0 to 1")
     return value
+
+
+def _are_within(values: list[Any], kinds: set[type], most: float) -> bool:
+    """Whether all are of these kinds, bool being another, and from 0 to ``most``."""
+    return not values or (set(map(type, values)) <= kinds and 0 <= min(values) and max(values) <= most)
 
 
 def _ints() -> ListsBuilder:

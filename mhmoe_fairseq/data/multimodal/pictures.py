@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,11 @@ MIN_SIDE = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _WHITE = (255, 255, 255, 255)
 _LARGEST_16_BIT = 65535
+
+# fairseq sets the level of all loggers to DEBUG when it is imported from Python, and Pillow tells of every part of a
+# file at that level.
+if not logging.getLogger("PIL").level:
+    logging.getLogger("PIL").setLevel(logging.INFO)
 
 
 class PictureError(UserError):
