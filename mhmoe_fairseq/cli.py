@@ -14,10 +14,15 @@ from pathlib import Path
 
 COMMANDS = {
     "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a source or your text"),
+    "visual-tokenizer": (
+        "mhmoe_fairseq.data.visual_tokenizers_command",
+        "fit a visual tokenizer to training pictures, describe one, show ids",
+    ),
     "plan": ("mhmoe_fairseq.analysis.plan_command", "count what a training needs: parameters, FLOPs, memory, traffic"),
     "evaluate": ("mhmoe_fairseq.analysis.evaluate_command", "perplexity of a checkpoint, every language and the total"),
     "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
+    "diversity": ("mhmoe_fairseq.analysis.diversity_command", "to how many experts the patches of images go"),
     "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),
     "generate": ("mhmoe_fairseq.evaluation.generate_command", "continue a prompt with a trained language model"),
     "classify": ("mhmoe_fairseq.evaluation.classify_command", "accuracy by language of a fine-tuned model"),

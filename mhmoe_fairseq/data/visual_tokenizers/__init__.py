@@ -9,5 +9,7 @@ from __future__ import annotations
 from .base import VisualTokenizer
 from .files import load_visual_tokenizer
 from .patch_kmeans import PatchKMeans, fit_patch_kmeans
+from .vqkd import VQKD
+from .vqvae import VQVAE
 
-__all__ = ["PatchKMeans", "VisualTokenizer", "fit_patch_kmeans", "load_visual_tokenizer"]
+__all__ = ["VQKD", "VQVAE", "PatchKMeans", "VisualTokenizer", "fit_patch_kmeans", "load_visual_tokenizer"]

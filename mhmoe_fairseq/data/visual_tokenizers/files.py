@@ -12,8 +12,10 @@ import torch
 from ...errors import UserError
 from .base import FORMAT, VisualTokenizer
 from .patch_kmeans import PatchKMeans
+from .vqkd import VQKD, is_vqkd_checkpoint, read_vqkd
+from .vqvae import VQVAE
 
-KINDS: dict[str, type[VisualTokenizer]] = {kind.kind: kind for kind in (PatchKMeans,)}
+KINDS: dict[str, type[VisualTokenizer]] = {kind.kind: kind for kind in (PatchKMeans, VQVAE, VQKD)}
 
 
 def load_visual_tokenizer(path: Path) -> VisualTokenizer:
@@ -23,6 +25,8 @@ def load_visual_tokenizer(path: Path) -> VisualTokenizer:
         UserError: naming the file and what is wrong with it.
     """
     content = _read(Path(path))
+    if is_vqkd_checkpoint(content):
+        return read_vqkd(content, str(path))
     kind = content.get("kind")
     if kind not in KINDS:
         raise UserError(f"{path}: no visual tokenizer ('kind' is {kind!r}, must be one of {', '.join(KINDS)})")
@@ -30,7 +34,8 @@ def load_visual_tokenizer(path: Path) -> VisualTokenizer:
         raise UserError(f"{path}: format {content.get('format')!r}, this version reads {FORMAT}")
     try:
         sizes = [content[name] for name in ("vocab_size", "patch_size", "image_size")]
-        tokenizer = KINDS[kind](*sizes, provenance=content["provenance"], **content["settings"])
+        with torch.random.fork_rng(devices=[]):  # weights that are replaced at once must not cost anyone's draws
+            tokenizer = KINDS[kind](*sizes, provenance=content["provenance"], **content["settings"])
         tokenizer.load_state_dict(content["state"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: damaged visual tokenizer ({' '.join(str(error).split())[:200]})") from error

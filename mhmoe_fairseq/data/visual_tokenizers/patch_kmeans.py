@@ -66,7 +66,7 @@ def fit_patch_kmeans(
 ) -> PatchKMeans:
     """Lloyd's algorithm from distinct patches drawn by ``seed``; the same input gives the same codes.
 
-    A code that no patch is nearest to moves onto a patch drawn by its squared distance from its code.
+    It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch drawn by its squared distance from its code.
 
     Args:
         patches: (R, 3 * patch_size ** 2) in [0, 1], of training pictures.
@@ -90,7 +90,9 @@ def fit_patch_kmeans(
         counts = torch.bincount(assigned, minlength=vocab_size)
         distances = (points - centroids[assigned]).square().sum(1)
         sums = torch.zeros_like(centroids).index_add_(0, assigned, points)
-        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
+        moved = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), centroids)
+        has_settled = bool((counts > 0).all()) and torch.equal(moved, centroids)
+        centroids = moved
         dead = (counts == 0).nonzero()[:, 0]
         if len(dead) and iteration < iterations:
             centroids[dead] = points[_draw(distances, len(dead), generator)]
@@ -98,6 +100,8 @@ def fit_patch_kmeans(
             f"k-means {iteration}/{iterations}: mean squared error {float(distances.mean()) / points.shape[1]:.6f}, "
             f"{vocab_size - len(dead)} of {vocab_size} codes used"
         )
+        if has_settled:
+            break
     return PatchKMeans(vocab_size, patch_size, image_size, centroids=centroids, mean=mean)
 
 

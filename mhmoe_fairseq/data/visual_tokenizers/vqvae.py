@@ -1,0 +1,94 @@
+"""A small convolutional tokenizer with a learnt codebook, trained to rebuild the pictures.
+
+Patches become vectors, a few convolutions let neighbouring patches see each other, and the nearest code by cosine takes
+a vector's place; the mirror image of that network rebuilds the picture. Codes are moving averages of the vectors that
+chose them (exponential moving average), and those that nothing chooses are put onto vectors of the current batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .base import VisualTokenizer, from_patches, nearest, to_patches
+
+
+class _Mixing(nn.Module):
+    """Two convolutions over the grid of patches, added to their input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.inner = nn.Conv2d(width, width, 3, padding=1)
+        self.outer = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, rows, columns), same out."""
+        return x + self.outer(F.gelu(self.inner(F.gelu(x))))
+
+
+class VQVAE(VisualTokenizer):
+    """Encoder, codebook and decoder.
+
+    Args:
+        width: channels of the convolutions.
+        code_width: of a code.
+        depth: convolution blocks on either side.
+    """
+
+    kind = "vqvae"
+    codes: Tensor
+
+    def __init__(
+        self,
+        vocab_size: int,
+        patch_size: int,
+        image_size: int,
+        provenance: Optional[dict[str, Any]] = None,
+        *,
+        width: int = 64,
+        code_width: int = 16,
+        depth: int = 2,
+    ):
+        super().__init__(vocab_size, patch_size, image_size, provenance)
+        self._settings = {"width": width, "code_width": code_width, "depth": depth}
+        pixels = 3 * patch_size**2
+        self.to_features = nn.Linear(pixels, width)
+        self.encoder = nn.Sequential(*(_Mixing(width) for _ in range(depth)))
+        self.to_code = nn.Linear(width, code_width)
+        self.from_code = nn.Linear(code_width, width)
+        self.decoder = nn.Sequential(*(_Mixing(width) for _ in range(depth)))
+        self.to_pixels = nn.Linear(width, pixels)
+        self.register_buffer("codes", F.normalize(torch.randn(vocab_size, code_width), dim=1))
+
+    def settings(self) -> dict[str, Any]:
+        """Further arguments of the constructor."""
+        return dict(self._settings)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [0, 1] -> (B, N, code_width), each of length one."""
+        features = self.to_features(to_patches(2 * images - 1, self.patch_size))
+        return F.normalize(self.to_code(self._on_grid(self.encoder, features)), dim=-1)
+
+    def pictures(self, vectors: Tensor) -> Tensor:
+        """(B, N, code_width) -> (B, 3, S, S), about in [0, 1]."""
+        patches = self.to_pixels(self._on_grid(self.decoder, self.from_code(vectors)))
+        return (from_patches(patches, self.patch_size, self.image_size) + 1) / 2
+
+    def choose(self, vectors: Tensor) -> Tensor:
+        """Ids of the nearest codes: (B, N, code_width) -> (B, N)."""
+        return nearest(vectors.flatten(0, 1), self.codes).view(vectors.shape[:2])
+
+    def _on_grid(self, blocks: nn.Module, features: Tensor) -> Tensor:
+        grid = features.transpose(1, 2).unflatten(2, self.token_shape)
+        return blocks(grid).flatten(2).transpose(1, 2)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return self.choose(self.vectors(images))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """The pictures of ids (B, N): (B, 3, image_size, image_size) in [0, 1]."""
+        return self.pictures(self.codes[ids.to(self.device)]).clamp(0, 1)
