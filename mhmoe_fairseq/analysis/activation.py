@@ -125,7 +125,8 @@ def load_moe_model(checkpoint: Path, data: Path, batch_size: int) -> tuple[torch
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     model, task = load_for_evaluation(checkpoint, data)
-    if not any(layer.is_moe_layer for layer in model.decoder.layers):
+    layers = model.beit3.encoder.layers if hasattr(model, "beit3") else model.decoder.layers
+    if not any(layer.is_moe_layer for layer in layers):
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     return model, task
 

@@ -1,5 +1,5 @@
-"""``mhmoe analyze``: which experts a checkpoint uses on a binarised set, and which each language, as tables, JSON and
-heat maps."""
+"""``mhmoe analyze``: which experts a checkpoint uses on a prepared set, and which each language or modality, as tables,
+JSON and heat maps."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from .data_identity import identify_data
 from .language_plots import draw_language_loads, draw_language_matrices
 from .language_report import describe_languages
 from .language_routing import LanguageRouting, activation_file, is_multilingual, languages_file, measured_languages
-from .plots import draw_activations, require_matplotlib
+from .modality_routing import ModalityRouting, is_multimodal, measured_modalities, modalities_file
+from .modality_routing_report import describe_modalities
+from .plots import draw_activations, draw_group_loads, require_matplotlib
 from .runs import read_settings
 from .tables import markdown_table, number, percent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe analyze``."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of an MoE language model")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with dict.txt and the split")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of a model with experts")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared folder with the split")
     parser.add_argument("--split", default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="folder for activation-SPLIT.json and .png, and languages-SPLIT (default: the checkpoint's)",
+        help="folder for activation-SPLIT.json and .png, languages- or modalities-SPLIT (default: the checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=float, default=ACTIVE_THRESHOLD, metavar="SHARE",
         help="an expert is active from this share of the uniform load on",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=32, help="blocks per batch")
+    parser.add_argument("--batch-size", type=int, default=32, help="blocks, or images, per batch")
     parser.add_argument("--no-plots", action="store_true", help="no heat map; needs no matplotlib")
 
 
@@ -50,39 +52,57 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or args.checkpoint.parent
     record = activation_file(out, args.split)
     measured = (args.checkpoint, args.data, args.split, identity.digest, args.batch_size)
-    languages = None
+    groups: LanguageRouting | ModalityRouting | None = None
     with quiet():
         if is_multilingual(settings):
-            activation, languages = measured_languages(out, *measured)
+            activation, groups = measured_languages(out, *measured)
+        elif is_multimodal(settings):
+            activation, groups = measured_modalities(out, *measured, settings["criterion"])
         else:
             activation = measured_activation(record, *measured)
         write_activation(record, activation, args.threshold)
-        files = [record] if languages is None else [record, languages_file(out, args.split)]
+        files = [record]
+        if isinstance(groups, LanguageRouting):
+            files.append(languages_file(out, args.split))
+        elif groups is not None:
+            files.append(modalities_file(out, args.split))
         if not args.no_plots:
-            files += _draw(args, out, activation, languages)
-    say(describe(activation, args.threshold))
-    if languages is not None:
-        say("\n" + describe_languages(languages))
+            files += _draw(args, out, activation, groups)
+    is_text = not isinstance(groups, ModalityRouting)
+    say(describe(activation, args.threshold, "tokens" if is_text else "positions", "token" if is_text else "target"))
+    if isinstance(groups, LanguageRouting):
+        say("\n" + describe_languages(groups))
+    elif groups is not None:
+        say("\n" + describe_modalities(groups, args.threshold))
     say(f"written: {', '.join(map(str, files))}")
     return 0
 
 
 def _draw(
-    args: argparse.Namespace, out: Path, activation: Activation, languages: LanguageRouting | None
+    args: argparse.Namespace, out: Path, activation: Activation, groups: LanguageRouting | ModalityRouting | None
 ) -> list[Path]:
     name = args.checkpoint.parent.name
     figure = activation_file(out, args.split).with_suffix(".png")
     draw_activations(figure, {name: activation}, args.threshold)
-    if languages is None:
+    if groups is None:
         return [figure]
+    if isinstance(groups, ModalityRouting):
+        loads = out / f"modalities-{args.split}-load.png"
+        draw_group_loads(loads, groups.load_GLE, groups.layers, groups.groups, f"{name}: expert load by modality")
+        return [figure, loads]
     loads, matrices = (out / f"languages-{args.split}-{kind}.png" for kind in ("load", "overlap"))
-    draw_language_loads(loads, languages, name)
-    draw_language_matrices(matrices, languages, name)
+    draw_language_loads(loads, groups, name)
+    draw_language_matrices(matrices, groups, name)
     return [figure, loads, matrices]
 
 
-def describe(activation: Activation, threshold: float) -> str:
-    """A row for every MoE layer and their mean."""
+def describe(activation: Activation, threshold: float, positions: str = "tokens", target: str = "token") -> str:
+    """A row for every MoE layer and their mean.
+
+    Args:
+        positions: what was routed.
+        target: what the loss is of.
+    """
     columns = (
         activation.active(threshold), activation.effective(), activation.max_over_mean(), activation.overflow(),
         activation.entropy,
@@ -98,7 +118,8 @@ def describe(activation: Activation, threshold: float) -> str:
     header = ["layer", "active experts", "effective experts", "load max/mean", "overflow", "router entropy (nats)"]
     experts = len(activation.load[0])
     return "\n".join([
-        f"{activation.split}: {activation.tokens:,} tokens, {activation.loss:.4f} bits per token, {experts} experts; "
+        f"{activation.split}: {activation.tokens:,} {positions}, {activation.loss:.4f} bits per {target}, "
+        f"{experts} experts; "
         f"active: at least {threshold:.1%} of the uniform load; effective: exp(entropy of the load) / {experts}",
         "",
         markdown_table(header, rows),

@@ -12,27 +12,12 @@ from torch import Tensor
 
 from .aggregate import mean_and_deviation
 from .language_routing import LanguageRouting
-from .plots import heat_map, new_figure, save_figure
+from .plots import draw_group_loads, heat_map, new_figure, save_figure
 
 
 def draw_language_loads(path: Path, routing: LanguageRouting, title: str) -> None:
     """Heat maps, languages by experts, one for every MoE layer: the loads over the mean of the language."""
-    load_GLE = routing.load_GLE
-    relative_GLE = load_GLE / load_GLE.mean(-1, keepdim=True)
-    highest = min(4.0, max(2.0, math.ceil(relative_GLE.max().item())))
-    columns = 1 if len(routing.layers) == 1 else 2
-    rows = math.ceil(len(routing.layers) / columns)
-    figure = new_figure(1.0 + 4.2 * columns, 0.8 + rows * (0.6 + 0.2 * len(routing.languages)))
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    image: Any = None
-    for place, (axes, layer) in enumerate(zip(all_axes, routing.layers)):
-        image = heat_map(axes, relative_GLE[:, place], routing.languages, highest)
-        axes.set(title=f"layer {layer + 1}", xlabel="expert")
-    for axes in all_axes[len(routing.layers) :]:
-        axes.set_axis_off()
-    figure.suptitle(f"{title}: expert load by language")
-    figure.colorbar(image, ax=all_axes.tolist(), label="load, 1 = uniform", extend="max")
-    save_figure(figure, path)
+    draw_group_loads(path, routing.load_GLE, routing.layers, routing.languages, f"{title}: expert load by language")
 
 
 def draw_language_matrices(path: Path, routing: LanguageRouting, title: str) -> None:

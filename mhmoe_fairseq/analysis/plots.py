@@ -61,6 +61,30 @@ def draw_activations(path: Path, activations: dict[str, Activation], threshold: 
     save_figure(figure, path)
 
 
+def draw_group_loads(path: Path, load_GLE: Tensor, layers: Sequence[int], groups: Sequence[str], title: str) -> None:
+    """Heat maps, groups by experts, one for every MoE layer: the loads over the mean of the group.
+
+    Args:
+        load_GLE: assignments of every group in every layer.
+        layers: places of the layers in the model, from 0.
+    """
+    relative_GLE = load_GLE / load_GLE.mean(-1, keepdim=True)
+    highest = min(4.0, max(2.0, math.ceil(relative_GLE.max().item())))
+    columns = 1 if len(layers) == 1 else 2
+    rows = math.ceil(len(layers) / columns)
+    figure = new_figure(1.0 + 4.2 * columns, 0.8 + rows * (0.6 + 0.2 * len(groups)))
+    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    image: Any = None
+    for place, (axes, layer) in enumerate(zip(all_axes, layers)):
+        image = heat_map(axes, relative_GLE[:, place], groups, highest)
+        axes.set(title=f"layer {layer + 1}", xlabel="expert")
+    for axes in all_axes[len(layers) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    figure.colorbar(image, ax=all_axes.tolist(), label="load, 1 = uniform", extend="max")
+    save_figure(figure, path)
+
+
 def heat_map(axes: Any, values: Tensor, rows: Sequence[str], highest: float, lowest: float = 0.0) -> Any:
     """A matrix, coloured from ``lowest`` to ``highest``; the image, for a colour bar."""
     axes.set_yticks(range(len(rows)), rows)
