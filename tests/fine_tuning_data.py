@@ -1,7 +1,7 @@
 """Indexes of the fine-tuning tasks for the folder of ``pictures_and_words``, and the words of trainings on them.
 
 A picture has two squares, ``a SIZE COLOUR square beside a SIZE COLOUR square``: questions ask for the colour of one,
-statements name the left colours of two pictures, classes are left colours.
+statements name the left picture's left colour, classes are left colours.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ def _questions(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _statements(pairs: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """Each statement about two pictures is used once as it is true, and once with the pictures changed."""
+    """Each statement, about the left picture, is used once as it is true, and once with the pictures changed."""
     shuffled = random.Random(3).sample(pairs, len(pairs))
     rows = []
     for number, (one, two) in enumerate(zip(pairs, shuffled)):
         if one["left"] == two["left"]:
             continue
-        text = f"a {ANSWERS[one['left']]} square beside a {ANSWERS[two['left']]} square"
+        text = f"the square is {ANSWERS[one['left']]}"
         for label, (first, second) in ((1, (one, two)), (0, (two, one))):
             rows.append(
                 {

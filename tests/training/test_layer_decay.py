@@ -1,81 +1,19 @@
-"""Learning rates by layer against steps computed by hand, in one process and with experts on two ranks."""
+"""Learning rates by layer against steps computed by hand, the same in all precisions, and what is refused."""
 
 from __future__ import annotations
 
 import copy
-import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fairseq import optim
+from decayed_models import BETAS, EPS, FACTORS, HEAD, LR, WEIGHT_DECAY, build, inputs, settings, step
 from fairseq.optim.lr_scheduler import build_lr_scheduler
-from parallel_runs import configuration
-from torch import nn
 
-from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.parallel import expert_parallelism
-from mhmoe_fairseq.training import prepare_sharded_model
-from mhmoe_fairseq.training.layer_decay import learning_rate_scale, scale_learning_rates
-
-LAYER = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=2, expert_ffn_dim=6, router="xmoe")
-DECAY, HEAD, LR, BETAS, EPS, WEIGHT_DECAY = 0.5, 3.0, 0.01, (0.9, 0.98), 1e-6, 0.1
-ADAM = ["--lr", LR, "--adam-betas", str(BETAS), "--adam-eps", EPS, "--weight-decay", WEIGHT_DECAY]
-# Two layers: the embedding is three steps below the top.
-FACTORS = {"embed": 0.5**3, "layers.0": 0.5**2, "layers.1": 0.5, "norm": 1.0, "heads.task": HEAD}
-
-
-class Model(nn.Module):
-    """Names as in an encoder of ours."""
-
-    def __init__(self, parallel=None):
-        super().__init__()
-        torch.manual_seed(3)
-        self.embed = nn.Linear(8, 8)
-        self.layers = nn.ModuleList([nn.Linear(8, 8), MHMoELayer(LAYER, parallel=parallel)])
-        self.norm = nn.LayerNorm(8)
-        self.heads = nn.ModuleDict({"task": nn.Linear(8, 2)})
-
-    def forward(self, x):
-        x = self.layers[0](self.embed(x))
-        output = self.layers[1](x)
-        return self.heads["task"](self.norm(x + output.hidden)).square().sum() + output.balance_loss
-
-
-@functools.cache
-def settings(*flags):
-    """fairseq takes long to make them."""
-    return configuration(*map(str, (*ADAM, *flags)))
-
-
-def build(decay=DECAY, head=HEAD, parallel=None, flags=()):
-    config = settings(*flags)
-    model = Model(parallel)
-    prepare_sharded_model(model, config.task)
-    scale_learning_rates(model, config.task, decay, head)
-    common = config.common
-    if common.fp16:
-        model.half()
-        wrapper = optim.MemoryEfficientFP16Optimizer if common.memory_efficient_fp16 else optim.FP16Optimizer
-        return model, wrapper.build_optimizer(config, list(model.parameters()))
-    return model, optim.build_optimizer(config.optimizer, list(model.parameters()))
+from mhmoe_fairseq.training.layer_decay import learning_rate_scale
 
 
 def factor(name):
     return next(value for prefix, value in FACTORS.items() if name.startswith(prefix))
-
-
-def inputs(seed=0):
-    return torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def step(model, optimizer, x):
-    optimizer.zero_grad()
-    optimizer.backward(model(x.to(next(model.parameters()).dtype)))
-    optimizer.all_reduce_grads(SimpleNamespace())
-    norm = optimizer.clip_grad_norm(0.5)
-    optimizer.step()
-    return float(norm)
 
 
 def adam_by_hand(model, batches, lr):
@@ -183,28 +121,3 @@ def test_a_state_of_other_factors_is_refused(decay, head):
 def test_what_cannot_be_done_is_refused(decay, head, flags, message):
     with pytest.raises(ValueError, match=message):
         build(decay, head, flags=flags)
-
-
-def on_ranks():
-    """Two ranks share the experts; each has the same batch, so that means over ranks are one rank's."""
-    model, optimizer = build(parallel=expert_parallelism(2))
-    model.all_reduce_grads = lambda: None
-    norms = [step(model, optimizer, inputs(seed)) for seed in range(3)]
-    optimizer.optimizer.consolidate_state_dict()
-    weights = {name: value.clone() for name, value in model.named_parameters()}
-    state = copy.deepcopy(optimizer.state_dict()) if torch.distributed.get_rank() == 0 else None
-    return norms, weights, state
-
-
-def test_with_experts_on_two_ranks_it_is_one_process(workers2):
-    model, optimizer = build()
-    norms = [step(model, optimizer, inputs(seed)) for seed in range(3)]
-    outcomes = workers2.run(on_ranks)
-    assert outcomes[0][0] == pytest.approx(norms, rel=1e-4)
-    for name, value in model.named_parameters():
-        parts = [outcome[1][name] for outcome in outcomes]
-        whole = torch.cat(parts) if ".experts." in name else parts[0]
-        torch.testing.assert_close(whole, value.detach(), atol=1e-5, rtol=1e-4, msg=name)
-    other, its = build()
-    its.load_state_dict(outcomes[0][2])  # all experts, in one process
-    assert [group["lr_scale"] for group in its.param_groups] == list(FACTORS.values())

@@ -1,0 +1,107 @@
+"""Fine-tuning on two ranks does what one process does: layers' learning rates, and losses that compare rows."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from beit3_models import beit3_batch, beit3_dictionary, small_beit3
+from decayed_models import FACTORS, build, inputs, step
+
+from mhmoe_fairseq.criterions.gathering import gather_rows
+from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
+from mhmoe_fairseq.models._beit3_heads import RetrievalHead
+from mhmoe_fairseq.parallel import expert_parallelism
+
+LENGTHS = [9, 5, 2, 7, 4]
+ROWS = {0: slice(0, 3), 1: slice(3, 5)}  # of each rank: unequal numbers
+
+
+def updates(parallel=None):
+    """Norms, parameters and the optimizer's state after three updates; every rank has the same batches."""
+    model, optimizer = build(parallel=parallel)
+    norms = [step(model, optimizer, inputs(seed)) for seed in range(3)]
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    state = None
+    if parallel is not None:
+        optimizer.optimizer.consolidate_state_dict()
+    if parallel is None or dist.get_rank() == 0:
+        state = copy.deepcopy(optimizer.state_dict())
+    return norms, weights, state
+
+
+def contrast(rows=slice(None)):
+    """Loss, gradients and, in evaluation, vectors of some rows of a batch."""
+    model = small_beit3("dense_beit3_tiny", num_visual_tokens=0).double()
+    torch.manual_seed(1)
+    model.register_head("retrieval", RetrievalHead(32).double())
+    criterion = RetrievalCriterion(
+        SimpleNamespace(head_name="retrieval", target_dictionary=beit3_dictionary()), 0.0, "average", 0.0
+    )
+    numbers = torch.arange(len(LENGTHS))[rows]
+    batch = {
+        "id": numbers,
+        "image_ids": 50 + numbers,
+        "net_input": {key: value[rows] for key, value in beit3_batch("pair", LENGTHS).items()},
+        "ntokens": len(numbers),
+    }
+    loss = criterion(model, batch)[0]
+    loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    with torch.no_grad():
+        criterion(model.eval(), batch)
+    return loss.item(), gradients, criterion.take_vectors()
+
+
+def everything():
+    """On each rank, in one call, because a process spends far more time on its imports."""
+    return updates(expert_parallelism(2)), contrast(ROWS[dist.get_rank()])
+
+
+@pytest.fixture(scope="module")
+def outcomes(workers2):
+    return workers2.run(everything)
+
+
+def test_layers_learn_as_in_one_process_with_experts_on_two_ranks(outcomes):
+    norms, weights, state = updates()
+    of_ranks = [outcome[0] for outcome in outcomes]
+    for own_norms, _, _ in of_ranks:
+        assert own_norms == pytest.approx(norms, rel=1e-4)
+    for name, value in weights.items():
+        parts = [own[name] for _, own, _ in of_ranks]
+        whole = torch.cat(parts) if ".experts." in name else parts[0]
+        torch.testing.assert_close(whole, value, atol=1e-5, rtol=1e-4, msg=name)
+    saved = of_ranks[0][2]
+    assert [group["lr_scale"] for group in saved["param_groups"]] == list(FACTORS.values())
+    model, optimizer = build()
+    model.load_state_dict({name: torch.cat(p) if ".experts." in name else p[0] for name, p in _parts(of_ranks).items()})
+    optimizer.load_state_dict(saved)  # all experts, and what two ranks saved goes on in one process
+    other, its = build()
+    other.load_state_dict(weights)
+    its.load_state_dict(state)
+    assert step(model, optimizer, inputs(9)) == pytest.approx(step(other, its, inputs(9)), rel=1e-4)
+
+
+def _parts(of_ranks):
+    return {name: [own[name] for _, own, _ in of_ranks] for name in of_ranks[0][1]}
+
+
+def test_the_contrastive_loss_of_two_ranks_is_that_of_all_rows(outcomes):
+    loss, gradients, vectors = contrast()
+    of_ranks = [outcome[1] for outcome in outcomes]
+    assert sum(own for own, _, _ in of_ranks) == pytest.approx(loss, rel=1e-6)
+    assert gradients["heads.retrieval.logit_scale"].abs() > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(sum(own[name] for _, own, _ in of_ranks), gradient, atol=1e-6, rtol=1e-4, msg=name)
+    for _, _, own in of_ranks:
+        assert own.ids.tolist() == [0, 1, 2, 3, 4] and own.image_ids.tolist() == [50, 51, 52, 53, 54]
+        torch.testing.assert_close(own.texts, vectors.texts)
+
+
+def test_one_process_has_its_own_rows():
+    rows = torch.ones(2, 3, requires_grad=True)
+    assert gather_rows(rows) == (rows, 0)
