@@ -30,7 +30,8 @@ def load_image_text_model(
         FileNotFoundError: naming what is missing.
         ValueError: the file is no such checkpoint, or the data have another dictionary.
     """
-    logging.getLogger("fairseq").setLevel(logging.WARNING)  # it logs its whole configuration at every load
+    for name in ("fairseq", "PIL"):  # they log their whole configuration, and every picture
+        logging.getLogger(name).setLevel(logging.WARNING)
     file = find_checkpoint(Path(checkpoint), None)
     trained_with = read_checkpoint(file)["cfg"]["task"]["_name"]
     if trained_with != task_name:
