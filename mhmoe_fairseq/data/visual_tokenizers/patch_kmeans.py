@@ -66,7 +66,8 @@ def fit_patch_kmeans(
 ) -> PatchKMeans:
     """Lloyd's algorithm from distinct patches drawn by ``seed``; the same input gives the same codes.
 
-    It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch drawn by its squared distance from its code.
+    It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch
+    drawn by its squared distance from its code.
 
     Args:
         patches: (R, 3 * patch_size ** 2) in [0, 1], of training pictures.
