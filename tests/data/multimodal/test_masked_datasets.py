@@ -187,6 +187,16 @@ def test_workers_change_nothing(folder):
     assert not is_same(alone[0][0], alone[1][0])
 
 
+def test_batches_of_so_many_positions(folder):
+    dataset = pairs(folder)
+    longest = dataset.num_tokens(2)
+    batches = dataset.batch_by_size(dataset.ordered_indices(), max_tokens=2 * longest, required_batch_size_multiple=8)
+    assert sorted(row for batch in batches for row in batch) == list(range(COUNT)) and max(map(len, batches)) == 2
+    with pytest.raises(ValueError, match=rf"--max-tokens \({longest - 1}\) must be at least {longest}"):
+        dataset.batch_by_size(dataset.ordered_indices(), max_tokens=longest - 1)
+    assert len(dataset.filter_indices_by_size(np.arange(COUNT), 3)[0]) == COUNT  # texts are cut, none is left out
+
+
 def test_in_fairseqs_round_robin(folder):
     parts = {"image": images(folder), "text": texts(folder, 3, 4, 5), "pair": pairs(folder)}
     zipped = RoundRobinZipDatasets(parts)

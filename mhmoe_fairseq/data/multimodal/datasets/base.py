@@ -185,10 +185,21 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         return indices, []
 
     def batch_by_size(
-        self, indices: np.ndarray, *args: Any, required_batch_size_multiple: int = 1, **kwargs: Any
+        self,
+        indices: np.ndarray,
+        max_tokens: int | None = None,
+        max_sentences: int | None = None,
+        required_batch_size_multiple: int = 1,
     ) -> list[np.ndarray]:
-        """Batches that hold every row: fairseq-fixed drops a last one of another multiple."""
-        return super().batch_by_size(indices, *args, required_batch_size_multiple=1, **kwargs)
+        """Batches that hold every row: fairseq-fixed drops a last one of another multiple.
+
+        Raises:
+            UserError: if ``--max-tokens`` is less than the positions of one row.
+        """
+        longest = int(self.sizes[indices].max(initial=0))
+        if max_tokens is not None and longest > max_tokens:
+            raise UserError(f"--max-tokens ({max_tokens}) must be at least {longest}, the positions of one sample")
+        return super().batch_by_size(indices, max_tokens, max_sentences, required_batch_size_multiple=1)
 
     def _generator(self, purpose: int, *row: int) -> np.random.Generator:
         return np.random.default_rng([self.settings.seed % 2**32, self.stream, purpose, self.epoch, *row])
