@@ -178,11 +178,11 @@ class Recalls:
 
     def describe(self) -> Iterator[str]:
         """A line for each direction."""
-        for direction, what in (("text", "captions by picture"), ("image", "pictures by caption")):
+        ways = (("text", self.pictures, "captions by picture"), ("image", self.captions, "pictures by caption"))
+        for direction, count, what in ways:
             found = {f"R@{rank}": self.recalls[f"{direction}_r{rank}"] for rank in (1, 5, 10)}
-            chance = {"R@1 by chance": 100 / (self.captions if direction == "text" else self.pictures)}
-            count = self.pictures if direction == "text" else self.captions
-            yield _line(self.split, count, what, {**found, **chance})
+            # A picture has captions / pictures of the captions on average, so chance is the same both ways.
+            yield _line(self.split, count, what, {**found, "R@1 by chance": 100 / self.pictures})
         yield f"{self.split}: mean recall {self.recalls['mean_recall']:.2f}"
 
     def write(self, path: Path) -> None:
