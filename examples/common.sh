@@ -2,7 +2,7 @@
 # What the recipes share; each experiment's common.sh sources it, after setting
 #   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, where evaluation has more than
 #   one figure (a language's, a modality's), several_figures.
-#   family (lm) of the architectures; inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
+#   family (lm) of the architectures; criterion (moe_cross_entropy); inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
 #   (more flags of training; they win) and paper_batch (samples of an update at paper scale) where a language model's do
 #   not fit.
 #
@@ -26,7 +26,7 @@
 # shellcheck disable=SC2154  # experiment and task are the sourcing file's
 set -euo pipefail
 
-: "${family:=lm}"
+: "${family:=lm}" "${criterion:=moe_cross_entropy}"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$experiment
 user_dir=$(cd "$here/../.." && pwd)/mhmoe_fairseq
 
@@ -71,7 +71,7 @@ settings_of() { # SCALE
     [[ -n ${schedule[*]-} ]] || schedule=(--lr-scheduler polynomial_decay --total-num-update "$updates")
     local interval=$(((updates + intervals - 1) / intervals))
     recipe+=(
-        --criterion moe_cross_entropy --moe-gate-loss-wt 0.01
+        --criterion "$criterion" --moe-gate-loss-wt 0.01
         --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01 --dropout 0.1
         --lr "$lr" "${schedule[@]}" --warmup-updates "$warmup"
         --max-update "$updates" --required-batch-size-multiple 1 --seed "${SEED:-1}" --num-workers 0
@@ -245,6 +245,16 @@ train_table1() { # FLAGS...
         EXPERTS=$experts NAME=xmoe-e$experts train_xmoe "$@"
         EXPERTS=$experts NAME=mhmoe-$budget-e$experts train_mhmoe "$@"
     done
+}
+
+# The function that trains a run of the recipes, by its name.
+training_of() { # NAME
+    case $1 in
+    dense*) echo train_dense ;;
+    xmoe*) echo train_xmoe ;;
+    mhmoe*) echo train_mhmoe ;;
+    *) fail "$1 must start with dense, xmoe or mhmoe, as the recipes' runs do" ;;
+    esac
 }
 
 set_moe() {

@@ -31,21 +31,16 @@ turn_to_classification() {
     fi
     language_models=$OUT DATA=${CLASSIFICATION:-CLASSIFICATION} OUT=$OUT/finetuned
     task=(--task mhmoe_sentence_classification) inputs=(--tokens-per-sample "${TOKENS:-128}")
+    criterion=mhmoe_sentence_classification
     settings=(
-        --criterion mhmoe_sentence_classification --valid-subset "$split"
-        --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric
+        --valid-subset "$split" --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric
     )
     settings_of "$SCALE"
 }
 
 finetune() { # NAME
     local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 train
-    case $1 in
-    dense*) train=train_dense ;;
-    xmoe*) train=train_xmoe ;;
-    mhmoe*) train=train_mhmoe ;;
-    *) fail "$1 must start with dense, xmoe or mhmoe, as the recipes' runs do" ;;
-    esac
+    train=$(training_of "$1")
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: train it first"
     NAME=$1 "$train" --finetune-from-model "$from"
     [[ -z ${DRY_RUN:-} ]] || return 0
