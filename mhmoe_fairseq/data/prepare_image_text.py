@@ -8,22 +8,30 @@ from pathlib import Path
 
 from ..errors import UserError
 from .files import require_files
-from .image_text.console import say, silence_pillow
+from .image_text.beit3_folder import Completion, CompletionSettings
+from .image_text.console import say
 from .image_text.derived import DerivedSettings
 from .image_text.pictures import PictureSource
 from .image_text.pipeline import ImageTextSettings, prepare_image_text
 from .sentencepiece_vocabulary import MODELS, check_vocab_size
 from .sources.pictures.emoji import EmojiSource
+from .sources.pictures.folder import FolderSource
+from .sources.pictures.tuxpaint import TuxPaintSource
 from .splits import SPLITS, check_fractions
 from .visual_tokenizers.fitting import FitSettings
 
-SOURCES = ("emoji",)
-_NEEDS_FOLDER = ()
+_BEIT3 = "beit3-index"
+_NEEDS_FOLDER = ("folder", _BEIT3)
+SOURCES = ("emoji", "tuxpaint", *_NEEDS_FOLDER)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe prepare image-text``."""
-    parser.add_argument("--source", nargs="+", default=["emoji"], metavar=("NAME", "DIR"), help=f"{', '.join(SOURCES)}")
+    parser.add_argument(
+        "--source", nargs="+", default=["emoji"], metavar=("NAME", "DIR"),
+        help="emoji; tuxpaint; 'folder DIR' with pictures and captions; 'beit3-index DIR', a folder of unilm's "
+        "scripts, checked and completed in place",
+    )  # fmt: skip
     parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
     parser.add_argument(
         "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
@@ -60,15 +68,26 @@ def _add_picture_arguments(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prepares the pictures; raises ``UserError`` for anything the user can mend."""
     source, settings = build_source(args), build_settings(args)
+    if source is None:
+        _complete(Path(args.source[1]), args.dest, CompletionSettings(settings.text_data, settings.tokenizer))
+        return 0
     cache_dir = args.cache_dir or args.dest.absolute().parent / ".mhmoe-downloads"
-    silence_pillow()
     say(f"source: {source.name}; licence: {source.licence}")
     prepare_image_text(source, settings, args.dest, cache_dir=cache_dir, overwrite=args.overwrite, say=say)
     return 0
 
 
-def build_source(args: argparse.Namespace) -> PictureSource:
-    """The source that ``--source`` names.
+def _complete(folder: Path, dest: Path, settings: CompletionSettings) -> None:
+    if dest.resolve() != folder.resolve():
+        raise UserError(
+            f"--dest {dest}: must be {folder} itself, where the missing files are put: the pictures are not copied"
+        )
+    manifest = Completion(folder, settings, say).run()
+    say(f"done: {folder}, {len(manifest['made'])} files made here")
+
+
+def build_source(args: argparse.Namespace) -> PictureSource | None:
+    """The source that ``--source`` names; None for beit3-index, which is no source but a folder to complete.
 
     Raises:
         UserError: an unknown name, a folder where none belongs, or none where one does.
@@ -79,7 +98,9 @@ def build_source(args: argparse.Namespace) -> PictureSource:
     if len(folders) != (name in _NEEDS_FOLDER):
         needs = "needs one folder after it" if name in _NEEDS_FOLDER else "takes no folder"
         raise UserError(f"--source {name}: {needs}, got {' '.join(folders) or 'none'}")
-    return EmojiSource()
+    if name == "folder":
+        return FolderSource(Path(folders[0]))
+    return {"emoji": EmojiSource(), "tuxpaint": TuxPaintSource()}.get(name)
 
 
 def build_settings(args: argparse.Namespace) -> ImageTextSettings:

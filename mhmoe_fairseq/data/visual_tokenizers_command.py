@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .files import atomic_path, write_json
-from .image_text.console import say, silence_pillow
+from .image_text.console import say
 
 if TYPE_CHECKING:
     from .visual_tokenizers import VisualTokenizer
@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: a bad flag, a file that is no tokenizer, a picture that cannot be read.
     """
-    silence_pillow()
     {"fit": _fit, "info": _info, "encode": _encode}[args.action](args)
     return 0
 

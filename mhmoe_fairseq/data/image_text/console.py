@@ -1,8 +1,7 @@
-"""What the commands on pictures say, and what Pillow is kept from saying."""
+"""What the commands on pictures say."""
 
 from __future__ import annotations
 
-import logging
 import sys
 
 
@@ -10,8 +9,3 @@ def say(line: str) -> None:
     """One line for the user, at once even into a pipe."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def silence_pillow() -> None:
-    """Importing TorchScale's dependencies sets the root logger to DEBUG, where Pillow logs every chunk of a file."""
-    logging.getLogger("PIL").setLevel(logging.WARNING)

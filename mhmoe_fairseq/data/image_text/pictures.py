@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 from ..archives import Say
 from ..files import atomic_open
@@ -72,6 +72,14 @@ class PictureSource(Protocol):
     def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures: ...
+
+
+def caption_sentences(pictures: Iterable[Picture]) -> Iterator[Sentence]:
+    """Every caption once as a line of text, for sources that have no other text."""
+    for picture in pictures:
+        for language, captions in picture.captions.items():
+            for caption in captions:
+                yield Sentence(picture.unit, language, caption)
 
 
 def write_catalogue(folder: Path, opened: OpenedPictures) -> None:

@@ -64,13 +64,16 @@ def _draw(families: Mapping[str, str], shares: Mapping[str, float], generator: r
 def has_known_caption(picture: Picture, language: str, families: set[str], words: set[str]) -> bool:
     """Whether a held-out picture's caption can be put together from what training has.
 
+    True of every caption where the source knows of no families.
+
     Args:
         families: those of training pictures.
         words: those of training captions; see :func:`words_of`.
     """
-    if picture.family and picture.family not in families:
-        return False
-    return any(words_of(caption) <= words for caption in picture.captions.get(language, ()))
+    captions = picture.captions.get(language, [])
+    if not picture.family:
+        return bool(captions)
+    return picture.family in families and any(words_of(caption) <= words for caption in captions)
 
 
 def words_of(text: str) -> set[str]:

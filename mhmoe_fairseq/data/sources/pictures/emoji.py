@@ -17,6 +17,7 @@ from ....errors import UserError
 from ...archives import Archive, Say, fetch, iter_tar_members
 from ...image_text.pictures import IMAGES, OpenedPictures, Picture, Sentence
 from .cldr_names import ANNOTATIONS, DERIVED, VARIATION, VERSION, Names, read_names
+from .wording import COLOURS, colour_facts
 
 _VERSION = "16.0.0"
 PICTURES = Archive(
@@ -28,8 +29,6 @@ _INDEX, _FOLDER = "package/emoji.json", "package/img/google/64/"
 _TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _NO_PICTURES_OF_THEIR_OWN = "Component"  # the skin tones by themselves
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "grey", "pink")
-_COLOUR = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 _PERSON = re.compile(r"(woman|man|person|women|men|people|girl|boy|child)\b")
 _VARIED = re.compile(rf"\b({'|'.join(COLOURS)}|women|woman|men|man|person|people|small|medium|large|in|with)\b")
 
@@ -130,9 +129,8 @@ def _facts(name: str, entry: Entry) -> dict[str, str]:
     title, _, details = name.partition(": ")
     if person := _PERSON.match(title):
         facts["person"] = person[1]
-    colours = set(_COLOUR.findall(title))
-    if len(colours) == 1 and "person" not in facts:
-        facts["colour"] = colours.pop()
+    else:
+        facts |= colour_facts(title)
     tones = [part for part in details.split(", ") if part.endswith(" skin tone")]
     if len(tones) == 1:
         facts["tone"] = tones[0].removesuffix(" skin tone")

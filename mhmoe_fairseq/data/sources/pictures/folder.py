@@ -1,0 +1,134 @@
+"""The user's own pictures: a folder, with captions in one file or beside each picture.
+
+Captions, where there are any, are in ``captions.jsonl`` (``{"image": "a/b.jpg", "caption": "...", "language": "en"}``;
+a list of captions is fine, and the language may be left out), in ``captions.tsv`` (``a/b.jpg``, a tab, the caption), or
+in ``b.txt`` beside ``b.jpg``, a caption per line. A picture's first folder is its kind.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Iterator, Sequence
+
+from ....errors import UserError
+from ...archives import Say
+from ...documents import clean_line
+from ...files import read_utf8_lines, sha256_of
+from ...image_text.pictures import IMAGES, OpenedPictures, Picture, caption_sentences
+from .wording import colour_facts
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+_JSONL, _TSV = "captions.jsonl", "captions.tsv"
+
+Captions = dict[str, dict[str, list[str]]]  # picture -> language -> captions
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """Pictures in ``folder`` and below."""
+
+    folder: Path
+    name: str = "folder"
+    licence: str = "the user's own pictures: their terms are the user's to know"
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Number and bytes of the pictures, and hashes of the caption files.
+
+        Raises:
+            UserError: no such folder, or no picture in it.
+        """
+        files = self._files()
+        texts = [self.folder / name for name in (_JSONL, _TSV)]
+        return {
+            "pictures": len(files),
+            "bytes": sum(file.stat().st_size for file in files),
+            "captions": {text.name: sha256_of(text) for text in texts if text.is_file()},
+        }
+
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
+        """Copies the pictures.
+
+        Raises:
+            UserError: naming file and line of a caption that is no good, or of a picture that is not there.
+        """
+        files = self._files()
+        captions = self._captions(languages[0])
+        pictures = []
+        for file in files:
+            name = file.relative_to(self.folder).as_posix()
+            target = folder / IMAGES / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
+            pictures.append(_picture(name, sha256_of(file)[:16], captions.pop(name, {}), languages))
+        if captions:
+            raise UserError(f"--source folder {self.folder}: a caption is for {min(captions)}, which is not there")
+        captioned = sum(bool(picture.captions) for picture in pictures)
+        say(f"folder: {len(pictures)} pictures, {captioned} with a caption in {', '.join(languages)}")
+        return OpenedPictures(
+            {"folder": self.folder.name, "captioned": captioned}, pictures, list(caption_sentences(pictures))
+        )
+
+    def _files(self) -> list[Path]:
+        if not self.folder.is_dir():
+            raise UserError(f"--source folder {self.folder}: no such folder")
+        files = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        if not files:
+            raise UserError(f"--source folder {self.folder}: has no picture ({', '.join(SUFFIXES)})")
+        return files
+
+    def _captions(self, default_language: str) -> Captions:
+        found: Captions = defaultdict(lambda: defaultdict(list))
+        for name, language, text in self._caption_lines(default_language):
+            if cleaned := clean_line(text):
+                found[PurePosixPath(name).as_posix()][language].append(cleaned)
+        return found
+
+    def _caption_lines(self, default_language: str) -> Iterator[tuple[str, str, str]]:
+        """Picture, language and caption."""
+        if (self.folder / _JSONL).is_file():
+            yield from _json_captions(self.folder / _JSONL, default_language)
+        if (self.folder / _TSV).is_file():
+            for number, line in enumerate(read_utf8_lines(self.folder / _TSV), start=1):
+                name, tab, text = line.partition("\t")
+                if line.strip() and not (tab and name and text.strip()):
+                    raise UserError(f"{self.folder / _TSV}:{number}: must be a picture, a tab and its caption")
+                yield name, default_language, text
+        for file in self._files():
+            beside = file.with_suffix(".txt")
+            if beside.is_file():
+                for line in read_utf8_lines(beside):
+                    yield file.relative_to(self.folder).as_posix(), default_language, line
+
+
+def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str, str]]:
+    for number, line in enumerate(read_utf8_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+        texts = record.get("caption") if isinstance(record, dict) else None
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}:{number}: needs an object with 'image', and 'caption': a text or a list of texts")
+        if not isinstance(record.get("image"), str):
+            raise UserError(f"{path}:{number}: needs the picture's path in the field 'image'")
+        for text in texts:
+            yield record["image"], str(record.get("language", default_language)), text
+
+
+def _picture(name: str, unit: str, captions: dict[str, list[str]], languages: Sequence[str]) -> Picture:
+    folders = PurePosixPath(name).parts[:-1]
+    return Picture(
+        path=f"{IMAGES}/{name}",
+        captions={language: captions[language] for language in languages if captions.get(language)},
+        unit=unit,
+        group=folders[0] if folders else "",
+        subgroup=folders[1] if len(folders) > 1 else "",
+        facts=colour_facts(" ".join(captions.get("en", ()))),
+    )
