@@ -2,60 +2,82 @@
 
 from __future__ import annotations
 
+import abc
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
 
 import numpy as np
 
 from ..data.files import atomic_open, write_json
 
 
-class Predictions(Protocol):
-    """What is known of a split after a model has seen it."""
-
-    @property
-    def has_scores(self) -> bool:
-        """Whether the split has labels to compare with."""
-
-    def describe(self) -> Iterator[str]:
-        """The lines that ``mhmoe predict`` prints."""
-
-    def write(self, path: Path) -> None:
-        """Write the predictions."""
-
-
 @dataclass(frozen=True)
-class Answers:
-    """Of visual question answering.
+class Predictions(abc.ABC):
+    """Base of the predictions of all tasks.
 
     Args:
         split: its name.
+        baselines: name -> what one gets without looking at the pictures, in percent.
+
+    Attributes:
+        unit: what is counted.
+    """
+
+    unit = "rows"
+
+    split: str
+    baselines: dict[str, float] = field(default_factory=dict, kw_only=True)
+
+    @property
+    @abc.abstractmethod
+    def count(self) -> int:
+        """How many are predicted."""
+
+    @property
+    @abc.abstractmethod
+    def figures(self) -> dict[str, float]:
+        """Name -> percent; nothing where the split has no labels."""
+
+    @abc.abstractmethod
+    def write(self, path: Path) -> None:
+        """Write the predictions atomically."""
+
+    def describe(self) -> str:
+        """The line that ``mhmoe predict`` prints."""
+        shown = {**self.figures, **(self.baselines if self.figures else {})}
+        start = f"{self.split}: {self.count:,} {self.unit}"
+        return ", ".join([start, *(f"{name} {value:.2f}" for name, value in shown.items())])
+
+
+@dataclass(frozen=True)
+class Answers(Predictions):
+    """Of visual question answering.
+
+    Args:
         question_ids: ``(Q,)``.
         answers: the most probable answer of each question.
         scores: ``(Q,)`` their soft scores, from 0 to 1; None where the split has no labels.
-        baselines: name -> mean soft score in percent.
     """
 
-    split: str
+    unit = "questions"
+
     question_ids: np.ndarray
     answers: list[str]
     scores: np.ndarray | None
-    baselines: dict[str, float] = field(default_factory=dict)
 
     @property
-    def has_scores(self) -> bool:
-        """Whether the split has labels."""
-        return self.scores is not None
+    def count(self) -> int:
+        """Questions."""
+        return len(self.answers)
 
-    def describe(self) -> Iterator[str]:
-        """One line."""
-        figures = {} if self.scores is None else {"VQA score": 100 * float(self.scores.mean()), **self.baselines}
-        yield _line(self.split, len(self.answers), "questions", figures)
+    @property
+    def figures(self) -> dict[str, float]:
+        """``VQA score``: the mean soft score."""
+        return {} if self.scores is None else {"VQA score": 100 * float(self.scores.mean())}
 
     def write(self, path: Path) -> None:
         """The layout of VQAv2's evaluation server: ``[{"question_id", "answer"}]``."""
@@ -67,27 +89,33 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Judgements:
+class Judgements(Predictions):
     """Of statements about two pictures.
 
     Args:
-        split: its name.
         identifiers: of the statements.
         judgements: ``(S,)`` 1 for true.
         labels: ``(S,)`` right ones, or None.
-        baselines: name -> accuracy in percent.
     """
 
-    split: str
+    unit = "statements"
+
     identifiers: list[str]
     judgements: np.ndarray
     labels: np.ndarray | None
-    baselines: dict[str, float] = field(default_factory=dict)
 
     @property
-    def has_scores(self) -> bool:
-        """Whether the split has labels."""
-        return self.labels is not None
+    def count(self) -> int:
+        """Statements."""
+        return len(self.identifiers)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """``accuracy``, and ``consistency`` where the identifiers allow it."""
+        if self.labels is None:
+            return {}
+        found = {"accuracy": 100 * float((self.judgements == self.labels).mean())}
+        return found if self.consistency is None else {**found, "consistency": self.consistency}
 
     @property
     def consistency(self) -> float | None:
@@ -105,16 +133,6 @@ class Judgements:
             right[key] = right.get(key, True) and bool(is_right)
         return 100 * sum(right.values()) / len(right)
 
-    def describe(self) -> Iterator[str]:
-        """One line."""
-        figures = {}
-        if self.labels is not None:
-            figures["accuracy"] = 100 * float((self.judgements == self.labels).mean())
-            if self.consistency is not None:
-                figures["consistency"] = self.consistency
-            figures.update(self.baselines)
-        yield _line(self.split, len(self.identifiers), "statements", figures)
-
     def write(self, path: Path) -> None:
         """The layout of NLVR2's own ``metrics.py``: CSV lines ``identifier,True`` or ``identifier,False``."""
         rows = ([identifier, str(bool(judged))] for identifier, judged in zip(self.identifiers, self.judgements))
@@ -122,32 +140,33 @@ class Judgements:
 
 
 @dataclass(frozen=True)
-class Classes:
+class Classes(Predictions):
     """Of pictures.
 
     Args:
-        split: its name.
         paths: of the pictures.
         classes: names by label.
         best: ``(P, 5)`` the most probable classes, most probable first; fewer columns where there are fewer classes.
         labels: ``(P,)``.
-        baselines: name -> accuracy in percent.
     """
 
-    split: str
+    unit = "pictures"
+
     paths: list[str]
     classes: list[str]
     best: np.ndarray
     labels: np.ndarray
-    baselines: dict[str, float] = field(default_factory=dict)
 
-    has_scores: ClassVar[bool] = True
+    @property
+    def count(self) -> int:
+        """Pictures."""
+        return len(self.paths)
 
-    def describe(self) -> Iterator[str]:
-        """One line."""
+    @property
+    def figures(self) -> dict[str, float]:
+        """``top-1`` and ``top-5``: how often the right class is among the most probable ones."""
         is_right = self.best == self.labels[:, None]
-        figures = {"top-1": 100 * float(is_right[:, 0].mean()), "top-5": 100 * float(is_right.any(axis=1).mean())}
-        yield _line(self.split, len(self.paths), "pictures", {**figures, **self.baselines})
+        return {"top-1": 100 * float(is_right[:, 0].mean()), "top-5": 100 * float(is_right.any(axis=1).mean())}
 
     def write(self, path: Path) -> None:
         """CSV lines of path, right class and most probable classes, with a header."""
@@ -160,39 +179,34 @@ class Classes:
 
 
 @dataclass(frozen=True)
-class Recalls:
+class Recalls(Predictions):
     """Of pictures and captions.
 
     Args:
-        split: its name.
         pictures, captions: how many.
         recalls: name -> percent, see ``tasks._recall.recalls``.
     """
 
-    split: str
+    unit = "captions"
+
     pictures: int
     captions: int
     recalls: dict[str, float]
 
-    has_scores: ClassVar[bool] = True
+    @property
+    def count(self) -> int:
+        """Captions."""
+        return self.captions
 
-    def describe(self) -> Iterator[str]:
-        """A line for each direction."""
-        ways = (("text", self.pictures, "captions by picture"), ("image", self.captions, "pictures by caption"))
-        for direction, count, what in ways:
-            found = {f"R@{rank}": self.recalls[f"{direction}_r{rank}"] for rank in (1, 5, 10)}
-            # A picture has captions / pictures of the captions on average, so chance is the same both ways.
-            yield _line(self.split, count, what, {**found, "R@1 by chance": 100 / self.pictures})
-        yield f"{self.split}: mean recall {self.recalls['mean_recall']:.2f}"
+    @property
+    def figures(self) -> dict[str, float]:
+        """Recall at 1, 5 and 10 of the texts of a picture and of the picture of a text, and their mean."""
+        ranked = {f"{way} R@{rank}": self.recalls[f"{way}_r{rank}"] for way in ("text", "image") for rank in (1, 5, 10)}
+        return {"mean recall": self.recalls["mean_recall"], **ranked}
 
     def write(self, path: Path) -> None:
-        """The figures as a JSON object."""
-        write_json(path, {"split": self.split, "pictures": self.pictures, "captions": self.captions, **self.recalls})
-
-
-def _line(split: str, count: int, what: str, figures: dict[str, float]) -> str:
-    start = f"{split}: {count:,} {what}"
-    return ", ".join([start, *(f"{name} {value:.2f}" for name, value in figures.items())])
+        """The figures as a JSON object: there are no predictions of single rows."""
+        write_json(path, {"split": self.split, "pictures": self.pictures, "captions": self.captions, **self.figures})
 
 
 def _csv(rows: Iterable[list[str]]) -> str:

@@ -52,7 +52,7 @@ def _answer(model: FineTuned, split: str, dataset: VQADataset, batches: Batches)
     if not dataset.has_targets:
         return Answers(split, np.array(ids), answers, None)
     baselines = text_baselines(model, dataset.index, _answer_weights, "question only")
-    return Answers(split, np.array(ids), answers, np.array(scores), baselines)
+    return Answers(split, np.array(ids), answers, np.array(scores), baselines=baselines)
 
 
 def _judge(model: FineTuned, split: str, dataset: PicturePairs, batches: Batches) -> Judgements:
@@ -65,7 +65,7 @@ def _judge(model: FineTuned, split: str, dataset: PicturePairs, batches: Batches
     if not dataset.has_targets:
         return Judgements(split, identifiers, np.array(judgements), None)
     baselines = text_baselines(model, dataset.index, _class_weights, "statement only")
-    return Judgements(split, identifiers, np.array(judgements), np.array(labels), baselines)
+    return Judgements(split, identifiers, np.array(judgements), np.array(labels), baselines=baselines)
 
 
 def _classify(model: FineTuned, split: str, dataset: LabelledPictures, batches: Batches) -> Classes:
@@ -74,7 +74,7 @@ def _classify(model: FineTuned, split: str, dataset: LabelledPictures, batches: 
     labels = dataset.index["label"]
     counts = np.bincount(labels)
     baselines = {"most frequent class": 100 * float(counts.max() / counts.sum())}
-    return Classes(split, paths, model.task.classes, torch.cat(best).numpy(), labels, baselines)
+    return Classes(split, paths, model.task.classes, torch.cat(best).numpy(), labels, baselines=baselines)
 
 
 def _retrieve(model: FineTuned, split: str, dataset: RetrievalDataset, batches: Batches) -> Recalls:
@@ -83,7 +83,10 @@ def _retrieve(model: FineTuned, split: str, dataset: RetrievalDataset, batches: 
     for batch in batches:
         criterion(model.model, batch)
         meter.update(criterion.take_vectors())
-    return Recalls(split, len(np.unique(dataset.index["image_id"])), len(dataset), meter.recalls)
+    pictures = len(np.unique(dataset.index["image_id"]))
+    # A picture has captions / pictures of the captions on average, so chance is the same both ways.
+    chance = {"R@1 by chance": 100 / pictures}
+    return Recalls(split, pictures, len(dataset), meter.recalls, baselines=chance)
 
 
 _PREDICT: dict[str, Callable[..., Predictions]] = {

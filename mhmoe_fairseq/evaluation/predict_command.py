@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..data.files import sha256_of, write_json
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from .fine_tuned import FineTuned
+    from .picture_predictions import Predictions
+
+DERIVED = "These labels are derived from the pictures' metadata by templates: they are neither VQAv2's nor NLVR2's."
 TASKS = ("mhmoe_vqa", "mhmoe_nlvr2", "mhmoe_image_classification", "mhmoe_retrieval")
 
 
@@ -23,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the predictions: of questions JSON as VQAv2's server takes it, of statements NLVR2's CSV, of "
         "classes a CSV, of retrieval the figures as JSON",
     )  # fmt: skip
+    parser.add_argument(
+        "--scores", type=Path, metavar="FILE", help="write the scores and what one gets without pictures as JSON"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that the model sees together")
     parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode pictures")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
@@ -38,10 +48,26 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_fine_tuned(args.checkpoint, TASKS, args.data, "cpu" if args.cpu else None)
     predictions = predict_split(model, args.split, args.batch_size, args.num_workers)
-    if not predictions.has_scores and args.output is None:
+    if not predictions.figures and args.output is None:
         raise UserError(f"--split {args.split} has no labels to score by: give --output FILE for the predictions")
-    for line in predictions.describe():
-        sys.stdout.write(line + "\n")
+    is_derived = model.task.has_derived_labels
+    sys.stdout.write(predictions.describe() + "\n")
+    if is_derived:
+        sys.stdout.write(f"{DERIVED}\n")
     if args.output is not None:
         predictions.write(args.output)
+    if args.scores is not None:
+        write_json(args.scores, _scores(predictions, model, is_derived))
     return 0
+
+
+def _scores(predictions: Predictions, model: FineTuned, is_derived: bool) -> dict[str, Any]:
+    return {
+        "checkpoint_sha256": sha256_of(model.file),
+        "task": model.task.head_name,
+        "split": predictions.split,
+        "count": predictions.count,
+        "figures": predictions.figures,
+        "baselines": predictions.baselines,
+        "derived": is_derived,
+    }

@@ -8,6 +8,7 @@ from typing import Any
 from fairseq.models import BaseFairseqModel
 from torch import nn
 
+from ..data.files import read_json
 from ..data.multimodal.datasets import DatasetSettings, PictureTextDataset
 from ..data.multimodal.index import Index, read_index
 from ..data.multimodal.transforms import EvaluationTransform, TrainTransform
@@ -66,11 +67,13 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
         head_name: in the model and in checkpoints.
         index_task: whose index files it reads, see ``data.multimodal.index``.
         index_name: which of the data sets of that task; None for the only or first one.
+        may_be_derived: whether ``mhmoe prepare`` derives such labels where the source has none.
     """
 
     head_name = ""
     index_task = ""
     index_name: str | None = None
+    may_be_derived = False
 
     @abc.abstractmethod
     def build_head(self, embed_dim: int) -> nn.Module:
@@ -83,6 +86,12 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
     def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
         """Register the head."""
         model.register_head(self.head_name, self.build_head(model.beit3.settings.encoder_embed_dim), may_be_new)
+
+    @property
+    def has_derived_labels(self) -> bool:
+        """Whether the manifest says that the labels are derived from the pictures' metadata."""
+        manifest = self.folder / "manifest.json"
+        return self.may_be_derived and manifest.is_file() and bool(read_json(manifest).get("derived"))
 
     def read_index(self, split: str) -> Index:
         """The rows of a split, checked.

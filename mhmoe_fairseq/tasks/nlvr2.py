@@ -21,6 +21,7 @@ class NLVR2Task(HeadTask):
 
     head_name = "nlvr2"
     index_task = "nlvr2"
+    may_be_derived = True
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """The head of a model of that width."""

@@ -24,6 +24,7 @@ class VQATask(ClassTask):
 
     head_name = "vqa"
     index_task = "vqa"
+    may_be_derived = True
 
     def __init__(self, args: Any, dictionary: Dictionary) -> None:
         super().__init__(args, dictionary)

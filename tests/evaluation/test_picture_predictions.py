@@ -37,51 +37,51 @@ def test_statements_score_as_nlvr2s_own_rules_say(statements, tmp_path):
     labels = {name: str(bool(label)) for name, label in zip(statements.identifiers, statements.labels)}
     accuracy, consistency = official_scores((tmp_path / "out.csv").read_text(), labels)
     assert (accuracy, consistency) == (0.75, pytest.approx(2 / 3))
-    assert list(statements.describe()) == [
-        "test: 4 statements, accuracy 75.00, consistency 66.67, statement only 50.00"
-    ]
+    assert statements.describe() == "test: 4 statements, accuracy 75.00, consistency 66.67, statement only 50.00"
 
 
 def test_identifiers_of_another_form_have_no_consistency(statements):
     plain = Judgements("test", ["a", "b", "c", "d"], statements.judgements, statements.labels)
     assert plain.consistency is None
-    assert list(plain.describe()) == ["test: 4 statements, accuracy 75.00"]
+    assert plain.describe() == "test: 4 statements, accuracy 75.00"
 
 
 def test_answers_are_written_as_vqas_server_takes_them(tmp_path):
-    answers = Answers("test", np.array([262148000, 7]), ["down", 'a "quoted" Äpfel'], None)
+    answers = Answers("test", np.array([262148000, 7]), ["down", 'a "quoted" Äpfel'], None, baselines={"none": 0.0})
     answers.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == [
         {"question_id": 262148000, "answer": "down"},
         {"question_id": 7, "answer": 'a "quoted" Äpfel'},
     ]
-    assert not answers.has_scores and list(answers.describe()) == ["test: 2 questions"]
+    assert not answers.figures and answers.describe() == "test: 2 questions"
 
 
 def test_answers_with_scores_stand_beside_their_baselines():
-    answers = Answers("valid", np.arange(4), list("abca"), np.array([1.0, 0.3, 0.0, 0.6]), {"question only": 12.5})
-    assert list(answers.describe()) == ["valid: 4 questions, VQA score 47.50, question only 12.50"]
+    scores = np.array([1.0, 0.3, 0.0, 0.6])
+    answers = Answers("valid", np.arange(4), list("abca"), scores, baselines={"question only": 12.5})
+    assert answers.describe() == "valid: 4 questions, VQA score 47.50, question only 12.50"
 
 
 def test_classes(tmp_path):
     best = np.array([[2, 0, 1], [0, 1, 2]])
-    found = Classes("valid", ["b.png", "a,b.png"], ["cat", "dog", "bird"], best, np.array([2, 1]), {"x": 50.0})
-    assert list(found.describe()) == ["valid: 2 pictures, top-1 50.00, top-5 100.00, x 50.00"]
+    names, labels = ["cat", "dog", "bird"], np.array([2, 1])
+    found = Classes("valid", ["b.png", "a,b.png"], names, best, labels, baselines={"x": 50.0})
+    assert found.describe() == "valid: 2 pictures, top-1 50.00, top-5 100.00, x 50.00"
     found.write(tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text().splitlines() == [
         "image_path,label,top1,top2,top3", "b.png,bird,bird,cat,dog", '"a,b.png",dog,cat,dog,bird'
     ]  # fmt: skip
 
 
-def test_recall_stands_beside_chance(tmp_path):
-    figures = {f"{way}_r{rank}": float(rank) for way in ("text", "image") for rank in (1, 5, 10)}
-    found = Recalls("test", 50, 250, {**figures, "mean_recall": 5.33})
-    lines = list(found.describe())
-    assert lines[0] == "test: 50 captions by picture, R@1 1.00, R@5 5.00, R@10 10.00, R@1 by chance 2.00"
-    assert lines[1] == "test: 250 pictures by caption, R@1 1.00, R@5 5.00, R@10 10.00, R@1 by chance 2.00"
-    assert lines[2] == "test: mean recall 5.33"
+def test_recall(tmp_path):
+    recalls = {f"{way}_r{rank}": float(rank) for way in ("text", "image") for rank in (1, 5, 10)}
+    found = Recalls("test", 50, 250, {**recalls, "mean_recall": 5.33}, baselines={"R@1 by chance": 2.0})
+    assert found.describe() == (
+        "test: 250 captions, mean recall 5.33, text R@1 1.00, text R@5 5.00, text R@10 10.00, image R@1 1.00, "
+        "image R@5 5.00, image R@10 10.00, R@1 by chance 2.00"
+    )
     found.write(tmp_path / "out.json")
-    assert json.loads((tmp_path / "out.json").read_text())["image_r10"] == 10
+    assert json.loads((tmp_path / "out.json").read_text())["image R@10"] == 10
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, statements):

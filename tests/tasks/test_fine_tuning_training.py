@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -54,7 +55,7 @@ def vqa(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The folder of a training whose layers have their own rates, and its log."""
     folder = tmp_path_factory.mktemp("vqa")
     flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.9, "--head-lr-multiplier", 2, "--lr", 0.003)
-    return folder, train("mhmoe_vqa", data, folder, *flags, "--no-flip", updates=60)
+    return folder, train("mhmoe_vqa", data, folder, *flags, "--no-flip", updates=48)
 
 
 def test_questions_are_learnt_and_the_best_score_kept(vqa: tuple[Path, str]) -> None:
@@ -67,9 +68,11 @@ def test_questions_are_learnt_and_the_best_score_kept(vqa: tuple[Path, str]) -> 
     assert sorted(round(group["lr"] / 0.003, 3) for group in groups) == [0.729, 0.81, 0.9, 1.0, 2.0]
 
 
-def test_a_score_stands_beside_what_needs_no_picture(vqa: tuple[Path, str], data: Path, capsys) -> None:
+def test_a_score_stands_beside_what_needs_no_picture(
+    vqa: tuple[Path, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     folder, log = vqa
-    line = predict(capsys, folder, "--split", "valid", "--batch-size", 5)
+    line = predict(capsys, folder, "--split", "valid", "--batch-size", 5, "--scores", tmp_path / "scores.json")
     found = re.fullmatch(
         r"valid: 48 questions, VQA score ([\d.]+), question only ([\d.]+), most frequent answer ([\d.]+)\n", line
     )
@@ -78,6 +81,11 @@ def test_a_score_stands_beside_what_needs_no_picture(vqa: tuple[Path, str], data
     training, valid = (read_index(data, "vqa", split) for split in ("train", "valid"))
     assert by_question == pytest.approx(100 * _mean_score(training, valid, by_text=True), abs=0.01)
     assert most_frequent == pytest.approx(100 * _mean_score(training, valid, by_text=False), abs=0.01)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["figures"] == {"VQA score": pytest.approx(score, abs=0.01)}
+    assert written["baselines"]["question only"] == pytest.approx(by_question, abs=0.01)
+    assert (written["task"], written["split"], written["count"], written["derived"]) == ("vqa", "valid", 48, False)
+    assert written["checkpoint_sha256"] == hashlib.sha256((folder / "checkpoint_best.pt").read_bytes()).hexdigest()
 
 
 def _mean_score(training: Any, valid: Any, by_text: bool) -> float:
@@ -98,9 +106,11 @@ def test_without_labels_there_is_a_submission(vqa: tuple[Path, str], data: Path,
     index = read_index(data, "vqa", "test")
     rows = [{**index.record(row), "labels": [], "scores": []} for row in range(len(index))]
     write_index(index_files(unlabelled, "vqa", "test")[0], "vqa", rows)
+    (unlabelled / "manifest.json").write_text('{"kind": "image-text", "derived": {"note": "by templates"}}')
     words = (vqa[0], "--data", unlabelled)
     assert "--split test has no labels to score by: give --output FILE" in predict(capsys, *words, status=2)
-    assert predict(capsys, *words, "--output", tmp_path / "submission.json") == "test: 48 questions\n"
+    told = predict(capsys, *words, "--output", tmp_path / "submission.json")
+    assert told.startswith("test: 48 questions\nThese labels are derived from the pictures' metadata by templates")
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [answer["question_id"] for answer in submission] == [row["qid"] for row in rows]
     assert {answer["answer"] for answer in submission} <= set(ANSWERS)
