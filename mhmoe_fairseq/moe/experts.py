@@ -131,7 +131,9 @@ class ExpertFFN(nn.Module):
         if x_Nd.device.type == "cpu":
             return "loop"
         widths = (self.config.subtoken_dim, self.config.expert_ffn_dim)
-        return "grouped" if grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths) else "blocked"
+        # grouped_mm's backward refuses a product without rows (a batch of the other modality, or nothing received).
+        grouped = x_Nd.size(0) > 0 and grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths)
+        return "grouped" if grouped else "blocked"
 
     def _in_compute_dtype(self, x_Nd: Tensor) -> tuple[Tensor, ExpertWeights]:
         weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)

@@ -11,7 +11,7 @@ from torchscale.architecture.encoder import EncoderLayer
 from ..moe import MHMoELayer, RoutingStats
 from ..moe.parallelism import Traffic
 from .modules import build_dense_ffn, build_norm
-from .multiway import build_multiway, take_over
+from .multiway import build_multiway
 from .multiway_attention import KeyValueCache, MultiwaySelfAttention
 from .multiway_experts import SeparateExperts
 from .settings import EncoderSettings
@@ -28,7 +28,6 @@ class MultiwayEncoderLayer(EncoderLayer):
     def __init__(self, settings: EncoderSettings, depth: int, is_moe_layer: bool = False) -> None:
         # TorchScale refuses an MoE layer for two modalities: always start from a dense layer.
         super().__init__(settings, depth, is_moe_layer=False)
-        take_over(self)
         for name in ("self_attn_layer_norm", "final_layer_norm"):
             setattr(self, name, build_multiway(lambda: build_norm(settings, self.embed_dim)))
         self.moe_stats: RoutingStats | None = None
@@ -46,8 +45,8 @@ class MultiwayEncoderLayer(EncoderLayer):
         return MultiwaySelfAttention(args)
 
     def build_ffn(self, embed_dim: int, args: EncoderSettings) -> nn.Module:
-        """TorchScale's seam: the dense feed-forward network of one modality."""
-        return build_dense_ffn(args, embed_dim, self.ffn_dim)
+        """TorchScale's seam: a dense feed-forward network for each modality."""
+        return build_multiway(lambda: build_dense_ffn(args, embed_dim, self.ffn_dim))
 
     def forward(
         self,

@@ -40,12 +40,6 @@ class SwiGLUNetwork(nn.Module):
         self.activation_dropout_module = nn.Dropout(settings.activation_dropout)
         self.dropout_module = nn.Dropout(settings.dropout)
 
-    def reset_parameters(self) -> None:
-        """Initial values, as the constructors draw them."""
-        for module in (self.fc1, self.gate, self.fc2, self.ffn_layernorm):
-            if module is not None:
-                module.reset_parameters()
-
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""
         hidden = self.activation_dropout_module(F.silu(self.fc1(x)) * self.gate(x))

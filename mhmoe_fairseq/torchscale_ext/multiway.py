@@ -1,7 +1,8 @@
 """Modules with one set of weights for images and another for text, as TorchScale's multiway networks.
 
 A sequence is ``[image positions | text positions]``; ``split`` says how many of its positions are the image's. It is an
-argument everywhere: TorchScale keeps it in an attribute of every module, which the next call overwrites.
+argument everywhere: TorchScale keeps it in an attribute of every module, which the next call overwrites. So TorchScale
+is told to build for one modality, and what it built gives way to these modules.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchscale.component.multiway_network import MultiwayNetwork
 
 
 class Multiway(nn.Module):
@@ -37,10 +37,3 @@ class Multiway(nn.Module):
 def build_multiway(build: Callable[[], nn.Module]) -> Multiway:
     """A module for each modality, with initial values of their own."""
     return Multiway(build(), build())
-
-
-def take_over(module: nn.Module) -> None:
-    """Replace the multiway networks that TorchScale's constructor gave ``module``, keeping their weights."""
-    for name, child in list(module.named_children()):
-        if isinstance(child, MultiwayNetwork):
-            setattr(module, name, Multiway(child.A, child.B))

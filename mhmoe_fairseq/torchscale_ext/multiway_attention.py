@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchscale.component.multihead_attention import MultiheadAttention
 
 from .modules import build_norm, drop_biases
-from .multiway import build_multiway, take_over
+from .multiway import build_multiway
 from .settings import EncoderSettings
 
 ATTENTION_KINDS = ("full", "caption")
@@ -51,7 +51,8 @@ class MultiwaySelfAttention(MultiheadAttention):
             self_attention=True,
             subln=settings.subln,
         )
-        take_over(self)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, build_multiway(lambda: nn.Linear(self.embed_dim, self.embed_dim)))
         if self.inner_attn_ln is not None:
             self.inner_attn_ln = build_multiway(lambda: build_norm(settings, self.embed_dim))
         if settings.no_bias:

@@ -69,8 +69,7 @@ class EncoderSettings(_LayerSettings, EncoderConfig):
     """
 
     def __init__(self, *, separate_experts: bool = False, max_text_length: int = 64, **more: Any) -> None:
-        super().__init__(
-            multiway=True, no_output_layer=True, max_source_positions=max_text_length + UNUSED_POSITIONS, **more
-        )
+        # Not multiway: TorchScale's own multiway modules are not used.
+        super().__init__(no_output_layer=True, max_source_positions=max_text_length + UNUSED_POSITIONS, **more)
         self.separate_experts = separate_experts
         self.max_text_length = max_text_length

@@ -64,8 +64,20 @@ def test_backend_by_device_and_dtype():
     assert layer.experts._backend_for(torch.empty(1, 16)) == "loop"
     assert layer.experts._backend_for(torch.empty(1, 16, device="meta", dtype=torch.bfloat16)) == "grouped"
     assert layer.experts._backend_for(torch.empty(1, 16, device="meta")) == "blocked"
+    assert layer.experts._backend_for(torch.empty(0, 16, device="meta", dtype=torch.bfloat16)) == "blocked"
     narrow = experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (12, 32))
     assert not narrow  # rows of 24 bytes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", ["loop", "blocked"])  # what "auto" takes without rows
+def test_no_rows_give_zero_gradients(backend, variant):
+    layer = MHMoELayer(MHMoEConfig(**FIELDS, **variant), backend=backend)
+    x = torch.empty(2, 0, 64, requires_grad=True)
+    out = layer(x, torch.empty(2, 0, dtype=torch.bool))
+    (out.hidden.sum() + out.balance_loss + out.z_loss).backward()
+    assert out.hidden.shape == x.shape and (out.balance_loss, out.z_loss) == (0, 0)
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped", "blocked"])
