@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion
-from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from .gate_losses import GateLosses, log_gate_losses
+from .gate_losses import GateLosses
+from .row_logs import log_rows, row_log
 
 
 class ClassificationCriterion(FairseqCriterion):
@@ -72,9 +71,7 @@ class ClassificationCriterion(FairseqCriterion):
         logging_output = {
             "loss": cross_entropy.detach().sum(),
             "ncorrect": logits.argmax(dim=1).eq(target).sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample_size,
-            "sample_size": sample_size,
+            **row_log(sample, sample_size),
         }
         if self.uses_top5:
             best = logits.topk(min(5, logits.size(1)), dim=1).indices
@@ -86,28 +83,10 @@ class ClassificationCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches, so that a validation set's figures are exact."""
-        size = sum(log.get("sample_size", 0) for log in logging_outputs)
-        log_sum(logging_outputs, "loss", "loss", size, 1 / math.log(2), digits=3)
-        log_sum(logging_outputs, "ncorrect", "accuracy", size, 100)
-        log_sum(logging_outputs, "ncorrect5", "accuracy5", size, 100)
-        log_gate_losses(logging_outputs, size)
+        """Log the mean loss and accuracies."""
+        log_rows(logging_outputs, accuracy="ncorrect", accuracy5="ncorrect5")
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         """True: everything logged is additive, vectors included."""
         return True
-
-
-def log_sum(
-    logging_outputs: list[dict[str, Any]], key: str, name: str, size: float, factor: float, digits: int = 2
-) -> None:
-    """Log ``factor`` times the mean of what the outputs have summed up under ``key``; nothing if no one has.
-
-    Args:
-        name: of the figure.
-        size: what the mean is over.
-    """
-    if any(key in log for log in logging_outputs):
-        total = sum(log.get(key, 0) for log in logging_outputs)
-        metrics.log_scalar(name, factor * total / size, size, round=digits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,9 @@ import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion, register_criterion
 from torch import Tensor, nn
 
-from .classification import log_sum
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from .gate_losses import GateLossConfig, GateLosses
 from .gathering import gather_rows
+from .row_logs import log_rows, row_log
 
 
 class Vectors(NamedTuple):
@@ -84,9 +83,7 @@ class RetrievalCriterion(FairseqCriterion):
             "loss": losses.detach().sum(),
             "image_correct": to_texts.argmax(dim=1).eq(own).sum(),
             "text_correct": to_images.argmax(dim=1).eq(own).sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": len(own),
-            "sample_size": len(own),
+            **row_log(sample, len(own)),
         }
         if not reduce:
             return losses, len(own), logging_output
@@ -95,12 +92,8 @@ class RetrievalCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches."""
-        size = sum(log.get("sample_size", 0) for log in logging_outputs)
-        log_sum(logging_outputs, "loss", "loss", size, 1 / math.log(2), digits=3)
-        log_sum(logging_outputs, "image_correct", "image_accuracy", size, 100)
-        log_sum(logging_outputs, "text_correct", "text_accuracy", size, 100)
-        log_gate_losses(logging_outputs, size)
+        """Log the mean loss and what is found within a batch."""
+        log_rows(logging_outputs, image_accuracy="image_correct", text_accuracy="text_correct")
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

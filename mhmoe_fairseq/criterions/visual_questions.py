@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion, register_criterion
 from torch import Tensor, nn
 
-from .classification import log_sum
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from .gate_losses import GateLossConfig, GateLosses
+from .row_logs import log_rows, row_log
 
 
 @register_criterion("mhmoe_vqa", dataclass=GateLossConfig)
@@ -48,9 +47,7 @@ class VQACriterion(FairseqCriterion):
         logging_output = {
             "loss": losses.detach().sum(),
             "score": scores.gather(1, logits.argmax(dim=1, keepdim=True)).sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample_size,
-            "sample_size": sample_size,
+            **row_log(sample, sample_size),
         }
         if not reduce:
             return losses, sample_size, logging_output
@@ -59,11 +56,8 @@ class VQACriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches, so that a validation set's figures are exact."""
-        size = sum(log.get("sample_size", 0) for log in logging_outputs)
-        log_sum(logging_outputs, "loss", "loss", size, 1 / math.log(2), digits=3)
-        log_sum(logging_outputs, "score", "vqa_score", size, 100)
-        log_gate_losses(logging_outputs, size)
+        """Log the mean loss and score."""
+        log_rows(logging_outputs, vqa_score="score")
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

@@ -11,11 +11,13 @@ from torch import nn
 from ..data.files import read_json
 from ..data.multimodal.datasets import DatasetSettings, LabelledPictures
 from ..data.multimodal.index import Index
+from ..data.multimodal.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..errors import UserError
 from ..models._beit3_heads import ImageClassificationHead
 from ._image_text_finetuning import ClassTask, ImageTextFineTuningConfig
 
 CLASSES_FILE = "imagenet.classes.json"
+_LEAST_CROP, _CENTRAL = 0.08, 0.875
 
 
 @dataclass
@@ -24,6 +26,13 @@ class ImageClassificationTaskConfig(ImageTextFineTuningConfig):
 
     num_classes: Optional[int] = field(
         default=None, metadata={"help": f"number of classes (default: as many as {CLASSES_FILE} in the data names)"}
+    )
+    imagenet_views: bool = field(
+        default=False,
+        metadata={
+            "help": "as BEiT-3 on ImageNet: training crops of 8 % and more, evaluation on the central square of 7/8 of "
+            "the shorter side, ImageNet's mean and deviation (default: as in the other tasks)"
+        },
     )
 
 
@@ -52,6 +61,15 @@ class ImageClassificationTask(ClassTask):
     def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledPictures:
         """The pictures of an index."""
         return LabelledPictures(index, settings, transform, len(self.classes))
+
+    def build_transform(self, split: str) -> Any:
+        """What is done to a split's pictures: nothing random but in training."""
+        if not self.args.imagenet_views:
+            return super().build_transform(split)
+        size, flip = self.args.img_size, not self.args.no_flip
+        if split == "train":
+            return TrainTransform(size, self.args.randaug, min_scale=_LEAST_CROP, flip=flip, by=IMAGENET)
+        return EvaluationTransform(size, _CENTRAL, by=IMAGENET)
 
 
 def read_class_names(folder: Path, num_classes: int | None) -> list[str]:

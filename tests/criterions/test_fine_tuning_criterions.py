@@ -182,6 +182,13 @@ def test_figures_are_exact_over_a_set_whatever_the_batches(name):
         assert {"gate_loss", "moe_active", "moe_load_max", "moe_overflow", "moe_entropy"} <= set(values)
 
 
+def test_samples_that_stand_for_bad_pictures_are_counted():
+    model, criterion = model_of("vqa", "dense_beit3_tiny"), criterion_of("vqa")
+    logs = [criterion(model, {**batch_of("vqa", [4, 3]), "num_replaced": number})[2] for number in (2, 0, 1)]
+    assert logged("vqa", *([log] for log in logs))["replaced"] == 3
+    assert "replaced" not in logged("vqa", [logs[1]])
+
+
 def test_retrieval_logs_what_is_found_within_a_batch():
     model, batch = model_of("retrieval", "dense_beit3_tiny"), batch_of("retrieval", [9, 5, 2, 4])
     (images, texts), _ = outputs(model, "retrieval", batch)

@@ -19,7 +19,7 @@ from pictures_and_words import IMG_SIZE, PATCH_SIZE
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.data.multimodal.index import index_files, write_index
 from mhmoe_fairseq.data.multimodal.pictures import read_picture
-from mhmoe_fairseq.data.multimodal.transforms import EvaluationTransform
+from mhmoe_fairseq.data.multimodal.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.tasks._recall import recalls
@@ -121,6 +121,18 @@ def test_no_flip_leaves_out_the_mirror_only(data: Path) -> None:
 def test_randaug_changes_pictures_of_training(data: Path) -> None:
     plain, changed = (batches(build("mhmoe_nlvr2", data, randaug=randaug), "train") for randaug in (False, True))
     assert not same(plain, changed)
+
+
+def test_imagenets_own_views(data: Path) -> None:
+    name = "mhmoe_image_classification"
+    plain, own = (batches(build(name, data, imagenet_views=on), "valid") for on in (False, True))
+    side = IMG_SIZE * 7 // 8
+    start = (IMG_SIZE - side) // 2
+    picture = read_picture(data / build(name, data).read_index("valid")["image_path"][0])
+    central = EvaluationTransform(IMG_SIZE, by=IMAGENET)(picture.crop((start, start, start + side, start + side)))
+    assert torch.equal(own[0]["net_input"]["images"][0], central) and not same(plain, own)
+    crops = [batches(build(name, data, imagenet_views=on), "train") for on in (False, True)]
+    assert not same(*crops)
 
 
 @pytest.mark.parametrize(
