@@ -27,7 +27,7 @@ _TOKEN = re.compile(
     | \.\.\. | --+ | [?!]+
     | (?:{_ABBREVIATIONS})\.(?!\w) | no\.(?=\s*\d)
     | (?:[^\W\d_]\.){{2,}} | (?-i:\b[A-Z]\.(?=\s+[A-Z]))  # U.S., J. Smith
-    | '\d\ds? | '(?:em|til|tis|twas|cause|n)(?!{_CHAR})
+    | '\d\ds? | '(?:em|til|tis|twas|cause|n|s|m|d|re|ve|ll)(?!{_CHAR})
     | [\#@][^\W\d]\w*
     | (?-i:[A-Z]+(?:&[A-Z]+)+)  # AT&T
     | \d+(?:[,:]\d+)+ | \d*\.\d+

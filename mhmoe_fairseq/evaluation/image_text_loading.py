@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def load_image_text_model(
     """
     for name in ("fairseq", "PIL"):  # they log their whole configuration, and every picture
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)  # there may be no GPU
     file = find_checkpoint(Path(checkpoint), None)
     trained_with = read_checkpoint(file)["cfg"]["task"]["_name"]
     if trained_with != task_name:

@@ -102,3 +102,12 @@ def test_data_with_another_dictionary_are_refused(runs, tmp_path: Path, capsys: 
     (other / "dict.txt").write_text("\n".join([words[1], words[0], *words[2:]]) + "\n", encoding="utf-8")
     assert analyze(runs.mhmoe / "checkpoint_last.pt", "--data", other, "--out", tmp_path) == 2
     assert "is not this data's dict.txt" in capsys.readouterr().err
+
+
+def test_a_language_model_has_no_patches(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    flags = ["--data", runs.data, "--image", tmp_path / "picture.png", "--no-plots"]
+    assert main(["diversity", str(runs.mhmoe / "checkpoint_last.pt"), *map(str, flags)]) == 2
+    assert "is a language model: it has no image patches" in capsys.readouterr().err

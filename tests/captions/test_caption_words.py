@@ -30,6 +30,7 @@ STORED = {
     "1/2 of an apple, 3-4 people, 2nd place, the '90s": "1/2 of an apple 3-4 people 2nd place the '90s",
     "AT&T sign at 3:45pm, 50cm wide": "at&t sign at 3:45 pm 50cm wide",
     "[square] {curly}": "-lsb- square -rsb- -lcb- curly -rcb-",
+    "a cat 's bed, they 're here, it is n't": "a cat 's bed they 're here it is n't",
     "красное яблоко «налево»": "красное яблоко налево",
     "क्रिस्टल बॉल, भविष्य देखना": "क्रिस्टल बॉल भविष्य देखना",
     "หมวกแก๊ป": "หมวกแก๊ป",
