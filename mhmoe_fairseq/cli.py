@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("mhmoe_fairseq.analysis.plan_command", "count what a training needs: parameters, FLOPs, memory, traffic"),
     "evaluate": ("mhmoe_fairseq.analysis.evaluate_command", "perplexity of a checkpoint, every language and the total"),
     "report": ("mhmoe_fairseq.analysis.report_command", "compare trained models: table and plots"),
+    "report-tasks": ("mhmoe_fairseq.analysis.task_report", "scores of fine-tuned models of pictures: one table"),
     "analyze": ("mhmoe_fairseq.analysis.analyze_command", "measure expert activation of a checkpoint on a data set"),
     "diversity": ("mhmoe_fairseq.analysis.diversity_command", "to how many experts the patches of images go"),
     "checkpoint": ("mhmoe_fairseq.analysis.checkpoint_command", "inspect, convert and average checkpoints"),

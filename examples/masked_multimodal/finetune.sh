@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Fine-tunes pre-trained runs in OUT on one task and tests them: examples/masked_multimodal/finetune.sh TASK [NAME...]
+#   TASK: vqa | nlvr2 | captioning | image_classification | retrieval. Without names: dense, xmoe and mhmoe-params.
+# EXPERTS, HEADS and BUDGET as in pre-training; TASK_UPDATES=N TASK_LR=X other than the task's own. Runs, predictions
+# and scores go to OUT/TASK/NAME. See common.sh and ../common.sh for the rest.
+set -euo pipefail
+
+task_name=${1:-}
+shift || true
+# Updates and learning rate at CPU scale and at paper scale, where they are BEiT-3's, as are the flags.
+case $task_name in
+vqa) metric=vqa_score cpu=(300 2e-3) paper=(44000 3e-5) own=(--head-lr-multiplier 20 --no-flip) ;;
+nlvr2) metric=accuracy cpu=(300 2e-3) paper=(6700 7e-4) own=(--layer-decay 0.65 --no-flip) ;;
+captioning) metric=cider cpu=(300 2e-3) paper=(22000 4e-5) own=() ;;
+image_classification) metric=accuracy cpu=(300 2e-3) paper=(62500 7e-4) own=(--layer-decay 0.65) ;;
+retrieval) metric=mean_recall cpu=(300 2e-3) paper=(22000 2e-4) own=() ;;
+*)
+    echo "finetune.sh: error: TASK ($task_name) must be vqa, nlvr2, captioning, image_classification or retrieval" >&2
+    exit 1
+    ;;
+esac
+case ${SCALE:-cpu} in
+cpu) UPDATES=${TASK_UPDATES:-${cpu[0]}} LR=${TASK_LR:-${cpu[1]}} own=() ;;
+*) UPDATES=${TASK_UPDATES:-${paper[0]}} LR=${TASK_LR:-${paper[1]}} ;;
+esac
+# shellcheck source=examples/masked_multimodal/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+turn_to_task() {
+    pretrained=$OUT OUT=$OUT/$task_name
+    task=(--task "mhmoe_$task_name" ${own[@]+"${own[@]}"})
+    criterion=mhmoe_$task_name
+    settings+=(--best-checkpoint-metric "$metric" --maximize-best-checkpoint-metric)
+    paper_batch=128
+    settings_of "$SCALE"
+}
+
+finetune() { # NAME
+    local from=$pretrained/$1/checkpoint_best.pt split train
+    train=$(training_of "$1")
+    [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: pre-train it first"
+    NAME=$1 "$train" --finetune-from-model "$from"
+    for split in valid test; do score "$1" "$split"; done
+}
+
+score() { # NAME SPLIT
+    local run=$OUT/$1
+    local scores=$run/scores-$2.json command=(mhmoe predict)
+    [[ $task_name != captioning ]] || command=(mhmoe caption)
+    command+=("$run/checkpoint_best.pt" --data "$DATA" --split "$2")
+    command+=(--output "$run/predictions-$2.txt" --scores "$scores")
+    [[ $SCALE == paper ]] || command+=(--cpu)
+    if [[ -n ${DRY_RUN:-} ]]; then
+        printf '%q ' "${command[@]}" && echo
+    elif [[ ! -e $scores ]]; then
+        say "$1:"
+        "${command[@]}"
+    fi
+}
+
+(($#)) || set -- dense xmoe mhmoe-params
+turn_to_task
+for name in "$@"; do finetune "$name"; done

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The paper's table 4: the models of table 1 with 8 experts (pre-trained if they are not), fine-tuned on questions,
+# statements and captions, and a table of their scores beside those of guessing without the picture, and the paper's.
+#   examples/masked_multimodal/table4.sh [NAME...]        models (default: dense, xmoe-e8 and mhmoe-params-e8)
+# Captions are the slowest to score: CAPTIONED="dense mhmoe-params-e8" (the default) are the models that write them.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=${OUT:-outputs/masked_multimodal}
+
+(($#)) || set -- dense xmoe-e8 "mhmoe-${BUDGET:-params}-e8"
+read -r -a captioned <<<"${CAPTIONED:-dense mhmoe-${BUDGET:-params}-e8}"
+"$here/table1_multimodal.sh"
+for task in vqa nlvr2; do "$here/finetune.sh" "$task" "$@"; done
+"$here/finetune.sh" captioning "${captioned[@]}"
+command=("${MHMOE:-mhmoe}" report-tasks "$out" --names "$@" --out "$out/table4.md")
+if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%q ' "${command[@]}" && echo
+else
+    "${command[@]}"
+fi

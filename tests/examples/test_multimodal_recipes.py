@@ -1,0 +1,124 @@
+"""The recipes for images and text: their commands are accepted, and a toy run goes from pictures to table 4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
+from own_scripts import Scripts
+from test_recipes import EXAMPLES, SCALES, bash, commands, parse, unlaunched
+
+from mhmoe_fairseq import cli
+
+EXPERIMENT = "masked_multimodal"
+TASKS = ("vqa", "nlvr2", "captioning", "image_classification", "retrieval")
+RECIPES = sorted(
+    f"{EXPERIMENT}/{path.stem}"
+    for path in (EXAMPLES / EXPERIMENT).glob("*.sh")
+    if path.stem not in ("common", "prepare", "finetune")
+)
+NAME = "mhmoe-params"
+
+
+def trainings(recipe: str, scale: str, *flags: str) -> list:
+    """fairseq's parsed arguments of every training of a recipe."""
+    words = commands(f"{EXPERIMENT}/{recipe}", scale, *flags)
+    return [parse(command) for command in words if unlaunched(command)[0] == "fairseq-train"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *(f"{EXPERIMENT}/finetune {task}" for task in TASKS)])
+def test_every_command_is_accepted(recipe: str, scale: str) -> None:
+    name, *flags = recipe.split()
+    words = commands(name, scale, *flags)
+    assert words
+    for command in words:
+        if unlaunched(command)[0] == "fairseq-train":
+            args = parse(command)
+            assert args.criterion == args.task  # named alike
+            assert args.arch.endswith("_beit3_base" if scale == "paper" else "_beit3_tiny")
+        else:
+            assert command[0] == "mhmoe"
+            assert cli.build_parser(command[1]).parse_args(command[1:])
+
+
+def test_paper_scale_is_the_papers() -> None:
+    (args,) = trainings("mhmoe", "paper")
+    assert (args.encoder_layers, args.encoder_embed_dim, args.encoder_ffn_embed_dim) == (12, 768, 3072)
+    assert (args.moe_freq, args.moe_expert_count, args.moe_top_k, args.mhmoe_heads_number) == (2, 8, 2, 4)
+    assert (args.lr, args.adam_betas, args.adam_eps, args.weight_decay) == ([2.8e-3], "(0.9, 0.98)", 1e-6, 0.05)
+    assert (args.lr_scheduler, args.warmup_updates) == ("cosine", 10_000)
+    assert (args.img_size, args.patch_size) == (224, 16)
+    assert 8 * args.batch_size * args.update_freq[0] == 512
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
+    model = ("moe_", "mhmoe_", "arch", "save_dir", "log_file", "use_xmoe")
+    parsed = [vars(trainings(recipe, scale)[0]) for recipe in ("dense", "xmoe", "mhmoe")]
+    same = [{name: value for name, value in args.items() if not name.startswith(model)} for args in parsed]
+    assert same[0] == same[1] == same[2]
+
+
+def test_table_4_fine_tunes_the_models_of_table_1() -> None:
+    runs = trainings("table4", "cpu")
+    by_task: dict[str, list[str]] = {}
+    for args in runs:
+        by_task.setdefault(args.task, []).append(Path(args.save_dir).name)
+    models = ["dense", "xmoe-e8", "mhmoe-params-e8"]
+    assert by_task == {
+        "mhmoe_masked_multimodal": models, "mhmoe_vqa": models, "mhmoe_nlvr2": models,
+        "mhmoe_captioning": ["dense", "mhmoe-params-e8"],
+    }  # fmt: skip
+    starts = {args.finetune_from_model for args in runs if args.task != "mhmoe_masked_multimodal"}
+    assert starts == {f"outputs/{EXPERIMENT}/{name}/checkpoint_best.pt" for name in models}
+
+
+@pytest.mark.parametrize(
+    "flags, environment, message",
+    [
+        (["vcr"], {}, "TASK (vcr) must be vqa, nlvr2, captioning"),
+        (["vqa", "bert"], {"DRY_RUN": "1"}, "bert must start with dense, xmoe or mhmoe"),
+        (["vqa", "dense"], {"OUT": "nowhere"}, "nowhere/dense/checkpoint_best.pt is missing: pre-train it first"),
+        (["vqa", "dense"], {"TASK_UPDATES": "few"}, "UPDATES (few) must be a positive integer"),
+    ],
+)
+def test_bad_settings_of_fine_tuning_are_one_line(flags: list[str], environment: dict, message: str) -> None:
+    done = bash(EXAMPLES / EXPERIMENT / "finetune.sh", *flags, **environment)
+    assert done.returncode == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Scripts:
+    """The recipes at toy size, on a folder of shapes."""
+    folder = tmp_path_factory.mktemp("recipes")
+    data = prepare_shapes(folder / "data")
+    sizes = {"IMG_SIZE": str(IMG_SIZE), "PATCH_SIZE": str(PATCH_SIZE)}
+    return Scripts(
+        folder, DATA=str(data), OUT=str(folder / "out"), UPDATES="2", TASK_UPDATES="2", INTERVALS="1", EXPERTS="4",
+        **sizes,
+    )  # fmt: skip
+
+
+def test_from_pictures_to_a_report_and_scores(scripts: Scripts) -> None:
+    out = Path(scripts.environment["OUT"])
+    trained = scripts.run(f"examples/{EXPERIMENT}/mhmoe.sh")
+    assert f"{NAME}: training, 2 updates" in trained and "update 2: validation perplexity" in trained
+    scripts.run(f"examples/{EXPERIMENT}/eval.sh", NAME)
+    assert "14.73" in (out / "report.md").read_text(encoding="utf-8")  # the paper's MH-MoE with 8 experts
+    scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME)
+    scores = json.loads((out / "nlvr2" / NAME / "scores-test.json").read_text(encoding="utf-8"))
+    assert 0 <= scores["figures"]["accuracy"] <= 100 and scores["count"] > 0
+
+
+@pytest.mark.slow
+def test_table_4_and_figure_8(scripts: Scripts) -> None:
+    out = Path(scripts.environment["OUT"])
+    scripts.run(f"examples/{EXPERIMENT}/table4.sh")
+    table = (out / "table4.md").read_text(encoding="utf-8")
+    assert all(name in table for name in ("dense", "xmoe-e8", "mhmoe-params-e8", "CIDEr", "neither VQAv2 nor NLVR2"))
+    scripts.run(f"examples/{EXPERIMENT}/figure8.sh", INTERVALS="2", PICTURES="2")
+    assert (out / "figure8" / "diversity.png").stat().st_size > 0
