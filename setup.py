@@ -17,8 +17,9 @@ REQUIREMENTS = [
     "torchscale==0.3.0",
     # 2.11 is the first release whose torch.nn.functional.grouped_mm has a CPU kernel.
     "torch>=2.11",
-    # timm, which TorchScale imports, imports torchvision; its release has to match torch's.
+    # timm, which TorchScale imports, imports torchvision, as do our transforms; its release has to match torch's.
     "torchvision",
+    "pillow>=10",
     "numpy>=1.26",
     "sentencepiece>=0.2",
     "sacrebleu>=2.4",
