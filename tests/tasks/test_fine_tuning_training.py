@@ -133,6 +133,7 @@ def test_statements(data: Path, pretrained: Path, tmp_path: Path, capsys) -> Non
     assert 100 * sum(right) / len(right) == pytest.approx(float(found[2]), abs=0.01)
 
 
+@pytest.mark.slow
 def test_resuming_keeps_the_layers_rates_and_is_exact(data: Path, pretrained: Path, tmp_path: Path) -> None:
     flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.8, "--dropout", 0.1, "--disable-validation")
     train("mhmoe_nlvr2", data, tmp_path / "whole", *flags, updates=6)
@@ -170,16 +171,26 @@ def test_the_other_tasks_learn(task: str, data: Path, pretrained: Path, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_learns_statements(family: str, data: Path, tmp_path: Path, capsys) -> None:
-    flags = ("--arch", f"{family}_beit3_tiny", "--lr", 0.003, "--no-flip", *_flags_of(family))
-    train("mhmoe_nlvr2", data, tmp_path / "run", *flags, updates=300)
-    line = predict(capsys, tmp_path / "run", "--split", "valid")
+    words = fine_tuning_words("mhmoe_nlvr2", data, tmp_path, "--lr", 0.003, "--no-flip", updates=300)
+    arch = ("--arch", f"{family}_beit3_tiny")
+    run_console("fairseq-train", *without_flags(words, *_FOREIGN[family]), *arch, cwd=data)
+    line = predict(capsys, tmp_path, "--split", "valid")
     assert float(re.search(r"accuracy ([\d.]+)", line)[1]) > 70
 
 
-def _flags_of(family: str) -> tuple[object, ...]:
-    if family == "dense":
-        return ("--moe-freq", 0)
-    return () if family == "mhmoe" else ("--mhmoe-heads-number", 1)
+_EXPERTS = ("--moe-freq", "--moe-expert-count", "--moe-ffn-dim", "--moe-top-k")
+_FOREIGN = {
+    "dense": ("--mhmoe-heads-number", *_EXPERTS),
+    "smoe": ("--mhmoe-heads-number",),
+    "xmoe": ("--mhmoe-heads-number",),
+    "mhmoe": (),
+}
+
+
+def without_flags(words: list[object], *flags: str) -> list[object]:
+    """The words without some flags, which have one value each."""
+    dropped = {place for place, word in enumerate(words) if word in flags}
+    return [word for place, word in enumerate(words) if place not in dropped and place - 1 not in dropped]
 
 
 @pytest.mark.slow
@@ -188,3 +199,21 @@ def test_a_higher_resolution_than_in_pre_training(data: Path, pretrained: Path, 
     log = train("mhmoe_vqa", data, tmp_path / "run", *flags, updates=4)
     assert "positions of 4x4 patches are resized to 6x6" in log
     assert "48 questions" in predict(capsys, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mhmoe_vqa", "mhmoe_retrieval"])
+def test_two_ranks_that_share_the_experts_and_have_unequal_batches(
+    task: str, data: Path, pretrained: Path, tmp_path: Path, workers2: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """An odd number of batches, in training and in validation: one rank repeats a batch, which must not count."""
+    rows = 96 if task == "mhmoe_retrieval" else 192
+    flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.9, "--lr", 0.003, "--batch-size", rows // 5 + 1)
+    words = fine_tuning_words(task, data, tmp_path / "run", *flags, "--batch-size-valid", 9, updates=9)
+    log = workers2.fairseq("fairseq-train", *words)[0]
+    assert "2 of 2 processes share one bank of experts" in log
+    figure = "mean recall" if task == "mhmoe_retrieval" else "VQA score"
+    best = max(float(figures[f"valid_{TASKS[task]}"]) for figures in validations(log))
+    line = predict(capsys, tmp_path / "run", "--split", "valid")
+    assert float(re.search(rf"{figure} ([\d.]+)", line)[1]) == pytest.approx(best, abs=0.01)
+    workers2.fairseq("fairseq-train", *words[:-2], "--max-update", 12)
