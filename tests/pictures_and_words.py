@@ -29,7 +29,7 @@ SIZES = ("small", "large")
 WORDS = ("a", "the", "and", "beside", "square", "is", *SIZES, *COLOURS)
 IMG_SIZE, PATCH_SIZE = 32, 8
 CODES = 12
-COUNTS = {"train": {"image": 20, "text": 48, "pair": 32}, "valid": {"image": 5, "text": 12, "pair": 9}}
+COUNTS = {"train": {"image": 10, "text": 24, "pair": 16}, "valid": {"image": 5, "text": 12, "pair": 9}}
 SHAPES = ("--img-size", IMG_SIZE, "--patch-size", PATCH_SIZE, "--max-text-length", 16)
 
 

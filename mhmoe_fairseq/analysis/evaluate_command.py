@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.files import sha256_of
 from ..errors import UserError
-from ..evaluation.modality_scores import ModalityScores, score_modalities, write_modality_scores
+from ..evaluation.modality_scores import ModalityScores, score_modalities, together, write_modality_scores
 from ..evaluation.perplexity import score_split
 from ..evaluation.split_scores import SplitScores, write_scores
 from ..tasks.masked_multimodal import MaskedMultimodalTask
@@ -90,7 +90,10 @@ def describe(scores: SplitScores) -> str:
 
 
 def describe_parts(scores: ModalityScores) -> str:
-    """A row for everything that is masked, and one for all together."""
+    """A row for everything that is masked, and one for all together; beside it what a guess without context gets."""
+    guesses = scores.without_context
+    rows_of = {name: (part, guesses[name]) for name, part in scores.parts.items()}
+    rows_of["all"] = (scores.total, together(list(guesses.values())))
     rows = [
         [
             name.replace("_", ", "),
@@ -98,7 +101,10 @@ def describe_parts(scores: ModalityScores) -> str:
             number(score.loss, 4),
             number(score.perplexity),
             percent(score.accuracy),
+            number(guessed.perplexity),
+            percent(guessed.accuracy),
         ]
-        for name, score in {**scores.parts, "all": scores.total}.items()
+        for name, (score, guessed) in rows_of.items()
     ]
-    return markdown_table(["masked", "positions", "loss (bits)", "perplexity", "right"], rows)
+    header = ["masked", "positions", "loss (bits)", "perplexity", "right", "without context: perplexity", "right"]
+    return markdown_table(header, rows)

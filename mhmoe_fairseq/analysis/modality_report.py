@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..criterions.masked_multimodal import PARTS
-from ..evaluation.modality_scores import ModalityScores, PartScore
+from ..evaluation.modality_scores import ModalityScores, PartScore, together
 from .aggregate import spread
 from .language_plots import draw_language_bars
 from .plots import draw_curves
@@ -41,7 +41,8 @@ def _split_section(groups: dict[str, list[Summary]], split: str) -> str:
     found = {part for seeds in scores.values() for seed in seeds for part in seed.parts}
     if not found:
         return ""
-    header = ["masked", "positions", *(f"{model}, ppl" for model in groups), *(f"{model}, right" for model in groups)]
+    header = ["masked", "positions", *(f"{model}, ppl" for model in groups), "no context, ppl"]
+    header += [*(f"{model}, right" for model in groups), "no context, right"]
     rows = [_row(PART_NAMES[part], scores, part) for part in PARTS if part in found]
     rows.append(_row(_TOTAL, scores, None))
     seeds = max(map(len, scores.values()))
@@ -49,25 +50,30 @@ def _split_section(groups: dict[str, list[Summary]], split: str) -> str:
         f"On the {split} split, from `mhmoe evaluate`: every picture and text once, with the same masks for every "
         "model. ppl: perplexity per masked position, of patches among the visual tokenizer's ids and of words among "
         f"the dictionary; {_TOTAL}: of patches and words together, which the paper's table is compared with; right: "
-        "share of masked positions whose most probable symbol is the right one."
+        "share of masked positions whose most probable symbol is the right one; no context: a guess that sees nothing "
+        "but knows how often every symbol is masked in this split."
         + (" Mean ± sample standard deviation over the seeds." if seeds > 1 else "")
     )
     return f"## Masked positions, {split} split\n\n{markdown_table(header, rows)}\n\n{note}"
 
 
 def _row(name: str, scores: dict[str, list[ModalityScores]], part: str | None) -> list[str]:
-    measured = {model: [score for seed in seeds if (score := _score(seed, part))] for model, seeds in scores.items()}
-    counts = dict.fromkeys(f"{score.targets:,}" for seeds in measured.values() for score in seeds)
+    measured = {model: [_score(seed.parts, part) for seed in seeds] for model, seeds in scores.items()}
+    kept = {model: [score for score in seeds if score is not None] for model, seeds in measured.items()}
+    # The same masks, so the same for all models that have the part.
+    guesses = [_score(seed.without_context, part) for seeds in scores.values() for seed in seeds]
+    guessed = [score for score in guesses if score is not None][:1]
+    counts = dict.fromkeys(f"{score.targets:,}" for seeds in kept.values() for score in seeds)
     return [
         name,
         " / ".join(counts),
-        *(spread([score.perplexity for score in seeds]) for seeds in measured.values()),
-        *(_percentages([score.accuracy for score in seeds]) for seeds in measured.values()),
+        *(spread([score.perplexity for score in seeds]) for seeds in (*kept.values(), guessed)),
+        *(_percentages([score.accuracy for score in seeds]) for seeds in (*kept.values(), guessed)),
     ]
 
 
-def _score(scores: ModalityScores, part: str | None) -> PartScore | None:
-    return scores.total if part is None else scores.parts.get(part)
+def _score(parts: dict[str, PartScore], part: str | None) -> PartScore | None:
+    return together(list(parts.values())) if part is None else parts.get(part)
 
 
 def _percentages(shares: list[float]) -> str:

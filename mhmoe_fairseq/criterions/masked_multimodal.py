@@ -120,17 +120,12 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     ) -> dict[str, MaskedPart]:
         """The masked patches and the masked words of one sub-batch, each if its modality has them."""
         found = {}
-        prefix = "pair_" if modality == "pair" else ""
-        is_counted = batch.get("counted", True)
-        if modality != "text":
-            masked = batch["net_input"]["masked_patches"] & is_counted
-            patches = features[:, 1:image_positions]
-            targets = self.task.image_targets(batch)
-            found[f"{prefix}image"] = masked_part(model.image_logits(patches[masked]), targets[masked])
-        if modality != "image":
-            masked = batch["text_targets"].ne(self.padding_idx) & is_counted
-            words = features[:, image_positions:]
-            found[f"{prefix}text"] = masked_part(model.text_logits(words[masked]), batch["text_targets"][masked])
+        for part, (masked, targets) in masked_targets(self.task, modality, batch).items():
+            if part.endswith("image"):
+                logits = model.image_logits(features[:, 1:image_positions][masked])
+            else:
+                logits = model.text_logits(features[:, image_positions:][masked])
+            found[part] = masked_part(logits, targets)
         return found
 
     def _combine(self, parts: dict[str, MaskedPart], sample_size: Any) -> Tensor:
@@ -168,6 +163,26 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """True: everything logged is additive, vectors included."""
         return True
+
+
+def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is predicted in a sub-batch: part -> its masked places, bool ``(B, patches or words)``, and ``(M,)`` ids.
+
+    Args:
+        task: with ``image_targets`` and ``source_dictionary``.
+        modality: of the sub-batch.
+        batch: the sub-batch; nothing is predicted where its ``counted`` is False.
+    """
+    found = {}
+    prefix = "pair_" if modality == "pair" else ""
+    is_counted = batch.get("counted", True)
+    if modality != "text":
+        masked = batch["net_input"]["masked_patches"] & is_counted
+        found[f"{prefix}image"] = (masked, task.image_targets(batch)[masked])
+    if modality != "image":
+        masked = batch["text_targets"].ne(task.source_dictionary.pad()) & is_counted
+        found[f"{prefix}text"] = (masked, batch["text_targets"][masked])
+    return found
 
 
 def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 
-from ..criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion
+from ..criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_targets
 from ..data.files import read_json, write_json
 from ..errors import UserError
 
@@ -55,20 +56,33 @@ class ExpertCounts:
 
 @dataclass(frozen=True)
 class ModalityScores:
-    """A split's parts (see ``PARTS``), those that the model was trained on, and its experts, None of a dense model."""
+    """Of a split.
+
+    Attributes:
+        parts: those of ``PARTS`` that the model was trained on.
+        without_context: the same parts, by a guess that sees nothing but knows how often every symbol is masked in
+            this very split: a baseline that a model which learns from what is not masked beats.
+        experts: None of a dense model.
+    """
 
     parts: dict[str, PartScore]
+    without_context: dict[str, PartScore]
     experts: ExpertCounts | None = None
 
     @property
     def total(self) -> PartScore:
         """All masked positions together."""
-        targets = sum(part.targets for part in self.parts.values())
-        return PartScore(
-            targets,
-            sum(part.loss * part.targets for part in self.parts.values()) / targets,
-            sum(part.accuracy * part.targets for part in self.parts.values()) / targets,
-        )
+        return together(list(self.parts.values()))
+
+
+def together(parts: list[PartScore]) -> PartScore:
+    """All positions of several parts."""
+    targets = sum(part.targets for part in parts)
+    return PartScore(
+        targets,
+        sum(part.loss * part.targets for part in parts) / targets,
+        sum(part.accuracy * part.targets for part in parts) / targets,
+    )
 
 
 @torch.no_grad()
@@ -87,12 +101,23 @@ def score_modalities(model: torch.nn.Module, task: FairseqTask, split: str, batc
     criterion = MaskedMultimodalCriterion(task, 0.0, "average", 0.0, "part").eval()
     on_gpu = next(model.parameters()).is_cuda
     sums: dict[str, Any] = {}
+    symbols: dict[str, Counter[int]] = {part: Counter() for part in PARTS}
     for batch in batches:
-        log = task.valid_step(utils.move_to_cuda(batch) if on_gpu else batch, model.eval(), criterion)[2]
-        for key, value in log.items():
+        batch = utils.move_to_cuda(batch) if on_gpu else batch
+        for key, value in task.valid_step(batch, model.eval(), criterion)[2].items():
             sums[key] = sums.get(key, 0) + (value.double().cpu() if torch.is_tensor(value) else value)
+        for modality in task.modalities:
+            for part, (_, targets) in masked_targets(task, modality, batch[modality]).items():
+                symbols[part].update(targets.tolist())
     layers = [place for place, layer in enumerate(model.beit3.encoder.layers) if layer.is_moe_layer]
-    return ModalityScores(_parts(sums), _experts(sums, layers))
+    guesses = {part: guess(list(counts.values())) for part, counts in symbols.items() if counts}
+    return ModalityScores(_parts(sums), guesses, _experts(sums, layers))
+
+
+def guess(counts: list[int]) -> PartScore:
+    """The best guess of symbols that come this often, without any context."""
+    total = sum(counts)
+    return PartScore(total, -sum(count * math.log2(count / total) for count in counts) / total, max(counts) / total)
 
 
 def _parts(sums: dict[str, Any]) -> dict[str, PartScore]:
@@ -114,9 +139,13 @@ def _experts(sums: dict[str, Any], layers: list[int]) -> ExpertCounts | None:
 
 def write_modality_scores(path: Path, scores: ModalityScores, provenance: dict[str, Any]) -> None:
     """Write the figures, and what they belong to: ``checkpoint`` (the file's name) and ``data_digest`` among others."""
-    parts = {name: _figures(part) for name, part in scores.parts.items()}
-    experts = None if scores.experts is None else asdict(scores.experts)
-    write_json(path, {**provenance, "modalities": parts, "total": _figures(scores.total), "experts": experts})
+    figures = {
+        "modalities": {name: _figures(part) for name, part in scores.parts.items()},
+        "total": _figures(scores.total),
+        "without_context": {name: _figures(part) for name, part in scores.without_context.items()},
+        "experts": None if scores.experts is None else asdict(scores.experts),
+    }
+    write_json(path, {**provenance, **figures})
 
 
 def read_modality_scores(path: Path) -> tuple[ModalityScores, dict[str, Any]]:
@@ -127,11 +156,14 @@ def read_modality_scores(path: Path) -> tuple[ModalityScores, dict[str, Any]]:
     """
     kept = read_json(path)
     try:
-        parts = {name: _score(figures) for name, figures in kept.pop("modalities").items()}
+        parts, guesses = (
+            {name: _score(figures) for name, figures in kept.pop(key).items()}
+            for key in ("modalities", "without_context")
+        )
         experts = kept.pop("experts")
         kept.pop("total")
         kept["checkpoint"], kept["data_digest"]
-        return ModalityScores(parts, None if experts is None else ExpertCounts(**experts)), kept
+        return ModalityScores(parts, guesses, None if experts is None else ExpertCounts(**experts)), kept
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no output of mhmoe evaluate on images and text: {error!r}") from error
 

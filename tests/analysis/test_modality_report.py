@@ -14,7 +14,7 @@ from mhmoe_fairseq.analysis.data_identity import identify_data, identify_manifes
 from mhmoe_fairseq.analysis.runs import read_run
 from mhmoe_fairseq.cli import main
 from mhmoe_fairseq.data.files import sha256_of
-from mhmoe_fairseq.evaluation.modality_scores import ModalityScores, PartScore, read_modality_scores
+from mhmoe_fairseq.evaluation.modality_scores import ModalityScores, PartScore, guess, read_modality_scores
 
 PARTS = ("patches of images", "words of texts", "patches of pairs", "words of pairs", "all masked positions")
 
@@ -114,6 +114,12 @@ def test_a_model_of_texts_only_has_one_part(data: Path, tmp_path: Path) -> None:
 
 
 def test_all_positions_together_are_weighted_by_their_number() -> None:
-    scores = ModalityScores({"image": PartScore(30, 2.0, 0.5), "text": PartScore(10, 6.0, 0.1)})
+    scores = ModalityScores({"image": PartScore(30, 2.0, 0.5), "text": PartScore(10, 6.0, 0.1)}, {})
     assert (scores.total.targets, scores.total.loss, scores.total.accuracy) == (40, 3.0, pytest.approx(0.4))
     assert scores.total.perplexity == 8.0
+
+
+def test_a_guess_without_context_is_as_good_as_the_symbols_are_uneven() -> None:
+    assert guess([5, 5, 5, 5]) == PartScore(20, 2.0, 0.25)
+    assert guess([7]) == PartScore(7, 0.0, 1.0)
+    assert guess([2, 1, 1]).loss == 1.5

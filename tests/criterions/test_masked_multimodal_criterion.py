@@ -212,5 +212,5 @@ def test_no_masked_position_gives_a_loss_of_zero_with_a_gradient() -> None:
     logits = torch.zeros(0, 5, requires_grad=True)
     part = masked_part(logits, torch.zeros(0, dtype=torch.long))
     part.loss.backward()
-    assert (float(part.loss), int(part.targets), int(part.correct)) == (0, 0, 0)
+    assert (part.loss.item(), int(part.targets), int(part.correct)) == (0, 0, 0)
     assert logits.grad.shape == (0, 5)

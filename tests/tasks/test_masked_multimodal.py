@@ -166,7 +166,7 @@ def test_a_bad_picture_is_refused_or_replaced(copied: Path) -> None:
     with pytest.raises(ValueError, match=r"image.train.jsonl:4: .*train-3.png"):
         load(build(copied), "train")
     replaced = [batch["image"]["num_replaced"] for batch in load(build(copied, skip_bad_pictures=True), "train")]
-    assert 2 <= sum(replaced) <= 3  # 48 items, 20 pictures
+    assert 2 <= sum(replaced) <= 3  # 24 items, 10 pictures
     Image.new("RGB", (IMG_SIZE, IMG_SIZE)).save(copied / "images" / "train-3.png")
     assert sum(batch["image"]["num_replaced"] for batch in load(build(copied), "train")) == 0
 

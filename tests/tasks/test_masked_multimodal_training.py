@@ -6,18 +6,19 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from console import USER_DIR, run_console
+from fairseq import options, tasks
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from pictures_and_words import SHAPES, training_words, write_pictures_and_words, write_tokenizer
 
 from mhmoe_fairseq.analysis.run_logs import TrainingLog, read_training_log
 from mhmoe_fairseq.cli import main
 from mhmoe_fairseq.criterions.masked_multimodal import PARTS
-
-EPOCH = 12  # updates: 48 samples of the largest modality, 4 in a batch
+from mhmoe_fairseq.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,12 @@ def saved(save_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two epochs and a half, dropout and all."""
+    """Two epochs of six updates and a little more, dropout and all."""
     folder = tmp_path_factory.mktemp("run") / "mhmoe"
-    flags = ["--dropout", 0.1, "--save-interval-updates", 17, "--keep-interval-updates", 1]
+    flags = ["--dropout", 0.1, "--save-interval-updates", 8, "--keep-interval-updates", 1]
     if importlib.util.find_spec("tensorboardX"):
         flags += ["--tensorboard-logdir", folder / "board"]
-    train(data, folder, *flags, updates=30)
+    train(data, folder, *flags, updates=14)
     return folder
 
 
@@ -84,9 +85,9 @@ def test_every_part_is_in_tensorboard(run: Path) -> None:
 def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_the_same(data: Path, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "resumed"
     folder.mkdir()
-    (checkpoint,) = run.glob("checkpoint_2_17.pt")  # 5 updates into the second epoch
+    (checkpoint,) = run.glob("checkpoint_2_8.pt")  # two updates into the second epoch
     shutil.copy(checkpoint, folder / "checkpoint_last.pt")
-    train(data, folder, "--dropout", 0.1, "--num-workers", 2, updates=30)
+    train(data, folder, "--dropout", 0.1, "--num-workers", 1, updates=14)
     whole, resumed = saved(run), saved(folder)
     assert whole["model"].keys() == resumed["model"].keys()
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
@@ -122,6 +123,8 @@ def test_fairseq_validate_and_mhmoe_evaluate_agree_with_the_training(data: Path,
         assert perplexity == pytest.approx(float(record.get(f"valid_{part}_ppl", record.get(f"{part}_ppl"))), rel=3e-3)
     assert scores["total"]["perplexity"] == pytest.approx(last["valid_ppl"], rel=3e-3)
     assert scores["total"]["targets"] == sum(score["targets"] for score in scores["modalities"].values())
+    guessed = scores["without_context"]["image"]
+    assert guessed["targets"] == scores["modalities"]["image"]["targets"] and 1 < guessed["perplexity"] < 12
     assert scores["experts"]["layers"] == [1] and len(scores["experts"]["load"][0]) == 4
 
 
@@ -146,3 +149,58 @@ def test_a_dense_model_and_mean_over_targets(data: Path, tmp_path: Path) -> None
     run_console("fairseq-train", *words, cwd=data)
     record = read_training_log(tmp_path / "train.log").inner[-1]
     assert record["loss"] == record["nll_loss"] and "gate_loss" not in record
+
+
+# ---------------------------------------------------------------------- starting from another checkpoint
+
+
+def test_pre_training_goes_on_at_a_higher_resolution(data: Path, run: Path, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "finer.pt", data, image_size=64)
+    start = ("--finetune-from-model", run / "checkpoint_last.pt", "--img-size", 64, "--disable-validation")
+    log = train(data, tmp_path, *start, "--visual-tokenizer", tmp_path / "finer.pt", "--no-save", updates=1)
+    assert "positions of 4x4 patches are resized to 8x8 (--img-size)" in log
+    assert read_training_log(tmp_path / "train.log").inner[0]["bsz"] == 4
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--encoder-embed-dim", 48),
+            "is of shape .*, this model's of .*: give --arch and the model's flags as in its",
+        ),
+        (("--moe-freq", 1), "it has no parameter beit3.encoder.layers.0.moe_layer"),
+        (("--max-text-length", 20), r"--max-text-length \(20\): the checkpoint has positions for 16 tokens only"),
+    ],
+)
+def test_another_model_is_refused_before_training(
+    data: Path, run: Path, tmp_path: Path, flags: tuple, message: str
+) -> None:
+    task = build_task(data, tmp_path, run / "checkpoint_last.pt", *flags)
+    with pytest.raises(UserError, match=f"checkpoint_last.pt: .*{message}"):
+        task.build()
+
+
+def test_another_dictionary_is_refused_before_training(data: Path, run: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(data, tmp_path / "data")
+    lines = (other / "dict.txt").read_text().splitlines()
+    (other / "dict.txt").write_text("\n".join([*lines[1:-1], lines[0], lines[-1]]) + "\n")
+    with pytest.raises(UserError, match="its dictionary .19 words, other symbols or another order. is not that of"):
+        build_task(other, tmp_path, run / "checkpoint_last.pt").build()
+
+
+class Setting(NamedTuple):
+    """A training as fairseq-train would set it up."""
+
+    task: Any
+    model_config: Any
+
+    def build(self) -> Any:
+        return self.task.build_model(self.model_config)
+
+
+def build_task(data: Path, save_dir: Path, start: Path, *flags: object) -> Setting:
+    words = training_words(data, save_dir, "--finetune-from-model", start, *flags, updates=1)
+    words = [str(word) for word in words]
+    config = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), words))
+    return Setting(tasks.setup_task(config.task), config.model)
