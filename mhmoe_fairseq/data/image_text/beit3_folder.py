@@ -30,8 +30,8 @@ from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
 from ..vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
 from ..workspace import MANIFEST
 from .piece_vocabulary import PieceVocabulary
+from .pipeline import KIND, MASK
 
-KIND, MASK = "image-text", "<mask>"
 _DICTIONARY = "dict.txt"
 _UPSTREAM_MODEL = "beit3.spm"
 _SOURCE = "beit3-index"

@@ -109,9 +109,9 @@ class VisualTokenizer(nn.Module, ABC):
         return super().train(False)
 
 
-def check_sizes(vocab_size: int, patch_size: int, image_size: int) -> None:
+def check_sizes(vocab_size: int, patch_size: int, image_size: int, vocab_flag: str = "--vocab-size") -> None:
     """``UserError`` that names the flag of a bad size."""
-    for flag, value, least in (("--vocab-size", vocab_size, 2), ("--patch-size", patch_size, 1)):
+    for flag, value, least in ((vocab_flag, vocab_size, 2), ("--patch-size", patch_size, 1)):
         if value < least:
             raise UserError(f"{flag} {value}: must be at least {least}")
     if image_size < patch_size or image_size % patch_size:

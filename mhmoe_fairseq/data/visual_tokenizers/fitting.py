@@ -41,9 +41,9 @@ class FitSettings:
     max_patches: int = 60_000
     iterations: int = 15
 
-    def check(self) -> None:
+    def check(self, vocab_flag: str = "--vocab-size") -> None:
         """``UserError`` that names the flag of a bad size."""
-        check_sizes(self.vocab_size, self.patch_size, self.image_size)
+        check_sizes(self.vocab_size, self.patch_size, self.image_size, vocab_flag)
 
 
 def fit_kmeans(folder: Path, settings: FitSettings, say: Say) -> VisualTokenizer:

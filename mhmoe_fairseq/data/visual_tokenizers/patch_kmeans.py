@@ -14,6 +14,7 @@ from ...errors import UserError
 from .base import VisualTokenizer, from_patches, nearest, to_patches
 
 Say = Callable[[str], None]
+_CANDIDATES = 16  # patches for each code, among which the first codes are drawn
 
 
 class PatchKMeans(VisualTokenizer):
@@ -64,10 +65,11 @@ def fit_patch_kmeans(
     iterations: int = 20,
     say: Say = lambda line: None,
 ) -> PatchKMeans:
-    """Lloyd's algorithm from distinct patches drawn by ``seed``; the same input gives the same codes.
+    """k-means++ and Lloyd's algorithm; the same input gives the same codes.
 
-    It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch
-    drawn by its squared distance from its code.
+    The first codes are patches, each drawn by its squared distance from those before it. It ends when no code moves
+    any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch drawn by its squared
+    distance from its code.
 
     Args:
         patches: (R, 3 * patch_size ** 2) in [0, 1], of training pictures.
@@ -78,14 +80,15 @@ def fit_patch_kmeans(
     distinct = torch.unique(patches, dim=0)
     if len(distinct) < vocab_size:
         raise UserError(
-            f"--vocab-size {vocab_size}: more than the {len(distinct)} distinct patches of the training pictures"
+            f"{vocab_size} codes (--vocab-size, in mhmoe prepare --visual-vocab-size): more than the {len(distinct)} "
+            "distinct patches of the training pictures"
         )
     if iterations < 1:
         raise UserError(f"--iterations {iterations}: must be at least 1")
     generator = torch.Generator().manual_seed(seed)
     mean = patches.mean(0)
     points = patches - mean
-    centroids = distinct[torch.randperm(len(distinct), generator=generator)[:vocab_size]] - mean
+    centroids = _first_codes(distinct - mean, vocab_size, generator)
     for iteration in range(1, iterations + 1):
         assigned = nearest(points, centroids)
         counts = torch.bincount(assigned, minlength=vocab_size)
@@ -104,6 +107,17 @@ def fit_patch_kmeans(
         if has_settled:
             break
     return PatchKMeans(vocab_size, patch_size, image_size, centroids=centroids, mean=mean)
+
+
+def _first_codes(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different points of a random few of all ``points``, which are distinct."""
+    few = points[torch.randperm(len(points), generator=generator)[: _CANDIDATES * count]]
+    chosen = [few[0]]
+    distances = (few - chosen[0]).square().sum(1)
+    while len(chosen) < count:
+        chosen.append(few[int(_draw(distances, 1, generator))])
+        distances = torch.minimum(distances, (few - chosen[-1]).square().sum(1))
+    return torch.stack(chosen)
 
 
 def _draw(distances: Tensor, count: int, generator: torch.Generator) -> Tensor:

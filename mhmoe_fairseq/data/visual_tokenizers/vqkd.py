@@ -161,11 +161,11 @@ def read_vqkd(content: Mapping[str, Any], place: str) -> VQKD:
         UserError: a tensor is missing, of another shape, or of a layout that BEiT v2 did not release.
     """
     weights = _weights(content)
-    kept = {
-        name: value for name, value in weights.items() if name.startswith((_ENCODER, _PROJECTION)) or name == _CODES
-    }
+    wanted = (_ENCODER, _PROJECTION, _CODES)
+    kept = {name: value for name, value in weights.items() if name.startswith(wanted)}
     try:
-        tokenizer = VQKD(**_shape(kept), provenance={"read_from": "a VQ-KD checkpoint of BEiT v2"})
+        with torch.random.fork_rng(devices=[]):
+            tokenizer = VQKD(**_shape(kept), provenance={"read_from": "a VQ-KD checkpoint of BEiT v2"})
         tokenizer.load_state_dict({name: value.float() for name, value in kept.items()})
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
