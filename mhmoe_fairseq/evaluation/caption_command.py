@@ -90,10 +90,28 @@ def _caption_split(captioner: Captioner, args: argparse.Namespace, search: Capti
         return 0
     scores = score_captions(captions, references, with_java=not args.no_java)
     _say(describe(scores))
+    constant = _constant_scores(captioner, references)
+    if constant is not None:
+        figures = ", ".join(f"{name} {value:.2f}" for name, value in constant["figures"].items())
+        _say(f"without looking, the same caption for all, {constant['caption']!r}: {figures}")
     if args.scores is not None:
         how = {"checkpoint_sha256": sha256_of(captioner.file), "split": args.split, "search": asdict(search)}
-        write_json(args.scores, {**how, **asdict(scores), "figures": scores.figures()})
+        write_json(args.scores, {**how, **asdict(scores), "figures": scores.figures(), "constant": constant})
     return 0
+
+
+def _constant_scores(captioner: Captioner, references: dict[int, list[str]]) -> dict[str, Any] | None:
+    """The training caption that fits most pictures, and its scores; None if there are no training captions."""
+    from .caption_baseline import best_constant_caption
+    from .caption_metrics import score_captions
+
+    training = captioner.training_captions()
+    if training is None:
+        return None
+    caption = best_constant_caption(training)
+    scores = score_captions(dict.fromkeys(references, caption), references, with_java=False)
+    known = {name: value for name, value in scores.figures().items() if value is not None}
+    return {"caption": caption, "figures": known}
 
 
 def describe(scores: CaptionScores) -> str:

@@ -10,10 +10,10 @@ from fairseq import utils
 
 from ..captions import CaptionSearch, read_ground_truth
 from ..data.multimodal.datasets import CaptionDataset
-from ..data.multimodal.index import read_index
+from ..data.multimodal.index import index_files, read_index
 from ..data.multimodal.pictures import read_picture
 from ..data.multimodal.transforms import EvaluationTransform
-from ..tasks.captioning import GROUND_TRUTH, CaptioningTask
+from ..tasks.captioning import GROUND_TRUTH, NAME, CaptioningTask
 from .image_text_loading import load_image_text_model
 
 TASK = "mhmoe_captioning"
@@ -44,13 +44,23 @@ class Captioner:
         file = self.task.folder / GROUND_TRUTH[split]
         return read_ground_truth(file) if file.is_file() else None
 
+    def training_captions(self) -> dict[int, list[str]] | None:
+        """The captions of the training pictures, by image id; None if the data have none."""
+        if not index_files(self.task.folder, "captioning", "train", NAME)[0].is_file():
+            return None
+        index = read_index(self.task.folder, "captioning", "train", NAME, vocabulary_size=len(self.task.dictionary))
+        captions: dict[int, list[str]] = {}
+        for row, image in enumerate(index["image_id"].tolist()):
+            captions.setdefault(image, []).append(self.task.decode(tuple(index["text_segment"][row].tolist())))
+        return captions
+
     def caption_split(self, split: str, search: CaptionSearch, batch_size: int = 32) -> dict[int, str]:
         """A caption for every picture of a split, by image id, in the index's order.
 
         Raises:
             FileNotFoundError, ValueError: naming the index or picture that is missing or broken.
         """
-        index = read_index(self.task.folder, "captioning", split)
+        index = read_index(self.task.folder, "captioning", split, NAME)
         settings = self.task.dataset_settings(split, seed=0)
         dataset = CaptionDataset(index, settings, self.transform)
         batches = self.task.get_batch_iterator(

@@ -23,6 +23,7 @@ from .sentencepiece_bpe import WholeSentencepieceBPE
 
 logger = logging.getLogger(__name__)
 
+NAME = "coco_captioning"  # of the index files
 GROUND_TRUTH = {"valid": "coco_karpathy_val_gt.json", "test": "coco_karpathy_test_gt.json"}
 _VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
 
@@ -118,7 +119,7 @@ class CaptioningTask(ImageTextFineTuning):
         Raises:
             FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
         """
-        index = read_index(self.folder, "captioning", split, "coco_captioning", vocabulary_size=len(self.dictionary))
+        index = read_index(self.folder, "captioning", split, NAME, vocabulary_size=len(self.dictionary))
         fraction, transform = self.args.caption_mask_prob, self.build_transform(split)
         if split == "train":
             settings = self.dataset_settings(split, self.args.seed)

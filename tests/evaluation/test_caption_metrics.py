@@ -9,6 +9,7 @@ import pytest
 
 from mhmoe_fairseq.captions import CiderD, rouge_l, tokenize
 from mhmoe_fairseq.evaluation import java_caption_metrics
+from mhmoe_fairseq.evaluation.caption_baseline import best_constant_caption
 from mhmoe_fairseq.evaluation.caption_command import describe
 from mhmoe_fairseq.evaluation.caption_metrics import CaptionScores, score_captions
 
@@ -75,6 +76,18 @@ def test_a_java_program_that_fails_is_a_reason_too():
 
     with pytest.raises(java_caption_metrics.Unavailable, match="BrokenPipeError: the program ended"):
         java_caption_metrics._run(Broken, [["a"]], [[["a"]]])
+
+
+def test_the_best_caption_for_all_pictures():
+    """Against scoring every candidate on every picture."""
+    training = {1: ["a red cat", "a cat"], 2: ["a red dog"], 3: ["a blue dog", "a red dog runs"], 4: ["two red birds"]}
+    candidates = [caption for captions in training.values() for caption in captions]
+    totals = {
+        caption: score_captions(dict.fromkeys(training, caption), training, with_java=False).cider
+        for caption in candidates
+    }
+    assert best_constant_caption(training) == max(totals, key=totals.get)
+    assert len(set(totals.values())) > 3
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
 import pytest
 import torch
 from console import run_console
-from image_text_data import prepare_shapes
+from image_text_data import COLOURS, SHAPES, SIZES, prepare_shapes
 from pictures_and_words import training_words
 
 from mhmoe_fairseq.captions import CiderD, read_ground_truth, tokenize
@@ -35,10 +36,17 @@ def validations(log):
 def run(data, tmp_path_factory):
     """A model that has learnt captions a little: the folder and the log."""
     root = tmp_path_factory.mktemp("captioning")
-    flags = ["--batch-size", 2, "--validate-interval", 10, "--caption-mask-prob", 0.4, "--label-smoothing", 0]
+    flags = ["--batch-size", 2, "--validate-interval", 6, "--caption-mask-prob", 0.4, "--label-smoothing", 0]
     flags += ["--lr", 0.01]
-    log = run_console("fairseq-train", *captioning_words(data, root / "run", *flags, updates=120), cwd=root)
+    log = run_console("fairseq-train", *captioning_words(data, root / "run", *flags, updates=72), cwd=root)
     return root / "run", log
+
+
+def training_captions(data):
+    """As the source has them: size, colour, shape."""
+    held_out = {text for split in ("val", "test") for texts in
+                read_ground_truth(data / f"coco_karpathy_{split}_gt.json").values() for text in texts}  # fmt: skip
+    return {" ".join(words) for words in itertools.product(SIZES, COLOURS, SHAPES)} - held_out
 
 
 def caption(*arguments):
@@ -70,6 +78,9 @@ def test_captions_of_a_split_and_their_scores(run, data, tmp_path, capsys):
     output = capsys.readouterr().out
     assert "valid: 6 captions, beam 3" in output and f"CIDEr {scores['cider']:.2f}" in output
     assert "METEOR: absent, not asked for" in output
+    constant = scores["constant"]
+    assert constant["caption"] in training_captions(data)
+    assert f"without looking, the same caption for all, '{constant['caption']}': BLEU-1 " in output
 
 
 def test_single_pictures(run, data, tmp_path, capsys):
@@ -122,8 +133,8 @@ def test_a_checkpoint_of_another_task_is_refused(run, tmp_path, capsys):
 
 def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):
     """Three pictures on one rank, two on the other and then none: all decode until the last is done."""
-    flags = ("--validate-interval-updates", 2, "--batch-size-valid", 2, "--caption-mask-prob", 0.4)
-    words = (captioning_words(data, tmp_path / name, *flags, "--update-freq", freq, updates=4)
+    flags = ("--batch-size-valid", 2, "--caption-mask-prob", 0.4)
+    words = (captioning_words(data, tmp_path / name, *flags, "--update-freq", freq, updates=2)
              for name, freq in (("one", 2), ("two", 1)))  # fmt: skip
     one = run_console("fairseq-train", *next(words), cwd=tmp_path)
     two = workers2.fairseq("fairseq-train", *next(words))[0]
