@@ -155,8 +155,9 @@ def as_json(summary: CheckpointSummary) -> dict[str, Any]:
 def _model_line(summary: CheckpointSummary) -> str:
     if summary.arch is None:
         return f"{MISSING} (no configuration is stored)"
-    names = ("decoder_layers", "decoder_embed_dim", "decoder_ffn_embed_dim", "mhmoe_heads_number", "moe_top_k",
-             "mhmoe_routing", "mhmoe_budget")  # fmt: skip
+    sizes = [f"{stack}_{size}" for stack in ("decoder", "encoder") for size in ("layers", "embed_dim", "ffn_embed_dim")]
+    pictures = ("img_size", "patch_size", "max_text_length", "mhmoe_modality_experts")
+    names = (*sizes, *pictures, "mhmoe_heads_number", "moe_top_k", "mhmoe_routing", "mhmoe_budget")
     given = (f"{name} {summary.settings[name]}" for name in names if name in summary.settings)
     return ", ".join([summary.arch, *given])
 
@@ -172,7 +173,9 @@ def _experts_line(summary: CheckpointSummary) -> str:
     if not summary.experts:
         return "none (dense)"
     counts = sorted(set(summary.experts.values()))
-    return f"{' or '.join(map(str, counts))} in each of {len(summary.experts)} MoE layers"
+    separate = any(name.endswith("moe_layer.A") for name in summary.experts)
+    pools = "pools, two in each MoE layer" if separate else "MoE layers"
+    return f"{' or '.join(map(str, counts))} in each of {len(summary.experts)} {pools}"
 
 
 def _optimizer_line(summary: CheckpointSummary) -> str:

@@ -14,20 +14,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from .data_identity import identify_data, identify_manifest
+from .model_parts import by_part
 
-# The first pattern found in a weight's name decides.
-_PARTS = {
-    "experts": r"\.experts\.",
-    "shared experts": r"\.shared_expert\.",
-    "routers": r"\.router\.",
-    "head and merge projections": r"\.(head|merge)_projection\.",
-    "attention": r"\.self_attn\.",
-    "dense networks": r"\.ffn\.",
-    "embedding": r"embed_tokens|embed_positions|output_projection",
-    "norms": r"norm",
-}
 _EXPERT_BANK = re.compile(r"(.*)\.experts\.fc1_weight")
-_FINGERPRINT = "decoder.vocabulary_fingerprint"
+_FINGERPRINT = re.compile(r"(.*\.)?vocabulary_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -41,7 +31,7 @@ class CheckpointSummary:
         world_size: ranks of the training that wrote it, if it tells.
         settings: the stored options of the model that were given.
         parameters: by part of the model; a weight that two names share is counted once.
-        experts: experts in each MoE layer, by the layer's name.
+        experts: experts in each pool, by its name: an MoE layer's, or that of a modality in it.
         dtypes: bytes of weights by dtype.
         optimizer: its name; None if there is no state of it.
         optimizer_tensors, optimizer_bytes: its state.
@@ -99,7 +89,7 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
         best=extra.get("best"),
         world_size=iterator.get("num_shards"),
         settings={name: value for name, value in settings.items() if value not in (None, False) and name != "_name"},
-        parameters=_by_part(unique),
+        parameters=by_part((name, value.numel()) for name, value in unique if value.is_floating_point()),
         experts={match[1]: len(value) for name, value in weights.items() if (match := _EXPERT_BANK.fullmatch(name))},
         dtypes=_by_dtype(unique),
         optimizer=progress.get("optimizer_name") if state else None,
@@ -126,7 +116,7 @@ def weights_of(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
 
 def fingerprint_of(weights: Mapping[str, Tensor]) -> str | None:
     """SHA-256 of the dictionary's symbols, one a line, as a hexadecimal number."""
-    stored = weights.get(_FINGERPRINT)
+    stored = next((value for name, value in weights.items() if _FINGERPRINT.fullmatch(name)), None)
     return None if stored is None else struct.pack("<4q", *stored.tolist()).hex()
 
 
@@ -137,15 +127,6 @@ def _unique(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if value.numel() == 0 or identity not in seen:
             seen.add(identity)
             yield name, value
-
-
-def _by_part(weights: list[tuple[str, Tensor]]) -> dict[str, int]:
-    parts: dict[str, int] = {}
-    for name, value in weights:
-        if value.is_floating_point():
-            part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")
-            parts[part] = parts.get(part, 0) + value.numel()
-    return parts
 
 
 def _by_dtype(weights: list[tuple[str, Tensor]]) -> dict[str, int]:

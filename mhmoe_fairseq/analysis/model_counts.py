@@ -14,6 +14,7 @@ from ..models.beit3 import MHMoEBEiT3, build_beit3
 from ..models.language_model import build_language_model
 from ..models.options import BEiT3Options
 from ..moe import MHMoEConfig
+from .model_parts import by_part
 
 
 @dataclass(frozen=True)
@@ -144,26 +145,6 @@ def _flops_per_token(model: nn.Module, context: int) -> int:
     return 2 * (matrices + attention) + moe
 
 
-_PARTS = (
-    ("experts", (".experts.",)),
-    ("routers", (".router.",)),
-    ("head and merge projections", (".head_projection.", ".merge_projection.")),
-    ("shared experts", (".shared_expert.",)),
-    ("attention", (".self_attn.",)),
-    ("dense networks", (".ffn.",)),
-    ("text embedding", (".text_embed.", ".embed_tokens.")),
-    ("patch embedding", (".vision_embed.",)),
-    ("positions", (".embed_positions.",)),
-    ("text head", ("text_head.", ".output_projection.")),
-    ("image head", ("image_head.",)),
-    ("norms", ("layer_norm.", "layernorm_embedding.")),
-)
-
-
 def count_parts(model: nn.Module) -> dict[str, int]:
-    """Parameters by part of the model, those that it has; they add up to all. Sub-LN's norms count where they stand."""
-    counts = {part: 0 for part, _ in _PARTS}
-    for name, parameter in model.named_parameters():
-        part = next(part for part, marks in _PARTS if any(mark in name for mark in marks))
-        counts[part] += parameter.numel()
-    return {part: count for part, count in counts.items() if count}
+    """Parameters by part of the model; they add up to all."""
+    return by_part((name, parameter.numel()) for name, parameter in model.named_parameters())

@@ -6,10 +6,12 @@ import hashlib
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from beit3_models import small_beit3
 from console import evaluate, logged, train
 from trained_model import TrainedModel
 
@@ -65,7 +67,7 @@ def test_inspect_tells_what_a_trained_checkpoint_holds(
     expert = sum(value.numel() for name, value in weights.items() if ".experts." in name)
     assert figures["parameters"]["experts"] == expert
     assert figures["total"] == sum(value.numel() for value in weights.values())
-    assert figures["parameters"]["embedding"] == weights["decoder.embed_tokens.weight"].numel()
+    assert figures["parameters"]["text embedding"] == weights["decoder.embed_tokens.weight"].numel()
     assert figures["optimizer_bytes"] == 2 * 4 * figures["total"] and figures["complete"]
     assert (figures["arch"], figures["updates"], figures["optimizer"]) == ("mhmoe_lm_tiny", 60, "FairseqAdam")
     assert figures["experts"] == {"decoder.layers.1.moe_layer": 8}
@@ -231,3 +233,22 @@ def test_help_teaches_by_examples(action: str, capsys: pytest.CaptureFixture) ->
         main(["checkpoint", action, "--help"])
     assert end.value.code == 0
     assert f"mhmoe checkpoint {action} " in capsys.readouterr().out.partition("options:")[0].partition("\n\n")[2]
+
+
+def test_inspect_tells_what_a_checkpoint_of_pictures_and_texts_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = small_beit3(mhmoe_modality_experts="separate")
+    model.register_head("answers", torch.nn.Linear(32, 3))
+    settings = {"_name": "mhmoe_beit3_tiny", "encoder_layers": 2, "img_size": 8, "mhmoe_modality_experts": "separate"}
+    path = tmp_path / "checkpoint_best.pt"
+    torch.save({"model": model.state_dict(), "cfg": {"model": settings}}, path)
+    mhmoe_checkpoint("inspect", path, "--json", tmp_path / "a.json")
+    text = capsys.readouterr().out
+    (figures,) = json.loads((tmp_path / "a.json").read_text())
+    assert figures["total"] == sum(parameter.numel() for parameter in model.parameters())
+    assert figures["parameters"]["task heads"] == 32 * 3 + 3
+    assert "other" not in figures["parameters"]
+    assert figures["fingerprint"] == struct.pack("<4q", *model.vocabulary_fingerprint.tolist()).hex()
+    assert "8 in each of 2 pools, two in each MoE layer" in text
+    assert "encoder_layers 2, img_size 8, mhmoe_modality_experts separate" in text

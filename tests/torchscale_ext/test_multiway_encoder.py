@@ -252,6 +252,35 @@ def test_recomputation_knows_each_calls_modalities():
         torch.testing.assert_close(results[1][name], expected, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_recomputation_runs_layers_again_in_training_only():
+    model = small_beit3(checkpoint_activations=True).double().train()
+    runs = []
+    model.beit3.encoder.layers[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    features, _ = model(**beit3_batch("pair", [3]))
+    features.sum().backward()
+    assert len(runs) == 2
+    model.eval()(**beit3_batch("pair", [3]))[0].sum().backward()
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("flag", ["dropout", "attention_dropout", "activation_dropout"])
+def test_dropout_acts_in_training_only(flag):
+    model = small_beit3("dense_beit3_tiny", **{flag: 0.5}).double().train()
+    batch = beit3_batch("pair", [3])
+    assert not torch.equal(model(**batch)[0], model(**batch)[0])
+    model.eval()
+    assert torch.equal(model(**batch)[0], model(**batch)[0])
+
+
+def test_features_before_the_final_norm():
+    model = small_beit3().double().eval()
+    batch = beit3_batch("pair", [3])
+    plain, extra = model.beit3(**batch, normalize_output=False)
+    normed, _ = model.beit3(**batch)
+    torch.testing.assert_close(model.beit3.encoder.layer_norm(plain, extra["image_positions"]), normed)
+    assert not torch.allclose(plain, normed)
+
+
 def test_drop_path_leaves_out_blocks_of_whole_samples_in_training_only():
     model = small_beit3(drop_path_rate=0.5).double().train()
     batch = {name: value.expand(64, *value.shape[1:]) for name, value in beit3_batch("pair", [3]).items()}
