@@ -117,7 +117,7 @@ class TrainingModalities(ModalitiesDataset):
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
         """Positions of all modalities together, of several items."""
         self._prepare_orders()
-        return sum(token_counts(part, self._orders[name][indices]) for name, part in self.parts.items())
+        return sum(part.num_tokens_vec(self._orders[name][indices]) for name, part in self.parts.items())
 
     def _prepare_orders(self) -> None:
         if not self._orders:
@@ -129,7 +129,8 @@ class TrainingModalities(ModalitiesDataset):
         first = (self.epoch - 1) * len(self)
         visits = range(first // length, -(-(first + len(self)) // length))
         seed = [self.seed % 2**32, zlib.crc32(name.encode())]
-        orders = [np.random.default_rng([*seed, visit]).permutation(length) for visit in visits]
+        kind = np.min_scalar_type(length)  # small, since there may be millions
+        orders = [np.random.default_rng([*seed, visit]).permutation(length).astype(kind) for visit in visits]
         start = first - visits[0] * length
         return np.concatenate(orders)[start : start + len(self)]
 
@@ -141,17 +142,18 @@ class EvaluationModalities(ModalitiesDataset):
     marked ``counted: False``: the experts' calls stay the same on all ranks.
     """
 
-    def sample_of(self, name: str, index: int) -> int | None:
-        """The number of the sample of one modality that belongs to an item, if one does."""
+    def samples_of(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """The numbers of the samples of one modality that belong to items, -1 where none does."""
         count, length = self.lengths[name], len(self)
-        number = -(-index * count // length)
-        return number if number < count and number * length // count == index else None
+        numbers = -(-indices * count // length)
+        belongs = (numbers < count) & (numbers * length // count == indices)
+        return np.where(belongs, numbers, -1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item: dict[str, Any] = {"id": int(index)}
         for name, part in self.parts.items():
-            number = self.sample_of(name, int(index))
-            if number is not None:
+            number = int(self.samples_of(name, np.array([index]))[0])
+            if number >= 0:
                 item[name] = part[number]
         return item
 
@@ -169,12 +171,6 @@ class EvaluationModalities(ModalitiesDataset):
         """Positions of all modalities together, of several items."""
         counts = np.zeros(len(indices), dtype=np.int64)
         for name, part in self.parts.items():
-            numbers = [self.sample_of(name, int(index)) for index in indices]
-            places = [place for place, number in enumerate(numbers) if number is not None]
-            counts[places] += token_counts(part, np.array([numbers[place] for place in places], dtype=np.int64))
+            numbers = self.samples_of(name, indices)
+            counts[numbers >= 0] += part.num_tokens_vec(numbers[numbers >= 0])
         return counts
-
-
-def token_counts(part: FairseqDataset, numbers: np.ndarray) -> np.ndarray:
-    """Positions of some samples of one modality."""
-    return np.fromiter((part.num_tokens(number) for number in numbers), dtype=np.int64, count=len(numbers))

@@ -35,6 +35,9 @@ class Numbers(FairseqDataset):
     def num_tokens(self, index: int) -> int:
         return self.tokens + int(index) % 2
 
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        return np.array([self.num_tokens(index) for index in indices], dtype=np.int32)
+
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
