@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of mhmoe prepare")
     parser.add_argument("--split", default="test", help="valid, test, or one language's, such as test_de")
     parser.add_argument("--langs", metavar="CODES", help="evaluate on these of the languages, with commas in between")
+    parser.add_argument(
+        "--visual-tokenizer", type=Path, metavar="FILE",
+        help="that of the training, where it is no longer where it was then",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=36000, metavar="N", help="most tokens per batch of text")
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="most blocks, or samples of each modality, per batch"
@@ -48,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
         if "langs" not in settings["task"]:
             raise UserError(f"--langs: {args.checkpoint} was trained on one text, not on several languages")
         overrides["langs"] = args.langs
+    if args.visual_tokenizer is not None:
+        if "visual_tokenizer" not in settings["task"]:
+            raise UserError(f"--visual-tokenizer: {args.checkpoint} predicts no visual tokens")
+        overrides["visual_tokenizer"] = str(args.visual_tokenizer.resolve())
     identity = identify_data(args.data)
     with quiet():
         model, task = load_for_evaluation(args.checkpoint, args.data, overrides)

@@ -85,6 +85,20 @@ def test_another_tokenizer_does_not_compare(
     assert "was trained with another visual tokenizer than" in capsys.readouterr().err
 
 
+def test_the_tokenizer_of_the_training_is_needed(
+    data: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["evaluate", str(runs / "mhmoe" / "seed-1" / "checkpoint_last.pt"), "--split", "valid"]
+    moved = shutil.copytree(data, tmp_path / "data")
+    (moved / "visual_tokenizer.pt").rename(tmp_path / "kept.pt")
+    assert main([*words, "--data", str(moved)]) == 2
+    assert "visual_tokenizer.pt: no such file" in capsys.readouterr().err
+    assert main([*words, "--data", str(moved), "--visual-tokenizer", str(tmp_path / "kept.pt")]) == 0
+    write_tokenizer(tmp_path / "other.pt", data, seed=2)
+    assert main([*words, "--data", str(data), "--visual-tokenizer", str(tmp_path / "other.pt")]) == 2
+    assert "is not the one that the checkpoint was trained with" in capsys.readouterr().err
+
+
 def test_other_data_do_not_compare(data: Path, runs: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(data, tmp_path / "data")
     with open(changed / "image.train.jsonl", "a") as file:
@@ -103,6 +117,7 @@ def test_a_folder_and_its_manifest_are_one_identity(data: Path, tmp_path: Path) 
     assert identify_manifest(tmp_path / "manifest.json").digest == found.digest
 
 
+@pytest.mark.slow
 def test_a_model_of_texts_only_has_one_part(data: Path, tmp_path: Path) -> None:
     flags = ["--modalities", "text", "--log-file", tmp_path / "train.log", "--disable-validation"]
     run_console("fairseq-train", *training_words(data, tmp_path, *flags, updates=1), cwd=data)

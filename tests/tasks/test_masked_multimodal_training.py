@@ -140,6 +140,7 @@ def test_bf16_accumulation_and_fewer_modalities(data: Path, tmp_path: Path) -> N
     assert "pair_image_ppl" in records[-1] and "image_ppl" not in records[-1]
 
 
+@pytest.mark.slow
 def test_a_dense_model_and_mean_over_targets(data: Path, tmp_path: Path) -> None:
     dense = [word for word in training_words(data, tmp_path, updates=4)]
     place = dense.index("--moe-freq")
@@ -154,6 +155,7 @@ def test_a_dense_model_and_mean_over_targets(data: Path, tmp_path: Path) -> None
 # ---------------------------------------------------------------------- starting from another checkpoint
 
 
+@pytest.mark.slow
 def test_pre_training_goes_on_at_a_higher_resolution(data: Path, run: Path, tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "finer.pt", data, image_size=64)
     start = ("--finetune-from-model", run / "checkpoint_last.pt", "--img-size", 64, "--disable-validation")
