@@ -21,7 +21,7 @@ def quiet() -> Iterator[None]:
 
     Importing TorchScale's dependencies sets the root logger to DEBUG.
     """
-    loggers = [logging.getLogger(name) for name in ("fairseq", "fairseq_cli", "matplotlib", "PIL")]
+    loggers = [logging.getLogger(name) for name in ("fairseq", "fairseq_cli", "mhmoe_fairseq", "matplotlib", "PIL")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.WARNING)

@@ -31,8 +31,7 @@ def load_image_text_model(
         FileNotFoundError: naming what is missing.
         ValueError: the file is no such checkpoint, or the data have another dictionary.
     """
-    for name in ("fairseq", "PIL"):  # they log their whole configuration, and every picture
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("fairseq").setLevel(logging.WARNING)  # it logs its whole configuration at every load
     warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)  # there may be no GPU
     file = find_checkpoint(Path(checkpoint), None)
     trained_with = read_checkpoint(file)["cfg"]["task"]["_name"]
