@@ -201,6 +201,9 @@ def test_several_languages_and_text_of_ones_own(tmp_path):
     assert not (folder / "visual_tokenizer.pt").exists() and not (folder / "vqa.train.jsonl").exists()
     captions = [annotation["caption"] for annotation in read_json(folder / "coco_karpathy_val_gt.json")["annotations"]]
     assert captions and all(caption.split()[0] in ("kleiner", "grosser") for caption in captions)
+    (text / "train.txt").write_bytes(b"not \xff UTF-8\n")
+    with pytest.raises(UserError, match="train.txt: invalid UTF-8 at byte 4"):
+        prepare_shapes(tmp_path / "broken", text_data=text)
     with pytest.raises(UserError, match="--text-data"):
         (text / "valid.txt").write_text("Changed.\n")
         prepare_shapes(folder, languages=("de", "en"), text_data=text, tokenizer=None, derived=None)

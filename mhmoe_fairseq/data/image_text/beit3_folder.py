@@ -20,7 +20,7 @@ from ...errors import UserError
 from ..archives import Say
 from ..binarize import binarize
 from ..documents import clean_line
-from ..files import atomic_open, atomic_path, exclusive_lock, read_json, sha256_of, write_json
+from ..files import atomic_open, atomic_path, exclusive_lock, read_json, read_utf8_lines, sha256_of, write_json
 from ..multimodal.answers import ANSWERS_FILE, read_answers
 from ..multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ..pipeline import MODEL_FILE, tool_versions
@@ -198,7 +198,7 @@ class Completion:
             raise UserError(f"--text-data: {self._folder} has no {MODEL_FILE} to encode it with")
         text = prefix.with_suffix(".txt")
         with atomic_open(text) as stream:
-            for line in source.read_text(encoding="utf-8").splitlines():
+            for line in read_utf8_lines(source):
                 if cleaned := clean_line(line):
                     stream.write(f"{cleaned}\n".encode())
         binarize(text, prefix, PieceVocabulary(model))

@@ -28,7 +28,7 @@ class DerivedSettings:
 
     Args:
         min_answer_count: answers that fewer training questions have are no classes.
-        statements: of the training part; a held-out part has a share like its pictures', at least a fifth.
+        statements: of the training part; each held-out part has a fifth of that.
     """
 
     min_answer_count: int = 3

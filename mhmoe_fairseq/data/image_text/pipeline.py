@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..archives import Say
 from ..binarize import binarize
 from ..documents import clean_line
-from ..files import atomic_open, read_json, sha256_of, write_json
+from ..files import atomic_open, read_json, read_utf8_lines, sha256_of, write_json
 from ..pipeline import MODEL_FILE, tool_versions
 from ..sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from ..splits import SPLITS
@@ -163,8 +163,8 @@ class ImageTextPreparation:
 
     def _text_lines(self, split: str) -> list[str]:
         if self._settings.text_data is not None:
-            content = (self._settings.text_data / f"{split}.txt").read_text(encoding="utf-8")
-            return [cleaned for line in content.splitlines() if (cleaned := clean_line(line))]
+            lines = read_utf8_lines(self._settings.text_data / f"{split}.txt")
+            return [cleaned for line in lines if (cleaned := clean_line(line))]
         _, sentences = self._catalogue
         return [sentence.text for sentence in sentences if self._assigned[sentence.unit] == split]
 

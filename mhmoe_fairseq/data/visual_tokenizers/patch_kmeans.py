@@ -14,7 +14,6 @@ from ...errors import UserError
 from .base import VisualTokenizer, from_patches, nearest, to_patches
 
 Say = Callable[[str], None]
-_CANDIDATES = 16  # patches for each code, among which the first codes are drawn
 
 
 class PatchKMeans(VisualTokenizer):
@@ -65,11 +64,11 @@ def fit_patch_kmeans(
     iterations: int = 20,
     say: Say = lambda line: None,
 ) -> PatchKMeans:
-    """k-means++ and Lloyd's algorithm; the same input gives the same codes.
+    """Lloyd's algorithm from different patches drawn by ``seed``; the same input gives the same codes.
 
-    The first codes are patches, each drawn by its squared distance from those before it. It ends when no code moves
-    any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch drawn by its squared
-    distance from its code.
+    It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch
+    drawn by its squared distance from its code. Drawing the first codes by distance, as k-means++ does, gave the same
+    error on held-out pictures, fewer codes in use, and took longer.
 
     Args:
         patches: (R, 3 * patch_size ** 2) in [0, 1], of training pictures.
@@ -88,7 +87,7 @@ def fit_patch_kmeans(
     generator = torch.Generator().manual_seed(seed)
     mean = patches.mean(0)
     points = patches - mean
-    centroids = _first_codes(distinct - mean, vocab_size, generator)
+    centroids = distinct[torch.randperm(len(distinct), generator=generator)[:vocab_size]] - mean
     for iteration in range(1, iterations + 1):
         assigned = nearest(points, centroids)
         counts = torch.bincount(assigned, minlength=vocab_size)
@@ -107,17 +106,6 @@ def fit_patch_kmeans(
         if has_settled:
             break
     return PatchKMeans(vocab_size, patch_size, image_size, centroids=centroids, mean=mean)
-
-
-def _first_codes(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` different points of a random few of all ``points``, which are distinct."""
-    few = points[torch.randperm(len(points), generator=generator)[: _CANDIDATES * count]]
-    chosen = [few[0]]
-    distances = (few - chosen[0]).square().sum(1)
-    while len(chosen) < count:
-        chosen.append(few[int(_draw(distances, 1, generator))])
-        distances = torch.minimum(distances, (few - chosen[-1]).square().sum(1))
-    return torch.stack(chosen)
 
 
 def _draw(distances: Tensor, count: int, generator: torch.Generator) -> Tensor:
