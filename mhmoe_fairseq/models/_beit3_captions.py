@@ -50,7 +50,7 @@ class WritesCaptions(nn.Module):
         """Read ``(B, 3, H, W)`` pictures; no token has been written."""
         state = CaptionState([KeyValueCache() for _ in self.beit3.encoder.layers])
         with self.autocast(images.device.type):
-            self.beit3(images=images, attention="caption", caches=state.caches)
+            self.beit3(images=images, caches=state.caches)
         return state
 
     @torch.no_grad()

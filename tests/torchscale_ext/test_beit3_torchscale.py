@@ -142,3 +142,12 @@ def test_what_captions_see():
     ]
     with pytest.raises(ValueError, match=r"attention \('causal'\) must be one of full, caption"):
         visible_keys("causal", 2, 5, None, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("attention", ["full", "caption"])
+def test_every_query_sees_something(attention):
+    """Some kernels of scaled_dot_product_attention make NaN of a query without keys."""
+    padding = torch.tensor([[False, False, True], [True, True, True], [True, False, False]])
+    visible = visible_keys(attention, 0, 3, padding, padding.device).expand(3, 1, 3, 3)
+    assert visible.any(-1).all()
+    assert not visible[0, 0, :2, 2].any()  # a real query sees no padding
