@@ -11,7 +11,7 @@ from ..data.files import atomic_open, read_json
 from ..errors import UserError
 from .console import say
 from .paper_numbers import P1, TABLE_4, TABLE_4_COLUMNS
-from .tables import MISSING, markdown_table, number
+from .tables import markdown_table, number
 
 # Column, folder of the task, split, figure: in the order of P1's table 4, then tasks that it does not have.
 _COLUMNS = (
@@ -118,13 +118,16 @@ def _baseline_rows(
     names: Sequence[str], columns: Sequence[tuple[str, str, str, str]], scores: dict[tuple[str, str, str], dict]
 ) -> list[list[str]]:
     """A row for each way of guessing; they are the same for every model, so any model's will do."""
-    found: dict[str, dict[str, float]] = {}
-    for title, task, split, _ in columns:
+    found: dict[str, dict[str, float | None]] = {}
+    for title, task, split, figure in columns:
         for name in names:
-            for baseline, value in scores[(name, task, split)].get("baselines", {}).items():
+            scored = scores[(name, task, split)]
+            for baseline, value in scored.get("baselines", {}).items():
                 found.setdefault(baseline, {})[title] = value
+            if "constant" in scored:  # mhmoe caption's
+                found.setdefault("one caption for all", {})[title] = scored["constant"]["figures"].get(figure)
     return [
-        [f"*{baseline}*", *(number(values.get(title)) if title in values else MISSING for title, *_ in columns)]
+        [f"*{baseline}*", *(number(values.get(title)) for title, *_ in columns)]
         for baseline, values in found.items()
     ]
 

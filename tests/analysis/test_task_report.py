@@ -25,7 +25,11 @@ def folder(tmp_path: Path) -> Path:
         figures = {"VQA score": score}
         write_scores(tmp_path, "vqa", name, "test", count=1210, figures=figures, baselines=guesses, derived=True)
     captions = {"BLEU-4": 7.0, "METEOR": None, "CIDEr": 25.0, "SPICE": None}
-    write_scores(tmp_path, "captioning", "dense", "test", images=142, figures=captions, absent={"meteor": "there is no Java"})
+    constant = {"caption": "flag", "figures": {"BLEU-4": 0.0, "METEOR": None, "CIDEr": 5.5, "SPICE": None}}
+    write_scores(
+        tmp_path, "captioning", "dense", "test", images=142, figures=captions, constant=constant,
+        absent={"meteor": "there is no Java"},
+    )  # fmt: skip
     return tmp_path
 
 
@@ -40,6 +44,7 @@ def test_models_baselines_and_the_papers_figures_are_kept_apart(folder: Path, ca
         ["dense", "41.25", "7.00", "–", "25.00", "–"],
         ["xmoe", "43.50", "–", "–", "–", "–"],
         ["*question only*", "37.50", "–", "–", "–", "–"],
+        ["*one caption for all*", "–", "0.00", "–", "5.50", "–"],
     ]
     assert "METEOR is absent: there is no Java." in ours and "neither VQAv2 nor NLVR2" in ours
     assert "vqa test 1,210, captioning test 142" in ours and "71.4" not in ours and "71.4" in paper
