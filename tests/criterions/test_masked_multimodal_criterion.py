@@ -214,3 +214,14 @@ def test_no_masked_position_gives_a_loss_of_zero_with_a_gradient() -> None:
     part.loss.backward()
     assert (part.loss.item(), int(part.targets), int(part.correct)) == (0, 0, 0)
     assert logits.grad.shape == (0, 5)
+
+
+def test_samples_that_stand_for_bad_pictures_are_counted(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    log = criterion_of(task)(model, {**batch, "pair": {**batch["pair"], "num_replaced": 2}})[2]
+    with metrics.aggregate(new_root=True) as found:
+        MaskedMultimodalCriterion.reduce_metrics([log, log])
+        assert found.get_smoothed_values()["replaced"] == 4
+        MaskedMultimodalCriterion.reduce_metrics([criterion_of(task)(model, batch)[2]])
+        assert found.get_smoothed_values()["replaced"] == 4
