@@ -272,6 +272,18 @@ def test_dropout_acts_in_training_only(flag):
     assert torch.equal(model(**batch)[0], model(**batch)[0])
 
 
+def test_dropout_on_the_embedding():
+    model = small_beit3("dense_beit3_tiny", dropout=0.5).double().train()
+    batch = beit3_batch("pair", [3])
+    embedded = torch.cat([model.beit3.embed_images(batch["images"]), model.beit3.embed_text(batch["text_tokens"])], 1)
+    seen = []
+    model.beit3.encoder.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    model(**batch)
+    dropped = seen[0] == 0
+    assert 0.4 < dropped.double().mean() < 0.6
+    torch.testing.assert_close(seen[0][~dropped], 2 * embedded[~dropped])
+
+
 def test_features_before_the_final_norm():
     model = small_beit3().double().eval()
     batch = beit3_batch("pair", [3])
