@@ -141,10 +141,7 @@ def test_only_training_pictures_make_the_codes(folder, tmp_path):
 def test_equal_settings_give_equal_files(folder, tmp_path):
     again = prepare_shapes(tmp_path / "again")
     first, second = hashes(folder), hashes(again)
-    first.pop("visual_tokenizer.pt"), second.pop("visual_tokenizer.pt")  # a zip archive that names its folder
-    assert first == second
-    tokenizers = [load_visual_tokenizer(place / "visual_tokenizer.pt") for place in (folder, again)]
-    assert tokenizers[0].centroids.equal(tokenizers[1].centroids)
+    assert first == second and "visual_tokenizer.pt" in first
     other = hashes(prepare_shapes(tmp_path / "other", seed=2))
     assert other["image.test.jsonl"] != first["image.test.jsonl"]
 
