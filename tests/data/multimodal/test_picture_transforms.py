@@ -116,7 +116,9 @@ def test_training_crops_at_least_half_and_flips_half():
 
 
 @pytest.mark.parametrize(
-    "transform", [PretrainingViews(32, 16), TrainTransform(32), TrainTransform(32, randaug=True)], ids=str
+    "transform",
+    [PretrainingViews(32, 16), TrainTransform(32), TrainTransform(32, randaug=True)],
+    ids=["views", "train", "randaug"],
 )
 def test_the_generator_alone_decides(transform):
     def drawn(seed: int) -> torch.Tensor:

@@ -109,7 +109,7 @@ def test_black_and_white_and_the_first_frame(tmp_path):
         (Image.fromarray(np.zeros((2, 2), np.float32)), "colours of mode F"),
         (Image.new("LAB", (2, 2)), "colours of mode LAB"),
     ],
-    ids=str,
+    ids=["negative", "large", "float", "lab"],
 )
 def test_values_without_a_rule_are_refused(tmp_path, picture, rule):
     path = saved(picture, tmp_path / "a.tiff")
