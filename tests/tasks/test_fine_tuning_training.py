@@ -55,7 +55,7 @@ def vqa(data: Path, pretrained: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The folder of a training whose layers have their own rates, and its log."""
     folder = tmp_path_factory.mktemp("vqa")
     flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.9, "--head-lr-multiplier", 2, "--lr", 0.003)
-    return folder, train("mhmoe_vqa", data, folder, *flags, "--no-flip", updates=48)
+    return folder, train("mhmoe_vqa", data, folder, *flags, "--no-flip", updates=36)
 
 
 def test_questions_are_learnt_and_the_best_score_kept(vqa: tuple[Path, str]) -> None:
@@ -63,7 +63,7 @@ def test_questions_are_learnt_and_the_best_score_kept(vqa: tuple[Path, str]) -> 
     assert "the checkpoint has no head 'vqa'" in log and "factors of --lr: 0.729 in the embeddings" in log
     scores = [float(figures["valid_vqa_score"]) for figures in validations(log)]
     best = torch.load(folder / "checkpoint_best.pt", weights_only=True)
-    assert best["extra_state"]["best"] == max(scores) > 30
+    assert best["extra_state"]["best"] == max(scores) > 20
     groups = best["last_optimizer_state"]["param_groups"]
     assert sorted(round(group["lr"] / 0.003, 3) for group in groups) == [0.729, 0.81, 0.9, 1.0, 2.0]
 
