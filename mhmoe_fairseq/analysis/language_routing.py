@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..data.files import read_json, sha256_of, write_json
 from ..tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 from .activation import Activation, count_split, load_moe_model, read_activation, write_activation
 from .console import say
-from .language_statistics import accuracy, language_guesses, mean_overlap, overlap
+from .group_loads import GroupLoads
+from .language_statistics import accuracy, language_guesses, mean_overlap
 from .routing_counts import RoutingCounts, count_routing
 
 PIECES = 100  # of every language; the guess is made for every second
@@ -23,7 +23,7 @@ PIECE_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class LanguageRouting:
+class LanguageRouting(GroupLoads):
     """Counts of one model over the languages of one split.
 
     Attributes:
@@ -47,20 +47,6 @@ class LanguageRouting:
     load: list[list[list[float]]]
     guesses: list[list[list[int]]]
     piece_tokens: int
-
-    @property
-    def identity(self) -> tuple[str, str, str]:
-        """What it belongs to: checkpoint, data, split."""
-        return self.checkpoint_sha256, self.data_digest, self.split
-
-    @property
-    def load_GLE(self) -> Tensor:
-        """``(languages, layers, E)`` float64."""
-        return torch.tensor(self.load, dtype=torch.float64)
-
-    def overlap_LGG(self) -> Tensor:
-        """Per layer, the share of assignments that two languages have in common."""
-        return overlap(self.load_GLE)
 
     def mean_overlap(self) -> list[float]:
         """Per layer, the mean over pairs of different languages."""

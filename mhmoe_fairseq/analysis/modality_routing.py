@@ -17,15 +17,15 @@ from ..data.files import read_json, sha256_of, write_json
 from .activation import Activation, load_moe_model, read_activation, write_activation
 from .console import say
 from .expert_choices import IMAGE, TEXT, RoutedCall, distinct_experts, expert_layers, num_experts, recorded_choices
+from .group_loads import GroupLoads
 from .language_routing import activation_file
-from .language_statistics import overlap
 
 # What a group's positions are, in the order of tables.
 GROUPS = ("image", "text", "image of pairs", "text of pairs")
 
 
 @dataclass(frozen=True)
-class ModalityRouting:
+class ModalityRouting(GroupLoads):
     """Counts of one model over the positions of one split.
 
     Attributes:
@@ -46,20 +46,6 @@ class ModalityRouting:
     load: list[list[list[float]]]
     distinct: list[list[float]]
     most_distinct: int
-
-    @property
-    def identity(self) -> tuple[str, str, str]:
-        """What it belongs to: checkpoint, data, split."""
-        return self.checkpoint_sha256, self.data_digest, self.split
-
-    @property
-    def load_GLE(self) -> Tensor:
-        """``(groups, layers, E)`` float64."""
-        return torch.tensor(self.load, dtype=torch.float64)
-
-    def overlap_LGG(self) -> Tensor:
-        """Per layer, the share of assignments that two groups have in common."""
-        return overlap(self.load_GLE)
 
 
 class GroupCounts:

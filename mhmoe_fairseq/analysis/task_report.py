@@ -127,8 +127,7 @@ def _baseline_rows(
             if "constant" in scored:  # mhmoe caption's
                 found.setdefault("one caption for all", {})[title] = scored["constant"]["figures"].get(figure)
     return [
-        [f"*{baseline}*", *(number(values.get(title)) for title, *_ in columns)]
-        for baseline, values in found.items()
+        [f"*{baseline}*", *(number(values.get(title)) for title, *_ in columns)] for baseline, values in found.items()
     ]
 
 
