@@ -4,7 +4,7 @@
 #   one figure (a language's, a modality's), several_figures.
 #   family (lm) of the architectures; criterion (moe_cross_entropy); inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
 #   (more flags of training; they win) and paper_batch (samples of an update at paper scale) where a language model's do
-#   not fit.
+#   not fit. Fine-tuning sets started_from, the checkpoint that it starts from: of another one a run starts afresh.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
 #   DATA=DIR         prepared corpus (default: the experiment's, see its prepare.sh)
@@ -154,16 +154,25 @@ train() {
 # The run's folder, new if command or data have changed.
 open_run() { # RUN LINE
     if [[ -d $1 ]] && ! is_same_run "$@"; then
-        say "$(basename "$1"): command or data have changed, starting afresh"
+        say "$(basename "$1"): command, data or start have changed, starting afresh"
         rm -rf "$1"
     fi
     mkdir -p "$1"
     echo "$2" >"$1/command.txt"
+    [[ -z ${started_from:-} ]] || sha256_of "$started_from" >"$1/started_from.sha256"
     [[ ! -f $DATA/manifest.json ]] || cp "$DATA/manifest.json" "$1/manifest.json"
 }
 
 is_same_run() { # RUN LINE
-    [[ $(cat "$1/command.txt" 2>/dev/null) == "$2" ]] && same_data "$1"
+    [[ $(cat "$1/command.txt" 2>/dev/null) == "$2" ]] && same_data "$1" && same_start "$1"
+}
+
+same_start() { # RUN
+    [[ -z ${started_from:-} || $(cat "$1/started_from.sha256" 2>/dev/null) == "$(sha256_of "$started_from")" ]]
+}
+
+sha256_of() { # FILE
+    { sha256sum "$1" 2>/dev/null || shasum -a 256 "$1"; } | cut -d ' ' -f 1
 }
 
 # The last error in an output: of several processes, not one that another's end has caused, nor torchrun's summary.

@@ -42,6 +42,7 @@ finetune() { # NAME
     local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 train
     train=$(training_of "$1")
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: train it first"
+    started_from=$from
     NAME=$1 "$train" --finetune-from-model "$from"
     [[ -z ${DRY_RUN:-} ]] || return 0
     local command=(mhmoe classify "$run/checkpoint_best.pt")

@@ -124,7 +124,7 @@ def _baseline_rows(
             scored = scores[(name, task, split)]
             for baseline, value in scored.get("baselines", {}).items():
                 found.setdefault(baseline, {})[title] = value
-            if "constant" in scored:  # mhmoe caption's
+            if scored.get("constant"):  # mhmoe caption's; null without training captions
                 found.setdefault("one caption for all", {})[title] = scored["constant"]["figures"].get(figure)
     return [
         [f"*{baseline}*", *(number(values.get(title)) for title, *_ in columns)] for baseline, values in found.items()

@@ -12,7 +12,7 @@ from ..criterions.retrieval import RetrievalCriterion
 from ..data.multimodal.datasets import LabelledPictures, PicturePairs, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
 from ..errors import UserError
-from ..tasks._recall import VectorMeter
+from ..tasks._recall import VectorMeter, chance_of_recall
 from .fine_tuned import FineTuned
 from .picture_predictions import Answers, Classes, Judgements, Predictions, Recalls
 from .text_only import TextOnly
@@ -83,10 +83,9 @@ def _retrieve(model: FineTuned, split: str, dataset: RetrievalDataset, batches: 
     for batch in batches:
         criterion(model.model, batch)
         meter.update(criterion.take_vectors())
-    pictures = len(np.unique(dataset.index["image_id"]))
-    # A picture has captions / pictures of the captions on average, so chance is the same both ways.
-    chance = {"R@1 by chance": 100 / pictures}
-    return Recalls(split, pictures, len(dataset), meter.recalls, baselines=chance)
+    texts_of_image = np.unique(dataset.index["image_id"], return_counts=True)[1].tolist()
+    chance = {"mean recall by chance": chance_of_recall(texts_of_image)}
+    return Recalls(split, len(texts_of_image), len(dataset), meter.recalls, baselines=chance)
 
 
 _PREDICT: dict[str, Callable[..., Predictions]] = {

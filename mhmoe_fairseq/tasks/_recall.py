@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +34,21 @@ def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, f
         for most in RANKS:
             found[f"{direction}_r{most}"] = 100 * float((ranks < most).double().mean())
     return {**found, "mean_recall": sum(found.values()) / len(found)}
+
+
+def chance_of_recall(texts_of_image: Sequence[int]) -> float:
+    """Percent of ``mean_recall`` that a random order reaches on average.
+
+    Args:
+        texts_of_image: how many texts each picture has.
+    """
+    images, texts = len(texts_of_image), sum(texts_of_image)
+    by_rank = []
+    for most in RANKS:
+        drawn = min(most, texts)
+        misses = sum(math.comb(texts - own, drawn) for own in texts_of_image) / math.comb(texts, drawn)
+        by_rank += [1 - misses / images, min(most, images) / images]
+    return 100 * sum(by_rank) / len(by_rank)
 
 
 def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:

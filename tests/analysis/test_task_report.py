@@ -19,7 +19,7 @@ def write_scores(folder: Path, task: str, name: str, split: str, **scores: Any) 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two models; the second has no captions."""
+    """Two models; the second was captioned from a folder without training captions."""
     for name, score in (("dense", 41.25), ("xmoe", 43.5)):
         guesses = {"question only": 37.5}
         figures = {"VQA score": score}
@@ -30,6 +30,7 @@ def folder(tmp_path: Path) -> Path:
         tmp_path, "captioning", "dense", "test", images=142, figures=captions, constant=constant,
         absent={"meteor": "there is no Java"},
     )  # fmt: skip
+    write_scores(tmp_path, "captioning", "xmoe", "test", images=142, figures={"CIDEr": 30.0}, constant=None)
     return tmp_path
 
 
@@ -42,7 +43,7 @@ def test_models_baselines_and_the_papers_figures_are_kept_apart(folder: Path, ca
     assert rows[0] == ["", "questions, test", "BLEU-4", "METEOR", "CIDEr", "SPICE"]
     assert rows[2:] == [
         ["dense", "41.25", "7.00", "–", "25.00", "–"],
-        ["xmoe", "43.50", "–", "–", "–", "–"],
+        ["xmoe", "43.50", "–", "–", "30.00", "–"],
         ["*question only*", "37.50", "–", "–", "–", "–"],
         ["*one caption for all*", "–", "0.00", "–", "5.50", "–"],
     ]

@@ -75,10 +75,10 @@ def test_classes(tmp_path):
 
 def test_recall(tmp_path):
     recalls = {f"{way}_r{rank}": float(rank) for way in ("text", "image") for rank in (1, 5, 10)}
-    found = Recalls("test", 50, 250, {**recalls, "mean_recall": 5.33}, baselines={"R@1 by chance": 2.0})
+    found = Recalls("test", 50, 250, {**recalls, "mean_recall": 5.33}, baselines={"mean recall by chance": 2.0})
     assert found.describe() == (
         "test: 250 captions, mean recall 5.33, text R@1 1.00, text R@5 5.00, text R@10 10.00, image R@1 1.00, "
-        "image R@5 5.00, image R@10 10.00, R@1 by chance 2.00"
+        "image R@5 5.00, image R@10 10.00, mean recall by chance 2.00"
     )
     found.write(tmp_path / "out.json")
     assert json.loads((tmp_path / "out.json").read_text())["image R@10"] == 10

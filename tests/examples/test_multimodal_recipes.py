@@ -54,6 +54,24 @@ def test_paper_scale_is_the_papers() -> None:
     assert 8 * args.batch_size * args.update_freq[0] == 512
 
 
+# BEiT-3 base's recipes: batch, learning rate, updates, image side, text length, weight decay, layer decay, drop path.
+BEIT3 = {
+    "vqa": (128, 3e-5, 50_000, 480, 64, 0.01, 1.0, 0.1),
+    "nlvr2": (256, 7e-4, 6_700, 224, 64, 0.2, 0.65, 0.2),
+    "captioning": (256, 4e-5, 22_000, 480, 32, 0.05, 1.0, None),
+    "image_classification": (1024, 7e-4, 62_500, 224, 64, 0.05, 0.65, None),
+}
+
+
+@pytest.mark.parametrize("task", BEIT3)
+def test_fine_tuning_at_paper_scale_is_beit3s(task: str) -> None:
+    args = trainings("finetune", "paper", task)[0]
+    batch = 8 * args.batch_size * args.update_freq[0]
+    optimiser = (args.lr[0], args.max_update, args.img_size, args.max_text_length, args.weight_decay)
+    assert (batch, *optimiser, args.layer_decay, args.drop_path_rate or None) == BEIT3[task]
+    assert (args.randaug, args.head_lr_multiplier) == ((True, 20) if task == "vqa" else (False, 1))
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
     model = ("moe_", "mhmoe_", "arch", "save_dir", "log_file", "use_xmoe")
@@ -112,6 +130,19 @@ def test_from_pictures_to_a_report_and_scores(scripts: Scripts) -> None:
     scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME)
     scores = json.loads((out / "nlvr2" / NAME / "scores-test.json").read_text(encoding="utf-8"))
     assert 0 <= scores["figures"]["accuracy"] <= 100 and scores["count"] > 0
+    assert "already trained" in scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME)
+
+
+@pytest.mark.slow
+def test_fine_tuning_starts_afresh_from_another_checkpoint(scripts: Scripts) -> None:
+    out = Path(scripts.environment["OUT"])
+    scripts.run(f"examples/{EXPERIMENT}/mhmoe.sh")
+    scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "vqa", NAME)
+    before = json.loads((out / "vqa" / NAME / "scores-test.json").read_text(encoding="utf-8"))["checkpoint_sha256"]
+    scripts.run(f"examples/{EXPERIMENT}/mhmoe.sh", SEED="2")
+    assert "start have changed, starting afresh" in scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "vqa", NAME)
+    after = json.loads((out / "vqa" / NAME / "scores-test.json").read_text(encoding="utf-8"))["checkpoint_sha256"]
+    assert after != before
 
 
 @pytest.mark.slow

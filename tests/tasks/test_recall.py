@@ -1,11 +1,12 @@
 """Recall against sorting by hand."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mhmoe_fairseq.tasks._recall import VectorMeter, recalls
+from mhmoe_fairseq.tasks._recall import VectorMeter, chance_of_recall, recalls
 
 
 def vectors(pictures, captions, seed=0, dim=6):
@@ -40,6 +41,17 @@ def test_recall_by_hand(monkeypatch, chunk):
     expected = by_hand(images, texts, owner)
     assert 0 < expected["image_r1"] < expected["image_r5"] < 100
     assert recalls(images, texts, owner) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("texts_of_image", [[1, 1, 1], [1, 2, 1, 2], [3]])
+def test_chance_is_the_mean_over_all_orders(texts_of_image):
+    owners = [image for image, own in enumerate(texts_of_image) for _ in range(own)]
+    found = []
+    for most in (1, 5, 10):
+        orders = list(itertools.permutations(owners))
+        by_text = [image in order[:most] for order in orders for image in range(len(texts_of_image))]
+        found += [sum(by_text) / len(by_text), min(1, most / len(texts_of_image))]
+    assert chance_of_recall(texts_of_image) == pytest.approx(100 * sum(found) / len(found))
 
 
 def test_one_vector_for_everything_finds_nothing():
