@@ -1,15 +1,16 @@
 """``mhmoe prepare image-text``: what the prepared folder holds, and that it can be made again, resumed and refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from fairseq.data import Dictionary, data_utils
-from image_text_data import CODES, Shapes, prepare_shapes, shape_settings
+from image_text_data import CODES, COLOURS, Shapes, prepare_shapes, shape_settings
 
 from mhmoe_fairseq.cli import main
-from mhmoe_fairseq.data.files import read_json
+from mhmoe_fairseq.data.files import read_json, sha256_of
 from mhmoe_fairseq.data.image_text import pipeline
+from mhmoe_fairseq.data.image_text.pictures import caption_sentences
 from mhmoe_fairseq.data.image_text.pipeline import ImageTextPreparation, prepare_image_text
 from mhmoe_fairseq.data.multimodal.answers import read_answers
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index
@@ -58,6 +59,39 @@ def test_every_index_can_be_read_and_no_picture_is_in_two_parts(folder):
         for split in SPLITS:
             read_index(folder, task, split, vocabulary_size=size)
     assert {row["image_path"] for row in records(folder, "imagenet", "valid")} == of_part["valid"] | of_part["test"]
+
+
+@dataclass(frozen=True)
+class Twins(Shapes):
+    """In every colour the small square looks like the large circle, and is one thing with the large bar."""
+
+    def open(self, languages, folder, cache_dir, say):
+        opened = super().open(languages, folder, cache_dir, say)
+        units = {f"small-{colour}-square": f"large-{colour}-bar" for colour in COLOURS}
+        for colour in COLOURS:
+            content = (folder / f"images/large-{colour}-circle.png").read_bytes()
+            (folder / f"images/small-{colour}-square.png").write_bytes(content)
+        pictures = [replace(picture, unit=units.get(picture.unit, picture.unit)) for picture in opened.pictures]
+        return opened._replace(pictures=pictures, sentences=[*opened.sentences, *caption_sentences(pictures)])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_content_is_in_two_parts(tmp_path, seed):
+    folder = prepare_shapes(tmp_path / "data", Twins(), seed=seed, vocab_size=282, tokenizer=None, derived=None)
+    shown = {split: {row["image_path"] for row in records(folder, "image", split)} for split in SPLITS}
+    contents = [sha256_of(folder / path) for split in SPLITS for path in shown[split]]
+    assert len(contents) == 24 and len(set(contents)) == 20
+    assert sum(len({sha256_of(folder / path) for path in shown[split]}) for split in SPLITS) == 20
+    for colour in COLOURS:
+        alike = {f"images/{name}.png" for name in (f"large-{colour}-circle", f"large-{colour}-bar")}
+        assert any(alike <= paths for paths in shown.values())
+    for split in SPLITS:
+        texts = (folder / "text" / f"{split}.txt").read_text().splitlines()
+        captions = {text for text in texts if "," not in text}
+        assert {f"images/{caption.replace(' ', '-')}.png" for caption in captions} == shown[split]
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["source"]["joined_things"] == 4
+    assert sum(part["units"] for part in manifest["parts"].values()) == 16
 
 
 def test_the_dictionary_ends_with_the_mask(folder):

@@ -22,6 +22,7 @@ from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
 from ..vocabulary import build_dictionary, save_dictionary
 from ..workspace import Workspace, prepare_folder
 from .derived import Derivation, DerivedSettings
+from .equal_pictures import join_equal_pictures
 from .indexes import IndexWriter, by_part
 from .pictures import CATALOGUE, SENTENCES, Picture, PictureSource, Sentence, read_catalogue, write_catalogue
 from .readable import drop_unreadable
@@ -114,12 +115,14 @@ class ImageTextPreparation:
         start = time.monotonic()
         opened = self._source.open(self._settings.languages, self._partial, self._cache_dir, self._say)
         kept, problems = drop_unreadable(self._partial, opened.pictures)
-        write_catalogue(self._partial, opened._replace(pictures=kept))
+        opened, joined = join_equal_pictures(self._partial, opened._replace(pictures=kept))
+        write_catalogue(self._partial, opened)
         self._say(
-            f"pictures: {len(kept)} of {len({picture.unit for picture in kept})} things, {len(problems)} left out; "
-            f"{len(opened.sentences)} sentences; {time.monotonic() - start:.1f} s"
+            f"pictures: {len(kept)} of {len({picture.unit for picture in opened.pictures})} things ({joined} joined to "
+            f"others with the same picture), {len(problems)} left out; {len(opened.sentences)} sentences; "
+            f"{time.monotonic() - start:.1f} s"
         )
-        return {**opened.provenance, "pictures": len(kept), "unreadable": problems}
+        return {**opened.provenance, "pictures": len(kept), "joined_things": joined, "unreadable": problems}
 
     @cached_property
     def _catalogue(self) -> tuple[list[Picture], list[Sentence]]:
