@@ -40,8 +40,9 @@ class ImageClassificationTaskConfig(ImageTextFineTuningConfig):
 class ImageClassificationTask(ClassTask):
     """Classes of pictures.
 
-    The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split, and
-    ``imagenet.classes.json``, the list of the classes' names, in place of which ``--num-classes`` may be given.
+    The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split where there is
+    no ``imagenet.test.index.jsonl``, and ``imagenet.classes.json``, the list of the classes' names, in place of which
+    ``--num-classes`` may be given.
     Validation logs ``accuracy`` and ``accuracy5`` in percent: select with ``--best-checkpoint-metric accuracy
     --maximize-best-checkpoint-metric``.
     """

@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..files import write_json
 from ..multimodal.answers import write_answers
-from ..multimodal.index import index_files, write_index
+from ..multimodal.index import write_index, written_file
 from ..splits import SPLITS
 from .pictures import Picture
 from .questions import Question
@@ -88,17 +88,16 @@ class IndexWriter:
         return counts
 
     def write_classes(self) -> dict[str, Any]:
-        """Pictures by kind, sorted by name; all held-out ones are the validation part, as of ImageNet."""
+        """Pictures by kind, sorted by name; unlike ImageNet's, the test part has labels and a file of its own."""
         classes = sorted({picture.group for picture in self.pictures["train"]} - {""})
         if len(classes) < 2:
             return {}
         labels = {name: label for label, name in enumerate(classes)}
         counts = {}
-        for split, parts in (("train", ("train",)), ("valid", ("valid", "test"))):
+        for split in SPLITS:
             rows = [
                 {"image_path": picture.path, "label": labels[picture.group]}
-                for part in parts
-                for picture in self.pictures[part]
+                for picture in self.pictures[split]
                 if picture.group in labels
             ]
             counts |= self._write("imagenet", split, rows)
@@ -162,7 +161,7 @@ class IndexWriter:
         """Nothing is written where there are no rows."""
         if not rows:
             return {}
-        file = index_files(self.folder, task, split)[0]
+        file = written_file(self.folder, task, split)
         return {file.name: write_index(file, task, rows)}
 
     def _write_truth(self, name: str, pictures: Sequence[Picture]) -> dict[str, int]:

@@ -35,6 +35,9 @@ _PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "retrieval": ("{name}.{}.jsonl", _KARPATHY),
     "imagenet": ("imagenet.{}.index.jsonl", {"train": ("train",), "valid": ("val",), "test": ("val",)}),
 }
+# Parts that take the place of a split's own where their file is there: ImageNet's test pictures are without labels, so
+# that val is test; prepared data have test pictures of their own, on which no checkpoint was selected.
+_PREFERRED = {("imagenet", "test"): ("test",)}
 # The data sets that have a task's files, the default first.
 NAMES = {"captioning": ("coco_captioning", "nocaps"), "retrieval": ("coco_retrieval", "flickr30k")}
 
@@ -98,7 +101,7 @@ class Index:
 
 
 def index_files(folder: Path, task: str, split: str, name: str | None = None) -> list[Path]:
-    """The files of a split: one that must be there, and others if they are.
+    """The files that a split is read from: one that must be there, and others if they are.
 
     Args:
         task: one of ``TASKS``.
@@ -123,8 +126,16 @@ def index_files(folder: Path, task: str, split: str, name: str | None = None) ->
         [folder / pattern.format(part, name=_trained_on(candidate, split)) for part in splits[split]]
         for candidate in (names if name is None else [name])
     ]
-    files = next((files for files in choices if files[0].is_file()), choices[0])
+    preferred = [[folder / pattern.format(part)] for part in _PREFERRED.get((task, split), ())]
+    files = next((files for files in [*preferred, *choices] if files[0].is_file()), choices[0])
     return [files[0], *(file for file in files[1:] if file.is_file())]
+
+
+def written_file(folder: Path, task: str, split: str) -> Path:
+    """The file that ``mhmoe prepare`` writes a split to, whatever ``folder`` has; arguments as of ``index_files``."""
+    pattern, splits = _PARTS[task]
+    part = _PREFERRED.get((task, split), splits[split])[0]
+    return folder / pattern.format(part, name=NAMES.get(task, ("",))[0])
 
 
 def _trained_on(name: str, split: str) -> str:

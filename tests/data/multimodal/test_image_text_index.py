@@ -10,7 +10,7 @@ import pytest
 
 from mhmoe_fairseq.data.multimodal.answers import read_answers, write_answers
 from mhmoe_fairseq.data.multimodal.columns import MISSING
-from mhmoe_fairseq.data.multimodal.index import TASKS, index_files, read_index, write_index
+from mhmoe_fairseq.data.multimodal.index import TASKS, index_files, read_index, write_index, written_file
 
 # Each file as BEiT-3's readers document it: names, fields and their order, one object per line.
 FILES = {
@@ -117,6 +117,29 @@ def test_every_format_is_read(folder, task, split, name, files):
             if key in record
         }
         assert set(read) - set(record) <= {"scores"}
+
+
+def test_classes_of_test_pictures_are_read_where_they_are_there(folder):
+    """The real ImageNet's val is test; prepared data have test pictures on which no checkpoint was selected."""
+    own = folder / "imagenet.test.index.jsonl"
+    assert written_file(folder, "imagenet", "test") == own
+    write_index(own, "imagenet", [{"image_path": "images/c.png", "label": 1}])
+    assert index_files(folder, "imagenet", "test") == [own]
+    assert read_index(folder, "imagenet", "test").record(0) == {"image_path": "images/c.png", "label": 1}
+    assert index_files(folder, "imagenet", "valid") == [folder / "imagenet.val.index.jsonl"]
+    own.unlink()
+    (folder / "imagenet.val.index.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"imagenet\.val\.index\.jsonl is missing"):
+        read_index(folder, "imagenet", "test")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_written_to_is_read_first(tmp_path, task):
+    for split in ("train", "valid", "test"):
+        file = written_file(tmp_path, task, split)
+        file.touch()
+        assert index_files(tmp_path, task, split) == [file]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_places_name_file_and_line(folder):
