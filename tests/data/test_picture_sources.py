@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -236,6 +238,44 @@ def test_a_folder_is_known_by_its_pictures_and_captions(own_pictures):
         picture.unlink()
     with pytest.raises(UserError, match="has no picture"):
         FolderSource(own_pictures).identity(["en"])
+
+
+def write(name, content):
+    def change(folder):
+        (folder / name).write_bytes(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write("a.txt", b"A cyan square.\n"),
+        write("cats/b.txt", b"A cat.\n"),
+        lambda folder: (folder / "a.txt").unlink(),
+        lambda folder: (folder / "a.txt").rename(folder / "cats" / "b.txt"),
+        lambda folder: (folder / "a.png").rename(folder / "cats" / "a.png"),
+        lambda folder: [write("a.png", b"x" * 5)(folder), write("cats/b.jpg", b"x" * 4)(folder)],
+    ],
+    ids=["edited", "added", "removed", "another picture's", "renamed picture", "sizes exchanged"],
+)
+def test_a_change_beside_or_of_a_picture_makes_another_folder(own_pictures, change):
+    write("a.png", b"x" * 4)(own_pictures)
+    write("cats/b.jpg", b"x" * 5)(own_pictures)
+    write("a.txt", b"A grey square.\n")(own_pictures)
+    before = FolderSource(own_pictures).identity(["en"])
+    change(own_pictures)
+    assert FolderSource(own_pictures).identity(["en"]) != before
+
+
+def test_a_copy_of_a_folder_is_the_same_folder(tmp_path, own_pictures):
+    write("a.txt", b"A grey square.\n")(own_pictures)
+    before = FolderSource(own_pictures).identity(["en"])
+    copied = shutil.copytree(own_pictures, tmp_path / "copied", copy_function=shutil.copyfile)
+    os.utime(copied / "a.txt", (1, 1))
+    write("notes.txt", b"of no picture\n")(copied)
+    assert FolderSource(copied).identity(["en"]) == before
+    assert json.loads(json.dumps(before)) == before
 
 
 @pytest.mark.parametrize(

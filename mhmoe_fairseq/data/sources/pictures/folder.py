@@ -7,12 +7,13 @@ in ``b.txt`` beside ``b.jpg``, a caption per line. A picture's first folder is i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from ....errors import UserError
 from ...archives import Say
@@ -36,17 +37,23 @@ class FolderSource:
     licence: str = "the user's own pictures: their terms are the user's to know"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Number and bytes of the pictures, and hashes of the caption files.
+        """Names and sizes of the pictures, and hashes of the captions: what a copy of the folder has too.
+
+        Pictures are not read for it, so that one which is replaced by another of the same size goes unseen.
 
         Raises:
             UserError: no such folder, or no picture in it.
         """
         files = self._files()
+        sizes = {file: file.stat().st_size for file in files}
         texts = [self.folder / name for name in (_JSONL, _TSV)]
+        captions = {text.name: sha256_of(text) for text in texts if text.is_file()}
+        beside = {text: sha256_of(text) for file in files if (text := file.with_suffix(".txt")).is_file()}
         return {
             "pictures": len(files),
-            "bytes": sum(file.stat().st_size for file in files),
-            "captions": {text.name: sha256_of(text) for text in texts if text.is_file()},
+            "bytes": sum(sizes.values()),
+            "names_and_sizes": self._digest(sizes),
+            "captions": {**captions, "beside pictures": self._digest(beside)} if beside else captions,
         }
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
@@ -79,6 +86,11 @@ class FolderSource:
         if not files:
             raise UserError(f"--source folder {self.folder}: has no picture ({', '.join(SUFFIXES)})")
         return files
+
+    def _digest(self, values: Mapping[Path, object]) -> str:
+        """One hash over names relative to the folder, in their order, each with its value."""
+        named = sorted((file.relative_to(self.folder).as_posix(), value) for file, value in values.items())
+        return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def _captions(self, default_language: str) -> Captions:
         found: Captions = defaultdict(lambda: defaultdict(list))
