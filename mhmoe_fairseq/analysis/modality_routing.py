@@ -13,6 +13,7 @@ from fairseq.logging import metrics
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..criterions.masked_multimodal import MODALITIES
 from ..data.files import read_json, sha256_of, write_json
 from .activation import Activation, load_moe_model, read_activation, write_activation
 from .console import say
@@ -153,8 +154,10 @@ def _measure(
             log = criterion(model, utils.move_to_cuda(batch) if on_gpu else batch)[2]
             for key, value in log.items():
                 sums[key] = sums.get(key, 0) + (value.double().cpu() if torch.is_tensor(value) else value)
-            while calls:
-                counts.add(calls.pop())
+            for modality, call in zip((name for name in MODALITIES if name in batch), calls, strict=True):
+                if batch[modality].get("counted", True):
+                    counts.add(call)
+            calls.clear()
     routing = counts.routing(identity, min(config.num_experts, config.split_heads * config.top_k))
     return _activation(criterion, sums, identity, layers, sum(routing.positions)), routing
 

@@ -12,6 +12,7 @@ from ..moe import RoutingStats
 from ..moe.parallelism import Traffic
 from ..moe.stats import active_share, load_max_over_mean
 
+_MEANS = ("gate_loss", "z_loss")
 COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
 
 
@@ -69,17 +70,22 @@ class GateLosses:
         return loss + sample_size * (self.gate_weight * balance + self.z_weight * z), log
 
     def add_all_to(
-        self, loss: Tensor, extras: list[dict[str, Any]], sample_size: float
+        self, loss: Tensor, extras: list[dict[str, Any]], sample_size: float, counted: list[bool] | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """As ``add_to``, where a batch takes several calls of the model: the mean of their auxiliary losses.
 
         Args:
             extras: of the calls.
+            counted: of each call, whether it enters the figures (default: all do). All enter the loss, and what is
+                logged has the same keys, since ranks that add their logs up may count different calls.
         """
+        flags = [True] * len(extras) if counted is None else counted
         total: dict[str, Any] = {}
-        for extra in extras:
+        for extra, is_counted in zip(extras, flags):
             loss, log = self.add_to(loss, extra, sample_size / len(extras))
-            total = {key: total[key] + value if key in total else value for key, value in log.items()}
+            for key in (key for key in _MEANS if key in log):  # of the calls that count
+                log[key] = log[key] * len(extras) / max(sum(flags), 1)
+            total = {key: total.get(key, 0) + value * is_counted for key, value in log.items()}
         return loss, total
 
     def _combine(self, losses: Tensor) -> Tensor:
@@ -89,7 +95,7 @@ class GateLosses:
 
 def log_gate_losses(logging_outputs: list[dict[str, Any]], sample_size: float) -> None:
     """Log the auxiliary losses per target and the routing figures of the whole set; nothing for a dense model."""
-    for key in ("gate_loss", "z_loss"):
+    for key in _MEANS:
         if any(key in log for log in logging_outputs):
             value = sum(log.get(key, 0) for log in logging_outputs) / sample_size
             metrics.log_scalar(key, value, sample_size, round=4)

@@ -89,30 +89,34 @@ class MaskedMultimodalCriterion(FairseqCriterion):
         Args:
             model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
             sample: a sub-batch for each modality under its name. Where ``counted`` is False a sub-batch is only there
-                for its experts' calls, which all ranks make together.
+                for its experts' calls, which all ranks make together, and enters no figure.
             reduce: there is one loss for the batch either way.
 
         Returns:
             the loss, in nats; the number that it is later divided by; what to log, all of it additive.
         """
         parts: dict[str, MaskedPart] = {}
-        extras = []
-        num_positions = 0
+        extras, counted = [], []
+        num_positions, num_replaced = 0, 0
         for modality in (name for name in MODALITIES if name in sample):
-            features, extra = model(**sample[modality]["net_input"])
-            parts.update(self._parts(model, modality, sample[modality], features, extra["image_positions"]))
+            batch = sample[modality]
+            features, extra = model(**batch["net_input"])
+            parts.update(self._parts(model, modality, batch, features, extra["image_positions"]))
             extras.append(extra)
-            num_positions += _real_positions(features, extra["padding_mask"])
+            counted.append(batch.get("counted", True))
+            if counted[-1]:
+                num_positions += _real_positions(features, extra["padding_mask"])
+                num_replaced += batch.get("num_replaced", 0)
         sample_size = sample["nsentences"] if self.averages_parts else _total(parts, "targets")
         logging_output = {
             "ntokens": num_positions,
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
             "averages_parts": int(self.averages_parts),
-            "num_replaced": sum(sample[name].get("num_replaced", 0) for name in MODALITIES if name in sample),
+            "num_replaced": num_replaced,
             **_part_log(parts),
         }
-        loss, log = self.gate_losses.add_all_to(self._combine(parts, sample_size), extras, sample_size)
+        loss, log = self.gate_losses.add_all_to(self._combine(parts, sample_size), extras, sample_size, counted)
         return loss, sample_size, {**logging_output, **log}
 
     def _parts(
@@ -212,10 +216,10 @@ def _real_positions(features: Tensor, padding_mask: Tensor | None) -> int:
 
 
 def _objective(averages_parts: bool, meters: Any) -> float:
-    """Bits per part, or per masked position, of all that was logged."""
+    """Bits per part, or per masked position, of all that was logged since the meters were reset; 0 of nothing."""
     names = [f"{part}_loss" for part in PARTS] if averages_parts else ["nll_loss"]
-    losses = [float(meters[name].avg) for name in names if name in meters]
-    return round(sum(losses) / len(losses), 3)
+    losses = [float(meters[name].avg) for name in names if name in meters and meters[name].count > 0]
+    return round(sum(losses) / len(losses), 3) if losses else 0.0
 
 
 def _perplexity(name: str, meters: Any) -> float:

@@ -36,9 +36,10 @@ def command(name, *arguments):
     return main([name, *map(str, arguments)])
 
 
-def test_analyze_counts_every_position_of_the_split(run, data, tmp_path, capsys):
+@pytest.mark.parametrize("batch_size", [1, 4])  # by ones, most batches have no sample of some modality
+def test_analyze_counts_every_position_of_the_split(batch_size, run, data, tmp_path, capsys):
     flags = ("--data", data, "--out", tmp_path)
-    assert command("analyze", run / "checkpoint_last.pt", *flags, "--batch-size", 4) == 0
+    assert command("analyze", run / "checkpoint_last.pt", *flags, "--batch-size", batch_size) == 0
     output = capsys.readouterr().out
     activation, modalities = (json.loads((tmp_path / f"{name}-valid.json").read_text())
                               for name in ("activation", "modalities"))  # fmt: skip

@@ -84,9 +84,9 @@ def slow_parts(task: MaskedMultimodalTask, model: MHMoEBEiT3, batch: dict[str, A
 
 
 def auxiliary(model: MHMoEBEiT3, batch: dict[str, Any], combine: str = "average") -> tuple[float, float]:
-    """Balance and z-loss: combined over the layers, mean of the three calls."""
+    """Balance and z-loss: combined over the layers, mean of the calls."""
     calls = []
-    for modality in ("image", "text", "pair"):
+    for modality in (name for name in ("image", "text", "pair") if name in batch):
         layers = torch.stack([losses for losses in model(**batch[modality]["net_input"])[1]["l_aux"]])
         calls.append(layers.sum(0) if combine == "sum" else layers.mean(0))
     return tuple(torch.stack(calls).mean(0).tolist())
@@ -157,21 +157,47 @@ def test_the_log_adds_up_over_batches(data: Path) -> None:
     dataset = task.dataset("valid")
     criterion = criterion_of(task)
 
-    def logged(batch_size: int) -> dict[str, float]:
-        outputs = []
+    def logged(batch_size: int) -> tuple[dict[str, float], int]:
+        uncounted, tokens = 0, 0
         with metrics.aggregate(new_root=True) as found, torch.no_grad():
             for indices in dataset.batch_by_size(dataset.ordered_indices(), max_sentences=batch_size):
-                outputs = [criterion(model, dataset.collater([dataset[index] for index in indices]))[2]]
-                criterion.reduce_metrics(outputs)  # once for each batch, as a validation does
-            return {key: float(value) for key, value in found.get_smoothed_values().items()}
+                batch = dataset.collater([dataset[index] for index in indices])
+                uncounted += sum(not batch[name]["counted"] for name in ("image", "text", "pair"))
+                log = criterion(model, batch)[2]
+                tokens += log["ntokens"]
+                criterion.reduce_metrics([log])  # once for each batch, as a validation does
+            return {**{key: float(value) for key, value in found.get_smoothed_values().items()}, "n": tokens}, uncounted
 
-    whole, by_batches = logged(12), logged(5)
+    (whole, none), (by_batches, some) = logged(12), logged(1)
+    assert none == 0 and some == (12 - 5) + (12 - 9)  # images and pairs, of which there are fewer than texts
     for key in (*(f"{part}_{figure}" for part in PARTS for figure in ("loss", "ppl", "accuracy")), "loss", "ppl"):
         assert by_batches[key] == pytest.approx(whole[key], abs=2e-3), key
+    for key in ("moe_active", "moe_load_max", "moe_overflow", "moe_entropy"):
+        assert by_batches[key] == pytest.approx(whole[key], abs=2e-4), key
+    assert by_batches["n"] == whole["n"]
     assert by_batches["loss"] == pytest.approx(sum(whole[f"{part}_loss"] for part in PARTS) / 4, abs=2e-3)
     assert whole["image_ppl"] == pytest.approx(2 ** whole["image_loss"], rel=2e-3)
     assert whole["ppl"] == pytest.approx(2 ** whole["nll_loss"], rel=2e-3)
     assert 0 < whole["moe_active"] <= 1
+
+
+def test_an_interval_without_targets_of_a_part(data: Path) -> None:
+    """fairseq resets the meters after a log interval and keeps them: one that got nothing has no mean."""
+    task = build_task(data)
+    model, batch = build_model(task, "dense_beit3_tiny"), batch_of(task)
+    criterion = criterion_of(task)
+    with_words = criterion(model, batch)[2]
+    no_words = torch.full_like(batch["pair"]["text_targets"], task.source_dictionary.pad())
+    without = criterion(model, {**batch, "pair": {**batch["pair"], "text_targets": no_words}})[2]
+    assert int(with_words["pair_text_targets"]) > 0 == int(without["pair_text_targets"])
+    with metrics.aggregate(new_root=True) as found:
+        criterion.reduce_metrics([with_words])
+        found.reset()
+        assert found.get_smoothed_values()["loss"] == 0
+        criterion.reduce_metrics([without])
+        values = found.get_smoothed_values()
+    others = [values[f"{part}_loss"] for part in PARTS if part != "pair_text"]
+    assert values["loss"] == pytest.approx(sum(others) / 3, abs=2e-3)
 
 
 def test_the_figure_of_all_positions_weighs_parts_by_their_positions(data: Path) -> None:
@@ -189,14 +215,29 @@ def test_the_figure_of_all_positions_weighs_parts_by_their_positions(data: Path)
 def test_what_is_not_counted_is_called_but_not_scored(data: Path) -> None:
     task = build_task(data)
     model, batch = build_model(task), batch_of(task)
-    uncounted = {**batch, "image": {**batch["image"], "counted": False}}
+    uncounted = {**batch, "image": {**batch["image"], "counted": False, "num_replaced": 2}}
     loss, _, log = criterion_of(task)(model, uncounted)
-    assert int(log["image_targets"]) == 0 and float(log["image_loss"]) == 0
-    assert torch.equal(log["moe_load"], criterion_of(task)(model, batch)[2]["moe_load"])
+    whole = criterion_of(task)(model, batch)[2]
+    only = criterion_of(task)(model, {name: batch[name] for name in ("nsentences", "image")})[2]
+    assert log.keys() == whole.keys()  # ranks add theirs up, of which each may leave out another modality
+    assert int(log["image_targets"]) == 0 and float(log["image_loss"]) == 0 == log["num_replaced"]
+    for key in ("moe_load", "moe_dropped", "moe_entropy_sum", "moe_subtokens", "ntokens"):
+        assert torch.allclose(torch.as_tensor(log[key] + only[key]), torch.as_tensor(whole[key])), key
+    others = auxiliary(model, {name: batch[name] for name in ("text", "pair")})
+    for key, value in zip(("gate_loss", "z_loss"), others):
+        assert float(log[key]) == pytest.approx(6 * value, rel=1e-5)
     assert torch.isfinite(loss)
     with metrics.aggregate(new_root=True) as found:
         MaskedMultimodalCriterion.reduce_metrics([log])
         assert "image_loss" not in found.get_smoothed_values()
+
+
+def test_a_batch_of_which_nothing_is_counted(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    uncounted = {name: {**batch[name], "counted": False} for name in ("image", "text", "pair")}
+    log = criterion_of(task)(model, {**batch, **uncounted})[2]
+    assert log["ntokens"] == 0 and not log["moe_load"].any() and float(log["gate_loss"]) == 0
 
 
 def test_some_modalities_only(data: Path) -> None:
