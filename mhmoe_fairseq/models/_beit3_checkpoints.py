@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,24 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str],
         if own and not own.keys() & state.keys():
             logger.info(f"the checkpoint has no head {head!r}: it starts from its initial weights")
             state.update(own)
+
+
+def resized_tables(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int, int]]:
+    """The position tables of a state dictionary that are not of the model's size.
+
+    Args:
+        model: an ``MHMoEBEiT3``.
+
+    Yields:
+        the flag that sets the size, what it counts, how many the dictionary has and how many the model.
+    """
+    for name, flag, unit, others in (
+        (IMAGE_POSITIONS, "--img-size", "patches", _FIRST_PATCH),
+        (TEXT_POSITIONS, "--max-text-length", "tokens", UNUSED_POSITIONS),
+    ):
+        rows = model.get_parameter(name).size(0)
+        if name in state and state[name].size(0) != rows:
+            yield flag, unit, state[name].size(0) - others, rows - others
 
 
 def resize_image_positions(table: Tensor, rows: int) -> Tensor:

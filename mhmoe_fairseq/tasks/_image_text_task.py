@@ -17,7 +17,7 @@ from ..data.multimodal.masking import mask_index
 from ..errors import UserError
 from ..training import ParallelTask, TrainingFlags
 from ._binarised import check_folder
-from ._starting_checkpoint import check_starting_checkpoint
+from ._starting_checkpoint import check_resumed_sizes, check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class ImageTextTaskConfig(TrainingFlags):
     tpu: bool = II("common.tpu")
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     restore_file: str = II("checkpoint.restore_file")
+    reset_optimizer: bool = II("checkpoint.reset_optimizer")
     save_dir: str = II("checkpoint.save_dir")
 
 
@@ -127,7 +128,8 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         """Build the model with the task's heads; for training, check the checkpoint that it will start from.
 
         Raises:
-            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
+            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary,
+                or of other sizes if it is resumed with its optimizer.
         """
         model = super().build_model(args, from_checkpoint)
         if not hasattr(model, "register_head"):
@@ -135,6 +137,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         self.add_heads(model, may_be_new=not from_checkpoint)
         if not from_checkpoint:
             check_starting_checkpoint(model, self.args)
+            check_resumed_sizes(model, self.args)
         return model
 
     def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:

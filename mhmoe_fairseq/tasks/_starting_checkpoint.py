@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UserError
+from ..models._beit3_checkpoints import resized_tables
 from ..models._checkpoints import read_checkpoint
 from ..training import check_pretrained
 
@@ -26,6 +28,34 @@ def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():
             check_pretrained(model, Path(name), read_checkpoint(Path(name))["model"], args.data)
+
+
+def check_resumed_sizes(model: nn.Module, args: Any) -> None:
+    """A run that fairseq resumes with its optimizer has the model's position tables: no weights can be resized then.
+
+    fairseq would load the resized tables beside moments of the old shape, and the first update would fail.
+
+    Args:
+        model: an ``MHMoEBEiT3``, in training.
+        args: the task's flags.
+
+    Raises:
+        UserError: naming the flag, the file and what to do.
+    """
+    file = resumed_checkpoint(args)
+    if file is None or args.reset_optimizer:
+        return
+    saved = read_checkpoint(file)
+    if not saved.get("last_optimizer_state"):
+        return
+    new_run = f", or begin a new run with --finetune-from-model {file} and another --save-dir"
+    for flag, unit, before, now in resized_tables(model, saved["model"]):
+        is_longer = flag == "--max-text-length" and now > before  # which a new run is refused, too
+        raise UserError(
+            f"{flag} ({getattr(args, flag[2:].replace('-', '_'))}): the model has positions for {now} {unit}, {file} "
+            f"has them for {before}, and its optimizer's state cannot be resumed with another number: give {flag} as "
+            f"in its training{'' if is_longer else new_run}"
+        )
 
 
 def resumed_checkpoint(args: Any) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mhmoe_fairseq.data.multimodal.index import index_files, write_index
 from mhmoe_fairseq.data.multimodal.pictures import read_picture
 from mhmoe_fairseq.data.multimodal.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.models._beit3_checkpoints import TEXT_POSITIONS
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.tasks._recall import recalls
 from mhmoe_fairseq.training.parameter_notes import notes_of
@@ -49,8 +51,11 @@ def build(name: str, data: Path, **flags: Any) -> Any:
     return TASK_REGISTRY[name].setup_task(Namespace(**{**vars(config), **OUTER, **flags}))
 
 
-def build_model(task: Any, arch: str = "mhmoe_beit3_tiny", from_checkpoint: bool = False) -> Any:
-    options = architecture_options(arch, **{**SMALL, **SHAPES, "mhmoe_budget": "none", "dropout": 0.0})
+def build_model(
+    task: Any, arch: str = "mhmoe_beit3_tiny", from_checkpoint: bool = False, sizes: dict[str, int] | None = None
+) -> Any:
+    flags = {**SMALL, **SHAPES, **(sizes or {}), "mhmoe_budget": "none", "dropout": 0.0}
+    options = architecture_options(arch, **flags)
     return task.build_model(Namespace(**{**vars(options), "arch": arch}), from_checkpoint)
 
 
@@ -218,6 +223,50 @@ def test_the_head_is_new_to_a_pre_trained_checkpoint_and_no_other(name: str, dat
     assert all(torch.equal(own[key], value) for key, value in other.heads.state_dict().items())
     with pytest.raises(RuntimeError, match=f"heads.{task.head_name}"):
         build_model(task, from_checkpoint=True).load_state_dict(pretrained)
+
+
+@pytest.fixture
+def interrupted(data: Path, tmp_path: Path) -> Path:
+    """``checkpoint_last.pt`` of a run with the optimizer's state."""
+    state = build_model(build("mhmoe_vqa", data)).state_dict()
+    saved = {"model": state, "cfg": {}, "last_optimizer_state": {"state": {}, "param_groups": []}}
+    torch.save(saved, tmp_path / "checkpoint_last.pt")
+    return tmp_path / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize(
+    "flag, value, positions",
+    [
+        ("img_size", 2 * IMG_SIZE, "64 patches, {} has them for 16,"),
+        ("max_text_length", 9, "9 tokens, {} has them for 16,"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_positions(
+    flag: str, value: int, positions: str, data: Path, interrupted: Path, tmp_path: Path
+) -> None:
+    """Adam's moments are not resized: the first update would fail."""
+    message = rf"--{flag.replace('_', '-')} \({value}\): .*{positions}".format(re.escape(str(interrupted)))
+    changed = {flag: value, "reset_optimizer": False}
+    for where in ({"save_dir": str(tmp_path)}, {"restore_file": str(interrupted)}):
+        with pytest.raises(UserError, match=f"{message}.*--finetune-from-model"):
+            build_model(build("mhmoe_vqa", data, **changed, **where), sizes={flag: value})
+        build_model(build("mhmoe_vqa", data, **{**changed, "reset_optimizer": True}, **where), sizes={flag: value})
+        build_model(build("mhmoe_vqa", data, reset_optimizer=False, **where))
+    fresh = {"finetune_from_model": str(interrupted), "save_dir": str(tmp_path / "other")}
+    build_model(build("mhmoe_vqa", data, **changed, **fresh), sizes={flag: value})
+
+
+def test_a_run_is_not_resumed_with_longer_texts(data: Path, interrupted: Path, tmp_path: Path) -> None:
+    task = build("mhmoe_vqa", data, max_text_length=20, reset_optimizer=False, save_dir=str(tmp_path))
+    with pytest.raises(UserError, match="20 tokens, .* has them for 16, .*as in its training$"):
+        build_model(task, sizes={"max_text_length": 20})
+
+
+def test_weights_without_an_optimizers_state_may_be_resized(data: Path, interrupted: Path, tmp_path: Path) -> None:
+    saved = torch.load(interrupted, weights_only=True)
+    torch.save({**saved, "last_optimizer_state": None}, interrupted)
+    task = build("mhmoe_vqa", data, max_text_length=9, reset_optimizer=False, save_dir=str(tmp_path))
+    assert build_model(task, sizes={"max_text_length": 9}).get_parameter(TEXT_POSITIONS).size(0) == 9 + 2
 
 
 def test_layers_learn_at_their_own_rates(data: Path) -> None:
