@@ -105,7 +105,7 @@ class TrainingModalities(ModalitiesDataset):
             visit, number = self.place_of(name, int(index))
             part.set_epoch(visit)
             item[name] = part[number]
-        return {"id": int(index), **item}
+        return item
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch, as many samples of every modality."""
@@ -150,7 +150,7 @@ class EvaluationModalities(ModalitiesDataset):
         return np.where(belongs, numbers, -1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"id": int(index)}
+        item: dict[str, Any] = {}
         for name, part in self.parts.items():
             number = int(self.samples_of(name, np.array([index]))[0])
             if number >= 0:

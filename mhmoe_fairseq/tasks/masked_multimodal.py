@@ -68,7 +68,12 @@ class MaskedMultimodalTask(ImageTextTask):
             FileNotFoundError: if the data folder or its dictionary is missing.
             ValueError: naming the flag or file, its value and the rule.
         """
-        read_modalities(args.modalities)
+        modalities = read_modalities(args.modalities)
+        if args.visual_tokenizer and modalities == ("text",):
+            raise UserError(
+                f"--visual-tokenizer ({args.visual_tokenizer}) is for patches, and --modalities ({args.modalities}) "
+                "has no images: leave one of the two flags out"
+            )
         for flag in ("image_mask_prob", "text_mask_prob", "pair_text_mask_prob"):
             check_fraction(getattr(args, flag), "--" + flag.replace("_", "-"))
         return super().setup_task(args, **kwargs)
@@ -107,9 +112,9 @@ class MaskedMultimodalTask(ImageTextTask):
         return tokenizer
 
     def image_targets(self, batch: dict[str, Any]) -> Tensor:
-        """``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is."""
+        """``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is, in float32."""
         images = batch["tokenizer_images"]
-        return self.visual_tokenizer.to(images.device).encode(images.float())
+        return self.visual_tokenizer.to(images.device).encode(images.float() / 255)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model; for training, check the checkpoint that it will start from or go on with.

@@ -69,7 +69,7 @@ def slow_parts(task: MaskedMultimodalTask, model: MHMoEBEiT3, batch: dict[str, A
         prefix = "pair_" if modality == "pair" else ""
         rows = features.size(0)
         if modality != "text":
-            codes = task.visual_tokenizer.encode(sub["tokenizer_images"])
+            codes = task.visual_tokenizer.encode(sub["tokenizer_images"] / 255)
             for row in range(rows):
                 for patch in range(codes.size(1)):
                     if sub["net_input"]["masked_patches"][row, patch]:
@@ -133,7 +133,7 @@ def test_only_masked_positions_are_in_the_loss(data: Path) -> None:
     encode = task.visual_tokenizer.encode
 
     def task_codes(sub: dict[str, Any]) -> Tensor:
-        return encode(sub["tokenizer_images"])
+        return encode(sub["tokenizer_images"] / 255)
 
     assert torch.equal(criterion(model, batch)[0], before)
     assert not torch.equal(codes, torch.where(masked, codes, 0))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fairseq.utils import apply_to_sample
 from pictures_and_words import COUNTS, IMG_SIZE, PATCH_SIZE, write_pictures_and_words, write_tokenizer
 from PIL import Image
 
@@ -92,9 +93,21 @@ def test_targets_are_the_ids_of_the_same_crop(data: Path) -> None:
     targets = task.image_targets(batch)
     assert targets.shape == batch["net_input"]["masked_patches"].shape and targets.dtype == torch.long
     views = batch["net_input"]["images"] * 0.5 + 0.5  # both views have one size here, so they are the same pixels
-    assert torch.allclose(views, batch["tokenizer_images"], atol=1e-6)
-    assert torch.equal(targets, task.visual_tokenizer.encode(batch["tokenizer_images"]))
+    assert torch.allclose(views, batch["tokenizer_images"].float() / 255, atol=1e-6)
+    assert torch.equal(targets, task.visual_tokenizer.encode(batch["tokenizer_images"] / 255))
     assert not targets.requires_grad and 0 <= int(targets.min()) and int(targets.max()) < task.num_visual_tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_targets_do_not_depend_on_the_trainers_precision(data: Path, dtype: torch.dtype) -> None:
+    """fairseq turns every float32 tensor of a batch into one of half precision before the task sees it."""
+    task = build(data)
+    batch = load(task, "train")[0]["image"]
+    halved = apply_to_sample(lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor, batch)
+    assert halved["net_input"]["images"].dtype == dtype
+    assert halved["tokenizer_images"].dtype == torch.uint8
+    assert torch.equal(halved["tokenizer_images"], batch["tokenizer_images"])
+    assert torch.equal(task.image_targets(halved), task.image_targets(batch))
 
 
 def test_the_tokenizer_may_look_at_another_resolution(data: Path, tmp_path: Path) -> None:
@@ -121,6 +134,7 @@ def test_the_tokenizer_may_look_at_another_resolution(data: Path, tmp_path: Path
         ({"image_mask_prob": 1.0}, r"--image-mask-prob \(1.0\) must be"),
         ({"text_mask_prob": 0.0}, r"--text-mask-prob \(0.0\) must be"),
         ({"tpu": True}, "--bf16"),
+        ({"modalities": "text", "visual_tokenizer": "x.pt"}, r"--visual-tokenizer \(x.pt\) .* --modalities \(text\)"),
     ],
 )
 def test_bad_flags_are_refused(data: Path, flags: dict[str, Any], message: str) -> None:

@@ -129,5 +129,11 @@ def test_samples_of_a_held_out_set_are_spread_evenly() -> None:
         assert (batch["image"]["nsentences"], batch["text"]["nsentences"]) == (2, 8)
 
 
+@pytest.mark.parametrize("kind", [TrainingModalities, EvaluationModalities])
+def test_an_item_has_samples_of_modalities_and_nothing_else(kind: type) -> None:
+    dataset = kind(parts(), 1) if kind is TrainingModalities else kind(parts())
+    assert dataset[0].keys() == COUNTS.keys()
+
+
 def test_nothing_to_collate() -> None:
     assert TrainingModalities(parts(), 1).collater([]) == EvaluationModalities(parts()).collater([]) == {}

@@ -54,8 +54,8 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
 def add_masking(batch: dict[str, Any], samples: Sequence[Sample], pad: int) -> None:
     """Add what masked data modelling predicts, and count it as ``ntokens``.
 
-    Adds ``text_targets (B, S)`` or None, ``tokenizer_images (B, 3, H2, W2)`` or None, and to ``net_input``
-    ``masked_patches (B, N)`` bool or None.
+    Adds ``text_targets (B, S)`` or None, ``tokenizer_images (B, 3, H2, W2)`` uint8 or None, and to
+    ``net_input`` ``masked_patches (B, N)`` bool or None.
     """
     batch["text_targets"] = pad_key(samples, "text_targets", pad)
     batch["tokenizer_images"] = stack(samples, "tokenizer_image")

@@ -65,9 +65,12 @@ def is_same(first: Any, second: Any) -> bool:
 
 def test_a_batch_of_pictures(folder):
     batch = batch_of(images(folder), 2, 0, 5)
-    assert batch["id"].tolist() == [2, 0, 5] and batch["modality"] == "image"
+    assert batch["id"].tolist() == [2, 0, 5] and "modality" not in batch
     assert batch["net_input"]["images"].shape == (3, 3, 32, 32)
-    assert batch["tokenizer_images"].shape == (3, 3, 16, 16)
+    assert batch["tokenizer_images"].shape == (3, 3, 16, 16) and batch["tokenizer_images"].dtype == torch.uint8
+    plain = MaskedImages(read_index(folder, "image", "train"), settings(folder), EvaluationViews(32, 16))
+    view = EvaluationViews(32, 16)(read_picture(folder / "images/2.png"))[1]
+    assert torch.equal(plain[2]["tokenizer_image"] / 255, view)  # nothing is lost
     masked = batch["net_input"]["masked_patches"]
     assert masked.dtype == torch.bool and masked.shape == (3, 16) and masked.sum(1).tolist() == [6, 6, 6]
     assert (batch["nsentences"], batch["ntokens"], batch["num_replaced"]) == (3, 18, 0)
@@ -78,7 +81,7 @@ def test_a_batch_of_pairs(folder):
     dataset = pairs(folder)
     batch = batch_of(dataset)
     tokens, targets = batch["net_input"]["text_tokens"], batch["text_targets"]
-    assert tokens.shape == targets.shape == (7, 10) and batch["modality"] == "pair"
+    assert tokens.shape == targets.shape == (7, 10)
     assert tokens.ne(1).sum(1).tolist() == [min(length, 8) + 2 for length in LENGTHS]  # cut, and right-padded
     for row, length in enumerate(LENGTHS):
         original = torch.tensor([0, *words(row, length)[:8], 2])
@@ -108,7 +111,7 @@ def test_lines_become_pieces_and_no_text_is_lost(folder):
 
 def test_a_batch_of_texts(folder):
     batch = batch_of(texts(folder, 3, 6), 0, 1)
-    assert batch["net_input"]["text_tokens"].shape == (2, 8) and batch["modality"] == "text"
+    assert batch["net_input"]["text_tokens"].shape == (2, 8)
     assert batch["net_input"]["images"] is batch["net_input"]["masked_patches"] is batch["tokenizer_images"] is None
     assert batch["ntokens"] == 2 == int(batch["text_targets"].ne(1).sum())
 
@@ -202,9 +205,12 @@ def test_in_fairseqs_round_robin(folder):
     zipped = RoundRobinZipDatasets(parts)
     indices = zipped.ordered_indices()
     batch = zipped.collater([zipped[index] for index in indices[:4]])
-    assert {key: (part["modality"], part["nsentences"]) for key, part in batch.items()} == {
-        key: (key, 4) for key in parts
+    assert {key: part["nsentences"] for key, part in batch.items()} == dict.fromkeys(parts, 4)
+    given = {
+        key: [name for name, value in part["net_input"].items() if value is not None] for key, part in batch.items()
     }
+    assert given["image"] == ["images", "masked_patches"] and given["text"] == ["text_tokens"]
+    assert given["pair"] == ["text_tokens", "images", "masked_patches"]
 
 
 def test_no_sample_is_no_batch(folder):
