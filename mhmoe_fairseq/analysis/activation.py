@@ -17,6 +17,7 @@ from .console import say
 from .routing_counts import RoutingCounts, count_routing
 
 ACTIVE_THRESHOLD = 0.01
+POOLS = ("image", "text")  # the order of a layer's pools
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Activation:
         split: ``valid`` or ``test`` or another.
         tokens: targets evaluated.
         loss: bits per token on them.
-        layers: indices of the MoE layers in the decoder, from 0.
+        layers: indices of the MoE layers in the decoder, from 0; of an encoder of images and text as in
+            ``ExpertCounts``, of whose rows the following holds.
         load: per layer and expert, assignments (sub-token, choice) before dropping.
         dropped: per layer, assignments dropped for lack of capacity.
         entropy: per layer, the router's mean softmax entropy in nats.
@@ -65,6 +67,15 @@ class Activation:
     def identity(self) -> tuple[str, str, str]:
         """What it belongs to: checkpoint, data, split."""
         return self.checkpoint_sha256, self.data_digest, self.split
+
+    @property
+    def row_names(self) -> list[str]:
+        """The layers from 1; the modality beside it where a layer has a row for each."""
+        names = []
+        for row, layer in enumerate(self.layers):
+            is_shared = self.layers.count(layer) == 1
+            names.append(f"{layer + 1}" if is_shared else f"{layer + 1} {POOLS[self.layers[:row].count(layer)]}")
+        return names
 
     @property
     def load_LE(self) -> Tensor:

@@ -107,7 +107,7 @@ def describe(activation: Activation, threshold: float, positions: str = "tokens"
         activation.active(threshold), activation.effective(), activation.max_over_mean(), activation.overflow(),
         activation.entropy,
     )  # fmt: skip
-    names = [*(str(layer + 1) for layer in activation.layers), "mean"]
+    names = [*activation.row_names, "mean"]
     rows = []
     for place, name in enumerate(names):
         active, effective, load_max, overflow, entropy = (

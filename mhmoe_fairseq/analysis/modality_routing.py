@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..criterions.masked_multimodal import MODALITIES
 from ..data.files import read_json, sha256_of, write_json
+from ..evaluation.modality_scores import expert_counts
 from .activation import Activation, load_moe_model, read_activation, write_activation
 from .console import say
 from .expert_choices import IMAGE, TEXT, RoutedCall, distinct_experts, expert_layers, num_experts, recorded_choices
@@ -30,10 +31,12 @@ class ModalityRouting(GroupLoads):
     """Counts of one model over the positions of one split.
 
     Attributes:
-        checkpoint_sha256, data_digest, split, layers: as in ``Activation``.
+        checkpoint_sha256, data_digest, split: as in ``Activation``.
+        layers: indices of the MoE layers in the encoder, from 0.
         groups: those of ``GROUPS`` that the split has.
         positions: of each group, without padding.
-        load: per group, layer and expert, assignments before dropping.
+        load: per group, layer and expert, assignments before dropping; where each modality has experts of its own, the
+            text's follow the images'.
         distinct: per group and layer, the mean number of different experts of a position's sub-tokens.
         most_distinct: as many as there can be.
     """
@@ -172,10 +175,7 @@ def _activation(
         *identity,
         tokens=positions,
         loss=float(logged["nll_loss" if "nll_loss" in logged else "loss"].avg),
-        layers=layers,
-        load=sums["moe_load"].tolist(),
-        dropped=sums["moe_dropped"].tolist(),
-        entropy=(sums["moe_entropy_sum"] / sums["moe_subtokens"].clamp(min=1)).tolist(),
+        **asdict(expert_counts(sums, layers)),
     )
 
 

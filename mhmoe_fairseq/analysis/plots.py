@@ -54,7 +54,7 @@ def draw_activations(path: Path, activations: dict[str, Activation], threshold: 
     all_axes = figure.subplots(len(loads), 1, squeeze=False, height_ratios=heights)
     image: Any = None
     for axes, (name, load) in zip(all_axes[:, 0], loads.items()):
-        image = heat_map(axes, load, [str(layer + 1) for layer in activations[name].layers], highest)
+        image = heat_map(axes, load, activations[name].row_names, highest)
         active = percent(mean(activations[name].active(threshold)))
         axes.set(title=f"{name}: {active} active", ylabel="layer", xlabel="expert")
     figure.colorbar(image, ax=all_axes[:, 0].tolist(), label="load, 1 = uniform", extend="max")

@@ -1,6 +1,8 @@
 """The MoE layers' balance loss and z-loss, and their routing figures: the part that all criterions share."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from ..moe import RoutingStats
 from ..moe.parallelism import Traffic
-from ..moe.stats import active_share, load_max_over_mean
+from ..moe.stats import active_share, load_max_over_mean, overflow
 
 _MEANS = ("gate_loss", "z_loss")
 COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
+_COUNTS = ("moe_load", "moe_dropped", "moe_entropy_sum", "moe_subtokens")  # the fields of RoutingStats
 
 
 @dataclass
@@ -106,13 +109,8 @@ def log_gate_losses(logging_outputs: list[dict[str, Any]], sample_size: float) -
 
 
 def _routing_log(stats: list[RoutingStats]) -> dict[str, Tensor]:
-    """Additive routing counts: loads ``(layers, E)``, the rest ``(layers,)``."""
-    return {
-        "moe_load": torch.stack([layer.expert_load for layer in stats]),
-        "moe_dropped": torch.stack([layer.dropped for layer in stats]),
-        "moe_entropy_sum": torch.stack([layer.entropy for layer in stats]),
-        "moe_subtokens": torch.stack([layer.num_subtokens for layer in stats]),
-    }
+    """Additive routing counts: loads ``(rows, E)``, the rest ``(rows,)``; every pool of every layer has a row."""
+    return {key: torch.cat(counts) for key, counts in zip(_COUNTS, zip(*(layer.by_pool() for layer in stats)))}
 
 
 def _traffic_log(traffic: list[Traffic]) -> dict[str, Tensor]:
@@ -135,22 +133,21 @@ def _log_traffic(logging_outputs: list[dict[str, Any]]) -> None:
 def _log_routing(logging_outputs: list[dict[str, Any]]) -> None:
     # Hidden meters (leading underscore) add the counts up; the figures come from the sums, so that a validation set's
     # are exact and not means over batches.
-    for key in ("moe_load", "moe_dropped", "moe_entropy_sum", "moe_subtokens"):
+    for key in _COUNTS:
         metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
+    for name, figure in (
+        ("moe_active", lambda rows: active_share(rows.expert_load)),
+        ("moe_load_max", lambda rows: load_max_over_mean(rows.expert_load)),
+        ("moe_overflow", overflow),
+        ("moe_entropy", lambda rows: rows.entropy / rows.num_subtokens.clamp(min=1)),
+    ):
+        metrics.log_derived(name, partial(_mean, figure))
 
-    def mean(values: Tensor) -> float:
-        return round(float(values.mean()), 4)
 
-    def count(meters: Any, key: str) -> Tensor:
-        return meters[f"_{key}"].sum
-
-    metrics.log_derived("moe_active", lambda meters: mean(active_share(count(meters, "moe_load"))))
-    metrics.log_derived("moe_load_max", lambda meters: mean(load_max_over_mean(count(meters, "moe_load"))))
-    metrics.log_derived(
-        "moe_overflow",
-        lambda meters: mean(count(meters, "moe_dropped") / count(meters, "moe_load").sum(1).clamp(min=1)),
-    )
-    metrics.log_derived(
-        "moe_entropy",
-        lambda meters: mean(count(meters, "moe_entropy_sum") / count(meters, "moe_subtokens").clamp(min=1)),
-    )
+def _mean(figure: Callable[[RoutingStats], Tensor], meters: Any) -> float:
+    """Over all rows but those of pools that nothing was routed to, such as the text's where there are images only."""
+    rows = RoutingStats(*(meters[f"_{key}"].sum for key in _COUNTS))
+    used = rows.expert_load.sum(1) > 0
+    if not used.any():
+        return 0.0
+    return round(float(figure(RoutingStats(*(count[used] for count in rows))).mean()), 4)

@@ -42,10 +42,11 @@ class ExpertCounts:
     """How a split was routed; all modalities together.
 
     Attributes:
-        layers: the MoE layers' places in the encoder, from 0.
-        load: per layer and expert, assignments (sub-token, choice) before dropping.
-        dropped: per layer, assignments dropped for lack of capacity.
-        entropy: per layer, the router's mean softmax entropy in nats.
+        layers: of every row below, the MoE layer's place in the encoder, from 0. A layer with a pool of experts for
+            each modality has a row for each, the images' first; a pool that nothing was routed to has none.
+        load: per row and expert, assignments (sub-token, choice) before dropping.
+        dropped: per row, assignments dropped for lack of capacity.
+        entropy: per row, the router's mean softmax entropy in nats.
     """
 
     layers: list[int]
@@ -111,7 +112,7 @@ def score_modalities(model: torch.nn.Module, task: FairseqTask, split: str, batc
                 symbols[part].update(targets.tolist())
     layers = [place for place, layer in enumerate(model.beit3.encoder.layers) if layer.is_moe_layer]
     guesses = {part: guess(list(counts.values())) for part, counts in symbols.items() if counts}
-    return ModalityScores(_parts(sums), guesses, _experts(sums, layers))
+    return ModalityScores(_parts(sums), guesses, expert_counts(sums, layers) if layers else None)
 
 
 def guess(counts: list[int]) -> PartScore:
@@ -130,11 +131,18 @@ def _parts(sums: dict[str, Any]) -> dict[str, PartScore]:
     return found
 
 
-def _experts(sums: dict[str, Any], layers: list[int]) -> ExpertCounts | None:
-    if not layers:
-        return None
+def expert_counts(sums: dict[str, Any], layers: list[int]) -> ExpertCounts:
+    """From a criterion's logs, added up.
+
+    Args:
+        layers: the MoE layers' places.
+    """
+    load, dropped = sums["moe_load"], sums["moe_dropped"]
     entropy = sums["moe_entropy_sum"] / sums["moe_subtokens"].clamp(min=1)
-    return ExpertCounts(layers, sums["moe_load"].tolist(), sums["moe_dropped"].tolist(), entropy.tolist())
+    pools = load.size(0) // len(layers)
+    used = load.any(1).nonzero().flatten()
+    places = [layers[row // pools] for row in used.tolist()]
+    return ExpertCounts(places, load[used].tolist(), dropped[used].tolist(), entropy[used].tolist())
 
 
 def write_modality_scores(path: Path, scores: ModalityScores, provenance: dict[str, Any]) -> None:

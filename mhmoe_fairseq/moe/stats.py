@@ -13,6 +13,8 @@ from .dispatch import Assignment, DispatchPlan
 class RoutingStats(NamedTuple):
     """Detached counts of one layer; summing them over batches gives those of the whole set.
 
+    A layer with several pools of experts has a leading dimension for them in every count.
+
     Attributes:
         expert_load: ``(E,)`` float32, assignments (sub-token, choice) per expert before dropping.
         dropped: scalar, assignments dropped for lack of capacity.
@@ -24,6 +26,11 @@ class RoutingStats(NamedTuple):
     dropped: Tensor
     entropy: Tensor
     num_subtokens: Tensor
+
+    def by_pool(self) -> RoutingStats:
+        """With the leading dimension of pools in any case: ``(pools, E)`` and ``(pools,)``."""
+        load = self.expert_load
+        return RoutingStats(load.reshape(-1, load.size(-1)), *(count.reshape(-1) for count in self[1:]))
 
 
 def routing_stats(
@@ -63,4 +70,4 @@ def load_max_over_mean(load_E: Tensor) -> Tensor:
 
 def overflow(stats: RoutingStats) -> Tensor:
     """Share of assignments that were dropped for lack of capacity."""
-    return stats.dropped / stats.expert_load.sum().clamp(min=1)
+    return stats.dropped / stats.expert_load.sum(-1).clamp(min=1)

@@ -31,8 +31,8 @@ class SeparateExperts(nn.Module):
             padding_mask: bool ``(B, L)``, True where padded.
 
         Returns:
-            hidden ``(B, L, D)``; losses weighted by the pools' sub-tokens; statistics in which the images' E experts
-            come before the text's E.
+            hidden ``(B, L, D)``; losses weighted by the pools' sub-tokens; statistics of the images' pool and of
+            the text's, ``(2, E)`` and ``(2,)``.
         """
         image = self.A(x[:, :split], None if padding_mask is None else padding_mask[:, :split])
         text = self.B(x[:, split:], None if padding_mask is None else padding_mask[:, split:])
@@ -44,12 +44,7 @@ class SeparateExperts(nn.Module):
             torch.cat([image.hidden, text.hidden], dim=1),
             of_image * image.balance_loss + of_text * text.balance_loss,
             of_image * image.z_loss + of_text * text.z_loss,
-            RoutingStats(
-                torch.cat([image.stats.expert_load, text.stats.expert_load]),
-                image.stats.dropped + text.stats.dropped,
-                image.stats.entropy + text.stats.entropy,
-                image.stats.num_subtokens + text.stats.num_subtokens,
-            ),
+            RoutingStats(*(torch.stack(counts) for counts in zip(image.stats, text.stats))),
         )
 
     @property

@@ -51,12 +51,16 @@ def _facts(layer: nn.Module) -> Iterator[str]:
         yield f"gnorm {_norm(gradients):g}"
     stats: RoutingStats | None = getattr(layer, "moe_stats", None)
     if stats is not None:
-        entropy = float(stats.entropy / stats.num_subtokens.clamp(min=1))
-        loads = " ".join(f"{load:.0f}" for load in stats.expert_load.tolist())
-        yield f"router entropy {entropy:g}"
-        yield f"dropped {float(stats.dropped):.0f}"
-        yield f"largest load over mean {float(load_max_over_mean(stats.expert_load)):g}"
-        yield f"expert loads {loads}"
+        for pool in zip(*stats.by_pool()):
+            yield from _routing_facts(RoutingStats(*pool))
+
+
+def _routing_facts(pool: RoutingStats) -> Iterator[str]:
+    loads = " ".join(f"{load:.0f}" for load in pool.expert_load.tolist())
+    yield f"router entropy {float(pool.entropy / pool.num_subtokens.clamp(min=1)):g}"
+    yield f"dropped {float(pool.dropped):.0f}"
+    yield f"largest load over mean {float(load_max_over_mean(pool.expert_load)):g}"
+    yield f"expert loads {loads}"
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from beit3_models import beit3_batch, small_beit3
 from killable import Ranks
 from language_models import small_model, token_rows
 from workers import TRAIN_FLAGS
@@ -233,3 +234,14 @@ def test_the_report_names_layers_loads_and_norms(caplog: pytest.LogCaptureFixtur
     dense = next(line for line in lines if line.startswith("  decoder.layers.0:"))
     assert "gnorm" in dense and "inf" not in dense and "expert loads" not in dense
     assert any(line.startswith("  decoder.embed_tokens:") for line in lines)
+
+
+def test_the_report_has_the_loads_of_both_modalities_experts(caplog: pytest.LogCaptureFixture) -> None:
+    model = small_beit3(mhmoe_modality_experts="separate").double()
+    model(**beit3_batch("pair", [5, 3]))
+    with caplog.at_level(logging.ERROR):
+        report_nonfinite(model, torch.tensor(float("inf")), "validation")
+    line = next(line for line in caplog.messages[0].splitlines() if line.startswith("  beit3.encoder.layers.1:"))
+    for loads in model.beit3.encoder.layers[1].moe_stats.expert_load.tolist():
+        assert f"expert loads {' '.join(f'{load:.0f}' for load in loads)}" in line
+    assert line.count("router entropy") == line.count("largest load over mean") == 2
