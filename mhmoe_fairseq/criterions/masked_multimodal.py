@@ -88,8 +88,9 @@ class MaskedMultimodalCriterion(FairseqCriterion):
 
         Args:
             model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
-            sample: a sub-batch for each modality under its name. Where ``counted`` is False a sub-batch is only there
-                for its experts' calls, which all ranks make together, and enters no figure.
+            sample: a sub-batch for each modality under its name, with the keys of ``MaskedDataset``. Where
+                ``counted`` is False a sub-batch is only there for its experts' calls, which all ranks make together,
+                and enters no figure.
             reduce: there is one loss for the batch either way.
 
         Returns:
@@ -105,7 +106,7 @@ class MaskedMultimodalCriterion(FairseqCriterion):
             extras.append(extra)
             counted.append(batch.get("counted", True))
             if counted[-1]:
-                num_positions += _real_positions(features, extra["padding_mask"])
+                num_positions += batch["num_positions"]
                 num_replaced += batch.get("num_replaced", 0)
         sample_size = sample["nsentences"] if self.averages_parts else _total(parts, "targets")
         logging_output = {
@@ -124,11 +125,11 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     ) -> dict[str, MaskedPart]:
         """The masked patches and the masked words of one sub-batch, each if its modality has them."""
         found = {}
-        for part, (masked, targets) in masked_targets(self.task, modality, batch).items():
+        for part, (places, targets) in masked_targets(self.task, modality, batch).items():
             if part.endswith("image"):
-                logits = model.image_logits(features[:, 1:image_positions][masked])
+                logits = model.image_logits(_features_at(features, 1, image_positions, places))
             else:
-                logits = model.text_logits(features[:, image_positions:][masked])
+                logits = model.text_logits(_features_at(features, image_positions, features.size(1), places))
             found[part] = masked_part(logits, targets)
         return found
 
@@ -170,22 +171,22 @@ class MaskedMultimodalCriterion(FairseqCriterion):
 
 
 def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is predicted in a sub-batch: part -> its masked places, bool ``(B, patches or words)``, and ``(M,)`` ids.
+    """What is predicted in a sub-batch: part -> ``(M,)`` places in its flattened patches or words, and ``(M,)`` ids.
 
     Args:
-        task: with ``image_targets`` and ``source_dictionary``.
+        task: with ``image_targets``.
         modality: of the sub-batch.
         batch: the sub-batch; nothing is predicted where its ``counted`` is False.
     """
     found = {}
     prefix = "pair_" if modality == "pair" else ""
-    is_counted = batch.get("counted", True)
+    kept = slice(None) if batch.get("counted", True) else slice(0)
     if modality != "text":
-        masked = batch["net_input"]["masked_patches"] & is_counted
-        found[f"{prefix}image"] = (masked, task.image_targets(batch)[masked])
+        places = batch["masked_patch_places"][kept]
+        found[f"{prefix}image"] = (places, task.image_targets(batch).flatten().index_select(0, places))
     if modality != "image":
-        masked = batch["text_targets"].ne(task.source_dictionary.pad()) & is_counted
-        found[f"{prefix}text"] = (masked, batch["text_targets"][masked])
+        places = batch["masked_token_places"][kept]
+        found[f"{prefix}text"] = (places, batch["text_targets"].flatten().index_select(0, places))
     return found
 
 
@@ -198,7 +199,8 @@ def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
     """
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     correct = logits.detach().argmax(dim=-1).eq(targets).sum()
-    return MaskedPart(loss, torch.tensor(targets.numel(), device=loss.device), correct)
+    # Filled on the device: torch.tensor would copy from the host.
+    return MaskedPart(loss, torch.full((), targets.numel(), device=loss.device), correct)
 
 
 def _total(parts: dict[str, MaskedPart], figure: str) -> Tensor:
@@ -209,10 +211,13 @@ def _part_log(parts: dict[str, MaskedPart]) -> dict[str, Tensor]:
     return {f"{name}_{key}": value.detach() for name, part in parts.items() for key, value in part._asdict().items()}
 
 
-def _real_positions(features: Tensor, padding_mask: Tensor | None) -> int:
-    """Positions that the model worked on: the class position, patches and words, without padding."""
-    padded = 0 if padding_mask is None else int(padding_mask.sum())
-    return features.size(0) * features.size(1) - padded
+def _features_at(features: Tensor, start: int, end: int, places: Tensor) -> Tensor:
+    """``(M, D)``: of ``features (B, L, D)`` at places in the flattened positions ``start`` to ``end`` of all rows.
+
+    A mask as index would make the host wait for the number of its places.
+    """
+    rows = places.div(end - start, rounding_mode="floor")
+    return features.flatten(0, 1).index_select(0, rows * features.size(1) + start + places % (end - start))
 
 
 def _objective(averages_parts: bool, meters: Any) -> float:

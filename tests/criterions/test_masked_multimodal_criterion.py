@@ -11,7 +11,9 @@ import pytest
 import torch
 from fairseq.logging import metrics
 from pictures_and_words import IMG_SIZE, PATCH_SIZE, write_pictures_and_words
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mhmoe_fairseq.criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_part
 from mhmoe_fairseq.models.architectures import architecture_options
@@ -108,6 +110,18 @@ def test_the_loss_is_the_mean_of_the_four_parts_and_of_the_calls_auxiliary_losse
         assert (int(log[f"{part}_targets"]), int(log[f"{part}_correct"])) == (count, correct)
 
 
+def test_positions_are_those_that_the_model_worked_on(data: Path) -> None:
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    worked_on = 0
+    for modality in ("image", "text", "pair"):
+        features, extra = model(**batch[modality]["net_input"])
+        padded = 0 if extra["padding_mask"] is None else int(extra["padding_mask"].sum())
+        worked_on += features.shape[:2].numel() - padded
+        assert modality != "text" or padded > 0
+    assert criterion_of(task)(model, batch)[2]["ntokens"] == worked_on
+
+
 def test_all_masked_positions_alike(data: Path) -> None:
     task = build_task(data)
     model, batch = build_model(task), batch_of(task)
@@ -139,6 +153,46 @@ def test_only_masked_positions_are_in_the_loss(data: Path) -> None:
     assert not torch.equal(codes, torch.where(masked, codes, 0))
     task.image_targets = lambda sub: torch.where(sub["net_input"]["masked_patches"], 0, task_codes(sub))
     assert not torch.equal(criterion(model, batch)[0], before)
+
+
+class Replay(nn.Module):
+    """A model that has been called: gives its features once more, and computes logits."""
+
+    def __init__(self, model: MHMoEBEiT3, batch: dict[str, Any]) -> None:
+        super().__init__()
+        self.outputs = [model(**batch[modality]["net_input"]) for modality in ("image", "text", "pair")]
+        self.image_logits, self.text_logits = model.image_logits, model.text_logits
+
+    def forward(self, **net_input: Any) -> tuple[Tensor, dict[str, Any]]:
+        return self.outputs.pop(0)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that were called, those with a mask as index apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [value for value in tree_leaves(args[1:]) if torch.is_tensor(value)]
+        has_mask = "index" in str(function) and any(value.dtype == torch.bool for value in tensors)
+        self.names.add(f"{function} by a mask" if has_mask else str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_criterion_waits_for_no_result(data: Path) -> None:
+    """On a GPU these keep the host from queueing work: sizes or values that are read, and copies from the host."""
+    task = build_task(data)
+    model, batch = build_model(task), batch_of(task)
+    replay, criterion = Replay(model, batch), criterion_of(task)
+    codes = [task.image_targets(batch[modality]) for modality in ("image", "pair")]
+    task.image_targets = lambda sub: codes.pop(0)
+    with Operators() as called:
+        criterion(replay, batch)[0].backward()
+    assert "aten.index_select.default" in called.names  # the operators were seen
+    waiting = ("_local_scalar_dense", "nonzero", "masked_select", "by a mask", "lift_fresh", "is_nonzero")
+    assert not [name for name in called.names if any(word in name for word in waiting)]
 
 
 def test_every_parameter_learns_from_a_batch(data: Path) -> None:
@@ -187,8 +241,8 @@ def test_an_interval_without_targets_of_a_part(data: Path) -> None:
     model, batch = build_model(task, "dense_beit3_tiny"), batch_of(task)
     criterion = criterion_of(task)
     with_words = criterion(model, batch)[2]
-    no_words = torch.full_like(batch["pair"]["text_targets"], task.source_dictionary.pad())
-    without = criterion(model, {**batch, "pair": {**batch["pair"], "text_targets": no_words}})[2]
+    no_words = batch["pair"]["masked_token_places"][:0]
+    without = criterion(model, {**batch, "pair": {**batch["pair"], "masked_token_places": no_words}})[2]
     assert int(with_words["pair_text_targets"]) > 0 == int(without["pair_text_targets"])
     with metrics.aggregate(new_root=True) as found:
         criterion.reduce_metrics([with_words])

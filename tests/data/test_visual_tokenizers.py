@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mhmoe_fairseq.data.visual_tokenizers import PatchKMeans, fit_patch_kmeans, load_visual_tokenizer
-from mhmoe_fairseq.data.visual_tokenizers.base import from_patches, nearest, to_patches
+from mhmoe_fairseq.data.visual_tokenizers.base import check_range, from_patches, nearest, to_patches
 from mhmoe_fairseq.data.visual_tokenizers.samples import measure
 from mhmoe_fairseq.errors import UserError
 
@@ -126,6 +126,13 @@ def test_a_file_keeps_everything(tmp_path):
 def test_other_input_is_refused(images, message):
     with pytest.raises(ValueError, match=message):
         fit(random_images()).encode(images)
+
+
+def test_only_values_on_the_cpu_are_looked_at():
+    """Elsewhere that would make the host wait for the device; a tensor without values would raise here."""
+    assert check_range(torch.zeros(1, 3, 16, 16, device="meta")) is None
+    with pytest.raises(ValueError, match="not normalised"):
+        check_range(torch.full((1, 3, 16, 16), 2.0))
 
 
 def test_half_precision_and_autocast_change_no_id():

@@ -52,16 +52,28 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
 
 
 def add_masking(batch: dict[str, Any], samples: Sequence[Sample], pad: int) -> None:
-    """Add what masked data modelling predicts, and count it as ``ntokens``.
+    """Add what masked data modelling predicts, and count it as ``ntokens`` and all positions as ``num_positions``.
 
     Adds ``text_targets (B, S)`` or None, ``tokenizer_images (B, 3, H2, W2)`` uint8 or None, and to
-    ``net_input`` ``masked_patches (B, N)`` bool or None.
+    ``net_input`` ``masked_patches (B, N)`` bool or None. Where the targets and the masked patches are, as places in
+    these flattened, is in ``masked_token_places`` and ``masked_patch_places``, ``(M,)`` or None: from a mask the host
+    would have to learn their number, and wait for the device.
     """
     batch["text_targets"] = pad_key(samples, "text_targets", pad)
     batch["tokenizer_images"] = stack(samples, "tokenizer_image")
     masked_patches = batch["net_input"]["masked_patches"] = stack(samples, "masked_patches")
-    batch["ntokens"] = 0
-    if batch["text_targets"] is not None:
-        batch["ntokens"] += int(batch["text_targets"].ne(pad).sum())
+    targets = batch["text_targets"]
+    batch["masked_token_places"] = None if targets is None else _places(targets.ne(pad))
+    batch["masked_patch_places"] = None if masked_patches is None else _places(masked_patches)
+    batch["ntokens"] = batch["num_positions"] = 0
+    if targets is not None:
+        batch["ntokens"] += batch["masked_token_places"].numel()
+        batch["num_positions"] += sum(len(sample["text"]) for sample in samples)
     if masked_patches is not None:
-        batch["ntokens"] += int(masked_patches.sum())
+        batch["ntokens"] += batch["masked_patch_places"].numel()
+        batch["num_positions"] += masked_patches.numel() + len(samples)  # with the class positions
+
+
+def _places(mask: Tensor) -> Tensor:
+    """``(M,)`` places of True in the flattened mask."""
+    return mask.flatten().nonzero().squeeze(1)

@@ -62,7 +62,7 @@ class VisualTokenizer(nn.Module, ABC):
             (B, N) int64, N = rows x columns of :attr:`token_shape`.
 
         Raises:
-            ValueError: another shape, integers, or values outside [0, 1].
+            ValueError: another shape, integers, or values outside [0, 1] on the CPU.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(
@@ -70,10 +70,8 @@ class VisualTokenizer(nn.Module, ABC):
             )
         if not images.is_floating_point():
             raise ValueError(f"images of {images.dtype}: must be floating point in [0, 1]")
+        check_range(images)
         images = images.to(self.device, torch.float32)
-        if images.numel() and not bool(((images >= -1e-4) & (images <= 1 + 1e-4)).all()):
-            low, high = float(images.min()), float(images.max())
-            raise ValueError(f"images in [{low:g}, {high:g}]: must be in [0, 1], not normalised")
         with torch.autocast(self.device.type, enabled=False):  # ids must not depend on the trainer's precision
             return self._encode(images)
 
@@ -116,6 +114,19 @@ def check_sizes(vocab_size: int, patch_size: int, image_size: int, vocab_flag: s
             raise UserError(f"{flag} {value}: must be at least {least}")
     if image_size < patch_size or image_size % patch_size:
         raise UserError(f"--image-size {image_size}: must be a multiple of --patch-size {patch_size}")
+
+
+def check_range(images: Tensor) -> None:
+    """Only values in [0, 1]; of tensors on the CPU, since elsewhere the host would wait for the device.
+
+    Raises:
+        ValueError: for others.
+    """
+    if images.device.type != "cpu" or not images.numel():
+        return
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1e-4 and high <= 1 + 1e-4):  # NaN is neither
+        raise ValueError(f"images in [{low:g}, {high:g}]: must be in [0, 1], not normalised")
 
 
 def to_patches(images: Tensor, patch_size: int) -> Tensor:

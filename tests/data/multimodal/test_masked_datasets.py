@@ -91,6 +91,12 @@ def test_a_batch_of_pairs(folder):
         assert torch.equal(targets[row, : len(original)][is_target], original[is_target])
         assert int(is_target.sum()) == (max(1, (min(length, 8) + 1) // 2) if length else 0)
     assert batch["ntokens"] == 7 * 6 + int(targets.ne(1).sum())
+    assert batch["num_positions"] == sum(17 + min(length, 8) + 2 for length in LENGTHS)
+    assert batch["masked_token_places"].tolist() == [
+        place for place in range(70) if targets[place // 10, place % 10] != 1
+    ]
+    masked = batch["net_input"]["masked_patches"]
+    assert batch["masked_patch_places"].tolist() == [place for place in range(112) if masked[place // 16, place % 16]]
     assert batch["net_input"]["images"].shape == (7, 3, 32, 32)
     assert dataset.sizes.tolist() == [17 + min(length, 8) + 2 for length in LENGTHS]
 
@@ -114,6 +120,7 @@ def test_a_batch_of_texts(folder):
     assert batch["net_input"]["text_tokens"].shape == (2, 8)
     assert batch["net_input"]["images"] is batch["net_input"]["masked_patches"] is batch["tokenizer_images"] is None
     assert batch["ntokens"] == 2 == int(batch["text_targets"].ne(1).sum())
+    assert batch["masked_patch_places"] is None and batch["num_positions"] == 5 + 8
 
 
 def test_no_text_at_all(folder):

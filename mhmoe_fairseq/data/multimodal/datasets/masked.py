@@ -22,8 +22,9 @@ class MaskedDataset(PictureTextDataset):
     """What the three share: the batch's keys.
 
     A batch has ``text_targets (B, S)`` with padding where nothing is predicted, ``tokenizer_images (B, 3, H2, W2)``
-    uint8, ``ntokens``, the masked tokens and patches, and ``net_input`` with ``text_tokens (B, S)``, ``images
-    (B, 3, H, W)`` and ``masked_patches (B, N)`` bool; what the modality has not is None.
+    uint8, ``ntokens``, the masked tokens and patches, ``num_positions``, those of the model without padding,
+    ``masked_token_places`` and ``masked_patch_places (M,)`` as of ``add_masking``, and ``net_input`` with ``text_tokens
+    (B, S)``, ``images (B, 3, H, W)`` and ``masked_patches (B, N)`` bool; what the modality has not is None.
     """
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
