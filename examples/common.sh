@@ -266,6 +266,12 @@ training_of() { # NAME
     esac
 }
 
+# What a run's name tells of its model, as xmoe-e32 and mhmoe-flops-e8 do: EXPERTS and BUDGET.
+read_name() { # NAME
+    if [[ $1 =~ -e([0-9]+)$ ]]; then EXPERTS=${BASH_REMATCH[1]}; fi
+    if [[ $1 =~ ^mhmoe-(params|flops) ]]; then BUDGET=${BASH_REMATCH[1]}; fi
+}
+
 set_moe() {
     moe=(--moe-freq 2 --moe-top-k 2 --moe-expert-count "${EXPERTS:-8}")
     [[ $SCALE != paper ]] || moe+=(--mhmoe-router-preset p1)

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes pre-trained runs in OUT on one task and tests them: examples/masked_multimodal/finetune.sh TASK [NAME...]
 #   TASK: vqa | nlvr2 | captioning | image_classification | retrieval. Without names: dense, xmoe and mhmoe-params.
-# EXPERTS, HEADS and BUDGET as in pre-training; TASK_UPDATES=N TASK_LR=X other than the task's own. Runs, predictions
-# and scores go to OUT/TASK/NAME. See common.sh and ../common.sh for the rest.
+# HEADS as in pre-training; EXPERTS and BUDGET, too, where the name does not tell them (mhmoe-flops-e32 does).
+# TASK_UPDATES=N TASK_LR=X other than the task's own. Runs, predictions and scores go to OUT/TASK/NAME. See common.sh and
+# ../common.sh for the rest.
 set -euo pipefail
 
 task_name=${1:-}
@@ -48,7 +49,9 @@ turn_to_task() {
 
 finetune() { # NAME
     local from=$pretrained/$1/checkpoint_best.pt split train
+    local EXPERTS=${EXPERTS:-} BUDGET=${BUDGET:-}
     train=$(training_of "$1")
+    read_name "$1"
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: pre-train it first"
     started_from=$from
     NAME=$1 "$train" --finetune-from-model "$from"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes runs in OUT to classify, such as English NLI, and tests in every language that is prepared:
 #   CLASSIFICATION=DIR examples/multilingual_lm/finetune.sh [NAME...]     DIR: made by mhmoe prepare classification
-# Without names: dense, xmoe and mhmoe-params. EXPERTS, HEADS and BUDGET as in their training; runs and accuracies
-# (accuracy.txt) go to OUT/finetuned/NAME. Defaults at CPU scale: 300 updates of 16 examples, learning rate 1e-3; at
-# paper scale 10000 of 256, 2e-5.
+# Without names: dense, xmoe and mhmoe-params. HEADS as in their training; EXPERTS and BUDGET, too, where the name does
+# not tell them (mhmoe-flops-e32 does). Runs and accuracies (accuracy.txt) go to OUT/finetuned/NAME. Defaults at CPU
+# scale: 300 updates of 16 examples, learning rate 1e-3; at paper scale 10000 of 256, 2e-5.
 set -euo pipefail
 case ${SCALE:-cpu} in
 cpu) UPDATES=${UPDATES:-300} LR=${LR:-1e-3} ;;
@@ -40,7 +40,9 @@ turn_to_classification() {
 
 finetune() { # NAME
     local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 train
+    local EXPERTS=${EXPERTS:-} BUDGET=${BUDGET:-}
     train=$(training_of "$1")
+    read_name "$1"
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: train it first"
     started_from=$from
     NAME=$1 "$train" --finetune-from-model "$from"

@@ -72,6 +72,12 @@ def test_fine_tuning_at_paper_scale_is_beit3s(task: str) -> None:
     assert (args.randaug, args.head_lr_multiplier) == ((True, 20) if task == "vqa" else (False, 1))
 
 
+def test_the_name_of_a_run_tells_experts_and_budget() -> None:
+    found = trainings("finetune", "cpu", "vqa", "xmoe-e32", "mhmoe-flops-e16", "mhmoe-params")
+    assert [args.moe_expert_count for args in found] == [32, 16, 8]
+    assert [str(args.mhmoe_budget) for args in found[1:]] == ["flops", "params"]
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
     model = ("moe_", "mhmoe_", "arch", "save_dir", "log_file", "use_xmoe")
