@@ -3,7 +3,7 @@
 #   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, where evaluation has more than
 #   one figure (a language's, a modality's), several_figures.
 #   family (lm) of the architectures; criterion (moe_cross_entropy); inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
-#   (more flags of training; they win) and paper_batch (samples of an update at paper scale) where a language model's do
+#   (more flags of training; they win) and cpu_batch and paper_batch (samples of an update at either scale) where a language model's do
 #   not fit. Fine-tuning sets started_from, the checkpoint that it starts from: of another one a run starts afresh.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
@@ -53,7 +53,7 @@ settings_of() { # SCALE
         size=tiny updates=${UPDATES:-300} lr=${LR:-8e-3} tokens=${TOKENS:-128}
         warmup=$((updates / 10)) intervals=${INTERVALS:-4}
         recipe+=(--clip-norm 1.0)
-        per_update=16 nproc=${NPROC:-1} batch=${BATCH:-} backend=gloo
+        per_update=${cpu_batch:-16} nproc=${NPROC:-1} batch=${BATCH:-} backend=gloo
         ;;
     paper)
         size=base updates=${UPDATES:-250000} lr=${LR:-5e-4} tokens=${TOKENS:-4096}

@@ -4,13 +4,17 @@
 1. Search: every model with every learning rate, one seed, ``--search-updates`` updates; the lowest
    validation loss wins.
 2. Study: every model with its learning rate, all seeds, ``--updates`` updates; then validation and test perplexity of
-   the last checkpoint through fairseq-eval-lm, or, of text in several languages, through ``mhmoe evaluate``.
+   the last checkpoint through fairseq-eval-lm, or, of text in several languages and of images and text, through
+   ``mhmoe evaluate``.
+
+The data tell what is learnt: language modelling, or of images and text masked modelling as in BEiT-3.
 
 Finished runs are kept, so a stopped study goes on where it was. Runs lie in OUT/search/MODEL/lr-X and
 OUT/runs/MODEL/seed-N; OUT/summary.json collects the figures, ``mhmoe report --aggregate`` makes table and plot.
 
 Examples: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
           scripts/experiment.py --data data/multilingual --out outputs/languages --lrs 8e-3 --validations 2
+          scripts/experiment.py --data data/image-text --out outputs/pictures --models dense xmoe mhmoe-params-h4
 """
 
 from __future__ import annotations
@@ -24,16 +28,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from mhmoe_fairseq.analysis.run_logs import read_evaluation, read_training_log
 
 MODELS = {
-    "dense": ["--arch", "dense_lm_{size}"],
-    "xmoe": ["--arch", "xmoe_lm_{size}"],
-    "smoe": ["--arch", "smoe_lm_{size}"],
+    "dense": ["--arch", "dense_{family}_{size}"],
+    "xmoe": ["--arch", "xmoe_{family}_{size}"],
+    "smoe": ["--arch", "smoe_{family}_{size}"],
     **{
         f"mhmoe-{budget}-h{heads}": [
-            "--arch", "mhmoe_lm_{size}", "--mhmoe-heads-number", str(heads), "--mhmoe-budget", budget
+            "--arch", "mhmoe_{family}_{size}", "--mhmoe-heads-number", str(heads), "--mhmoe-budget", budget
         ]
         for budget in ("params", "flops")
         for heads in (2, 4, 8)
@@ -49,32 +54,51 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def blocks(args: argparse.Namespace) -> list[str]:
-    """What training and evaluation share: the same blocks of text for every model."""
+def family(data: Path) -> str:
+    """Of the architectures: beit3 where the data are images and text, else lm."""
+    return "beit3" if read_manifest(data).get("kind") == "image-text" else "lm"
+
+
+def has_several_figures(data: Path) -> bool:
+    """Whether evaluation has a figure for each language or modality."""
+    return family(data) == "beit3" or "languages" in read_manifest(data)
+
+
+def read_manifest(data: Path) -> dict[str, Any]:
+    """What ``mhmoe prepare`` tells of the data."""
+    return json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+
+
+def samples(args: argparse.Namespace) -> list[str]:
+    """What training and evaluation share: the same samples for every model."""
+    if family(args.data) == "beit3":
+        task = "--task mhmoe_masked_multimodal --img-size 64 --patch-size 16 --max-text-length 32".split()
+    else:
+        task = ["--task", "mhmoe_language_modeling"]
+        if has_several_figures(args.data):
+            task = ["--task", "mhmoe_multilingual_language_modeling", "--multilang-sampling-alpha", f"{args.alpha:g}"]
+        task += ["--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"]
     user_dir = Path(__file__).resolve().parent.parent / "mhmoe_fairseq"
-    task = ["--task", "mhmoe_language_modeling"]
-    if has_languages(args.data):
-        task = ["--task", "mhmoe_multilingual_language_modeling", "--multilang-sampling-alpha", f"{args.alpha:g}"]
-    return [
-        "--user-dir", str(user_dir), *task, "--tokens-per-sample", str(args.tokens_per_sample),
-        "--sample-break-mode", "none", "--cpu",
-    ]  # fmt: skip
+    return ["--user-dir", str(user_dir), *task, "--cpu"]
 
 
-def has_languages(data: Path) -> bool:
-    """Whether ``mhmoe prepare multilingual`` made the data."""
-    return "languages" in json.loads((data / "manifest.json").read_text(encoding="utf-8"))
+def objective(data: Path, updates: int) -> list[str]:
+    """Criterion, decay of the learning rate and of weights: those of the recipes."""
+    if family(data) == "beit3":
+        return "--criterion mhmoe_masked_multimodal --lr-scheduler cosine --weight-decay 0.05".split()
+    decay = ["--lr-scheduler", "polynomial_decay", "--total-num-update", str(updates)]
+    return ["--criterion", "moe_cross_entropy", "--weight-decay", "0.01", *decay]
 
 
 def train_command(args: argparse.Namespace, model: str, lr: float, seed: int, updates: int, run: Path) -> list[str]:
     """The fairseq-train command of one run."""
     interval = max(1, updates // args.validations)
     return [
-        "fairseq-train", str(args.data), *blocks(args), *(word.format(size=args.size) for word in MODELS[model]),
-        "--criterion", "moe_cross_entropy", "--moe-gate-loss-wt", "0.01",
-        "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-6", "--weight-decay", "0.01",
-        "--clip-norm", "1.0", "--lr", f"{lr:g}", "--lr-scheduler", "polynomial_decay",
-        "--warmup-updates", str(updates // 10), "--total-num-update", str(updates), "--max-update", str(updates),
+        "fairseq-train", str(args.data), *samples(args),
+        *(word.format(family=family(args.data), size=args.size) for word in MODELS[model]),
+        *objective(args.data, updates), "--moe-gate-loss-wt", "0.01",
+        "--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-6",
+        "--clip-norm", "1.0", "--lr", f"{lr:g}", "--warmup-updates", str(updates // 10), "--max-update", str(updates),
         "--batch-size", str(args.batch_size), "--required-batch-size-multiple", "1", "--dropout", "0.1",
         "--seed", str(seed), "--num-workers", "0", "--no-epoch-checkpoints", "--keep-interval-updates", "1",
         "--validate-interval-updates", str(interval), "--save-interval-updates", str(updates),
@@ -120,17 +144,17 @@ def evaluate(args: argparse.Namespace, run: Path) -> None:
         log = run / f"eval-{split}.log"
         if log.exists():
             continue
-        if has_languages(args.data):
+        if has_several_figures(args.data):
             command = ["mhmoe", "evaluate", checkpoint, "--data", str(args.data), "--split", split]
             command += ["--json", str(run / f"eval-{split}.json")]
         else:
-            command = ["fairseq-eval-lm", str(args.data), *blocks(args), "--path", checkpoint]
+            command = ["fairseq-eval-lm", str(args.data), *samples(args), "--path", checkpoint]
             command += ["--gen-subset", split, "--batch-size", "32"]
         call(command, log, args.threads)
 
 
 def perplexity(run: Path, split: str) -> float:
-    """Of all text of the split."""
+    """Of all of the split."""
     figures = run / f"eval-{split}.json"
     if figures.exists():
         return json.loads(figures.read_text(encoding="utf-8"))["total"]["perplexity"]
@@ -192,8 +216,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the first is the search's")
     parser.add_argument("--validations", type=int, default=4, help="how often a run is validated while it trains")
     parser.add_argument("--alpha", type=float, default=0.5, help="for several languages: --multilang-sampling-alpha")
-    parser.add_argument("--batch-size", type=int, default=16, help="blocks per update")
-    parser.add_argument("--tokens-per-sample", type=int, default=128, help="tokens per block")
+    parser.add_argument("--batch-size", type=int, default=16, help="blocks, or images, texts and pairs, per update")
+    parser.add_argument("--tokens-per-sample", type=int, default=128, help="of language models")
     parser.add_argument("--threads", type=int, default=1, help="threads of every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     return parser.parse_args()

@@ -9,10 +9,10 @@ out=${OUT:-outputs/masked_multimodal}
 
 (($#)) || set -- dense xmoe-e8 "mhmoe-${BUDGET:-params}-e8"
 read -r -a captioned <<<"${CAPTIONED:-dense mhmoe-${BUDGET:-params}-e8}"
-# Models that are there are taken as they are, with whatever flags they were trained.
+# Models that are there are taken as they are, with whatever flags they were trained. (PRETRAINED=1, of all.sh: they are.)
 is_missing=${DRY_RUN:-}
 for name in "$@"; do [[ -e $out/$name/checkpoint_best.pt ]] || is_missing=1; done
-[[ -z $is_missing ]] || "$here/table1_multimodal.sh"
+[[ -z $is_missing || -n ${PRETRAINED:-} ]] || "$here/table1_multimodal.sh"
 for task in vqa nlvr2; do "$here/finetune.sh" "$task" "$@"; done
 "$here/finetune.sh" captioning "${captioned[@]}"
 command=("${MHMOE:-mhmoe}" report-tasks "$out" --names "$@" --out "$out/table4.md")

@@ -84,10 +84,14 @@ def report_tasks(folder: Path, names: Sequence[str]) -> str:
         if not any(found for key, found in scores.items() if key[0] == name):
             raise UserError(f"{folder}: no scores of {name}")
     columns = [column for column in _COLUMNS if any(scores[(name, *column[1:3])] for name in names)]
-    rows = [[name, *(_figure(scores[(name, task, split)], what) for _, task, split, what in columns)] for name in names]
-    rows += _baseline_rows(names, columns, scores)
-    parts = ["# Fine-tuned on pictures", markdown_table(["", *(column[0] for column in columns)], rows)]
-    parts += [line for line in (_sizes(names, columns, scores), *_absent(scores)) if line]
+    titles = [column[0] for column in columns]
+    figures = [[_figure(scores[(name, task, split)], what) for _, task, split, what in columns] for name in names]
+    guesses = _guesses(names, columns, scores)
+    rows = [[name, *map(number, row)] for name, row in zip(names, figures)]
+    rows += [[f"*{guess}*", *(number(values.get(title)) for title in titles)] for guess, values in guesses.items()]
+    parts = ["# Fine-tuned on pictures", markdown_table(["", *titles], rows)]
+    notes = (_sizes(names, columns, scores), _against_guessing(columns, figures, names, guesses), *_absent(scores))
+    parts += [note for note in notes if note]
     if any(found.get("derived") for found in scores.values()):
         parts.append(_DERIVED)
     paper = [[model, *(number(value, 1) for value in row)] for model, row in TABLE_4.items()]
@@ -110,14 +114,14 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _figure(scores: dict[str, Any], name: str) -> str:
-    return number(scores.get("figures", {}).get(name))
+def _figure(scores: dict[str, Any], name: str) -> float | None:
+    return scores.get("figures", {}).get(name)
 
 
-def _baseline_rows(
+def _guesses(
     names: Sequence[str], columns: Sequence[tuple[str, str, str, str]], scores: dict[tuple[str, str, str], dict]
-) -> list[list[str]]:
-    """A row for each way of guessing; they are the same for every model, so any model's will do."""
+) -> dict[str, dict[str, float | None]]:
+    """What each way of guessing has in each column; the same for every model, so any model's scores will do."""
     found: dict[str, dict[str, float | None]] = {}
     for title, task, split, figure in columns:
         for name in names:
@@ -126,9 +130,26 @@ def _baseline_rows(
                 found.setdefault(baseline, {})[title] = value
             if scored.get("constant"):  # mhmoe caption's; null without training captions
                 found.setdefault("one caption for all", {})[title] = scored["constant"]["figures"].get(figure)
-    return [
-        [f"*{baseline}*", *(number(values.get(title)) for title, *_ in columns)] for baseline, values in found.items()
-    ]
+    return found
+
+
+def _against_guessing(
+    columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Sequence[float | None]], names: Sequence[str],
+    guesses: dict[str, dict[str, float | None]],
+) -> str:  # fmt: skip
+    """A line for each column that can be guessed: by how much each model is above the best way of guessing."""
+    lines = []
+    for place, (title, *_) in enumerate(columns):
+        best = max((values[title] for values in guesses.values() if values.get(title) is not None), default=None)
+        if best is None:
+            continue
+        gains = {name: row[place] - best for name, row in zip(names, rows) if row[place] is not None}
+        beaten = [name for name, gain in gains.items() if gain <= 0]
+        verdict = f"; **not above it: {', '.join(beaten)}**" if beaten else ""
+        lines.append(
+            f"- {title} ({best:.2f}): {', '.join(f'{name} {gain:+.2f}' for name, gain in gains.items())}{verdict}"
+        )
+    return "\n".join(["Above the best way of guessing without looking, by points:", "", *lines]) if lines else ""
 
 
 def _sizes(

@@ -61,7 +61,7 @@ def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_picture_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
     group.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="side of the pictures it takes")
-    group.add_argument("--patch-size", type=int, default=8, metavar="PIXELS", help="side of a patch")
+    group.add_argument("--patch-size", type=int, default=16, metavar="PIXELS", help="side of a patch")
     group.add_argument("--visual-vocab-size", type=int, default=512, metavar="N", help="number of codes")
 
 

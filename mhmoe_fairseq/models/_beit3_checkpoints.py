@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,17 +22,17 @@ IMAGE_HEAD = "image_head."
 _FIRST_PATCH = UNUSED_POSITIONS + 1
 
 
-def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str], prefix: str = "") -> None:
+def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Collection[str], prefix: str = "") -> None:
     """Change a state dictionary in place into one that ``model`` can load.
 
     The picture's position table is resized to the model's grid of patches, the text's cut to the model's length; the
     head of masked patches is left out if the model has none; a head in ``new_heads`` that the checkpoint lacks keeps
-    its initial weights.
+    its initial weights, and where there is such a head, those of other tasks are left out.
 
     Args:
         model: an ``MHMoEBEiT3``.
         state: a state dictionary whose names start with ``prefix``; its tensors are not changed.
-        new_heads: names of heads that the checkpoint may lack.
+        new_heads: names of heads that the checkpoint may lack: the model starts from another task's.
 
     Raises:
         ValueError: if the checkpoint's texts were shorter than the model's.
@@ -44,11 +44,22 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str],
     if not any(name.startswith(IMAGE_HEAD) for name, _ in model.named_parameters()):
         for name in [name for name in state if name.startswith(prefix + IMAGE_HEAD)]:
             del state[name]
+    if new_heads:
+        _drop_other_heads(model, state, prefix + "heads.")
     for head in new_heads:
         own = {f"{prefix}heads.{head}.{name}": value for name, value in model.heads[head].state_dict().items()}
         if own and not own.keys() & state.keys():
             logger.info(f"the checkpoint has no head {head!r}: it starts from its initial weights")
             state.update(own)
+
+
+def _drop_other_heads(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    found = {name: name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
+    others = {name: head for name, head in found.items() if head not in model.heads}
+    for name in others:
+        del state[name]
+    for head in sorted(set(others.values())):
+        logger.info(f"the checkpoint's head {head!r} is another task's: it is left out")
 
 
 def resized_tables(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int, int]]:

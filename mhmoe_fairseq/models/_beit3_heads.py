@@ -23,6 +23,9 @@ _INITIAL_TEMPERATURE = 0.07
 class VQAHead(nn.Module):
     """One logit per answer, from the class token.
 
+    The biases start where one answer of all is expected (the prior of Lin et al., 2017, section 3.3), other than in
+    BEiT-3: there the first updates go into unlearning that half of all answers are right.
+
     Args:
         embed_dim: D.
         num_answers: of the answer vocabulary.
@@ -36,6 +39,7 @@ class VQAHead(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
         self.pooler = _linear(embed_dim, embed_dim)
         self.classifier = _two_layers(embed_dim, 2 * embed_dim, num_answers)
+        nn.init.constant_(self.classifier[-1].bias, -math.log(num_answers - 1))
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """``(B, L, D) -> (B, answers)``."""
@@ -45,6 +49,9 @@ class VQAHead(nn.Module):
 
 class NLVR2Head(nn.Module):
     """Class logits of a statement about two pictures, from both class tokens and both first text tokens.
+
+    Only the last layer starts small, in BEiT-3 the first, too. Adam's first steps are signs of gradients: added to
+    weights of almost 0 they make all hidden units equal up to their sign, and one unit cannot compare two pictures.
 
     Args:
         embed_dim: D.
@@ -58,7 +65,7 @@ class NLVR2Head(nn.Module):
         require_classes(num_classes, "classes")
         self.norm = nn.LayerNorm(4 * embed_dim)
         self.classifier = _two_layers(4 * embed_dim, 2 * embed_dim, num_classes)
-        _start_small(self.classifier)
+        _start_small(self.classifier[-1])
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """Logits.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mhmoe_fairseq.analysis.task_report import report_tasks
 from mhmoe_fairseq.cli import main
 
 
@@ -48,7 +49,16 @@ def test_models_baselines_and_the_papers_figures_are_kept_apart(folder: Path, ca
         ["*one caption for all*", "–", "0.00", "–", "5.50", "–"],
     ]
     assert "METEOR is absent: there is no Java." in ours and "neither VQAv2 nor NLVR2" in ours
+    assert "- questions, test (37.50): dense +3.75, xmoe +6.00\n- BLEU-4 (0.00): dense +7.00\n" in ours
     assert "vqa test 1,210, captioning test 142" in ours and "71.4" not in ours and "71.4" in paper
+
+
+def test_a_model_that_guesses_no_worse_without_the_picture_is_named(folder: Path) -> None:
+    figures = {"VQA score": 37.5}
+    write_scores(folder, "vqa", "mhmoe", "test", count=1210, figures=figures, baselines={"question only": 37.5})
+    assert "(37.50): dense +3.75, mhmoe +0.00, xmoe +6.00; **not above it: mhmoe**" in report_tasks(
+        folder, ["dense", "mhmoe", "xmoe"]
+    )
 
 
 @pytest.mark.parametrize(

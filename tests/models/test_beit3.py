@@ -221,6 +221,26 @@ def test_a_checkpoint_of_pretraining_in_fine_tuning(caplog):
         model.load_state_dict(half_there)
 
 
+def test_a_checkpoint_of_another_task(caplog):
+    before = small_beit3(seed=1, num_visual_tokens=0)
+    before.register_head("answers", FirstPosition(32, 3))
+    state = before.state_dict()
+    model = small_beit3(num_visual_tokens=0)
+    model.register_head("statements", FirstPosition(32, 2))
+    initial = model.heads["statements"].weight.clone()
+    with caplog.at_level(logging.INFO):
+        model.load_state_dict(state)
+    assert "the checkpoint's head 'answers' is another task's: it is left out" in caplog.text
+    assert torch.equal(model.heads["statements"].weight, initial)
+    assert torch.equal(model.beit3.text_embed.weight, state["beit3.text_embed.weight"])
+    assert "heads.answers.weight" in state
+
+    evaluated = small_beit3(num_visual_tokens=0)
+    evaluated.register_head("statements", FirstPosition(32, 2), may_be_new=False)
+    with pytest.raises(RuntimeError, match="Unexpected key.*heads.answers"):
+        evaluated.load_state_dict(state)
+
+
 def test_pictures_of_another_size(caplog):
     saved = small_beit3(seed=1)
     larger = small_beit3(img_size=16, num_visual_tokens=0)

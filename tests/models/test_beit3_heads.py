@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from mhmoe_fairseq.models._beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
@@ -88,9 +87,19 @@ def test_initial_values_are_those_of_beit3():
     assert HEADS["retrieval"]().logit_scale.exp().item() == pytest.approx(1 / 0.07)
     wide = VQAHead(256, 300)
     assert wide.classifier[3].weight.std().item() == pytest.approx(0.02, rel=0.05)
-    for head, small in ((NLVR2Head(256), True), (ImageClassificationHead(256, 300), True), (wide, False)):
-        maps = [module for module in head.modules() if isinstance(module, nn.Linear)]
-        assert all((layer.weight.abs().max() < 2e-3) == small and not layer.bias.any() for layer in maps)
+    statements = NLVR2Head(256)
+    small = (statements.classifier[3], ImageClassificationHead(256, 300).classifier)
+    assert all(layer.weight.abs().max() < 2e-3 for layer in small)
+    assert not any(layer.bias.any() for layer in (*small, wide.pooler, wide.classifier[0], statements.classifier[0]))
+
+
+def test_hidden_units_for_statements_start_different():
+    weight = NLVR2Head(256).classifier[0].weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_untrained_one_answer_of_all_is_expected():
+    assert VQAHead(256, 300).classifier[3].bias.sigmoid().sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", HEADS)

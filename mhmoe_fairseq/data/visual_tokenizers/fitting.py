@@ -35,7 +35,7 @@ class FitSettings:
     """
 
     vocab_size: int = 512
-    patch_size: int = 8
+    patch_size: int = 16
     image_size: int = 64
     seed: int = 1
     max_patches: int = 60_000

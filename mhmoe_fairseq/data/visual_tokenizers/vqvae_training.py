@@ -43,7 +43,7 @@ class VQVAESettings:
     """
 
     vocab_size: int = 512
-    patch_size: int = 8
+    patch_size: int = 16
     image_size: int = 64
     seed: int = 1
     updates: int = 1000
