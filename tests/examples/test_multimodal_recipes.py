@@ -96,8 +96,24 @@ def test_table_4_fine_tunes_the_models_of_table_1() -> None:
         "mhmoe_masked_multimodal": models, "mhmoe_vqa": models, "mhmoe_nlvr2": models,
         "mhmoe_captioning": ["dense", "mhmoe-params-e8"],
     }  # fmt: skip
-    starts = {args.finetune_from_model for args in runs if args.task != "mhmoe_masked_multimodal"}
-    assert starts == {f"outputs/{EXPERIMENT}/{name}/checkpoint_best.pt" for name in models}
+    out = f"outputs/{EXPERIMENT}"
+    for args in runs:
+        if args.task != "mhmoe_masked_multimodal":
+            origin = f"{out}/vqa" if args.task == "mhmoe_nlvr2" else out
+            assert args.finetune_from_model == f"{origin}/{Path(args.save_dir).name}/checkpoint_best.pt"
+
+
+@pytest.mark.parametrize("scale, start", [("cpu", "vqa/"), ("paper", "")])
+def test_statements_start_from_questions_at_cpu_scale_alone(scale: str, start: str) -> None:
+    (args,) = trainings("finetune", scale, "nlvr2", "dense")
+    assert args.finetune_from_model == f"outputs/{EXPERIMENT}/{start}dense/checkpoint_best.pt"
+
+
+def test_the_whole_experiment_trains_each_model_once() -> None:
+    runs = trainings("all", "cpu")
+    assert len({args.save_dir for args in runs}) == len(runs) == 3 + 3 + 3 + 2
+    kept = {args.task: args.keep_interval_updates for args in runs}
+    assert kept["mhmoe_masked_multimodal"] == -1 and kept["mhmoe_vqa"] == 1
 
 
 @pytest.mark.parametrize(
@@ -106,6 +122,9 @@ def test_table_4_fine_tunes_the_models_of_table_1() -> None:
         (["vcr"], {}, "TASK (vcr) must be vqa, nlvr2, captioning"),
         (["vqa", "bert"], {"DRY_RUN": "1"}, "bert must start with dense, xmoe or mhmoe"),
         (["vqa", "dense"], {"OUT": "nowhere"}, "nowhere/dense/checkpoint_best.pt is missing: pre-train it first"),
+        (["nlvr2", "dense"], {"OUT": "nowhere"}, "vqa/dense/checkpoint_best.pt is missing: fine-tune it on vqa first"),
+        (["nlvr2", "dense"], {"START": "vcr", "DRY_RUN": "1"}, "START (vcr) must be pretraining or a task"),
+        (["vqa", "dense"], {"START": "vqa", "DRY_RUN": "1"}, "START (vqa) must not be TASK itself"),
         (["vqa", "dense"], {"TASK_UPDATES": "few"}, "UPDATES (few) must be a positive integer"),
     ],
 )
@@ -133,10 +152,11 @@ def test_from_pictures_to_a_report_and_scores(scripts: Scripts) -> None:
     assert f"{NAME}: training, 2 updates" in trained and "update 2: validation perplexity" in trained
     scripts.run(f"examples/{EXPERIMENT}/eval.sh", NAME)
     assert "14.73" in (out / "report.md").read_text(encoding="utf-8")  # the paper's MH-MoE with 8 experts
-    scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME)
+    scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME, START="pretraining")
     scores = json.loads((out / "nlvr2" / NAME / "scores-test.json").read_text(encoding="utf-8"))
     assert 0 <= scores["figures"]["accuracy"] <= 100 and scores["count"] > 0
-    assert "already trained" in scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME)
+    again = scripts.run(f"examples/{EXPERIMENT}/finetune.sh", "nlvr2", NAME, START="pretraining")
+    assert "already trained" in again
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fairseq import options
+from fairseq_arguments import parse_words
 
 from mhmoe_fairseq import cli
 from mhmoe_fairseq.analysis.model_counts import ModelCounts, blank_dictionary, count_model
@@ -58,14 +58,8 @@ def unlaunched(words: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def parse(words: tuple[str, ...]):
-    """fairseq's own parsing of a command; an unknown flag ends the test."""
-    words = unlaunched(words)
-    get_parser = {"fairseq-train": options.get_training_parser, "fairseq-eval-lm": options.get_eval_lm_parser}[words[0]]
-    sys_argv, sys.argv = sys.argv, list(words)  # the parser looks for --user-dir there
-    try:
-        return options.parse_args_and_arch(get_parser(), input_args=list(words[1:]))
-    finally:
-        sys.argv = sys_argv
+    """fairseq's own parsing of a command, however many processes it is for."""
+    return parse_words(unlaunched(words))
 
 
 @functools.cache
