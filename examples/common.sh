@@ -16,6 +16,7 @@
 #   NPROC=N          processes on this machine (cpu: 1; paper: 8, one for each GPU), connected by torchrun
 #   NNODES=N NODE_RANK=N MASTER_ADDR=HOST MASTER_PORT=N
 #                    machines (1), this one's number from 0, name and port (29500) of number 0; start a recipe on each
+#   JOBS=N           runs at the same time, with one thread each, where a recipe has several (1)
 #   INTERVALS=N      how often a training is validated and saved (cpu: 4; paper: 50)
 #   BATCH=N          blocks per process and step (cpu: all of the update's; paper: 4). An update has 16 blocks (paper:
 #                    256) however many processes share it: --update-freq is 16 / (NPROC x NNODES x BATCH).
@@ -47,6 +48,7 @@ settings_of() { # SCALE
     positive UPDATES "${UPDATES:-1}"
     positive TOKENS "${TOKENS:-1}"
     positive INTERVALS "${INTERVALS:-1}"
+    positive JOBS "${JOBS:-1}"
     recipe=()
     case $1 in
     cpu)
@@ -115,11 +117,41 @@ meeting_of_nodes() {
     nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 }
 
-# fairseq-train's JSON records as one short line each.
-show_progress() {
+# fairseq-train's JSON records as one short line each, which names the run if there are several.
+show_progress() { # NAME
+    local run=""
+    ((${JOBS:-1} == 1)) || run="$1, "
     sed -un \
-        -e 's|.*"valid_ppl": "\([^"]*\)".*"valid_num_updates": "\([^"]*\)".*|    update \2: validation perplexity \1|p' \
-        -e 's|.*"loss": "\([^"]*\)".*"wps": "\([^"]*\)".*"num_updates": "\([^"]*\)".*|    update \3: loss \1 bits, \2 tokens/s|p'
+        -e 's|.*"valid_ppl": "\([^"]*\)".*"valid_num_updates": "\([^"]*\)".*|    '"$run"'update \2: validation perplexity \1|p' \
+        -e 's|.*"loss": "\([^"]*\)".*"wps": "\([^"]*\)".*"num_updates": "\([^"]*\)".*|    '"$run"'update \3: loss \1 bits, \2 tokens/s|p'
+}
+
+# in_turn COMMAND...: now or, if JOBS commands are running, when one of them has ended. finish_all: until all have ended;
+# a failure ends the recipe.
+in_turn() {
+    if ((${JOBS:-1} == 1)) || [[ -n ${DRY_RUN:-} ]]; then
+        "$@"
+        return
+    fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    trap 'trap - INT; kill 0' INT # background jobs do not hear Ctrl-C
+    while (($(jobs -pr | wc -l) >= JOBS)); do sleep 0.5; done
+    "$@" &
+    processes+=($!)
+}
+finish_all() {
+    local process status=0
+    for process in ${processes[@]+"${processes[@]}"}; do wait "$process" || status=1; done
+    processes=()
+    ((status == 0)) || exit 1
+}
+processes=()
+
+for_each() { # FUNCTION NAME...
+    local each=$1 name
+    shift
+    for name in "$@"; do in_turn "$each" "$name"; done
+    finish_all
 }
 
 # train NAME FLAGS...: into $OUT/NAME; skipped if finished, resumed if cut off, afresh if command or data have changed.
@@ -146,7 +178,7 @@ train() {
         mkdir -p "$run" && output=$run/output-node$NODE_RANK.txt
     fi
     say "$name: training, $updates updates"
-    "${command[@]}" 2>&1 | tee -a "$output" | show_progress ||
+    "${command[@]}" 2>&1 | tee -a "$output" | show_progress "$name" ||
         fail "training of $name failed: $(reason "$output") (see $output)"
     touch "$run/finished"
 }
@@ -208,19 +240,23 @@ evaluate() {
             fail "evaluation of $name on $split failed: $(tail -n 1 "$log.tmp") (see $log.tmp)"
         mv "$log.tmp" "$log"
     fi
-    say "$name, $split: $(sed -n -e 's/.*\(Loss (base 2).*\)/\1/p' -e 's/^| total | //p' "$log")"
+    say "$name, $split: $(sed -n -e 's/.*\(Loss (base 2).*\)/\1/p' -e 's/^| total | //p' \
+        -e 's/^| all  *| *\([0-9,]*\) | *[0-9.]* | *\([0-9.]*\) .*/perplexity \2 of \1 masked positions/p' "$log")"
 }
 
 # compare REPORT NAME...: evaluates the runs and writes the report.
 compare() {
-    local report=$1 name split
+    local report=$1
     shift
-    for name in "$@"; do
-        for split in valid test; do evaluate "$name" "$split"; done
-    done
+    for_each evaluate_held_out "$@"
     if [[ -z ${DRY_RUN:-} ]]; then
         mhmoe report "${@/#/$OUT/}" --data "$DATA" --out "$report"
     fi
+}
+
+evaluate_held_out() { # NAME
+    local split
+    for split in valid test; do evaluate "$1" "$split"; done
 }
 
 # The three models. MoE is every second layer, top-2. At paper scale the router is the paper's appendix's, at CPU scale
@@ -244,16 +280,21 @@ train_mhmoe() { # FLAGS...
 
 # Trains the models of the paper's table 1 that are not trained yet; sets names.
 train_table1() { # FLAGS...
-    local default=8 budget=${BUDGET:-params} experts list
+    local default=8 experts list
     [[ $SCALE != paper ]] || default="8 32"
     read -r -a list <<<"${EXPERTS_LIST:-$default}"
     names=(dense)
-    train_dense "$@"
-    for experts in "${list[@]}"; do
-        names+=("xmoe-e$experts" "mhmoe-$budget-e$experts")
-        EXPERTS=$experts NAME=xmoe-e$experts train_xmoe "$@"
-        EXPERTS=$experts NAME=mhmoe-$budget-e$experts train_mhmoe "$@"
-    done
+    for experts in "${list[@]}"; do names+=("xmoe-e$experts" "mhmoe-${BUDGET:-params}-e$experts"); done
+    flags=("$@")
+    for_each train_named "${names[@]}"
+}
+
+# Trains a run whose name tells its model, with flags.
+train_named() { # NAME
+    local EXPERTS=${EXPERTS:-} BUDGET=${BUDGET:-} train
+    train=$(training_of "$1")
+    read_name "$1"
+    NAME=$1 "$train" ${flags[@]+"${flags[@]}"}
 }
 
 # The function that trains a run of the recipes, by its name.

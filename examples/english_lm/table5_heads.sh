@@ -10,9 +10,10 @@ default="2 4 8 16"
 read -r -a list <<<"${HEADS_LIST:-$default}"
 budget=${BUDGET:-params}
 names=(xmoe)
-"$here/xmoe.sh" "$@"
+in_turn "$here/xmoe.sh" "$@"
 for heads in "${list[@]}"; do
     names+=("mhmoe-$budget-h$heads")
-    HEADS=$heads NAME=mhmoe-$budget-h$heads "$here/mhmoe.sh" "$@"
+    HEADS=$heads NAME=mhmoe-$budget-h$heads in_turn "$here/mhmoe.sh" "$@"
 done
+finish_all
 compare "$OUT/table5-heads.md" "${names[@]}"

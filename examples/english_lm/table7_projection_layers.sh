@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 names=()
 for layers in 0 1 2 3; do
     names+=("mhmoe-projections-$layers")
-    NAME=mhmoe-projections-$layers "$here/mhmoe.sh" --mhmoe-projection-layers "$layers" "$@"
+    NAME=mhmoe-projections-$layers in_turn "$here/mhmoe.sh" --mhmoe-projection-layers "$layers" "$@"
 done
+finish_all
 compare "$OUT/table7-projection-layers.md" "${names[@]}"

@@ -63,13 +63,11 @@ turn_to_task() {
 }
 
 finetune() { # NAME
-    local from=$origin/$1/checkpoint_best.pt split train
-    local EXPERTS=${EXPERTS:-} BUDGET=${BUDGET:-}
-    train=$(training_of "$1")
-    read_name "$1"
+    local from=$origin/$1/checkpoint_best.pt split flags
+    flags=(--finetune-from-model "$from")
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: $remedy first"
     started_from=$from
-    NAME=$1 "$train" --finetune-from-model "$from"
+    train_named "$1"
     for split in valid test; do score "$1" "$split"; done
 }
 
@@ -90,4 +88,4 @@ score() { # NAME SPLIT
 
 (($#)) || set -- dense xmoe mhmoe-params
 turn_to_task
-for name in "$@"; do finetune "$name"; done
+for_each finetune "$@"

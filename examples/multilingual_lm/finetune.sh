@@ -39,13 +39,11 @@ turn_to_classification() {
 }
 
 finetune() { # NAME
-    local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 train
-    local EXPERTS=${EXPERTS:-} BUDGET=${BUDGET:-}
-    train=$(training_of "$1")
-    read_name "$1"
+    local from=$language_models/$1/checkpoint_best.pt run=$OUT/$1 flags
+    flags=(--finetune-from-model "$from")
     [[ -n ${DRY_RUN:-} || -e $from ]] || fail "$from is missing: train it first"
     started_from=$from
-    NAME=$1 "$train" --finetune-from-model "$from"
+    train_named "$1"
     [[ -z ${DRY_RUN:-} ]] || return 0
     local command=(mhmoe classify "$run/checkpoint_best.pt")
     [[ $SCALE == paper ]] || command+=(--cpu)
@@ -56,4 +54,4 @@ finetune() { # NAME
 
 (($#)) || set -- dense xmoe mhmoe-params
 turn_to_classification
-for name in "$@"; do finetune "$name"; done
+for_each finetune "$@"
