@@ -48,7 +48,7 @@ settings_of() { # SCALE
     positive UPDATES "${UPDATES:-1}"
     positive TOKENS "${TOKENS:-1}"
     positive INTERVALS "${INTERVALS:-1}"
-    positive JOBS "${JOBS:-1}"
+    positive JOBS "${JOBS:=1}"
     recipe=()
     case $1 in
     cpu)
@@ -120,7 +120,7 @@ meeting_of_nodes() {
 # fairseq-train's JSON records as one short line each, which names the run if there are several.
 show_progress() { # NAME
     local run=""
-    ((${JOBS:-1} == 1)) || run="$1, "
+    ((JOBS == 1)) || run="$1, "
     sed -un \
         -e 's|.*"valid_ppl": "\([^"]*\)".*"valid_num_updates": "\([^"]*\)".*|    '"$run"'update \2: validation perplexity \1|p' \
         -e 's|.*"loss": "\([^"]*\)".*"wps": "\([^"]*\)".*"num_updates": "\([^"]*\)".*|    '"$run"'update \3: loss \1 bits, \2 tokens/s|p'
@@ -129,7 +129,7 @@ show_progress() { # NAME
 # in_turn COMMAND...: now or, if JOBS commands are running, when one of them has ended. finish_all: until all have ended;
 # a failure ends the recipe.
 in_turn() {
-    if ((${JOBS:-1} == 1)) || [[ -n ${DRY_RUN:-} ]]; then
+    if ((JOBS == 1)) || [[ -n ${DRY_RUN:-} ]]; then
         "$@"
         return
     fi
@@ -147,11 +147,16 @@ finish_all() {
 }
 processes=()
 
+# The last name's model is the largest: of several at the same time it starts first.
 for_each() { # FUNCTION NAME...
-    local each=$1 name
+    local each=$1 place
     shift
-    for name in "$@"; do in_turn "$each" "$name"; done
-    finish_all
+    if ((JOBS == 1)); then
+        for ((place = 1; place <= $#; place++)); do "$each" "${!place}"; done
+    else
+        for ((place = $#; place > 0; place--)); do in_turn "$each" "${!place}"; done
+        finish_all
+    fi
 }
 
 # train NAME FLAGS...: into $OUT/NAME; skipped if finished, resumed if cut off, afresh if command or data have changed.
