@@ -4,7 +4,8 @@
 #   one figure (a language's, a modality's), several_figures.
 #   family (lm) of the architectures; criterion (moe_cross_entropy); inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
 #   (more flags of training; they win) and cpu_batch and paper_batch (samples of an update at either scale) where a language model's do
-#   not fit. Fine-tuning sets started_from, the checkpoint that it starts from: of another one a run starts afresh.
+#   not fit; keep, how many of a training's checkpoints stay beside best and last (1; -1 for all). Fine-tuning sets
+#   started_from, the checkpoint that it starts from: of another one a run starts afresh.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
 #   DATA=DIR         prepared corpus (default: the experiment's, see its prepare.sh)
@@ -16,7 +17,7 @@
 #   NPROC=N          processes on this machine (cpu: 1; paper: 8, one for each GPU), connected by torchrun
 #   NNODES=N NODE_RANK=N MASTER_ADDR=HOST MASTER_PORT=N
 #                    machines (1), this one's number from 0, name and port (29500) of number 0; start a recipe on each
-#   JOBS=N           runs at the same time, with one thread each, where a recipe has several (1)
+#   JOBS=N           runs at the same time, with one thread each, where a recipe has several (1; SCALE=cpu alone)
 #   INTERVALS=N      how often a training is validated and saved (cpu: 4; paper: 50)
 #   BATCH=N          blocks per process and step (cpu: all of the update's; paper: 4). An update has 16 blocks (paper:
 #                    256) however many processes share it: --update-freq is 16 / (NPROC x NNODES x BATCH).
@@ -49,6 +50,8 @@ settings_of() { # SCALE
     positive TOKENS "${TOKENS:-1}"
     positive INTERVALS "${INTERVALS:-1}"
     positive JOBS "${JOBS:=1}"
+    ((JOBS == 1)) || [[ $1 == cpu && ${NNODES:-1} == 1 ]] ||
+        fail "JOBS ($JOBS) must be 1 on several machines and at paper scale, where a run takes all GPUs"
     recipe=()
     case $1 in
     cpu)
@@ -77,7 +80,7 @@ settings_of() { # SCALE
         --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01 --dropout 0.1
         --lr "$lr" "${schedule[@]}" --warmup-updates "$warmup"
         --max-update "$updates" --required-batch-size-multiple 1 --seed "${SEED:-1}" --num-workers 0
-        --validate-interval-updates "$interval" --save-interval-updates "$interval" --keep-interval-updates 1
+        --validate-interval-updates "$interval" --save-interval-updates "$interval" --keep-interval-updates "${keep:-1}"
         --no-epoch-checkpoints --log-format json --log-interval $(((interval + 4) / 5))
     )
     recipe+=(${settings[@]+"${settings[@]}"})
@@ -133,10 +136,9 @@ in_turn() {
         "$@"
         return
     fi
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     trap 'trap - INT; kill 0' INT # background jobs do not hear Ctrl-C
     while (($(jobs -pr | wc -l) >= JOBS)); do sleep 0.5; done
-    "$@" &
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$@" &
     processes+=($!)
 }
 finish_all() {
@@ -246,7 +248,7 @@ evaluate() {
         mv "$log.tmp" "$log"
     fi
     say "$name, $split: $(sed -n -e 's/.*\(Loss (base 2).*\)/\1/p' -e 's/^| total | //p' \
-        -e 's/^| all  *| *\([0-9,]*\) | *[0-9.]* | *\([0-9.]*\) .*/perplexity \2 of \1 masked positions/p' "$log")"
+        -e 's/^| all  *| *\([0-9,]*\) | *[0-9.,]* | *\([0-9.,]*\) .*/perplexity \2 of \1 masked positions/p' "$log")"
 }
 
 # compare REPORT NAME...: evaluates the runs and writes the report.

@@ -14,7 +14,8 @@ OUT/runs/MODEL/seed-N; OUT/summary.json collects the figures, ``mhmoe report --a
 
 Examples: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
           scripts/experiment.py --data data/multilingual --out outputs/languages --lrs 8e-3 --validations 2
-          scripts/experiment.py --data data/image-text --out outputs/pictures --models dense xmoe mhmoe-params-h4
+          scripts/experiment.py --data data/image-text --out outputs/pictures --models dense xmoe mhmoe-params-h4 \\
+              --lrs 1e-3 2e-3 4e-3 --search-updates 150 --updates 400
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def train(args: argparse.Namespace, model: str, lr: float, seed: int, updates: i
     command = train_command(args, model, lr, seed, updates, run)
     record = run / "command.json"
     if (run / "finished").exists():
-        if json.loads(record.read_text()) != command:
+        if sorted(json.loads(record.read_text())) != sorted(command):
             raise SystemExit(f"experiment: error: {run} was trained with other settings; take another --out")
         return
     run.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,11 @@ esac
 inputs=(--img-size "${shape[0]}" --patch-size "${shape[1]}" --max-text-length "${shape[2]}")
 schedule=(--lr-scheduler cosine)
 settings=(--weight-decay 0.05)
-[[ ${SCALE:-cpu} == cpu ]] || settings+=(--num-workers 8) # pictures are decoded there
+if [[ ${SCALE:-cpu} == cpu ]]; then
+    keep=-1 # for figure8.sh
+else
+    settings+=(--num-workers 8) # pictures are decoded there
+fi
 DATA=${DATA:-data/image-text}
 OUT=${OUT:-outputs/masked_multimodal}
 # shellcheck source=examples/common.sh

@@ -4,7 +4,7 @@
 # HEADS as in pre-training; EXPERTS and BUDGET, too, where the name does not tell them (mhmoe-flops-e32 does).
 # TASK_UPDATES=N TASK_LR=X other than the task's own. START=TASK starts from the run fine-tuned on that task, START=pretraining
 # from the pre-trained one: the default but for nlvr2 at CPU scale, which starts from vqa. Runs, predictions and scores go to
-# OUT/TASK/NAME. See common.sh and ../common.sh for the rest.
+# OUT/TASK/NAME. At CPU scale INTERVALS is 2 and an update of nlvr2 has 32 statements. See common.sh and ../common.sh for the rest.
 set -euo pipefail
 
 task_name=${1:-}
@@ -59,6 +59,7 @@ turn_to_task() {
         --best-checkpoint-metric "$metric" --maximize-best-checkpoint-metric
     )
     paper_batch=$samples
+    keep=1
     settings_of "$SCALE"
 }
 
@@ -81,8 +82,7 @@ score() { # NAME SPLIT
     if [[ -n ${DRY_RUN:-} ]]; then
         printf '%q ' "${command[@]}" && echo
     elif [[ ! -e $scores ]]; then
-        say "$1:"
-        "${command[@]}"
+        "${command[@]}" | sed "s/^/    $1, /"
     fi
 }
 

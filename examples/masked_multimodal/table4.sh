@@ -9,10 +9,18 @@ out=${OUT:-outputs/masked_multimodal}
 
 (($#)) || set -- dense xmoe-e8 "mhmoe-${BUDGET:-params}-e8"
 read -r -a captioned <<<"${CAPTIONED:-dense mhmoe-${BUDGET:-params}-e8}"
-# Models that are there are taken as they are, with whatever flags they were trained. (PRETRAINED=1, of all.sh: they are.)
+if [[ ${START:-pretraining} != pretraining ]]; then
+    echo "table4.sh: error: START ($START) must be pretraining, if it is given: no task can start from itself" >&2
+    exit 1
+fi
+if [[ " ${EXPERTS_LIST:-8} " != *" 8 "* ]]; then
+    echo "table4.sh: error: EXPERTS_LIST ($EXPERTS_LIST) must contain 8, the experts of the paper's table 4" >&2
+    exit 1
+fi
+# Models that are there are taken as they are, with whatever flags they were trained.
 is_missing=${DRY_RUN:-}
 for name in "$@"; do [[ -e $out/$name/checkpoint_best.pt ]] || is_missing=1; done
-[[ -z $is_missing || -n ${PRETRAINED:-} ]] || "$here/table1_multimodal.sh"
+[[ -z $is_missing ]] || "$here/table1_multimodal.sh"
 for task in vqa nlvr2; do "$here/finetune.sh" "$task" "$@"; done
 "$here/finetune.sh" captioning "${captioned[@]}"
 command=("${MHMOE:-mhmoe}" report-tasks "$out" --names "$@" --out "$out/table4.md")

@@ -47,8 +47,7 @@ finetune() { # NAME
     [[ -z ${DRY_RUN:-} ]] || return 0
     local command=(mhmoe classify "$run/checkpoint_best.pt")
     [[ $SCALE == paper ]] || command+=(--cpu)
-    say "$1:"
-    "${command[@]}" | tee "$run/accuracy.txt.tmp"
+    "${command[@]}" | tee "$run/accuracy.txt.tmp" | sed "s/^/    $1, /"
     mv "$run/accuracy.txt.tmp" "$run/accuracy.txt"
 }
 

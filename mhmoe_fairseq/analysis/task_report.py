@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,11 @@ def report_tasks(folder: Path, names: Sequence[str]) -> str:
     rows = [[name, *map(number, row)] for name, row in zip(names, figures)]
     rows += [[f"*{guess}*", *(number(values.get(title)) for title in titles)] for guess, values in guesses.items()]
     parts = ["# Fine-tuned on pictures", markdown_table(["", *titles], rows)]
-    notes = (_sizes(names, columns, scores), _against_guessing(columns, figures, names, guesses), *_absent(scores))
+    notes = (
+        _sizes(names, columns, scores),
+        _against_guessing(names, columns, figures, guesses, scores),
+        *_absent(scores),
+    )
     parts += [note for note in notes if note]
     if any(found.get("derived") for found in scores.values()):
         parts.append(_DERIVED)
@@ -134,22 +139,30 @@ def _guesses(
 
 
 def _against_guessing(
-    columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Sequence[float | None]], names: Sequence[str],
-    guesses: dict[str, dict[str, float | None]],
+    names: Sequence[str], columns: Sequence[tuple[str, str, str, str]], rows: Sequence[Sequence[float | None]],
+    guesses: dict[str, dict[str, float | None]], scores: dict[tuple[str, str, str], dict],
 ) -> str:  # fmt: skip
     """A line for each column that can be guessed: by how much each model is above the best way of guessing."""
     lines = []
-    for place, (title, *_) in enumerate(columns):
+    for place, (title, task, split, _) in enumerate(columns):
         best = max((values[title] for values in guesses.values() if values.get(title) is not None), default=None)
         if best is None:
             continue
-        gains = {name: row[place] - best for name, row in zip(names, rows) if row[place] is not None}
-        beaten = [name for name, gain in gains.items() if gain <= 0]
-        verdict = f"; **not above it: {', '.join(beaten)}**" if beaten else ""
+        gains = {name: round(row[place] - best, 2) for name, row in zip(names, rows) if row[place] is not None}
+        answers = next((scores[(name, task, split)].get("count") for name in gains), None)
+        margin = 2 * _standard_error(best, answers) if answers else 0.0
+        failed = ", ".join(name for name, gain in gains.items() if gain <= margin)
         lines.append(
-            f"- {title} ({best:.2f}): {', '.join(f'{name} {gain:+.2f}' for name, gain in gains.items())}{verdict}"
+            f"- {title} ({best:.2f}{f', two standard errors {margin:.2f}' if margin else ''}): "
+            + ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items())
+            + (f"; **not clearly above it: {failed}**" if failed else "")
         )
     return "\n".join(["Above the best way of guessing without looking, by points:", "", *lines]) if lines else ""
+
+
+def _standard_error(percent: float, count: int) -> float:
+    """Of a share of right answers, in points."""
+    return math.sqrt(percent * (100 - percent) / count)
 
 
 def _sizes(

@@ -21,7 +21,7 @@ Only the training pictures of a prepared folder are used. Writes FILE, beside it
 what their ids decode to, and FILE.json with the figures; the last line says how many codes held-out pictures use.
 patch-kmeans takes seconds; vqvae a few minutes on a processor.
 
-  mhmoe visual-tokenizer fit data/emoji --vocab-size 512 --patch-size 8 --image-size 64
+  mhmoe visual-tokenizer fit data/emoji --vocab-size 512 --patch-size 16 --image-size 64
   mhmoe visual-tokenizer fit data/emoji --kind vqvae --output data/emoji/vqvae.pt --updates 2000
 """
 _INFO = """\

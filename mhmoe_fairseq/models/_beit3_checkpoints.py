@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,17 +22,17 @@ IMAGE_HEAD = "image_head."
 _FIRST_PATCH = UNUSED_POSITIONS + 1
 
 
-def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Collection[str], prefix: str = "") -> None:
+def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str], prefix: str = "") -> None:
     """Change a state dictionary in place into one that ``model`` can load.
 
     The picture's position table is resized to the model's grid of patches, the text's cut to the model's length; the
     head of masked patches is left out if the model has none; a head in ``new_heads`` that the checkpoint lacks keeps
-    its initial weights, and where there is such a head, those of other tasks are left out.
+    its initial weights.
 
     Args:
         model: an ``MHMoEBEiT3``.
         state: a state dictionary whose names start with ``prefix``; its tensors are not changed.
-        new_heads: names of heads that the checkpoint may lack: the model starts from another task's.
+        new_heads: names of heads that the checkpoint may lack.
 
     Raises:
         ValueError: if the checkpoint's texts were shorter than the model's.
@@ -44,8 +44,6 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Collection[str
     if not any(name.startswith(IMAGE_HEAD) for name, _ in model.named_parameters()):
         for name in [name for name in state if name.startswith(prefix + IMAGE_HEAD)]:
             del state[name]
-    if new_heads:
-        _drop_other_heads(model, state, prefix + "heads.")
     for head in new_heads:
         own = {f"{prefix}heads.{head}.{name}": value for name, value in model.heads[head].state_dict().items()}
         if own and not own.keys() & state.keys():
@@ -53,7 +51,14 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Collection[str
             state.update(own)
 
 
-def _drop_other_heads(model: nn.Module, state: dict[str, Any], prefix: str) -> None:
+def drop_other_heads(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
+    """Remove from a state dictionary, in place, the heads that ``model`` has not: another task's.
+
+    Args:
+        model: an ``MHMoEBEiT3``.
+        state: a state dictionary whose names start with ``prefix``; its tensors are not changed.
+    """
+    prefix += "heads."
     found = {name: name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
     others = {name: head for name, head in found.items() if head not in model.heads}
     for name in others:

@@ -13,7 +13,7 @@ from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.args import encoder_settings
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
 from ._beit3_captions import MASK_SYMBOL, WritesCaptions
-from ._beit3_checkpoints import fit_state
+from ._beit3_checkpoints import drop_other_heads, fit_state
 from ._parallelism import training_parallelism
 from ._precision import ComputePrecision
 from ._vocabulary import RemembersVocabulary
@@ -50,6 +50,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         self.image_head = build_output_layer(width, num_visual_tokens) if num_visual_tokens else None
         self.heads = nn.ModuleDict()
         self._new_heads: set[str] = set()
+        self._leaves_out_other_heads = False
         self.set_precision(options)
         self.remember_vocabulary(dictionary, "beit3.text_embed.weight")
 
@@ -138,15 +139,24 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         if may_be_new:
             self._new_heads.add(name)
 
+    def leave_out_other_heads(self) -> None:
+        """From now on a checkpoint's heads that the model has not, of another task, are left out when it is loaded."""
+        self._leaves_out_other_heads = True
+
     def fitted_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint's parameters as this model would load them; see ``fit_state``."""
         fitted = dict(state)
-        fit_state(self, fitted, self._new_heads)
+        self._fit(fitted)
         return fitted
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        fit_state(self, state_dict, self._new_heads, prefix)
+        self._fit(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _fit(self, state: dict[str, Any], prefix: str = "") -> None:
+        if self._leaves_out_other_heads:
+            drop_other_heads(self, state, prefix)
+        fit_state(self, state, self._new_heads, prefix)
 
 
 def build_beit3(
