@@ -259,7 +259,7 @@ def test_a_source_without_text_for_a_part_says_so(tmp_path):
         (["--test-fraction", "1"], "--test-fraction 1: must be at least 0 and below 1"),
         (["--vocab-size", "100"], "--vocab-size 100: must be at least 261"),
         (["--visual-vocab-size", "1"], "--visual-vocab-size 1: must be at least 2"),
-        (["--image-size", "60"], "--image-size 60: must be a multiple of --patch-size 8"),
+        (["--image-size", "60"], "--image-size 60: must be a multiple of --patch-size 16"),
         (["--langs", ","], "--langs ',': must name at least one language"),
         (["--statements", "0"], "--statements 0: must be at least 1"),
         (["--min-answer-count", "0"], "--min-answer-count 0: must be at least 1"),
