@@ -3,9 +3,9 @@
 #   experiment (its folder), task (flags for training and evaluation), DATA and OUT, and, where evaluation has more than
 #   one figure (a language's, a modality's), several_figures.
 #   family (lm) of the architectures; criterion (moe_cross_entropy); inputs (flags: what a sample is), schedule (flags: of the learning rate), settings
-#   (more flags of training; they win) and cpu_batch and paper_batch (samples of an update at either scale) where a language model's do
-#   not fit; keep, how many of a training's checkpoints stay beside best and last (1; -1 for all). Fine-tuning sets
-#   started_from, the checkpoint that it starts from: of another one a run starts afresh.
+#   (more flags of training; they win) and cpu_batch and paper_batch (samples of an update at either scale)
+#   where a language model's do not fit; keep, how many of a training's checkpoints stay beside best and last (1; -1 for
+#   all). Fine-tuning sets started_from, the checkpoint that it starts from: of another one a run starts afresh.
 #
 #   SCALE=cpu|paper  cpu (default): 4 layers of 128, minutes on two cores; paper: the paper's settings, for GPUs
 #   DATA=DIR         prepared corpus (default: the experiment's, see its prepare.sh)

@@ -50,8 +50,8 @@ class VQAHead(nn.Module):
 class NLVR2Head(nn.Module):
     """Class logits of a statement about two pictures, from both class tokens and both first text tokens.
 
-    Only the last layer starts small, in BEiT-3 the first, too. Adam's first steps are signs of gradients: added to
-    weights of almost 0 they make all hidden units equal up to their sign, and one unit cannot compare two pictures.
+    Only the last layer starts small, in BEiT-3 the first, too: with hidden units that differ from the start, a short
+    training gets beyond guessing sooner.
 
     Args:
         embed_dim: D.
