@@ -20,7 +20,7 @@ vqa)
     ;;
 nlvr2)
     metric=accuracy paper=(6700 7e-4) decay=0.2
-    own=(--layer-decay 0.65 --drop-path-rate 0.2) cpu=(500 1e-4 --head-lr-multiplier 10) cpu_batch=32
+    own=(--layer-decay 0.65 --drop-path-rate 0.2) cpu=(600 1e-4 --head-lr-multiplier 10 --center-features) cpu_batch=32
     [[ ${SCALE:-cpu} != cpu ]] || start=vqa
     ;;
 captioning) metric=cider paper=(22000 4e-5) side=480 text=32 ;;

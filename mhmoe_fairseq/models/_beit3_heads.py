@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._centered_norm import CenteredLayerNorm
+
 _INITIAL_DEVIATION = 0.02
 _SMALL_START = 0.001  # of the heads whose logits start at almost zero
 _INITIAL_TEMPERATURE = 0.07
@@ -29,14 +31,15 @@ class VQAHead(nn.Module):
     Args:
         embed_dim: D.
         num_answers: of the answer vocabulary.
+        center: whether the features' running mean is taken away first, other than in BEiT-3.
     """
 
     normalize_output = False
 
-    def __init__(self, embed_dim: int, num_answers: int) -> None:
+    def __init__(self, embed_dim: int, num_answers: int, center: bool = False) -> None:
         super().__init__()
         require_classes(num_answers, "answers")
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = _norm(embed_dim, center)
         self.pooler = _linear(embed_dim, embed_dim)
         self.classifier = _two_layers(embed_dim, 2 * embed_dim, num_answers)
         nn.init.constant_(self.classifier[-1].bias, -math.log(num_answers - 1))
@@ -56,14 +59,15 @@ class NLVR2Head(nn.Module):
     Args:
         embed_dim: D.
         num_classes: two: false and true.
+        center: as :class:`VQAHead`'s.
     """
 
     normalize_output = True
 
-    def __init__(self, embed_dim: int, num_classes: int = 2) -> None:
+    def __init__(self, embed_dim: int, num_classes: int = 2, center: bool = False) -> None:
         super().__init__()
         require_classes(num_classes, "classes")
-        self.norm = nn.LayerNorm(4 * embed_dim)
+        self.norm = _norm(4 * embed_dim, center)
         self.classifier = _two_layers(4 * embed_dim, 2 * embed_dim, num_classes)
         _start_small(self.classifier[-1])
 
@@ -88,14 +92,15 @@ class ImageClassificationHead(nn.Module):
     Args:
         embed_dim: D.
         num_classes: two or more.
+        center: as :class:`VQAHead`'s.
     """
 
     normalize_output = False
 
-    def __init__(self, embed_dim: int, num_classes: int) -> None:
+    def __init__(self, embed_dim: int, num_classes: int, center: bool = False) -> None:
         super().__init__()
         require_classes(num_classes, "classes")
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = _norm(embed_dim, center)
         self.classifier = _linear(embed_dim, num_classes)
         _start_small(self.classifier)
 
@@ -137,6 +142,10 @@ def require_classes(number: int, what: str) -> None:
     """
     if number < 2:
         raise ValueError(f"a classification head needs at least 2 {what}, the data have {number}")
+
+
+def _norm(width: int, center: bool) -> nn.LayerNorm:
+    return CenteredLayerNorm(width) if center else nn.LayerNorm(width)
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:

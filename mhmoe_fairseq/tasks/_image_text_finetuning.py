@@ -37,6 +37,19 @@ class ImageTextFineTuningConfig(ImageTextTaskConfig):
     )
 
 
+@dataclass
+class ClassifierConfig(ImageTextFineTuningConfig):
+    """Flags of the tasks whose head chooses among answers or classes."""
+
+    center_features: bool = field(
+        default=False,
+        metadata={
+            "help": "the head's norm first takes away the features' running mean, so that a new head learns from what "
+            "tells the pictures apart: for short trainings; not in BEiT-3"
+        },
+    )
+
+
 class ImageTextFineTuning(ImageTextTask):
     """Base of the fine-tuning tasks: the start from a pre-trained model, and how its layers learn."""
 

@@ -14,14 +14,14 @@ from ..data.multimodal.index import Index
 from ..data.multimodal.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..errors import UserError
 from ..models._beit3_heads import ImageClassificationHead
-from ._image_text_finetuning import ClassTask, ImageTextFineTuningConfig
+from ._image_text_finetuning import ClassifierConfig, ClassTask
 
 CLASSES_FILE = "imagenet.classes.json"
 _LEAST_CROP, _CENTRAL = 0.08, 0.875
 
 
 @dataclass
-class ImageClassificationTaskConfig(ImageTextFineTuningConfig):
+class ImageClassificationTaskConfig(ClassifierConfig):
     """Flags of image classification."""
 
     num_classes: Optional[int] = field(
@@ -57,7 +57,7 @@ class ImageClassificationTask(ClassTask):
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """The head of a model of that width."""
-        return ImageClassificationHead(embed_dim, len(self.classes))
+        return ImageClassificationHead(embed_dim, len(self.classes), self.args.center_features)
 
     def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledPictures:
         """The pictures of an index."""

@@ -8,10 +8,10 @@ from torch import nn
 from ..data.multimodal.datasets import DatasetSettings, PicturePairs
 from ..data.multimodal.index import Index
 from ..models._beit3_heads import NLVR2Head
-from ._image_text_finetuning import HeadTask, ImageTextFineTuningConfig
+from ._image_text_finetuning import ClassifierConfig, HeadTask
 
 
-@register_task("mhmoe_nlvr2", dataclass=ImageTextFineTuningConfig)
+@register_task("mhmoe_nlvr2", dataclass=ClassifierConfig)
 class NLVR2Task(HeadTask):
     """Statements about pairs of pictures.
 
@@ -25,7 +25,7 @@ class NLVR2Task(HeadTask):
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """The head of a model of that width."""
-        return NLVR2Head(embed_dim)
+        return NLVR2Head(embed_dim, center=self.args.center_features)
 
     def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> PicturePairs:
         """The statements of an index."""

@@ -10,10 +10,10 @@ from ..data.multimodal.answers import ANSWERS_FILE, read_answers
 from ..data.multimodal.datasets import DatasetSettings, VQADataset
 from ..data.multimodal.index import Index
 from ..models._beit3_heads import VQAHead
-from ._image_text_finetuning import ClassTask, ImageTextFineTuningConfig
+from ._image_text_finetuning import ClassifierConfig, ClassTask
 
 
-@register_task("mhmoe_vqa", dataclass=ImageTextFineTuningConfig)
+@register_task("mhmoe_vqa", dataclass=ClassifierConfig)
 class VQATask(ClassTask):
     """Questions about pictures.
 
@@ -33,7 +33,7 @@ class VQATask(ClassTask):
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """The head of a model of that width."""
-        return VQAHead(embed_dim, len(self.classes))
+        return VQAHead(embed_dim, len(self.classes), self.args.center_features)
 
     def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> VQADataset:
         """The questions of an index."""

@@ -1,6 +1,7 @@
 """Fine-tuning heads against their formulas, row by row."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -100,6 +101,19 @@ def test_hidden_units_for_statements_start_different():
 
 def test_untrained_one_answer_of_all_is_expected():
     assert VQAHead(256, 300).classifier[3].bias.sigmoid().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "build", [partial(VQAHead, WIDTH, 5), partial(NLVR2Head, WIDTH), partial(ImageClassificationHead, WIDTH, 7)]
+)
+def test_a_centered_head_reads_what_differs_from_the_mean(features, build):
+    head, centered = randomised(build()).eval(), randomised(build(center=True)).eval()
+    where = {"image_positions": SPLIT}
+    torch.testing.assert_close(centered(features, where), head(features, where))  # no mean yet
+    mean = torch.arange(centered.norm.running_mean.numel())
+    centered.norm.running_mean.copy_(mean)
+    head.norm.register_forward_pre_hook(lambda _, inputs: (inputs[0] - mean,))
+    torch.testing.assert_close(centered(features, where), head(features, where))
 
 
 @pytest.mark.parametrize("name", HEADS)

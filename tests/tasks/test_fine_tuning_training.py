@@ -119,7 +119,7 @@ def test_without_labels_there_is_a_submission(vqa: tuple[Path, str], data: Path,
 
 
 def test_statements(data: Path, pretrained: Path, tmp_path: Path, capsys) -> None:
-    flags = ("--finetune-from-model", pretrained, "--lr", 0.003, "--no-flip")
+    flags = ("--finetune-from-model", pretrained, "--lr", 0.003, "--no-flip", "--center-features")
     log = train("mhmoe_nlvr2", data, tmp_path / "run", *flags, updates=20)
     accuracies = [float(figures["valid_accuracy"]) for figures in validations(log)]
     line = predict(capsys, tmp_path / "run", "--split", "valid", "--output", tmp_path / "out.csv")
@@ -136,6 +136,7 @@ def test_statements(data: Path, pretrained: Path, tmp_path: Path, capsys) -> Non
 @pytest.mark.slow
 def test_resuming_keeps_the_layers_rates_and_is_exact(data: Path, pretrained: Path, tmp_path: Path) -> None:
     flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.8, "--dropout", 0.1, "--disable-validation")
+    flags += ("--center-features",)
     train("mhmoe_nlvr2", data, tmp_path / "whole", *flags, updates=6)
     for updates in (4, 6):
         train("mhmoe_nlvr2", data, tmp_path / "parts", *flags, updates=updates)

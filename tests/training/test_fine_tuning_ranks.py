@@ -14,6 +14,7 @@ from decayed_models import FACTORS, build, inputs, step
 from mhmoe_fairseq.criterions.gathering import gather_rows
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models._beit3_heads import RetrievalHead
+from mhmoe_fairseq.models._centered_norm import CenteredLayerNorm
 from mhmoe_fairseq.parallel import expert_parallelism
 
 LENGTHS = [9, 5, 2, 7, 4]
@@ -56,9 +57,20 @@ def contrast(rows=slice(None)):
     return loss.item(), gradients, criterion.take_vectors()
 
 
+def centered_means(rows=slice(None)):
+    """The running mean after each of three batches, of some rows of each."""
+    norm = CenteredLayerNorm(4)
+    means = []
+    for seed in range(3):
+        norm(torch.randn(len(LENGTHS), 4, generator=torch.Generator().manual_seed(seed))[rows])
+        means.append(norm.running_mean.clone())
+    return torch.stack(means)
+
+
 def everything():
     """On each rank, in one call, because a process spends far more time on its imports."""
-    return updates(expert_parallelism(2)), contrast(ROWS[dist.get_rank()])
+    rows = ROWS[dist.get_rank()]
+    return updates(expert_parallelism(2)), contrast(rows), centered_means(rows)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,11 @@ def test_the_contrastive_loss_of_two_ranks_is_that_of_all_rows(outcomes):
     for _, _, own in of_ranks:
         assert own.ids.tolist() == [0, 1, 2, 3, 4] and own.image_ids.tolist() == [50, 51, 52, 53, 54]
         torch.testing.assert_close(own.texts, vectors.texts)
+
+
+def test_two_ranks_take_away_the_mean_of_all_rows(outcomes):
+    for outcome in outcomes:
+        torch.testing.assert_close(outcome[2], centered_means())
 
 
 def test_one_process_has_its_own_rows():
