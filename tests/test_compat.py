@@ -132,7 +132,7 @@ def test_a_checkpoint_broadcast_to_another_process_arrives_whole(repository: Pat
         for rank in ("0", "1")
     ]
     try:
-        output = [rank.communicate(timeout=120)[0].decode() for rank in ranks]
+        output = [rank.communicate(timeout=600)[0].decode() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
