@@ -9,8 +9,9 @@ EXTRAS ?= dev,plots,tensorboard
 BIN := $(abspath $(VENV))/bin
 # Set-up runs once for each choice of extras, and again when what it installs has changed.
 STAMP := $(VENV)/.setup-$(EXTRAS)
-# One process for each core, each with one thread: the tests' tensors are too small to share.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One process for each core, each with one thread: the tests' tensors are too small to share. Files in their own order: by
+# number of tests, xdist's default, the longest test (alone in its file) would start last, with the other core idle.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export EXTRAS PYTHON
 
 .PHONY: help setup demo test test-slow check bench clean
