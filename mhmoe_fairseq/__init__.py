@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 if find_spec("fairseq") is not None:
     from . import compat
 
-    compat.apply()
-    from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
+    with compat.logging_as_found():
+        compat.apply()
+        from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
 
-    training.save_atomically()
+        training.save_atomically()

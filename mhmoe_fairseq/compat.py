@@ -28,6 +28,8 @@ selects a CUDA device; one task on each   stops before the CUDA part; the one-ta
 node makes a world of no processes.       what to write in its place.
 fairscale 0.4.0 and ``torch.jit.script``  :func:`silence_import_warnings` hides just these messages.
 warn on import, once for each process.
+Importing fairseq's models configures     :func:`logging_as_found` stands around the package's imports
+logging: a handler, and level DEBUG.      and puts the root logger back.
 ========================================  ==========================================================
 
 Owned elsewhere, because the cure is not a patch: fairseq-fixed drops the last batch of training and
@@ -39,11 +41,14 @@ later epoch (our task corrects both); stock padding masks are longer than the in
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
+import logging
 import os
 import sys
 import typing
 import warnings
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +64,24 @@ def apply() -> None:
     allow_checkpoint_globals()
     accept_installed_user_dir()
     follow_launchers()
+
+
+@contextlib.contextmanager
+def logging_as_found() -> Iterator[None]:
+    """A context that leaves the root logger with the level and the handlers that it had.
+
+    Some modules of fairseq (``models.wav2vec.wav2vec2_classification``, ``fairseq_cli.eval_lm``) call
+    ``logging.basicConfig`` when they are imported: every message of every library would go to the terminal, and the
+    program's own ``basicConfig`` would come too late.
+    """
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
 
 
 def restore_numpy_compat() -> None:

@@ -6,6 +6,7 @@ A failing ``test_stock_...`` is good news: a new release of fairseq, NumPy or to
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import socket
@@ -27,7 +28,8 @@ from mhmoe_fairseq import compat
 
 # Prints what breaks, with ("repaired") or without the package imported first.
 PROBE = """
-import collections, io, json, sys, warnings
+import collections, io, json, logging, sys, warnings
+logging.getLogger().setLevel(logging.ERROR)
 warnings.resetwarnings()
 seen = []
 warnings.showwarning = lambda message, category, *rest: seen.append(f"{category.__name__}: {message}")
@@ -59,7 +61,11 @@ def outcome(action):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-print(json.dumps({"blocks": outcome(lines_as_blocks), "sent": outcome(what_rank_0_sends), "warnings": seen}))
+if sys.argv[1] == "repaired":
+    import mhmoe_fairseq.evaluation.perplexity  # with fairseq-eval-lm's module, which configures logging, too
+root = logging.getLogger()
+found = {"blocks": outcome(lines_as_blocks), "sent": outcome(what_rank_0_sends), "warnings": seen}
+print(json.dumps({**found, "logging": [root.level, len(root.handlers)]}))
 """
 
 # Two ranks: rank 0 sends a checkpoint as fairseq's trainer does on resume, rank 1 prints what it got.
@@ -112,6 +118,11 @@ def test_sentences_become_blocks(repaired: dict) -> None:
 def test_stock_imports_warn_and_ours_do_not(stock: dict, repaired: dict) -> None:
     assert any("custom_fwd" in warning for warning in stock["warnings"])
     assert not [warning for warning in repaired["warnings"] if warning.startswith("FutureWarning")]
+
+
+def test_stock_imports_configure_logging_and_ours_leave_it_as_it_was(stock: dict, repaired: dict) -> None:
+    assert stock["logging"] == [logging.DEBUG, 1]
+    assert repaired["logging"] == [logging.ERROR, 0]
 
 
 def test_stock_refuses_the_checkpoint_that_a_resume_broadcasts(stock: dict) -> None:

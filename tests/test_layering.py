@@ -24,7 +24,9 @@ MAY_IMPORT = {
     "training": {"moe", "parallel", "compat", "errors"},
     "captions": {"data", "errors"},
     "tasks": {"data", "models", "training", "captions", "compat", "errors"},
-    "evaluation": {"moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "errors"},
+    "evaluation": {
+        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "compat", "errors"
+    },
     "analysis": {
         "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "evaluation", "errors"
     },

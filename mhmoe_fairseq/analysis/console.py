@@ -17,10 +17,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Other packages' messages below WARNING, and PyTorch's remark on a missing accelerator, stay away.
-
-    Importing TorchScale's dependencies sets the root logger to DEBUG.
-    """
+    """Other packages' messages below WARNING, and PyTorch's remark on a missing accelerator, stay away."""
     loggers = [logging.getLogger(name) for name in ("fairseq", "fairseq_cli", "mhmoe_fairseq", "matplotlib", "PIL")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -101,7 +100,6 @@ def _evaluate(args: argparse.Namespace, name: str, checkpoint: Path, sets: list[
     from ..evaluation.lm_eval_adapter import MHMoEHarnessModel
     from ..models.language_model import find_checkpoint
 
-    logging.getLogger().setLevel(logging.WARNING)  # TorchScale's dependencies set it to DEBUG
     file = find_checkpoint(checkpoint, None)
     model = MHMoEHarnessModel(
         checkpoint=str(file),

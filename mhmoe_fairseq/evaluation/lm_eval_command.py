@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 
 from .lm_eval_support import require_lm_eval
@@ -46,7 +45,6 @@ def run(args: argparse.Namespace) -> int:
 
     from . import lm_eval_adapter  # noqa: F401  (registers the model)
 
-    logging.getLogger().setLevel(logging.WARNING)  # TorchScale's dependencies set it to DEBUG
     before = sys.argv
     sys.argv = ["lm-eval", *complete(args.words)]
     try:

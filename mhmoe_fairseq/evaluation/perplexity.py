@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from fairseq.tasks import FairseqTask
-from fairseq_cli.eval_lm import eval_lm
 
+from ..compat import logging_as_found
 from ..errors import UserError
 from ..tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 from .split_scores import Score, SplitScores, total_of
+
+with logging_as_found():
+    from fairseq_cli.eval_lm import eval_lm
 
 
 def score_split(
