@@ -13,6 +13,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
+from ..moe.uncounted import taken_for_padding
 from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
 
 MODALITIES = ("image", "text", "pair")
@@ -101,7 +102,8 @@ class MaskedMultimodalCriterion(FairseqCriterion):
         num_positions, num_replaced = 0, 0
         for modality in (name for name in MODALITIES if name in sample):
             batch = sample[modality]
-            features, extra = model(**batch["net_input"])
+            with taken_for_padding(model, not batch.get("counted", True)):
+                features, extra = model(**batch["net_input"])
             parts.update(self._parts(model, modality, batch, features, extra["image_positions"]))
             extras.append(extra)
             counted.append(batch.get("counted", True))

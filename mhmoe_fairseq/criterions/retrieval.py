@@ -59,7 +59,8 @@ class RetrievalCriterion(FairseqCriterion):
 
         Args:
             model: called with the sample's pictures, then with its texts, and the task's ``head_name``.
-            sample: row i of ``images`` belongs to row i of ``text_tokens``.
+            sample: row i of ``images`` belongs to row i of ``text_tokens``. Where ``counted`` is False it is only there
+                for the calls that all ranks make together, and its rows are compared with none.
             reduce: sum over the rows.
 
         Returns:
@@ -69,10 +70,12 @@ class RetrievalCriterion(FairseqCriterion):
         head = self.task.head_name
         images, image_extra = model(images=sample["net_input"]["images"], head=head)
         texts, text_extra = model(text_tokens=sample["net_input"]["text_tokens"], head=head)
+        kept = slice(None) if sample.get("counted", True) else slice(0)
+        images, texts = images[kept], texts[kept]
         everyone, start = gather_rows(torch.stack([images, texts], dim=1))
         all_images, all_texts = everyone.unbind(1)
         if not model.training:
-            ids, _ = gather_rows(torch.stack([sample["id"], sample["image_ids"]], dim=1))
+            ids, _ = gather_rows(torch.stack([sample["id"], sample["image_ids"]], dim=1)[kept])
             self._vectors = Vectors(*ids.unbind(1), all_images.detach(), all_texts.detach())
         scale = model.heads[head].logit_scale.float().exp()
         to_texts = scale * images.float() @ all_texts.float().T

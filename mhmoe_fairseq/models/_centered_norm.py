@@ -23,8 +23,10 @@ class CenteredLayerNorm(nn.LayerNorm):
     Attributes:
         running_mean: ``(width,)``: of all rows so far, later of the last 50 batches or so.
         num_batches: how many batches it has seen.
+        tells_padding: True, see ``moe.uncounted.taken_for_padding``.
     """
 
+    tells_padding = True
     running_mean: Tensor
     num_batches: Tensor
 
@@ -33,10 +35,14 @@ class CenteredLayerNorm(nn.LayerNorm):
         self.register_buffer("running_mean", torch.zeros(width))
         self.register_buffer("num_batches", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(rows, width) -> (rows, width)``; in training the mean follows the rows first."""
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """``(rows, width) -> (rows, width)``; in training the mean follows the rows first.
+
+        Args:
+            padding_mask: bool ``(rows,)``, True for rows that the mean does not follow.
+        """
         if self.training:
-            self._follow(x.detach())
+            self._follow(x.detach() if padding_mask is None else x.detach()[~padding_mask])
         return super().forward(x - self.running_mean)
 
     @torch.no_grad()

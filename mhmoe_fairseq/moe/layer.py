@@ -52,7 +52,12 @@ class MHMoELayer(nn.Module):
         backend: how the experts compute: ``"auto"`` (by device, dtype and shape), ``"loop"``, ``"grouped"`` or
             ``"blocked"``; see :mod:`.experts`.
         parallel: the processes over which experts, and with ``balance_scope="global"`` losses, extend; None for one.
+
+    Attributes:
+        tells_padding: True, see ``uncounted.taken_for_padding``.
     """
+
+    tells_padding = True
 
     def __init__(
         self, config: MHMoEConfig, *, backend: str = "auto", parallel: ExpertParallelism | None = None

@@ -162,9 +162,9 @@ class CaptioningTask(ImageTextFineTuning):
         criterion.num_updates = update_num
         return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
 
-    def valid_step(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+    def evaluate_batch(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
         """The loss on masked references, and the sum of the CIDEr of decoded captions."""
-        loss, sample_size, log = super().valid_step(sample, model, *args, **kwargs)
+        loss, sample_size, log = super().evaluate_batch(sample, model, *args, **kwargs)
         captions = self.write_captions(model, sample["net_input"]["images"])
         cider = self.datasets[sample["split"]].cider
         rows = sample["id"].tolist()

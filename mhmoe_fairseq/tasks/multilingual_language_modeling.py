@@ -166,11 +166,11 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
             logger.info(f"{split}: no bits per character, since {reason}")
         return characters
 
-    def valid_step(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
         """One batch of a validation, its loss summed for every language too."""
         if not getattr(criterion, "keeps_targets_apart", False):
-            return super().valid_step(sample, model, criterion)
-        losses, sample_size, log = super().valid_step(sample, model, functools.partial(criterion, reduce=False))
+            return super().evaluate_batch(sample, model, criterion)
+        losses, sample_size, log = super().evaluate_batch(sample, model, functools.partial(criterion, reduce=False))
         sums = language_sums(sample, losses, len(self.languages), self.target_dictionary.pad())
         return losses.sum(), sample_size, {**log, **sums}
 

@@ -6,8 +6,11 @@ from typing import Any
 
 from fairseq.data import FairseqDataset
 from fairseq.models import BaseFairseqModel
+from torch import Tensor, nn
 
+from ..moe.uncounted import taken_for_padding
 from .expert_state import prepare_sharded_model
+from .fillers import is_filler, without_figures
 from .guarded_task import GuardedTask
 from .resuming import ResumableEpochBatchIterator
 
@@ -15,7 +18,8 @@ from .resuming import ResumableEpochBatchIterator
 class ParallelTask(GuardedTask):
     """Stands in front of fairseq's task, whose ``args`` are ``TrainingFlags``, among a task's bases.
 
-    In training the model's experts are shared out over the processes, and a run can be resumed on any number of them.
+    In training the model's experts are shared out over the processes, which together compute what one would, also where
+    their number does not divide that of the batches; and a run can be resumed on any number of them.
 
     Attributes:
         spreads_experts: whether the model that is being built shares its experts out over the ranks: in training only.
@@ -23,6 +27,7 @@ class ParallelTask(GuardedTask):
 
     args: Any
     spreads_experts = False
+    _is_training = False
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
@@ -30,13 +35,13 @@ class ParallelTask(GuardedTask):
         Raises:
             ValueError: naming the flag, its value and the rule.
         """
-        self.spreads_experts = not from_checkpoint
+        self.spreads_experts = self._is_training = not from_checkpoint
         model = super().build_model(args, from_checkpoint)
         prepare_sharded_model(model, self.args)
         return model
 
     def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, epoch: int = 1, **kwargs: Any) -> Any:
-        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks.
+        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks; in training with fillers.
 
         fairseq-fixed 0.12.3.1 forms the batches by the epoch in which the iterator is made, and a run that goes on for
         several epochs keeps those of its first. A resumed run must not form others. A dataset that has other samples
@@ -47,4 +52,33 @@ class ParallelTask(GuardedTask):
         if not isinstance(iterator, ResumableEpochBatchIterator):  # else it has served an epoch before
             dataset.set_epoch(epoch)
             iterator.epoch = max(epoch, 1)
-        return ResumableEpochBatchIterator.of(iterator)
+        return ResumableEpochBatchIterator.of(iterator, has_fillers=self._is_training)
+
+    def train_step(
+        self,
+        sample: dict,
+        model: nn.Module,
+        criterion: Any,
+        optimizer: Any,
+        update_num: int,
+        ignore_grad: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any, dict]:
+        """fairseq's forward and backward pass of one batch."""
+        filler = is_filler(sample)
+        with taken_for_padding(model, filler):
+            outcome = super().train_step(
+                sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or filler, **kwargs
+            )
+        return without_figures(outcome) if filler else outcome
+
+    def valid_step(self, sample: dict, model: nn.Module, criterion: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+        """fairseq's hook for a batch of a validation; what a task does with one is in ``evaluate_batch``."""
+        filler = is_filler(sample)
+        with taken_for_padding(model, filler):
+            outcome = self.evaluate_batch(sample, model, criterion, **kwargs)
+        return without_figures(outcome) if filler else outcome
+
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+        """Loss, sample size and what to log of one batch of a validation, fillers among them."""
+        return super().valid_step(sample, model, criterion, **kwargs)

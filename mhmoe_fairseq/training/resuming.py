@@ -7,6 +7,8 @@ from typing import Any
 
 from fairseq.data.iterators import EpochBatchIterator
 
+from .fillers import FillingCollater
+
 logger = logging.getLogger(__name__)
 
 
@@ -19,8 +21,14 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
     """
 
     @classmethod
-    def of(cls, iterator: EpochBatchIterator) -> ResumableEpochBatchIterator:
-        """``iterator`` itself, made one of this class: both fairseq versions construct it, with other arguments."""
+    def of(cls, iterator: EpochBatchIterator, has_fillers: bool = False) -> ResumableEpochBatchIterator:
+        """``iterator`` itself, made one of this class: both fairseq versions construct it, with other arguments.
+
+        Args:
+            has_fillers: whether a rank without a batch gets a filler, as in training, or nothing.
+        """
+        if has_fillers and iterator.frozen_batches and not isinstance(iterator.collate_fn, FillingCollater):
+            iterator.collate_fn = FillingCollater(iterator.dataset, iterator.collate_fn, iterator.frozen_batches[0])
         iterator.__class__ = cls
         return iterator
 

@@ -19,11 +19,15 @@ import mhmoe_fairseq  # noqa: F401  (registers the task and the optimizer for co
 BATCHES = 96  # of an epoch: a multiple of all numbers of ranks, so that no rank runs out before the others
 LINE_WORDS = 15  # and the end of the line make a sample
 BATCH_LINES = 2
-MODEL = (
-    "--arch", "mhmoe_lm_tiny", "--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2",
-    "--moe-expert-count", "8", "--moe-ffn-dim", "16", "--mhmoe-heads-number", "2", "--moe-top-k", "2",
+SIZES = (
+    "--decoder-layers", "2", "--decoder-embed-dim", "32", "--decoder-attention-heads", "2",
     "--tokens-per-sample", str(LINE_WORDS + 1), "--batch-size", str(BATCH_LINES),
 )  # fmt: skip
+MODEL = (
+    "--arch", "mhmoe_lm_tiny", *SIZES,
+    "--moe-expert-count", "8", "--moe-ffn-dim", "16", "--mhmoe-heads-number", "2", "--moe-top-k", "2",
+)  # fmt: skip
+DENSE = ("--arch", "dense_lm_tiny", *SIZES, "--decoder-ffn-embed-dim", "32")
 OPTIMIZATION = ("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9,0.98)", "--lr", "0.003", "--clip-norm", "1.0")
 
 
@@ -51,10 +55,17 @@ def configuration(*flags: str) -> Any:
 
 def train(ranks: int, data: Path, save_dir: Path, *flags: object, updates: int) -> list[dict[str, str]]:
     """Train to ``updates`` with a global batch of four micro-batches; what each update of this run logged."""
-    words = [data, *TRAIN_FLAGS, *MODEL, *OPTIMIZATION, "--max-update", updates, "--save-dir", save_dir, *flags]
+    return updates_in(train_logs(ranks, data, save_dir, *flags, updates=updates)[0])
+
+
+def train_logs(
+    ranks: int, data: Path, save_dir: Path, *flags: object, updates: int, model: tuple[str, ...] = MODEL
+) -> list[str]:
+    """The same, of any model; all that each rank wrote."""
+    words = [data, *TRAIN_FLAGS, *model, *OPTIMIZATION, "--max-update", updates, "--save-dir", save_dir, *flags]
     if "--update-freq" not in flags:
         words += ["--update-freq", 4 // ranks]
-    return updates_in(Workers(ranks).fairseq("fairseq-train", *words, timeout=600)[0])  # for machines with much to do
+    return Workers(ranks).fairseq("fairseq-train", *words, timeout=600)  # for machines with much to do
 
 
 def updates_in(log: str) -> list[dict[str, str]]:

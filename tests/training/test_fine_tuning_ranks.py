@@ -15,6 +15,7 @@ from mhmoe_fairseq.criterions.gathering import gather_rows
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models._beit3_heads import RetrievalHead
 from mhmoe_fairseq.models._centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.moe.uncounted import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism
 
 LENGTHS = [9, 5, 2, 7, 4]
@@ -34,7 +35,7 @@ def updates(parallel=None):
     return norms, weights, state
 
 
-def contrast(rows=slice(None)):
+def contrast(rows=slice(None), counted=True):
     """Loss, gradients and, in evaluation, vectors of some rows of a batch."""
     model = small_beit3("dense_beit3_tiny", num_visual_tokens=0).double()
     torch.manual_seed(1)
@@ -48,6 +49,7 @@ def contrast(rows=slice(None)):
         "image_ids": 50 + numbers,
         "net_input": {key: value[rows] for key, value in beit3_batch("pair", LENGTHS).items()},
         "ntokens": len(numbers),
+        "counted": counted,
     }
     loss = criterion(model, batch)[0]
     loss.backward()
@@ -67,10 +69,19 @@ def centered_means(rows=slice(None)):
     return torch.stack(means)
 
 
+def with_a_filler():
+    """Loss, gradients and vectors of a batch that only rank 0 has, and the mean that its rows leave on both ranks."""
+    is_filler = dist.get_rank() > 0
+    norm = CenteredLayerNorm(4)
+    with taken_for_padding(norm, is_filler):
+        norm(torch.full((3, 4), 7.0 if is_filler else 2.0))
+    return contrast(counted=not is_filler), norm.running_mean
+
+
 def everything():
     """On each rank, in one call, because a process spends far more time on its imports."""
     rows = ROWS[dist.get_rank()]
-    return updates(expert_parallelism(2)), contrast(rows), centered_means(rows)
+    return updates(expert_parallelism(2)), contrast(rows), centered_means(rows), with_a_filler()
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +128,19 @@ def test_the_contrastive_loss_of_two_ranks_is_that_of_all_rows(outcomes):
 def test_two_ranks_take_away_the_mean_of_all_rows(outcomes):
     for outcome in outcomes:
         torch.testing.assert_close(outcome[2], centered_means())
+
+
+def test_a_filler_is_compared_with_no_row_and_enters_no_mean(outcomes):
+    loss, gradients, vectors = contrast()
+    (own, own_gradients, own_vectors), mean = outcomes[0][3]
+    (nothing, no_gradients, its_vectors), its_mean = outcomes[1][3]
+    assert own == pytest.approx(loss, rel=1e-6) and nothing == 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+        assert not no_gradients[name].any()
+    assert own_vectors.ids.tolist() == its_vectors.ids.tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(own_vectors.texts, vectors.texts)
+    assert mean.tolist() == its_mean.tolist() == [2.0] * 4
 
 
 def test_one_process_has_its_own_rows():
