@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -32,4 +33,4 @@ def taken_for_padding(model: nn.Module, applies: bool = True) -> Iterator[None]:
 
 def _all_padded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     x: Tensor = args[0]
-    return (x, x.new_ones(x.shape[:-1], dtype=bool)), {}
+    return (x, x.new_ones(x.shape[:-1], dtype=torch.bool)), {}

@@ -41,7 +41,7 @@ class ParallelTask(GuardedTask):
         return model
 
     def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, epoch: int = 1, **kwargs: Any) -> Any:
-        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks; in training with fillers.
+        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks; training has fillers.
 
         fairseq-fixed 0.12.3.1 forms the batches by the epoch in which the iterator is made, and a run that goes on for
         several epochs keeps those of its first. A resumed run must not form others. A dataset that has other samples
