@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "torchscale_ext": {"moe", "parallel"},
     "criterions": {"moe"},
     "models": {"moe", "parallel", "torchscale_ext", "compat", "errors"},
-    "data": {"errors"},
-    "training": {"moe", "parallel", "compat", "errors"},
+    "data": {"errors", "locks"},
+    "training": {"moe", "parallel", "compat", "errors", "locks"},
     "captions": {"data", "errors"},
     "tasks": {"data", "models", "training", "captions", "compat", "errors"},
     "evaluation": {
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     },
     "compat": set(),
     "errors": set(),
+    "locks": {"errors"},
     "cli": {"errors"},
     "__init__": {"compat", "criterions", "models", "tasks", "training"},
 }
@@ -43,6 +44,7 @@ FOREIGN = {
     "torchscale_ext": {"fairseq_cli", "hydra"},
     "captions": FAIRSEQ,
     "errors": FAIRSEQ | {"torch"},
+    "locks": FAIRSEQ | {"torch"},
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
@@ -117,17 +116,3 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
                 offset += len(raw)
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from error
-
-
-@contextlib.contextmanager
-def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
-    """Holds a lock file for the duration; the kernel frees it when the process ends, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"{flag} {path.parent}: another run is writing there; wait for it or choose another folder"
-            ) from error
-        yield

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 from ..errors import UserError
-from .files import exclusive_lock, explain_full_disk, read_json, sha256_of, write_json
+from ..locks import LOCK, exclusive_lock
+from .files import explain_full_disk, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 _OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
-_PARTIAL, _PROGRESS, _LOCK = ".partial", "progress.json", ".lock"
+_PARTIAL, _PROGRESS = ".partial", "progress.json"
 
 
 class Workspace:
@@ -152,7 +153,7 @@ def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspac
     """Creates and locks ``dest``; ``UserError`` when it is a file or another run holds it."""
     if dest.exists() and not dest.is_dir():
         raise UserError(f"--dest {dest}: is a file, must be a folder")
-    with exclusive_lock(dest / _LOCK, "--dest"):
+    with exclusive_lock(dest / LOCK, "--dest"):
         yield Workspace(dest, settings)
 
 

@@ -49,7 +49,6 @@ class ImageTextTaskConfig(TrainingFlags):
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     restore_file: str = II("checkpoint.restore_file")
     reset_optimizer: bool = II("checkpoint.reset_optimizer")
-    save_dir: str = II("checkpoint.save_dir")
 
 
 class ImageTextTask(ParallelTask, LegacyFairseqTask):

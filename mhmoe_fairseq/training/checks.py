@@ -15,7 +15,7 @@ _DDP_BACKENDS = ("legacy_ddp", "no_c10d")  # two names of one; it leaves the exp
 
 @dataclass
 class TrainingFlags(FairseqDataclass):
-    """fairseq's flags of other groups that expert parallelism depends on; a task sees only its own group."""
+    """fairseq's flags of other groups that a training of ours depends on; a task sees only its own group."""
 
     optimizer_config: Any = II("optimizer")
     ddp_backend: str = II("distributed_training.ddp_backend")
@@ -23,6 +23,8 @@ class TrainingFlags(FairseqDataclass):
     use_bmuf: bool = II("optimization.use_bmuf")
     model_parallel_size: int = II("common.model_parallel_size")
     store_ema: bool = II("ema.store_ema")
+    save_dir: str = II("checkpoint.save_dir")
+    no_save: bool = II("checkpoint.no_save")
     no_save_optimizer_state: bool = II("checkpoint.no_save_optimizer_state")
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")

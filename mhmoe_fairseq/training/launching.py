@@ -1,12 +1,15 @@
-"""Several processes that nobody connected: noticed before each of them trains alone."""
+"""Processes that would train against each other: noticed before the first update."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..locks import hold_folder
+from .checks import TrainingFlags
 
 # What tells how many processes were started, who sets it, and what makes fairseq connect them. torch reads the rank
 # from torchrun's environment where fairseq names -1.
@@ -44,3 +47,18 @@ def require_process_group() -> None:
                 f"Add {flags.format(n=started)}. If each is meant to train alone, with a --save-dir of its own, "
                 f"unset {variable}"
             )
+
+
+def hold_save_dir(flags: TrainingFlags) -> None:
+    """Keep other trainings out of the checkpoints' folder while this one runs; to be called before a model is trained.
+
+    Two runs would mix their checkpoints without a word, until one fails over a file that the other has renamed. fairseq
+    has made the folder by now; where there is none, nothing is trained.
+
+    Raises:
+        UserError: if another training, of this machine or of one that shares its files, saves there.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    folder = Path(flags.save_dir)
+    if is_first and not flags.no_save and folder.is_dir():
+        hold_folder(folder, "--save-dir")

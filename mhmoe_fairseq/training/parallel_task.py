@@ -12,6 +12,7 @@ from ..moe.uncounted import taken_for_padding
 from .expert_state import prepare_sharded_model
 from .fillers import is_filler, without_figures
 from .guarded_task import GuardedTask
+from .launching import hold_save_dir
 from .resuming import ResumableEpochBatchIterator
 
 
@@ -33,9 +34,11 @@ class ParallelTask(GuardedTask):
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
 
         Raises:
-            ValueError: naming the flag, its value and the rule.
+            ValueError: naming the flag, its value and the rule; or because another run is saving to the same folder.
         """
         self.spreads_experts = self._is_training = not from_checkpoint
+        if not from_checkpoint:
+            hold_save_dir(self.args)
         model = super().build_model(args, from_checkpoint)
         prepare_sharded_model(model, self.args)
         return model

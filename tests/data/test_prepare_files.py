@@ -1,13 +1,11 @@
-"""Atomic writing, full disks, broken UTF-8, locks."""
+"""Atomic writing, full disks, broken UTF-8."""
 
 import errno
 import gzip
-import subprocess
-import sys
 
 import pytest
 
-from mhmoe_fairseq.data.files import atomic_open, atomic_path, exclusive_lock, read_json, read_utf8_lines, write_json
+from mhmoe_fairseq.data.files import atomic_open, atomic_path, read_json, read_utf8_lines, write_json
 from mhmoe_fairseq.errors import UserError
 
 
@@ -70,17 +68,3 @@ def test_json_round_trip_and_broken_json(tmp_path):
     path.write_text('{\n"a": }')
     with pytest.raises(UserError, match="a.json:2: not valid JSON"):
         read_json(path)
-
-
-def test_the_lock_keeps_another_process_out_and_is_free_afterwards(tmp_path):
-    lock = tmp_path / ".lock"
-    other = (
-        "import fcntl, sys\ntry:\n    fcntl.flock(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
-        "except OSError:\n    sys.exit(9)"
-    )
-    with exclusive_lock(lock, "--dest"):
-        assert subprocess.run([sys.executable, "-c", other, str(lock)]).returncode == 9
-        with pytest.raises(UserError, match="--dest .*: another run is writing there"):
-            with exclusive_lock(lock, "--dest"):
-                pass
-    assert subprocess.run([sys.executable, "-c", other, str(lock)]).returncode == 0

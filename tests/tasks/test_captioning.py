@@ -34,7 +34,7 @@ def build(data, *flags, seed=1):
     parser = argparse.ArgumentParser()
     CaptioningTask.add_args(parser)
     args = parser.parse_args([str(data), *FLAGS, *map(str, flags)])
-    common = {"tpu": False, "seed": seed, "save_dir": "", "restore_file": "checkpoint_last.pt"}
+    common = {"tpu": False, "no_save": True, "seed": seed, "save_dir": "", "restore_file": "checkpoint_last.pt"}
     for name, value in {**common, "finetune_from_model": None}.items():
         setattr(args, name, value)
     return CaptioningTask.setup_task(args)

@@ -30,9 +30,10 @@ from mhmoe_fairseq.training.parameter_notes import notes_of
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
 OWN_FLAGS = {"layer_decay": 1.0, "head_lr_multiplier": 1.0, "randaug": False, "no_flip": False}
 OUTER = {
-    "tpu": False, "seed": 1, "save_dir": "", "restore_file": "checkpoint_last.pt", "finetune_from_model": None,
-    "optimizer_config": Namespace(_name="mhmoe_adam"), "fp16": False, "memory_efficient_fp16": False,
-    "fp16_no_flatten_grads": False, "zero_sharding": "none", "ddp_backend": "legacy_ddp",
+    "tpu": False, "no_save": True, "seed": 1, "save_dir": "", "restore_file": "checkpoint_last.pt",
+    "finetune_from_model": None, "optimizer_config": Namespace(_name="mhmoe_adam"), "fp16": False,
+    "memory_efficient_fp16": False, "fp16_no_flatten_grads": False, "zero_sharding": "none",
+    "ddp_backend": "legacy_ddp",
 }  # fmt: skip
 
 

@@ -30,7 +30,14 @@ def copied(data: Path, tmp_path: Path) -> Path:
 
 def build(data: Path, **flags: Any) -> MaskedMultimodalTask:
     config = MaskedMultimodalTaskConfig(data=str(data), img_size=IMG_SIZE, patch_size=PATCH_SIZE, max_text_length=16)
-    defaults = {**vars(config), "tpu": False, "seed": 1, "save_dir": "", "restore_file": "checkpoint_last.pt"}
+    defaults = {
+        **vars(config),
+        "tpu": False,
+        "no_save": True,
+        "seed": 1,
+        "save_dir": "",
+        "restore_file": "checkpoint_last.pt",
+    }
     return MaskedMultimodalTask.setup_task(Namespace(**{**defaults, **flags}))
 
 

@@ -53,7 +53,14 @@ def task_for(data, **changes):
     parser = argparse.ArgumentParser()
     SentenceClassificationTask.add_args(parser)
     args = parser.parse_args([str(data)])
-    defaults = {"tpu": False, "seed": 1, "finetune_from_model": None, "restore_file": "checkpoint_last.pt"}
+    defaults = {
+        "tpu": False,
+        "seed": 1,
+        "no_save": True,
+        "save_dir": "",
+        "finetune_from_model": None,
+        "restore_file": "checkpoint_last.pt",
+    }
     for name, value in {**defaults, **changes}.items():
         setattr(args, name, value)
     return SentenceClassificationTask.setup_task(args)

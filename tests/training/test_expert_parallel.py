@@ -9,6 +9,8 @@ import torch
 from console import evaluate
 from parallel_runs import figures, saved, train, write_even_corpus
 
+from mhmoe_fairseq.locks import LOCK
+
 UPDATES = 50
 SAVED_AT = 30
 FIGURES = ("loss", "gate_loss", "gnorm", "z_loss", "ppl", "moe_active", "moe_load_max", "moe_overflow", "moe_entropy")
@@ -163,4 +165,4 @@ def test_adam_and_mhmoe_adam_are_one(trained, data, tmp_path):
 
 def test_no_file_is_left_half_written(trained):
     names = {path.name for path in trained(2)[1].iterdir()}
-    assert names == {CHECKPOINT, "checkpoint_best.pt", "checkpoint_last.pt"}
+    assert names == {CHECKPOINT, "checkpoint_best.pt", "checkpoint_last.pt", LOCK}

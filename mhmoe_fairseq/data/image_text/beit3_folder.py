@@ -17,10 +17,11 @@ from typing import Any, Iterator, Optional
 import numpy as np
 
 from ...errors import UserError
+from ...locks import LOCK, exclusive_lock
 from ..archives import Say
 from ..binarize import binarize
 from ..documents import clean_line
-from ..files import atomic_open, atomic_path, exclusive_lock, read_json, read_utf8_lines, sha256_of, write_json
+from ..files import atomic_open, atomic_path, read_json, read_utf8_lines, sha256_of, write_json
 from ..multimodal.answers import ANSWERS_FILE, read_answers
 from ..multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ..pipeline import MODEL_FILE, tool_versions
@@ -69,7 +70,7 @@ class Completion:
         if not self._folder.is_dir():
             raise UserError(f"--source beit3-index {self._folder}: no such folder")
         self._refuse_our_own()
-        with exclusive_lock(self._folder / ".lock", "--source beit3-index"):
+        with exclusive_lock(self._folder / LOCK, "--source beit3-index"):
             counts = {"dictionary": len(self._symbols), **self._check_indexes()}
             self._make_pairs()
             self._make_images()

@@ -1,0 +1,79 @@
+"""Folders that one run at a time writes to. The kernel frees a lock when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from .errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_held: dict[Path, IO[str]] = {}  # for as long as this process lives
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
+    """Holds a lock file for the duration.
+
+    Where the file system has no locks there is a warning in place of one.
+
+    Args:
+        path: the file, in the folder that is written to.
+        flag: what named the folder, for messages.
+
+    Raises:
+        UserError: if another run holds it.
+    """
+    with _locked(path, flag):
+        yield
+
+
+def hold_folder(folder: Path, flag: str) -> None:
+    """Keeps other runs out of a folder until this process ends; again in the same process it changes nothing.
+
+    Raises:
+        UserError: if another run holds it.
+    """
+    path = folder.resolve() / LOCK
+    if path not in _held:
+        _held[path] = _locked(path, flag)
+
+
+def _locked(path: Path, flag: str) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (closing it lets go)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            file.seek(0)
+            holder = file.read().strip() or "another run"
+            file.close()
+            raise UserError(
+                f"{flag} {path.parent}: another run is writing there ({holder}); wait for it or choose another folder"
+            ) from error
+        logger.warning(f"{path}: no lock to be had here ({error.strerror}): nothing keeps a second run out")
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _let_go() -> None:
+    # Forked processes, such as those that load data, may live a little longer than the run that holds the lock.
+    while _held:
+        _held.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_let_go)
