@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+import functools
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._expert_network import ExpertWeights, expert_network
+from ._modes import in_forward_mode
 from .dispatch import DispatchPlan
-
-if TYPE_CHECKING:
-    from .experts import ExpertWeights
 
 _ALIGNMENT_BYTES = 16  # grouped_mm: every row stride
 
 
 def grouped_mm_supports(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
     """Whether grouped_mm's accelerator kernel takes this (bfloat16, aligned rows, compute capability 8 or more)."""
+    if in_forward_mode():  # it has no tangents
+        return False
     if dtype != torch.bfloat16 or any(width * dtype.itemsize % _ALIGNMENT_BYTES for width in widths):
         return False
     if device.type == "cuda" and torch.cuda.is_available():
@@ -42,7 +44,7 @@ def grouped_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activa
     def per_row(stacked: Tensor) -> Tensor:
         return stacked.index_select(0, index_R)
 
-    return _ffn(clean(x_Rd), weights, activation, dropout, linear, per_row)
+    return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row)
 
 
 def blocked_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
@@ -73,25 +75,10 @@ def blocked_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activa
         return stacked.index_select(0, index_B).unsqueeze(1)
 
     x_Sd = x_Rd.new_zeros(spare + 1, x_Rd.size(1)).index_copy(0, slot_R, x_Rd)
-    y_Bbd = _ffn(x_Sd[:-1].view(num_blocks, block, -1), weights, activation, dropout, linear, per_row)
+    x_Bbd = x_Sd[:-1].view(num_blocks, block, -1)
+    y_Bbd = expert_network(x_Bbd, weights, activation, _dropout(dropout), linear, per_row)
     return F.pad(y_Bbd.reshape(spare, -1), (0, 0, 0, 1)).index_select(0, slot_R)
 
 
-def _ffn(
-    x: Tensor,
-    weights: ExpertWeights,
-    activation: str,
-    dropout: float,
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    per_row: Callable[[Tensor], Tensor],
-) -> Tensor:
-    inner = linear(x, weights.fc1_weight, weights.fc1_bias)
-    if weights.gate_weight is not None:
-        inner = F.silu(inner) * linear(x, weights.gate_weight, weights.gate_bias)
-    else:
-        inner = F.gelu(inner) if activation == "gelu" else F.relu(inner)
-    inner = F.dropout(inner, dropout, training=dropout > 0)
-    if weights.layernorm_weight is not None and weights.layernorm_bias is not None:
-        scale, shift = per_row(weights.layernorm_weight), per_row(weights.layernorm_bias)
-        inner = F.layer_norm(inner, inner.shape[-1:]) * scale + shift
-    return linear(inner, weights.fc2_weight, weights.fc2_bias)
+def _dropout(probability: float) -> Callable[[Tensor], Tensor]:
+    return functools.partial(F.dropout, p=probability, training=probability > 0)

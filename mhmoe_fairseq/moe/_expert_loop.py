@@ -2,23 +2,26 @@
 
 What is kept for the backward is the pre-activation alone, ``(R, F)``; plain autograd keeps the activation too and
 holds the sorted input and the gradient of whole slices. The rest is recomputed in pieces small enough for the cache.
+
+Values are read on the host and written to memory of its own, and the backward is no graph. So the loop cannot be
+traced or transformed (:func:`loop_obstacle`), and where a gradient is to be differentiated again its backward computes
+it anew in autograd's operations, with the same dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import _cpu_memory
+from ._expert_network import ExpertWeights, expert_network
 from ._expert_norm import NormedLinear, stats_dtype
+from ._modes import in_forward_mode, is_traced, is_transformed, without_autocast
 from .dispatch import DispatchPlan, combine
-
-if TYPE_CHECKING:
-    from .experts import ExpertWeights
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
 _PIECE_ROWS = 1024
@@ -33,9 +36,25 @@ class _Settings(NamedTuple):
 def loop_ffn(
     x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float
 ) -> Tensor:
-    """Gate-weighted sum of the experts' outputs, ``(N, d)``; differentiable once."""
+    """Gate-weighted sum of the experts' outputs, ``(N, d)``; differentiable as often as wanted."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return _LoopFFN.apply(x_Nd, gates_NK, plan, _Settings(activation, dropout, seed), *weights)
+
+
+def loop_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
+    """Where the loop cannot compute what is asked: the reason, to stand behind "cannot be used"; None where it can."""
+    if is_traced():
+        return "where operations are traced (torch.compile, torch.export, torch.jit.trace, make_fx)"
+    if is_transformed():
+        return "under a transform of torch.func (grad, jvp, vmap, ...)"
+    if in_forward_mode():
+        return "in forward-mode differentiation (torch.autograd.forward_ad)"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter, type(None)):
+            return f"on a {type(tensor).__name__}, which is no plain tensor"
+        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return "on a batch of gradients (is_grads_batched)"
+    return None
 
 
 def _activate(activation: str, hidden: Tensor, gate: Tensor | None, out: Tensor) -> Tensor:
@@ -66,10 +85,15 @@ def _inner(settings: _Settings, piece: slice, hidden: Tensor, gate: Tensor | Non
     """Activation and dropout of one piece, in ``scratch[0]``; what dropout multiplied by stays in ``scratch[-1]``."""
     inner = _activate(settings.activation, hidden, gate, scratch[0])
     if settings.dropout:
-        # The piece's own generator, so that the backward can draw the same again.
-        generator = torch.Generator().manual_seed((settings.seed + piece.start) % 2**63)
-        inner.mul_(scratch[-1].bernoulli_(1 - settings.dropout, generator=generator).div_(1 - settings.dropout))
+        inner.mul_(_dropout_scale(settings, piece, scratch[-1]))
     return inner
+
+
+def _dropout_scale(settings: _Settings, piece: slice, out: Tensor) -> Tensor:
+    """What dropout multiplies the activations of a piece by, written to ``out``."""
+    # The piece's own generator, so that the backward can draw the same again.
+    generator = torch.Generator().manual_seed((settings.seed + piece.start) % 2**63)
+    return out.bernoulli_(1 - settings.dropout, generator=generator).div_(1 - settings.dropout)
 
 
 def _pieces(ends: list[int]) -> list[tuple[int, slice]]:
@@ -139,9 +163,10 @@ class _LoopFFN(torch.autograd.Function):
         return combine(y_Rd, gates_NK, plan)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor | None, ...]:
         x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled() or loop_obstacle([grad_Nd]):  # create_graph, or a batch of gradients
+            return _differentiable_backward(ctx, grad_Nd, x_Nd, gates_NK, ExpertWeights(*weights))
         plan, settings = ctx.plan, ctx.settings
         fc1_w, _, gate_w, _, _, _, fc2_w, _ = weights
         grads = _Gradients(weights, ctx.needs_input_grad[4:], idle=_idle_experts(ctx.ends))
@@ -183,6 +208,44 @@ class _LoopFFN(torch.autograd.Function):
 
         x_grad_Nd = to_choices(x_grad_Rd).sum(1)
         return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, *grads.tensors()
+
+
+def _differentiable_backward(
+    ctx: Any, grad_Nd: Tensor, x_Nd: Tensor, gates_NK: Tensor, weights: ExpertWeights
+) -> tuple[Tensor | None, ...]:
+    """What ``_LoopFFN.backward`` returns, as functions of all that they depend on."""
+    present = {name: weight for name, weight in weights._asdict().items() if weight is not None}
+
+    def forward(x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor]) -> Tensor:
+        all_weights = ExpertWeights(**{**dict.fromkeys(ExpertWeights._fields), **present})  # type: ignore[arg-type]
+        return _in_autograds_operations(x_Nd, gates_NK, ctx.plan, ctx.settings, ctx.ends, all_weights)
+
+    with without_autocast("cpu"):  # as in the forward
+        gradients = torch.func.vjp(forward, x_Nd, gates_NK, present)[1]
+        x_grad_Nd, gates_grad_NK, grads = gradients(grad_Nd)
+    return x_grad_Nd, gates_grad_NK, None, None, *(grads.get(name) for name in ExpertWeights._fields)
+
+
+def _in_autograds_operations(
+    x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, settings: _Settings, ends: list[int], weights: ExpertWeights
+) -> Tensor:
+    """The output of ``_LoopFFN.forward``, dropout included."""
+
+    def network(x: Tensor, expert: int, piece: slice) -> Tensor:
+        def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return F.linear(x, weight[expert], _at(bias, expert))
+
+        def drop(inner: Tensor) -> Tensor:
+            if not settings.dropout:
+                return inner
+            return inner * _dropout_scale(settings, piece, inner.new_empty(inner.shape))
+
+        return expert_network(x, weights, settings.activation, drop, linear, lambda stacked: stacked[expert])
+
+    source_R = plan.source_R
+    pieces = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in _pieces(ends)]
+    virtual = x_Nd.new_zeros(source_R.size(0) - ends[-1], x_Nd.size(1))
+    return combine(torch.cat([*pieces, virtual]), gates_NK, plan)
 
 
 def _scratch(count: int, rows: int, like_RF: Tensor) -> Tensor:

@@ -9,39 +9,29 @@ Backends, the same function to rounding:
              synchronisation, at up to twice the FLOPs.
 
 ``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel was measured at about twice a loop's time (torch 2.14);
-elsewhere ``grouped`` where its kernel takes dtype and shape, else ``blocked``.
+elsewhere ``grouped`` where its kernel takes dtype and shape. Otherwise, and wherever torch.compile, torch.export,
+torch.func or forward-mode differentiation see the layer, it takes ``blocked``, which can do all of that.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._expert_device import blocked_ffn, grouped_ffn, grouped_mm_supports
-from ._expert_loop import loop_ffn
+from ._expert_loop import loop_ffn, loop_obstacle
+from ._expert_network import ExpertWeights
+from ._modes import without_autocast
 from .config import MHMoEConfig
 from .dispatch import DispatchPlan, combine
 from .parallelism import ExpertParallelism, Traffic, exchanged_ffn, local_experts
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
-
-
-class ExpertWeights(NamedTuple):
-    """The stacked parameters, in one dtype; None where the configuration has none."""
-
-    fc1_weight: Tensor  # (E, F, d); under expert parallelism E counts this process's experts
-    fc1_bias: Tensor | None  # (E, F)
-    gate_weight: Tensor | None  # (E, F, d), SwiGLU only
-    gate_bias: Tensor | None  # (E, F)
-    layernorm_weight: Tensor | None  # (E, F)
-    layernorm_bias: Tensor | None  # (E, F)
-    fc2_weight: Tensor  # (E, d, F)
-    fc2_bias: Tensor | None  # (E, d)
 
 
 class ExpertFFN(nn.Module):
@@ -110,7 +100,7 @@ class ExpertFFN(nn.Module):
         device = x_Nd.device.type
         x_Nd, weights = self._in_compute_dtype(x_Nd)
         local_ffn = functools.partial(self._local_ffn, weights)
-        with _without_autocast(device):
+        with without_autocast(device):
             if self.parallel is None:
                 return local_ffn(x_Nd, gates_NK, plan)
             y_Nd, self.traffic = exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
@@ -119,17 +109,22 @@ class ExpertFFN(nn.Module):
     def _local_ffn(self, weights: ExpertWeights, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
         dropout = self.config.activation_dropout if self.training else 0.0
         activation = self.config.activation
-        if self._backend_for(x_Nd) == "loop":
+        backend = self._backend_for(x_Nd, weights)
+        if backend == "loop":
             return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
-        device_ffn = grouped_ffn if self._backend_for(x_Nd) == "grouped" else blocked_ffn
+        device_ffn = grouped_ffn if backend == "grouped" else blocked_ffn
         y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
         return combine(y_Rd, gates_NK, plan)
 
-    def _backend_for(self, x_Nd: Tensor) -> str:
+    def _backend_for(self, x_Nd: Tensor, weights: Sequence[Tensor | None] = ()) -> str:
+        on_cpu = x_Nd.device.type == "cpu"
+        obstacle = loop_obstacle([x_Nd, *weights]) if self.backend == "loop" or on_cpu else None
+        if self.backend == "loop" and obstacle is not None:
+            raise ValueError(f"backend 'loop' cannot be used {obstacle}: take 'auto' or 'blocked'")
         if self.backend != "auto":
             return self.backend
-        if x_Nd.device.type == "cpu":
-            return "loop"
+        if on_cpu:
+            return "loop" if obstacle is None else "blocked"
         widths = (self.config.subtoken_dim, self.config.expert_ffn_dim)
         # grouped_mm's backward refuses a product without rows (a batch of the other modality, or nothing received).
         grouped = x_Nd.size(0) > 0 and grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths)
@@ -176,8 +171,3 @@ def _uniform_by_expert(stacked: Tensor, experts: range, bound: float) -> None:
             # On the CPU whatever the device, so that all devices begin with one model.
             target = values if values.device.type == "cpu" else torch.empty(values.shape, device="cpu")
             values.copy_(target.uniform_(-bound, bound, generator=generator))
-
-
-def _without_autocast(device: str) -> torch.autocast:
-    # Autocast has no "meta" device; the CPU's switch is as good there, since nothing runs on it.
-    return torch.autocast("cpu" if device == "meta" else device, enabled=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._modes import without_autocast
 from .config import MHMoEConfig
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
@@ -27,7 +29,8 @@ class LinearRouter(nn.Module):
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """``(N, d) -> (N, E)`` logits."""
-        with gating_precision(x_Nd, self.gating_fp32) as dtype:
+        dtype = gating_dtype(x_Nd, self.gating_fp32)
+        with gating_context(x_Nd, self.gating_fp32):
             return F.linear(x_Nd.to(dtype), self.weight.to(dtype))
 
 
@@ -53,7 +56,8 @@ class XMoERouter(nn.Module):
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """``(N, d) -> (N, E)`` logits."""
-        with gating_precision(x_Nd, self.gating_fp32) as dtype:
+        dtype = gating_dtype(x_Nd, self.gating_fp32)
+        with gating_context(x_Nd, self.gating_fp32):
             x_Nr = F.linear(x_Nd.to(dtype), self.reduction.weight.to(dtype))
             if self.normalize_both:
                 x_Nr = F.normalize(x_Nr, dim=1, eps=1e-4)
@@ -64,26 +68,18 @@ class XMoERouter(nn.Module):
             return logits_NE
 
 
-class gating_precision:
-    """Context in which the router computes; yields the dtype to compute in.
+def gating_dtype(x: Tensor, fp32: bool) -> torch.dtype:
+    """The type that the router computes in: with ``fp32`` half-precision inputs are routed in float32.
 
-    With ``fp32`` half-precision inputs are routed in float32 and autocast is off: a rounded logit
-    changes which expert is chosen, not just by how much.
+    A rounded logit changes which expert is chosen, not just by how much.
     """
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if fp32 and half else x.dtype
 
-    def __init__(self, x: Tensor, fp32: bool) -> None:
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        self.dtype = torch.float32 if fp32 and half else x.dtype
-        self.context = torch.autocast(x.device.type, enabled=False) if fp32 and x.device.type != "meta" else None
 
-    def __enter__(self) -> torch.dtype:
-        if self.context is not None:
-            self.context.__enter__()
-        return self.dtype
-
-    def __exit__(self, *error: object) -> None:
-        if self.context is not None:
-            self.context.__exit__(*error)
+def gating_context(x: Tensor, fp32: bool) -> contextlib.AbstractContextManager[object]:
+    """The context that it computes in: without autocast if ``fp32``, else as the caller has it."""
+    return without_autocast(x.device.type) if fp32 else contextlib.nullcontext()
 
 
 def build_router(config: MHMoEConfig) -> LinearRouter | XMoERouter:
