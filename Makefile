@@ -14,7 +14,7 @@ STAMP := $(VENV)/.setup-$(EXTRAS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export EXTRAS PYTHON
 
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo test test-slow check mutate bench clean
 
 help:
 	@echo "make setup      environment in .venv/<Python version>, about 3 minutes"
@@ -22,6 +22,7 @@ help:
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the tests that train for longer, too"
 	@echo "make check      linters, types, layering, shell scripts"
+	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; an hour or more, JOBS=N"
 	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
 
@@ -43,6 +44,9 @@ test-slow: $(STAMP)
 
 check: $(STAMP)
 	PATH="$(BIN):$$PATH" bash scripts/check.sh
+
+mutate: $(STAMP)
+	$(BIN)/python scripts/mutate.py --jobs $(or $(JOBS),1)
 
 bench: $(STAMP)
 	$(BIN)/python scripts/bench_layer.py

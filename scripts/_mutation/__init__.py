@@ -1,0 +1,1 @@
+"""Parts of ``scripts/mutate.py``; not installed with the package."""

@@ -1,0 +1,148 @@
+"""The lists of mutants fit the package; the tool finds places, tells what the tests said and keeps it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+READS_TOML = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is in Python from 3.11 on")
+LIST = """
+tests = ["tests/test_sum.py"]
+[[mutant]]
+change = "subtracts"
+function = "Sum.of"
+expression = "a+b"
+becomes = "a - b"
+"""
+
+
+@pytest.fixture
+def mutate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("mutate")
+
+
+@pytest.fixture
+def project(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of one module, one test and one list."""
+    for name, text in {
+        "mhmoe_fairseq/__init__.py": "",
+        "mhmoe_fairseq/add.py": "LIMIT = 1\nclass Sum:\n    SIZE = 2\n    def of(self, a, b):\n"
+        "        total = a + b  # the sum\n        if total > 100:\n            total = a + 0\n        return total\n"
+        "class Other:\n    def of(self, a):\n        return a * (a * 3)\n",
+        "tests/test_sum.py": "from mhmoe_fairseq.add import Sum\ndef test_sum():\n    assert Sum().of(2, 3) == 5\n",
+        "scripts/mutants/add.toml": LIST,
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "docs").mkdir()
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    return tmp_path
+
+
+@READS_TOML
+def test_every_mutant_of_the_lists_has_its_place(mutate: ModuleType, capsys: pytest.CaptureFixture) -> None:
+    assert mutate.main(["--check"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="tomllib is there from Python 3.11 on")
+def test_an_older_python_is_named() -> None:
+    done = subprocess.run([sys.executable, str(SCRIPTS / "mutate.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode and done.stderr.strip().endswith("which Python reads from 3.11 on")
+
+
+@READS_TOML
+def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(
+    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    survivor = LIST.replace("subtracts", "the | limit").replace('"a+b"', '"total > 100"').replace('"a - b"', '"False"')
+    explained = survivor.replace("the | limit", "a limit") + 'survives = "small numbers only"\n'
+    broken = LIST.replace("subtracts", "no sum").replace('"Sum.of"', '""').replace('"a+b"', '"1"')
+    broken = broken.replace('"a - b"', '"1 / 0"').partition("\n[[")[2] + 'module = "add"\n'
+    parts = [LIST, *(text.partition("\n[[")[2] for text in (survivor, explained)), broken]
+    (project / "scripts/mutants/add.toml").write_text("\n[[".join(parts))
+    before = (project / "mhmoe_fairseq/add.py").read_text()
+    report = project / "docs/mutants.md"
+
+    assert mutate.main(["--only", "a limit"]) == 0
+    assert "**survived**: small numbers only" in report.read_text() and "**not run**" in report.read_text()
+    assert mutate.main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("4 mutants, 4 run: 1 noticed (25.0%), 2 survived (1 explained), 1 broken")
+    assert "| subtracts | `Sum.of` | `a+b` | `a - b` | `tests/test_sum.py::test_sum` |" in report.read_text()
+    assert "**broken**: `tests/test_sum.py`" in report.read_text() and "| the | limit |" not in report.read_text()
+    assert (project / "mhmoe_fairseq/add.py").read_text() == before
+
+    assert mutate.main([]) == 1
+    assert len(capsys.readouterr().out.splitlines()) == 1  # nothing ran again
+    test = project / "tests/test_sum.py"
+    test.write_text(test.read_text() + "    assert Sum().of(50, 60) == 50\n")
+    assert mutate.main(["--only", "limit"]) == 0
+    assert "killed by tests/test_sum.py::test_sum" in capsys.readouterr().out
+
+
+@READS_TOML
+def test_a_run_that_hangs_ends(mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture) -> None:
+    hang = 'becomes = """import time\ntime.sleep(60)"""'
+    text = LIST.replace('"a+b"', '"total = a + b"').replace('becomes = "a - b"', hang)
+    (project / "scripts/mutants/add.toml").write_text(text)
+    assert mutate.main(["--time-limit", "5"]) == 0
+    assert "timed out (5 s): subtracts" in capsys.readouterr().out
+
+
+@READS_TOML
+def test_a_test_that_fails_without_a_mutant_is_named(
+    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (project / "tests/test_sum.py").write_text("def test_sum():\n    assert False\n")
+    assert mutate.main([]) == 2
+    assert "without any mutant the tests killed: tests/test_sum.py::test_sum" in capsys.readouterr().err
+
+
+@READS_TOML
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"a+b"', '"a + c"', "'a + c' is not in 'Sum.of'"),
+        ('"a+b"', '"a +"', "'expression' is not Python"),
+        ('"a - b"', '"b +"', "'becomes' is not Python"),
+        ('"a - b"', '"a + b"', "'becomes' changes nothing"),
+        ('"Sum.of"', '"Sum.add"', "no function 'Sum.add'"),
+        ('"a+b"', '"a"', "stands there 2 times; name 'occurrence'"),
+        ('"a+b"', '"a+b"\noccurrence = 2', "'occurrence' is 2; the expression stands there 1 times"),
+        ('"a+b"', '"a+b"\nmodule = "elsewhere"', "no function 'Sum.of' in elsewhere"),
+        ('"Sum.of"', '"Sum"', "'a+b' is not in 'Sum'"),
+        ('"a - b"', '"a - b"\nwhy = "so"', "unknown ['why']"),
+        ('change = "subtracts"', "", "missing ['change']"),
+        ('"tests/test_sum.py"', '"tests/test_product.py"', "there is no test tests/test_product.py"),
+        ('"tests/test_sum.py"', '"tests/test_sum.py::test_two"', "there is no test tests/test_sum.py::test_two"),
+        ('tests = ["tests/test_sum.py"]', "", "neither it nor the list names tests"),
+        ("[[mutant]]", LIST.partition("\n[[")[2].join(["[[", "[[mutant]]"]), "another mutant has the same words"),
+        ("[[mutant]]", "[[mutant]", "add.toml: "),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(
+    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture, old: str, new: str, message: str
+) -> None:
+    (project / "scripts/mutants/add.toml").write_text(LIST.replace(old, new))
+    assert mutate.main(["--check"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@READS_TOML
+def test_constants_of_a_class_and_of_a_module(mutate: ModuleType, project: Path) -> None:
+    entries = [("", 'module = "add"\n', "1", "10"), ("Sum", "", "2", "20"), ("Other.of", "occurrence = 2\n", "a", "b")]
+    changed = {"": "LIMIT = 10", "Sum": "SIZE = 20", "Other.of": "return a * (b * 3)"}
+    for function, more, expression, becomes in entries:
+        text = LIST.replace('"Sum.of"', f'"{function}"').replace('"a+b"', f'"{expression}"')
+        (project / "scripts/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
+        [mutant] = mutate.read_lists(project)
+        assert changed[function] in mutate.locate(mutant, project).after
