@@ -28,6 +28,9 @@ selects a CUDA device; one task on each   stops before the CUDA part; the one-ta
 node makes a world of no processes.       what to write in its place.
 fairscale 0.4.0 and ``torch.jit.script``  :func:`silence_import_warnings` hides just these messages.
 warn on import, once for each process.
+A checkpoint that holds an object ends    :func:`explain_refused_checkpoints` names file and object,
+in PyTorch's advice to unpickle it.       and takes the ``module.`` off names that DistributedDataParallel
+                                          gave.
 Importing fairseq's models configures     :func:`logging_as_found` stands around the package's imports
 logging: a handler, and level DEBUG.      and puts the root logger back.
 ========================================  ==========================================================
@@ -40,11 +43,12 @@ later epoch (our task corrects both); stock padding masks are longer than the in
 
 from __future__ import annotations
 
-import collections
+import collections.abc
 import contextlib
 import functools
 import logging
 import os
+import pickle
 import sys
 import typing
 import warnings
@@ -53,6 +57,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+from .data.tensor_files import unreadable, without_wrapper
 
 TORCHRUN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
 
@@ -64,6 +70,7 @@ def apply() -> None:
     allow_checkpoint_globals()
     accept_installed_user_dir()
     follow_launchers()
+    explain_refused_checkpoints()
 
 
 @contextlib.contextmanager
@@ -107,6 +114,30 @@ def checkpoint_globals() -> list[typing.Any]:
 def allow_checkpoint_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read the checkpoint that a distributed resume broadcasts."""
     torch.serialization.add_safe_globals(checkpoint_globals())
+
+
+def explain_refused_checkpoints() -> None:
+    """Make the errors of fairseq's loading those of ``data.tensor_files``, and its names those of the model.
+
+    fairseq-train, fairseq-eval-lm and ``from_pretrained`` all open checkpoints with ``load_checkpoint_to_cpu``.
+    """
+    from fairseq import checkpoint_utils
+
+    stock = checkpoint_utils.load_checkpoint_to_cpu
+    if hasattr(stock, "__wrapped__"):  # ours already
+        return
+
+    @functools.wraps(stock)
+    def load_checkpoint_to_cpu(path: str, *args: typing.Any, **kwargs: typing.Any) -> dict[str, typing.Any]:
+        try:
+            state = stock(path, *args, **kwargs)
+        except pickle.UnpicklingError as error:
+            raise unreadable(path, error) from None
+        if isinstance(state.get("model"), collections.abc.Mapping):
+            state["model"] = without_wrapper(state["model"])
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
 def accept_installed_user_dir() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fairseq import options
+from fairseq import checkpoint_utils, options
 from launch_probe import places_found
 from workers import Workers
 
@@ -159,6 +159,14 @@ def test_an_unknown_class_is_still_refused(tmp_path: Path) -> None:
     torch.save({"x": Unknown()}, tmp_path / "checkpoint.pt")
     with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
         torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+
+
+def test_stock_advises_to_unpickle_what_it_refused_and_ours_does_not(tmp_path: Path) -> None:
+    torch.save({"model": {}, "cfg": Unknown()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(pickle.UnpicklingError, match="`weights_only` set to `False` will likely succeed"):
+        checkpoint_utils.load_checkpoint_to_cpu.__wrapped__(str(tmp_path / "checkpoint.pt"))
+    with pytest.raises(ValueError, match="checkpoint.pt: refused, not run: it holds an object of test_compat.Unknown"):
+        checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint.pt"))
 
 
 def test_applying_twice_changes_nothing() -> None:

@@ -19,9 +19,9 @@ MAY_IMPORT = {
     "parallel": {"moe"},
     "torchscale_ext": {"moe", "parallel"},
     "criterions": {"moe"},
-    "models": {"moe", "parallel", "torchscale_ext", "compat", "errors"},
+    "models": {"moe", "parallel", "torchscale_ext", "data", "compat", "errors"},
     "data": {"errors", "locks"},
-    "training": {"moe", "parallel", "compat", "errors", "locks"},
+    "training": {"moe", "parallel", "data", "compat", "errors", "locks"},
     "captions": {"data", "errors"},
     "tasks": {"data", "models", "training", "captions", "compat", "errors"},
     "evaluation": {
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "analysis": {
         "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "evaluation", "errors"
     },
-    "compat": set(),
+    "compat": {"data"},
     "errors": set(),
     "locks": {"errors"},
     "cli": {"errors"},

@@ -91,6 +91,8 @@ def _files(inputs: list[Path]) -> list[Path]:
 
 def _mean(name: str, values: list[Tensor], paths: list[Path]) -> Tensor:
     if not values[0].is_floating_point():
+        if values[0].dim() == 0:  # counts what the model has seen: the last file's, as the rest of its progress
+            return values[-1]
         for value, path in zip(values, paths):
             if not torch.equal(value, values[0]):
                 raise UserError(f"{path} is not the model of {paths[0]}: {name}, which is no weight, differs")

@@ -102,9 +102,9 @@ def _convert(args: argparse.Namespace) -> None:
             "not written by mhmoe checkpoint convert"
         )
     dropped = args.weights_only and checkpoint.pop(_STATE, None) is not None
+    summary = summarize(args.source, checkpoint)  # before anything is replaced: it finds what is no checkpoint
     write_checkpoint(checkpoint, args.target, overwrite=args.overwrite)
-    summary = summarize(args.target, checkpoint)
-    say(f"{args.target}: {summary.total:,} parameters, {byte_size(summary.file_bytes)}")
+    say(f"{args.target}: {summary.total:,} parameters, {byte_size(args.target.stat().st_size)}")
     say(_what_is_kept(summary, dropped))
 
 

@@ -11,9 +11,6 @@ configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.chec
 from __future__ import annotations
 
 import json
-import os
-import pickle
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..data.files import atomic_path
+from ..data.tensor_files import load_tensors, unreadable
 from ..errors import UserError
 from .checkpoint_json import TensorTable, decode, encode
 
@@ -41,9 +39,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
-    checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, mmap=True)
     if not isinstance(checkpoint, dict):
-        raise UserError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dictionary")
+        raise UserError(f"{path}: no readable checkpoint (it holds a {type(checkpoint).__name__}, not a dictionary)")
     return checkpoint
 
 
@@ -59,12 +57,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, *, overwrite: bool)
         if path.suffix == ".safetensors":
             _write_safetensors(checkpoint, temporary, path)
         else:
-            torch.save(_compact(checkpoint, {}), temporary)
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            with open(temporary, "wb") as stream:
+                torch.save(_compact(checkpoint, {}), stream)
 
 
 def check_output(path: Path, *, overwrite: bool) -> None:
@@ -77,22 +71,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} exists: give --overwrite to replace it")
 
 
-def _read_pt(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"checkpoint {path} cannot be read: it is not a file of torch.save, or truncated")
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
-
-
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except safetensors.SafetensorError as error:
-        raise UserError(f"checkpoint {path} cannot be read: {_first_line(error)}") from error
+        raise unreadable(path, error) from error
     version = metadata.get("mhmoe_checkpoint")
     if version is None:
         return {"model": OrderedDict(tensors)}
@@ -138,7 +123,3 @@ def _compact(value: Any, seen: dict[int, Tensor]) -> Any:
     if isinstance(value, dict):
         return type(value)((key, _compact(item, seen)) for key, item in value.items())
     return value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

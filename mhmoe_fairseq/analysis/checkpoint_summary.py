@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.tensor_files import without_wrapper
 from ..errors import UserError
 from .data_identity import identify_data, identify_manifest
 from .model_parts import by_part
@@ -103,7 +104,7 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
 
 
 def weights_of(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
-    """The model's state.
+    """The model's state, under the model's own names.
 
     Raises:
         UserError: if there is none.
@@ -111,7 +112,7 @@ def weights_of(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Tensor
     weights = checkpoint.get("model")
     if not isinstance(weights, Mapping) or not weights or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{path} is not a checkpoint of a model: no weights under 'model'")
-    return weights
+    return without_wrapper(weights)
 
 
 def fingerprint_of(weights: Mapping[str, Tensor]) -> str | None:

@@ -8,12 +8,14 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO, Any, Iterator
 
 from ..errors import UserError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
@@ -21,13 +23,28 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     """Turns "no space left", "quota exceeded" and "file too large" while writing ``path`` into a :class:`UserError`."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
+    except Exception as error:
+        number = _system_error(error)
+        if number not in _NO_ROOM:
             raise
         raise UserError(
-            f"{path}: cannot be written ({str(error.strerror).lower()}): free some space or name another folder, then "
+            f"{path}: cannot be written ({os.strerror(number).lower()}): free some space or name another folder, then "
             "run the same command again; finished stages and earlier outputs are kept"
         ) from error
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The number of the system's error behind ``error``, also where a library turned it into one of its own.
+
+    ``torch.save`` raises a RuntimeError while it handles the OSError, safetensors writes the number into its message.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if told := _RUST_ERROR.search(str(error)):
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -35,17 +52,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` and moves it there on success; on an error ``path`` stays as it was.
 
     The temporary name is fixed (``.NAME.tmp``), so an interrupted run leaves at most one such file, and the next run
-    replaces it.
+    replaces it. The bytes reach the disk before the name changes, so that a machine that loses power keeps one of the
+    two files. Who may read it is decided by the process's umask, whatever library wrote it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with explain_full_disk(path):
             yield temporary
+            with open(temporary, "rb") as written:
+                with contextlib.suppress(PermissionError):  # file systems without modes
+                    os.fchmod(written.fileno(), 0o666 & ~_umask())
+                os.fsync(written.fileno())
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """The process's umask, which the system tells only to who sets it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -53,8 +82,6 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     """Like ``open(path, "wb")``, but ``path`` appears only when everything was written and flushed to the disk."""
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         yield stream
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

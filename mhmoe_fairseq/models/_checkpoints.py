@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..data.tensor_files import load_tensors, without_wrapper
 from ..errors import UserError
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:
-    """fairseq's checkpoint, its tensors mapped from the disk and not read yet.
+    """fairseq's checkpoint, its tensors mapped from the disk and not read yet, its weights under the model's names.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint of fairseq's.
     """
-    try:
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: no readable checkpoint ({reason})") from error
+    loaded = load_tensors(file, mmap=True)
     if not isinstance(loaded, dict) or not {"model", "cfg"} <= loaded.keys():
         raise UserError(f"{file}: no readable checkpoint (it has no model and configuration of fairseq)")
-    return loaded
+    return {**loaded, "model": without_wrapper(loaded["model"])}

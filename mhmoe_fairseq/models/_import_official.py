@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,8 @@ from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..data.files import atomic_path
+from ..data.tensor_files import save_tensors
 from ..errors import UserError
 from ..torchscale_ext.args import moe_config
 from ._official_files import State, read_official
@@ -58,12 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Reads, converts, checks and writes."""
+    path = args.out / ("moe_layers.pt" if args.layers_only else "model.pt")
+    if path.exists() and path.samefile(args.checkpoint):
+        raise UserError(f"--out {args.out}: {path.name} in it is the checkpoint to import, and would be replaced")
     official, settings = read_official(args.checkpoint)
     check_settings(settings, official)
     if args.layers_only:
         layers = convert_layers(official, settings, args.routing)
-        path = args.out / "moe_layers.pt"
-        save({index: {"config": config, "state": state} for index, (config, state) in layers.items()}, path)
+        save_tensors({index: {"config": config, "state": state} for index, (config, state) in layers.items()}, path)
         say(f"{path}: {len(layers)} MoE layers, {_count(*(state for _, state in layers.values())):,} parameters")
         return 0
     dictionary = None if args.data is None else load_dictionary(args.data, official)
@@ -71,9 +74,9 @@ def run(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("dict.txt", "sentencepiece.model"):
         if args.data is not None and (args.data / name).is_file():
-            shutil.copyfile(args.data / name, args.out / name)
-    path = args.out / "model.pt"
-    save(checkpoint, path)
+            with atomic_path(args.out / name) as copied:
+                shutil.copyfile(args.data / name, copied)
+    save_tensors(checkpoint, path)
     model = checkpoint["cfg"]["model"]
     say(f"{path}: {_count(checkpoint['model']):,} parameters, {model['decoder_layers']} layers, {describe(model)}")
     say(f"to train on: fairseq-train ... --finetune-from-model {path} {command_line(model)}")
@@ -184,17 +187,6 @@ def blank_dictionary(size: int) -> Dictionary:
     for number in range(size - len(dictionary)):
         dictionary.add_symbol(f"word{number}")
     return dictionary
-
-
-def save(value: Any, path: Path) -> None:
-    """Write with ``torch.save`` under a temporary name, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        torch.save(value, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe(model: Mapping[str, Any]) -> str:

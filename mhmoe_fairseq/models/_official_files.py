@@ -9,7 +9,6 @@ from the MoE branch of github.com/facebookresearch/fairseq (``moe_checkpoint_uti
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat import checkpoint_globals
+from ..data.tensor_files import load_tensors, without_wrapper
 from ..errors import UserError
 
 State = dict[str, Tensor]
@@ -64,15 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: naming the file and, where another class stands in it, that class.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *checkpoint_globals()]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"an object of {found[1]} is in it, and only plain data are read" if found else "no checkpoint"
-        raise UserError(f"{path}: {reason}") from error
-    except (RuntimeError, EOFError) as error:
-        raise UserError(f"{path}: unreadable ({str(error).splitlines()[0]})") from error
+    checkpoint = load_tensors(path, classes=[argparse.Namespace, *checkpoint_globals()])
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a checkpoint's dictionary")
     return checkpoint
@@ -114,7 +106,7 @@ def _weights(path: Path, checkpoint: dict[str, Any]) -> State:
     state = checkpoint.get("model")
     if not isinstance(state, Mapping) or not state or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path}: no 'model' with weights in it")
-    return dict(state)
+    return dict(without_wrapper(state))
 
 
 def _settings(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.hub_utils import GeneratorHubInterface
@@ -13,6 +12,7 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import Tensor, nn
 
 from ..compat import refuse_tpu
+from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.args import decoder_settings
 from ..torchscale_ext.decoder import MHMoEDecoder
@@ -192,7 +192,7 @@ def find_data(checkpoint: Path, given: str | None) -> Path:
     if given is not None:
         candidates = [Path(given)]
     else:
-        stored = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["cfg"]["task"]["data"]
+        stored = load_tensors(checkpoint, mmap=True)["cfg"]["task"]["data"]
         candidates = [checkpoint.parent, *map(Path, utils.split_paths(stored)[:1])]
     for folder in candidates:
         if (folder / "dict.txt").is_file():

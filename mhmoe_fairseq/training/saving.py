@@ -7,48 +7,22 @@ file, copies included, gets its bytes under a temporary name in the same folder 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
-from collections.abc import Iterator
 from functools import wraps
+from pathlib import Path
 
-import torch
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
-TEMPORARY_SUFFIX = ".tmp"  # fairseq's own: what a killed save leaves is overwritten by the next one
-
-
-@contextlib.contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Write to the temporary name that is given; on success it replaces ``path``, on failure it is removed.
-
-    The bytes reach the disk before the name changes, so that a machine that loses power keeps one of the two files.
-    """
-    temporary = path + TEMPORARY_SUFFIX
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        raise
+from ..data.files import atomic_path
+from ..data.tensor_files import save_tensors
 
 
 def copy(source: str, destination: str) -> bool:
     """Copy a local file; True, as fairseq expects."""
-    with replacing(destination) as temporary:
+    with atomic_path(Path(destination)) as temporary:
         shutil.copyfile(source, temporary)
     return True
-
-
-def save(obj: object, path: str) -> None:
-    """``torch.save`` to a local file."""
-    with replacing(path) as temporary:
-        torch.save(obj, temporary)
 
 
 def save_atomically() -> None:
@@ -70,7 +44,7 @@ def save_atomically() -> None:
     @wraps(stock_save)
     def save_or_send(obj: object, filename: str, async_write: bool = False) -> None:
         if _is_local(filename) and not async_write:
-            save(obj, filename)
+            save_tensors(obj, Path(filename))
         else:
             stock_save(obj, filename, async_write=async_write)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from beit3_models import small_beit3
 from console import evaluate, logged, train
+from safetensors.torch import save_file
 from trained_model import TrainedModel
 
 from mhmoe_fairseq.cli import main
@@ -189,6 +190,28 @@ def test_checkpoints_of_different_models_are_not_averaged(
     assert re.search(message, error) and error.count("\n") == 1 and not output.exists()
 
 
+def test_counters_of_one_run_differ_and_the_last_files_is_kept(variants: list[Path], tmp_path: Path) -> None:
+    for number, path in enumerate(variants[:2], start=3):
+        checkpoint = load(path)
+        checkpoint["model"]["head.norm.num_batches"] = torch.tensor(number)
+        torch.save(checkpoint, path)
+    mhmoe_checkpoint("average", "--inputs", *variants[:2], "--output", tmp_path / "mean.pt")
+    assert load(tmp_path / "mean.pt")["model"]["head.norm.num_batches"].item() == 4
+
+
+@pytest.mark.parametrize("content", [{"model": {}, "cfg": {}}, {"cfg": {}}, {"model": {"w": 1}, "cfg": {}}, [1], None])
+def test_a_good_file_is_not_replaced_by_one_without_weights(tmp_path: Path, content: object) -> None:
+    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.pt"
+    save_file({"w": torch.ones(1)}, good)
+    before = good.read_bytes()
+    torch.save(content, bad)
+    if content is None:
+        bad.write_bytes(b"nothing")
+    assert main(["checkpoint", "convert", str(bad), str(good), "--overwrite"]) == 2
+    assert main(["checkpoint", "average", "--inputs", str(bad), "--output", str(good), "--overwrite"]) == 2
+    assert good.read_bytes() == before and sorted(tmp_path.iterdir()) == [bad, good]
+
+
 def test_another_dropout_is_no_other_model(variants: list[Path], tmp_path: Path) -> None:
     other = damage(variants[0], dropout=0.3)
     mhmoe_checkpoint("average", "--inputs", variants[0], other, "--output", tmp_path / "mean.pt")
@@ -208,15 +231,13 @@ def test_another_dropout_is_no_other_model(variants: list[Path], tmp_path: Path)
         (["average", "--inputs", "LAST", "--num-epoch-checkpoints", "3", "--output", "a.pt"], "to be one folder"),
         (["average", "--inputs", "LAST", "--checkpoint-upper-bound", "3", "--output", "a.pt"], "needs --num-epoch"),
         (["average", "--inputs", "LAST", "--output", "LAST"], "exists: give --overwrite"),
-        (["inspect", "DICT"], "dict.txt cannot be read: it is not a file of torch.save"),
+        (["inspect", "DICT"], "dict.txt: no readable checkpoint .it is not a file of torch.save"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
     trained_model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
     words: list[str], message: str,
 ) -> None:  # fmt: skip
-    from safetensors.torch import save_file
-
     monkeypatch.chdir(tmp_path)
     save_file({"w": torch.ones(1)}, tmp_path / "foreign.safetensors")
     named = {"LAST": trained_model.checkpoint, "FOLDER": trained_model.folder, "FOREIGN": "foreign.safetensors",

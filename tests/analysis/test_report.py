@@ -134,7 +134,7 @@ def test_the_data_hash_is_the_same_with_and_without_a_manifest(runs, tmp_path: P
         ("no log", "train.log is missing"),
         ("foreign log", "train.log has no training record"),
         ("no checkpoint", "has no checkpoint"),
-        ("truncated checkpoint", "cannot be read"),
+        ("truncated checkpoint", "no readable checkpoint"),
         ("failed evaluation", "eval-test.log has no result"),
     ],
 )

@@ -165,7 +165,7 @@ def test_other_files_are_refused_and_nothing_in_them_is_run(tmp_path):
     with pytest.raises(UserError, match="no such file; `mhmoe visual-tokenizer fit` makes one"):
         load_visual_tokenizer(path)
     for content, message in (
-        ({"kind": "patch_kmeans", "state": Something()}, "not a visual tokenizer's file"),
+        ({"kind": "patch_kmeans", "state": Something()}, "it holds an object of test_visual_tokenizers.Something"),
         ({"kind": "dvae"}, "'kind' is 'dvae', must be one of patch_kmeans, vqvae, vqkd"),
         ({"model": {}}, "'kind' is None"),
         ([1], "holds a list"),
@@ -176,7 +176,7 @@ def test_other_files_are_refused_and_nothing_in_them_is_run(tmp_path):
         with pytest.raises(UserError, match=message):
             load_visual_tokenizer(path)
     path.write_text("text")
-    with pytest.raises(UserError, match="not a visual tokenizer's file"):
+    with pytest.raises(UserError, match="no readable visual tokenizer"):
         load_visual_tokenizer(path)
     fit(random_images()).save(path)
     path.write_bytes(path.read_bytes()[:-100])

@@ -102,4 +102,4 @@ def test_files_are_not_replaced_and_folders_without_pictures_refused(run, shapes
     status, _, err = run("fit", tmp_path, *SMALL)
     assert status == 2 and "has no image.train.jsonl" in err
     status, _, err = run("info", tmp_path / "a.pt")
-    assert status == 2 and "not a visual tokenizer's file" in err
+    assert status == 2 and "no readable visual tokenizer" in err

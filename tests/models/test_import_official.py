@@ -270,6 +270,14 @@ def test_rms_norm_inside_experts_is_refused(tmp_path, capsys):
     assert status == 2 and "experts.*.ffn_layernorm is an RMSNorm" in err
 
 
+def test_the_checkpoint_itself_is_not_replaced(tmp_path, capsys):
+    write(tmp_path / "model.pt", official_state(PUBLISHED, 44), PUBLISHED)
+    before = (tmp_path / "model.pt").read_bytes()
+    status, _, err = import_official(capsys, tmp_path / "model.pt", "--out", tmp_path)
+    assert status == 2 and "model.pt in it is the checkpoint to import" in err
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
 def test_bad_files_are_named(tmp_path, data, capsys):
     state = official_state(PUBLISHED, 44)
     write(tmp_path / "object.pt", state, PUBLISHED, extra_state=Unknown())
@@ -278,7 +286,7 @@ def test_bad_files_are_named(tmp_path, data, capsys):
     torch.save({"cfg": {"model": PUBLISHED}}, tmp_path / "empty.pt")
     write(tmp_path / "good.pt", official_state(PUBLISHED, 48), PUBLISHED)
     for name, flags, message in (
-        ("object.pt", (), "test_import_official.Unknown is in it, and only plain data are read"),
+        ("object.pt", (), "it holds an object of test_import_official.Unknown"),
         ("text.pt", (), "text.pt: "),
         ("bare.pt", (), "no settings of a language model in its 'cfg' or 'args'"),
         ("empty.pt", (), "no 'model' with weights in it"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UserError
-from ..files import atomic_path
+from ..tensor_files import save_tensors
 
 FORMAT = 1
 _MAX_SCORES = 1 << 24  # entries of one block of vector-code scores: 64 MB of float32
@@ -99,8 +99,7 @@ class VisualTokenizer(nn.Module, ABC):
             "state": {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
             "provenance": self.provenance,
         }
-        with atomic_path(path) as temporary:
-            torch.save(content, temporary)
+        save_tensors(content, path)
 
     def train(self, mode: bool = True) -> VisualTokenizer:
         """Stays in evaluation mode: a tokenizer inside a model in training must not change its ids."""

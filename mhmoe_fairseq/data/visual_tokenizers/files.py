@@ -9,6 +9,7 @@ from typing import Any, Mapping
 import torch
 
 from ...errors import UserError
+from ..tensor_files import load_tensors
 from .base import FORMAT, VisualTokenizer
 from .patch_kmeans import PatchKMeans
 from .vqkd import VQKD, is_vqkd_checkpoint, read_vqkd
@@ -44,14 +45,7 @@ def load_visual_tokenizer(path: Path) -> VisualTokenizer:
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"--visual-tokenizer {path}: no such file; `mhmoe visual-tokenizer fit` makes one")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make the unpickler raise nearly anything
-        # Not the error's own text: PyTorch's advises to unpickle whatever the file holds.
-        raise UserError(f"{path}: not a visual tokenizer's file ({type(error).__name__})") from error
+    content = load_tensors(path, what="visual tokenizer", classes=[argparse.Namespace])
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a visual tokenizer")
     return content
