@@ -20,6 +20,9 @@ from mhmoe_fairseq.errors import UserError
         ("a\x1cb\x85c\u2028d", "a b c d"),
         ("gro\u0308\u00dfe", "gr\u00f6\u00dfe"),
         ("\u2581low\u2581", "_low_"),
+        # A ligature, a superscript are other characters; the sign of a unit is the same one in NFC.
+        ("\ufb01x\u00b2 \uff21\u2460 \u2122", "\ufb01x\u00b2 \uff21\u2460 \u2122"),
+        ("\u212b", "\u00c5"),
         (" \r", ""),
     ],
 )
@@ -78,6 +81,17 @@ def test_another_seed_holds_out_other_documents():
     splits = [assign_splits(documents, valid_fraction=0.1, test_fraction=0.1, seed=seed) for seed in (1, 2)]
     assert splits[0] != splits[1]
     assert [splits[0].count(name) for name in ("train", "valid", "test")] == [160, 20, 20]
+
+
+def test_shares_are_of_bytes_and_of_the_part_they_are_named_after():
+    """Half of the documents are a hundred times as long as the others."""
+    documents = [DocumentSize(10_000 if index % 2 else 100) for index in range(4000)]
+    assigned = assign_splits(documents, valid_fraction=0.3, test_fraction=0.05, seed=3)
+    total = sum(size.num_bytes for size in documents)
+    for split, share in (("valid", 0.3), ("test", 0.05)):
+        inside = [size.num_bytes for size, name in zip(documents, assigned) if name == split]
+        assert sum(inside) / total == pytest.approx(share, rel=0.02)
+        assert 0.4 < sum(size == 100 for size in inside) / len(inside) < 0.6
 
 
 def test_too_few_documents_and_no_documents():

@@ -14,7 +14,8 @@ from beit3_models import small_beit3
 from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from language_models import FAMILIES
 
-from mhmoe_fairseq.captions import CiderD, search_captions, tokenize
+from mhmoe_fairseq.captions import CaptionSearch, CiderD, search_captions, tokenize
+from mhmoe_fairseq.data.multimodal.masking import masked_count
 from mhmoe_fairseq.tasks.captioning import CaptioningTask
 
 FLAGS = ("--img-size", str(IMG_SIZE), "--patch-size", str(PATCH_SIZE), "--max-text-length", "16")
@@ -119,6 +120,57 @@ def test_cider_is_of_the_split(data):
         for place, row in enumerate(truth):
             words = tokenize(row["caption"].replace("small", "large"))
             assert task.dataset(split).cider.score(place, words) == pytest.approx(by_hand.score(place, words))
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_a_validation_scores_each_picture_against_its_own_references(copied, split, monkeypatch):
+    """In whatever order the index, the ground truth and a batch have the pictures."""
+    name = {"valid": "val"}.get(split, split)
+    index = copied / f"coco_captioning.{name}.jsonl"
+    index.write_text("".join(reversed(index.read_text().splitlines(keepends=True))))
+    task = build(copied)
+    task.load_dataset(split)
+    dataset = task.dataset(split)
+    truth = json.loads((copied / f"coco_karpathy_{name}_gt.json").read_text())["annotations"]
+    references = {row["image_id"]: row["caption"] for row in truth}
+    images = list(references)
+    by_hand = CiderD([[tokenize(references[image])] for image in images])
+    batch = dataset.collater([dataset[row] for row in (3, 0, 5)])
+    written = [references[image] for image in batch["image_ids"].tolist()]
+    monkeypatch.setattr(task, "write_captions", lambda model, pictures: written)
+    _, _, log = task.evaluate_batch(batch, torch.nn.Identity(), lambda model, sample: (torch.zeros(()), 1, {}))
+    own = [by_hand.score(images.index(image), tokenize(references[image])) for image in batch["image_ids"].tolist()]
+    assert log["captions"] == 3 and log["cider_sum"] == pytest.approx(sum(own))
+    others = [by_hand.score(place, tokenize(text)) for text in written for place in range(len(images))]
+    assert sorted(others)[-3:] == pytest.approx(sorted(own))  # any other picture's are worse
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("flags, share", [((), 0.7), (("--caption-mask-prob", 0.3), 0.3)])
+def test_the_share_of_masked_words_is_the_flags(data, split, flags, share):
+    """``</s>`` is one of the words, and masked as often as any other."""
+    batch, ends, rows = None, 0, 0
+    for epoch in range(1, 9 if split == "train" else 2):
+        task = build(data, *flags)
+        batch = batch_of(task, split, epoch)
+        tokens, targets = batch["net_input"]["text_tokens"], batch["text_targets"]
+        words = tokens.ne(task.dictionary.pad()).sum(1) - 1
+        assert targets.ne(task.dictionary.pad()).sum(1).tolist() == [masked_count(int(n), share) for n in words]
+        ends += int(targets.eq(task.dictionary.eos()).sum())
+        rows += len(words)
+    assert 0 < ends < rows
+    assert split != "train" or abs(ends / rows - share) < 0.15
+
+
+def test_the_search_is_the_flags(data):
+    flags = ("--caption-beam", 2, "--caption-length-penalty", 0.25, "--caption-max-len", 7)
+    assert build(data, *flags).search == CaptionSearch(2, 0.25, 7)
+    assert build(data).search == CaptionSearch(3, 0.6, 15)
+    dictionary = build(data).dictionary
+    assert build(data).specials == (
+        dictionary.bos(), dictionary.eos(),
+        (dictionary.bos(), dictionary.pad(), dictionary.unk(), dictionary.index("<mask>")),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------- decoding

@@ -14,6 +14,10 @@ from fairseq.utils import apply_to_sample
 from pictures_and_words import COUNTS, IMG_SIZE, PATCH_SIZE, write_pictures_and_words, write_tokenizer
 from PIL import Image
 
+from mhmoe_fairseq.data.multimodal.index import read_index
+from mhmoe_fairseq.data.multimodal.masking import masked_count
+from mhmoe_fairseq.data.multimodal.pictures import read_picture
+from mhmoe_fairseq.data.multimodal.transforms import EvaluationViews
 from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig, digest_of
 
@@ -69,6 +73,40 @@ def test_every_batch_has_all_modalities(data: Path) -> None:
         assert batch["pair"]["net_input"]["masked_patches"].shape == (4, patches)
         assert batch["text"]["net_input"].get("images") is None
         assert batch["pair"]["text_targets"].shape == batch["pair"]["net_input"]["text_tokens"].shape
+
+
+DEFAULT_SHARES = {"image_mask_prob": 0.4, "text_mask_prob": 0.15, "pair_text_mask_prob": 0.5}
+OTHER_SHARES = {"image_mask_prob": 0.25, "text_mask_prob": 0.34, "pair_text_mask_prob": 0.8}
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("flags", [{}, OTHER_SHARES], ids=["default", "given"])
+def test_each_modality_masks_the_share_of_its_flag(data: Path, flags: dict[str, float], split: str) -> None:
+    shares = flags or DEFAULT_SHARES
+    patches = (IMG_SIZE // PATCH_SIZE) ** 2
+    for batch in load(build(data, **flags), split):
+        for name in ("image", "pair"):
+            masked = batch[name]["net_input"]["masked_patches"].sum(1).tolist()
+            assert set(masked) == {masked_count(patches, shares["image_mask_prob"])}
+        for name, flag in (("text", "text_mask_prob"), ("pair", "pair_text_mask_prob")):
+            tokens, targets = batch[name]["net_input"]["text_tokens"], batch[name]["text_targets"]
+            words = (tokens.ne(1).sum(1) - 2).tolist()  # without <s> and </s>
+            assert targets.ne(1).sum(1).tolist() == [masked_count(count, shares[flag]) for count in words]
+
+
+@pytest.mark.parametrize("name", ["image", "pair"])
+def test_training_crops_and_jitters_and_a_held_out_set_shows_whole_pictures(data: Path, name: str) -> None:
+    whole = {}
+    for split in ("train", "valid"):
+        index = read_index(data, name, split)
+        views = EvaluationViews(IMG_SIZE, IMG_SIZE)
+        whole[split] = [views(read_picture(data / path))[0] for path in index["image_path"]]
+    seen = {split: [batch[name] for batch in load(build(data), split) if batch[name].get("counted", True)]
+            for split in whole}  # fmt: skip
+    for split, batches in seen.items():
+        for batch in batches:
+            for row, image in zip(batch["id"].tolist(), batch["net_input"]["images"]):
+                assert torch.equal(image, whole[split][row]) == (split == "valid")
 
 
 def test_masks_follow_from_seed_and_epoch(data: Path) -> None:

@@ -101,6 +101,28 @@ def test_blocks_are_seen_equally_often(count):
         assert max(seen.values()) - min(seen.values()) <= 1
 
 
+def test_every_pass_language_and_seed_has_an_order_of_its_own():
+    orders = {
+        (seed, language, visit): tuple(sampled_blocks(30, 30, visit, seed, language).tolist())
+        for seed in (1, 2)
+        for language in ("de", "en")
+        for visit in range(5)
+    }
+    assert len(set(orders.values())) == len(orders) == 20
+    assert all(sorted(order) == list(range(30)) != list(order) for order in orders.values())
+    # Passes are independent: how far a block moves from one to the next is as if both were drawn at random.
+    places = np.argsort([order for key, order in orders.items() if key[:2] == (1, "de")], axis=1)
+    assert 7 < np.abs(np.diff(places, axis=0)).mean() < 13  # (30 + 1) / 3 on average
+
+
+@pytest.mark.parametrize("count", [7, 30, 50])
+def test_epochs_go_on_where_the_one_before_stopped(count):
+    """Whatever an epoch takes of a language, the stream of its passes is the same."""
+    stream = np.concatenate([sampled_blocks(30, 30, visit, seed=4, language="el") for visit in range(9)])
+    epochs = np.concatenate([sampled_blocks(30, count, visit, seed=4, language="el") for visit in range(5)])
+    assert epochs.tolist() == stream[: 5 * count].tolist()
+
+
 # ---------------------------------------------------------------------- what an epoch holds
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from fairseq.data import Dictionary
 
 from mhmoe_fairseq.data.multimodal.masking import (
+    ASPECT,
+    _fitting_block,
     block_mask,
     check_fraction,
     mask_index,
@@ -68,6 +72,23 @@ def test_the_first_block_is_a_rectangle_of_allowed_shape():
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert len(rows) == len(columns) == 6 and mask.sum() == 36
         assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+
+
+@pytest.mark.parametrize("grid, smallest", [((14, 14), 16), ((28, 28), 64), ((7, 7), 4), ((2, 2), 1)])
+def test_the_smallest_block_is_beits_share_of_the_grid(grid, smallest):
+    number = masked_count(grid[0] * grid[1], 0.4)
+    for seed in range(20):
+        given = block_mask(grid, number, rng(seed), min_patches=smallest)
+        assert torch.equal(block_mask(grid, number, rng(seed)), given)
+
+
+def test_blocks_are_as_often_tall_as_wide_and_aspects_uniform_in_the_logarithm():
+    free = np.zeros((60, 60), dtype=bool)
+    blocks = [_fitting_block(free, 200, rng(seed), 100, ASPECT) for seed in range(900)]
+    aspects = np.log([(rows.stop - rows.start) / (columns.stop - columns.start) for rows, columns in blocks])
+    widest = math.log(1 / 0.3)
+    assert 0.9 * widest < aspects.max() < 1.1 * widest and 0.9 * widest < -aspects.min() < 1.1 * widest
+    assert abs(aspects.mean()) < 0.1 and abs(aspects.std() - widest / math.sqrt(3)) < 0.05
 
 
 def test_every_patch_is_masked_now_and_then_and_no_side_is_preferred():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +79,44 @@ def test_both_views_are_of_one_crop_and_flip(sizes):
     assert 3 <= flips <= 17
 
 
+def area_of(view: torch.Tensor) -> float:
+    """Which part of a ramp a view in [0, 1] shows; a little less than it does, for the pixels at its edges."""
+    return float((view[0].max() - view[0].min()) * (view[1].max() - view[1].min()))
+
+
+def test_views_for_pre_training_are_crops_of_a_fifth_to_all_of_the_area():
+    views = PretrainingViews(32, 32, jitter=0.0, flip=False)
+    areas = np.array([area_of(views(ramp(128, 128), rng(seed))[1]) for seed in range(200)])
+    assert areas.min() < 0.26 and areas.max() > 0.9 and 0.45 < areas.mean() < 0.62
+
+
+def test_views_for_pre_training_have_other_colours_by_default():
+    grey = Image.new("RGB", (16, 16), (100, 100, 100))  # of the three adjustments only brightness changes a grey
+    shades = np.array([float(PretrainingViews(8, 8)(grey, rng(seed))[1].mean()) * 255 for seed in range(200)])
+    assert 59 <= shades.min() < 65 and 135 < shades.max() <= 141 and abs(shades.mean() - 100) < 5
+
+
+@pytest.mark.parametrize("flip, share", [(True, 0.5), (False, 0.0)])
+@pytest.mark.parametrize("make", [PretrainingViews, TrainTransform])
+def test_half_of_the_views_are_flipped_if_asked_for(make, flip, share):
+    views = make(8, 8, jitter=0.0, flip=flip) if make is PretrainingViews else make(8, flip=flip)
+    flips = 0
+    for seed in range(300):
+        view = views(ramp(32, 32), rng(seed))
+        image = view[0] if isinstance(view, tuple) else view
+        flips += bool(image[0, 0, 0] > image[0, 0, -1])
+    assert abs(flips / 300 - share) < 0.1
+
+
+def test_crops_are_as_often_tall_as_wide_and_of_every_area():
+    boxes = [draw_crop(1000, 1000, 0.2, rng(seed)) for seed in range(1500)]
+    areas = np.array([box.width * box.height for box in boxes]) / 1e6
+    aspects = np.log([box.width / box.height for box in boxes])[areas < 0.7]  # those always fit
+    assert abs(aspects.mean()) < 0.02 and abs(aspects.std() - math.log(4 / 3) / math.sqrt(3)) < 0.01
+    small = [int(((areas >= low) & (areas < low + 0.1)).sum()) for low in (0.2, 0.3, 0.4, 0.5, 0.6)]
+    assert max(small) < 1.4 * min(small) and areas.max() > 0.95
+
+
 def test_equal_sizes_are_equal_views():
     image, tokenizer_image = PretrainingViews(32, 32)(noise(50, 40), rng(1))
     assert torch.allclose(image * 0.5 + 0.5, tokenizer_image, atol=1e-6)
@@ -138,6 +179,25 @@ def test_colours_change_within_the_strength():
     assert min(shades) >= 59 and max(shades) <= 141 and max(shades) - min(shades) > 60
 
 
+def test_brightness_contrast_and_saturation_change_once_each_in_any_order(monkeypatch):
+    calls: list[tuple[str, float]] = []
+    names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
+    for name in names:
+        monkeypatch.setattr(
+            transforms.F, name, lambda picture, factor, name=name: calls.append((name, factor)) or picture
+        )
+    picture = noise(4, 4)
+    orders = Counter()
+    for seed in range(600):
+        done = len(calls)
+        jitter_colours(picture, 0.4, rng(seed))
+        orders[tuple(name for name, _ in calls[done:])] += 1
+    assert len(orders) == 6 and all(set(order) == set(names) for order in orders) and min(orders.values()) > 70
+    for name in names:
+        factors = np.array([factor for called, factor in calls if called == name])
+        assert 0.6 <= factors.min() < 0.62 and 1.38 < factors.max() <= 1.4 and abs(factors.mean() - 1) < 0.03
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_operations_keep_the_size_and_do_what_they_are_called(name, sign):
@@ -155,6 +215,38 @@ def test_shifts_are_a_share_of_the_side():
     picture = noise(224, 224)
     shifted = np.asarray(OPERATIONS["translate_x"](picture, 0.7, 1))
     assert np.array_equal(shifted[:, 7:], np.asarray(picture)[:, :-7])  # 10 of 224 pixels times 0.7
+
+
+def test_operations_by_their_own_scales():
+    """At magnitude 7 of 10: 21 degrees of 30, 0.21 of a shear of 0.3, 1.36 of 0.1 to 1.9."""
+    picture, level, degrees = noise(64, 48), 0.7, math.degrees(math.atan(0.21))
+
+    def turned(angle: float = 0.0, shear: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
+        return transforms.F.affine(
+            picture, angle, [0, 0], 1.0, list(shear), transforms.InterpolationMode.BILINEAR, [128.0] * 3
+        )
+
+    expected = {
+        "rotate": turned(21.0),
+        "shear_x": turned(shear=(degrees, 0.0)),
+        "shear_y": turned(shear=(0.0, degrees)),
+        "brightness": transforms.F.adjust_brightness(picture, 1.36),
+        "sharpness": transforms.F.adjust_sharpness(picture, 1.36),
+    }
+    for name, changed in expected.items():
+        assert np.array_equal(np.asarray(OPERATIONS[name](picture, level, 1)), np.asarray(changed)), name
+
+
+def test_options_of_the_training_transform_have_their_effect():
+    """The draws before them are the same, so crops and flips are."""
+    picture, changed = noise(40, 40), 0
+    for seed in range(100):
+        plain = TrainTransform(16)(picture, rng(seed))
+        other = TrainTransform(16, by=IMAGENET)(picture, rng(seed))
+        mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
+        assert torch.allclose(other, (plain * 0.5 + 0.5 - mean) / std, atol=1e-5)
+        changed += not torch.equal(TrainTransform(16, randaug=True)(picture, rng(seed)), plain)
+    assert 50 < changed < 85  # two operations, each half of the time, one in ten of which is none
 
 
 def test_two_operations_each_half_of_the_time(monkeypatch):
