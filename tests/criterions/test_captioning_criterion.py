@@ -135,7 +135,21 @@ def test_metrics_come_from_sums_over_batches(model):
     assert values["nll_loss"] == pytest.approx(bits, abs=1e-3)
     assert values["ppl"] == pytest.approx(2**bits, rel=1e-2)
     assert values["accuracy"] == pytest.approx(100 * sum(int(log["ncorrect"]) for log in logs) / tokens, abs=0.01)
+    assert values["loss"] == pytest.approx(sum(float(log["loss"]) for log in logs) / tokens / math.log(2), abs=1e-3)
     assert values["cider"] == pytest.approx(100 * 4.0 / 5)
+
+
+@torch.no_grad()
+def test_the_logged_loss_is_of_tokens_that_count_and_the_others_of_all_masked_ones(model):
+    checker = criterion(model.train(), drop_worst_ratio=0.5)  # without dropout
+    log = checker(model, batch_of(model))[2]
+    model.eval()
+    with metrics.aggregate(new_root=True) as found:
+        checker.reduce_metrics([log])
+    values = found.get_smoothed_values()
+    assert (log["sample_size"], log["ntokens"]) == (3, 6)
+    assert values["loss"] == pytest.approx(float(log["loss"]) / 3 / math.log(2), abs=1e-3)
+    assert values["nll_loss"] == pytest.approx(float(log["nll_loss"]) / 6 / math.log(2), abs=1e-3)
 
 
 @pytest.mark.parametrize(

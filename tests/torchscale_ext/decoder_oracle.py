@@ -26,11 +26,15 @@ class PlainDecoder:
     Args:
         decoder: a language model's, of which only parameters are read.
         options: those that the model was built from.
+
+    Attributes:
+        losses: ``(balance, z)`` of each MoE layer that has run.
     """
 
     def __init__(self, decoder: nn.Module, options: Any) -> None:
         self.decoder, self.options = decoder, options
         self.has_subln = bool(options.subln) or not (options.no_subln or options.rms_norm or options.deepnorm)
+        self.losses: list[Tensor] = []
         self.alpha = (2 * options.decoder_layers) ** 0.25 if options.deepnorm else 1.0
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -95,7 +99,9 @@ class PlainDecoder:
 
     def route(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The MoE layer, by its own slow reference."""
-        return moe_oracle.forward(layer.moe_layer, x.flatten(0, 1))[0].view_as(x)
+        hidden, *losses = moe_oracle.forward(layer.moe_layer, x.flatten(0, 1))
+        self.losses.append(torch.stack(losses))
+        return hidden.view_as(x)
 
     def affine(self, x: Tensor, linear: nn.Module) -> Tensor:
         """A linear map, with a bias unless the options say no."""

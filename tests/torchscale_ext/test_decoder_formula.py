@@ -27,7 +27,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize("arch, flags", MODELS, ids=str)
-def test_logits_are_those_of_the_formula(arch, flags):
+def test_logits_and_auxiliary_losses_are_those_of_the_formula(arch, flags):
     # The computed tables are float32; everything else is compared in double.
     model = small_model(arch, **flags).double().eval()
     for parameter in model.parameters():  # no norm's weight is 1 and no bias 0
@@ -35,6 +35,11 @@ def test_logits_are_those_of_the_formula(arch, flags):
     filled = {"mhmoe_budget": "none"} if arch.startswith("mhmoe") else {}
     options = architecture_options(arch, **{**SMALL, **filled, **flags})
     tokens = token_rows([7, 7])
+    plain = PlainDecoder(model.decoder, options)
     with torch.no_grad():
-        actual, expected = model(tokens)[0], PlainDecoder(model.decoder, options).logits(tokens)
+        (actual, extra), expected = model(tokens), plain.logits(tokens)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    losses = [layer for layer in extra["l_aux"] if layer is not None]
+    assert len(losses) == len(plain.losses)
+    for own, by_hand in zip(losses, plain.losses):
+        torch.testing.assert_close(own, by_hand, rtol=1e-4, atol=1e-5)
