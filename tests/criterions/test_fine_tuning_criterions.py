@@ -190,12 +190,13 @@ def test_samples_that_stand_for_bad_pictures_are_counted():
 
 
 def test_retrieval_logs_what_is_found_within_a_batch():
-    model, batch = model_of("retrieval", "dense_beit3_tiny"), batch_of("retrieval", [9, 5, 2, 4])
+    model, batch = model_of("retrieval", "dense_beit3_tiny"), batch_of("retrieval", [9, 5, 2, 4, 7, 3], seed=3)
     (images, texts), _ = outputs(model, "retrieval", batch)
-    log = criterion_of("retrieval")(model, batch)[2]
-    found = [int(image @ texts[row] == max(image @ text for text in texts)) for row, image in enumerate(images)]
-    values = logged("retrieval", [log])
-    assert values["image_accuracy"] == pytest.approx(100 * sum(found) / 4)
+    values = logged("retrieval", [criterion_of("retrieval")(model, batch)[2]])
+    for name, own, others in (("image", images, texts), ("text", texts, images)):
+        found = [int(x @ others[row] == max(x @ other for other in others)) for row, x in enumerate(own)]
+        assert values[f"{name}_accuracy"] == pytest.approx(100 * sum(found) / 6, abs=0.01)
+    assert values["image_accuracy"] != values["text_accuracy"]
     assert set(values) == {"loss", "image_accuracy", "text_accuracy"}
 
 

@@ -264,6 +264,9 @@ def test_the_figure_of_all_positions_weighs_parts_by_their_positions(data: Path)
     bits = sum(nats for nats, _, _ in parts.values()) / sum(count for _, count, _ in parts.values()) / math.log(2)
     assert values["nll_loss"] == pytest.approx(bits, abs=1e-3)
     assert values["loss"] == values["nll_loss"]
+    for part, (_, count, correct) in parts.items():
+        assert values[f"{part}_accuracy"] == pytest.approx(100 * correct / count, abs=0.01)
+    assert sum(correct for _, _, correct in parts.values()) > 0
 
 
 def test_what_is_not_counted_is_called_but_not_scored(data: Path) -> None:
