@@ -92,12 +92,14 @@ def read_evaluation(path: Path) -> Evaluation:
     """Read the output of ``fairseq-eval-lm``.
 
     Raises:
-        UserError: if the file is missing or has no result.
+        UserError: if the file is missing, or has no result or one of no tokens.
     """
     text = "\n".join(_lines(path))
     evaluated, result = _EVALUATED.search(text), _RESULT.search(text)
     if evaluated is None or result is None:
         raise UserError(f"{path} has no result of fairseq-eval-lm: the evaluation failed, or is still running")
+    if evaluated[1] == "0":
+        raise UserError(f"{path}: fairseq-eval-lm evaluated 0 tokens, so its perplexity says nothing")
     return Evaluation(float(result[1]), float(result[2]), int(evaluated[1].replace(",", "")))
 
 

@@ -1,4 +1,4 @@
-"""Batches that hold every sample, on both fairseq versions."""
+"""Batches that hold every sample, on both fairseq versions, or none at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import copy
 
 import numpy as np
 from fairseq.data import FairseqDataset, MonolingualDataset
+
+from ..errors import UserError
 
 
 class WholeBatches(FairseqDataset):
@@ -31,3 +33,30 @@ class WholeMonolingualDataset(WholeBatches, MonolingualDataset):
         whole = copy.copy(dataset)
         whole.__class__ = cls
         return whole
+
+
+def require_fitting_blocks(
+    sizes: np.ndarray, positions: int | None, max_tokens: int | None = None, context_window: int = 0
+) -> None:
+    """Stop where fairseq would leave out the blocks that a model cannot read, and tell a figure of the others.
+
+    Args:
+        sizes: tokens of each block.
+        positions: most tokens that the model reads; None for any number.
+        max_tokens: most tokens of a batch.
+        context_window: tokens before a block that are read with it.
+
+    Raises:
+        UserError: naming the flag, the lengths and what to do.
+    """
+    lengths = sizes + context_window
+    longest = int(lengths.max(initial=0))
+    if positions is not None and longest > positions:
+        context = f", {context_window:,} of them --context-window" if context_window else ""
+        raise UserError(
+            f"--tokens-per-sample: {int((lengths > positions).sum()):,} of {len(lengths):,} blocks are longer than the "
+            f"model's {positions:,} positions (the longest: {longest:,} tokens{context}) and would be left out: give "
+            f"--tokens-per-sample {positions}, and --sample-break-mode none where a line or document is longer"
+        )
+    if max_tokens is not None and longest > max_tokens:
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least {longest:,}, the tokens of the longest block")

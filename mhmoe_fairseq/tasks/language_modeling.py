@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fairseq import utils
+from fairseq.data import FairseqDataset, LMContextWindowDataset, MonolingualDataset
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..compat import refuse_tpu
+from ..errors import UserError
 from ..training import ParallelTask, TrainingFlags
-from ._batching import WholeMonolingualDataset
+from ._batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ._binarised import check_folder, check_split
 
 
@@ -35,9 +38,15 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
         Raises:
             FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: if no data are given, shards disagree on the dictionary, or a TPU is asked for.
+            ValueError: if no data are given, shards disagree on the dictionary, a block has no token, or a TPU is
+                asked for.
         """
         refuse_tpu(args.tpu)
+        if args.tokens_per_sample < 1:
+            raise UserError(
+                f"--tokens-per-sample ({args.tokens_per_sample}) must be at least 1; fairseq-eval-lm takes "
+                "--context-window off what is given, so that must be less"
+            )
         if not args.data:
             raise ValueError("no data folder given: name one, or several shards as a:b:c")
         folders = data_folders(args)
@@ -60,6 +69,48 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
             check_split(folder / split, len(self.dictionary))
         super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
         self.datasets[split] = WholeMonolingualDataset.of(self.datasets[split])
+
+    def filter_indices_by_size(
+        self,
+        indices: np.ndarray,
+        dataset: FairseqDataset,
+        max_positions: Any = None,
+        ignore_invalid_inputs: bool = False,
+    ) -> np.ndarray:
+        """fairseq's choice of the blocks that a model can read, where some may be left out; else all or an error.
+
+        Raises:
+            UserError: as ``require_fitting_blocks``.
+        """
+        is_split = isinstance(dataset, WholeBatches)  # and no prompt
+        if is_split and not ignore_invalid_inputs and isinstance(max_positions, (int, float)):
+            require_fitting_blocks(dataset.sizes, int(max_positions))
+        return super().filter_indices_by_size(indices, dataset, max_positions, ignore_invalid_inputs)
+
+    def eval_lm_dataloader(
+        self,
+        dataset: MonolingualDataset,
+        max_tokens: int | None = 36000,
+        batch_size: int | None = None,
+        max_positions: int | None = None,
+        context_window: int = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """Batches for ``fairseq-eval-lm`` with all of the blocks.
+
+        Raises:
+            UserError: as ``require_fitting_blocks``.
+        """
+        require_fitting_blocks(dataset.sizes, max_positions, max_tokens, context_window)
+        if context_window > 0:
+            dataset = self.with_context(dataset, context_window)
+        return super().eval_lm_dataloader(dataset, max_tokens, batch_size, max_positions, **kwargs)
+
+    def with_context(self, dataset: MonolingualDataset, context_window: int) -> FairseqDataset:
+        """The blocks, each read with as many tokens before it."""
+        return LMContextWindowDataset(
+            dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
+        )
 
 
 def data_folders(args: Any) -> list[Path]:

@@ -179,10 +179,8 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         super().reduce_metrics(logging_outputs, criterion)
         log_languages(self.languages, logging_outputs)
 
-    def eval_lm_dataloader(self, dataset: LanguagesDataset, *args: Any, context_window: int = 0, **kwargs: Any) -> Any:
-        """Batches for ``fairseq-eval-lm``; a ``--context-window`` never reaches into another language."""
-        if context_window > 0:
-            dataset = LanguageContextDataset(
-                dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
-            )
-        return super().eval_lm_dataloader(dataset, *args, **kwargs)
+    def with_context(self, dataset: LanguagesDataset, context_window: int) -> LanguageContextDataset:
+        """The blocks, each read with as many tokens before it, which never come from another language."""
+        return LanguageContextDataset(
+            dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
+        )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from console import evaluate
 
 from mhmoe_fairseq.analysis.run_logs import read_evaluation
 from mhmoe_fairseq.analysis.runs import read_run
@@ -31,3 +33,19 @@ def test_languages_of_a_model_of_one_text(runs, capsys: pytest.CaptureFixture) -
     words = [runs.dense / "checkpoint_last.pt", "--data", runs.data, "--langs", "de"]
     assert main(["evaluate", *map(str, words)]) == 2
     assert "was trained on one text, not on several languages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            ("--tokens-per-sample", 1024),
+            r"blocks are longer than the model's \d+ positions .* give --tokens",
+        ),
+        (("--context-window", 4096), r"--tokens-per-sample \(-\d+\) must be at least 1; .* --context-window"),
+    ],
+)
+def test_no_figure_comes_of_an_empty_set(runs, flags: tuple, message: str) -> None:
+    """1024 is fairseq's block length where none is given."""
+    log = evaluate(runs.data, runs.dense / "checkpoint_last.pt", *flags, check=False)
+    assert re.search(f"UserError: .*{message}", log) and "Perplexity" not in log

@@ -82,3 +82,9 @@ def test_an_evaluation_that_failed_is_refused(tmp_path: Path) -> None:
     path.write_text("Traceback (most recent call last):\n")
     with pytest.raises(ValueError, match="eval-test.log has no result of fairseq-eval-lm"):
         read_evaluation(path)
+
+
+def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "Evaluated 0 tokens in 0.0s (0.00 tokens/s)", "Loss (base 2): 0.0000, Perplexity: 1.00")
+    with pytest.raises(ValueError, match="train.log: fairseq-eval-lm evaluated 0 tokens"):
+        read_evaluation(path)

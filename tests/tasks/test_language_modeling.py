@@ -12,6 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.tasks import TASK_REGISTRY
 
+from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
 
 DOCUMENT_END: list[int] = []  # an empty line
@@ -91,6 +92,50 @@ def test_context_windows_still_work(data):
     task.load_dataset("valid")
     iterator = task.eval_lm_dataloader(task.dataset("valid"), batch_size=1, context_window=4, num_workers=0)
     assert sum(int(batch["ntokens"]) for batch in iterator) == sum(len(line) + 1 for line in random_lines(11))
+
+
+# ---------------------------------------------------------------------- nothing is left out without a word
+
+
+@pytest.mark.parametrize(
+    "changes, how, message",
+    [
+        (
+            {},
+            {"max_positions": 15},
+            r"3 of 4 blocks are longer than the model's 15 positions \(the longest: 16 tokens\)",
+        ),
+        (
+            {"sample_break_mode": "eos"},
+            {"max_positions": 8},
+            r"[1-9] of 11 blocks are longer than the model's 8 positions \(the longest: 9 tokens\) and would be left "
+            "out: give --tokens-per-sample 8, and --sample-break-mode none where a line",
+        ),
+        ({}, {"max_positions": 20, "context_window": 8}, "the longest: 24 tokens, 8 of them --context-window"),
+        ({}, {"max_tokens": 12, "max_positions": 16}, r"--max-tokens \(12\) must be at least 16, the tokens of the"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_an_error_in_evaluation(data, changes, how, message):
+    task = task_for(data, **changes)
+    task.load_dataset("valid")
+    with pytest.raises(UserError, match=message):
+        task.eval_lm_dataloader(task.dataset("valid"), **how)
+
+
+def test_a_validation_leaves_out_blocks_only_if_told_to(data):
+    task = task_for(data, sample_break_mode="eos")
+    task.load_dataset("valid")
+    with pytest.raises(UserError, match="blocks are longer than the model's 8 positions"):
+        task.get_batch_iterator(task.dataset("valid"), max_positions=8)
+    told = task.get_batch_iterator(task.dataset("valid"), max_positions=8, ignore_invalid_inputs=True)
+    assert 0 < sum(len(batch) for batch in told.frozen_batches) < 11
+
+
+def test_a_context_window_leaves_room_for_a_block(data):
+    with pytest.raises(
+        UserError, match=r"--tokens-per-sample \(-4\) must be at least 1; .* takes --context-window off"
+    ):
+        task_for(data, tokens_per_sample=16 - 20)
 
 
 # ---------------------------------------------------------------------- documents and shards
