@@ -1,0 +1,63 @@
+"""Perplexity of a split against scoring every target by hand, with and without ``--add-bos-token``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fairseq.data import Dictionary
+from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
+from language_models import small_dictionary, small_model
+
+from mhmoe_fairseq.evaluation.perplexity import score_split
+from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
+
+BLOCK = 16
+
+
+def random_lines(count: int) -> list[list[int]]:
+    generator = np.random.default_rng(0)
+    return [[*generator.integers(4, 44, size=generator.integers(1, 9)).tolist(), 2] for _ in range(count)]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    small_dictionary().save(str(tmp_path / "dict.txt"))
+    builder = MMapIndexedDatasetBuilder(str(tmp_path / "valid.bin"), dtype=np.uint16)
+    for line in random_lines(23):
+        builder.add_item(torch.tensor(line))
+    builder.finalize(str(tmp_path / "valid.idx"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bos_token: bool) -> None:
+    parser = argparse.ArgumentParser()
+    MHMoELanguageModelingTask.add_args(parser)
+    args = parser.parse_args([str(data)])
+    settings = {
+        "tpu": False, "seed": 1, "dataset_impl": None, "use_plasma_view": False, "plasma_path": "", "batch_size": None,
+        "batch_size_valid": None, "data_buffer_size": 0, "sample_break_mode": "none", "tokens_per_sample": BLOCK,
+        "add_bos_token": add_bos_token,
+    }  # fmt: skip
+    vars(args).update(settings)
+    task = MHMoELanguageModelingTask.setup_task(args)
+    model = small_model("mhmoe_lm_tiny", dictionary=task.dictionary, tokens_per_sample=32).eval()
+    with torch.no_grad():  # an untrained model finds every word alike
+        model.decoder.output_projection.weight.mul_(20)
+    stream = [token for line in random_lines(23) for token in line]
+    nats, eos, bos = 0.0, Dictionary().eos(), Dictionary().bos()
+    for start in range(0, len(stream), BLOCK):
+        block = stream[start : start + BLOCK]
+        # fairseq reads the token before a block, </s> before the first; <s> comes in front of that.
+        source = [*([bos] if add_bos_token else []), stream[start - 1] if start else eos, *block[:-1]]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([source]))[0][0].log_softmax(-1)
+        nats -= float(log_probs[-len(block) :].gather(1, torch.tensor(block)[:, None]).double().sum())
+    scores = score_split(model, task, "valid", None, batch_size=3)
+    assert scores.total.tokens == len(stream)
+    assert scores.total.loss == pytest.approx(nats / len(stream) / math.log(2), rel=1e-5)
