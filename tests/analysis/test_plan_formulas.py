@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from mhmoe_fairseq.analysis.model_shape import ModelShape, shape_of
 from mhmoe_fairseq.analysis.rank_memory import rank_parameters, rounded_weight_bytes
 from mhmoe_fairseq.analysis.tables import byte_size, duration
 from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.moe import MHMoEConfig
 
 D, F, HEADS, LAYERS, WORDS = 32, 64, 2, 3, len(small_dictionary())
 # 8 ranks on 4 nodes, 10 tokens each; a rank sends 100 bytes a second in its node, a node 20 to all others.
@@ -140,6 +142,34 @@ def test_a_dropout_mask_is_a_byte_on_a_device() -> None:
     _, shape = planned(dropout=0.1)
     # After the layer's experts, and after attention.
     assert moe_bytes(shape, cpu=True) - moe_bytes(shape, cpu=False) == 2 * D * 3
+
+
+ROWS = HEADS * 2
+# What changes in an MoE layer -> bytes that a token keeps more, without and with a gate.
+CHANGES: list[tuple[str, dict[str, Any], Callable[[MHMoEConfig], tuple[int, int]]]] = [
+    ("a router that normalises inputs too keeps both", {"router_normalize": "both"},
+     lambda moe: (HEADS * moe.router_dim * 4,) * 2),
+    ("an expert more: a probability and a logit", {"num_experts": 9}, lambda moe: (HEADS * 2 * 4,) * 2),
+    ("a mask of a byte", {"activation_dropout": 0.1}, lambda moe: (ROWS * moe.expert_ffn_dim,) * 2),
+    ("a shared expert: input and output of its activation; or both maps, silu and product", {"shared_expert_dim": 24},
+     lambda moe: (24 * 2 * 4, 24 * 4 * 4)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("change, bytes_of", [row[1:] for row in CHANGES], ids=[row[0] for row in CHANGES])
+def test_what_an_moe_layer_keeps_more(
+    change: dict[str, Any], bytes_of: Callable[[MHMoEConfig], tuple[int, int]], gated: bool
+) -> None:
+    _, shape = planned(**({"activation_fn": "silu", "no_bias": True} if gated else {}))
+    changed = dataclasses.replace(shape, moe=dataclasses.replace(shape.moe, **change))
+    assert moe_bytes(changed) - moe_bytes(shape) == bytes_of(shape.moe)[gated]
+
+
+def test_a_norm_in_the_experts_keeps_three_tensors() -> None:
+    _, shape = planned(no_subln=True)
+    normed = dataclasses.replace(shape, moe=dataclasses.replace(shape.moe, expert_layernorm=True))
+    assert moe_bytes(normed) - moe_bytes(shape) == ROWS * shape.moe.expert_ffn_dim * 3 * 4
 
 
 # ---------------------------------------------------------------------- tables and flags
