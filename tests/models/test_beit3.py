@@ -133,6 +133,17 @@ def test_a_registered_head_gets_features_and_extra():
         model(**beit3_batch("pair", [5, 3]), head="second")
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_head_says_whether_it_reads_features_after_the_last_norm(normalize):
+    model = small_beit3().double().eval()
+    head = FirstPosition(32, 3).double()
+    head.normalize_output = normalize
+    model.register_head("first", head)
+    batch = beit3_batch("pair", [5, 3])
+    features, extra = model.beit3(**batch, normalize_output=normalize)
+    torch.testing.assert_close(model(**batch, head="first")[0], head(features, extra))
+
+
 def test_bad_inputs_are_named():
     model = small_beit3().double()
     with pytest.raises(ValueError, match="text_tokens or images: give one, or both"):

@@ -96,6 +96,18 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(files):
     assert len(os.listdir(Path(old).parent)) == 2
 
 
+def test_the_bytes_reach_the_disk_before_the_name_changes(files, monkeypatch):
+    """A machine that loses power keeps the old file or the new one."""
+    new, old = files
+    done = []
+    for name in ("fsync", "replace"):
+        stock = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, stock=stock: (done.append(name), stock(*args)))
+    PathManager.copy(new, old, overwrite=True)
+    checkpoint_utils.torch_persistent_save({"number": 3}, old)
+    assert done == ["fsync", "replace"] * 2
+
+
 def test_installing_twice_changes_nothing():
     installed = PathManager.copy, checkpoint_utils.torch_persistent_save
     save_atomically()
