@@ -12,6 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
+from .arguments import ArgumentParser
+
 COMMANDS = {
     "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a source or your text"),
     "visual-tokenizer": (
@@ -45,9 +47,9 @@ COMMANDS = {
 }
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+def build_parser(command: str | None = None) -> ArgumentParser:
     """The parser; only ``command``'s module is imported, the others show their one-line help."""
-    parser = argparse.ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
     for name, (module, summary) in COMMANDS.items():
@@ -67,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = next((word for word in argv if not word.startswith("-")), None)
-    args = build_parser(command).parse_args(argv)
-    if args.command == "user-dir":
-        print(Path(__file__).resolve().parent)
-        return 0
     try:
+        args = build_parser(command).parse_args(argv)
+        if args.command == "user-dir":
+            print(Path(__file__).resolve().parent)
+            return 0
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except (ValueError, OSError) as error:
-        print(f"mhmoe {args.command}: error: {error}", file=sys.stderr)
+        print(f"mhmoe{f' {command}' if command in COMMANDS else ''}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -19,21 +19,24 @@ MAY_IMPORT = {
     "parallel": {"moe"},
     "torchscale_ext": {"moe", "parallel"},
     "criterions": {"moe"},
-    "models": {"moe", "parallel", "torchscale_ext", "data", "compat", "errors"},
-    "data": {"errors", "locks"},
+    "models": {"moe", "parallel", "torchscale_ext", "data", "compat", "arguments", "errors"},
+    "data": {"arguments", "errors", "locks"},
     "training": {"moe", "parallel", "data", "compat", "errors", "locks"},
     "captions": {"data", "errors"},
     "tasks": {"data", "models", "training", "captions", "compat", "errors"},
     "evaluation": {
-        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "compat", "errors"
+        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "compat",
+        "arguments", "errors"
     },
     "analysis": {
-        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "evaluation", "errors"
+        "moe", "parallel", "torchscale_ext", "criterions", "models", "data", "captions", "tasks", "evaluation",
+        "arguments", "errors"
     },
     "compat": {"data"},
     "errors": set(),
     "locks": {"errors"},
-    "cli": {"errors"},
+    "arguments": {"errors"},
+    "cli": {"arguments", "errors"},
     "__init__": {"compat", "criterions", "models", "tasks", "training"},
 }
 FAIRSEQ = {"fairseq", "fairseq_cli", "hydra", "omegaconf", "torchscale", "fairscale", "timm"}
@@ -45,6 +48,7 @@ FOREIGN = {
     "captions": FAIRSEQ,
     "errors": FAIRSEQ | {"torch"},
     "locks": FAIRSEQ | {"torch"},
+    "arguments": FAIRSEQ | {"torch"},
 }
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
+from ..arguments import existing_file, existing_folder, output_folder, real, whole
 from .activation import ACTIVE_THRESHOLD, Activation, mean, measured_activation, write_activation
 from .console import quiet, say
 from .data_identity import identify_data
@@ -22,18 +22,22 @@ from .tables import markdown_table, number, percent
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe analyze``."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of a model with experts")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared folder with the split")
+    parser.add_argument(
+        "checkpoint", type=existing_file, metavar="CHECKPOINT", help="checkpoint file of a model with experts"
+    )
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="prepared folder with the split"
+    )
     parser.add_argument("--split", default="valid", help="train, valid or test")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR",
+        "--out", type=output_folder, metavar="DIR",
         help="folder for activation-SPLIT.json and .png, languages- or modalities-SPLIT (default: the checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=float, default=ACTIVE_THRESHOLD, metavar="SHARE",
+        "--threshold", type=real(at_least=0, at_most=1), default=ACTIVE_THRESHOLD, metavar="SHARE",
         help="an expert is active from this share of the uniform load on",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=32, help="blocks, or images, per batch")
+    parser.add_argument("--batch-size", type=whole(), default=32, help="blocks, or images, per batch")
     parser.add_argument("--no-plots", action="store_true", help="no heat map; needs no matplotlib")
 
 
@@ -43,8 +47,6 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: for a bad flag, checkpoint or data folder, before the measurement.
     """
-    if not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold ({args.threshold}) must be in [0, 1]")
     if not args.no_plots:
         require_matplotlib()
     settings = read_settings(args.checkpoint)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import Any
 
+from ..arguments import existing_file, existing_path, output_file, whole
 from ..data.files import write_json
 from ..errors import UserError
 from .checkpoint_average import average, choose_inputs
@@ -54,22 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
     inspect = action("inspect", "say what a checkpoint holds", _INSPECT)
-    inspect.add_argument("checkpoint", type=Path, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
-    inspect.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
+    inspect.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there, too")
 
     convert = action("convert", "turn a .pt into a .safetensors file or back", _CONVERT)
-    convert.add_argument("source", type=Path, metavar="FROM", help="the file to read")
-    convert.add_argument("target", type=Path, metavar="TO", help="the file to write")
+    convert.add_argument("source", type=existing_file, metavar="FROM", help="the file to read")
+    convert.add_argument("target", type=output_file, metavar="TO", help="the file to write")
     convert.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
 
     mean = action("average", "average the weights of several checkpoints", _AVERAGE)
-    mean.add_argument("--inputs", type=Path, nargs="+", required=True, metavar="PATH", help="files, or one folder")
-    mean.add_argument("--num-epoch-checkpoints", type=int, metavar="N", help="the last N checkpointEPOCH.pt of it")
     mean.add_argument(
-        "--num-update-checkpoints", type=int, metavar="N", help="the last N checkpoint_EPOCH_UPDATE.pt of it"
+        "--inputs", type=existing_path, nargs="+", required=True, metavar="PATH", help="files, or one folder"
     )
-    mean.add_argument("--checkpoint-upper-bound", type=int, metavar="M", help="none of a later epoch or update than M")
-    mean.add_argument("--output", type=Path, required=True, metavar="FILE", help="a .pt or .safetensors file")
+    mean.add_argument("--num-epoch-checkpoints", type=whole(), metavar="N", help="the last N checkpointEPOCH.pt of it")
+    mean.add_argument(
+        "--num-update-checkpoints", type=whole(), metavar="N", help="the last N checkpoint_EPOCH_UPDATE.pt of it"
+    )
+    mean.add_argument(
+        "--checkpoint-upper-bound", type=whole(at_least=0), metavar="M", help="none of a later epoch or update than M"
+    )
+    mean.add_argument("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
     for writer in (convert, mean):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arguments import existing_file, existing_folder, output_folder, whole
 from ..data.files import require_files, write_json
 from ..data.multimodal.index import index_files, read_index
 from ..errors import UserError
@@ -24,18 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe diversity``."""
     parser.add_argument(
         "checkpoints",
-        type=Path,
+        type=existing_file,
         nargs="+",
         metavar="CHECKPOINT",
         help="checkpoint files of one training, one for each number of updates",
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of mhmoe prepare image-text")
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare image-text"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--split", default="valid", help="train, valid or test: where pictures are taken from")
-    what.add_argument("--image", type=Path, nargs="+", metavar="FILE", help="pictures in place of a split's")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="how many of the split, evenly spread")
+    what.add_argument("--image", type=existing_file, nargs="+", metavar="FILE", help="pictures in place of a split's")
+    parser.add_argument("--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR",
+        "--out", type=output_folder, metavar="DIR",
         help="folder for diversity.json, diversity.png and diversity-course.png (default: the first checkpoint's)",
     )  # fmt: skip
     parser.add_argument("--no-plots", action="store_true", help="only JSON; needs no matplotlib")
@@ -47,12 +50,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: for a bad flag, checkpoint, picture or data folder.
     """
-    if args.pictures < 1:
-        raise UserError(f"--pictures ({args.pictures}) must be at least 1")
     if not args.no_plots:
         require_matplotlib()
     pictures = args.image or choose_pictures(args.data, args.split, args.pictures)
-    require_files(pictures, "--image")
+    require_files(pictures, "--data")
     with quiet():
         settings = [read_settings(checkpoint) for checkpoint in args.checkpoints]
         sizes = {(stored["task"].get("img_size"), stored["task"].get("patch_size")) for stored in settings}

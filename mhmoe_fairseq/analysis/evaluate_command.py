@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..arguments import existing_file, existing_folder, output_file, whole
 from ..data.files import sha256_of
 from ..errors import UserError
 from ..evaluation.modality_scores import ModalityScores, score_modalities, together, write_modality_scores
@@ -22,20 +23,26 @@ from .tables import markdown_table, number, percent
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe evaluate``."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="checkpoint file of a pre-trained model")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of mhmoe prepare")
+    parser.add_argument(
+        "checkpoint", type=existing_file, metavar="CHECKPOINT", help="checkpoint file of a pre-trained model"
+    )
+    parser.add_argument("--data", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare")
     parser.add_argument("--split", default="test", help="valid, test, or one language's, such as test_de")
     parser.add_argument("--langs", metavar="CODES", help="evaluate on these of the languages, with commas in between")
     parser.add_argument(
-        "--visual-tokenizer", type=Path, metavar="FILE",
+        "--visual-tokenizer", type=existing_file, metavar="FILE",
         help="that of the training, where it is no longer where it was then",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=36000, metavar="N", help="most tokens per batch of text")
+    parser.add_argument("--max-tokens", type=whole(), default=36000, metavar="N", help="most tokens per batch of text")
     parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N", help="most blocks, or samples of each modality, per batch"
+        "--batch-size",
+        type=whole(),
+        default=32,
+        metavar="N",
+        help="most blocks, or samples of each modality, per batch",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE",
+        "--json", type=output_file, metavar="FILE",
         help="write the figures there, too; mhmoe report reads eval-SPLIT.json in a run's folder",
     )  # fmt: skip
 

@@ -9,12 +9,12 @@ import argparse
 import dataclasses
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import gen_parser_from_dataclass
 
+from ..arguments import output_file, real, whole
 from ..data.files import write_json
 from ..errors import UserError
 from ..models.architectures import architecture_options
@@ -114,22 +114,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe plan``: its own, short names, and every model flag of ``fairseq-train``."""
     parser.add_argument("--arch", default="mhmoe_lm_base", help="named architecture; its baselines come with it")
     parser.add_argument(
-        "--experts", type=int, nargs="+", metavar="E", help="numbers of experts (default: --moe-expert-count, else 8)"
+        "--experts",
+        type=whole(),
+        nargs="+",
+        metavar="E",
+        help="numbers of experts (default: --moe-expert-count, else 8)",
     )
-    parser.add_argument("--vocab-size", type=int, help="entries of the dictionary (default: the paper's)")
-    parser.add_argument("--tokens-per-sample", type=int, default=1024, help="tokens per block, for attention's FLOPs")
+    parser.add_argument("--vocab-size", type=whole(), help="entries of the dictionary (default: the paper's)")
     parser.add_argument(
-        "--visual-tokens", type=int, default=PAPER_VISUAL_TOKENS, help="BEiT-3: codes of the visual tokenizer"
+        "--tokens-per-sample", type=whole(), default=1024, help="tokens per block, for attention's FLOPs"
+    )
+    parser.add_argument(
+        "--visual-tokens", type=whole(), default=PAPER_VISUAL_TOKENS, help="BEiT-3: codes of the visual tokenizer"
     )
     for name, what in zip(_PICTURE_FLAGS, ("side of a picture", "side of a patch", "longest text, in tokens")):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"BEiT-3: {what}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=whole(), help=f"BEiT-3: {what}")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there, too")
     short = parser.add_argument_group("short names")
     for flag, name in _SHORT_FLAGS.items():
-        short.add_argument(flag, dest=name, type=int, help=f"the same as --{name.replace('_', '-')}")
+        short.add_argument(flag, dest=name, type=whole(), help=f"the same as --{name.replace('_', '-')}")
     for flag, name in _SHORT_SIZES.items():
         words = name.replace("_", "-")
-        short.add_argument(flag, dest=name, type=int, help=f"the same as --decoder-{words} or --encoder-{words}")
+        short.add_argument(flag, dest=name, type=whole(), help=f"the same as --decoder-{words} or --encoder-{words}")
     short.add_argument(
         "--budget", dest="mhmoe_budget", choices=("none", "params", "flops"), help="the same as --mhmoe-budget"
     )
@@ -141,21 +147,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_cluster_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--ranks", type=int, metavar="W", help="processes, one for each device; --ep of them share experts"
-    )
-    group.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="consecutive ranks on one machine")
-    group.add_argument(
-        "--tokens-per-rank", type=int, default=4096, metavar="T", help="in one micro-batch, without padding"
+        "--ranks", type=whole(), metavar="W", help="processes, one for each device; --ep of them share experts"
     )
     group.add_argument(
-        "--link", type=float, default=300, metavar="GB/S", help="gigabytes a second that a rank sends inside its node"
+        "--ranks-per-node", type=whole(), default=8, metavar="N", help="consecutive ranks on one machine"
     )
     group.add_argument(
-        "--network", type=float, default=100, metavar="GBIT/S",
+        "--tokens-per-rank", type=whole(), default=4096, metavar="T", help="in one micro-batch, without padding"
+    )
+    group.add_argument(
+        "--link",
+        type=real(above=0),
+        default=300,
+        metavar="GB/S",
+        help="gigabytes a second that a rank sends inside its node",
+    )
+    group.add_argument(
+        "--network", type=real(above=0), default=100, metavar="GBIT/S",
         help="gigabits a second that a node sends to all others, for all its ranks together",
     )  # fmt: skip
     group.add_argument(
-        "--tflops", type=float, metavar="TFLOPS", help="what a rank reaches in training; adds the time of computing"
+        "--tflops",
+        type=real(above=0),
+        metavar="TFLOPS",
+        help="what a rank reaches in training; adds the time of computing",
     )
     group.add_argument("--cpu", action="store_true", help="activation memory as on CPUs, whose experts keep less")
 
@@ -321,9 +336,6 @@ def _experts(args: argparse.Namespace) -> list[int]:
     if args.experts and args.moe_expert_count:
         raise UserError("--experts and --moe-expert-count both set the number of experts: give one")
     experts = args.experts or [args.moe_expert_count or 8]
-    for count in experts:
-        if count < 1:
-            raise UserError(f"--experts ({count}) must be at least 1")
     return experts
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..arguments import existing_folder, existing_path, output_file, seed, whole
 from ..data.files import require_files, sha256_of, write_json
 from ..data.languages import get_language
 from ..errors import UserError
@@ -21,11 +22,11 @@ _PIVOT = "en"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe probe``."""
     parser.add_argument(
-        "--checkpoint", nargs="+", type=Path, required=True, metavar="FILE",
+        "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
         help="checkpoints of language models, or folders that hold one",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="folder made by mhmoe prepare multilingual"
+        "--data", type=existing_folder, required=True, metavar="DIR", help="folder made by mhmoe prepare multilingual"
     )
     parser.add_argument("--split", choices=["valid", "test"], default="test", help="of the aligned text")
     parser.add_argument(
@@ -33,17 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PAIRS",
         help="such as en-de,de-en: context-candidates (default: English with each, both ways)",
     )
-    parser.add_argument("--candidates", type=int, default=4, metavar="N", help="sentences to choose from")
-    parser.add_argument("--max-items", type=int, default=200, metavar="N", help="most questions per pair")
-    parser.add_argument("--min-characters", type=int, default=10, metavar="N", help="shorter sentences are left out")
-    parser.add_argument("--seed", type=int, default=1, help="of questions, distractors and their order")
+    parser.add_argument("--candidates", type=whole(at_least=2), default=4, metavar="N", help="sentences to choose from")
+    parser.add_argument("--max-items", type=whole(), default=200, metavar="N", help="most questions per pair")
+    parser.add_argument(
+        "--min-characters", type=whole(at_least=0), default=10, metavar="N", help="shorter sentences are left out"
+    )
+    parser.add_argument("--seed", type=seed, default=1, help="of questions, distractors and their order")
     parser.add_argument(
         "--language-token", action=argparse.BooleanOptionalAction,
         help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
-    parser.add_argument("--max-batch-tokens", type=int, default=8192, metavar="N", help="most tokens per batch")
+    parser.add_argument("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there as JSON, too")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the figures there as JSON, too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fairseq.data import Dictionary
 
+from ..arguments import existing_folder, output_file, whole
 from ..data.files import atomic_open
 from ..errors import UserError
 from . import report
@@ -23,11 +24,13 @@ from .summary import Summary, summarise
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe report``."""
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN_DIR",
+        "runs", nargs="+", type=existing_folder, metavar="RUN_DIR",
         help="folder with checkpoints, train.log, and eval-valid and eval-test (.json of mhmoe evaluate or .log)",
     )  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data that all runs were trained on")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report.md"), metavar="FILE", help="the report")
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR", help="data that all runs were trained on"
+    )
+    parser.add_argument("--out", type=output_file, default=Path("outputs/report.md"), metavar="FILE", help="the report")
     parser.add_argument(
         "--aggregate", action="store_true",
         help="mean and standard deviation over seeds; RUN_DIR is MODEL/seed-N, or a folder of such",
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-split", default="valid", metavar="SPLIT",
         help="split on which expert activation is measured; none to leave it out",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=int, default=32, help="blocks per batch of that measurement")
+    parser.add_argument("--batch-size", type=whole(), default=32, help="blocks per batch of that measurement")
     parser.add_argument("--no-plots", action="store_true", help="tables only; needs no matplotlib")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import existing_folder, output_file
 from ..data.files import atomic_open, read_json
 from ..errors import UserError
 from .console import say
@@ -36,10 +37,13 @@ _DERIVED = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe report-tasks``."""
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="holds TASK/NAME/scores-SPLIT.json, as finetune.sh leaves them"
+        "folder",
+        type=existing_folder,
+        metavar="DIR",
+        help="holds TASK/NAME/scores-SPLIT.json, as finetune.sh leaves them",
     )
     parser.add_argument("--names", nargs="+", metavar="NAME", help="models, in this order (default: all there are)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table there as Markdown, too")
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="write the table there as Markdown, too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import existing_folder, existing_path, output_folder, whole
 from ..data.files import sha256_of, write_json
 from ..data.languages import PAPER_LANGUAGES, parse_languages
 from ..errors import UserError
@@ -26,15 +27,15 @@ CHANCE = 1 / 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe xnli``."""
     parser.add_argument(
-        "--checkpoint", nargs="+", type=Path, required=True, metavar="FILE",
+        "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
         help="checkpoints of language models, or folders that hold one; each is a row of the table",
     )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, metavar="DIR",
+        "--data", type=existing_folder, metavar="DIR",
         help="folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
     )  # fmt: skip
     parser.add_argument(
-        "--xnli-dir", type=Path, required=True, metavar="DIR",
+        "--xnli-dir", type=existing_folder, required=True, metavar="DIR",
         help="your copy of XNLI: the official files, or a JSON lines file per language",
     )  # fmt: skip
     parser.add_argument("--langs", metavar="CODES", help="languages, with commas in between (default: all there are)")
@@ -43,11 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--language-token", action=argparse.BooleanOptionalAction,
         help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="only N examples of each language, for a trial")
-    parser.add_argument("--max-batch-tokens", type=int, default=8192, metavar="N", help="most tokens per batch")
+    parser.add_argument("--limit", type=whole(), metavar="N", help="only N examples of each language, for a trial")
+    parser.add_argument("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
     parser.add_argument(
-        "--out", type=Path, default=Path("outputs/xnli"), metavar="DIR",
+        "--out", type=output_folder, default=Path("outputs/xnli"), metavar="DIR",
         help="folder for results.json, the scores of every example and lm-eval's task files",
     )  # fmt: skip
 
@@ -59,8 +60,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: for a bad flag, file or checkpoint; the XNLI files are read before any model.
     """
     require_lm_eval()
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit ({args.limit}) must be at least 1")
     codes = None if args.langs is None else parse_languages(args.langs)
     names = name_models(args.checkpoint)
     sets = read_xnli(args.xnli_dir, args.split, codes)

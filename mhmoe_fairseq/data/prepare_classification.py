@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
+from ..arguments import existing_file, existing_folder, output_folder
 from ..errors import UserError
 from .classification.examples import Fields, file_format
 from .classification.labels import given_labels
@@ -25,13 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"files {purpose}, by language: JSON lines (.jsonl, .json) or TSV with a header (.tsv), .gz too",
         )  # fmt: skip
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR",
+        "--data", type=existing_folder, required=True, metavar="DIR",
         help="prepared data of the language model: its dict.txt and sentencepiece.model are used",
     )  # fmt: skip
-    parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
+    parser.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the prepared data")
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     parser.add_argument(
-        "--tiktoken-ranks", type=Path, metavar="FILE", help="rank file, for a language model that was trained with one"
+        "--tiktoken-ranks",
+        type=existing_file,
+        metavar="FILE",
+        help="rank file, for a language model that was trained with one",
     )
     fields = parser.add_argument_group("fields")
     fields.add_argument(

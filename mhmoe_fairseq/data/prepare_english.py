@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import existing_file, output_folder, real, seed, whole
 from ..errors import UserError
 from .documents import DEDUP_CHOICES
 from .files import sha256_of
@@ -29,14 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", nargs="+", default=["web-bible"], metavar=("NAME", "FILE"),
         help=f"{', '.join(SOURCES[:4])}, or 'text FILE...', 'jsonl FILE...', 'torchscale-shards DIR'",
     )  # fmt: skip
-    parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
+    parser.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the prepared data")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
-    parser.add_argument("--seed", type=int, default=1, help="decides which documents are held out")
-    parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of the bytes; 0 for none")
-    parser.add_argument("--test-fraction", type=float, default=0.05, help="share of the bytes; 0 for none")
+    parser.add_argument("--seed", type=seed, default=1, help="decides which documents are held out")
+    parser.add_argument(
+        "--valid-fraction", type=real(at_least=0, below=1), default=0.05, help="share of the bytes; 0 for none"
+    )
+    parser.add_argument(
+        "--test-fraction", type=real(at_least=0, below=1), default=0.05, help="share of the bytes; 0 for none"
+    )
     parser.add_argument(
         "--dedup", choices=DEDUP_CHOICES, default="lines",
         help="what is kept only where it occurs first in the whole corpus, before the split",
@@ -55,10 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     vocabulary.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
     vocabulary.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     vocabulary.add_argument(
-        "--tokenizer-lines", type=int, default=2_000_000, metavar="N", help="learn pieces from at most about N lines"
+        "--tokenizer-lines",
+        type=whole(),
+        default=2_000_000,
+        metavar="N",
+        help="learn pieces from at most about N lines",
     )
-    vocabulary.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="entries of the dictionary")
-    vocabulary.add_argument("--tiktoken-ranks", type=Path, metavar="FILE", help="rank file for --tokenizer tiktoken")
+    vocabulary.add_argument("--vocab-size", type=whole(), default=8000, metavar="N", help="entries of the dictionary")
+    vocabulary.add_argument(
+        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,8 +113,6 @@ def build_source(args: argparse.Namespace) -> Source:
 def build_settings(args: argparse.Namespace) -> PrepareSettings:
     """Checks the flags before any work and returns the settings."""
     check_fractions(args.valid_fraction, args.test_fraction)
-    if args.tokenizer_lines < 1:
-        raise UserError(f"--tokenizer-lines {args.tokenizer_lines}: must be at least 1")
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     return PrepareSettings(
         vocab_size=args.vocab_size, tokenizer=args.tokenizer, tokenizer_model=args.tokenizer_model,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..arguments import existing_folder, output_folder, real, seed, whole
 from ..errors import UserError
 from .files import require_files
 from .image_text.beit3_folder import Completion, CompletionSettings
@@ -32,37 +33,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="emoji; tuxpaint; 'folder DIR' with pictures and captions; 'beit3-index DIR', a folder of unilm's "
         "scripts, checked and completed in place",
     )  # fmt: skip
-    parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
+    parser.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the prepared data")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
-    parser.add_argument("--seed", type=int, default=1, help="decides what is held out, derived and fitted")
-    parser.add_argument("--valid-fraction", type=float, default=0.1, help="share of the things that are pictured")
-    parser.add_argument("--test-fraction", type=float, default=0.1, help="share of the things that are pictured")
+    parser.add_argument("--seed", type=seed, default=1, help="decides what is held out, derived and fitted")
+    parser.add_argument(
+        "--valid-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are pictured"
+    )
+    parser.add_argument(
+        "--test-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are pictured"
+    )
     _add_text_arguments(parser.add_argument_group("text"))
     _add_picture_arguments(parser.add_argument_group("visual tokenizer"))
     derived = parser.add_argument_group("derived questions and statements")
     derived.add_argument("--no-derived", action="store_true", help="make none")
-    derived.add_argument("--min-answer-count", type=int, default=3, metavar="N", help="rarer answers are no classes")
-    derived.add_argument("--statements", type=int, default=10_000, metavar="N", help="of the training part")
+    derived.add_argument(
+        "--min-answer-count", type=whole(), default=3, metavar="N", help="rarer answers are no classes"
+    )
+    derived.add_argument("--statements", type=whole(), default=10_000, metavar="N", help="of the training part")
 
 
 def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--langs", default="en", metavar="CODES", help="of captions, with commas in between")
-    group.add_argument("--vocab-size", type=int, default=2000, metavar="N", help="SentencePiece's pieces")
+    group.add_argument("--vocab-size", type=whole(), default=2000, metavar="N", help="SentencePiece's pieces")
     group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     group.add_argument(
-        "--text-data", type=Path, metavar="DIR",
+        "--text-data", type=existing_folder, metavar="DIR",
         help="text without pictures: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
     )  # fmt: skip
 
 
 def _add_picture_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
-    group.add_argument("--image-size", type=int, default=64, metavar="PIXELS", help="side of the pictures it takes")
-    group.add_argument("--patch-size", type=int, default=16, metavar="PIXELS", help="side of a patch")
-    group.add_argument("--visual-vocab-size", type=int, default=512, metavar="N", help="number of codes")
+    group.add_argument("--image-size", type=whole(), default=64, metavar="PIXELS", help="side of the pictures it takes")
+    group.add_argument("--patch-size", type=whole(), default=16, metavar="PIXELS", help="side of a patch")
+    group.add_argument("--visual-vocab-size", type=whole(), default=512, metavar="N", help="number of codes")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -106,13 +113,7 @@ def build_source(args: argparse.Namespace) -> PictureSource | None:
 def build_settings(args: argparse.Namespace) -> ImageTextSettings:
     """Checks the flags before any work and returns the settings."""
     check_fractions(args.valid_fraction, args.test_fraction)
-    for flag, value in (("--valid-fraction", args.valid_fraction), ("--test-fraction", args.test_fraction)):
-        if not value:
-            raise UserError(f"{flag} 0: must be above 0, every task has all three parts")
     check_vocab_size(args.vocab_size)
-    for flag, value in (("--min-answer-count", args.min_answer_count), ("--statements", args.statements)):
-        if value < 1:
-            raise UserError(f"{flag} {value}: must be at least 1")
     tokenizer = FitSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
     tokenizer.check("--visual-vocab-size")
     return ImageTextSettings(

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..arguments import existing_file, output_folder, real, seed, whole
 from ..errors import UserError
 from .languages import PAPER_LANGUAGES, parse_languages
 from .multilingual.corpus_source import MultilingualSource
@@ -33,16 +34,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", nargs="+", default=[_DEBIAN], metavar=("NAME", "DIR"),
         help=f"{_DEBIAN}; 'text DIR' with DIR/de.txt or DIR/de/*.txt; 'jsonl DIR' with DIR/de.jsonl or DIR/de/*.jsonl",
     )  # fmt: skip
-    parser.add_argument("--dest", type=Path, required=True, metavar="DIR", help="folder for the prepared data")
+    parser.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the prepared data")
     parser.add_argument(
-        "--cache-dir", type=Path, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
-    parser.add_argument("--seed", type=int, default=1, help="decides what is held out, and what a cap leaves out")
-    parser.add_argument("--valid-fraction", type=float, default=0.05, help="share of the keys; 0 for none")
-    parser.add_argument("--test-fraction", type=float, default=0.05, help="share of the keys; 0 for none")
+    parser.add_argument("--seed", type=seed, default=1, help="decides what is held out, and what a cap leaves out")
     parser.add_argument(
-        "--max-mb-per-language", type=float, default=2.0, metavar="MB",
+        "--valid-fraction", type=real(at_least=0, below=1), default=0.05, help="share of the keys; 0 for none"
+    )
+    parser.add_argument(
+        "--test-fraction", type=real(at_least=0, below=1), default=0.05, help="share of the keys; 0 for none"
+    )
+    parser.add_argument(
+        "--max-mb-per-language", type=real(at_least=0), default=2.0, metavar="MB",
         help="leave out whole keys, the same ones in all languages, above this size; 0 for no limit",
     )  # fmt: skip
     parser.add_argument(
@@ -71,15 +76,17 @@ def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_vocabulary_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
-    group.add_argument("--tiktoken-ranks", type=Path, metavar="FILE", help="rank file for --tokenizer tiktoken")
-    group.add_argument("--vocab-size", type=int, default=8000, metavar="N", help="SentencePiece's pieces")
     group.add_argument(
-        "--vocab-sampling-alpha", type=float, default=0.5, metavar="A",
+        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
+    )
+    group.add_argument("--vocab-size", type=whole(), default=8000, metavar="N", help="SentencePiece's pieces")
+    group.add_argument(
+        "--vocab-sampling-alpha", type=real(at_least=0), default=0.5, metavar="A",
         help="languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike",
     )  # fmt: skip
     group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     group.add_argument(
-        "--tokenizer-lines", type=int, default=120_000, metavar="N", help="learn pieces from at most about N lines"
+        "--tokenizer-lines", type=whole(), default=120_000, metavar="N", help="learn pieces from at most about N lines"
     )
 
 
@@ -120,10 +127,6 @@ def build_settings(args: argparse.Namespace, source: MultilingualSource) -> Mult
     check_fractions(args.valid_fraction, args.test_fraction)
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     check_alpha(args.vocab_sampling_alpha, "--vocab-sampling-alpha")
-    if args.tokenizer_lines < 1:
-        raise UserError(f"--tokenizer-lines {args.tokenizer_lines}: must be at least 1")
-    if args.max_mb_per_language < 0:
-        raise UserError(f"--max-mb-per-language {args.max_mb_per_language:g}: must be above 0, or 0 for no limit")
     return MultilingualSettings(
         languages=parse_languages(args.langs),
         filter_lines=source.filter_lines if args.line_filter == "auto" else args.line_filter == "on",

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import existing_file, existing_folder, output_file, real, seed, whole
 from ..errors import UserError
 from .files import atomic_path, write_json
 from .image_text.console import say
@@ -48,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     _add_fit_arguments(action("fit", "fit a visual tokenizer to the training pictures of a prepared folder", _FIT))
     info = action("info", "say what a file holds", _INFO)
-    info.add_argument("file", type=Path, metavar="FILE", help="a visual tokenizer")
+    info.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
     encode = action("encode", "show the ids of pictures", _ENCODE)
-    encode.add_argument("file", type=Path, metavar="FILE", help="a visual tokenizer")
-    encode.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE", help="any that Pillow reads")
+    encode.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
+    encode.add_argument("pictures", type=existing_file, nargs="+", metavar="PICTURE", help="any that Pillow reads")
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
@@ -59,25 +60,28 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
     from .visual_tokenizers.vqvae_training import VQVAESettings
 
     kmeans, vqvae = FitSettings(), VQVAESettings()
-    fit.add_argument("data", type=Path, metavar="DATA", help="folder of mhmoe prepare image-text")
+    fit.add_argument("data", type=existing_folder, metavar="DATA", help="folder of mhmoe prepare image-text")
     fit.add_argument("--kind", choices=KINDS, default=KINDS[0], help="(default: %(default)s)")
-    fit.add_argument("--output", type=Path, metavar="FILE", help=f"(default: {FILE} in DATA)")
+    fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {FILE} in DATA)")
     fit.add_argument("--overwrite", action="store_true", help="replace an existing file")
     numbers = {
         "--vocab-size": (kmeans.vocab_size, "number of codes"),
         "--patch-size": (kmeans.patch_size, "side of a patch in pixels"),
         "--image-size": (kmeans.image_size, "side of the pictures that it takes; both sizes give the grid of ids"),
-        "--seed": (kmeans.seed, "of everything that is drawn"),
         "--max-patches": (kmeans.max_patches, "patch-kmeans: about how many patches are used"),
         "--iterations": (kmeans.iterations, "patch-kmeans: of Lloyd's algorithm"),
         "--updates": (vqvae.updates, "vqvae: steps"),
         "--batch-size": (vqvae.batch_size, "vqvae: pictures in a step"),
     }
     for flag, (value, text) in numbers.items():
-        fit.add_argument(flag, type=int, default=value, metavar="N", help=f"{text} (default: %(default)s)")
+        fit.add_argument(flag, type=whole(), default=value, metavar="N", help=f"{text} (default: %(default)s)")
+    fit.add_argument(
+        "--seed", type=seed, default=kmeans.seed, metavar="N",
+        help="of everything that is drawn (default: %(default)s)",
+    )  # fmt: skip
     fit.add_argument(
         "--lr",
-        type=float,
+        type=real(above=0),
         default=vqvae.learning_rate,
         metavar="RATE",
         help="vqvae: at the start (default: %(default)s)",

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import atomic_open, require_files, sha256_of, write_json
+from ..arguments import existing_file, existing_folder, existing_path, output_file, real, whole
+from ..data.files import atomic_open, sha256_of, write_json
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -20,37 +21,44 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe caption``."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
     parser.add_argument(
-        "--data", metavar="DIR", help="prepared images and captions; those of the training if not given"
+        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
+    )
+    parser.add_argument(
+        "--data",
+        type=existing_folder,
+        metavar="DIR",
+        help="prepared images and captions; those of the training if not given",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--split", choices=("valid", "test"), default="test", help="whose pictures are captioned")
-    what.add_argument("--image", nargs="+", type=Path, metavar="FILE", help="pictures to caption in place of a split")
+    what.add_argument(
+        "--image", nargs="+", type=existing_file, metavar="FILE", help="pictures to caption in place of a split"
+    )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output", type=output_file, metavar="FILE",
         help='write [{"image_id", "caption"}], the layout that COCO\'s evaluation server takes; of --image image_path',
     )  # fmt: skip
-    parser.add_argument("--scores", type=Path, metavar="FILE", help="write the scores as JSON")
+    parser.add_argument("--scores", type=output_file, metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--no-java", action="store_true", help="leave out METEOR and SPICE even if they can be had")
-    parser.add_argument("--beam", type=int, metavar="B", help="hypotheses that are kept, 1 is greedy; the training's")
     parser.add_argument(
-        "--length-penalty", type=float, metavar="P",
+        "--beam", type=whole(), metavar="B", help="hypotheses that are kept, 1 is greedy; the training's"
+    )
+    parser.add_argument(
+        "--length-penalty", type=real(), metavar="P",
         help="captions are compared by log-probability over their length to the power P; the training's",
     )  # fmt: skip
-    parser.add_argument("--max-len", type=int, metavar="N", help="most tokens of a caption; the training's")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pictures that are decoded together")
+    parser.add_argument("--max-len", type=whole(), metavar="N", help="most tokens of a caption; the training's")
+    parser.add_argument(
+        "--batch-size", type=whole(), default=32, metavar="N", help="pictures that are decoded together"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the scores of a split, or the captions of pictures."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size ({args.batch_size}) must be at least 1")
-    if args.image is not None:
-        require_files(args.image, "--image")
-        if args.scores is not None:
-            raise UserError("--scores: single pictures have no reference captions to be scored against")
+    if args.image is not None and args.scores is not None:
+        raise UserError("--scores: single pictures have no reference captions to be scored against")
     # Imported late, so that `mhmoe caption --help` is quick.
     from .caption_decoding import Captioner
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import existing_folder, existing_path, output_file, whole
 from ..data.classification.examples import Fields, read_examples
 from ..data.files import atomic_open, read_json, require_files
 from ..data.languages import get_language
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe classify``."""
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a fine-tuned checkpoint, or the folder that holds one"
+        "checkpoint",
+        type=existing_path,
+        metavar="CHECKPOINT",
+        help="a fine-tuned checkpoint, or the folder that holds one",
     )
     parser.add_argument(
-        "--data", metavar="DIR", help="data made by mhmoe prepare classification; those of the training if not given"
+        "--data",
+        type=existing_folder,
+        metavar="DIR",
+        help="data made by mhmoe prepare classification; those of the training if not given",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -46,17 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--language-field", metavar="NAME", help="of --input: field of the language's code")
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE",
+        "--predictions", type=output_file, metavar="FILE",
         help="write a JSON object per example: split, index, label, prediction, probabilities",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="tokens of a batch, padding counted")
+    parser.add_argument(
+        "--max-tokens", type=whole(), default=4096, metavar="N", help="tokens of a batch, padding counted"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each split, and their means."""
-    if args.max_tokens < 1:
-        raise UserError(f"--max-tokens ({args.max_tokens}) must be at least 1")
     if args.input is None:
         for flag in ("text_fields", "label_field", "language_field"):
             if getattr(args, flag) is not None:

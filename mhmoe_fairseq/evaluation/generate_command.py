@@ -7,31 +7,44 @@ import json
 import sys
 from pathlib import Path
 
+from ..arguments import existing_file, existing_folder, existing_path, real, seed, whole
 from ..errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe generate``."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
     parser.add_argument(
-        "--data", metavar="DIR",
+        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
+    )
+    parser.add_argument(
+        "--data", type=existing_folder, metavar="DIR",
         help="folder with dict.txt and sentencepiece.model; the checkpoint's own, or that of its training data",
     )  # fmt: skip
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")
-    prompts.add_argument("--prompts-file", metavar="FILE", help="a UTF-8 file with one prompt per line; - reads stdin")
-    parser.add_argument(
-        "--max-len-b", type=int, default=200, metavar="N", help="longest text in tokens, prompt included"
+    prompts.add_argument(
+        "--prompts-file",
+        type=_prompts_file,
+        metavar="FILE",
+        help="a UTF-8 file with one prompt per line; - reads stdin",
     )
-    parser.add_argument("--beam", type=int, default=1, metavar="B", help="hypotheses kept by beam search; 1 is greedy")
+    parser.add_argument(
+        "--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included"
+    )
+    parser.add_argument(
+        "--beam", type=whole(), default=1, metavar="B", help="hypotheses kept by beam search; 1 is greedy"
+    )
     parser.add_argument("--sampling", action="store_true", help="draw tokens in place of searching the best text")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="divides the logits")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K most probable tokens")
+    parser.add_argument("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
+    parser.add_argument("--top-k", type=whole(), metavar="K", help="sample among the K most probable tokens")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="sample among the likeliest tokens of joint probability P"
+        "--top-p",
+        type=real(above=0, at_most=1),
+        metavar="P",
+        help="sample among the likeliest tokens of joint probability P",
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the sampling")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts that are decoded together")
+    parser.add_argument("--seed", type=seed, default=1, help="of the sampling")
+    parser.add_argument("--batch-size", type=whole(), default=8, metavar="N", help="prompts that are decoded together")
     parser.add_argument(
         "--json", action="store_true",
         help="print a JSON object per prompt: prompt, text, score (mean log-probability in nats), tokens, token_scores",
@@ -63,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_prompts(name: str) -> list[str]:
+def _prompts_file(text: str) -> str | Path:
+    return text if text == "-" else existing_file(text)
+
+
+def read_prompts(name: str | Path) -> list[str]:
     """The lines of a file, or of stdin for ``-``; empty ones too.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import existing_folder, existing_path, output_file, whole
 from ..data.files import sha256_of, write_json
 from ..errors import UserError
 
@@ -20,28 +20,32 @@ TASKS = ("mhmoe_vqa", "mhmoe_nlvr2", "mhmoe_image_classification", "mhmoe_retrie
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe predict``."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuned checkpoint, or the folder with one")
-    parser.add_argument("--data", metavar="DIR", help="the prepared folder; that of the training if not given")
+    parser.add_argument(
+        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a fine-tuned checkpoint, or the folder with one"
+    )
+    parser.add_argument(
+        "--data", type=existing_folder, metavar="DIR", help="the prepared folder; that of the training if not given"
+    )
     parser.add_argument(
         "--split", default="test", metavar="NAME", help="train, valid or test; for questions test-dev too"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE",
+        "--output", type=output_file, metavar="FILE",
         help="write the predictions: of questions JSON as VQAv2's server takes it, of statements NLVR2's CSV, of "
         "classes a CSV, of retrieval the figures as JSON",
     )  # fmt: skip
     parser.add_argument(
-        "--scores", type=Path, metavar="FILE", help="write the scores and what one gets without pictures as JSON"
+        "--scores", type=output_file, metavar="FILE", help="write the scores and what one gets without pictures as JSON"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="rows that the model sees together")
-    parser.add_argument("--num-workers", type=int, default=0, metavar="N", help="processes that decode pictures")
+    parser.add_argument("--batch-size", type=whole(), default=32, metavar="N", help="rows that the model sees together")
+    parser.add_argument(
+        "--num-workers", type=whole(at_least=0), default=0, metavar="N", help="processes that decode pictures"
+    )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the split's scores, if it has labels, beside what one gets without looking at pictures."""
-    if args.num_workers < 0:
-        raise UserError(f"--num-workers ({args.num_workers}) must be at least 0")
     # Imported late, so that `mhmoe predict --help` is quick.
     from .fine_tuned import load_fine_tuned
     from .picture_predictor import predict_split

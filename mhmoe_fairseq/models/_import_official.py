@@ -20,6 +20,7 @@ from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from ..arguments import existing_file, existing_folder, output_folder
 from ..data.files import atomic_path
 from ..data.tensor_files import save_tensors
 from ..errors import UserError
@@ -39,12 +40,14 @@ _FINGERPRINT = "decoder.vocabulary_fingerprint"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe import-official``."""
     parser.add_argument(
-        "checkpoint", metavar="CKPT", type=Path,
+        "checkpoint", metavar="CKPT", type=existing_file,
         help="a whole checkpoint, or one of NAME-shared.pt, NAME-rank-0.pt, ...: all of them are then read",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", type=Path, help="folder for model.pt or moe_layers.pt")
     parser.add_argument(
-        "--data", metavar="DIR", type=Path,
+        "--out", required=True, metavar="DIR", type=output_folder, help="folder for model.pt or moe_layers.pt"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", type=existing_folder,
         help="folder with the model's dict.txt (and sentencepiece.model), copied beside model.pt",
     )  # fmt: skip
     parser.add_argument(

@@ -74,7 +74,7 @@ def test_models_with_different_numbers_of_experts_share_a_figure(tmp_path: Path)
     [
         ("dense", [], "is a dense model"),
         ("mhmoe", ["--split", "holdout"], "holdout.idx is missing"),
-        ("mhmoe", ["--threshold", "2"], "--threshold (2.0) must be in [0, 1]"),
+        ("mhmoe", ["--threshold", "2"], "--threshold (2) must be at least 0 and at most 1"),
         ("mhmoe", ["--batch-size", "0"], "--batch-size (0) must be at least 1"),
     ],
 )
@@ -89,7 +89,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_a_missing_checkpoint_and_a_file_that_is_none(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert analyze(tmp_path / "none.pt", "--data", runs.data) == 2
-    assert "none.pt does not exist" in capsys.readouterr().err
+    assert "none.pt) does not exist" in capsys.readouterr().err
     assert analyze(runs.mhmoe / "train.log", "--data", runs.data) == 2
     assert "it is not a file of torch.save" in capsys.readouterr().err
 

@@ -223,7 +223,7 @@ def test_another_dropout_is_no_other_model(variants: list[Path], tmp_path: Path)
     "words, message",
     [
         (["convert", "LAST", "no.pt"], "one must be a .pt, the other a .safetensors"),
-        (["convert", "gone.pt", "a.safetensors"], "checkpoint .*gone.pt does not exist"),
+        (["convert", "gone.pt", "a.safetensors"], r"FROM \(gone.pt\) does not exist"),
         (["convert", "FOREIGN", "a.pt"], "no configuration of fairseq"),
         (["average", "--inputs", "FOLDER", "--output", "a.pt"], "is a folder: give --num-epoch-checkpoints"),
         (["average", "--inputs", "FOLDER", "--num-epoch-checkpoints", "0", "--output", "a.pt"], "must be at least 1"),

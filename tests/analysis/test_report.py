@@ -130,7 +130,7 @@ def test_the_data_hash_is_the_same_with_and_without_a_manifest(runs, tmp_path: P
 @pytest.mark.parametrize(
     "damage, message",
     [
-        ("missing", "run .* does not exist"),
+        ("missing", r"RUN_DIR \(.*\) does not exist"),
         ("no log", "train.log is missing"),
         ("foreign log", "train.log has no training record"),
         ("no checkpoint", "has no checkpoint"),

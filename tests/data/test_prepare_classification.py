@@ -248,7 +248,7 @@ def test_a_dictionary_of_another_model(run, files, tmp_path, lm_data, capsys):
     arguments = ("--train", files["en"], "--dest", tmp_path / "data")
     for data, message in (
         (other, f"{other}/dict.txt:10: "),
-        (tmp_path / "none", f"--data {tmp_path}/none: has no dict.txt"),
+        (tmp_path / "none", f"--data ({tmp_path}/none) does not exist"),
     ):
         assert prepare("--data", data, *arguments) == 2
         err = capsys.readouterr().err

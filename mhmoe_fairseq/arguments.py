@@ -1,0 +1,160 @@
+"""The parser of ``mhmoe``, and its types of arguments: numbers with their range, files and folders.
+
+A value that breaks its rule is refused while the command line is read, before any work. The message has the flag in
+front, so a type says only the value and the rule: ``--beam (0) must be at least 1``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import operator
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import UserError
+
+# Sizes and counts end in 32-bit fields of one library or another.
+_LARGEST = 2**31 - 1
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose complaints are a :class:`UserError` of one line; usage and flags are left to ``--help``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what ``argparse`` would print with its usage."""
+        raise UserError(message.removeprefix("argument ").replace(": (", " (", 1))
+
+
+def whole(at_least: int = 1, at_most: int = _LARGEST) -> Callable[[str], int]:
+    """A type of whole numbers in a range."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise _refused(text, "must be a whole number") from None
+        if value < at_least:
+            raise _refused(text, f"must be at least {at_least}")
+        if value > at_most:
+            raise _refused(text, f"must be at most {at_most}")
+        return value
+
+    return read
+
+
+# Of PyTorch, NumPy, SentencePiece and Python's random, which takes -1 for 1.
+seed = whole(at_least=0, at_most=2**32 - 1)
+
+
+def real(
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], float]:
+    """A type of finite numbers in a range."""
+    bounds = (
+        ("at least", at_least, operator.ge), ("above", above, operator.gt),
+        ("at most", at_most, operator.le), ("below", below, operator.lt),
+    )  # fmt: skip
+    rules = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise _refused(text, "must be a number") from None
+        if not math.isfinite(value):
+            raise _refused(text, "must be finite")
+        if not all(holds(value, bound) for _, bound, holds in rules):
+            raise _refused(text, "must be " + " and ".join(f"{words} {bound:g}" for words, bound, _ in rules))
+        return value
+
+    return read
+
+
+def existing_file(text: str) -> Path:
+    """A file, or a pipe, that can be read."""
+    path = existing_path(text)
+    if path.is_dir():
+        raise _refused(text, "must be a file, not a folder")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """A folder that can be read."""
+    path = existing_path(text)
+    if not path.is_dir():
+        raise _refused(text, "must be a folder, not a file")
+    return path
+
+
+def existing_path(text: str) -> Path:
+    """A file or folder that can be read."""
+    path = _path(text)
+    _ask(text, path.stat)
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise _refused(text, "must be readable: permission denied")
+    return path
+
+
+def output_file(text: str) -> Path:
+    """A file to write, there or not; its folder may be missing, too."""
+    path = _path(text)
+    if _exists(text, path) and not path.is_file():
+        raise _refused(text, f"must be a file to write, not {'a folder' if path.is_dir() else 'a device'}")
+    _require_place(text, path.parent)
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder to write into, there or not."""
+    path = _path(text)
+    if _exists(text, path) and not path.is_dir():
+        raise _refused(text, "must be a folder to write into, not a file")
+    _require_place(text, path)
+    return path
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise _refused(text, "must be a path")
+    return Path(text)
+
+
+def _exists(text: str, path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _refused(text, f"cannot be used: {error.strerror}") from None
+    _ask(text, path.stat)  # a link that leads nowhere would be followed by some writers and replaced by others
+    return True
+
+
+def _ask(text: str, question: Callable[[], object]) -> None:
+    try:
+        question()
+    except FileNotFoundError:
+        raise _refused(text, "does not exist") from None
+    except OSError as error:
+        raise _refused(text, f"cannot be used: {error.strerror}") from None
+
+
+def _require_place(text: str, folder: Path) -> None:
+    """Refuse a folder that can be neither made nor written to."""
+    while not _exists(text, folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise _refused(text, f"cannot be made: {folder} is a file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _refused(text, f"cannot be made: no permission to write into {folder}")
+
+
+def _refused(text: str, rule: str) -> argparse.ArgumentTypeError:
+    shown = text if len(text) <= 200 else f"{text[:200]}..."
+    return argparse.ArgumentTypeError(f"({shown}) {rule}")
