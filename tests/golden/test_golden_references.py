@@ -6,7 +6,6 @@ leave room for the sums of other processors, in other orders, and for nothing el
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,8 @@ from golden_runs import KINDS, RELEASE, SAVED, Figures, evaluate, mask_kind, rea
 TOLERANCE = 1e-5  # relative; losses, balance and z-losses, log-probabilities
 # Norms over a few values can magnify what a sum in another order leaves: up to 3e-6 between the kernels of one machine.
 GRADIENT_TOLERANCE = 3e-5
-TRAINED_BY_DEFAULT = {"dense", "mhmoe_params", "beit3"}
-RESUMED_BY_DEFAULT = KINDS.keys() - {"dense", "mhmoe_params"}
-
-
-def all_kinds(by_default: Collection[str]) -> list:
-    """Every kind; only with the slow tests those that are not among the default ones."""
-    return [name if name in by_default else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
+QUICK = ("dense", "mhmoe_params", "beit3")
+SOME_KINDS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
 
 
 def assert_same(actual: Figures, expected: Figures) -> None:
@@ -37,7 +31,7 @@ def kept(name: str) -> dict[str, Any]:
     return read_references(name)[RELEASE]
 
 
-@pytest.mark.parametrize("name", all_kinds(TRAINED_BY_DEFAULT))
+@pytest.mark.parametrize("name", SOME_KINDS)
 def test_twenty_updates(golden_data: Path, tmp_path: Path, name: str) -> None:
     assert_same(train(KINDS[name], golden_data, tmp_path / "run"), kept(name)["dropout 0"])
 
@@ -63,7 +57,7 @@ def test_the_kept_checkpoint_evaluates(golden_data: Path, tmp_path: Path, name: 
     assert found.get("log_probs", []) == pytest.approx(expected.get("log_probs", []), rel=TOLERANCE, abs=0)
 
 
-@pytest.mark.parametrize("name", all_kinds(RESUMED_BY_DEFAULT))
+@pytest.mark.parametrize("name", KINDS)
 def test_the_kept_checkpoint_resumes(golden_data: Path, tmp_path: Path, name: str) -> None:
     start = unpack_checkpoint(name, tmp_path)
     assert_same(train(KINDS[name], golden_data, tmp_path / "run", start=start), kept(name)["resumed"])
