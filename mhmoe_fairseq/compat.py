@@ -33,6 +33,9 @@ in PyTorch's advice to unpickle it.       and takes the ``module.`` off names th
                                           gave.
 Importing fairseq's models configures     :func:`logging_as_found` stands around the package's imports
 logging: a handler, and level DEBUG.      and puts the root logger back.
+``--store-ema`` multiplies integers of a   :func:`copy_integers_into_averages` takes them as they are.
+model's state by the decay: an error at
+the first update.
 ========================================  ==========================================================
 
 Owned elsewhere, because the cure is not a patch: fairseq-fixed drops the last batch of training and
@@ -71,6 +74,7 @@ def apply() -> None:
     accept_installed_user_dir()
     follow_launchers()
     explain_refused_checkpoints()
+    copy_integers_into_averages()
 
 
 @contextlib.contextmanager
@@ -114,6 +118,23 @@ def checkpoint_globals() -> list[typing.Any]:
 def allow_checkpoint_globals() -> None:
     """Let ``torch.load(weights_only=True)`` read the checkpoint that a distributed resume broadcasts."""
     torch.serialization.add_safe_globals(checkpoint_globals())
+
+
+def copy_integers_into_averages() -> None:
+    """Let fairseq's moving average take counters and fingerprints from the model: there is no mean of them."""
+    from fairseq.models.ema import EMA
+
+    stock = EMA.__init__
+    if hasattr(stock, "__wrapped__"):  # ours already
+        return
+
+    @functools.wraps(stock)
+    def remember_integers(self: typing.Any, model: torch.nn.Module, *args: typing.Any, **kwargs: typing.Any) -> None:
+        stock(self, model, *args, **kwargs)
+        state = model.state_dict().items()
+        self.skip_keys = {*self.skip_keys, *(name for name, value in state if not value.is_floating_point())}
+
+    EMA.__init__ = remember_integers
 
 
 def explain_refused_checkpoints() -> None:

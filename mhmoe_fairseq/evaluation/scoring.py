@@ -88,7 +88,8 @@ class TextScorer:
         self.model = model
         self.decoder = model.models[0].decoder.eval()
         self.dictionary = model.src_dict
-        self.batch_size = 1 if self._drops_tokens() else batch_size
+        drops_tokens = any(getattr(module, "drops_tokens", False) for module in self.decoder.modules())
+        self.batch_size = 1 if drops_tokens else batch_size
         self.batch_tokens = batch_tokens
         self.max_length = max_length or positions
         self.clean = clean
@@ -141,12 +142,21 @@ class TextScorer:
 
         White space at the context's end, line ends included, counts to the continuation, as in lm-eval. Tokens that
         the context alone would not have, as where one covers its end and the continuation's begin, are scored.
+
+        Raises:
+            UserError: if no token is left of a continuation. Nothing is certain to follow anything: it would win every
+                choice.
         """
         whole = self.encode(context + continuation)
         known = self.encode(context.rstrip())
         length = 0
         while length < min(len(known), len(whole)) and known[length] == whole[length]:
             length += 1
+        if length == len(whole):
+            raise UserError(
+                f"the continuation {continuation!r} of {context[-40:]!r} has no token to score: white space alone, and "
+                "what mhmoe prepare removes from its text, is in no vocabulary"
+            )
         return whole[:length], whole[length:]
 
     def scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Score]]:
@@ -237,10 +247,6 @@ class TextScorer:
         with self.decoder.autocast(features.device.type):
             logits = self.decoder.output_layer(features)
         return logits.float().log_softmax(-1)
-
-    def _drops_tokens(self) -> bool:
-        settings = self.decoder.args
-        return settings.moe is not None and (settings.static_xmoe or settings.moe.routing != "dropless")
 
 
 def _total(parts: list[Score]) -> Score:

@@ -124,6 +124,11 @@ class MHMoELayer(nn.Module):
         return y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats
 
     @property
+    def drops_tokens(self) -> bool:
+        """Whether experts may refuse tokens, so that a token's output depends on the others of its batch."""
+        return self.config.routing != "dropless"
+
+    @property
     def traffic(self) -> Traffic | None:
         """What the latest forward pass sent to experts on other processes; None while all experts are here."""
         return self.experts.traffic

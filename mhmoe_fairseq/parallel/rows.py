@@ -50,6 +50,10 @@ class DistributedExperts:
         self.rank = groups.rank
         self.counter = TrafficCounter()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedExperts:
+        """Itself: a copy of a model talks to the same processes."""
+        return self
+
     def shard(self, module: nn.Module, num_experts: int) -> None:
         """Mark the parameters, and make saved states those of one process."""
         shard_experts(module, num_experts, self.groups)

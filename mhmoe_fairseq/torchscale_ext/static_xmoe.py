@@ -65,6 +65,8 @@ class StaticXMoE(nn.Module):
         ValueError: if the configuration asks for something that TorchScale's layer cannot do.
     """
 
+    drops_tokens = True
+
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
         check_supported(settings)

@@ -1,15 +1,18 @@
-"""Expert parallelism with stock fairseq: the combinations that would go wrong without a word are refused."""
+"""Several processes with stock fairseq: the combinations that would go wrong are refused, with what to give."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
 from ..errors import UserError
 
 OPTIMIZER = "mhmoe_adam"
+_GPU_BACKENDS = ("pytorch_ddp", "c10d")  # two names of one
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d")  # two names of one; it leaves the experts' gradients to us
 
 
@@ -18,6 +21,7 @@ class TrainingFlags(FairseqDataclass):
     """fairseq's flags of other groups that a training of ours depends on; a task sees only its own group."""
 
     optimizer_config: Any = II("optimizer")
+    cpu: bool = II("common.cpu")
     ddp_backend: str = II("distributed_training.ddp_backend")
     zero_sharding: str = II("distributed_training.zero_sharding")
     use_bmuf: bool = II("optimization.use_bmuf")
@@ -78,6 +82,21 @@ def problems(flags: TrainingFlags) -> Iterator[str]:
         yield (
             "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16: in one flat tensor experts cannot be "
             "told from the rest"
+        )
+
+
+def refuse_ddp_without_gpus(flags: TrainingFlags) -> None:
+    """Stop before fairseq hands the number of a GPU that there is not to PyTorch's DistributedDataParallel.
+
+    Raises:
+        UserError: for several ranks on CPUs with fairseq's default backend.
+    """
+    is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
+    if is_alone or flags.ddp_backend not in _GPU_BACKENDS:
+        return
+    if flags.cpu or not torch.cuda.is_available():
+        raise UserError(
+            f"--ddp-backend ({flags.ddp_backend}) needs a GPU for every rank: on CPUs give --ddp-backend legacy_ddp"
         )
 
 

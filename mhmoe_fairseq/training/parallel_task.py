@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+from fairseq.criterions import FairseqCriterion
 from fairseq.data import FairseqDataset
 from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from ..moe.uncounted import taken_for_padding
+from .checks import refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
 from .fillers import is_filler, without_figures
 from .guarded_task import GuardedTask
 from .launching import hold_save_dir
 from .resuming import ResumableEpochBatchIterator
+
+logger = logging.getLogger(__name__)
 
 
 class ParallelTask(GuardedTask):
@@ -29,6 +34,7 @@ class ParallelTask(GuardedTask):
     args: Any
     spreads_experts = False
     _is_training = False
+    _has_experts = False
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
@@ -38,10 +44,29 @@ class ParallelTask(GuardedTask):
         """
         self.spreads_experts = self._is_training = not from_checkpoint
         if not from_checkpoint:
+            refuse_ddp_without_gpus(self.args)
             hold_save_dir(self.args)
         model = super().build_model(args, from_checkpoint)
         prepare_sharded_model(model, self.args)
+        self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
+        if any(getattr(module, "drops_tokens", False) for module in model.modules()):
+            logger.warning(
+                "--mhmoe-routing: which tokens an expert refuses depends on the other rows of the batch, and so do "
+                "loss and perplexity: compare figures of one --batch-size only (lm-eval, xnli and probe score row by "
+                "row)"
+            )
         return model
+
+    def build_criterion(self, *args: Any, **kwargs: Any) -> FairseqCriterion:
+        """fairseq's criterion; one that leaves out the balance loss of a model with experts is told of."""
+        criterion = super().build_criterion(*args, **kwargs)
+        if self._is_training and self._has_experts and not hasattr(criterion, "gate_losses"):
+            logger.warning(
+                f"--criterion ({type(criterion).__name__}) leaves out the MoE layers' balance loss, so that few "
+                "experts may get most tokens: give --criterion moe_cross_entropy (for images or classes the one that "
+                "is named as the task)"
+            )
+        return criterion
 
     def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, epoch: int = 1, **kwargs: Any) -> Any:
         """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks; training has fillers.

@@ -10,6 +10,7 @@ from fairseq.data import Dictionary
 from harness import direct_scores
 from language_models import small_model
 
+from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.evaluation.loading import load_language_model
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
@@ -91,7 +92,9 @@ def test_a_continuation_is_the_rest_of_the_whole_text(model, scorer, context, co
 
 
 def test_nothing_to_score(scorer):
-    assert scorer.encode_pair("The river", "") == (scorer.encode("The river"), [])
+    for nothing in ("", "   ", "\t", "\ufeff"):
+        with pytest.raises(UserError, match="has no token to score"):
+            scorer.encode_pair("The river", nothing)
     assert scorer.score_all([([5], []), ([], [7])])[0] == (0.0, True, 0)
 
 
