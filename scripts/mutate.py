@@ -8,10 +8,11 @@ known.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import queue
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -59,20 +60,16 @@ def check_unmutated(checkout: Checkout, mutations: Sequence[Mutation], time_limi
 
 def run(mutations: Sequence[Mutation], results: dict[str, Results], jobs: int, time_limit: float) -> None:
     """Try out ``mutations``, ``jobs`` at a time, each in a copy that it has for itself."""
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, contextlib.ExitStack() as opened:
         copies: queue.SimpleQueue[Checkout] = queue.SimpleQueue()
         for number in range(min(jobs, len(mutations))):
-            copies.put(Checkout(ROOT, Path(folder) / str(number)))
-        first = copies.get()
-        check_unmutated(first, mutations, time_limit)
-        copies.put(first)
+            copies.put(opened.enter_context(contextlib.closing(Checkout(ROOT, Path(folder) / str(number)))))
+        with _lent(copies) as checkout:
+            check_unmutated(checkout, mutations, time_limit)
 
         def try_out(mutation: Mutation) -> tuple[Mutation, Outcome]:
-            checkout = copies.get()
-            try:
+            with _lent(copies) as checkout:
                 return mutation, checkout.try_out(mutation, time_limit)
-            finally:
-                copies.put(checkout)
 
         with ThreadPoolExecutor(jobs) as pool:
             for done in as_completed([pool.submit(try_out, mutation) for mutation in mutations]):
@@ -80,6 +77,15 @@ def run(mutations: Sequence[Mutation], results: dict[str, Results], jobs: int, t
                 results[mutation.mutant.list_name].put(mutation, outcome)
                 by = f" by {outcome.test}" if outcome.test else ""
                 print(f"{outcome.verdict}{by} ({outcome.seconds:.0f} s): {mutation.mutant.change}", flush=True)
+
+
+@contextlib.contextmanager
+def _lent(copies: queue.SimpleQueue[Checkout]) -> Iterator[Checkout]:
+    checkout = copies.get()
+    try:
+        yield checkout
+    finally:
+        copies.put(checkout)
 
 
 def main(words: Sequence[str] | None = None) -> int:

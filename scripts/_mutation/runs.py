@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -13,9 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import server
 from .mutants import Mutation
+from .server import LOG
 
 KILLED, SURVIVED, TIMED_OUT, BROKEN = "killed", "survived", "timed out", "broken"
+PRELOADED = ("torch", "fairseq", "torchscale.architecture.decoder")  # never the package itself
 _FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?\.py(?:::.*?)?)(?: - .*)?$", re.MULTILINE)
 
 
@@ -35,10 +40,11 @@ class Outcome:
 
 
 class Checkout:
-    """A copy that mutants are put into, one at a time; the working tree is only read."""
+    """A copy that mutants are put into, one at a time; the working tree is only read. Close it at the end."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
+        self._server: subprocess.Popen[bytes] | None = None
         listing = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0")
         for name in filter(None, names):
@@ -56,8 +62,37 @@ class Checkout:
             path.write_text(mutation.before, encoding="utf-8")
 
     def test(self, arguments: Sequence[str], time_limit: float) -> Outcome:
-        """Run pytest; what it wrote is in pytest.txt of the copy's folder."""
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfE", *arguments]
+        """Run pytest."""
+        start = time.monotonic()
+        status = self._ask(["-q", "-p", "no:cacheprovider", "--tb=short", "-rfE", *arguments], time_limit)
+        seconds = time.monotonic() - start
+        if status is None:
+            return Outcome(TIMED_OUT, "", seconds)
+        if status == 0:
+            return Outcome(SURVIVED, "", seconds)
+        failed = _FAILED.findall((self.folder / LOG).read_text(errors="replace"))
+        is_test = status == 1 and bool(failed) and "::" in failed[0]
+        return Outcome(KILLED if is_test else BROKEN, failed[0] if failed else f"pytest ended with {status}", seconds)
+
+    def close(self) -> None:
+        """End the server with everything that tests started."""
+        if self._server is not None:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+    def _ask(self, arguments: list[str], time_limit: float) -> int | None:
+        """Pytest's exit status; None after ``time_limit``."""
+        if self._server is None:
+            self._server = self._start()
+        given, answers = self._server.stdin, self._server.stdout
+        given.write(json.dumps(arguments).encode() + b"\n")
+        if select.select([answers], [], [], time_limit)[0]:
+            return int(answers.readline())
+        self.close()
+        return None
+
+    def _start(self) -> subprocess.Popen[bytes]:
         environment = {
             **os.environ,
             "PYTHONPATH": str(self.folder),
@@ -66,31 +101,6 @@ class Checkout:
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "400",
         }
-        log, start = self.folder / "pytest.txt", time.monotonic()
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, cwd=self.folder, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-            try:
-                status = process.wait(time_limit)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                _end(process)
-        seconds = time.monotonic() - start
-        failed = _FAILED.findall(log.read_text(errors="replace"))
-        if status is None:
-            return Outcome(TIMED_OUT, "", seconds)
-        if status == 0:
-            return Outcome(SURVIVED, "", seconds)
-        is_test = status == 1 and bool(failed) and "::" in failed[0]
-        return Outcome(KILLED if is_test else BROKEN, failed[0] if failed else f"pytest ended with {status}", seconds)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """With everything that the tests started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
+        command = [sys.executable, server.__file__, *PRELOADED]
+        return subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)

@@ -44,6 +44,7 @@ def project(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "docs").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
+    monkeypatch.setattr(importlib.import_module("_mutation.runs"), "PRELOADED", ())
     return tmp_path
 
 
