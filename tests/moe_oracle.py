@@ -4,19 +4,30 @@ import torch
 import torch.nn.functional as F
 
 
+def feed_forward(weights, activation, layernorm, x):
+    """A feed-forward network on one vector; ``weights`` by name, those that it has."""
+    hidden = weights["fc1_weight"] @ x + weights.get("fc1_bias", 0)
+    if activation == "swiglu":
+        hidden = hidden * hidden.sigmoid() * (weights["gate_weight"] @ x + weights.get("gate_bias", 0))
+    elif activation == "gelu":
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+    else:
+        hidden = torch.where(hidden > 0, hidden, 0)
+    if layernorm:
+        hidden = F.layer_norm(hidden, hidden.shape, weights["layernorm_weight"], weights["layernorm_bias"])
+    return weights["fc2_weight"] @ hidden + weights.get("fc2_bias", 0)
+
+
 def expert(layer, index, x):
     """One expert on one sub-token ``(d,)``."""
     weights = {name: p[index] for name, p in layer.experts.named_parameters()}
-    hidden = weights["fc1_weight"] @ x + weights.get("fc1_bias", 0)
-    if layer.config.activation == "swiglu":
-        hidden = F.silu(hidden) * (weights["gate_weight"] @ x + weights.get("gate_bias", 0))
-    elif layer.config.activation == "gelu":
-        hidden = F.gelu(hidden)
-    else:
-        hidden = F.relu(hidden)
-    if layer.config.expert_layernorm:
-        hidden = F.layer_norm(hidden, hidden.shape, weights["layernorm_weight"], weights["layernorm_bias"])
-    return weights["fc2_weight"] @ hidden + weights.get("fc2_bias", 0)
+    return feed_forward(weights, layer.config.activation, layer.config.expert_layernorm, x)
+
+
+def shared_expert(layer, x):
+    """The shared expert on one token ``(D,)``."""
+    weights = {name.replace(".", "_"): p for name, p in layer.shared_expert.named_parameters()}
+    return feed_forward(weights, layer.config.activation, False, x)
 
 
 def router_logits(layer, x):
@@ -69,7 +80,7 @@ def forward(layer, x, padding_mask=None):
             merged.append(total)
         y = projection(layer.merge_projection, torch.cat(merged))
         if layer.shared_expert is not None:
-            y = y + layer.shared_expert(token)
+            y = y + shared_expert(layer, token)
         outputs.append(y)
     return torch.stack(outputs), balance(config, all_probs, all_chosen), sum(z_terms) / max(len(z_terms), 1)
 

@@ -88,7 +88,10 @@ class Checkout:
         given, answers = self._server.stdin, self._server.stdout
         given.write(json.dumps(arguments).encode() + b"\n")
         if select.select([answers], [], [], time_limit)[0]:
-            return int(answers.readline())
+            answer = answers.readline()
+            if not answer:
+                raise RuntimeError(f"the process that runs the tests ended:\n{(self.folder / LOG).read_text()[-2000:]}")
+            return int(answer)
         self.close()
         return None
 
@@ -103,4 +106,5 @@ class Checkout:
         }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0, "start_new_session": True}
         command = [sys.executable, server.__file__, *PRELOADED]
-        return subprocess.Popen(command, cwd=self.folder, env=environment, **pipes)
+        with (self.folder / LOG).open("w") as log:
+            return subprocess.Popen(command, cwd=self.folder, env=environment, stderr=log, **pipes)

@@ -9,13 +9,14 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from beit3_models import beit3_dictionary
+from drawn_values import ONES, ZEROS, Values, assert_follows, uniform, xavier
 from language_models import small_dictionary
-from torch import Tensor, nn
+from torch import nn
 
 from mhmoe_fairseq.models._beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 from mhmoe_fairseq.models.architectures import architecture_options
@@ -44,31 +45,7 @@ MODELS = {
 }
 
 
-class Values(NamedTuple):
-    """What a parameter's values should be.
-
-    Attributes:
-        kind: ``uniform`` in +-size, ``normal`` with deviation size, ``constant``, or ``orthogonal``: rows of one
-            length, size, and at right angles where they can be.
-        size: as the kind says.
-        zero_row: the row of zeros that an embedding has for padding.
-    """
-
-    kind: str
-    size: float
-    zero_row: int | None = None
-
-
-def uniform(fan_in: float) -> Values:
-    """``nn.Linear``'s and ``nn.Conv2d``'s own."""
-    return Values("uniform", fan_in**-0.5)
-
-
-def xavier(width: int, gain: float) -> Values:
-    return Values("uniform", gain * math.sqrt(6 / (2 * width)))
-
-
-ONES, ZEROS, BEIT = Values("constant", 1.0), Values("constant", 0.0), Values("normal", 0.02)
+BEIT = Values("normal", 0.02)
 EMBEDDING = Values("normal", D**-0.5, zero_row=1)
 AB = r"(?:\.[AB])?"  # a modality's
 EXPERTS = rf"moe_layer{AB}\.experts\.{{}}"
@@ -164,45 +141,12 @@ def initial_scale(flags: dict[str, Any]) -> float:
     return math.sqrt(math.log(2 * LAYERS)) if flags.get("subln") or not flags.get("rms_norm") else 1.0
 
 
-def assert_drawn(values: Tensor, expected: Values) -> None:
-    """Mean, mean square and extremes, within five standard deviations of what independent draws have."""
-    values = values.detach().double().flatten()
-    n, size = values.numel(), expected.size
-    square, spread = {"uniform": (size**2 / 3, math.sqrt(0.8)), "normal": (size**2, math.sqrt(2))}[expected.kind]
-    assert abs(values.mean()) <= 5 * math.sqrt(square / n)
-    assert abs(values.square().mean() / square - 1) <= 5 * spread / math.sqrt(n)
-    largest = values.abs().max() / size
-    if expected.kind == "uniform":
-        assert 1 - 15 / n <= largest <= 1 + 1e-6
-    elif n >= 300:
-        assert largest > 2.2  # a uniform of the same deviation ends at 1.73
-
-
-def assert_orthogonal(rows: Tensor, length: float) -> None:
-    rows = rows.detach()
-    torch.testing.assert_close(rows.norm(dim=1), torch.full((rows.size(0),), length))
-    if rows.size(0) <= rows.size(1):
-        torch.testing.assert_close(rows @ rows.T, length**2 * torch.eye(rows.size(0)), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_parameter_follows_its_rule(kind):
     model, flags = model_of(kind), MODELS[kind][1]
     for name, parameter in model.named_parameters():
         assert len(rules_for(name)) == 1, f"{name}: rules {rules_for(name)}"
-        expected, values = expected_values(name, model, flags), parameter.detach()
-        if expected.zero_row is not None:
-            assert not values[expected.zero_row].any(), name
-            values = torch.cat([values[: expected.zero_row], values[expected.zero_row + 1 :]])
-        if expected.kind == "constant":
-            assert torch.equal(values, torch.full_like(values, expected.size)), name
-        elif expected.kind == "orthogonal":
-            assert_orthogonal(values, expected.size)
-        else:
-            try:
-                assert_drawn(values, expected)
-            except AssertionError as error:
-                raise AssertionError(f"{name} {tuple(values.shape)} should be {expected}: {error}") from error
+        assert_follows(name, parameter, expected_values(name, model, flags))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -1,5 +1,7 @@
 """Validation, counting against the built module, and the two budgets."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_layer import VARIANTS, build
@@ -88,6 +90,46 @@ def test_flops_budget_keeps_both_counts_of_a_gelu_reference():
     gap = matched.budget_gap(target)
     # Half an expert is what rounding their number may cost; the routers differ by a little.
     assert abs(gap.params) < 0.5 / matched.num_experts + 0.002 and abs(gap.flops) < 0.01
+
+
+def flops_reference(**changes):
+    fields = {"embed_dim": 64, "num_experts": 4, "expert_ffn_dim": 200, "top_k": 2, **changes}
+    return MHMoEConfig(**fields)
+
+
+@pytest.mark.parametrize("width", range(160, 290, 10))
+@pytest.mark.parametrize("multiple, experts_multiple", [(8, 1), (32, 1), (64, 4)])
+def test_flops_budget_rounds_to_the_nearest(width, multiple, experts_multiple):
+    target = flops_reference(expert_ffn_dim=width)
+    matched = MHMoEConfig.matching(
+        target, budget="flops", num_heads=2, multiple_of=multiple, expert_multiple=experts_multiple
+    )
+    # Two projections of 64 x 64 are 32 of the 2 x width rows that a token's experts have; sub-tokens are 32 wide.
+    assert matched.expert_ffn_dim == multiple * round((2 * width - 64) / 2 / multiple)
+    available = 2 * 64 * width * 4 - 2 * 64 * 64
+    nearest = experts_multiple * round(available / (2 * 32 * matched.expert_ffn_dim) / experts_multiple)
+    assert matched.num_experts == max(nearest, experts_multiple)
+
+
+def test_flops_budget_leaves_each_sub_token_its_experts():
+    """Sixteen narrow experts cost a little less than the reference's one; the budget alone would give fifteen."""
+    target = flops_reference(num_experts=1, top_k=1, expert_ffn_dim=1024)
+    many = {"num_experts": 16, "split": False}
+    matched = MHMoEConfig.matching(target, budget="flops", num_heads=2, top_k=16, multiple_of=64, **many)
+    assert (matched.expert_ffn_dim, matched.num_experts, matched.top_k) == (64, 16, 16)
+    wide = MHMoEConfig.matching(flops_reference(num_experts=2), budget="flops", num_heads=2, expert_multiple=32)
+    assert wide.num_experts == 32
+
+
+def test_params_budget_takes_the_widest_that_fits():
+    target = reference(8)
+    matched = MHMoEConfig.matching(target, budget="params", num_heads=4)
+    wider = dataclasses.replace(matched, expert_ffn_dim=matched.expert_ffn_dim + 8)
+    assert matched.num_params() <= target.num_params() < wider.num_params()
+    single = MHMoEConfig.matching(target, budget="params", num_heads=4, multiple_of=1)
+    assert single.num_params() <= target.num_params()
+    wider = dataclasses.replace(single, expert_ffn_dim=single.expert_ffn_dim + 1)
+    assert wider.num_params() > target.num_params()
 
 
 def test_impossible_budgets_are_refused():

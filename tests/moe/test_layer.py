@@ -32,6 +32,7 @@ VARIANTS = {
     "no_split": {"split": False},
     "shared": {"shared_expert_dim": 20},
     "shared_swiglu": {"shared_expert_dim": 20, "activation": "swiglu"},
+    "shared_relu": {"shared_expert_dim": 20, "activation": "relu", "expert_bias": False},
     "many_experts": {"num_experts": 40},
 }
 

@@ -21,6 +21,22 @@ def test_active_share_threshold_is_a_part_of_the_uniform_load():
     assert stats.active_share(load, threshold=0.001).tolist() == [0.75, 1.0]
 
 
+def test_an_expert_is_active_from_one_percent_of_the_uniform_load_on():
+    load = torch.tensor([10_000.0, 10_000, 4.9, 5.0, 50])  # uniform load 4,012; 1 % of it is 40
+    assert stats.active_share(load) == torch.tensor(3 / 5)
+    assert stats.active_share(torch.tensor([99.0, 1, 0, 0])) == 0.5  # uniform load 25
+    exactly = torch.tensor([101.0, 99, 199, 1])  # uniform load 100
+    assert stats.active_share(exactly) == 1
+    assert stats.active_share(torch.tensor([0.5, 1000, 1000])) == torch.tensor(2 / 3)
+
+
+def test_overflow_is_the_share_of_dropped_assignments():
+    counted = RoutingStats(torch.tensor([6.0, 2.0]), torch.tensor(2.0), torch.tensor(0.0), torch.tensor(4.0))
+    assert stats.overflow(counted) == 0.25
+    pools = RoutingStats(torch.tensor([[6.0, 2.0], [1.0, 1.0]]), torch.tensor([2.0, 1.0]), *counted[2:])
+    assert stats.overflow(pools).tolist() == [0.25, 0.5]
+
+
 def test_empty_load_is_harmless():
     zero = torch.zeros(3)
     assert stats.active_share(zero) == 0 and stats.load_max_over_mean(zero) == 0

@@ -1,0 +1,92 @@
+"""The initial values of every parameter of the layer, in every kind of configuration, against the rule that is stated.
+
+A parameter that no rule names, or two, fails; so does a rule that no configuration has a parameter for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from drawn_values import ONES, ZEROS, Values, assert_follows, uniform, xavier
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+
+D, F, SHARED, ROUTER = 96, 40, 56, 12
+CONFIGS = {
+    "plain": {},
+    "one head": {"num_heads": 1},
+    "one head projected": {"num_heads": 1, "head_projection": True, "merge_projection": True},
+    "linear router": {"router": "linear"},
+    "cosine router": {"router_normalize": "both", "router_temperature": 0.07},
+    "no biases": {"expert_bias": False, "projection_bias": False, "shared_expert_dim": SHARED},
+    "swiglu": {"activation": "swiglu", "shared_expert_dim": SHARED},
+    "swiglu without biases": {"activation": "swiglu", "expert_bias": False},
+    "relu sub-LN": {"activation": "relu", "expert_layernorm": True},
+    "deep projections": {"num_projection_layers": 3},
+    "no projections": {"num_projection_layers": 0},
+    "whole tokens": {"split": False, "head_projection": False},
+    "shared expert": {"shared_expert_dim": SHARED, "routing": "capacity"},
+}
+# d is the width of a sub-token.
+RULES: dict[str, Callable[[int], Values]] = {
+    r"experts\.(fc1|gate)_(weight|bias)": lambda d: uniform(d),
+    r"experts\.fc2_(weight|bias)": lambda d: uniform(F),
+    r"experts\.layernorm_weight": lambda d: ONES,
+    r"experts\.layernorm_bias": lambda d: ZEROS,
+    r"router\.(reduction\.)?weight": lambda d: uniform(d),
+    r"router\.expert_embedding": lambda d: Values("orthogonal", 1.5),
+    r"router\.temperature": lambda d: Values("constant", 0.07),
+    r"head_projection\.\d\.weight": lambda d: xavier(D, 1 / math.sqrt(2)),
+    r"head_projection\.\d\.bias": lambda d: uniform(D),
+    r"merge_projection\.\d\.weight": lambda d: xavier(D, 1.0),
+    r"merge_projection\.\d\.bias": lambda d: ZEROS,
+    r"shared_expert\.(fc1|gate)\.(weight|bias)": lambda d: uniform(D),
+    r"shared_expert\.fc2\.(weight|bias)": lambda d: uniform(SHARED),
+}
+
+
+def build(kind: str) -> MHMoELayer:
+    torch.manual_seed(0)
+    fields = {"embed_dim": D, "num_heads": 4, "num_experts": 9, "expert_ffn_dim": F, "router_dim": ROUTER}
+    return MHMoELayer(MHMoEConfig(**{**fields, **CONFIGS[kind]}))
+
+
+def rules_for(name: str) -> list[str]:
+    return [pattern for pattern in RULES if re.fullmatch(pattern, name)]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_parameter_follows_its_rule(kind: str) -> None:
+    layer = build(kind)
+    for name, parameter in layer.named_parameters():
+        assert len(rules_for(name)) == 1, f"{name}: rules {rules_for(name)}"
+        assert_follows(name, parameter, RULES[rules_for(name)[0]](layer.config.subtoken_dim))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_expert_follows_the_rule_by_itself_with_values_of_its_own(kind: str) -> None:
+    layer = build(kind)
+    for name, parameter in layer.experts.named_parameters():
+        rule = RULES[rules_for(f"experts.{name}")[0]](layer.config.subtoken_dim)
+        for expert, values in enumerate(parameter):
+            assert_follows(f"{name}[{expert}]", values, rule)
+        if rule.kind != "constant":
+            assert len(torch.unique(parameter.detach().flatten(1)[:, 0])) == layer.config.num_experts, name
+
+
+def test_every_rule_has_a_parameter() -> None:
+    names = [name for kind in CONFIGS for name, _ in build(kind).named_parameters()]
+    assert [pattern for pattern in RULES if not any(pattern in rules_for(name) for name in names)] == []
+
+
+def test_experts_are_drawn_again_as_at_first() -> None:
+    experts = build("swiglu").experts
+    first = {name: parameter.clone() for name, parameter in experts.named_parameters()}
+    experts.reset_parameters()
+    for name, parameter in experts.named_parameters():
+        assert not torch.equal(parameter, first[name])
+        assert_follows(name, parameter, RULES[rules_for(f"experts.{name}")[0]](D // 4))
