@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     codes = None if args.langs is None else parse_languages(args.langs)
     names = name_models(args.checkpoint)
     sets = read_xnli(args.xnli_dir, args.split, codes)
+    for path, reason in {name: why for one in sets for name, why in one.left_out.items()}.items():
+        say(f"left out: {path}: {reason}")
 
     from ..evaluation.xnli_tasks import write_tasks
 
@@ -150,7 +152,7 @@ def _record(args: argparse.Namespace, sets: list[XnliSet], models: list[dict[str
         "split": args.split,
         "limit": args.limit,
         "language_symbols": args.language_token,
-        "files": {one.code: {"path": str(one.path), "sha256": one.sha256} for one in sets},
+        "files": {one.code: {"path": str(one.path), "sha256": one.sha256, "left_out": one.left_out} for one in sets},
         "models": models,
         "paper": {"source": f"{P1}, table 3", "languages": list(PAPER_LANGUAGES), "percent": TABLE_3},
     }

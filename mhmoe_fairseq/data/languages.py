@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Iterable
 
@@ -63,6 +64,11 @@ def get_language(code: str, flag: str = "--langs") -> Language:
     if code not in LANGUAGES:
         raise UserError(f"{flag} {code}: no such language; known are {', '.join(LANGUAGES)}")
     return LANGUAGES[code]
+
+
+def language_of(tag: str) -> str:
+    """The language's code out of a tag that says more: ``zh`` of ``zh-Hans``, ``zh_CN`` and ``ZH``."""
+    return re.split("[-_]", tag.strip(), maxsplit=1)[0].lower()
 
 
 def parse_languages(text: str | Iterable[str], flag: str = "--langs") -> tuple[str, ...]:

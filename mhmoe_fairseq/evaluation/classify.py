@@ -14,8 +14,10 @@ from fairseq import checkpoint_utils, utils
 from fairseq.data import ListDataset
 
 from ..data.classification.examples import Example
-from ..data.classification.labels import Labels
+from ..data.classification.labels import Labels, given_labels
+from ..data.files import read_json
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
+from ..data.workspace import MANIFEST
 from ..errors import UserError
 from ..models._checkpoints import read_checkpoint
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
@@ -146,15 +148,23 @@ class Classifier:
         for texts in zip(*(example.texts for example in examples)):
             encoded = [torch.tensor([*ids, eos]) for ids in vocabulary.encode_lines(list(texts))]
             sentences.append(ListDataset(encoded, np.array([len(tokens) for tokens in encoded])))
-        labels = Labels(tuple((name,) for name in self.task.classes))
+        labels = self._labels() if labelled else None
         dataset = LabelledSentences(
             sentences,
-            np.array([labels.find(example) if labelled else UNLABELLED for example in examples]),
+            np.array([UNLABELLED if labels is None else labels.find(example) for example in examples]),
             np.full(len(examples), self.task.first_token(split)),
             longest=self.task.max_positions(),
             pad=self.task.dictionary.pad(),
         )
         return self._classify(split, dataset, max_tokens)
+
+    def _labels(self) -> Labels:
+        """The data's classes with the spellings of their ``--labels``; only with these does a number stand for one."""
+        manifest = self.data / MANIFEST
+        given = read_json(manifest).get("settings", {}).get("labels") if manifest.is_file() else None
+        if given is not None:
+            return given_labels(given, (), "label")
+        return Labels(tuple((name,) for name in self.task.classes), are_ordered=False)
 
     def _classify(self, split: str, dataset: LabelledSentences, max_tokens: int) -> Classified:
         labels = np.empty(len(dataset), dtype=np.int64)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.classification.examples import Fields, file_format, read_examples
@@ -40,12 +40,14 @@ class XnliSet:
         path: the file they came from.
         sha256: of that file.
         examples: objects with ``premise``, ``hypothesis`` and ``label``, an index into ``LABELS``.
+        left_out: other files that could have held the language, and why they were not taken.
     """
 
     code: str
     path: Path
     sha256: str
     examples: tuple[dict[str, str | int], ...]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> list[XnliSet]:
@@ -64,28 +66,42 @@ def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> l
     found = []
     for code in codes or XNLI_LANGUAGES:
         get_language(code)
-        path = _find(folder, _SINGLE, split, code)
-        shared = path or _find(folder, _SHARED, split, code)
-        if shared is None:
-            if codes is not None:
-                raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
-            continue
-        examples = tuple(_read(shared, code if path is None else None))
-        if examples:
-            found.append(XnliSet(code, shared, sha256_of(shared), examples))
-        elif codes is not None or path is not None:
-            raise UserError(f"{shared}: no example of {code}")
+        own = _find(folder, _SINGLE, split, code)
+        files = [*own, *_find(folder, _SHARED, split, code)]
+        one = _first_with_examples(code, own, files)
+        if one is not None:
+            found.append(one)
+        elif codes is not None and not files:
+            raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
+        elif codes is not None or own:
+            raise UserError(f"{files[0]}: no example of {code}")
     if not found:
         raise UserError(f"--xnli-dir {folder}: no XNLI {split} file in it; {_expected(split, 'de')}")
     _refuse_twins(found)
     return found
 
 
-def _find(folder: Path, patterns: Sequence[str], split: str, code: str) -> Path | None:
-    for pattern, alias, suffix in itertools.product(patterns, SPLITS[split], _SUFFIXES):
-        path = folder / (pattern.format(split=alias, code=code) + suffix)
-        if path.is_file():
-            return path
+def _find(folder: Path, patterns: Sequence[str], split: str, code: str) -> list[Path]:
+    """The files that are there, the likeliest first."""
+    names = itertools.product(patterns, SPLITS[split], _SUFFIXES)
+    paths = (folder / (pattern.format(split=alias, code=code) + suffix) for pattern, alias, suffix in names)
+    return [path for path in dict.fromkeys(paths) if path.is_file()]
+
+
+def _first_with_examples(code: str, own: Sequence[Path], files: Sequence[Path]) -> XnliSet | None:
+    """The examples of the first file that has any.
+
+    Args:
+        own: files of this language alone.
+        files: these and the files of all languages.
+    """
+    left_out: dict[str, str] = {}
+    for path in files:
+        examples = tuple(_read(path, None if path in own else code))
+        if examples:
+            unread = {str(other): f"{path} is read" for other in files[files.index(path) + 1 :]}
+            return XnliSet(code, path, sha256_of(path), examples, {**left_out, **unread})
+        left_out[str(path)] = f"no example of {code} in it"
     return None
 
 

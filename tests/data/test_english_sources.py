@@ -83,8 +83,9 @@ def test_docstrings_are_parsed_not_imported(tmp_path):
         "        The point at which the polynomial shall be evaluated, in radians.\n\n"
         '    >>> f(1)  # a doctest is not prose, so it is dropped from the text."""\n'
     )
-    documents = [document for document in docstring_documents("demo", tmp_path) if document.lines]
-    assert [document.name for document in documents] == ["demo/module.py"]
+    unread = []
+    documents = [document for document in docstring_documents("demo", tmp_path, unread) if document.lines]
+    assert [document.name for document in documents] == ["demo/module.py"] and unread == ["demo/broken.py"]
     assert documents[0].lines == [
         "This module would end the interpreter if it were ever imported.",
         "Compute the value of a polynomial at a point given by the caller.",

@@ -207,6 +207,30 @@ def test_captions_from_three_places(tmp_path, own_pictures):
     assert (tmp_path / "made" / "images" / "cats" / "b.jpg").read_bytes() == (own_pictures / "cats/b.jpg").read_bytes()
 
 
+def test_linked_folders_are_entered_and_what_is_left_out_is_named(tmp_path, own_pictures):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.png").write_bytes(png("black"))
+    (own_pictures / "linked").symlink_to(tmp_path / "elsewhere")
+    (own_pictures / "cats" / "circle").symlink_to(own_pictures)
+    (own_pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (own_pictures / "b.txt").write_text("beside nothing\n")
+    lines = [{"image": "linked/d.png", "caption": "Schwarz", "language": language} for language in ("de", "fr")]
+    (own_pictures / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    source = FolderSource(own_pictures)
+    assert source.identity(("de",))["pictures"] == 4
+    opened = source.open(("de",), tmp_path / "made", tmp_path, said.append)
+    assert [picture.path for picture in opened.pictures if picture.captions] == ["images/linked/d.png"]
+    assert (tmp_path / "made" / "images" / "linked" / "d.png").is_file()
+    left_out = {reason.split(",")[0]: names for reason, names in opened.provenance["left_out"].items()}
+    assert left_out == {
+        "beside no picture of that name": ["b.txt"], "a link that leads nowhere": ["gone.png"],
+        "not one of .png": ["notes.md"],
+    }  # fmt: skip
+    assert opened.provenance["captions_in_other_languages"] == {"fr": 1}
+    assert sum(line.startswith("left out: folder: ") for line in said) == 4
+
+
 def test_a_picture_that_is_there_twice_is_one_unit(tmp_path, own_pictures):
     (own_pictures / "copy.png").write_bytes((own_pictures / "a.png").read_bytes())
     pictures, _ = open_source(FolderSource(own_pictures), tmp_path, tmp_path)

@@ -131,6 +131,36 @@ def test_single_sentences_and_labels_from_the_training_file(run, tmp_path):
     assert not (dest / "input1").exists()
 
 
+@pytest.mark.parametrize(
+    "train, test, message",
+    [
+        (["entailment", "neutral"], [0, 1], "de.jsonl:1: field 'label' is '0', a number, and the classes are names"),
+        ([0, 1], ["entailment", "neutral"], "de.jsonl:1: field 'label' is 'entailment', must be one of 0, 1"),
+        (["entailment", 0, 1], [1, 0], "en.jsonl:2 has '0' in 'label' and {0}/en.jsonl:1 has 'entailment', which"),
+        (["Neutral", "neutral"], ["neutral"], "en.jsonl:1 has 'Neutral' in 'label' and {0}/en.jsonl:2 has 'neutral'"),
+        (["yes", "no"], [-1], "de.jsonl:1: field 'label' is '-1', a number, and the classes are names (no, yes)"),
+    ],
+)
+def test_a_coding_that_nobody_gave_is_refused_not_guessed(run, tmp_path, train, test, message):
+    files = {
+        code: write_jsonl(tmp_path / f"{code}.jsonl", [{"text": "a b", "label": label} for label in labels_of])
+        for code, labels_of in (("en", train), ("de", test))
+    }
+    status, _, err = run("--train", f"en={files['en']}", "--test", f"de={files['de']}", "--text-fields", "text")
+    assert status == 2 and message.format(tmp_path) in err and err.count("\n") == 1, err
+    assert not list((tmp_path / "data").glob("*.txt"))
+
+
+def test_numbers_are_ids_where_the_order_was_given(run, tmp_path):
+    words = write_jsonl(tmp_path / "en.jsonl", [{"text": "a b", "label": word} for word in ("yes", "no", "yes")])
+    numbers = write_jsonl(tmp_path / "de.jsonl", [{"text": "a b", "label": number} for number in (0, 1, 1)])
+    status, _, err = run(
+        "--train", f"en={words}", "--test", f"de={numbers}", "--text-fields", "text", "--labels", "yes", "no"
+    )
+    assert (status, err) == (0, "")
+    assert labels(tmp_path / "data", "test_de") == ["yes", "no", "no"]
+
+
 def test_done_once_and_again_with_other_settings(run, files, tmp_path):
     arguments = ("--train", files["en"], "--valid", files["de"])
     assert run(*arguments)[0] == 0

@@ -1,5 +1,6 @@
 """``mhmoe prepare multilingual`` from the command line to a folder that fairseq loads."""
 
+import gzip
 import json
 import random
 import stat
@@ -11,7 +12,7 @@ from mhmoe_fairseq.data.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
 from mhmoe_fairseq.data.multilingual.pipeline import MultilingualSettings, prepare_multilingual
 from mhmoe_fairseq.data.sources.debian_docs.source import DebianDocs
-from mhmoe_fairseq.data.sources.language_folders import jsonl_folder
+from mhmoe_fairseq.data.sources.language_folders import jsonl_folder, text_folder
 
 WORDS = {
     "de": "der die Katze Hund Haus läuft schläft unter über neben großen kleinen Baum Fluss Straße".split(),
@@ -56,6 +57,26 @@ def hashes(dest):
 
 def visible(dest):
     return sorted(path.name for path in dest.iterdir() if not path.name.startswith("."))
+
+
+@pytest.mark.parametrize("name", ["text", "jsonl"])
+def test_all_files_of_a_language_are_read_and_the_others_named(tmp_path, name):
+    (tmp_path / "de" / "more").mkdir(parents=True)
+    suffix, other = {"text": ("txt", "jsonl"), "jsonl": ("jsonl", "txt")}[name]
+    texts = {f"de.{suffix}": "eins", f"de/a.{suffix}": "zwei", f"de/a.{suffix}.gz": "drei"}
+    for path, text in texts.items():
+        content = (text if name == "text" else json.dumps({"text": text})).encode()
+        (tmp_path / path).write_bytes(gzip.compress(content) if path.endswith(".gz") else content)
+    for path in (f"de.{other}", "de/notes.md", f"de/more/b.{suffix}"):
+        (tmp_path / path).write_text("vier")
+    folder = text_folder(tmp_path, "blank-line") if name == "text" else jsonl_folder(tmp_path, "text", "key")
+    said = []
+    corpus = folder.open(["de"], tmp_path / "made", lambda *_: None, tmp_path, said.append)
+    assert [passage.lines for _, passage in corpus.passages("de")] == [["eins"], ["zwei"], ["drei"]]
+    assert len(folder.identity(["de"])["inputs"]["de"]) == 3
+    [(reason, names)] = corpus.provenance["left_out"].items()
+    assert names == [f"de.{other}", f"de/more/b.{suffix}", "de/notes.md"] and f"de/*.{suffix}.gz" in reason
+    assert said == [f"left out: {name}: {', '.join(names)}: {reason}"]
 
 
 def test_json_lines_to_data_that_fairseq_loads(capsys, tmp_path, jsonl):

@@ -102,6 +102,7 @@ def test_texts_without_labels(fine_tuned, capsys, tmp_path):
 
 def test_bad_input_is_one_line(fine_tuned, trained_model, capsys, tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"premise": "a", "hypothesis": "b", "label": "often"}\n')
+    (tmp_path / "ids.jsonl").write_text('{"text": "a", "label": 0}\n')
     (tmp_path / "broken.pt").write_bytes((fine_tuned / "checkpoint_last.pt").read_bytes()[:5000])
     pairs = ("--input", f"en={tmp_path / 'pairs.jsonl'}")
     for arguments, message in (
@@ -117,6 +118,10 @@ def test_bad_input_is_one_line(fine_tuned, trained_model, capsys, tmp_path):
         (
             (fine_tuned, *pairs, "--text-fields", "premise", "--label-field", "label"),
             "pairs.jsonl:1: field 'label' is 'often', must be one of place, time",
+        ),
+        (
+            (fine_tuned, "--input", f"en={tmp_path / 'ids.jsonl'}", "--label-field", "label"),
+            "ids.jsonl:1: field 'label' is '0', a number, and the classes are names (place, time)",
         ),
         ((fine_tuned, "--label-field", "label"), "--label-field needs --input"),
         ((fine_tuned, "--max-tokens", 0), "--max-tokens (0) must be at least 1"),

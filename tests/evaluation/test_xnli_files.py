@@ -84,6 +84,26 @@ def test_splits_and_languages_are_chosen(tmp_path):
         read_xnli(tmp_path, "test", ["fr"])
 
 
+def test_a_file_without_examples_hides_no_other_and_is_named(tmp_path):
+    per_language("{}.jsonl")(tmp_path)
+    (tmp_path / "de.jsonl").write_text("\n")
+    (tmp_path / "de.tsv").write_text("premise\thypothesis\tlabel\na\tb\t1\n")
+    official_jsonl(tmp_path / "xnli.dev.jsonl")
+    de, en = read_xnli(tmp_path, "validation")
+    assert (de.path.name, de.examples) == ("de.tsv", ({"premise": "a", "hypothesis": "b", "label": 1},))
+    assert {Path(name).name: why for name, why in de.left_out.items()} == {
+        "de.jsonl": "no example of de in it", "xnli.dev.jsonl": f"{tmp_path / 'de.tsv'} is read",
+    }  # fmt: skip
+    assert en.path.name == "en.jsonl" and list(en.left_out) == [str(tmp_path / "xnli.dev.jsonl")]
+
+
+@pytest.mark.parametrize("tag", ["zh", "zh-Hans", "zh_CN", "ZH"])
+def test_chinese_is_chinese_however_it_is_written(tmp_path, tag):
+    row = {"language": tag, "gold_label": "neutral", "sentence1": "a", "sentence2": "b"}
+    write_lines(tmp_path / "xnli.dev.jsonl", [row, {**row, "language": "en", "sentence1": "c"}])
+    assert [one.code for one in read_xnli(tmp_path, "validation")] == ["en", "zh"]
+
+
 GOOD = {"premise": "a b", "hypothesis": "c d", "label": 1}
 
 

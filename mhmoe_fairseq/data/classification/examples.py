@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
@@ -10,6 +11,7 @@ from typing import Any, Iterator, NamedTuple, Optional, Sequence
 from ...errors import UserError
 from ..documents import clean_line
 from ..files import read_utf8_lines
+from ..languages import language_of
 
 _FORMATS = {".jsonl": "JSON lines", ".json": "JSON lines", ".tsv": "TSV"}
 
@@ -37,15 +39,18 @@ class Fields:
     language: Optional[str] = None
 
 
-def read_examples(path: Path, fields: Fields, code: str = "", *, is_shared: bool = False) -> Iterator[Example]:
+def read_examples(
+    path: Path, fields: Fields, code: str = "", *, is_shared: bool = False, others: Optional[Counter[str]] = None
+) -> Iterator[Example]:
     """The examples of a ``.jsonl`` or ``.tsv`` file (``.gz`` too), in order; empty lines are passed over.
 
     A TSV file has the names of its fields in the first line, and no quoting.
 
     Args:
-        code: with a language field, examples of other languages are passed over.
+        code: with a language field, examples of other languages are passed over; ``zh-Hans`` and the like are ``zh``.
         is_shared: the file is read for several languages, so every example must have the language field; otherwise
             those without it are of this language.
+        others: counts the examples that are passed over, by language as the file spells it.
 
     Raises:
         UserError: naming file, line and field.
@@ -54,7 +59,10 @@ def read_examples(path: Path, fields: Fields, code: str = "", *, is_shared: bool
     rows = _jsonl_rows(path) if file_format(path) == "JSON lines" else _tsv_rows(path, needed)
     for place, row in rows:
         if fields.language is not None and (is_shared or fields.language in row):
-            if _value(row, fields.language, place) != code:
+            tag = _value(row, fields.language, place)
+            if language_of(tag) != code:
+                if others is not None:
+                    others[tag] += 1
                 continue
         texts = tuple(_text(row, name, place) for name in fields.texts)
         yield Example(place, texts, "" if fields.label is None else _value(row, fields.label, place))

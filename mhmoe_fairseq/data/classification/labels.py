@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Iterable, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 from ...errors import UserError
 from .examples import Example
 
+_NUMBER = re.compile(r"-?\d+")
 _RESERVED = ("<s>", "<pad>", "</s>", "<unk>")  # every fairseq dictionary has them, and madeupword0000
 
 
@@ -19,11 +21,13 @@ class Labels:
         spellings: for each class its name and other spellings of it.
         skipped: labels whose examples are left out, such as MNLI's ``-``.
         field: the label's field, for messages.
+        are_ordered: whether somebody has said in which order the classes stand, so that a number can be an id.
     """
 
     spellings: tuple[tuple[str, ...], ...]
     skipped: frozenset[str] = frozenset()
     field: str = "label"
+    are_ordered: bool = True
 
     @property
     def names(self) -> list[str]:
@@ -33,7 +37,8 @@ class Labels:
     def find(self, example: Example) -> Optional[int]:
         """The id of an example's class; None if it is to be left out.
 
-        Where no class is called by a number, a number is an id, as in data sets that store ids.
+        Where no class is called by a number and the order of the classes was given, a number is an id, as in data sets
+        that store ids. An order that was only found, such as the alphabet's, says nothing about ids.
 
         Raises:
             UserError: naming file, line, field and label.
@@ -44,8 +49,15 @@ class Labels:
         for index, spellings in enumerate(self.spellings):
             if label in spellings:
                 return index
-        if label.isdecimal() and int(label) < len(self.names) and not any(map(str.isdecimal, self.names)):
-            return int(label)
+        if _is_number(label) and not any(map(_is_number, self.names)):
+            if not self.are_ordered:
+                raise UserError(
+                    f"{example.place}: field {self.field!r} is {label!r}, a number, and the classes are names "
+                    f"({', '.join(self.names)}) without ids: give mhmoe prepare classification --labels, the names in "
+                    "the order of the ids"
+                )
+            if 0 <= int(label) < len(self.names):
+                return int(label)
         raise UserError(f"{example.place}: field {self.field!r} is {label!r}, must be one of {', '.join(self.names)}")
 
 
@@ -64,15 +76,40 @@ def found_labels(examples: Iterable[Example], skipped: Iterable[str], field: str
     """Labels from the training examples: all that occur, numbers in their order, words in the alphabet's.
 
     Raises:
-        UserError: fewer than two.
+        UserError: fewer than two; or what may be two codings of one class: numbers beside words, or words that differ
+            in case only.
     """
     left_out = frozenset(skipped)
-    found = {example.label for example in examples} - left_out
-    numeric = all(label.isdecimal() for label in found)
-    ordered = sorted(found, key=int) if numeric else sorted(found)
-    labels = Labels(tuple((label,) for label in ordered), left_out, field)
+    places: dict[str, str] = {}
+    for example in examples:
+        if example.label not in left_out:
+            places.setdefault(example.label, example.place)
+    numeric = all(map(_is_number, places))
+    ordered = sorted(places, key=int) if numeric else sorted(places)
+    _refuse_two_codings(places, field)
+    labels = Labels(tuple((label,) for label in ordered), left_out, field, are_ordered=False)
     _check(labels)
     return labels
+
+
+def _is_number(label: str) -> bool:
+    return _NUMBER.fullmatch(label) is not None
+
+
+def _refuse_two_codings(places: Mapping[str, str], field: str) -> None:
+    """``UserError`` if two of the labels, each with the place of its first example, may be spellings of one class."""
+    numbers = [label for label in places if _is_number(label)]
+    words = [label for label in places if not _is_number(label)]
+    suspects = [(number, word, "are a number and a word") for number, word in zip(numbers, words)]
+    spelt: dict[str, str] = {}
+    for word in words:
+        if (other := spelt.setdefault(word.casefold(), word)) != word:
+            suspects.append((other, word, "differ in case only"))
+    for one, other, how in suspects:
+        raise UserError(
+            f"--labels: needed, since {places[one]} has {one!r} in {field!r} and {places[other]} has {other!r}, which "
+            f"{how} and may stand for one class: give the names in the order of the ids, each with its =OTHER spellings"
+        )
 
 
 def _check(labels: Labels) -> None:

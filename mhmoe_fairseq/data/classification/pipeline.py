@@ -86,8 +86,9 @@ class Preparation:
         """Reads and checks every file, then binarises each; returns the manifest."""
         spellings = self._workspace.stage("labels", [_LABEL_DICTIONARY], self._check_all)
         labels = Labels(
-            tuple(map(tuple, spellings)), frozenset(self._settings.skipped_labels), str(self._settings.fields.label)
-        )
+            tuple(map(tuple, spellings)), frozenset(self._settings.skipped_labels), str(self._settings.fields.label),
+            are_ordered=self._settings.labels is not None,
+        )  # fmt: skip
         self._workspace.stage("language model", list(self._text.files), self._copy_language_model)
         outputs = [_LABEL_DICTIONARY, *self._text.files]
         splits = {}
@@ -135,9 +136,9 @@ class Preparation:
             temporary.write_text("".join(lines), encoding="utf-8")
         return [list(spellings) for spellings in labels.spellings]
 
-    def _read(self, file: LabelledFile) -> Iterator[Example]:
+    def _read(self, file: LabelledFile, others: Optional[Counter[str]] = None) -> Iterator[Example]:
         is_shared = sum(other.path.resolve() == file.path.resolve() for other in self._files) > 1
-        return read_examples(file.path, self._settings.fields, file.language, is_shared=is_shared)
+        return read_examples(file.path, self._settings.fields, file.language, is_shared=is_shared, others=others)
 
     def _copy_language_model(self) -> None:
         for name in self._text.files:
@@ -149,12 +150,13 @@ class Preparation:
         vocab_size = len(self._text.vocabulary.symbols) + NUM_SPECIALS
         lengths: list[int] = []
         classes: Counter[str] = Counter()
+        others: Counter[str] = Counter()
         skipped = 0
         with contextlib.ExitStack() as stack:
             inputs = [stack.enter_context(_builder(prefix, vocab_size)) for prefix in prefixes]
             label_prefix = self._partial / "label" / file.name
             add_label = stack.enter_context(_builder(label_prefix, NUM_SPECIALS + len(labels.names)))
-            for batch in _batches(self._read(file)):
+            for batch in _batches(self._read(file, others)):
                 kept = [(example, index) for example in batch if (index := labels.find(example)) is not None]
                 skipped += len(batch) - len(kept)
                 for sentences, (_, index) in zip(self._encode([example for example, _ in kept]), kept):
@@ -167,17 +169,23 @@ class Preparation:
         tokens, longest = sum(lengths), max(lengths)
         self._say(
             f"{file.name}: {len(lengths)} examples ({', '.join(f'{name} {count}' for name, count in counts.items())}), "
-            f"{skipped} left out, {tokens / len(lengths):.1f} tokens on average, the longest {longest}"
+            f"{skipped} left out{_in_other_languages(others)}, {tokens / len(lengths):.1f} tokens on average, "
+            f"the longest {longest}"
         )
         return {
             "language": file.language, "examples": len(lengths), "skipped": skipped, "classes": counts,
-            "tokens": tokens, "longest": longest,
+            "tokens": tokens, "longest": longest, "in_other_languages": dict(others),
         }  # fmt: skip
 
     def _encode(self, examples: list[Example]) -> Iterator[tuple[list[int], ...]]:
         """The ids of each example's one or two sentences, without end marks."""
         columns = zip(*(example.texts for example in examples))
         return zip(*(self._text.vocabulary.encode_lines(list(column)) for column in columns))
+
+
+def _in_other_languages(others: Counter[str]) -> str:
+    counts = ", ".join(f"{tag} {count}" for tag, count in sorted(others.items()))
+    return f" (of other languages besides: {counts})" if others else ""
 
 
 @contextlib.contextmanager

@@ -48,9 +48,10 @@ class DocstringSource:
     def open(self, cache_dir: Path, say: Callable[[str], None]) -> OpenedSource:
         """Reads the installed modules; nothing is fetched."""
         folders = [(package, _folder(package)) for package in self.packages]
+        unread: list[str] = []  # filled while the documents are read, which is before the manifest is written
         return OpenedSource(
-            {"version": f"Python {platform.python_version()}", **self.identity()},
-            (document for package, folder in folders for document in docstring_documents(package, folder)),
+            {"version": f"Python {platform.python_version()}", **self.identity(), "unparsable_modules": unread},
+            (document for package, folder in folders for document in docstring_documents(package, folder, unread)),
         )
 
 
@@ -72,29 +73,36 @@ def _folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def docstring_documents(package: str, folder: Path) -> Iterator[Document]:
-    """Yields one document per module under ``folder``; tests and vendored packages are left out."""
+def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterator[Document]:
+    """Yields one document per module under ``folder``; tests and vendored packages are left out.
+
+    Args:
+        unread: takes the names of modules that do not parse (templates, other versions of Python).
+    """
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder)
         if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
             continue
+        name = f"{package}/{relative.as_posix()}"
+        try:
+            docstrings = list(_docstrings(path))
+        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+            unread.append(name)
+            continue
         lines = [
             paragraph
-            for docstring in _docstrings(path)
+            for docstring in docstrings
             for paragraph in paragraphs(_PARAMETER.sub("", _DOCTEST.sub("", docstring)))
             if is_prose(paragraph)
         ]
-        yield Document(f"{package}/{relative.as_posix()}", lines)
+        yield Document(name, lines)
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Docstrings and other long strings; a module that does not parse (a template, another version) has none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-        return
+    """Docstrings and other long strings; raises what the parser raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     docstring_nodes: set[int] = set()
     for node in ast.walk(tree):  # breadth first: a definition comes before the string in its body
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

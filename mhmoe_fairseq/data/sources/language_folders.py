@@ -1,4 +1,4 @@
-"""The user's own text in many languages: ``DIR/de.txt``, ``DIR/de/*.txt`` or ``DIR/de.jsonl`` (``.gz`` too)."""
+"""The user's own text in many languages: ``DIR/de.txt`` and ``DIR/de/*.txt``, or ``DIR/de.jsonl`` (``.gz`` too)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..archives import Say
 from ..files import read_utf8_lines, require_files, sha256_of
 from ..multilingual.corpus_source import MultilingualCorpus, Stage
 from ..multilingual.passages import Passage
+from .left_out import LeftOut, group_left_out, say_left_out, walk_files
 from .local_files import jsonl_records, text_documents
 
 _LICENCE = "the user's own text: its terms are the user's to know"
@@ -20,12 +21,12 @@ Read = Callable[[Path, str], Iterator[Passage]]
 
 @dataclass(frozen=True)
 class LanguageFolder:
-    """One file or one folder of files per language.
+    """One file, one folder of files, or both per language.
 
     Args:
         name: ``text`` or ``jsonl``.
         folder: with the languages' files.
-        patterns: where they are, ``{}`` for the code; the first pattern that has a file wins.
+        patterns: where they are, ``{}`` for the code; the files of all of them are read.
         read: from a file and its name to passages.
         options: flags that change what is read, for the identity.
     """
@@ -38,12 +39,11 @@ class LanguageFolder:
     filter_lines: bool = False
 
     def files(self, code: str) -> list[Path]:
-        """The files of one language by name; ``UserError`` when there is none."""
-        for pattern in self.patterns:
-            found = sorted(self.folder.glob(pattern.format(code)))
-            if found:
-                require_files(found, f"--source {self.name}")
-                return found
+        """The files of one language, pattern by pattern and by name; ``UserError`` when there is none."""
+        found = [path for pattern in self.patterns for path in sorted(self.folder.glob(pattern.format(code)))]
+        if found:
+            require_files(found, f"--source {self.name}")
+            return found
         looked = ", ".join(str(self.folder / pattern.format(code)) for pattern in self.patterns)
         raise UserError(f"--source {self.name}: no data for the language {code}: none of {looked}")
 
@@ -72,12 +72,25 @@ class LanguageFolder:
                 inputs[code].append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
         return {"inputs": inputs, **self.options}
 
+    def left_out(self, languages: Sequence[str]) -> LeftOut:
+        """What lies where the languages' files do and is not read."""
+        reasons = []
+        for code in languages:
+            read = set(self.files(code))
+            looked = ", ".join(pattern.format(code) for pattern in self.patterns)
+            for path in [*sorted(self.folder.glob(f"{code}.*")), *walk_files(self.folder / code)]:
+                if path not in read:
+                    reasons.append((path.relative_to(self.folder).as_posix(), f"not one of {looked}"))
+        return group_left_out(reasons)
+
     def open(
         self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
     ) -> MultilingualCorpus:
         """Nothing is fetched or copied."""
+        left_out = self.left_out(languages)
+        say_left_out(self.name, left_out, say)
         return MultilingualCorpus(
-            provenance={"licence": _LICENCE},
+            provenance={"licence": _LICENCE, "left_out": left_out},
             sources={code: [path.name for path in self.files(code)] for code in languages},
             missing={code: {} for code in languages},
             passages=partial(self._passages, tuple(languages)),

@@ -28,14 +28,51 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(picture)
 
 
-def png(width: int, height: int, kind: int = 2, depth: int = 8, data: bytes = b"") -> bytes:
-    """A PNG file by hand: its header may promise more than there is."""
+def png(
+    width: int, height: int, kind: int = 2, depth: int = 8, data: bytes = b"", before: dict[bytes, bytes] | None = None
+) -> bytes:
+    """A PNG file by hand: its header may promise more than there is; ``before`` are chunks before the pixels."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
     header = struct.pack(">2I5B", width, height, depth, kind, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    more = b"".join(chunk(name, content) for name, content in (before or {}).items())
+    pixels_and_end = chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + more + pixels_and_end
+
+
+def packed(samples: list[int], depth: int) -> bytes:
+    """One row of samples as PNG keeps them, after its filter byte."""
+    bits = "".join(format(sample, f"0{depth}b") for sample in samples)
+    bits += "0" * (-len(bits) % 8)
+    return b"\0" + int(bits, 2).to_bytes(len(bits) // 8, "big")
+
+
+GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth"),
+    [*((GREY, depth) for depth in (1, 2, 4, 8, 16)), *((PALETTE, depth) for depth in (1, 2, 4, 8)),
+     *((kind, depth) for kind in (RGB, GREY_ALPHA, RGB_ALPHA) for depth in (8, 16))],
+)  # fmt: skip
+def test_what_is_transparent_is_white_in_every_kind_of_png(tmp_path, kind, depth):
+    """A transparent and an opaque pixel, side by side, of every kind and depth that PNG has."""
+    largest = 2**depth - 1
+    clear, solid = {1: (0, 1), 2: (1, 2)}.get(depth, (largest // 3, largest // 2))
+    samples, chunks = {
+        GREY: ([clear, solid], {b"tRNS": struct.pack(">H", clear)}),
+        RGB: ([clear, clear // 2, 0, solid, solid, solid], {b"tRNS": struct.pack(">3H", clear, clear // 2, 0)}),
+        PALETTE: ([0, 1], {b"PLTE": bytes([9, 8, 7] + 3 * [round(255 * solid / largest)]), b"tRNS": b"\0"}),
+        GREY_ALPHA: ([clear, 0, solid, largest], {}),
+        RGB_ALPHA: ([clear, 0, 0, 0, solid, solid, solid, largest], {}),
+    }[kind]
+    path = tmp_path / "a.png"
+    path.write_bytes(png(2, 2, kind, depth, 2 * packed(samples, depth), chunks))
+    rows = pixels(path)
+    assert (rows[:, 0] == 255).all()
+    assert np.abs(rows[:, 1].astype(int) - 255 * solid / largest).max() <= 1
 
 
 def test_rgb_is_read_as_it_is(tmp_path):

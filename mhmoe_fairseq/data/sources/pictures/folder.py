@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from ...archives import Say
 from ...documents import clean_line
 from ...files import read_utf8_lines, sha256_of
 from ...image_text.pictures import IMAGES, OpenedPictures, Picture, caption_sentences
+from ..left_out import LeftOut, group_left_out, say_left_out, walk_files
 from .wording import colour_facts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -63,7 +64,10 @@ class FolderSource:
             UserError: naming file and line of a caption that is no good, or of a picture that is not there.
         """
         files = self._files()
+        left_out = self._left_out(files)
+        say_left_out(self.name, left_out, say)
         captions = self._captions(languages[0])
+        unread = Counter(code for found in captions.values() for code in found if code not in languages)
         pictures = []
         for file in files:
             name = file.relative_to(self.folder).as_posix()
@@ -75,17 +79,27 @@ class FolderSource:
             raise UserError(f"--source folder {self.folder}: a caption is for {min(captions)}, which is not there")
         captioned = sum(bool(picture.captions) for picture in pictures)
         say(f"folder: {len(pictures)} pictures, {captioned} with a caption in {', '.join(languages)}")
-        return OpenedPictures(
-            {"folder": self.folder.name, "captioned": captioned}, pictures, list(caption_sentences(pictures))
-        )
+        for code, count in unread.items():
+            say(f"left out: folder: captions of {count} pictures in {code}, which --langs does not name")
+        provenance = {
+            "folder": self.folder.name, "captioned": captioned, "left_out": left_out,
+            "captions_in_other_languages": dict(unread),
+        }  # fmt: skip
+        return OpenedPictures(provenance, pictures, list(caption_sentences(pictures)))
 
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
             raise UserError(f"--source folder {self.folder}: no such folder")
-        files = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = sorted(file for file in walk_files(self.folder) if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"--source folder {self.folder}: has no picture ({', '.join(SUFFIXES)})")
         return files
+
+    def _left_out(self, files: Sequence[Path]) -> LeftOut:
+        """What is in the folder beside pictures and captions."""
+        read = {*files, *(file.with_suffix(".txt") for file in files), self.folder / _JSONL, self.folder / _TSV}
+        others = (file for file in walk_files(self.folder) if file not in read)
+        return group_left_out((file.relative_to(self.folder).as_posix(), _why_not(file)) for file in others)
 
     def _digest(self, values: Mapping[Path, object]) -> str:
         """One hash over names relative to the folder, in their order, each with its value."""
@@ -114,6 +128,17 @@ class FolderSource:
             if beside.is_file():
                 for line in read_utf8_lines(beside):
                     yield file.relative_to(self.folder).as_posix(), default_language, line
+
+
+def _why_not(file: Path) -> str:
+    """Why a file is neither a picture nor captions."""
+    if file.suffix.lower() in SUFFIXES:
+        return "a link that leads nowhere"
+    if file.name in (_JSONL, _TSV):
+        return "captions are read at the top of the folder"
+    if file.suffix == ".txt":
+        return "beside no picture of that name"
+    return f"not one of {', '.join(SUFFIXES)}"
 
 
 def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str, str]]:
