@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..data.files import atomic_path
+from ..data.files import atomic_path, refuse_path_separator
 from ..data.tensor_files import load_tensors, unreadable
 from ..errors import UserError
 from .checkpoint_json import TensorTable, decode, encode
@@ -65,6 +65,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     """Raise ``UserError`` before long work if ``path`` cannot become a checkpoint."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: the name must end in {' or '.join(SUFFIXES)}")
+    refuse_path_separator(path, "output")
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the file to write")
     if path.exists() and not overwrite:

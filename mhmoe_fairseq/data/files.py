@@ -109,6 +109,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def refuse_path_separator(path: Path, flag: str) -> None:
+    """``UserError`` if fairseq could not open what is made at ``path``: it takes ``:`` for the end of a path."""
+    if os.pathsep in str(path.absolute()):
+        raise UserError(
+            f"{flag} {path}: must have no {os.pathsep!r} in its path ({path.absolute()}), which fairseq takes for the "
+            "separator of two"
+        )
+
+
 def require_files(paths: list[Path], flag: str) -> None:
     """Checks that every path is a readable file; ``UserError`` names ``flag`` and the first that is not."""
     for path in paths:
@@ -123,6 +132,8 @@ def require_files(paths: list[Path], flag: str) -> None:
 def read_utf8_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file without their line end; ``.gz`` is unpacked on the fly, a leading BOM dropped.
 
+    Lines end as Python's own universal newlines do: with ``\\n``, ``\\r\\n``, or old Macs' ``\\r``.
+
     Raises:
         UserError: invalid UTF-8 (names the file and the byte offset in the unpacked text) or a damaged ``.gz``.
     """
@@ -134,7 +145,7 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
                 if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
                     raw, offset = raw[3:], 3
                 try:
-                    yield raw.decode("utf-8").rstrip("\r\n")
+                    yield from raw.decode("utf-8").rstrip("\r\n").split("\r")
                 except UnicodeDecodeError as error:
                     raise UserError(
                         f"{path}: invalid UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); "

@@ -17,7 +17,7 @@ from .corpus import iter_lines, read_sizes, write_corpus, write_splits
 from .documents import Cleaner
 from .sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from .sources import Source
-from .splits import SPLITS, assign_splits
+from .splits import SPLITS, assign_splits, unlike_shares
 from .tiktoken_vocabulary import TiktokenDictionaryVocabulary
 from .vocabulary import Vocabulary, build_dictionary, save_dictionary
 from .workspace import Workspace, prepare_folder
@@ -111,7 +111,19 @@ class Preparation:
         shares = ", ".join(f"{split} {assigned.count(split)}" for split in present)
         rule = "as the source has them" if any(size.split for size in sizes) else f"seed {settings.seed}"
         self._say(f"split: {shares} documents ({rule})")
+        if not any(size.split for size in sizes):
+            filled = {split: sum(size.num_bytes for size, part in zip(sizes, assigned) if part == split)
+                      for split in present}  # fmt: skip
+            self._warn_of_shares(filled)
         return present
+
+    def _warn_of_shares(self, filled: dict[str, int]) -> None:
+        settings = self._settings
+        warning = unlike_shares(
+            filled, valid_fraction=settings.valid_fraction, test_fraction=settings.test_fraction
+        )
+        if warning is not None:
+            self._say(f"warning: {warning}")
 
     def _train_vocabulary(self) -> None:
         start = time.monotonic()

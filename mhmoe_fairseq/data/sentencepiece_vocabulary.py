@@ -20,6 +20,7 @@ MODELS = ("unigram", "bpe")
 _NUM_BYTES = 256
 _TRAINING_THREADS = 2  # part of the result: the order of float sums depends on it, the machine's cores must not
 _MAX_LINE_BYTES = 1 << 20
+_MAX_CHARACTER_BYTES = 4  # in UTF-8
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -37,6 +38,8 @@ def train_sentencepiece(
 ) -> None:
     """Trains a model on ``lines`` and writes it atomically to ``path``.
 
+    SentencePiece passes over lines above a limit without a word, so longer ones are cut at spaces.
+
     Args:
         num_lines: how many ``lines`` yields.
         max_lines: above this, a share of the lines drawn from ``seed`` is used.
@@ -47,9 +50,10 @@ def train_sentencepiece(
     import sentencepiece
 
     buffer = io.BytesIO()
+    chosen = _thin(lines, max_lines / num_lines, seed) if num_lines > max_lines else lines
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_thin(lines, max_lines / num_lines, seed) if num_lines > max_lines else iter(lines),
+            sentence_iterator=(piece for line in chosen for piece in _cut(line)),
             model_writer=buffer,
             vocab_size=vocab_size,
             model_type=model,
@@ -73,6 +77,19 @@ def train_sentencepiece(
 def _thin(lines: Iterable[str], share: float, seed: int) -> Iterator[str]:
     generator = random.Random(seed)
     return (line for line in lines if generator.random() < share)
+
+
+def _cut(line: str) -> Iterator[str]:
+    """The line in pieces within SentencePiece's limit, cut at spaces; where there is none, between characters."""
+    most = _MAX_LINE_BYTES // _MAX_CHARACTER_BYTES
+    start = 0
+    if len(line) > most and len(line.encode()) > _MAX_LINE_BYTES:
+        while len(line) - start > most:
+            space = line.rfind(" ", start + 1, start + most)
+            end = start + most if space < 0 else space
+            yield line[start:end]
+            start = end if space < 0 else end + 1
+    yield line[start:]
 
 
 def _explain(error: RuntimeError, vocab_size: int) -> Exception:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple, Optional, Sequence
+from typing import Mapping, NamedTuple, Optional, Sequence
 
 from ..errors import UserError
 
 SPLITS = ("train", "valid", "test")
+_FAR, _SLACK = 2, 0.02  # a part's share is far from what was asked when it is twice or half of it, and more
 _OVERSHOOT = 1.1  # a held-out part may pass its share by this factor, so that one huge document cannot swallow it
 
 
@@ -28,6 +29,26 @@ def check_fractions(valid_fraction: float, test_fraction: float) -> None:
             f"--valid-fraction {valid_fraction:g} and --test-fraction {test_fraction:g}: their sum must be below 1, "
             "the rest is the training part"
         )
+
+
+def unlike_shares(sizes: Mapping[str, int], *, valid_fraction: float, test_fraction: float) -> Optional[str]:
+    """A sentence about parts that are far from their shares, or None: documents are never divided between parts.
+
+    Args:
+        sizes: bytes of every part.
+    """
+    total = sum(sizes.values())
+    asked = {"valid": valid_fraction, "test": test_fraction}
+    asked["train"] = 1 - valid_fraction - test_fraction
+    found = {split: size / total for split, size in sizes.items()} if total else {}
+    if all(found[split] <= _FAR * asked[split] + _SLACK and _FAR * found[split] >= asked[split] - _SLACK
+           for split in found):  # fmt: skip
+        return None
+    parts = ", ".join(f"{split} {share:.1%} for {asked[split]:.1%}" for split, share in found.items())
+    return (
+        f"the parts are far from their shares of the bytes ({parts}), since documents are never divided between them: "
+        "give more or shorter documents, or say with --document-separator where they end"
+    )
 
 
 def assign_splits(
@@ -53,7 +74,8 @@ def assign_splits(
     if len(sizes) <= len(wanted):
         raise UserError(
             f"--source: {len(sizes)} document(s) cannot be split by document into train, {' and '.join(wanted[::-1])}: "
-            "give more documents, another --document-separator, or --valid-fraction 0 / --test-fraction 0"
+            "give more documents, another --document-separator (line, if every line is one), or --valid-fraction 0 / "
+            "--test-fraction 0"
         )
     total = sum(size.num_bytes for size in sizes)
     order = list(range(len(sizes)))

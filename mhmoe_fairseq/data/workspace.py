@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator, Mapping
 
 from ..errors import UserError
 from ..locks import LOCK, exclusive_lock
-from .files import explain_full_disk, read_json, sha256_of, write_json
+from .files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 _OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
@@ -150,7 +150,8 @@ class Workspace:
 
 @contextlib.contextmanager
 def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspace]:
-    """Creates and locks ``dest``; ``UserError`` when it is a file or another run holds it."""
+    """Creates and locks ``dest``; ``UserError`` when it is a file, no path for fairseq, or held by another run."""
+    refuse_path_separator(dest, "--dest")
     if dest.exists() and not dest.is_dir():
         raise UserError(f"--dest {dest}: is a file, must be a folder")
     with exclusive_lock(dest / LOCK, "--dest"):

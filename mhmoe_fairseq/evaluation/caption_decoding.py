@@ -13,6 +13,7 @@ from ..data.multimodal.datasets import CaptionDataset
 from ..data.multimodal.index import index_files, read_index
 from ..data.multimodal.pictures import read_picture
 from ..data.multimodal.transforms import EvaluationTransform
+from ..errors import UserError
 from ..tasks.captioning import GROUND_TRUTH, NAME, CaptioningTask
 from .image_text_loading import load_image_text_model
 
@@ -40,9 +41,25 @@ class Captioner:
         self.transform = EvaluationTransform(self.task.args.img_size)
 
     def references(self, split: str) -> dict[int, list[str]] | None:
-        """The captions that a split's are scored against; None if the data have none."""
+        """The captions that a split's are scored against; None if the data have none.
+
+        Raises:
+            UserError: naming the file, if it is not of the split's pictures, each of them and no other.
+        """
         file = self.task.folder / GROUND_TRUTH[split]
-        return read_ground_truth(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        references = read_ground_truth(file)
+        index = read_index(self.task.folder, "captioning", split, NAME)
+        images = dict.fromkeys(index["image_id"].tolist())
+        pairs = ((references, images, file, index.files[0]), (images, references, index.files[0], file))
+        for some, others, has, lacks in pairs:
+            alone = [image for image in some if image not in others]
+            if alone:
+                raise UserError(
+                    f"{has}: {len(alone)} of {len(some)} images are not in {lacks}, first image_id {alone[0]}"
+                )
+        return references
 
     def training_captions(self) -> dict[int, list[str]] | None:
         """The captions of the training pictures, by image id; None if the data have none."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..data.files import refuse_path_separator
 from ..errors import UserError
 from ..locks import hold_folder
 from .checks import TrainingFlags
@@ -56,9 +57,12 @@ def hold_save_dir(flags: TrainingFlags) -> None:
     has made the folder by now; where there is none, nothing is trained.
 
     Raises:
-        UserError: if another training, of this machine or of one that shares its files, saves there.
+        UserError: if no command could open the checkpoints there, or another training, of this machine or of one that
+            shares its files, saves there.
     """
     is_first = not dist.is_initialized() or dist.get_rank() == 0
     folder = Path(flags.save_dir)
+    if not flags.no_save:
+        refuse_path_separator(folder, "--save-dir")
     if is_first and not flags.no_save and folder.is_dir():
         hold_folder(folder, "--save-dir")

@@ -156,7 +156,7 @@ def test_existing_files_unknown_suffixes_and_folders_are_refused(tmp_path: Path)
     (tmp_path / "a.pt").touch()
     (tmp_path / "folder.pt").mkdir()
     for name, message in (("a.pt", "exists: give --overwrite"), ("a.bin", "must end in .pt or .safetensors"),
-                          ("folder.pt", "is a folder")):  # fmt: skip
+                          ("folder.pt", "is a folder"), ("a:b.pt", "must have no ':' in its path")):  # fmt: skip
         with pytest.raises(UserError, match=message):
             check_output(tmp_path / name, overwrite=False)
     check_output(tmp_path / "a.pt", overwrite=True)

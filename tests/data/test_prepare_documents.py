@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mhmoe_fairseq.data.corpus import iter_lines, read_sizes, write_corpus, write_splits
 from mhmoe_fairseq.data.documents import Cleaner, Document, clean_line
-from mhmoe_fairseq.data.splits import DocumentSize, assign_splits, check_fractions
+from mhmoe_fairseq.data.splits import DocumentSize, assign_splits, check_fractions, unlike_shares
 from mhmoe_fairseq.errors import UserError
 
 
@@ -101,6 +101,15 @@ def test_too_few_documents_and_no_documents():
         assign_splits([], valid_fraction=0.1, test_fraction=0.1, seed=1)
     with pytest.raises(UserError, match="training part is empty"):
         assign_splits([DocumentSize(10, "valid")], valid_fraction=0.1, test_fraction=0.1, seed=1)
+
+
+def test_parts_far_from_their_shares_are_told_of():
+    fractions = {"valid_fraction": 0.05, "test_fraction": 0.05}
+    assert unlike_shares({"train": 900, "valid": 55, "test": 45}, **fractions) is None
+    assert unlike_shares({"train": 96, "valid": 0, "test": 4}, valid_fraction=0, test_fraction=0.05) is None
+    told = unlike_shares({"train": 1, "valid": 1, "test": 60}, **fractions)
+    assert "train 1.6% for 90.0%, valid 1.6% for 5.0%, test 96.8% for 5.0%" in told and "--document-separator" in told
+    assert "valid 0.1% for 5.0%" in unlike_shares({"train": 998, "valid": 1, "test": 1}, **fractions)
 
 
 def test_splits_of_the_source_are_kept():

@@ -2,10 +2,18 @@
 
 import errno
 import gzip
+from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.data.files import atomic_open, atomic_path, read_json, read_utf8_lines, write_json
+from mhmoe_fairseq.data.files import (
+    atomic_open,
+    atomic_path,
+    read_json,
+    read_utf8_lines,
+    refuse_path_separator,
+    write_json,
+)
 from mhmoe_fairseq.errors import UserError
 
 
@@ -52,6 +60,23 @@ def test_invalid_utf8_names_file_and_offset(tmp_path):
     packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + content))
     with pytest.raises(UserError, match=f"a.txt.gz: invalid UTF-8 at byte {content.index(0xFF) + 3}"):
         list(read_utf8_lines(packed))
+
+
+def test_lines_end_as_on_any_system(tmp_path):
+    path = tmp_path / "a.txt"
+    for content in (b"one\ntwo\n\nthree", b"one\r\ntwo\r\n\r\nthree\r\n", b"one\rtwo\r\rthree\r"):
+        path.write_bytes(content)
+        assert list(read_utf8_lines(path)) == ["one", "two", "", "three"]
+
+
+def test_a_path_that_fairseq_would_cut_is_refused(tmp_path, monkeypatch):
+    refuse_path_separator(tmp_path / "a", "--dest")
+    with pytest.raises(UserError, match="--dest a:b: must have no ':' in its path"):
+        refuse_path_separator(Path("a:b"), "--dest")
+    (tmp_path / "c:d").mkdir()
+    monkeypatch.chdir(tmp_path / "c:d")
+    with pytest.raises(UserError, match="--dest data: must have no ':' in its path .*c:d/data"):
+        refuse_path_separator(Path("data"), "--dest")
 
 
 def test_a_damaged_gzip_is_named(tmp_path):

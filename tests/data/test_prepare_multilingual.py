@@ -319,7 +319,7 @@ def test_bad_folders_are_one_line_before_any_work(capsys, tmp_path, files, messa
     "content, message",
     [
         ("eins\n\nzwei\n\ndrei", "--valid-fraction 0.001: no document of de is held out for valid; give more"),
-        ("", "--langs de: its training part is empty after cleaning"),
+        ("", "--langs de: its training part is empty after cleaning; documents are never divided"),
     ],
 )
 def test_empty_parts_are_named_before_the_vocabulary(capsys, tmp_path, content, message):
@@ -371,3 +371,16 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, jsonl,
     assert ("clean: de" in " ".join(said)) is False
     prepare_into(tmp_path / "straight", said.append)
     assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
+
+
+def test_one_huge_document_is_told_of_and_a_held_out_one_explained(capsys, tmp_path):
+    huge = "\n".join(sentence("de", number) for number in range(300))
+    (tmp_path / "de.txt").write_text("\n\n".join([huge, *(sentence("de", number) for number in range(300, 330))]))
+    arguments = ["--source", "text", tmp_path, "--langs", "de", "--dest", tmp_path / "d", "--vocab-size", 300]
+    arguments += ["--valid-fraction", 0]
+    status, out, err = run(capsys, *arguments, "--test-fraction", 0.3)
+    assert (status, err) == (0, "") and "warning: de: the parts are far from their shares of the bytes (train " in out
+    (tmp_path / "de.txt").write_text(huge)
+    status, _, err = run(capsys, *arguments, "--test-fraction", 0.999, "--overwrite")
+    assert status == 2 and "empty after cleaning, all of its text is held out (test); documents are never" in err
+    assert "--document-separator" in err and err.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mhmoe_fairseq.data import sentencepiece_vocabulary
 from mhmoe_fairseq.data.sentencepiece_vocabulary import (
     SentencePieceVocabulary,
     check_vocab_size,
@@ -48,6 +49,18 @@ def test_a_size_that_the_corpus_cannot_fill_is_refused(tmp_path, sentences, mode
     with pytest.raises(UserError, match="--vocab-size 30000: too large for this corpus"):
         train(tmp_path / "m.model", sentences(20), vocab_size=30000, model=model)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_above_sentencepieces_limit_are_cut_not_dropped(tmp_path, sentences, monkeypatch):
+    monkeypatch.setattr(sentencepiece_vocabulary, "_MAX_LINE_BYTES", 200)
+    short = sentences(300)
+    lines = [" ".join(short[start : start + 20]) for start in range(0, 300, 20)]
+    assert min(map(len, lines)) > 200
+    pieces = [piece for line in lines for piece in sentencepiece_vocabulary._cut(line)]
+    assert [word for piece in pieces for word in piece.split()] == " ".join(short).split()
+    assert max(len(piece.encode()) for piece in pieces) <= 200
+    assert "".join(sentencepiece_vocabulary._cut("\u20ac" * 333)) == "\u20ac" * 333  # where there is no space
+    assert len(train(tmp_path / "m.model", lines).symbols) + 4 == 330
 
 
 def test_a_size_below_the_characters_is_refused(tmp_path, sentences):

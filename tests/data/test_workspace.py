@@ -138,6 +138,12 @@ def test_data_that_was_not_made_here_is_not_overwritten(tmp_path):
     assert visible(tmp_path) == ["dict.txt"]
 
 
+def test_a_destination_that_fairseq_could_not_open_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--dest .*a:b: must have no ':' in its path"):
+        make(tmp_path / "a:b")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_destination_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match="--dest .*f: is a file, must be a folder"):

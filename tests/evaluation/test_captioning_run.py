@@ -93,6 +93,28 @@ def test_single_pictures(run, data, tmp_path, capsys):
     assert [record["image_path"] for record in records] == list(map(str, pictures))
 
 
+def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("mhmoe_fairseq.evaluation.caption_decoding.Captioner.caption_split")
+    moved = tmp_path / "data"
+    moved.mkdir()
+    for file in data.iterdir():
+        (moved / file.name).symlink_to(file)
+    truth = json.loads((data / "coco_karpathy_test_gt.json").read_text())
+    missing = truth["images"][0]["id"]
+    captions = [row for row in truth["annotations"] if row["image_id"] != missing]
+    extra = {"image_id": 777, "id": 777, "caption": "a picture"}
+    for changed, message in (
+        ({"images": [*truth["images"], {"id": 777}], "annotations": [*truth["annotations"], extra]},
+         "_test_gt.json: 1 of 7 images are not in .*coco_captioning.test.jsonl, first image_id 777"),
+        ({"images": truth["images"][1:], "annotations": captions},
+         f"coco_captioning.test.jsonl: 1 of 6 images are not in .*_test_gt.json, first image_id {missing}"),
+    ):  # fmt: skip
+        (moved / "coco_karpathy_test_gt.json").unlink()
+        (moved / "coco_karpathy_test_gt.json").write_text(json.dumps(changed))
+        assert caption(run[0], "--data", moved) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
 def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path, capsys):
     moved = tmp_path / "data"
     moved.mkdir()

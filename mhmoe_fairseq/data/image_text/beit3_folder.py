@@ -21,7 +21,15 @@ from ...locks import LOCK, exclusive_lock
 from ..archives import Say
 from ..binarize import binarize
 from ..documents import clean_line
-from ..files import atomic_open, atomic_path, read_json, read_utf8_lines, sha256_of, write_json
+from ..files import (
+    atomic_open,
+    atomic_path,
+    read_json,
+    read_utf8_lines,
+    refuse_path_separator,
+    sha256_of,
+    write_json,
+)  # fmt: skip
 from ..multimodal.answers import ANSWERS_FILE, read_answers
 from ..multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ..pipeline import MODEL_FILE, tool_versions
@@ -69,6 +77,7 @@ class Completion:
         """
         if not self._folder.is_dir():
             raise UserError(f"--source beit3-index {self._folder}: no such folder")
+        refuse_path_separator(self._folder, "--source beit3-index")
         self._refuse_our_own()
         with exclusive_lock(self._folder / LOCK, "--source beit3-index"):
             counts = {"dictionary": len(self._symbols), **self._check_indexes()}

@@ -18,6 +18,7 @@ from ..files import atomic_open, sha256_of, write_json
 from ..languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
 from ..pipeline import MODEL_FILE, load_vocabulary, tool_versions
 from ..sentencepiece_vocabulary import train_sentencepiece
+from ..splits import unlike_shares
 from ..vocabulary import Vocabulary, build_dictionary, save_dictionary
 from ..workspace import Workspace, prepare_folder
 from .aligned import write_aligned
@@ -126,21 +127,33 @@ class MultilingualPreparation:
             needed = self._settings.filter_lines and corpus.has_english
             self._english = english_lines(corpus.passages("en")) if needed else {}
         record = made.make(corpus.passages(code), self._english)
-        self._refuse_empty(code)
+        sizes = {split: (self._partial / "text" / code / f"{split}.txt").stat().st_size for split in self._splits}
+        self._refuse_empty(code, sizes)
         kept = sum(record["bytes_by_family"].values()) / 1e6
         dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(record["lines"].items()))
         self._say(f"clean: {code} {kept:.2f} MB ({', '.join(record['bytes_by_family'])}); {dropped}")
         for family, reason in corpus.missing[code].items():
             self._say(f"missing: {code} has no {family}: {reason}")
+        warning = unlike_shares(
+            sizes, valid_fraction=self._settings.valid_fraction, test_fraction=self._settings.test_fraction
+        )
+        if warning is not None:
+            self._say(f"warning: {code}: {warning}")
         return record
 
-    def _refuse_empty(self, code: str) -> None:
+    def _refuse_empty(self, code: str, sizes: Mapping[str, int]) -> None:
         shares = {"valid": self._settings.valid_fraction, "test": self._settings.test_fraction}
         for split in self._splits:
-            if (self._partial / "text" / code / f"{split}.txt").stat().st_size:
+            if sizes[split]:
                 continue
             if split == "train":
-                raise UserError(f"--langs {code}: its training part is empty after cleaning")
+                others = [other for other, size in sizes.items() if size]
+                where = f", all of its text is held out ({', '.join(others)})" if others else ""
+                raise UserError(
+                    f"--langs {code}: its training part is empty after cleaning{where}; documents are never divided "
+                    "between parts, and end at an empty line unless --document-separator says otherwise (line, where "
+                    "every line is one)"
+                )
             raise UserError(
                 f"--{split}-fraction {shares[split]:g}: no document of {code} is held out for {split}; give more (or "
                 f"shorter) documents, a larger fraction, or 0 for no {split} part"

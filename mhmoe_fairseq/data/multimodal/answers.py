@@ -13,21 +13,23 @@ ANSWERS_FILE = "answer2label.txt"
 
 
 def read_answers(folder: Path) -> list[str]:
-    """The answers in the order of their labels.
+    """The answers in the order of their labels; empty lines are passed over.
 
     Raises:
         FileNotFoundError: if the folder has no ``answer2label.txt``.
-        UserError: naming file and line: no JSON, another label than the line's number counted from 0, an answer twice;
+        UserError: naming file and line: no JSON, another label than the place counted from 0, an answer twice;
             or fewer than two answers.
     """
     file = folder / ANSWERS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: it names the answers, one per line, as unilm's scripts write it")
     answers: dict[str, int] = {}
-    for number, line in enumerate(read_utf8_lines(file)):
-        answer = _parse(line, number, f"{file}:{number + 1}")
+    for number, line in enumerate(read_utf8_lines(file), start=1):
+        if not line.strip():
+            continue
+        answer = _parse(line, len(answers), f"{file}:{number}")
         if answer in answers:
-            raise UserError(f"{file}:{number + 1}: answer {answer!r} is on line {answers[answer] + 1} too")
+            raise UserError(f"{file}:{number}: answer {answer!r} is on line {answers[answer]} too")
         answers[answer] = number
     if len(answers) < 2:
         raise UserError(f"{file}: {len(answers)} answers, must be at least two")
@@ -49,5 +51,5 @@ def _parse(line: str, label: int, place: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or type(row.get("label")) is not int:
         raise UserError(f'{place}: must be {{"answer": text, "label": number}}')
     if row["label"] != label:
-        raise UserError(f"{place}: label {row['label']}, must be the line's number counted from 0: {label}")
+        raise UserError(f"{place}: label {row['label']}, must be its place counted from 0: {label}")
     return row["answer"]

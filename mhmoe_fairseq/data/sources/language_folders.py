@@ -98,9 +98,14 @@ class LanguageFolder:
         )
 
     def _passages(self, languages: Sequence[str], code: str) -> Iterator[tuple[str, Passage]]:
+        names: set[str] = set()
         for path in self.files(code) if code in languages else []:
-            name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
-            for passage in self.read(path, "" if name == code else name):
+            stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+            name = "" if stem == code else stem
+            if name in names:  # a packed file beside a plain one: their documents must not be taken for one
+                name = path.relative_to(self.folder).as_posix()
+            names.add(name)
+            for passage in self.read(path, name):
                 yield self.name, passage
 
 

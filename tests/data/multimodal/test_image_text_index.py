@@ -312,7 +312,7 @@ def test_large_indexes_take_little_memory(tmp_path):
 
 def test_answers(tmp_path):
     file = tmp_path / "answer2label.txt"
-    file.write_text('{"answer": "yes", "label": 0}\n{"answer": "no", "label": 1}\n{"answer": "2", "label": 2}\n')
+    file.write_text('{"answer": "yes", "label": 0}\n{"answer": "no", "label": 1}\n{"answer": "2", "label": 2}\n\n')
     assert read_answers(tmp_path) == ["yes", "no", "2"]
     write_answers(tmp_path, ["caf\u00e9", "no"])
     assert file.read_text(encoding="utf-8") == '{"answer": "caf\u00e9", "label": 0}\n{"answer": "no", "label": 1}\n'
@@ -322,8 +322,9 @@ def test_answers(tmp_path):
 @pytest.mark.parametrize(
     "lines, message",
     [
-        ('{"answer": "a", "label": 0}\n{"answer": "b", "label": 2}', ":2: label 2, must be the line's number .*: 1"),
+        ('{"answer": "a", "label": 0}\n{"answer": "b", "label": 2}', ":2: label 2, must be its place .*: 1"),
         ('{"answer": "a", "label": 0}\n{"answer": "a", "label": 1}', ":2: answer 'a' is on line 1 too"),
+        ('\n{"answer": "a", "label": 0}\n\n{"answer": "a", "label": 1}', ":4: answer 'a' is on line 2 too"),
         ('{"answer": "a", "label": 0}\n{"answer"', ":2: not valid JSON"),
         ('{"answer": 3, "label": 0}', ":1: must be"),
         ('["a", 0]', ":1: must be"),
