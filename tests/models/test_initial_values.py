@@ -117,6 +117,7 @@ def model_of(name: str) -> nn.Module:
     return model
 
 
+@functools.cache
 def rules_for(name: str) -> list[str]:
     return [pattern for pattern in RULES if re.search(f"(?:{pattern})$", name)]
 
