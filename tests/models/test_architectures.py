@@ -54,6 +54,29 @@ def test_every_architecture_builds_without_memory(arch):
         assert sum(p.numel() for p in layer.moe_layer.parameters()) == layer.moe_layer.config.num_params()
 
 
+@pytest.mark.parametrize(
+    "stack, size, sizes",
+    [
+        ("decoder", "tiny", (4, 128, 4, 512)),
+        ("decoder", "small", (6, 256, 8, 1024)),
+        ("decoder", "base", (12, 768, 12, 3072)),
+        ("encoder", "tiny", (4, 128, 4, 512)),
+        ("encoder", "base", (12, 768, 12, 3072)),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_and_defaults(family, stack, size, sizes):
+    options = architecture_options(f"{family}_{'lm' if stack == 'decoder' else 'beit3'}_{size}")
+    names = ("layers", "embed_dim", "attention_heads", "ffn_embed_dim")
+    assert tuple(getattr(options, f"{stack}_{name}") for name in names) == sizes
+    assert (options.activation_fn, options.dropout) == ("gelu", 0.1)
+    assert options.attention_dropout == options.activation_dropout == getattr(options, "drop_path_rate", 0.0) == 0.0
+    experts = (options.moe_freq, options.moe_expert_count, options.moe_top_k, options.mhmoe_heads_number)
+    heads = 4 if family == "mhmoe" else 1
+    assert experts == ((0, None, None, None) if family == "dense" else (2, 8, 2, heads))
+    assert options.mhmoe_budget == ("params" if family == "mhmoe" else None)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_families_differ_in_the_moe_layers_only(size):
     options = [vars(architecture_options(f"{family}_lm_{size}")) for family in FAMILIES]
