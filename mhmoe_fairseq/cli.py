@@ -7,12 +7,17 @@ imported only when it is called.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
+import os
 import sys
 from pathlib import Path
 
 from .arguments import ArgumentParser
+from .errors import UserError
+
+_SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
 
 COMMANDS = {
     "prepare": ("mhmoe_fairseq.data.prepare_command", "make a binarised corpus from a source or your text"),
@@ -65,19 +70,49 @@ def build_parser(command: str | None = None) -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command; a user's error is one line on stderr and exit status 2."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run one sub-command; a user's error is one line on stderr and exit status 2.
+
+    Where the output's reader goes (``mhmoe ... | head -1``) the command ends quietly, with the status of a program that
+    SIGPIPE ended.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # what is still in the buffer, help texts too, must not fail at the interpreter's end
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
+        _require_text(argv)
         args = build_parser(command).parse_args(argv)
         if args.command == "user-dir":
             print(Path(__file__).resolve().parent)
             return 0
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"mhmoe{f' {command}' if command in COMMANDS else ''}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _require_text(argv: list[str]) -> None:
+    """``UserError`` if a word has bytes that are no text: neither tokenizers nor files of ours could take them."""
+    for place, word in enumerate(argv):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            before = argv[place - 1] if place and argv[place - 1].startswith("-") else "argument"
+            raise UserError(
+                f"{before} {ascii(word)}: must be UTF-8 text, byte 0x{ord(word[error.start]) & 0xFF:02x} is not"
+            ) from error
 
 
 if __name__ == "__main__":

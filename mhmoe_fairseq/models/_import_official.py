@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ..arguments import existing_file, existing_folder, output_folder
-from ..data.files import atomic_path
+from ..data.files import atomic_path, refuse_path_separator
 from ..data.tensor_files import save_tensors
 from ..errors import UserError
 from ..torchscale_ext.args import moe_config
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Reads, converts, checks and writes."""
     path = args.out / ("moe_layers.pt" if args.layers_only else "model.pt")
+    refuse_path_separator(args.out, "--out")
     if path.exists() and path.samefile(args.checkpoint):
         raise UserError(f"--out {args.out}: {path.name} in it is the checkpoint to import, and would be replaced")
     official, settings = read_official(args.checkpoint)
