@@ -138,6 +138,13 @@ def test_languages_are_read_as_often_as_the_formula_says(prepared, alpha):
     assert sum(read_of.values()) == sizes.sum()
 
 
+def test_batches_mix_languages(prepared):
+    task = loaded(prepared, "train", multilang_sampling_alpha=0.0, tokens_per_sample=8)
+    batches = [batch["languages"] for batch in epoch_of(task).next_epoch_itr()]
+    mixed = sum(len(languages.unique()) > 1 for languages in batches) / len(batches)
+    assert mixed > 0.8  # of four languages, all four rows are of one in 1 of 64 batches
+
+
 def test_two_runs_with_one_seed_read_the_same_batches(prepared):
     tasks = [loaded(prepared, "train", multilang_sampling_alpha=0.5, seed=seed) for seed in (1, 1, 2)]
     for epoch in (1, 2):
