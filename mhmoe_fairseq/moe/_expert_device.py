@@ -42,7 +42,8 @@ def grouped_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activa
         return clean(y if bias is None else y + bias.index_select(0, index_R))
 
     def per_row(stacked: Tensor) -> Tensor:
-        return stacked.index_select(0, index_R)
+        # Clean because of its gradient, a product with that of fc2's input.
+        return clean(stacked.index_select(0, index_R))
 
     return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row)
 

@@ -52,6 +52,40 @@ def test_real_run_reads_no_value_on_the_host(backend, variant):
     assert not recorder.names & HOST_READS
 
 
+class LeavingGarbage(torch.autograd.Function):
+    """What an accelerator's grouped_mm leaves behind the last offset, forward and backward: anything, here NaN."""
+
+    @staticmethod
+    def forward(ctx, rows, end):
+        ctx.end = end
+        return torch.cat([rows[:end], torch.full_like(rows[end:], float("nan"))])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat([grad[: ctx.end], torch.full_like(grad[ctx.end :], float("nan"))]), None
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_grouped_mm_leaves_unwritten_goes_nowhere(monkeypatch, variant):
+    real = torch.nn.functional.grouped_mm
+
+    def grouped_mm(x, weight, *, offs):
+        end = int(offs[-1])
+        return LeavingGarbage.apply(real(LeavingGarbage.apply(x, end), weight, offs=offs), end)
+
+    torch.manual_seed(0)
+    layer = MHMoELayer(MHMoEConfig(**FIELDS, **variant), backend="grouped")
+    x, mask = torch.randn(2, 8, 64, requires_grad=True), torch.zeros(2, 8, dtype=torch.bool)
+    mask[1, 5:] = True
+    results = []
+    for function in (real, grouped_mm):
+        monkeypatch.setattr(torch.nn.functional, "grouped_mm", function)
+        out = layer(x, mask).hidden
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.experts.parameters()])])
+    for clean, left in zip(*results):
+        torch.testing.assert_close(left, clean)
+
+
 def test_the_recorder_sees_a_host_read():
     with Recorder() as recorder:
         torch.ones(3).max().item()

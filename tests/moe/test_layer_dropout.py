@@ -101,8 +101,10 @@ def test_activation_dropout(backend: str, activation: str, layernorm: bool) -> N
     torch.testing.assert_close(outputs[0], plain, **tolerance)
     weights = torch.randn_like(plain)
     expected = torch.autograd.grad((plain * weights).sum(), inputs)
-    for got, want in zip(torch.autograd.grad((outputs[0] * weights).sum(), inputs), expected):
-        torch.testing.assert_close(got, want, **tolerance)
+    for again in (True, False):  # also in a gradient that is to be differentiated again
+        actual = torch.autograd.grad((outputs[0] * weights).sum(), inputs, create_graph=again, retain_graph=True)
+        for got, want in zip(actual, expected):
+            torch.testing.assert_close(got, want, **tolerance)
 
     experts.module.eval()
     torch.testing.assert_close(experts(), experts.plain(torch.ones_like(plain)), **tolerance)

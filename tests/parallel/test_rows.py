@@ -99,12 +99,12 @@ def sums_on_rank():
     values.requires_grad_()
     total = parallel.sum(values)
     (total * torch.tensor([1.0, 2.0]) * (dist.get_rank() + 1)).sum().backward()
-    return total.detach(), values.grad
+    return total.detach(), values.detach(), values.grad
 
 
 def test_the_gradient_of_a_sum_is_the_sum_of_the_ranks_gradients(workers2):
-    for total, gradient in workers2.run(sums_on_rank):
-        assert total.tolist() == [3, 30]
+    for rank, (total, values, gradient) in enumerate(workers2.run(sums_on_rank)):
+        assert total.tolist() == [3, 30] and values.tolist() == [rank + 1, 10 * (rank + 1)]
         assert gradient.tolist() == [3, 6]
 
 
