@@ -42,7 +42,20 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.contiguous().clone()
+        return _OwnRowsOfSum.apply(gradient, ctx.counts), None
+
+
+class _OwnRowsOfSum(torch.autograd.Function):
+    """The transpose of ``_GatherRows``, so that gradients can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        total = rows.contiguous().clone()
         dist.all_reduce(total)
-        start = sum(ctx.counts[: dist.get_rank()])
-        return total[start : start + ctx.counts[dist.get_rank()]], None
+        start = sum(counts[: dist.get_rank()])
+        return total[start : start + counts[dist.get_rank()]]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _GatherRows.apply(gradient, ctx.counts), None

@@ -21,6 +21,29 @@ def merge_heads(x_Nd: Tensor, num_heads: int) -> Tensor:
     return x_Nd.reshape(-1, x_Nd.size(-1) * num_heads)
 
 
+class ProjectionLayer(nn.Linear):
+    """One square map of a projection; ``nn.Linear``'s initial values until ``scale`` says otherwise."""
+
+    gain: float | None = None
+    zero_bias = False
+
+    def scale(self, gain: float, zero_bias: bool) -> None:
+        """Draw Xavier-uniform values with ``gain``, now and at each ``reset_parameters``."""
+        self.gain, self.zero_bias = gain, zero_bias
+        self._draw(gain)
+
+    def reset_parameters(self) -> None:
+        """The initial values."""
+        super().reset_parameters()
+        if self.gain is not None:
+            self._draw(self.gain)
+
+    def _draw(self, gain: float) -> None:
+        nn.init.xavier_uniform_(self.weight, gain=gain)
+        if self.bias is not None and self.zero_bias:
+            nn.init.zeros_(self.bias)
+
+
 class Projection(nn.ModuleList):
     """``num_layers`` square linear maps with ReLU between them (P1 table 7).
 
@@ -29,12 +52,10 @@ class Projection(nn.ModuleList):
     """
 
     def __init__(self, dim: int, num_layers: int, *, bias: bool, gain: float, zero_bias: bool) -> None:
-        linears = [nn.Linear(dim, dim, bias=bias) for _ in range(num_layers)]
-        super().__init__(linears)
-        for linear in linears:
-            nn.init.xavier_uniform_(linear.weight, gain=gain)
-            if bias and zero_bias:
-                nn.init.zeros_(linear.bias)
+        layers = [ProjectionLayer(dim, dim, bias=bias) for _ in range(num_layers)]
+        super().__init__(layers)
+        for layer in layers:  # after all were made, the order of random numbers that a seed stands for
+            layer.scale(gain, zero_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""

@@ -71,6 +71,16 @@ class MHMoELayer(nn.Module):
         self.merge_projection = merge_projection(config) if config.has_merge_projection else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
+    def reset_parameters(self) -> None:
+        """Initial values for all parameters, as for a layer built on the meta device and given memory.
+
+        Every module with parameters of its own has this method, so that a sharded model can call it module by module.
+        """
+        for module in self.modules():
+            reset = None if module is self else getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
         """Apply the layer.
 

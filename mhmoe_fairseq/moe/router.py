@@ -25,6 +25,10 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.gating_fp32 = config.gating_fp32
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.subtoken_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s default."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x_Nd: Tensor) -> Tensor:
@@ -47,12 +51,18 @@ class XMoERouter(nn.Module):
         self.gating_fp32 = config.gating_fp32
         self.normalize_both = config.router_normalize == "both"
         self.reduction = nn.Linear(config.subtoken_dim, config.router_dim, bias=False)
-        embedding = torch.empty(config.num_experts, config.router_dim)
-        nn.init.orthogonal_(embedding)
-        self.expert_embedding = nn.Parameter(F.normalize(embedding, dim=1) * _EXPERT_NORM)
-        self.temperature: nn.Parameter | None = None
-        if config.router_temperature is not None:
-            self.temperature = nn.Parameter(torch.tensor(float(config.router_temperature)))
+        self.expert_embedding = nn.Parameter(torch.empty(config.num_experts, config.router_dim))
+        self.initial_temperature = config.router_temperature
+        self.temperature = None if config.router_temperature is None else nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Orthogonal expert embeddings of equal norm, the temperature's initial value; the reduction has its own."""
+        with torch.no_grad():
+            nn.init.orthogonal_(self.expert_embedding)
+            self.expert_embedding.copy_(F.normalize(self.expert_embedding, dim=1) * _EXPERT_NORM)
+            if self.temperature is not None and self.initial_temperature is not None:
+                self.temperature.fill_(self.initial_temperature)
 
     def forward(self, x_Nd: Tensor) -> Tensor:
         """``(N, d) -> (N, E)`` logits."""

@@ -118,7 +118,8 @@ class _AllToAll(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.parallel.transfer(grad, ctx.received, ctx.sent), None, None, None
+        # Through apply: a gradient that is to be differentiated again takes the same way.
+        return _AllToAll.apply(grad, ctx.received, ctx.sent, ctx.parallel), None, None, None
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -141,6 +142,4 @@ class _AllReduceSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone()
-        dist.all_reduce(total)
-        return total
+        return _AllReduceSum.apply(grad)

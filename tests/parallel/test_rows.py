@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from fake_devices import HOST_READS, Recorder
 
+from mhmoe_fairseq.criterions.gathering import gather_rows
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.dispatch import plan_dispatch
 from mhmoe_fairseq.moe.parallelism import plan_received
@@ -45,6 +46,29 @@ def test_rows_arrive_by_sender_and_come_back_in_place(workers2):
             assert torch.equal(returned, 2 * torch.cat(sent[rank]))
             assert torch.equal(gradient, torch.full_like(returned, 2 * (rank + 1)))
             assert received.tolist() == [[counts[sender][rank], 0] for sender in range(2)]
+
+
+def second_derivatives_on_rank():
+    """Of cubes behind each transfer, so that what comes back is 6 x and not a constant."""
+    parallel, rank = expert_parallelism(2), dist.get_rank()
+    x = rows_of(rank, COUNTS[0][rank], torch.float64).div(10).requires_grad_()
+    load = torch.tensor([[count, 0] for count in COUNTS[0][rank]], dtype=torch.int32).flatten()
+    exchange = parallel.exchange(load)
+    found = []
+    for transferred in (exchange.collect(exchange.dispatch(x) ** 3), parallel.sum(x[:2]) ** 3, gather_rows(x)[0] ** 3):
+        (first,) = torch.autograd.grad(transferred.sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.sum(), x)[0])
+    return x.detach(), found
+
+
+def test_transfers_have_second_derivatives(workers2):
+    by_rank = workers2.run(second_derivatives_on_rank)
+    total = sum(x[:2] for x, _ in by_rank)
+    for x, (exchanged, summed, gathered) in by_rank:
+        assert torch.allclose(exchanged, 6 * x)
+        # Every rank's loss depends on every rank's rows, and so does every rank's gradient.
+        assert torch.allclose(summed[:2], 2 * 2 * 6 * total) and not summed[2:].any()
+        assert torch.allclose(gathered, 2 * 6 * x)
 
 
 @pytest.mark.parametrize("seed", range(5))
