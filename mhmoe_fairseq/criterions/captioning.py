@@ -10,6 +10,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
+from ..ranges import check_flag
 from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
 
 
@@ -56,11 +57,9 @@ class CaptioningCriterion(FairseqCriterion):
         drop_worst_after: int,
     ) -> None:
         super().__init__(task)
-        for flag, value in (("--label-smoothing", label_smoothing), ("--drop-worst-ratio", drop_worst_ratio)):
-            if not 0 <= value < 1:
-                raise ValueError(f"{flag} ({value}) must be at least 0 and below 1")
-        if drop_worst_after < 0:
-            raise ValueError(f"--drop-worst-after ({drop_worst_after}) must be at least 0")
+        check_flag("label_smoothing", label_smoothing)
+        check_flag("drop_worst_ratio", drop_worst_ratio)
+        check_flag("drop_worst_after", drop_worst_after)
         self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
         self.label_smoothing = label_smoothing
         self.drop_worst_ratio = drop_worst_ratio

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion
 from torch import Tensor, nn
 
+from ..ranges import check_flag
 from .gate_losses import GateLosses
 from .row_logs import log_rows, row_log
 
@@ -39,8 +40,7 @@ class ClassificationCriterion(FairseqCriterion):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(task)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"--label-smoothing ({label_smoothing}) must be at least 0 and below 1")
+        check_flag("label_smoothing", label_smoothing)
         self.task = task
         self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
         self.label_smoothing = label_smoothing

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..moe import RoutingStats
 from ..moe.parallelism import Traffic
 from ..moe.stats import active_share, load_max_over_mean, overflow
+from ..ranges import check_flag
 
 _MEANS = ("gate_loss", "z_loss")
 COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
@@ -41,13 +42,12 @@ class GateLosses:
         moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt: as in :class:`GateLossConfig`.
 
     Raises:
-        ValueError: if a weight is negative.
+        ValueError: if a weight is negative or not finite.
     """
 
     def __init__(self, moe_gate_loss_wt: float, moe_gate_loss_combine_method: str, mhmoe_z_loss_wt: float) -> None:
-        for flag, weight in (("--moe-gate-loss-wt", moe_gate_loss_wt), ("--mhmoe-z-loss-wt", mhmoe_z_loss_wt)):
-            if weight < 0:
-                raise ValueError(f"{flag} ({weight}) must be at least 0")
+        check_flag("moe_gate_loss_wt", moe_gate_loss_wt)
+        check_flag("mhmoe_z_loss_wt", mhmoe_z_loss_wt)
         self.gate_weight = moe_gate_loss_wt
         self.z_weight = mhmoe_z_loss_wt
         self.combine_by_sum = str(moe_gate_loss_combine_method) == "sum"

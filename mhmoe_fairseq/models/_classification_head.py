@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ranges import check_flag
+
 logger = logging.getLogger(__name__)
 
 _INITIAL_DEVIATION = 0.02
@@ -29,10 +31,8 @@ class LastTokenHead(nn.Linear):
     """
 
     def __init__(self, embed_dim: int, num_classes: int, dropout: float, name: str, may_be_new: bool) -> None:
-        if num_classes < 2:
-            raise ValueError(f"--num-classes ({num_classes}) must be at least 2")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"--mhmoe-head-dropout ({dropout}) must be at least 0 and below 1")
+        check_flag("num_classes", num_classes)
+        check_flag("mhmoe_head_dropout", dropout)
         super().__init__(embed_dim, num_classes)
         self.dropout = nn.Dropout(dropout)
         self.name = name

@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..ranges import ANY, BELOW_ONE, COUNT, POSITIVE, SIZE
+
 ROUTERS = ("linear", "xmoe")
 ROUTINGS = ("dropless", "capacity")
 ACTIVATIONS = ("gelu", "relu", "swiglu")
@@ -18,6 +20,21 @@ NORMALIZE_SIDES = ("expert", "both")
 BALANCE_ASSIGNMENTS = ("top1", "topk")
 BALANCE_SCOPES = ("rank", "global")
 SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
+_RANGES = {
+    "embed_dim": SIZE,
+    "num_heads": SIZE,
+    "num_experts": SIZE,
+    "top_k": SIZE,
+    "expert_ffn_dim": SIZE,
+    "router_dim": SIZE,
+    "shared_expert_dim": COUNT,
+    "num_projection_layers": COUNT,
+    "dropout": BELOW_ONE,
+    "activation_dropout": BELOW_ONE,
+    "router_temperature": POSITIVE,
+    "capacity_factor": POSITIVE,
+    "eval_capacity_fraction": ANY,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +113,7 @@ class MHMoEConfig:
 
     def __post_init__(self) -> None:
         self._check_choices()
-        self._check_sizes()
+        self._check_numbers()
         self._check_combinations()
 
     # ------------------------------------------------------------------ validation
@@ -117,22 +134,14 @@ class MHMoEConfig:
             if getattr(self, field) not in choices:
                 self._fail(field, f"must be one of {', '.join(choices)}")
 
-    def _check_sizes(self) -> None:
-        for field in ("embed_dim", "num_heads", "num_experts", "top_k", "expert_ffn_dim", "router_dim"):
+    def _check_numbers(self) -> None:
+        for field, allowed in _RANGES.items():
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                self._fail(field, "must be an integer of at least 1")
-        for field in ("shared_expert_dim", "num_projection_layers"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or value < 0:
-                self._fail(field, "must be an integer of at least 0")
-        for field in ("dropout", "activation_dropout"):
-            if not 0.0 <= getattr(self, field) < 1.0:
-                self._fail(field, "must be in [0, 1)")
-        if self.router_temperature is not None and self.router_temperature <= 0:
-            self._fail("router_temperature", "must be positive, or None for no temperature")
-        if self.capacity_factor <= 0:
-            self._fail("capacity_factor", "must be positive")
+            if value is None and field == "router_temperature":  # none at all
+                continue
+            problem = allowed.problem(value)
+            if problem is not None:
+                self._fail(field, problem)
 
     def _check_combinations(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -265,6 +274,9 @@ class MHMoEConfig:
         Source: P1 table 11 and appendix D; P2's parity rule in its general form. ``budget_gap`` tells what
         rounding leaves.
         """
+        for name, multiple in (("multiple_of", multiple_of), ("expert_multiple", expert_multiple)):
+            if SIZE.problem(multiple):
+                raise ValueError(f"{name} ({multiple!r}) {SIZE.problem(multiple)}")
         base = dataclasses.replace(
             reference,
             num_heads=num_heads,

@@ -15,6 +15,7 @@ from ..data.files import read_json
 from ..data.multimodal.datasets import DatasetSettings
 from ..data.multimodal.masking import mask_index
 from ..errors import UserError
+from ..ranges import check_flags
 from ..training import ParallelTask, TrainingFlags
 from ._binarised import check_folder
 from ._starting_checkpoint import check_resumed_sizes, check_starting_checkpoint
@@ -76,6 +77,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
             ValueError: naming the flag or file, its value and the rule.
         """
         refuse_tpu(args.tpu)
+        check_flags(args)
         check_shapes(args)
         return cls(args, load_dictionary(Path(args.data)))
 
@@ -154,12 +156,8 @@ def check_shapes(args: Any) -> None:
     Raises:
         UserError: naming the flag, its value and the rule.
     """
-    if args.patch_size < 1:
-        raise UserError(f"--patch-size ({args.patch_size}) must be at least 1")
     if args.img_size < args.patch_size or args.img_size % args.patch_size:
         raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
-    if args.max_text_length < 3:
-        raise UserError(f"--max-text-length ({args.max_text_length}) must be at least 3: <s>, a token and </s>")
 
 
 def load_dictionary(folder: Path) -> Dictionary:

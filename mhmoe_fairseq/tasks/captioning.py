@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..captions import CaptionSearch, Specials, read_ground_truth, search_captions, tokenize
 from ..data.multimodal.datasets import CaptionDataset
 from ..data.multimodal.index import read_index
-from ..data.multimodal.masking import check_fraction
 from ..errors import UserError
 from ._image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
 from ._referenced_captions import ReferencedCaptions
@@ -72,7 +71,6 @@ class CaptioningTask(ImageTextFineTuning):
             FileNotFoundError: if the data folder or its dictionary is missing.
             ValueError: naming the flag or file, its value and the rule.
         """
-        check_fraction(args.caption_mask_prob, "--caption-mask-prob")
         return super().setup_task(args, **kwargs)
 
     def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:

@@ -14,6 +14,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 
 from ..compat import refuse_tpu
 from ..errors import UserError
+from ..ranges import check_flags
 from ..training import ParallelTask, TrainingFlags
 from ._batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ._binarised import check_folder, check_split
@@ -47,6 +48,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
                 f"--tokens-per-sample ({args.tokens_per_sample}) must be at least 1; fairseq-eval-lm takes "
                 "--context-window off what is given, so that must be less"
             )
+        check_flags(args)
         if not args.data:
             raise ValueError("no data folder given: name one, or several shards as a:b:c")
         folders = data_folders(args)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..data.multimodal.datasets import MaskedImages, MaskedPairs, MaskedTexts
 from ..data.multimodal.index import read_index
-from ..data.multimodal.masking import check_fraction
 from ..data.multimodal.transforms import EvaluationViews, PretrainingViews
 from ..data.visual_tokenizers import VisualTokenizer, load_visual_tokenizer
 from ..errors import UserError
@@ -74,8 +73,6 @@ class MaskedMultimodalTask(ImageTextTask):
                 f"--visual-tokenizer ({args.visual_tokenizer}) is for patches, and --modalities ({args.modalities}) "
                 "has no images: leave one of the two flags out"
             )
-        for flag in ("image_mask_prob", "text_mask_prob", "pair_text_mask_prob"):
-            check_fraction(getattr(args, flag), "--" + flag.replace("_", "-"))
         return super().setup_task(args, **kwargs)
 
     @property

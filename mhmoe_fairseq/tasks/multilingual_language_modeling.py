@@ -64,8 +64,6 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
             FileNotFoundError: if the data folder or its dictionary is missing.
             ValueError: naming the flag, its value and the rule.
         """
-        if not args.multilang_sampling_alpha >= 0:
-            raise UserError(f"--multilang-sampling-alpha ({args.multilang_sampling_alpha}) must be at least 0")
         if args.mhmoe_language_token and args.add_bos_token:
             raise UserError("--mhmoe-language-token and --add-bos-token exclude each other: both begin a block")
         return super().setup_task(args, **kwargs)

@@ -15,6 +15,7 @@ from ..compat import refuse_tpu
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
 from ..errors import UserError
+from ..ranges import check_flags
 from ..training import ParallelTask, TrainingFlags
 from ._binarised import check_split
 from ._classes import require_same_classes
@@ -88,6 +89,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
             ValueError: naming the flag, its value and the rule.
         """
         refuse_tpu(args.tpu)
+        check_flags(args)
         folder = Path(args.data)
         dictionary = Dictionary.load(str(find_dictionary(folder)))
         classes = read_classes(folder / LABELS / "dict.txt")

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..moe import MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
-from .flag_checks import check_dense, check_moe, check_pictures, check_stack, flag, stack_of, text
+from ..ranges import check_flags, flag
+from .flag_checks import check_dense, check_moe, check_pictures, check_stack, stack_of, text
 from .settings import DecoderSettings, EncoderSettings
 
 # Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
@@ -110,6 +111,7 @@ def moe_config(options: Any) -> MHMoEConfig | None:
     Raises:
         ValueError: as ``decoder_settings``.
     """
+    check_flags(options)
     if not options.moe_freq:
         check_dense(options)
         return None
@@ -139,7 +141,7 @@ def expert_parallel_size(options: Any, world_size: int) -> int:
     if size is None:
         return math.gcd(moe.num_experts, world_size)
     for what, number in (("--moe-expert-count", moe.num_experts), ("the number of processes", world_size)):
-        if size < 1 or number % size:
+        if number % size:
             raise ValueError(f"--mhmoe-expert-parallel-size ({size}) must divide {what} ({number})")
     return size
 

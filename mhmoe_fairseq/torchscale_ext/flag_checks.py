@@ -6,6 +6,8 @@ import functools
 import logging
 from typing import Any
 
+from ..ranges import check_flags, flag
+
 logger = logging.getLogger(__name__)
 
 # Flags of TorchScale and the official repository: where they have no effect they are accepted with a warning.
@@ -61,6 +63,7 @@ def check_stack(options: Any) -> None:
     Raises:
         ValueError: naming the flag, its value and the rule.
     """
+    check_flags(options)
     stack = stack_of(options)
     width, heads = getattr(options, f"{stack}_embed_dim"), getattr(options, f"{stack}_attention_heads")
     if width % heads:
@@ -74,9 +77,6 @@ def check_stack(options: Any) -> None:
     ):
         if getattr(options, one, None) and getattr(options, other, None):
             raise ValueError(f"{flag(one)} and {flag(other)} contradict each other")
-    for name in ("dropout", "attention_dropout", "activation_dropout", "drop_path_rate"):
-        if not 0.0 <= getattr(options, name, 0.0) < 1.0:
-            raise ValueError(f"{flag(name)} ({getattr(options, name)}) must be in [0, 1)")
 
 
 def check_pictures(options: Any) -> None:
@@ -85,9 +85,6 @@ def check_pictures(options: Any) -> None:
     Raises:
         ValueError: naming the flag, its value and the rule.
     """
-    for name in ("img_size", "patch_size", "max_text_length"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{flag(name)} ({getattr(options, name)}) must be at least 1")
     if options.img_size % options.patch_size:
         raise ValueError(f"--patch-size ({options.patch_size}) must divide --img-size ({options.img_size})")
     if text(options.mhmoe_routing) == "torchscale":
@@ -157,11 +154,6 @@ def _check_capacity(options: Any) -> None:
 def stack_of(options: Any) -> str:
     """``encoder`` or ``decoder``: which of them the options are about, and how their flags of sizes begin."""
     return "decoder" if getattr(options, "encoder_layers", None) is None else "encoder"
-
-
-def flag(name: str) -> str:
-    """An option as typed."""
-    return "--" + name.replace("_", "-")
 
 
 def _given(options: Any, names: tuple[str, ...]) -> list[str]:

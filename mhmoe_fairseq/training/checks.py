@@ -1,4 +1,4 @@
-"""Several processes with stock fairseq: the combinations that would go wrong are refused, with what to give."""
+"""Training with stock fairseq: flags and combinations that would go wrong are refused, with what to give."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
@@ -10,6 +10,7 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
 from ..errors import UserError
+from ..ranges import check_flags
 
 OPTIMIZER = "mhmoe_adam"
 _GPU_BACKENDS = ("pytorch_ddp", "c10d")  # two names of one
@@ -22,6 +23,10 @@ class TrainingFlags(FairseqDataclass):
 
     optimizer_config: Any = II("optimizer")
     cpu: bool = II("common.cpu")
+    optimization_config: Any = II("optimization")
+    lr_scheduler_config: Any = II("lr_scheduler")
+    criterion_config: Any = II("criterion")
+    ema_config: Any = II("ema")
     ddp_backend: str = II("distributed_training.ddp_backend")
     zero_sharding: str = II("distributed_training.zero_sharding")
     use_bmuf: bool = II("optimization.use_bmuf")
@@ -33,6 +38,16 @@ class TrainingFlags(FairseqDataclass):
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+
+
+def check_training_numbers(flags: TrainingFlags) -> None:
+    """Stop before training where a number of fairseq's own flags would end it later, or spoil it without a word.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    for group in ("optimization_config", "optimizer_config", "lr_scheduler_config", "criterion_config", "ema_config"):
+        check_flags(getattr(flags, group, None))
 
 
 def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None:

@@ -12,6 +12,7 @@ import re
 from torch import nn
 
 from ..errors import UserError
+from ..ranges import check_flag
 from .checks import OPTIMIZER, TrainingFlags, optimizer_name
 from .parameter_notes import take_note
 
@@ -36,10 +37,8 @@ def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: fl
     Raises:
         UserError: naming the flag, its value and the rule.
     """
-    if not 0 < layer_decay <= 1:
-        raise UserError(f"--layer-decay ({layer_decay}) must be more than 0 and at most 1")
-    if head_multiplier <= 0:
-        raise UserError(f"--head-lr-multiplier ({head_multiplier}) must be more than 0")
+    check_flag("layer_decay", layer_decay)
+    check_flag("head_lr_multiplier", head_multiplier)
     if layer_decay == 1 and head_multiplier == 1:
         return
     _refuse_unable(flags, "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier")

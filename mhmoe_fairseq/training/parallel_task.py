@@ -11,7 +11,7 @@ from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from ..moe.uncounted import taken_for_padding
-from .checks import refuse_ddp_without_gpus
+from .checks import check_training_numbers, refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
 from .fillers import is_filler, without_figures
 from .guarded_task import GuardedTask
@@ -44,6 +44,7 @@ class ParallelTask(GuardedTask):
         """
         self.spreads_experts = self._is_training = not from_checkpoint
         if not from_checkpoint:
+            check_training_numbers(self.args)
             refuse_ddp_without_gpus(self.args)
             hold_save_dir(self.args)
         model = super().build_model(args, from_checkpoint)

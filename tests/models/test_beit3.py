@@ -77,7 +77,7 @@ def test_the_budget_spends_xmoes_parameters_on_heads():
     "flags, message",
     [
         ({"patch_size": 3}, r"--patch-size \(3\) must divide --img-size \(8\)"),
-        ({"max_text_length": 0}, r"--max-text-length \(0\) must be at least 1"),
+        ({"max_text_length": 0}, r"--max-text-length \(0\) must be at least 3"),
         ({"drop_path_rate": 1.0}, r"--drop-path-rate \(1.0\) must be in \[0, 1\)"),
         ({"encoder_attention_heads": 5}, r"--encoder-attention-heads \(5\) must divide --encoder-embed-dim \(32\)"),
         ({"mhmoe_heads_number": 5}, r"--mhmoe-heads-number \(5\) must divide --encoder-embed-dim \(32\)"),

@@ -89,7 +89,7 @@ def test_the_head_works_in_its_own_precision():
     "how, message",
     [
         ({"num_classes": 1}, r"--num-classes \(1\) must be at least 2"),
-        ({"num_classes": 3, "dropout": 1.0}, r"--mhmoe-head-dropout \(1.0\) must be at least 0 and below 1"),
+        ({"num_classes": 3, "dropout": 1.0}, r"--mhmoe-head-dropout \(1.0\) must be in \[0, 1\)"),
     ],
 )
 def test_bad_flags(how, message):

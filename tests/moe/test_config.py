@@ -37,7 +37,7 @@ def test_flops_equal_a_profiler_count(variant):
     [
         ({"num_heads": 5}, r"num_heads \(5\) must divide embed_dim \(24\)"),
         ({"top_k": 6}, r"top_k \(6\) must be at most num_experts \(5\)"),
-        ({"top_k": 0}, r"top_k \(0\) must be an integer of at least 1"),
+        ({"top_k": 0}, r"top_k \(0\) must be at least 1, an integer"),
         ({"router": "softmax"}, r"router \('softmax'\) must be one of linear, xmoe"),
         ({"routing": "dropping"}, r"routing \('dropping'\) must be one of dropless, capacity"),
         ({"activation": "tanh"}, r"activation \('tanh'\) must be one of gelu, relu, swiglu"),
@@ -48,7 +48,7 @@ def test_flops_equal_a_profiler_count(variant):
         ({"dropout": 1.0}, r"dropout \(1.0\) must be in \[0, 1\)"),
         ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be positive"),
         ({"num_projection_layers": 0, "head_projection": True}, r"num_projection_layers \(0\) is 0, but"),
-        ({"num_projection_layers": -1}, r"num_projection_layers \(-1\) must be an integer of at least 0"),
+        ({"num_projection_layers": -1}, r"num_projection_layers \(-1\) must be at least 0, an integer"),
     ],
 )
 def test_wrong_values_name_field_value_and_rule(change, message):

@@ -281,7 +281,7 @@ def test_experts_are_spread_as_far_as_possible_unless_told(arch, flags, world_si
         (3, 3, r"--mhmoe-expert-parallel-size \(3\) must divide --moe-expert-count \(8\)"),
         (4, 6, r"--mhmoe-expert-parallel-size \(4\) must divide the number of processes \(6\)"),
         (2, 1, r"--mhmoe-expert-parallel-size \(2\) must divide the number of processes \(1\)"),
-        (0, 2, r"--mhmoe-expert-parallel-size \(0\) must divide"),
+        (0, 2, r"--mhmoe-expert-parallel-size \(0\) must be at least 1"),
     ],
 )
 def test_a_size_that_divides_unevenly_is_refused(size, world_size, message):

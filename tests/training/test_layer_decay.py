@@ -108,7 +108,7 @@ def test_a_state_of_other_factors_is_refused(decay, head):
 @pytest.mark.parametrize(
     "decay, head, flags, message",
     [
-        (0, 1, (), r"--layer-decay \(0\) must be more than 0"),
+        (0, 1, (), r"--layer-decay \(0\) must be in \(0, 1\]"),
         (1.5, 1, (), r"--layer-decay \(1.5\)"),
         (1, 0, (), r"--head-lr-multiplier \(0\)"),
         (0.5, 1, ("--optimizer", "adam"), r"--layer-decay: --optimizer \(adam\) must be mhmoe_adam"),

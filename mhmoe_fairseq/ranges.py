@@ -1,0 +1,202 @@
+"""Which numbers a flag or a field of a configuration may hold: stated here, checked by one function.
+
+NaN compares false with everything, so that ``if value < 0`` lets it through; a training then ends much later and blames
+something else. Everything that reads a number from a user asks a :class:`Range`.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError
+
+_LARGEST_INTEGER = 2**31 - 1  # offsets of rows are 32-bit integers
+_LARGEST_FLOAT = 3.4e38  # of float32
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers between two bounds.
+
+    Args:
+        low, high: the bounds; none above means the largest 32-bit number.
+        open_low, open_high: whether the bound itself is outside.
+        integer: whole numbers only.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+    integer: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """The rule that ``value`` breaks, to stand behind its name; None where it is allowed."""
+        kinds = int if self.integer else (int, float)
+        is_number = isinstance(value, kinds) and not isinstance(value, bool)
+        # Written so that NaN, with which no comparison is true, is refused.
+        if is_number and self._is_above_low(value) and self._is_below_high(value):
+            return None
+        return f"must be {self._rule()}"
+
+    def _is_above_low(self, value: float) -> bool:
+        low = -_LARGEST_FLOAT if self.low == -math.inf else self.low
+        return value > low if self.open_low else value >= low
+
+    def _is_below_high(self, value: float) -> bool:
+        if self.high == math.inf:
+            return value <= (_LARGEST_INTEGER if self.integer else _LARGEST_FLOAT)
+        return value < self.high if self.open_high else value <= self.high
+
+    def _rule(self) -> str:
+        kind = ", an integer" if self.integer else ""
+        if self.high < math.inf:
+            return f"in {'(' if self.open_low else '['}{self.low}, {self.high}{')' if self.open_high else ']'}{kind}"
+        if self.low == -math.inf:
+            return "an integer below 2**31" if self.integer else "a finite number"
+        bound = "positive" if self.open_low and self.low == 0 else f"at least {self.low}"
+        return f"{bound}, an integer below 2**31" if self.integer else f"{bound} and finite"
+
+
+ANY = Range()
+ANY_INTEGER = Range(integer=True)
+POSITIVE = Range(low=0, open_low=True)
+NOT_NEGATIVE = Range(low=0)
+SHARE = Range(low=0, high=1)
+BELOW_ONE = Range(low=0, high=1, open_high=True)
+INSIDE = Range(low=0, high=1, open_low=True, open_high=True)
+FACTOR = Range(low=0, high=1, open_low=True)
+COUNT = Range(low=0, integer=True)
+SIZE = Range(low=1, integer=True)
+
+# By the name of the flag, in whatever configuration it stands. A test goes through all of our configurations and the
+# groups of fairseq's that our tasks read, and fails where a number is missing here.
+FLAGS: dict[str, Range] = {
+    # transformer
+    "dropout": BELOW_ONE,
+    "attention_dropout": BELOW_ONE,
+    "activation_dropout": BELOW_ONE,
+    "drop_path_rate": BELOW_ONE,
+    "decoder_layers": SIZE,
+    "decoder_embed_dim": SIZE,
+    "decoder_ffn_embed_dim": SIZE,
+    "decoder_attention_heads": SIZE,
+    "encoder_layers": SIZE,
+    "encoder_embed_dim": SIZE,
+    "encoder_ffn_embed_dim": SIZE,
+    "encoder_attention_heads": SIZE,
+    "img_size": SIZE,
+    "patch_size": SIZE,
+    "max_text_length": Range(low=3, integer=True),  # <s>, a token and </s>
+    "max_target_positions": SIZE,
+    "tokens_per_sample": SIZE,
+    # MoE layers
+    "moe_freq": COUNT,
+    "moe_expert_count": SIZE,
+    "moe_top_k": SIZE,
+    "moe_ffn_dim": SIZE,
+    "moe_eval_capacity_token_fraction": ANY,  # 0 or below: the training rule
+    "mhmoe_heads_number": SIZE,
+    "mhmoe_capacity_factor": POSITIVE,
+    "mhmoe_router_dim": SIZE,
+    "mhmoe_router_temperature": POSITIVE,
+    "mhmoe_expert_parallel_size": SIZE,
+    "mhmoe_projection_layers": COUNT,
+    "mhmoe_shared_expert_dim": COUNT,
+    # criterions
+    "moe_gate_loss_wt": NOT_NEGATIVE,
+    "mhmoe_z_loss_wt": NOT_NEGATIVE,
+    "label_smoothing": BELOW_ONE,
+    "drop_worst_ratio": BELOW_ONE,
+    "drop_worst_after": COUNT,
+    # tasks
+    "multilang_sampling_alpha": NOT_NEGATIVE,
+    "num_classes": Range(low=2, integer=True),
+    "mhmoe_head_dropout": BELOW_ONE,
+    "layer_decay": FACTOR,
+    "head_lr_multiplier": POSITIVE,
+    "image_mask_prob": INSIDE,
+    "text_mask_prob": INSIDE,
+    "pair_text_mask_prob": INSIDE,
+    "caption_mask_prob": INSIDE,
+    "caption_beam": SIZE,
+    "caption_length_penalty": NOT_NEGATIVE,
+    "caption_max_len": Range(low=2, integer=True),  # a word and the end
+    "sentencepiece_alpha": NOT_NEGATIVE,
+    # fairseq's
+    "seed": Range(low=0, high=2**32 - 1, integer=True),
+    "batch_size": SIZE,
+    "batch_size_valid": SIZE,
+    "data_buffer_size": COUNT,
+    "output_dictionary_size": ANY_INTEGER,
+    "model_parallel_size": SIZE,
+    "lr": NOT_NEGATIVE,
+    "adam_betas": BELOW_ONE,
+    "adam_eps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "clip_norm": NOT_NEGATIVE,
+    "update_freq": SIZE,
+    "max_epoch": COUNT,
+    "max_update": NOT_NEGATIVE,
+    "stop_time_hours": NOT_NEGATIVE,
+    "stop_min_lr": ANY,
+    "warmup_updates": NOT_NEGATIVE,
+    "warmup_init_lr": ANY,
+    "force_anneal": COUNT,
+    "lr_shrink": NOT_NEGATIVE,
+    "min_lr": ANY,
+    "max_lr": NOT_NEGATIVE,
+    "t_mult": POSITIVE,
+    "lr_period_updates": ANY,
+    "end_learning_rate": NOT_NEGATIVE,
+    "power": NOT_NEGATIVE,
+    "total_num_update": NOT_NEGATIVE,
+    "ema_decay": SHARE,
+}
+
+
+def flag(name: str) -> str:
+    """An option as typed."""
+    return "--" + name.replace("_", "-")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse a number outside the range that :data:`FLAGS` gives ``name``.
+
+    Args:
+        value: a number, several in a list or as text (``--adam-betas "(0.9, 0.98)"``); None means not given.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    for number in _numbers(value):
+        problem = FLAGS[name].problem(number)
+        if problem is not None:
+            raise UserError(f"{flag(name)} ({value}) {problem}")
+
+
+def check_flags(values: Any) -> None:
+    """``check_flag`` for all attributes of ``values`` that :data:`FLAGS` knows.
+
+    Args:
+        values: a dataclass, a namespace or a node of fairseq's configuration.
+
+    Raises:
+        UserError: as ``check_flag``.
+    """
+    for name in FLAGS:
+        check_flag(name, getattr(values, name, None))
+
+
+def _numbers(value: Any) -> list[Any]:
+    if value is None or (isinstance(value, str) and value.startswith("${")):  # another group's, not filled in
+        return []
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # "(nan, 0.9)": no number
+            return [value]
+    return [value] if isinstance(value, (int, float)) or not hasattr(value, "__iter__") else list(value)
