@@ -33,9 +33,9 @@ in PyTorch's advice to unpickle it.       and takes the ``module.`` off names th
                                           gave.
 Importing fairseq's models configures     :func:`logging_as_found` stands around the package's imports
 logging: a handler, and level DEBUG.      and puts the root logger back.
-``--store-ema`` multiplies integers of a   :func:`copy_integers_into_averages` takes them as they are.
-model's state by the decay: an error at
-the first update.
+``--store-ema`` multiplies integers of a   :func:`copy_integers_into_averages` takes them as they are, and tied
+model's state by the decay: an error at   tensors once.
+the first update. Tied ones twice.
 ========================================  ==========================================================
 
 Owned elsewhere, because the cure is not a patch: fairseq-fixed drops the last batch of training and
@@ -121,7 +121,7 @@ def allow_checkpoint_globals() -> None:
 
 
 def copy_integers_into_averages() -> None:
-    """Let fairseq's moving average take counters and fingerprints from the model: there is no mean of them."""
+    """Let fairseq's moving average take counters and fingerprints from the model, and average tied tensors once."""
     from fairseq.models.ema import EMA
 
     stock = EMA.__init__
@@ -134,7 +134,16 @@ def copy_integers_into_averages() -> None:
         state = model.state_dict().items()
         self.skip_keys = {*self.skip_keys, *(name for name, value in state if not value.is_floating_point())}
 
-    EMA.__init__ = remember_integers
+    stock_step = EMA._step_internal
+
+    @functools.wraps(stock_step)
+    def step_once(self: typing.Any, new_model: torch.nn.Module, updates: int | None = None) -> None:
+        # A tensor with two names, as a tied embedding has, is averaged under its first: fairseq would do it twice.
+        places = {value.data_ptr(): name for name, value in reversed(self.model.state_dict().items())}
+        firsts = {name: value for name, value in new_model.state_dict().items() if name in places.values()}
+        stock_step(self, SimpleNamespace(state_dict=lambda: firsts), updates)
+
+    EMA.__init__, EMA._step_internal = remember_integers, step_once
 
 
 def explain_refused_checkpoints() -> None:

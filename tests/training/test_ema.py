@@ -26,6 +26,18 @@ def test_integers_are_copied_and_the_rest_averaged():
     assert state["num_batches"] == 1 and state["running_mean"].tolist() == [1.0, 1.0]
 
 
+def test_tied_weights_are_averaged_once():
+    one, other = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    other.weight = one.weight
+    model = torch.nn.Sequential(one, other)
+    torch.nn.init.zeros_(one.weight)
+    average = EMA(model, SETTINGS)
+    torch.nn.init.ones_(one.weight)
+    average.step(model, 1)
+    for value in average.get_model().state_dict().values():
+        assert value.flatten().tolist() == [0.25] * 4
+
+
 def test_stock_averages_fail_at_integers():
     average = EMA.__new__(EMA)
     EMA.__init__.__wrapped__(average, CenteredLayerNorm(2), SETTINGS)
