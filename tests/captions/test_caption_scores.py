@@ -75,6 +75,13 @@ def test_nothing_in_common_and_nothing_at_all():
         assert bleu([caption, []], references) == (0, 0, 0, 0)
 
 
+def test_bleu_is_not_smoothed():
+    """Three words in a row match, four nowhere."""
+    found = bleu(["a red dog sits".split()], [["a red dog runs".split()]])
+    assert found[:3] == pytest.approx((3 / 4, (3 / 4 * 2 / 3) ** 0.5, (3 / 4 * 2 / 3 * 1 / 2) ** (1 / 3)))
+    assert found[3] == 0
+
+
 def test_one_image_has_no_weights_and_scores_zero():
     assert CiderD([["a red dog".split()]]).score(0, "a red dog".split()) == 0
 

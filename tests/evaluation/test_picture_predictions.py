@@ -40,6 +40,13 @@ def test_statements_score_as_nlvr2s_own_rules_say(statements, tmp_path):
     assert statements.describe() == "test: 4 statements, accuracy 75.00, consistency 66.67, statement only 50.00"
 
 
+def test_consistency_is_of_sentences_and_not_of_pictures():
+    """Wrong once with each of three pictures, and always with the same sentence."""
+    names = [f"test1-12-{picture}-{sentence}" for picture in range(3) for sentence in range(2)]
+    found = Judgements("test", names, np.array([1, 0, 1, 0, 1, 0]), np.array([1, 1, 1, 1, 1, 1]))
+    assert (found.figures["accuracy"], found.consistency) == (50.0, 50.0)
+
+
 def test_identifiers_of_another_form_have_no_consistency(statements):
     plain = Judgements("test", ["a", "b", "c", "d"], statements.judgements, statements.labels)
     assert plain.consistency is None
