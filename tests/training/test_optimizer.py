@@ -93,8 +93,9 @@ def round_trip(config, size, states):
     model.load_state_dict(states[0])
     optimizer.load_state_dict(copy.deepcopy(states[1]))  # it is cut to this rank's part in place
     assert model.layer.experts.fc1_weight.size(0) == 4 // size
-    for state in optimizer.optimizer.state.values():
+    for parameter, state in optimizer.optimizer.state.items():
         for value in filter(torch.is_tensor, state.values()):
+            assert value.shape in (parameter.shape, ())  # this rank's part
             assert value.untyped_storage().nbytes() == value.nbytes  # the tensors over all experts are let go
     optimizer.optimizer.consolidate_state_dict()
     if dist.get_rank() > 0:
