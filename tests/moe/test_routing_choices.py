@@ -45,14 +45,14 @@ def test_the_second_expert_is_sampled_by_the_others_probabilities() -> None:
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
 def test_the_second_expert_is_used_with_twice_its_own_probability(routing: str) -> None:
     torch.manual_seed(0)
-    logits = torch.tensor([0.5, 0.4, 0.08, 0.02]).log().expand(ROWS, 4)
-    probs = torch.tensor([0.8, 0.15, 0.03, 0.02]).expand(ROWS, 4)  # renormalised over two: 0.158, and 0.316 for 0.3
+    probs = torch.tensor([0.4, 0.25, 0.2, 0.15]).expand(ROWS, 4)  # 0.25 / 0.65, renormalised, would give 0.77 for 0.5
+    logits = probs.log()
     cfg = config(second_expert_policy="random", routing=routing, capacity_factor=10.0)
     drawn = assign(cfg, logits, probs, None, training=True)
     used = drawn.experts_NK[:, 1] == 1
-    assert_frequencies(torch.stack([used.sum(), (~used).sum()]), torch.tensor([0.3, 0.7]))
+    assert_frequencies(torch.stack([used.sum(), (~used).sum()]), torch.tensor([0.5, 0.5]))
     assert (drawn.experts_NK[~used, 1] == 4).all()
-    torch.testing.assert_close(drawn.gates_NK[used], torch.tensor([0.8, 0.15]).div(0.95).expand(int(used.sum()), 2))
+    torch.testing.assert_close(drawn.gates_NK[used], torch.tensor([0.4, 0.25]).div(0.65).expand(int(used.sum()), 2))
     assert (drawn.gates_NK[~used] == torch.tensor([1.0, 0.0])).all()
     sure = assign(cfg, logits[:50], torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(50, 4), None, training=True)
     assert (sure.experts_NK[:, 1] == 1).all()
