@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from _mutation.mutants import ListError, Mutant, Mutation, locate, read_lists
+from _mutation.mutants import ListError, Mutant, Mutation, locate_all, read_lists
 from _mutation.report import REPORT, Results, summary, write_report
 from _mutation.runs import BROKEN, SURVIVED, Checkout, Outcome
 
@@ -92,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Exit status: 0 if every mutant was noticed or its survival is explained, 1 if not, 2 for a list that is wrong."""
     arguments = parse_arguments(words)
     try:
-        everything = [locate(mutant, ROOT) for mutant in read_lists(ROOT)]
+        everything = locate_all(read_lists(ROOT), ROOT)
         chosen = wanted(read_lists(ROOT, arguments.list), arguments.only)
         if arguments.check:
             print(f"{len(chosen)} mutants, each with its place")

@@ -119,6 +119,23 @@ def _read_list(file: Path) -> Iterator[Mutant]:
         yield Mutant(**{**entry, "list_name": file.stem, "tests": tests})
 
 
+def locate_all(mutants: Sequence[Mutant], root: Path) -> list[Mutation]:
+    """The place of each.
+
+    Raises:
+        ListError: a line for every mutant that has none.
+    """
+    mutations, problems = [], []
+    for mutant in mutants:
+        try:
+            mutations.append(locate(mutant, root))
+        except ListError as error:
+            problems.append(str(error))
+    if problems:
+        raise ListError("\n".join(problems))
+    return mutations
+
+
 def locate(mutant: Mutant, root: Path) -> Mutation:
     """The one place that ``mutant`` names.
 

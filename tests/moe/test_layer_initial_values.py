@@ -83,10 +83,15 @@ def test_every_rule_has_a_parameter() -> None:
     assert [pattern for pattern in RULES if not any(pattern in rules_for(name) for name in names)] == []
 
 
-def test_experts_are_drawn_again_as_at_first() -> None:
-    experts = build("swiglu").experts
-    first = {name: parameter.clone() for name, parameter in experts.named_parameters()}
-    experts.reset_parameters()
-    for name, parameter in experts.named_parameters():
-        assert not torch.equal(parameter, first[name])
-        assert_follows(name, parameter, RULES[rules_for(f"experts.{name}")[0]](D // 4))
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_parameters_are_drawn_again_by_the_same_rules(kind: str) -> None:
+    layer = build(kind)
+    first = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7.0)
+    layer.reset_parameters()
+    for name, parameter in layer.named_parameters():
+        rule = RULES[rules_for(name)[0]](layer.config.subtoken_dim)
+        assert_follows(name, parameter, rule)
+        assert torch.equal(parameter, first[name]) == (rule.kind == "constant"), name

@@ -79,6 +79,15 @@ def test_first_choices_have_their_slots_before_second_ones() -> None:
     assert drawn.choices_NK.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
 
 
+def test_padding_has_no_slots() -> None:
+    cfg = config(num_experts=2, top_k=1, routing="capacity")  # 4 real rows: ceil(4 / 2) = 2 slots
+    logits = torch.tensor([[1.0, 0.0]]).expand(12, 2)
+    mask = torch.tensor([False, True, True] * 4)
+    drawn = assign(cfg, logits, logits.softmax(1), mask, training=True)
+    assert (~mask).sum() == 4 and drawn.kept_NK.flatten().nonzero().flatten().tolist() == [0, 3]
+    assert drawn.dropped_NK.flatten().nonzero().flatten().tolist() == [6, 9]
+
+
 @pytest.mark.parametrize("factor, top_k, tokens, slots", [
     (1.0, 2, 100, 26), (1.25, 2, 100, 32), (0.05, 1, 8, 1), (0.001, 2, 1000, 1), (1.0, 1, 1, 1), (0.6, 1, 12, 1),
 ])  # fmt: skip

@@ -139,11 +139,22 @@ def test_a_list_that_does_not_fit_is_refused(
 
 
 @READS_TOML
+def test_all_that_does_not_fit_is_named_at_once(
+    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    second = LIST.partition("\n[[")[2].replace("subtracts", "adds").replace("a+b", "a + d")
+    (project / "scripts/mutants/add.toml").write_text(LIST.replace("a+b", "a + c") + f"[[{second}")
+    assert mutate.main(["--check"]) == 2
+    error = capsys.readouterr().err
+    assert "'subtracts': 'a + c' is not in" in error and "'adds': 'a + d' is not in" in error
+
+
+@READS_TOML
 def test_constants_of_a_class_and_of_a_module(mutate: ModuleType, project: Path) -> None:
     entries = [("", 'module = "add"\n', "1", "10"), ("Sum", "", "2", "20"), ("Other.of", "occurrence = 2\n", "a", "b")]
     changed = {"": "LIMIT = 10", "Sum": "SIZE = 20", "Other.of": "return a * (b * 3)"}
     for function, more, expression, becomes in entries:
         text = LIST.replace('"Sum.of"', f'"{function}"').replace('"a+b"', f'"{expression}"')
         (project / "scripts/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
-        [mutant] = mutate.read_lists(project)
-        assert changed[function] in mutate.locate(mutant, project).after
+        [mutation] = mutate.locate_all(mutate.read_lists(project), project)
+        assert changed[function] in mutation.after
