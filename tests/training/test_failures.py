@@ -232,7 +232,11 @@ def test_the_report_names_layers_loads_and_norms(caplog: pytest.LogCaptureFixtur
     moe = next(line for line in lines if line.startswith("  decoder.layers.1:"))
     assert "weights inf" in moe and moe.endswith(f"expert loads {' '.join(f'{load:.0f}' for load in loads)}")
     dense = next(line for line in lines if line.startswith("  decoder.layers.0:"))
-    assert "gnorm" in dense and "inf" not in dense and "expert loads" not in dense
+    assert "inf" not in dense and "expert loads" not in dense
+    parameters = list(model.decoder.layers[0].parameters())
+    for name, tensors in (("weights", parameters), ("gnorm", [parameter.grad for parameter in parameters])):
+        norm = sum(float(tensor.detach().double().square().sum()) for tensor in tensors) ** 0.5
+        assert f"{name} {norm:g}" in dense
     assert any(line.startswith("  decoder.embed_tokens:") for line in lines)
 
 
