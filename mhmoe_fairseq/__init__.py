@@ -18,3 +18,4 @@ if find_spec("fairseq") is not None:
         from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
 
         training.save_atomically()
+        training.refuse_in_one_line()

@@ -76,6 +76,20 @@ def real(
     return read
 
 
+def nonempty(text: str) -> str:
+    """A text that is not empty."""
+    if not text.strip():
+        raise _refused(text, "must not be empty")
+    return text
+
+
+def plain_name(text: str) -> str:
+    """A name that becomes a part of file names."""
+    if os.sep in nonempty(text):
+        raise _refused(text, "must be a name, not a path")
+    return text
+
+
 def existing_file(text: str) -> Path:
     """A file, or a pipe, that can be read."""
     path = existing_path(text)

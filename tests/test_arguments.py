@@ -13,8 +13,10 @@ from mhmoe_fairseq.arguments import (
     existing_file,
     existing_folder,
     existing_path,
+    nonempty,
     output_file,
     output_folder,
+    plain_name,
     real,
     seed,
     whole,
@@ -50,6 +52,14 @@ def test_real_numbers() -> None:
     for text in ("nan", "inf", "-inf", "1e999"):
         assert refusal(real(), text) == f"({text}) must be finite"
     assert refusal(real(), "") == "() must be a number"
+
+
+def test_words_and_names() -> None:
+    assert nonempty("a/b c") == "a/b c" and plain_name("test_de") == "test_de"
+    for read in (nonempty, plain_name):
+        for text in ("", " "):
+            assert refusal(read, text) == f"({text}) must not be empty"
+    assert refusal(plain_name, "a/b") == "(a/b) must be a name, not a path"
 
 
 def test_files_and_folders_that_are_read(tmp_path: Path) -> None:

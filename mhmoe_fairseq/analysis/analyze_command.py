@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import existing_file, existing_folder, output_folder, real, whole
+from ..arguments import existing_file, existing_folder, output_folder, plain_name, real, whole
 from .activation import ACTIVE_THRESHOLD, Activation, mean, measured_activation, write_activation
 from .console import quiet, say
 from .data_identity import identify_data
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=existing_folder, required=True, metavar="DIR", help="prepared folder with the split"
     )
-    parser.add_argument("--split", default="valid", help="train, valid or test")
+    parser.add_argument("--split", type=plain_name, default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
         help="folder for activation-SPLIT.json and .png, languages- or modalities-SPLIT (default: the checkpoint's)",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..arguments import existing_file, existing_folder, output_folder, whole
+from ..arguments import existing_file, existing_folder, output_folder, plain_name, whole
 from ..data.files import require_files, write_json
 from ..data.multimodal.index import index_files, read_index
 from ..errors import UserError
@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare image-text"
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--split", default="valid", help="train, valid or test: where pictures are taken from")
+    what.add_argument(
+        "--split", type=plain_name, default="valid", help="train, valid or test: where pictures are taken from"
+    )
     what.add_argument("--image", type=existing_file, nargs="+", metavar="FILE", help="pictures in place of a split's")
     parser.add_argument("--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread")
     parser.add_argument(
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         sizes = {(stored["task"].get("img_size"), stored["task"].get("patch_size")) for stored in settings}
         if len(sizes) > 1:
             raise UserError("the checkpoints are of models with different --img-size or --patch-size")
+        prepare_pictures(pictures, settings[0]["task"]["img_size"])  # one that cannot be read ends it here
         # A training's last checkpoint is often its best, too: one of each number of updates is enough.
         by_updates = {num_updates(checkpoint): checkpoint for checkpoint in reversed(args.checkpoints)}
         measured = []

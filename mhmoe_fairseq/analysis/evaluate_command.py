@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..arguments import existing_file, existing_folder, output_file, whole
+from ..arguments import existing_file, existing_folder, nonempty, output_file, plain_name, whole
 from ..data.files import sha256_of
 from ..errors import UserError
 from ..evaluation.modality_scores import ModalityScores, score_modalities, together, write_modality_scores
@@ -27,8 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint", type=existing_file, metavar="CHECKPOINT", help="checkpoint file of a pre-trained model"
     )
     parser.add_argument("--data", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare")
-    parser.add_argument("--split", default="test", help="valid, test, or one language's, such as test_de")
-    parser.add_argument("--langs", metavar="CODES", help="evaluate on these of the languages, with commas in between")
+    parser.add_argument(
+        "--split", type=plain_name, default="test", help="valid, test, or one language's, such as test_de"
+    )
+    parser.add_argument(
+        "--langs", type=nonempty, metavar="CODES", help="evaluate on these of the languages, with commas in between"
+    )
     parser.add_argument(
         "--visual-tokenizer", type=existing_file, metavar="FILE",
         help="that of the training, where it is no longer where it was then",

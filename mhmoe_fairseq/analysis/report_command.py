@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fairseq.data import Dictionary
 
-from ..arguments import existing_folder, output_file, whole
+from ..arguments import existing_folder, output_file, plain_name, whole
 from ..data.files import atomic_open
 from ..errors import UserError
 from . import report
@@ -35,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--aggregate", action="store_true",
         help="mean and standard deviation over seeds; RUN_DIR is MODEL/seed-N, or a folder of such",
     )  # fmt: skip
-    parser.add_argument("--reference", metavar="MODEL", help="with --aggregate: compare seed by seed with this model")
     parser.add_argument(
-        "--activation-split", default="valid", metavar="SPLIT",
+        "--reference", type=plain_name, metavar="MODEL", help="with --aggregate: compare seed by seed with this model"
+    )
+    parser.add_argument(
+        "--activation-split", type=plain_name, default="valid", metavar="SPLIT",
         help="split on which expert activation is measured; none to leave it out",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=whole(), default=32, help="blocks per batch of that measurement")

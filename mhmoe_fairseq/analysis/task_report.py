@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import existing_folder, output_file
+from ..arguments import existing_folder, output_file, plain_name
 from ..data.files import atomic_open, read_json
 from ..errors import UserError
 from .console import say
@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="holds TASK/NAME/scores-SPLIT.json, as finetune.sh leaves them",
     )
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="models, in this order (default: all there are)")
+    parser.add_argument(
+        "--names", type=plain_name, nargs="+", metavar="NAME", help="models, in this order (default: all there are)"
+    )
     parser.add_argument("--out", type=output_file, metavar="FILE", help="write the table there as Markdown, too")
 
 

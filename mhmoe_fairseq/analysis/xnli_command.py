@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import existing_folder, existing_path, output_folder, whole
+from ..arguments import existing_folder, existing_path, nonempty, output_folder, whole
 from ..data.files import sha256_of, write_json
 from ..data.languages import PAPER_LANGUAGES, parse_languages
 from ..errors import UserError
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--xnli-dir", type=existing_folder, required=True, metavar="DIR",
         help="your copy of XNLI: the official files, or a JSON lines file per language",
     )  # fmt: skip
-    parser.add_argument("--langs", metavar="CODES", help="languages, with commas in between (default: all there are)")
+    parser.add_argument(
+        "--langs", type=nonempty, metavar="CODES", help="languages, with commas in between (default: all there are)"
+    )
     parser.add_argument("--split", choices=list(SPLITS), default="validation", help="lm-eval and the paper use it")
     parser.add_argument(
         "--language-token", action=argparse.BooleanOptionalAction,

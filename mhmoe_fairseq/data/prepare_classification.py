@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Sequence
 
-from ..arguments import existing_file, existing_folder, output_folder
+from ..arguments import existing_file, existing_folder, nonempty, output_folder
 from ..errors import UserError
 from .classification.examples import Fields, file_format
 from .classification.labels import given_labels
@@ -39,22 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fields = parser.add_argument_group("fields")
     fields.add_argument(
-        "--text-fields", nargs="+", default=["premise", "hypothesis"], metavar="NAME",
+        "--text-fields", type=nonempty, nargs="+", default=["premise", "hypothesis"], metavar="NAME",
         help="fields of the text: one for single sentences, two for pairs (XNLI's own files: sentence1 sentence2)",
     )  # fmt: skip
-    fields.add_argument("--label-field", default="label", metavar="NAME", help="field of the label (XNLI: gold_label)")
     fields.add_argument(
-        "--language-field", metavar="NAME",
+        "--label-field", type=nonempty, default="label", metavar="NAME", help="field of the label (XNLI: gold_label)"
+    )
+    fields.add_argument(
+        "--language-field", type=nonempty, metavar="NAME",
         help="field of the language's code, for files that hold several: only LANG's examples are read, and those of "
         "files for one language that do not have it (XNLI: language)",
     )  # fmt: skip
     fields.add_argument(
-        "--labels", nargs="+", metavar="NAME[=OTHER]",
+        "--labels", type=nonempty, nargs="+", metavar="NAME[=OTHER]",
         help="classes in the order of their ids, each with other spellings of its label, such as "
         "'entailment neutral contradiction=contradictory'; if not given, all labels of the training files, sorted",
     )  # fmt: skip
     fields.add_argument(
-        "--skip-labels", nargs="+", default=[], metavar="LABEL",
+        "--skip-labels", type=nonempty, nargs="+", default=[], metavar="LABEL",
         help="leave out examples with these labels, such as MNLI's '-'; any other unknown label is an error",
     )  # fmt: skip
 

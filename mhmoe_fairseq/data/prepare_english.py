@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..arguments import existing_file, output_folder, real, seed, whole
+from ..arguments import existing_file, nonempty, output_folder, real, seed, whole
 from ..errors import UserError
 from .documents import DEDUP_CHOICES
 from .files import sha256_of
@@ -47,15 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is kept only where it occurs first in the whole corpus, before the split",
     )  # fmt: skip
     text = parser.add_argument_group("sources")
-    text.add_argument("--jsonl-field", default="text", metavar="NAME", help="field that holds a document's text")
     text.add_argument(
-        "--document-separator", default=BLANK_LINE, metavar="SEP",
+        "--jsonl-field", type=nonempty, default="text", metavar="NAME", help="field that holds a document's text"
+    )
+    text.add_argument(
+        "--document-separator", type=nonempty, default=BLANK_LINE, metavar="SEP",
         help="for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
     )  # fmt: skip
     text.add_argument(
-        "--docstring-packages", nargs="+", default=list(DEFAULT_PACKAGES), metavar="NAME", help="for docstrings"
+        "--docstring-packages",
+        type=nonempty,
+        nargs="+",
+        default=list(DEFAULT_PACKAGES),
+        metavar="NAME",
+        help="for docstrings",
     )
-    text.add_argument("--deb-package", default="linux-doc-6.1", metavar="NAME", help="for linux-doc: its name here")
+    text.add_argument(
+        "--deb-package", type=nonempty, default="linux-doc-6.1", metavar="NAME", help="for linux-doc: its name here"
+    )
     vocabulary = parser.add_argument_group("vocabulary")
     vocabulary.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
     vocabulary.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")

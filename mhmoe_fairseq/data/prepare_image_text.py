@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..arguments import existing_folder, output_folder, real, seed, whole
+from ..arguments import existing_folder, nonempty, output_folder, real, seed, whole
 from ..errors import UserError
 from .files import require_files
 from .image_text.beit3_folder import Completion, CompletionSettings
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--langs", default="en", metavar="CODES", help="of captions, with commas in between")
+    group.add_argument(
+        "--langs", type=nonempty, default="en", metavar="CODES", help="of captions, with commas in between"
+    )
     group.add_argument("--vocab-size", type=whole(), default=2000, metavar="N", help="SentencePiece's pieces")
     group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     group.add_argument(

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..arguments import existing_file, output_folder, real, seed, whole
+from ..arguments import existing_file, nonempty, output_folder, real, seed, whole
 from ..errors import UserError
 from .languages import PAPER_LANGUAGES, parse_languages
 from .multilingual.corpus_source import MultilingualSource
@@ -28,7 +28,11 @@ _NEEDS_FOLDER = ("text", "jsonl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe prepare multilingual``."""
     parser.add_argument(
-        "--langs", default=",".join(PAPER_LANGUAGES), metavar="CODES", help="languages, with commas in between"
+        "--langs",
+        type=nonempty,
+        default=",".join(PAPER_LANGUAGES),
+        metavar="CODES",
+        help="languages, with commas in between",
     )
     parser.add_argument(
         "--source", nargs="+", default=[_DEBIAN], metavar=("NAME", "DIR"),
@@ -60,16 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_source_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--debian-families", nargs="+", default=list(FAMILIES), metavar="NAME",
+        "--debian-families", type=nonempty, nargs="+", default=list(FAMILIES), metavar="NAME",
         help=f"for {_DEBIAN}: which of {', '.join(FAMILIES)}",
     )  # fmt: skip
-    group.add_argument("--jsonl-field", default="text", metavar="NAME", help="field that holds a document's text")
     group.add_argument(
-        "--jsonl-key-field", default="key", metavar="NAME",
+        "--jsonl-field", type=nonempty, default="text", metavar="NAME", help="field that holds a document's text"
+    )
+    group.add_argument(
+        "--jsonl-key-field", type=nonempty, default="key", metavar="NAME",
         help="field that names a document alike in all languages; documents without it are not aligned",
     )  # fmt: skip
     group.add_argument(
-        "--document-separator", default=BLANK_LINE, metavar="SEP",
+        "--document-separator", type=nonempty, default=BLANK_LINE, metavar="SEP",
         help="for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
     )  # fmt: skip
 

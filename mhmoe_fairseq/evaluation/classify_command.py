@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import existing_folder, existing_path, output_file, whole
+from ..arguments import existing_folder, existing_path, nonempty, output_file, plain_name, whole
 from ..data.classification.examples import Fields, read_examples
 from ..data.files import atomic_open, read_json, require_files
 from ..data.languages import get_language
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--splits", nargs="+", metavar="NAME",
+        "--splits", type=plain_name, nargs="+", metavar="NAME",
         help="prepared splits, such as test_de; all test splits if not given, or all validation splits",
     )  # fmt: skip
     what.add_argument(
@@ -46,12 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files of texts by language, as for mhmoe prepare classification",
     )
     parser.add_argument(
-        "--text-fields", nargs="+", metavar="NAME", help="of --input: fields of the text; the training's if not given"
+        "--text-fields",
+        type=nonempty,
+        nargs="+",
+        metavar="NAME",
+        help="of --input: fields of the text; the training's if not given",
     )
     parser.add_argument(
-        "--label-field", metavar="NAME", help="of --input: field of the label; without it there is no accuracy"
+        "--label-field",
+        type=nonempty,
+        metavar="NAME",
+        help="of --input: field of the label; without it there is no accuracy",
     )
-    parser.add_argument("--language-field", metavar="NAME", help="of --input: field of the language's code")
+    parser.add_argument(
+        "--language-field", type=nonempty, metavar="NAME", help="of --input: field of the language's code"
+    )
     parser.add_argument(
         "--predictions", type=output_file, metavar="FILE",
         help="write a JSON object per example: split, index, label, prediction, probabilities",

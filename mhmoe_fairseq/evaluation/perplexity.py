@@ -38,6 +38,9 @@ def score_split(
 def _score(model: torch.nn.Module, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> Score:
     task.load_dataset(split)
     dataset = task.dataset(split)
+    longest = int(max(dataset.sizes, default=0))
+    if max_tokens is not None and max_tokens < longest:
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least {longest}, the longest block of {split}")
     has_bos = bool(getattr(task.args, "add_bos_token", False))
     batches = _Counted(
         task.eval_lm_dataloader(

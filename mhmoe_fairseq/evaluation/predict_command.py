@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import existing_folder, existing_path, output_file, whole
+from ..arguments import existing_folder, existing_path, output_file, plain_name, whole
 from ..data.files import sha256_of, write_json
 from ..errors import UserError
 
@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=existing_folder, metavar="DIR", help="the prepared folder; that of the training if not given"
     )
     parser.add_argument(
-        "--split", default="test", metavar="NAME", help="train, valid or test; for questions test-dev too"
+        "--split",
+        type=plain_name,
+        default="test",
+        metavar="NAME",
+        help="train, valid or test; for questions test-dev too",
     )
     parser.add_argument(
         "--output", type=output_file, metavar="FILE",

@@ -3,6 +3,7 @@
 from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
 from .guarded_task import GuardedTask
+from .messages import refuse_in_one_line
 from .optimizer import MHMoEAdam
 from .parallel_task import ParallelTask
 from .pretrained import check_pretrained
@@ -17,5 +18,6 @@ __all__ = [
     "TrainingFlags",
     "check_pretrained",
     "prepare_sharded_model",
+    "refuse_in_one_line",
     "save_atomically",
 ]

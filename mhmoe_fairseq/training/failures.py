@@ -78,10 +78,12 @@ def tell_the_others(watch: Watch) -> None:
     stock = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        stock(kind, error, trace)
-        # A board that cannot be reached has nothing to add to the error.
-        with contextlib.suppress(RuntimeError):
-            explain(watch, error)
+        try:
+            stock(kind, error, trace)  # may end this process with a status of its own
+        finally:
+            # A board that cannot be reached has nothing to add to the error.
+            with contextlib.suppress(RuntimeError):
+                explain(watch, error)
 
     sys.excepthook = hook
 

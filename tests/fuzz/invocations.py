@@ -1,0 +1,166 @@
+"""A valid call of every command of ``mhmoe``, on small fixtures that all cases share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from console import evaluate, run_console, train
+from fine_tuning_data import fine_tuning_words, write_fine_tuning_data
+from image_text_data import prepare_shapes
+from labelled import training_words as classification_words
+from labelled import write_jsonl, write_task, xnli_rows
+from language_models import small_dictionary
+from multilingual_data import SENTENCES, write_languages
+from official_reference import PUBLISHED, official_state
+from pictures_and_words import training_words as pretraining_words
+from trained_model import TrainedModel, sentences
+
+from mhmoe_fairseq.cli import main as mhmoe
+
+Call = dict[str, list[str]]
+
+
+def write_untrained_fixtures(root: Path) -> None:
+    """What commands read that need no trained model: well under ten seconds."""
+    root.mkdir()
+    lines = sentences(300)
+    documents = ["\n".join(lines[start : start + 10]) for start in range(0, len(lines), 10)]
+    (root / "corpus.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    words = ["--source", "text", root / "corpus.txt", "--dest", root / "english", "--vocab-size", 340]
+    assert mhmoe(["prepare", "english", *map(str, words)]) == 0
+    for code in ("de", "en"):
+        texts = [SENTENCES[code].replace("\n", f" {number}\n") for number in range(40)]
+        (root / "texts" / f"{code}.txt").parent.mkdir(exist_ok=True)
+        (root / "texts" / f"{code}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    write_jsonl(root / "train.jsonl", xnli_rows("en"))
+    write_jsonl(root / "valid.jsonl", xnli_rows("de"))
+    prepare_shapes(root / "shapes")
+    folder = root / "captioned"
+    (folder / "images").mkdir(parents=True)
+    pictures = sorted((root / "shapes" / "images").iterdir())[:20]
+    for picture in pictures:
+        shutil.copy(picture, folder / "images")
+    _write_captions(folder, pictures)
+    scores = root / "scores" / "vqa" / "dense" / "scores-test.json"
+    scores.parent.mkdir(parents=True)
+    scores.write_text(json.dumps({"split": "test", "count": 12, "figures": {"VQA score": 41.25}, "baselines": {}}))
+    (root / "dictionary").mkdir()
+    small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
+    settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
+    torch.save({"args": None, "cfg": settings, "model": official_state(PUBLISHED, 44)}, root / "official.pt")
+    out = ["import-official", root / "official.pt", "--out", root / "imported", "--data", root / "dictionary"]
+    assert mhmoe([*map(str, out)]) == 0
+
+
+def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
+    """Commands that need no trained model."""
+    seeds = {"--seed": ["1"]}
+    return {
+        ("plan",): {"--arch": ["mhmoe_lm_tiny"], "--vocab-size": ["100"], "--tokens-per-sample": ["16"]},
+        ("prepare", "english"): {
+            "--source": ["text", f"{root}/corpus.txt"], "--dest": ["dest"], "--vocab-size": ["340"], **seeds,
+        },
+        ("prepare", "multilingual"): {
+            "--langs": ["de,en"], "--source": ["text", f"{root}/texts"], "--dest": ["dest"], "--vocab-size": ["340"],
+        },
+        ("prepare", "classification"): {
+            "--train": [f"en={root}/train.jsonl"], "--valid": [f"de={root}/valid.jsonl"], "--data": [f"{root}/english"],
+            "--labels": ["0", "1", "2"], "--dest": ["dest"],
+        },
+        ("prepare", "image-text"): {
+            "--source": ["folder", f"{root}/captioned"], "--dest": ["dest"], "--vocab-size": ["290"],
+            "--image-size": ["32"], "--patch-size": ["16"], "--visual-vocab-size": ["8"],
+        },
+        ("visual-tokenizer", "fit"): {
+            "data": [f"{root}/shapes"], "--output": ["tokenizer.pt"], "--vocab-size": ["8"], "--patch-size": ["8"],
+            "--image-size": ["32"], "--iterations": ["2"], "--max-patches": ["200"],
+        },
+        ("visual-tokenizer", "info"): {"file": [f"{root}/shapes/visual_tokenizer.pt"]},
+        ("visual-tokenizer", "encode"): {
+            "file": [f"{root}/shapes/visual_tokenizer.pt"], "pictures": [f"{root}/shapes/images/small-red-bar.png"],
+        },
+        ("report-tasks",): {"folder": [f"{root}/scores"], "--out": ["table.md"]},
+        ("checkpoint", "inspect"): {"checkpoint": [f"{root}/imported/model.pt"], "--json": ["a.json"]},
+        ("checkpoint", "convert"): {"source": [f"{root}/imported/model.pt"], "target": ["model.safetensors"]},
+        ("checkpoint", "average"): {
+            "--inputs": [f"{root}/imported/model.pt", f"{root}/imported/model.pt"], "--output": ["mean.pt"],
+        },
+        ("import-official",): {
+            "checkpoint": [f"{root}/official.pt"], "--out": ["out"], "--data": [f"{root}/dictionary"],
+        },
+    }  # fmt: skip
+
+
+def write_trained_fixtures(root: Path) -> None:
+    """Models of every kind, each after one update, beside what :func:`write_untrained_fixtures` wrote."""
+    english = TrainedModel(root / "english", root / "lm")
+    sizes = "--sample-break-mode eos --tokens-per-sample 64 --decoder-embed-dim 64".split()
+    log = ["--log-file", root / "lm" / "train.log", "--log-format", "json"]
+    (root / "lm").mkdir()
+    train(english.data, english.folder, "mhmoe_lm_tiny", *sizes, *log, max_update=1)
+    for split in ("valid", "test"):
+        output = evaluate(english.data, english.checkpoint, "--gen-subset", split, *sizes[:2])
+        (english.folder / f"eval-{split}.log").write_text(output, encoding="utf-8")
+    shutil.copy(english.data / "manifest.json", english.folder)
+
+    (root / "labelled").mkdir()
+    labelled = write_task(root / "labelled", english, examples=32, held_out=8)
+    _train(root, *classification_words(labelled, root / "classifier", updates=1))
+
+    _write_aligned(write_languages(root / "languages"))
+    task = ("--task", "mhmoe_multilingual_language_modeling", "--tokens-per-sample", 128, "--decoder-embed-dim", 32)
+    train(root / "languages", root / "multilingual", "mhmoe_lm_tiny", *task, max_update=1)
+
+    pictures = write_fine_tuning_data(root / "pictures")
+    _train(root, *pretraining_words(pictures, root / "beit3", updates=1))
+    _train(root, *fine_tuning_words("mhmoe_vqa", pictures, root / "vqa", updates=1))
+    captioning = ("--task", "mhmoe_captioning", "--criterion", "mhmoe_captioning", "--caption-max-len", 4)
+    _train(root, *pretraining_words(root / "shapes", root / "captioner", *captioning, updates=1))
+    (root / "xnli").mkdir()
+    for code in ("de", "en"):
+        write_jsonl(root / "xnli" / f"xnli.dev.{code}.jsonl", xnli_rows(code))
+
+
+def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
+    """Commands that read a trained model."""
+    return {
+        ("evaluate",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"]},
+        ("report",): {"runs": [f"{root}/lm"], "--data": [f"{root}/english"], "--out": ["report.md"], "--no-plots": [],
+                      "--activation-split": ["none"]},
+        ("analyze",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
+                       "--out": ["out"], "--no-plots": []},
+        ("diversity",): {"checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/pictures"],
+                         "--out": ["out"], "--no-plots": []},
+        ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
+                        "--max-len-b": ["12"]},
+        ("classify",): {"checkpoint": [f"{root}/classifier"], "--predictions": ["p.jsonl"]},
+        ("caption",): {"checkpoint": [f"{root}/captioner"], "--split": ["valid"], "--no-java": [], "--max-len": ["4"]},
+        ("predict",): {"checkpoint": [f"{root}/vqa"], "--split": ["valid"]},
+        ("xnli",): {"--checkpoint": [f"{root}/multilingual"], "--xnli-dir": [f"{root}/xnli"], "--out": ["out"]},
+        ("probe",): {"--checkpoint": [f"{root}/multilingual"], "--data": [f"{root}/languages"], "--candidates": ["2"],
+                     "--max-items": ["3"]},
+    }  # fmt: skip
+
+
+def _train(root: Path, *words: Any) -> None:
+    run_console("fairseq-train", *words, cwd=root)
+
+
+def _write_captions(folder: Path, pictures: list[Path]) -> None:
+    rows = [{"image": f"images/{path.name}", "caption": [path.stem.replace("-", " ")]} for path in pictures]
+    write_jsonl(folder / "captions.jsonl", rows)
+
+
+def _write_aligned(folder: Path) -> None:
+    """Aligned test sentences; the dictionary has single characters, so there is a space after each."""
+    (folder / "aligned").mkdir()
+    pairs = zip(SENTENCES["en"].splitlines(), SENTENCES["de"].splitlines())
+    rows = [
+        {"key": str(number), "text": {code: " ".join(line.replace(" ", "")) for code, line in zip(("en", "de"), pair)}}
+        for number, pair in enumerate(pairs)
+    ]
+    write_jsonl(folder / "aligned" / "test.jsonl", rows)

@@ -1,0 +1,64 @@
+"""A refusal of ours ends a fairseq command with one line and status 2; any other error keeps its traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.moe import MHMoEConfig
+from mhmoe_fairseq.training.messages import is_refusal, refuse_in_one_line
+
+
+def raised(function) -> BaseException:
+    with pytest.raises(Exception) as error:
+        function()
+    return error.value
+
+
+def user_error() -> None:
+    raise UserError("--flag (1) must be 2")
+
+
+def test_what_is_a_refusal() -> None:
+    for function, expected in (
+        (user_error, True),
+        (lambda: MHMoEConfig(embed_dim=8, num_heads=3, num_experts=2, expert_ffn_dim=8), True),  # our ValueError
+        (lambda: int("x"), False),
+        (lambda: open("nowhere/none"), False),
+        (lambda: MHMoEConfig(surprise=1), False),  # a TypeError: our mistake, not the user's
+    ):
+        error = raised(function)
+        assert is_refusal(error, error.__traceback__) == expected
+
+
+def test_only_fairseqs_commands_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    for program in ("", "train.py", "pytest"):
+        monkeypatch.setattr(sys, "argv", [program])
+        refuse_in_one_line()
+        assert sys.excepthook is sys.__excepthook__
+    for program in ("bin/fairseq-train", "site-packages/fairseq_cli/train.py"):
+        monkeypatch.setattr(sys, "argv", [program])
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        refuse_in_one_line()
+        assert sys.excepthook is not sys.__excepthook__
+
+
+def test_the_interpreter_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
+    (tmp_path / "fairseq-train").write_text(
+        "import sys\nfrom mhmoe_fairseq.training.messages import refuse_in_one_line\n"
+        "from mhmoe_fairseq.errors import UserError\nrefuse_in_one_line()\n"
+        "raise UserError('--flag (1) must be 2') if len(sys.argv) > 1 else RuntimeError('ours')\n"
+    )
+    found = [
+        subprocess.run([sys.executable, tmp_path / "fairseq-train", *words], capture_output=True, text=True)
+        for words in (["refused"], [])
+    ]
+    assert [(run.returncode, run.stderr.strip().splitlines()[-1]) for run in found] == [
+        (2, "fairseq-train: error: --flag (1) must be 2"), (1, "RuntimeError: ours")
+    ]  # fmt: skip
+    assert "Traceback" not in found[0].stderr and "Traceback" in found[1].stderr
