@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-HUGE = "100000000000000000000"
+HUGE, LARGE = "100000000000000000000", "1e9"
 MISSING, FILE, FOLDER, LOOP, UNREADABLE, BELOW_FILE = (
     "missing", "a-file", "a-folder", "a-loop", "unreadable", "a-file/below"
 )  # fmt: skip
@@ -27,7 +27,7 @@ NEVER = {
     "output_file": {"", FOLDER, LOOP, BELOW_FILE},
     "output_folder": {"", FILE, LOOP, BELOW_FILE},
 }
-NUMBERS = ("abc", "-1", "-0.5", "0", "1", "1.5", "nan", "inf", HUGE, "")
+NUMBERS = ("abc", "-1", "-0.5", "0", "1", "1.5", "nan", "inf", "")
 PATHS = (MISSING, FILE, FOLDER, LOOP, UNREADABLE, BELOW_FILE, "")
 WORDS = ("nosuch", "0", "-1", FILE, FOLDER, BELOW_FILE, "")
 
@@ -56,7 +56,7 @@ class Option:
         if self.kind == "switch":
             return (None,)
         if self.kind in ("whole", "real"):
-            return NUMBERS
+            return (*NUMBERS, HUGE if self.kind == "whole" else LARGE)
         return PATHS if self.kind.startswith(("existing", "output")) else WORDS
 
 
