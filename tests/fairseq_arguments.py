@@ -1,12 +1,16 @@
-"""What fairseq reads from a command line."""
+"""What fairseq and ``mhmoe`` read from a command line."""
 
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from fairseq import options
+
+from mhmoe_fairseq.arguments import existing_file, existing_folder, existing_path
+from mhmoe_fairseq.cli import build_parser
 
 
 def parse_words(words: Sequence[str]) -> Namespace:
@@ -17,3 +21,19 @@ def parse_words(words: Sequence[str]) -> Namespace:
         return options.parse_args_and_arch(get_parser(), input_args=list(words[1:]))
     finally:
         sys.argv = sys_argv
+
+
+def parse_mhmoe(words: Sequence[str]) -> Namespace:
+    """The arguments of an ``mhmoe`` command whose input files are yet to be written by another."""
+    assert words[0] == "mhmoe"
+    parser = build_parser(words[1])
+    _let_files_be_missing(parser)
+    return parser.parse_args(words[1:])
+
+
+def _let_files_be_missing(parser: ArgumentParser) -> None:
+    for action in parser._actions:
+        if action.type in (existing_file, existing_folder, existing_path):
+            action.type = Path
+        for inner in action.choices.values() if isinstance(action.choices, dict) else ():
+            _let_files_be_missing(inner)

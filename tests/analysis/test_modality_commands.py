@@ -142,7 +142,7 @@ def test_pictures_are_spread_over_the_split(data):
     [
         (("--pictures", "0"), "--pictures (0) must be at least 1"),
         (("--split", "holdout"), "no split 'holdout'"),
-        (("--image", "nowhere.png"), "--image: no such file: nowhere.png"),
+        (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
     ],
 )
 def test_bad_input_is_one_line(run, data, capsys, flags, message):

@@ -133,7 +133,7 @@ def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path
         (("--beam", "0"), "--beam (0) must be at least 1"),
         (("--max-len", "99"), "a caption of 99 tokens is too long: --max-text-length leaves 15"),
         (("--batch-size", "0"), "--batch-size (0) must be at least 1"),
-        (("--image", "nowhere.png"), "--image: no such file: nowhere.png"),
+        (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
         (("--image", "{data}/dict.txt"), "dict.txt: not a picture"),
         (("--image", "{data}/dict.txt", "--scores", "x.json"), "--scores: single pictures have no reference captions"),
         (("--data", "{data}/images"), "images/dict.txt"),

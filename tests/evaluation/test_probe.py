@@ -120,7 +120,7 @@ def test_the_command(trained_model, hub, data, capsys):
 def test_bad_input_is_one_line(trained_model, data, capsys):
     aligned = data / "aligned" / "test.jsonl"
     good = aligned.read_text(encoding="utf-8")
-    flags = ["--checkpoint", "nowhere.pt", "--data", str(data)]
+    flags = ["--checkpoint", str(data), "--data", str(data)]  # a folder without one
     for words, text, message in (
         (["--split", "valid"], good, "--data: no such file"),
         (["--pairs", "en-en"], good, "--pairs en-en: must be two different language codes"),
@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(trained_model, data, capsys):
         ([], good + '{"text": {}}\n', "test.jsonl:41: needs a JSON object with a field 'key'"),
         ([], good + '{"key": "a", "text": {"en": 1}}\n', "test.jsonl:41: field 'text' must be an object of texts"),
         ([], "", "test.jsonl: no aligned text in it"),
-        (["--pairs", "en-de"], good, "no model.pt or checkpoint_best.pt or checkpoint_last.pt in nowhere.pt"),
+        (["--pairs", "en-de"], good, "no model.pt or checkpoint_best.pt or checkpoint_last.pt in "),
     ):
         aligned.write_text(text, encoding="utf-8")
         assert main(["probe", *flags, *words]) == 2

@@ -290,7 +290,7 @@ def test_bad_files_are_named(tmp_path, data, capsys):
         ("text.pt", (), "text.pt: "),
         ("bare.pt", (), "no settings of a language model in its 'cfg' or 'args'"),
         ("empty.pt", (), "no 'model' with weights in it"),
-        ("gone.pt", (), "no checkpoint"),
+        ("gone.pt", (), "gone.pt) does not exist"),
         ("good.pt", ("--data", data), "44 words with the four special ones, the embedding 48"),
         ("good.pt", ("--data", tmp_path), "no dict.txt in it"),
     ):
