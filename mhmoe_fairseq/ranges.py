@@ -69,6 +69,7 @@ SHARE = Range(low=0, high=1)
 BELOW_ONE = Range(low=0, high=1, open_high=True)
 INSIDE = Range(low=0, high=1, open_low=True, open_high=True)
 FACTOR = Range(low=0, high=1, open_low=True)
+EXPONENT = Range(low=0, high=100)  # more would leave what a number holds
 COUNT = Range(low=0, integer=True)
 SIZE = Range(low=1, integer=True)
 
@@ -113,7 +114,7 @@ FLAGS: dict[str, Range] = {
     "drop_worst_ratio": BELOW_ONE,
     "drop_worst_after": COUNT,
     # tasks
-    "multilang_sampling_alpha": NOT_NEGATIVE,
+    "multilang_sampling_alpha": EXPONENT,
     "num_classes": Range(low=2, integer=True),
     "mhmoe_head_dropout": BELOW_ONE,
     "layer_decay": FACTOR,
@@ -123,7 +124,7 @@ FLAGS: dict[str, Range] = {
     "pair_text_mask_prob": INSIDE,
     "caption_mask_prob": INSIDE,
     "caption_beam": SIZE,
-    "caption_length_penalty": NOT_NEGATIVE,
+    "caption_length_penalty": EXPONENT,
     "caption_max_len": Range(low=2, integer=True),  # a word and the end
     "sentencepiece_alpha": NOT_NEGATIVE,
     # fairseq's

@@ -10,6 +10,7 @@ import numpy as np
 from ..arguments import existing_file, existing_folder, output_folder, plain_name, whole
 from ..data.files import require_files, write_json
 from ..data.multimodal.index import index_files, read_index
+from ..data.multimodal.pictures import read_picture
 from ..errors import UserError
 from .console import quiet, say
 from .diversity import PatchDiversity, measure_diversity, num_updates, prepare_pictures
@@ -56,12 +57,13 @@ def run(args: argparse.Namespace) -> int:
         require_matplotlib()
     pictures = args.image or choose_pictures(args.data, args.split, args.pictures)
     require_files(pictures, "--data")
+    for picture in pictures:
+        read_picture(picture)  # one that cannot be read ends it here
     with quiet():
         settings = [read_settings(checkpoint) for checkpoint in args.checkpoints]
         sizes = {(stored["task"].get("img_size"), stored["task"].get("patch_size")) for stored in settings}
         if len(sizes) > 1:
             raise UserError("the checkpoints are of models with different --img-size or --patch-size")
-        prepare_pictures(pictures, settings[0]["task"]["img_size"])  # one that cannot be read ends it here
         # A training's last checkpoint is often its best, too: one of each number of updates is enough.
         by_updates = {num_updates(checkpoint): checkpoint for checkpoint in reversed(args.checkpoints)}
         measured = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -57,8 +56,8 @@ class CaptionSearch:
     def __post_init__(self) -> None:
         if self.beam < 1:
             raise UserError(f"--beam ({self.beam}) must be at least 1")
-        if not 0 <= self.length_penalty < math.inf:
-            raise UserError(f"--length-penalty ({self.length_penalty}) must be a number of at least 0")
+        if not 0 <= self.length_penalty <= 100:  # a length to a higher power can be more than a number holds
+            raise UserError(f"--length-penalty ({self.length_penalty}) must be in [0, 100]")
         if self.max_len < 2:
             raise UserError(f"--max-len ({self.max_len}) must be at least 2: a word and the end")
 

@@ -10,7 +10,8 @@ from fairseq.tasks import register_task
 from torch import nn
 
 from ..data.multimodal.datasets import DatasetSettings, RetrievalDataset
-from ..data.multimodal.index import Index
+from ..data.multimodal.index import NAMES, Index
+from ..errors import UserError
 from ..models._beit3_heads import RetrievalHead
 from ._image_text_finetuning import HeadTask, ImageTextFineTuningConfig
 from ._recall import RANKS, VectorMeter
@@ -42,6 +43,9 @@ class RetrievalTask(HeadTask):
 
     def __init__(self, args: Any, dictionary: Dictionary) -> None:
         super().__init__(args, dictionary)
+        names = NAMES[self.index_task]
+        if args.retrieval_set not in (None, *names):
+            raise UserError(f"--retrieval-set ({args.retrieval_set}) must be one of {', '.join(names)}")
         self.index_name = args.retrieval_set
 
     def build_head(self, embed_dim: int) -> nn.Module:

@@ -90,6 +90,9 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         """
         refuse_tpu(args.tpu)
         check_flags(args)
+        name = args.classification_head_name
+        if not name or "." in name:  # it becomes a part of the weights' names
+            raise UserError(f"--classification-head-name ({name}) must be a name without a dot")
         folder = Path(args.data)
         dictionary = Dictionary.load(str(find_dictionary(folder)))
         classes = read_classes(folder / LABELS / "dict.txt")

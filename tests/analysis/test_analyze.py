@@ -60,7 +60,8 @@ def test_shares_by_hand() -> None:
     assert measured.effective()[0] == pytest.approx(0.5)
     assert measured.max_over_mean() == [2.0, pytest.approx(3.97)]
     assert activation([[6.0, 2.0]], dropped=[2.0]).overflow() == [0.25]
-    assert torch.equal(activation([[6.0, 2.0]]).relative_load(), torch.tensor([[1.5, 0.5]], dtype=torch.float64))
+    shares = torch.tensor([[1.5, 0.5], [0.5, 1.5]], dtype=torch.float64)  # of its own layer's
+    assert torch.equal(activation([[6.0, 2.0], [10.0, 30.0]]).relative_load(), shares)
 
 
 def test_models_with_different_numbers_of_experts_share_a_figure(tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ def test_a_model_that_gives_no_numbers_gets_empty_captions():
     "changes, message",
     [
         ({"beam": 0}, r"--beam \(0\) must be at least 1"),
-        ({"length_penalty": -0.1}, r"--length-penalty \(-0.1\) must be a number of at least 0"),
+        ({"length_penalty": -0.1}, r"--length-penalty \(-0.1\) must be in \[0, 100\]"),
         ({"length_penalty": math.nan}, "--length-penalty"),
+        ({"length_penalty": 1e9}, "--length-penalty"),
         ({"max_len": 1}, r"--max-len \(1\) must be at least 2"),
     ],
 )

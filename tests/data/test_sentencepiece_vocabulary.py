@@ -22,7 +22,7 @@ def train(path, lines, vocab_size=330, model="unigram", max_lines=10**6, seed=1)
 def test_exact_size_lossless_and_never_unknown(tmp_path, sentences, model):
     vocabulary = train(tmp_path / "m.model", sentences(300), model=model)
     assert len(vocabulary.symbols) + 4 == 330
-    lines = [*sentences(3, seed=9), "größe 漢字 🙂 <unk> </s> <pad>", "a"]
+    lines = [*sentences(3, seed=9), "größe 漢字 🙂 <unk> </s> <pad>", "a", "ﬁne x² ｗｉｄｅ"]
     encoded = vocabulary.encode_lines(lines)
     assert all(4 <= index < 330 for ids in encoded for index in ids)  # no special symbol comes from text
     import sentencepiece

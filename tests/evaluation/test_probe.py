@@ -9,8 +9,8 @@ import pytest
 from harness import direct_scores, line_ids
 
 from mhmoe_fairseq.cli import main
-from mhmoe_fairseq.evaluation.probe import Aligned, ProbeResult, make_items, probe, read_aligned, score_items
-from mhmoe_fairseq.evaluation.scoring import TextScorer
+from mhmoe_fairseq.evaluation.probe import Aligned, Item, ProbeResult, make_items, probe, read_aligned, score_items
+from mhmoe_fairseq.evaluation.scoring import Score, TextScorer
 
 _WORDS = "river farmer teacher engine garden letter winter captain window market forest doctor".split()
 
@@ -83,6 +83,22 @@ def test_scores_and_choices_equal_direct_scoring(hub):
         by_length += max(per_token) == per_token[item.answer]
         by_pmi += max(gain) == gain[item.answer]
     assert probe(scorer, items, "en", "de") == ProbeResult(6, by_length, by_pmi)
+
+
+def test_choices_by_length_and_by_gain(monkeypatch):
+    """The right answer is the better per token and the worse in all; the other one gains more."""
+    after, alone = [Score(-6.0, False, 6), Score(-3.0, False, 2)], [Score(-6.5, False, 6), Score(-9.0, False, 2)]
+    monkeypatch.setattr("mhmoe_fairseq.evaluation.probe.score_items", lambda *_, **__: ([after], [alone]))
+    item = Item("key", "context", ("long", "short"), answer=0)
+    assert probe(None, [item], "en", "de") == ProbeResult(1, by_length=1, by_pmi=0)
+
+
+def test_no_distractor_is_another_translation_of_the_context():
+    one, *others = aligned_text(6)
+    twin = Aligned("twin", {"en": one.text["en"], "de": one.text["de"][::-1]})
+    for seed in range(10):
+        for item in make_items([one, twin, *others], "en", "de", seed=seed):
+            assert len({one.text["de"], twin.text["de"]} & set(item.candidates)) < 2 or item.context != one.text["en"]
 
 
 def test_accuracy_has_a_standard_error():

@@ -18,6 +18,15 @@ SEED, QUICK = 14, 100
 # Right by themselves, but not beside other options of the call: those are what the line names.
 CLASHES = {
     "--tokenizer-lines": "--vocab-size",
+    "--no-derived": "--vocab-size",
+    "--aggregate": "MODEL/seed-N",
+    "--prompts-file": "--max-len-b",
+    "--experts": "--moe-expert-count",
+    "--ep": "--ranks",
+    "--layers": "--decoder-layers",
+    "--embed-dim": "--decoder-embed-dim",
+    "--ffn-dim": "--moe-ffn-dim",
+    "--decoder-ffn-embed-dim": "--moe-ffn-dim",
     "--document-separator": "its training part",
     "--max-patches": "--vocab-size",
 }

@@ -63,7 +63,7 @@ def test_the_flags():
         (("--caption-mask-prob", 1.0), r"--caption-mask-prob \(1.0\)"),
         (("--caption-beam", 0), r"--caption-beam \(0\) must be at least 1"),
         (("--caption-max-len", 16), "a caption of 16 tokens is too long: --max-text-length leaves 15 after <s>"),
-        (("--caption-length-penalty", -1), r"--caption-length-penalty \(-1.0\) must be at least 0"),
+        (("--caption-length-penalty", -1), r"--caption-length-penalty \(-1.0\) must be in \[0, 100\]"),
     ],
 )
 def test_bad_flags(data, flags, message):

@@ -23,6 +23,7 @@ from mhmoe_fairseq.data.multimodal.pictures import read_picture
 from mhmoe_fairseq.data.multimodal.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.models._beit3_checkpoints import TEXT_POSITIONS
+from mhmoe_fairseq.models._centered_norm import CenteredLayerNorm
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.tasks._recall import recalls
 from mhmoe_fairseq.training.parameter_notes import notes_of
@@ -58,6 +59,18 @@ def build_model(
     flags = {**SMALL, **SHAPES, **(sizes or {}), "mhmoe_budget": "none", "dropout": 0.0}
     options = architecture_options(arch, **flags)
     return task.build_model(Namespace(**{**vars(options), "arch": arch}), from_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["mhmoe_vqa", "mhmoe_nlvr2", "mhmoe_image_classification"])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_center_features_is_of_every_head_on_one_vector(data: Path, name: str, wanted: bool) -> None:
+    modules = build(name, data, center_features=wanted).build_head(8).modules()
+    assert any(isinstance(module, CenteredLayerNorm) for module in modules) is wanted
+
+
+def test_a_retrieval_set_that_there_is_not(data: Path) -> None:
+    with pytest.raises(UserError, match=r"--retrieval-set \(coco\) must be one of coco_retrieval, flickr30k"):
+        build("mhmoe_retrieval", data, retrieval_set="coco")
 
 
 def batches(task: Any, split: str, epoch: int = 1) -> list[dict[str, Any]]:

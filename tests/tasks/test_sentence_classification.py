@@ -12,6 +12,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.tasks import TASK_REGISTRY
 from language_models import SMALL, small_dictionary, small_model
 
+from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.tasks.sentence_classification import SentenceClassificationTask
 
@@ -201,6 +202,12 @@ def test_what_is_no_checkpoint_is_refused(data, tmp_path):
 
 
 # ---------------------------------------------------------------------- bad data
+
+
+@pytest.mark.parametrize("name", ["", "nli.de"])
+def test_a_name_that_weights_cannot_have(data, name):
+    with pytest.raises(UserError, match=r"--classification-head-name \(.*\) must be a name without a dot"):
+        task_for(data, classification_head_name=name)
 
 
 def test_missing_files(data, tmp_path):
