@@ -14,7 +14,7 @@ from options import NEVER, Option, furnish, leaves, options_of
 
 from mhmoe_fairseq.cli import COMMANDS, build_parser
 
-SEED, QUICK = 14, 100
+SEED, QUICK = 14, 40
 # Right by themselves, but not beside other options of the call: those are what the line names.
 CLASHES = {
     "--tokenizer-lines": "--vocab-size",

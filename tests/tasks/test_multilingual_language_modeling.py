@@ -315,7 +315,7 @@ def test_a_model_is_evaluated_as_it_was_trained(prepared):
     [
         ({"langs": "de,xx"}, r"--langs \(de,xx\): .*data has no binarised text of 'xx'; it has de, el, en, zh"),
         ({"langs": "de,el,de"}, r"--langs \(de,el,de\) names de twice"),
-        ({"multilang_sampling_alpha": -0.1}, r"--multilang-sampling-alpha \(-0.1\) must be at least 0"),
+        ({"multilang_sampling_alpha": -0.1}, r"--multilang-sampling-alpha \(-0.1\) must be in \[0, 100\]"),
         ({"mhmoe_language_token": True, "add_bos_token": True}, "--mhmoe-language-token and --add-bos-token exclude"),
     ],
 )

@@ -48,17 +48,21 @@ def test_only_fairseqs_commands_change(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sys.excepthook is not sys.__excepthook__
 
 
-def test_the_interpreter_ends_with_one_line_and_status_2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words, status, line",
+    [
+        (["refused"], 2, "fairseq-train: error: --flag (1) must be 2"),
+        pytest.param([], 1, "RuntimeError: ours", marks=pytest.mark.slow),
+    ],
+)
+def test_the_interpreter_ends_with_one_line_only_where_we_refuse(
+    tmp_path: Path, words: list[str], status: int, line: str
+) -> None:
     (tmp_path / "fairseq-train").write_text(
         "import sys\nfrom mhmoe_fairseq.training.messages import refuse_in_one_line\n"
         "from mhmoe_fairseq.errors import UserError\nrefuse_in_one_line()\n"
         "raise UserError('--flag (1) must be 2') if len(sys.argv) > 1 else RuntimeError('ours')\n"
     )
-    found = [
-        subprocess.run([sys.executable, tmp_path / "fairseq-train", *words], capture_output=True, text=True)
-        for words in (["refused"], [])
-    ]
-    assert [(run.returncode, run.stderr.strip().splitlines()[-1]) for run in found] == [
-        (2, "fairseq-train: error: --flag (1) must be 2"), (1, "RuntimeError: ours")
-    ]  # fmt: skip
-    assert "Traceback" not in found[0].stderr and "Traceback" in found[1].stderr
+    done = subprocess.run([sys.executable, tmp_path / "fairseq-train", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (status, line)
+    assert ("Traceback" in done.stderr) is (status == 1)
