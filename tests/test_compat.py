@@ -121,7 +121,8 @@ def test_stock_imports_warn_and_ours_do_not(stock: dict, repaired: dict) -> None
 
 
 def test_stock_imports_configure_logging_and_ours_leave_it_as_it_was(stock: dict, repaired: dict) -> None:
-    assert stock["logging"] == [logging.DEBUG, 1]
+    level, handlers = stock["logging"]
+    assert level in (logging.INFO, logging.DEBUG) and handlers == 1  # fairseq 0.12.2, fairseq-fixed
     assert repaired["logging"] == [logging.ERROR, 0]
 
 
