@@ -57,6 +57,6 @@ setup(
     package_data={"mhmoe_fairseq": ["py.typed", "**/*.yaml", "**/*.json"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mhmoe = mhmoe_fairseq.cli:main"]},
+    entry_points={"console_scripts": ["mhmoe = mhmoe_fairseq.commands.main:main"]},
     zip_safe=False,
 )

@@ -31,7 +31,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mhmoe_fairseq.analysis.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.analysis.reports.run_logs import read_evaluation, read_training_log
 
 MODELS = {
     "dense": ["--arch", "dense_{family}_{size}"],

@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest_plugins = ["evaluated_runs", "harness_tasks", "small_corpora"]
+
 # Tiny tensors: threads only cost time, and one thread makes the order of sums the same everywhere.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start

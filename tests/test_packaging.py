@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mhmoe_fairseq
-from mhmoe_fairseq import cli
+from mhmoe_fairseq.commands import main as cli
 
 # Loads fairseq and its dependencies once, then each case in a child process of its own, as fairseq-train would:
 # prints for each where the package came from and whether its task, criterion and architecture are known.
@@ -144,7 +144,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(source: Path, wheel:
         requirements = archive.read(information["METADATA"]).decode()
         commands = archive.read(information["entry_points.txt"]).decode()
     assert names == wanted
-    assert "mhmoe = mhmoe_fairseq.cli:main" in commands
+    assert "mhmoe = mhmoe_fairseq.commands.main:main" in commands
     assert 'Requires-Dist: fairseq==0.12.2; python_version < "3.11"' in requirements
     assert 'Requires-Dist: fairseq-fixed==0.12.3.1; python_version >= "3.11"' in requirements
     assert f"Version: {mhmoe_fairseq.__version__}\n" in requirements

@@ -10,7 +10,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..ranges import check_flag
+from ..common.ranges import check_flag
 from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
 
 

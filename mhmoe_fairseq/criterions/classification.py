@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fairseq.criterions import FairseqCriterion
 from torch import Tensor, nn
 
-from ..ranges import check_flag
+from ..common.ranges import check_flag
 from .gate_losses import GateLosses
 from .row_logs import log_rows, row_log
 

@@ -10,10 +10,10 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor
 
+from ..common.ranges import check_flag
 from ..moe import RoutingStats
 from ..moe.parallelism import Traffic
 from ..moe.stats import active_share, load_max_over_mean, overflow
-from ..ranges import check_flag
 
 _MEANS = ("gate_loss", "z_loss")
 COMBINE_CHOICES = ChoiceEnum(["sum", "average"])

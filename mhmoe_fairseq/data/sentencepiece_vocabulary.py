@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Iterable, Iterator
 
-from ..errors import UserError
-from .files import atomic_open
+from ..common.errors import UserError
+from ..common.files import atomic_open
 from .vocabulary import NUM_SPECIALS
 
 MODELS = ("unigram", "bpe")

@@ -11,8 +11,8 @@ from typing import Any, Sequence, TypeVar
 
 import torch
 
-from ..errors import UserError
-from .files import atomic_open
+from ..common.errors import UserError
+from ..common.files import atomic_open
 
 _WRAPPER = "module."  # of the names that DistributedDataParallel and DataParallel give
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")

@@ -12,8 +12,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Iterable, Optional
 
-from ..errors import UserError
-from .files import require_files, sha256_of
+from ..common.errors import UserError
+from ..common.files import require_files, sha256_of
 from .sentencepiece_vocabulary import check_vocab_size
 from .vocabulary import NUM_SPECIALS
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, Sequence
 
 import numpy as np
 
-from .files import atomic_path
+from ..common.files import atomic_path
 
 if TYPE_CHECKING:
     from fairseq.data import Dictionary

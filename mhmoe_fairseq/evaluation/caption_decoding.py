@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from fairseq import utils
 
-from ..captions import CaptionSearch, read_ground_truth
-from ..data.multimodal.datasets import CaptionDataset
+from ..checkpoints.open_image_text import load_image_text_model
+from ..common.errors import UserError
+from ..data.datasets import CaptionDataset
+from ..data.images.reading import read_picture
+from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index
-from ..data.multimodal.pictures import read_picture
-from ..data.multimodal.transforms import EvaluationTransform
-from ..errors import UserError
+from ..metrics.captions import read_ground_truth
+from ..models.caption_search import CaptionSearch
 from ..tasks.captioning import GROUND_TRUTH, NAME, CaptioningTask
-from .image_text_loading import load_image_text_model
 
 TASK = "mhmoe_captioning"
 SPLITS = tuple(GROUND_TRUTH)

@@ -13,15 +13,15 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import ListDataset
 
+from ..checkpoints.read import read_checkpoint
+from ..common.errors import UserError
+from ..common.files import read_json
 from ..data.classification.examples import Example
 from ..data.classification.labels import Labels, given_labels
-from ..data.files import read_json
+from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
-from ..data.workspace import MANIFEST
-from ..errors import UserError
-from ..models._checkpoints import read_checkpoint
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
-from ..tasks._sentence_pairs import LabelledSentences
+from ..prepare.workspace import MANIFEST
 from ..tasks.sentence_classification import FIRST, SentenceClassificationTask
 
 TASK = "mhmoe_sentence_classification"

@@ -13,7 +13,7 @@ import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .generation import PromptSampling, Search
 
 

@@ -12,11 +12,11 @@ from fairseq import utils
 from fairseq.data import FairseqDataset
 from torch import nn
 
-from ..errors import UserError
-from ..models._checkpoints import read_checkpoint
+from ..checkpoints.open_image_text import load_image_text_model
+from ..checkpoints.read import read_checkpoint
+from ..common.errors import UserError
 from ..models.language_model import find_checkpoint
-from ..tasks._image_text_finetuning import HeadTask
-from .image_text_loading import load_image_text_model
+from ..tasks.image_text_finetuning import HeadTask
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ except ModuleNotFoundError:
     raise
 from tqdm import tqdm
 
-from ..errors import UserError
-from ..models._vocabulary import fingerprint
+from ..checkpoints.open import load_language_model, was_trained_with
+from ..common.errors import UserError
+from ..models.vocabulary import fingerprint
 from .decoding import Ending, StopDecoder
 from .generation import Search
-from .loading import load_language_model, was_trained_with
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 INSTALL = 'pip install "mhmoe-fairseq[lm-eval]"'
 

@@ -12,9 +12,9 @@ import torch
 from fairseq import utils
 from fairseq.tasks import FairseqTask
 
+from ..common.errors import UserError
+from ..common.files import read_json, write_json
 from ..criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_targets
-from ..data.files import read_json, write_json
-from ..errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from fairseq.tasks import FairseqTask
 
+from ..common.errors import UserError
 from ..compat import logging_as_found
-from ..errors import UserError
 from ..tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 from .split_scores import Score, SplitScores, total_of
 

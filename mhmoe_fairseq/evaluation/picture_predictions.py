@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.files import atomic_open, write_json
+from ..common.files import atomic_open, write_json
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.errors import UserError
 from ..criterions.retrieval import RetrievalCriterion
-from ..data.multimodal.datasets import LabelledPictures, PicturePairs, RetrievalDataset, VQADataset
+from ..data.datasets import LabelledPictures, PicturePairs, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
-from ..errors import UserError
-from ..tasks._recall import VectorMeter, chance_of_recall
+from ..metrics.recall import VectorMeter, chance_of_recall
+from ..metrics.text_only import TextOnly
 from .fine_tuned import FineTuned
 from .picture_predictions import Answers, Classes, Judgements, Predictions, Recalls
-from .text_only import TextOnly
 
 Batches = Iterator[dict[str, Any]]
 # Weights of a row's labels in an index.

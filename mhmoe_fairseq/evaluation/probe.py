@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..data.files import read_utf8_lines
-from ..errors import UserError
-from .loading import was_trained_with
+from ..checkpoints.open import was_trained_with
+from ..common.errors import UserError
+from ..common.files import read_utf8_lines
 from .scoring import Score, TextScorer
 
 _NEIGHBOURS = 20  # distractors are drawn from so many next shorter and next longer sentences

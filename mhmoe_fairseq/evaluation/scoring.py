@@ -21,10 +21,10 @@ import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
+from ..checkpoints.open import was_trained_with
+from ..common.errors import UserError
 from ..data.documents import clean_line
 from ..data.languages import language_symbol
-from ..errors import UserError
-from .loading import was_trained_with
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_json, write_json
-from ..errors import UserError
+from ..common.errors import UserError
+from ..common.files import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .loading import was_trained_with
+from ..checkpoints.open import was_trained_with
 from .xnli_files import LABELS
 
 if TYPE_CHECKING:

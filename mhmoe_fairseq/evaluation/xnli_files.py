@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..common.errors import UserError
+from ..common.files import read_utf8_lines, sha256_of
 from ..data.classification.examples import Fields, file_format, read_examples
 from ..data.classification.labels import Labels
-from ..data.files import read_utf8_lines, sha256_of
 from ..data.languages import XNLI_LANGUAGES, get_language
-from ..errors import UserError
 
 LABELS = ("entailment", "neutral", "contradiction")  # by id, as XNLI's and lm-eval's
 _SPELLINGS = (("entailment",), ("neutral",), ("contradiction", "contradictory"))

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.files import atomic_open
-from ..errors import UserError
+from ..common.errors import UserError
+from ..common.files import atomic_open
 from .lm_eval_support import require_lm_eval
 from .xnli_files import XnliSet
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
-from ..torchscale_ext.args import encoder_settings
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
-from ._beit3_captions import MASK_SYMBOL, WritesCaptions
-from ._beit3_checkpoints import drop_other_heads, fit_state
-from ._parallelism import training_parallelism
-from ._precision import ComputePrecision
-from ._vocabulary import RemembersVocabulary
+from .beit3_captions import MASK_SYMBOL, WritesCaptions
+from .beit3_checkpoints import drop_other_heads, fit_state
+from .flags import encoder_settings
 from .options import BEIT3_NAME, BEiT3Options
+from .parallelism import training_parallelism
+from .precision import ComputePrecision
+from .vocabulary import RemembersVocabulary
 
 
 @register_model(BEIT3_NAME, dataclass=BEiT3Options)

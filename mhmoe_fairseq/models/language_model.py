@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..compat import refuse_tpu
 from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
-from ..torchscale_ext.args import decoder_settings
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
-from ._classification_head import LastTokenHead
-from ._parallelism import training_parallelism
-from ._precision import ComputePrecision
-from ._vocabulary import RemembersVocabulary
+from .classification_head import LastTokenHead
+from .flags import decoder_settings
 from .options import MODEL_NAME, LanguageModelOptions
+from .parallelism import training_parallelism
+from .precision import ComputePrecision
+from .vocabulary import RemembersVocabulary
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 

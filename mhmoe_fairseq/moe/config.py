@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..ranges import ANY, BELOW_ONE, COUNT, POSITIVE, SIZE
+from ..common.ranges import ANY, BELOW_ONE, COUNT, POSITIVE, SIZE
 
 ROUTERS = ("linear", "xmoe")
 ROUTINGS = ("dropless", "capacity")

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._expert_device import blocked_ffn, grouped_ffn, grouped_mm_supports
-from ._expert_loop import loop_ffn, loop_obstacle
 from ._expert_network import ExpertWeights
 from ._modes import without_autocast
 from .config import MHMoEConfig
+from .cpu.loop import loop_ffn, loop_obstacle
 from .dispatch import DispatchPlan, combine
 from .parallelism import ExpertParallelism, Traffic, exchanged_ffn, local_experts
 

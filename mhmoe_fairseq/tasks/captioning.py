@@ -12,12 +12,13 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import register_task
 from torch import Tensor, nn
 
-from ..captions import CaptionSearch, Specials, read_ground_truth, search_captions, tokenize
-from ..data.multimodal.datasets import CaptionDataset
+from ..common.errors import UserError
+from ..data.datasets import CaptionDataset
 from ..data.multimodal.index import read_index
-from ..errors import UserError
-from ._image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
-from ._referenced_captions import ReferencedCaptions
+from ..metrics.captions import read_ground_truth, tokenize
+from ..models.caption_search import CaptionSearch, Specials, search_captions
+from .image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
+from .referenced_captions import ReferencedCaptions
 from .sentencepiece_bpe import WholeSentencepieceBPE
 
 logger = logging.getLogger(__name__)

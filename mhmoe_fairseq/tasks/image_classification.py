@@ -8,13 +8,13 @@ from fairseq.data import Dictionary
 from fairseq.tasks import register_task
 from torch import nn
 
-from ..data.files import read_json
-from ..data.multimodal.datasets import DatasetSettings, LabelledPictures
+from ..common.errors import UserError
+from ..common.files import read_json
+from ..data.datasets import DatasetSettings, LabelledPictures
+from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index
-from ..data.multimodal.transforms import IMAGENET, EvaluationTransform, TrainTransform
-from ..errors import UserError
-from ..models._beit3_heads import ImageClassificationHead
-from ._image_text_finetuning import ClassifierConfig, ClassTask
+from ..models.beit3_heads import ImageClassificationHead
+from .image_text_finetuning import ClassifierConfig, ClassTask
 
 CLASSES_FILE = "imagenet.classes.json"
 _LEAST_CROP, _CENTRAL = 0.08, 0.875

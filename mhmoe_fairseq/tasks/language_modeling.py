@@ -12,12 +12,12 @@ from fairseq.data import FairseqDataset, LMContextWindowDataset, MonolingualData
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
+from ..common.errors import UserError
+from ..common.ranges import check_flags
 from ..compat import refuse_tpu
-from ..errors import UserError
-from ..ranges import check_flags
+from ..data.binarised import check_folder, check_split
+from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ..training import ParallelTask, TrainingFlags
-from ._batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
-from ._binarised import check_folder, check_split
 
 
 @dataclass

@@ -12,16 +12,16 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
 from torch import Tensor
 
-from ..data.multimodal.datasets import MaskedImages, MaskedPairs, MaskedTexts
+from ..checkpoints.read import read_checkpoint
+from ..common.errors import UserError
+from ..data.binarised import check_split
+from ..data.datasets import MaskedImages, MaskedPairs, MaskedTexts
+from ..data.datasets.modalities import EvaluationModalities, TrainingModalities
+from ..data.images.transforms import EvaluationViews, PretrainingViews
 from ..data.multimodal.index import read_index
-from ..data.multimodal.transforms import EvaluationViews, PretrainingViews
 from ..data.visual_tokenizers import VisualTokenizer, load_visual_tokenizer
-from ..errors import UserError
-from ..models._checkpoints import read_checkpoint
-from ._binarised import check_split
-from ._image_text_task import ImageTextTask, ImageTextTaskConfig
-from ._modalities_dataset import EvaluationModalities, TrainingModalities
-from ._starting_checkpoint import resumed_checkpoint
+from .image_text_task import ImageTextTask, ImageTextTaskConfig
+from .starting_checkpoint import resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 

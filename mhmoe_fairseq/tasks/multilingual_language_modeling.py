@@ -12,11 +12,11 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ._language_metrics import language_sums, log_languages
-from ._languages_data import characters_of, check_languages, check_words, find_languages, language_symbols
-from ._languages_dataset import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
+from ..common.errors import UserError
+from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
+from .language_metrics import language_sums, log_languages
 from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelingTask, data_folders
+from .languages_data import characters_of, check_languages, check_words, find_languages, language_symbols
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ from typing import Any
 from fairseq.tasks import register_task
 from torch import nn
 
-from ..data.multimodal.datasets import DatasetSettings, PicturePairs
+from ..data.datasets import DatasetSettings, PicturePairs
 from ..data.multimodal.index import Index
-from ..models._beit3_heads import NLVR2Head
-from ._image_text_finetuning import ClassifierConfig, HeadTask
+from ..models.beit3_heads import NLVR2Head
+from .image_text_finetuning import ClassifierConfig, HeadTask
 
 
 @register_task("mhmoe_nlvr2", dataclass=ClassifierConfig)

@@ -9,12 +9,12 @@ from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from torch import nn
 
-from ..data.multimodal.datasets import DatasetSettings, RetrievalDataset
+from ..common.errors import UserError
+from ..data.datasets import DatasetSettings, RetrievalDataset
 from ..data.multimodal.index import NAMES, Index
-from ..errors import UserError
-from ..models._beit3_heads import RetrievalHead
-from ._image_text_finetuning import HeadTask, ImageTextFineTuningConfig
-from ._recall import RANKS, VectorMeter
+from ..metrics.recall import RANKS, VectorMeter
+from ..models.beit3_heads import RetrievalHead
+from .image_text_finetuning import HeadTask, ImageTextFineTuningConfig
 
 
 @dataclass

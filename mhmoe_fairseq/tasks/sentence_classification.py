@@ -11,16 +11,16 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import LegacyFairseqTask, register_task
 from omegaconf import II, MISSING
 
+from ..common.errors import UserError
+from ..common.ranges import check_flags
 from ..compat import refuse_tpu
+from ..data.binarised import check_split
+from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
-from ..errors import UserError
-from ..ranges import check_flags
 from ..training import ParallelTask, TrainingFlags
-from ._binarised import check_split
-from ._classes import require_same_classes
-from ._sentence_pairs import LabelledSentences
-from ._starting_checkpoint import check_starting_checkpoint
+from .classes import require_same_classes
+from .starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from fairseq.data import Dictionary
 from fairseq.tasks import register_task
 from torch import nn
 
+from ..data.datasets import DatasetSettings, VQADataset
 from ..data.multimodal.answers import ANSWERS_FILE, read_answers
-from ..data.multimodal.datasets import DatasetSettings, VQADataset
 from ..data.multimodal.index import Index
-from ..models._beit3_heads import VQAHead
-from ._image_text_finetuning import ClassifierConfig, ClassTask
+from ..models.beit3_heads import VQAHead
+from .image_text_finetuning import ClassifierConfig, ClassTask
 
 
 @register_task("mhmoe_vqa", dataclass=ClassifierConfig)

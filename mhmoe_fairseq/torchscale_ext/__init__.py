@@ -2,9 +2,9 @@
 
 from .beit3 import MultiwayBEiT3
 from .decoder import MHMoEDecoder
+from .decoder_layer import MHMoEDecoderLayer
 from .encoder import MultiwayEncoder
 from .encoder_layer import MultiwayEncoderLayer
-from .layers import MHMoEDecoderLayer
 from .settings import DecoderSettings, EncoderSettings
 
 __all__ = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchscale.architecture.decoder import Decoder
 
-from .layers import MHMoEDecoderLayer
+from .decoder_layer import MHMoEDecoderLayer
 from .modules import build_norm
 from .settings import DecoderSettings
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
-from ..errors import UserError
-from ..ranges import check_flags
+from ..common.errors import UserError
+from ..common.ranges import check_flags
 
 OPTIMIZER = "mhmoe_adam"
 _GPU_BACKENDS = ("pytorch_ddp", "c10d")  # two names of one

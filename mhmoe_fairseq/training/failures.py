@@ -29,7 +29,7 @@ from types import TracebackType
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .watch import Watch, start_watch
 
 logger = logging.getLogger(__name__)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..data.files import refuse_path_separator
-from ..errors import UserError
-from ..locks import hold_folder
+from ..common.errors import UserError
+from ..common.files import refuse_path_separator
+from ..common.locks import hold_folder
 from .checks import TrainingFlags
 
 # What tells how many processes were started, who sets it, and what makes fairseq connect them. torch reads the rank

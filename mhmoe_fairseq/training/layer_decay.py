@@ -11,8 +11,8 @@ import re
 
 from torch import nn
 
-from ..errors import UserError
-from ..ranges import check_flag
+from ..common.errors import UserError
+from ..common.ranges import check_flag
 from .checks import OPTIMIZER, TrainingFlags, optimizer_name
 from .parameter_notes import take_note
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import UserError
+from ..common.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 

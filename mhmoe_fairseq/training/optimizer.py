@@ -11,7 +11,7 @@ from fairseq.optim import register_optimizer
 from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from .checks import OPTIMIZER
 from .expert_state import ExpertState, shards_of
 from .parameter_notes import notes_of

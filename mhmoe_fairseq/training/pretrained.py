@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..common.errors import UserError
 from ..parallel import sharded_experts
 
 _FINGERPRINT = "vocabulary_fingerprint"

@@ -14,7 +14,7 @@ from pathlib import Path
 from fairseq import checkpoint_utils
 from fairseq.file_io import PathManager
 
-from ..data.files import atomic_path
+from ..common.files import atomic_path
 from ..data.tensor_files import save_tensors
 
 

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from mhmoe_fairseq.analysis.cluster import Cluster, Exchange, exchange
+from mhmoe_fairseq.analysis.plan.cluster import Cluster, Exchange, exchange
 
 from .console import command_line, today
 from .machine import describe

@@ -9,8 +9,8 @@ import torch
 from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.analysis.activation import Activation
-from mhmoe_fairseq.analysis.analyze_command import describe
+from mhmoe_fairseq.analysis.routing.activation import Activation
+from mhmoe_fairseq.commands.analyze import describe
 from mhmoe_fairseq.criterions.gate_losses import GateLosses, log_gate_losses
 from mhmoe_fairseq.evaluation.modality_scores import expert_counts
 from mhmoe_fairseq.moe import RoutingStats

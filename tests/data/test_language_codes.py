@@ -2,6 +2,7 @@
 
 import pytest
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.languages import (
     LANGUAGES,
     PAPER_LANGUAGES,
@@ -10,7 +11,6 @@ from mhmoe_fairseq.data.languages import (
     language_symbol,
     parse_languages,
 )
-from mhmoe_fairseq.errors import UserError
 
 
 def test_the_papers_languages_are_xnlis_without_arabic():

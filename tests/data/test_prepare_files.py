@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.data.files import (
+from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.common.files import (
     atomic_open,
     atomic_path,
     read_json,
@@ -14,7 +15,6 @@ from mhmoe_fairseq.data.files import (
     refuse_path_separator,
     write_json,
 )
-from mhmoe_fairseq.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):

@@ -2,13 +2,9 @@
 
 import pytest
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data import sentencepiece_vocabulary
-from mhmoe_fairseq.data.sentencepiece_vocabulary import (
-    SentencePieceVocabulary,
-    check_vocab_size,
-    train_sentencepiece,
-)
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, check_vocab_size, train_sentencepiece
 
 
 def train(path, lines, vocab_size=330, model="unigram", max_lines=10**6, seed=1):

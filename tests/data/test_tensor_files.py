@@ -15,12 +15,13 @@ import torch
 from fairseq import checkpoint_utils
 from safetensors.torch import save_file
 
-from mhmoe_fairseq.analysis import checkpoint_files
-from mhmoe_fairseq.data.files import atomic_path
+from mhmoe_fairseq.checkpoints import files as checkpoint_files
+from mhmoe_fairseq.checkpoints import read as _checkpoints
+from mhmoe_fairseq.checkpoints.official import files as _official_files
+from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.data.tensor_files import load_tensors, save_tensors, without_wrapper
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.errors import UserError
-from mhmoe_fairseq.models import _checkpoints, _official_files
 from mhmoe_fairseq.models.language_model import find_data
 
 READERS: dict[str, Callable[[Path], Any]] = {

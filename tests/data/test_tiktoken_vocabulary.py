@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenDictionaryVocabulary, TiktokenVocabulary, load_ranks
-from mhmoe_fairseq.errors import UserError
 
 TOKENS = [bytes([value]) for value in range(256)] + [b"th", b"the", b" the", b"\xc3\xb6"]
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.visual_tokenizers import PatchKMeans, fit_patch_kmeans, load_visual_tokenizer
 from mhmoe_fairseq.data.visual_tokenizers.base import check_range, from_patches, nearest, to_patches
-from mhmoe_fairseq.data.visual_tokenizers.samples import measure
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.prepare.visual_tokenizers.samples import measure
 
 
 def random_images(count=6, size=16, seed=0):

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.errors import UserError
 
 WIDTH, INNER, DEPTH, PATCH, SIDE, CODES, CODE_WIDTH = 128, 96, 2, 4, 3, 20, 8
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from harness import direct_scores, line_ids
 
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.lm_eval import complete
+from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.generation import Search, continue_prompts
-from mhmoe_fairseq.evaluation.lm_eval_command import complete
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 

@@ -9,8 +9,8 @@ import torch
 from console import train
 from multilingual_data import SENTENCES, write_languages
 
-from mhmoe_fairseq.cli import main
-from mhmoe_fairseq.evaluation.loading import load_language_model, was_trained_with
+from mhmoe_fairseq.checkpoints.open import load_language_model, was_trained_with
+from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
 pytestmark = pytest.mark.slow  # two trainings

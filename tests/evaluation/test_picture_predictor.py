@@ -16,7 +16,7 @@ from pictures_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.data.multimodal.index import Index, index_files, read_index, write_index
 from mhmoe_fairseq.evaluation.picture_predictor import predict_split
-from mhmoe_fairseq.tasks._recall import chance_of_recall
+from mhmoe_fairseq.metrics.recall import chance_of_recall
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
 OUTER = {"tpu": False, "seed": 1, "save_dir": "", "restore_file": "checkpoint_last.pt", "finetune_from_model": None}

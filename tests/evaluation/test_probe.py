@@ -8,7 +8,7 @@ import random
 import pytest
 from harness import direct_scores, line_ids
 
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.probe import Aligned, Item, ProbeResult, make_items, probe, read_aligned, score_items
 from mhmoe_fairseq.evaluation.scoring import Score, TextScorer
 

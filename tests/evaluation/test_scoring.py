@@ -10,8 +10,8 @@ from fairseq.data import Dictionary
 from harness import direct_scores
 from language_models import small_model
 
-from mhmoe_fairseq.errors import UserError
-from mhmoe_fairseq.evaluation.loading import load_language_model
+from mhmoe_fairseq.checkpoints.open import load_language_model
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
 TEXTS = [

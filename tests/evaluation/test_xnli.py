@@ -9,7 +9,7 @@ import pytest
 from harness import direct_scores, line_ids
 from test_xnli_files import write_lines
 
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.xnli_files import read_xnli
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
@@ -50,7 +50,7 @@ def result(trained_model, xnli_dir, tmp_path_factory):
     shutil.copy(trained_model.checkpoint, twin / "model.pt")
     text: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhmoe_fairseq.analysis.xnli_command.say", text.append)
+        patch.setattr("mhmoe_fairseq.commands.xnli.say", text.append)
         status = main([
             "xnli", "--checkpoint", str(trained_model.folder), str(twin), "--data", str(trained_model.data),
             "--xnli-dir", str(xnli_dir), "--out", str(out), "--cpu",

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.analysis.xnli_command import name_models
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.commands.xnli import name_models
 from mhmoe_fairseq.evaluation.xnli_files import read_xnli
 
 ROWS = {

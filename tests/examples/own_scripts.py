@@ -21,7 +21,8 @@ class Scripts:
     def __init__(self, folder: Path, **environment: str) -> None:
         (folder / "bin").mkdir()
         mhmoe = folder / "bin" / "mhmoe"
-        mhmoe.write_text(f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m mhmoe_fairseq.cli "$@"\n')
+        python = f'PYTHONPATH="{ROOT}" exec "{sys.executable}"'
+        mhmoe.write_text(f'#!/bin/sh\n{python} -m mhmoe_fairseq.commands.main "$@"\n')
         mhmoe.chmod(0o755)
         self.environment = {
             **os.environ,

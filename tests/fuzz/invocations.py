@@ -19,7 +19,7 @@ from official_reference import PUBLISHED, official_state
 from pictures_and_words import training_words as pretraining_words
 from trained_model import TrainedModel, sentences
 
-from mhmoe_fairseq.cli import main as mhmoe
+from mhmoe_fairseq.commands.main import main as mhmoe
 
 Call = dict[str, list[str]]
 

@@ -12,7 +12,7 @@ from forked import Outcome, run_forked
 from invocations import Call, trained_calls, untrained_calls, write_trained_fixtures, write_untrained_fixtures
 from options import NEVER, Option, furnish, leaves, options_of
 
-from mhmoe_fairseq.cli import COMMANDS, build_parser
+from mhmoe_fairseq.commands.main import COMMANDS, build_parser
 
 SEED, QUICK = 14, 40
 # Right by themselves, but not beside other options of the call: those are what the line names.
@@ -100,7 +100,7 @@ def words_of(command: tuple[str, ...], call: Call, option: Option, value: str | 
 
 def check(found: list[Case], fixtures: Path, work: Path) -> None:
     """Run the cases; fail with all that is wrong."""
-    outcomes = run_forked("mhmoe_fairseq.cli:main", [case.words for case in found], fixtures, work, furnish)
+    outcomes = run_forked("mhmoe_fairseq.commands.main:main", [case.words for case in found], fixtures, work, furnish)
     wrong = [
         f"mhmoe {' '.join(map(repr, case.words))}\n    {'; '.join(problems)}\n    {outcome.err.strip()[-600:]}"
         for case, outcome in zip(found, outcomes)
@@ -148,6 +148,7 @@ def test_the_calls_are_right(trained: Path, tmp_path: Path) -> None:
     nothing = Option("", "switch", ())
     calls = {**untrained_calls(trained), **trained_calls(trained)}
     words = [tuple(word for word in words_of(command, call, nothing, None) if word) for command, call in calls.items()]
-    for call, outcome in zip(words, run_forked("mhmoe_fairseq.cli:main", words, trained, tmp_path / "work", furnish)):
+    outcomes = run_forked("mhmoe_fairseq.commands.main:main", words, trained, tmp_path / "work", furnish)
+    for call, outcome in zip(words, outcomes):
         assert outcome.status == 0 or "lm-eval is not installed" in outcome.err, f"{call}\n{outcome.err}"
         assert not outcome.harmed

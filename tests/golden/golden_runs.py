@@ -23,8 +23,8 @@ from console import USER_DIR, run_console, write_corpus
 from multilingual_data import write_languages
 from pictures_and_words import SHAPES, write_pictures_and_words
 
-from mhmoe_fairseq.analysis.activation import load_for_evaluation
-from mhmoe_fairseq.evaluation.loading import load_language_model
+from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
+from mhmoe_fairseq.checkpoints.open import load_language_model
 from mhmoe_fairseq.evaluation.modality_scores import score_modalities
 from mhmoe_fairseq.evaluation.perplexity import score_split
 from mhmoe_fairseq.evaluation.scoring import TextScorer

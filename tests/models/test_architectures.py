@@ -8,8 +8,8 @@ from fairseq.models import ARCH_CONFIG_REGISTRY
 from language_models import FAMILIES, small_dictionary
 
 from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.flags import moe_config
 from mhmoe_fairseq.models.language_model import build_language_model
-from mhmoe_fairseq.torchscale_ext.args import moe_config
 
 SIZES = ("tiny", "small", "base")
 

@@ -11,10 +11,10 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import nn
 
-from mhmoe_fairseq.models._beit3_checkpoints import resize_image_positions
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
-from mhmoe_fairseq.torchscale_ext.args import encoder_settings, moe_config
+from mhmoe_fairseq.models.beit3_checkpoints import resize_image_positions
+from mhmoe_fairseq.models.flags import encoder_settings, moe_config
 
 A = "beit3.encoder.embed_positions.A.weight"
 B = "beit3.encoder.embed_positions.B.weight"

@@ -6,11 +6,13 @@ import inspect
 
 import pytest
 
-from mhmoe_fairseq.models import _parallelism, _precision, architectures
+from mhmoe_fairseq.models import architectures, flag_checks
+from mhmoe_fairseq.models import flags as args
+from mhmoe_fairseq.models import parallelism as _parallelism
+from mhmoe_fairseq.models import precision as _precision
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel
 from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
-from mhmoe_fairseq.torchscale_ext import args, flag_checks
 
 SHARED = """
 --activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout

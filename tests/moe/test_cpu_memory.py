@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mhmoe_fairseq.moe import _cpu_memory
+from mhmoe_fairseq.moe.cpu import memory as _cpu_memory
 
 MILLION = (1024, 1024)
 

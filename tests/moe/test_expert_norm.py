@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from moe_oracle import relative_error
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe._expert_norm import NormedLinear, stats_dtype
+from mhmoe_fairseq.moe.cpu.norm import NormedLinear, stats_dtype
 
 
 def build(dtype=torch.float64, **changes):
@@ -57,7 +57,7 @@ def test_equals_oracle(tokens, top_k, experts, activation, bias, dtype, toleranc
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_pieces_sum_up(monkeypatch, activation):
-    from mhmoe_fairseq.moe import _expert_loop
+    from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
     monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 3)
     assert_equals_oracle(build(num_experts=2, activation=activation), 10, 1e-10)
@@ -73,7 +73,7 @@ def test_frozen_parameters_leave_the_others_right(frozen):
 @pytest.mark.parametrize("activation", ["gelu", "relu", "swiglu"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_gradcheck_with_dropout(monkeypatch, dropout, activation):
-    from mhmoe_fairseq.moe import _expert_loop
+    from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
     monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 4)
     sizes = {"embed_dim": 4, "num_experts": 2, "top_k": 2, "expert_ffn_dim": 4}

@@ -109,7 +109,7 @@ def test_random_configurations_equal_oracle(seed):
 
 
 def test_pieces_of_an_expert_sum_up(monkeypatch):
-    from mhmoe_fairseq.moe import _expert_loop
+    from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
     monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 3)
     layer = build(num_experts=2, expert_layernorm=True)

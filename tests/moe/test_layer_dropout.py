@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer, _expert_loop
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 from mhmoe_fairseq.moe.dispatch import plan_dispatch
 from mhmoe_fairseq.moe.experts import ExpertFFN
 

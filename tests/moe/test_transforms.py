@@ -180,7 +180,7 @@ def test_hessian_vector_products_equal_those_of_blocked(variant, backend, tokens
 @pytest.mark.parametrize("variant", ["plain", "everything"])
 def test_second_derivatives_with_dropout_equal_finite_differences(variant, piece_rows, monkeypatch):
     """Dropout's masks are those of the forward pass, drawn again."""
-    from mhmoe_fairseq.moe import _expert_loop
+    from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
     monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", piece_rows)
     layer = build(variant, activation_dropout=0.4, dropout=0.2)

@@ -11,7 +11,7 @@ from console import run_console
 from labelled import training_words, write_task
 from language_models import FAMILIES
 
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.main import main
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from console import run_console
 from fine_tuning_data import ANSWERS, TASKS, fine_tuning_words, write_fine_tuning_data
 from pictures_and_words import training_words
 
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
 
 

@@ -17,15 +17,15 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fine_tuning_data import ANSWERS, TASKS, write_fine_tuning_data
 from pictures_and_words import IMG_SIZE, PATCH_SIZE
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
+from mhmoe_fairseq.data.images.reading import read_picture
+from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, write_index
-from mhmoe_fairseq.data.multimodal.pictures import read_picture
-from mhmoe_fairseq.data.multimodal.transforms import IMAGENET, EvaluationTransform
-from mhmoe_fairseq.errors import UserError
-from mhmoe_fairseq.models._beit3_checkpoints import TEXT_POSITIONS
-from mhmoe_fairseq.models._centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.metrics.recall import recalls
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.tasks._recall import recalls
+from mhmoe_fairseq.models.beit3_checkpoints import TEXT_POSITIONS
+from mhmoe_fairseq.models.centered_norm import CenteredLayerNorm
 from mhmoe_fairseq.training.parameter_notes import notes_of
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}

@@ -12,7 +12,7 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.tasks import TASK_REGISTRY
 
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
 
 DOCUMENT_END: list[int] = []  # an empty line

@@ -14,11 +14,11 @@ from fairseq.utils import apply_to_sample
 from pictures_and_words import COUNTS, IMG_SIZE, PATCH_SIZE, write_pictures_and_words, write_tokenizer
 from PIL import Image
 
+from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.data.images.reading import read_picture
+from mhmoe_fairseq.data.images.transforms import EvaluationViews
 from mhmoe_fairseq.data.multimodal.index import read_index
 from mhmoe_fairseq.data.multimodal.masking import masked_count
-from mhmoe_fairseq.data.multimodal.pictures import read_picture
-from mhmoe_fairseq.data.multimodal.transforms import EvaluationViews
-from mhmoe_fairseq.errors import UserError
 from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig, digest_of
 
 

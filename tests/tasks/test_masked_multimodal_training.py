@@ -15,10 +15,10 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from pictures_and_words import SHAPES, training_words, write_pictures_and_words, write_tokenizer
 
-from mhmoe_fairseq.analysis.run_logs import TrainingLog, read_training_log
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.analysis.reports.run_logs import TrainingLog, read_training_log
+from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.masked_multimodal import PARTS
-from mhmoe_fairseq.errors import UserError
 
 
 @pytest.fixture(scope="module")

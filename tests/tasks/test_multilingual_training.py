@@ -14,8 +14,8 @@ from console import evaluate, train
 from multilingual_data import LANGUAGES, write_languages
 from workers import TRAIN_FLAGS, Workers
 
-from mhmoe_fairseq.analysis.run_logs import read_evaluation, read_training_log
-from mhmoe_fairseq.cli import main
+from mhmoe_fairseq.analysis.reports.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.commands.main import main
 
 TASK = ("--task", "mhmoe_multilingual_language_modeling")
 SAMPLED = (*TASK, "--multilang-sampling-alpha", 0.5)

@@ -12,7 +12,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.tasks import TASK_REGISTRY
 from language_models import SMALL, small_dictionary, small_model
 
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.tasks.sentence_classification import SentenceClassificationTask
 

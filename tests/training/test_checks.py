@@ -6,7 +6,7 @@ import pytest
 from parallel_runs import MODEL, OPTIMIZATION, configuration, write_even_corpus
 from workers import TRAIN_FLAGS, WorkerError
 
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.training.checks import problems, refuse_unsafe_flags
 
 REFUSED = {

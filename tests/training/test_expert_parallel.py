@@ -9,7 +9,7 @@ import torch
 from console import evaluate
 from parallel_runs import figures, saved, train, write_even_corpus
 
-from mhmoe_fairseq.locks import LOCK
+from mhmoe_fairseq.common.locks import LOCK
 
 UPDATES = 50
 SAVED_AT = 30

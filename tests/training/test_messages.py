@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.errors import UserError
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.moe import MHMoEConfig
 from mhmoe_fairseq.training.messages import is_refusal, refuse_in_one_line
 
@@ -60,7 +60,7 @@ def test_the_interpreter_ends_with_one_line_only_where_we_refuse(
 ) -> None:
     (tmp_path / "fairseq-train").write_text(
         "import sys\nfrom mhmoe_fairseq.training.messages import refuse_in_one_line\n"
-        "from mhmoe_fairseq.errors import UserError\nrefuse_in_one_line()\n"
+        "from mhmoe_fairseq.common.errors import UserError\nrefuse_in_one_line()\n"
         "raise UserError('--flag (1) must be 2') if len(sys.argv) > 1 else RuntimeError('ours')\n"
     )
     done = subprocess.run([sys.executable, tmp_path / "fairseq-train", *words], capture_output=True, text=True)

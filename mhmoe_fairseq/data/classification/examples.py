@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
-from ...errors import UserError
+from ...common.errors import UserError
+from ...common.files import read_utf8_lines
 from ..documents import clean_line
-from ..files import read_utf8_lines
 from ..languages import language_of
 
 _FORMATS = {".jsonl": "JSON lines", ".json": "JSON lines", ".tsv": "TSV"}

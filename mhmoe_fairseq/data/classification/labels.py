@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Iterable, Mapping, Optional, Sequence
 
-from ...errors import UserError
+from ...common.errors import UserError
 from .examples import Example
 
 _NUMBER = re.compile(r"-?\d+")

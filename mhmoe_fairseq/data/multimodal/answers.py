@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Sequence
 
-from ...errors import UserError
-from ..files import atomic_open, read_utf8_lines
+from ...common.errors import UserError
+from ...common.files import atomic_open, read_utf8_lines
 
 ANSWERS_FILE = "answer2label.txt"
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping
 
-from ...errors import UserError
+from ...common.errors import UserError
 from ..vocabulary import NUM_SPECIALS
 from .columns import Builder, ListsBuilder, NumbersBuilder, StringsBuilder
 

@@ -13,8 +13,8 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...errors import UserError
-from ..files import atomic_open, read_utf8_lines
+from ...common.errors import UserError
+from ...common.files import atomic_open, read_utf8_lines
 from .columns import MISSING, Builder, Lists, Strings
 from .fields import FIELDS, parse_record
 

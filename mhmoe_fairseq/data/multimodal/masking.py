@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...common.errors import UserError
 
 if TYPE_CHECKING:
     from fairseq.data import Dictionary

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Optional
 import torch
 from torch import Tensor, nn
 
-from ...errors import UserError
+from ...common.errors import UserError
 from ..tensor_files import save_tensors
 
 FORMAT = 1

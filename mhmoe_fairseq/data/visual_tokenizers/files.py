@@ -8,7 +8,7 @@ from typing import Any, Mapping
 
 import torch
 
-from ...errors import UserError
+from ...common.errors import UserError
 from ..tensor_files import load_tensors
 from .base import FORMAT, VisualTokenizer
 from .patch_kmeans import PatchKMeans

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor
 
-from ...errors import UserError
+from ...common.errors import UserError
 from .base import VisualTokenizer, from_patches, nearest, to_patches
 
 Say = Callable[[str], None]

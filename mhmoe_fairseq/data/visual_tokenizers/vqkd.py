@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import UserError
+from ...common.errors import UserError
 from .base import VisualTokenizer, nearest
 
 _HEAD_WIDTH = 64  # of all released models; a checkpoint does not say it

@@ -1,0 +1,1 @@
+"""What a training needs, counted before it starts: parameters, FLOPs, memory, traffic."""

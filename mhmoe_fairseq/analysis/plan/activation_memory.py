@@ -1,0 +1,197 @@
+"""What a forward pass keeps for the backward pass, per token, from the model's shape alone.
+
+Counted term by term from the layers' code: every tensor that autograd holds on to, once, without parameters. The terms
+are exact for single tensors; ``tests/analysis/test_activation_memory.py`` holds their sum against what autograd really
+keeps, and allows 2 % for fp32 and 5 % for mixed precision. Not counted: buffers of single operators, gradients of
+activations, memory that an allocator wastes.
+
+Letters as in :mod:`mhmoe_fairseq.moe.config`; per token there are H sub-tokens and H K routed rows of d = D / H, so
+K D numbers go to the experts whatever H is, but the experts' inner activations are H K F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...moe import MHMoEConfig
+from .model_shape import ModelShape
+
+BACKENDS = ("loop", "grouped", "blocked")
+_FP32 = 4
+_INDEX = 8  # int64
+_NORM = 8  # mean and inverse deviation of a row, float32
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How the experts are computed.
+
+    Attributes:
+        backend: of ``moe.experts``: loop (CPU), grouped (an accelerator in bf16) or blocked (elsewhere).
+        exchanged: the experts are on several ranks, so rows travel.
+        cpu: dropout masks are as wide as the values, as on a CPU; else one byte.
+    """
+
+    backend: str
+    exchanged: bool
+    cpu: bool
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes per token.
+
+    Attributes:
+        dense_layer, moe_layer: of one layer of the kind, its attention included; 0 if there is none.
+        gradients: of activations, at the fullest moment of any one layer's backward pass.
+        layer_input: what recomputation keeps of a layer.
+        ends: embedding, last norm and the output projection's input.
+        words: the log-probabilities of all words, gone before the layers' backward pass.
+    """
+
+    dense_layer: int
+    moe_layer: int
+    gradients: int
+    layer_input: int
+    ends: int
+    words: int
+
+
+def activation_bytes(shape: ModelShape, computation: Computation) -> ActivationBytes:
+    """Count a model's parts."""
+    d, a = shape.embed_dim, _element(shape)
+    attention = _attention(shape, computation)
+    has_dense = shape.layers > shape.moe_layers
+    gradients = [2 * shape.ffn_dim * a if has_dense else 0, _moe_gradients(shape, computation)]
+    return ActivationBytes(
+        dense_layer=attention + _dense(shape, computation) if has_dense else 0,
+        moe_layer=0 if shape.moe is None else attention + _moe(shape, shape.moe, computation),
+        gradients=d * _FP32 + max(gradients),
+        layer_input=d * _FP32,
+        ends=_INDEX + _mask(shape.dropout, d, _FP32, computation) + d * _FP32 + _NORM + d * a,
+        words=shape.vocab_size * _FP32,
+    )
+
+
+def kept_bytes(shape: ModelShape, parts: ActivationBytes) -> int:
+    """Per token: what is kept at the end of the forward pass and the loss, without recomputation."""
+    return _all_layers(shape, parts) + parts.ends + parts.words
+
+
+def peak_bytes(shape: ModelShape, parts: ActivationBytes, *, recompute: bool) -> int:
+    """Per token: the largest sum in a forward and backward pass.
+
+    Either when the gradients of logits and log-probabilities stand beside them, or in the first layer's backward pass
+    that follows, when the words are gone; recomputation keeps the layers' inputs and one layer more.
+    """
+    if recompute:
+        layers, largest = shape.layers * parts.layer_input, max(parts.dense_layer, parts.moe_layer)
+    else:
+        layers, largest = _all_layers(shape, parts), 0
+    return layers + max(parts.ends + 3 * parts.words, largest + parts.gradients)
+
+
+def _all_layers(shape: ModelShape, parts: ActivationBytes) -> int:
+    return (shape.layers - shape.moe_layers) * parts.dense_layer + shape.moe_layers * parts.moe_layer
+
+
+def _moe_gradients(shape: ModelShape, computation: Computation) -> int:
+    """Rows' gradients; a loop over pieces needs no more, autograd holds those of two inner activations."""
+    if shape.moe is None:
+        return 0
+    rows, a = shape.moe.split_heads * shape.moe.top_k, _element(shape)
+    moved = 2 * rows * shape.moe.subtoken_dim * a
+    return moved if computation.backend == "loop" else moved + 2 * rows * shape.moe.expert_ffn_dim * a
+
+
+def _element(shape: ModelShape) -> int:
+    return 2 if shape.half else _FP32
+
+
+def _mask(probability: float, count: int, element: int, computation: Computation) -> int:
+    return count * (element if computation.cpu else 1) if probability else 0
+
+
+def _attention(shape: ModelShape, computation: Computation) -> int:
+    """Norm, attention by ``scaled_dot_product_attention`` (no weights kept), dropout, and the next norm."""
+    d, a = shape.embed_dim, _element(shape)
+    norms = 2 * (d * _FP32 + _NORM)
+    inputs = d * a * (3 if shape.half else 1)  # autocast rounds the input anew for queries, keys and values
+    attended = 4 * d * a + shape.attention_heads * _FP32
+    output = d * a + _NORM if shape.subln else 0
+    return norms + inputs + attended + output + _mask(shape.dropout, d, a, computation)
+
+
+def _dense(shape: ModelShape, computation: Computation) -> int:
+    d, f, a = shape.embed_dim, shape.ffn_dim, _element(shape)
+    if shape.gated:
+        inner = 4 * f * a + (f * a + _NORM if shape.subln else 0)  # both maps, silu, product
+    else:
+        shared = shape.relu and not shape.half  # relu keeps its output, which is the next map's input
+        inner = f * _FP32 + (0 if shared else f * a) + (f * a + _NORM if shape.subln else 0)
+    masks = _mask(shape.activation_dropout, f, a, computation) + _mask(shape.dropout, d, a, computation)
+    return d * a + inner + masks
+
+
+def _moe(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
+    d, a = shape.embed_dim, _element(shape)
+    projections = (moe.has_head_projection + moe.has_merge_projection) * moe.num_projection_layers * d * a
+    shared = 0
+    if moe.shared_expert_dim:
+        shared = moe.shared_expert_dim * a * (4 if shape.gated else 2) + (d * a if shape.half else 0)
+    experts = _exchanged_experts if computation.exchanged else _experts
+    return (
+        1  # padding
+        + projections
+        + _router(shape, moe)
+        + experts(shape, moe, computation)
+        + shared
+        + _mask(shape.dropout, d, a, computation)
+    )
+
+
+def _router(shape: ModelShape, moe: MHMoEConfig) -> int:
+    h, k, e, a = moe.split_heads, moe.top_k, moe.num_experts, _element(shape)
+    gate = _FP32 if moe.gating_fp32 else a
+    inputs = shape.embed_dim * a  # the experts' input, too
+    if shape.half and (moe.gating_fp32 or not moe.has_head_projection):
+        inputs += shape.embed_dim * gate
+    reduced = 0
+    if moe.router == "xmoe":
+        reduced = h * moe.router_dim * gate * (2 if moe.router_normalize == "both" else 1)
+    probabilities = h * e * 2 * _FP32  # the softmax, and the logits for the z-loss
+    gates = h * (k * (_INDEX + 1) + (k + 2) * _FP32 if moe.normalize_gates and k > 1 else k * (_INDEX + 1))
+    z_loss = h * (_FP32 + 1)
+    return inputs + reduced + probabilities + gates + z_loss
+
+
+def _experts(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
+    """All experts on this rank: inner activations, rows in and out, weights and order of the rows."""
+    rows, a = moe.split_heads * moe.top_k, _element(shape)
+    moved = rows * moe.subtoken_dim * a
+    hidden = _hidden(shape, moe, computation)
+    if computation.backend == "loop":
+        return hidden + moved + rows * (_FP32 + 2 * _INDEX)
+    return hidden + 2 * moved + rows * (1 + 3 * _INDEX + a)
+
+
+def _exchanged_experts(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
+    """Experts on several ranks, as many rows coming as going: the rows as received, and as they come back."""
+    rows, a = moe.split_heads * moe.top_k, _element(shape)
+    moved = rows * moe.subtoken_dim * a
+    again = rows * (2 * _INDEX + _FP32)
+    if computation.backend == "loop":
+        return _experts(shape, moe, computation) + 2 * moved + again
+    return _experts(shape, moe, computation) + moved + again
+
+
+def _hidden(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
+    rows, a = moe.split_heads * moe.top_k, _element(shape)
+    gated = moe.activation == "swiglu"
+    if computation.backend == "loop":  # pre-activations alone, the rest is computed again
+        norm = _NORM * rows if moe.expert_layernorm else 0
+        return rows * moe.expert_ffn_dim * a * (2 if gated else 1) + norm
+    tensors = (4 if gated else 1 if shape.relu else 2) + (3 if moe.expert_layernorm else 0)
+    mask = 1 if moe.activation_dropout else 0
+    blocks = 2 if computation.backend == "blocked" else 1  # padded to whole blocks: twice the rows at most
+    return blocks * rows * moe.expert_ffn_dim * (tensors * a + mask)

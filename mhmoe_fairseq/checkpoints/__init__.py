@@ -1,0 +1,1 @@
+"""Files of weights: open, read, write, inspect, convert, average, import."""

@@ -1,0 +1,1 @@
+"""Layer weights of the official repository's checkpoints."""

@@ -1,0 +1,1 @@
+"""The ``mhmoe`` command: one module for each sub-command."""

@@ -1,0 +1,190 @@
+"""``mhmoe checkpoint``: look into checkpoints, convert them to safetensors and back, average them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from ..checkpoints.average import average, choose_inputs
+from ..checkpoints.files import check_output, read_checkpoint, write_checkpoint
+from ..checkpoints.summary import CheckpointSummary, summarize
+from ..common.arguments import existing_file, existing_path, output_file, whole
+from ..common.console import say
+from ..common.errors import UserError
+from ..common.files import write_json
+from ..common.tables import MISSING, byte_size, markdown_table
+
+_STATE = "last_optimizer_state"
+_INSPECT = """\
+Prints architecture, progress, experts, parameters by part, dtypes, sizes, optimizer state, the dictionary's
+fingerprint and, where the data folder or its manifest is at hand, the hash of the corpus. Nothing in the file is run,
+and tensors are mapped, not read: it takes seconds for a file of any size.
+
+  mhmoe checkpoint inspect checkpoints/checkpoint_best.pt
+"""
+_CONVERT = """\
+The suffixes say the direction: .pt (fairseq) or .safetensors. Everything goes over, bit by bit: weights,
+configuration, optimizer state, data position, meters. What comes back opens in fairseq-eval-lm, and a training resumes
+from it. --weights-only leaves the optimizer state out: a third of the size, and a training that starts from it has to
+warm up Adam again (--finetune-from-model).
+
+  mhmoe checkpoint convert checkpoints/checkpoint_best.pt model.safetensors --weights-only
+  mhmoe checkpoint convert model.safetensors checkpoints/checkpoint_best.pt
+"""
+_AVERAGE = """\
+Chooses as fairseq's average_checkpoints.py does. The checkpoints must be of one model: same architecture, same
+dictionary. The result has no optimizer state: evaluate it or fine-tune from it.
+
+  mhmoe checkpoint average --inputs checkpoints/checkpoint3.pt checkpoints/checkpoint4.pt --output mean.pt
+  mhmoe checkpoint average --inputs checkpoints --num-epoch-checkpoints 5 --output mean.pt
+  mhmoe checkpoint average --inputs checkpoints --num-update-checkpoints 5 --checkpoint-upper-bound 20000 \\
+      --output mean.pt
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``mhmoe checkpoint inspect|convert|average``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|convert|average")
+
+    def action(name: str, summary: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(
+            name, help=summary, description=f"{summary.capitalize()}.\n\n{text}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    inspect = action("inspect", "say what a checkpoint holds", _INSPECT)
+    inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
+    inspect.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there, too")
+
+    convert = action("convert", "turn a .pt into a .safetensors file or back", _CONVERT)
+    convert.add_argument("source", type=existing_file, metavar="FROM", help="the file to read")
+    convert.add_argument("target", type=output_file, metavar="TO", help="the file to write")
+    convert.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
+
+    mean = action("average", "average the weights of several checkpoints", _AVERAGE)
+    mean.add_argument(
+        "--inputs", type=existing_path, nargs="+", required=True, metavar="PATH", help="files, or one folder"
+    )
+    mean.add_argument("--num-epoch-checkpoints", type=whole(), metavar="N", help="the last N checkpointEPOCH.pt of it")
+    mean.add_argument(
+        "--num-update-checkpoints", type=whole(), metavar="N", help="the last N checkpoint_EPOCH_UPDATE.pt of it"
+    )
+    mean.add_argument(
+        "--checkpoint-upper-bound", type=whole(at_least=0), metavar="M", help="none of a later epoch or update than M"
+    )
+    mean.add_argument("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
+    for writer in (convert, mean):
+        writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what ``args.action`` says.
+
+    Raises:
+        UserError: naming the file or flag, and what is wrong with it.
+    """
+    {"inspect": _inspect, "convert": _convert, "average": _average}[args.action](args)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    summaries = [summarize(path, read_checkpoint(path)) for path in args.checkpoint]
+    say("\n\n".join(map(describe, summaries)))
+    if args.json:
+        write_json(args.json, [as_json(summary) for summary in summaries])
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if args.source.suffix == args.target.suffix:
+        raise UserError(f"{args.source} to {args.target}: one must be a .pt, the other a .safetensors file")
+    check_output(args.target, overwrite=args.overwrite)
+    checkpoint = read_checkpoint(args.source)
+    if args.target.suffix == ".pt" and "cfg" not in checkpoint:
+        raise UserError(
+            f"{args.source} has no configuration of fairseq, so no .pt that fairseq opens can be made of it: it was "
+            "not written by mhmoe checkpoint convert"
+        )
+    dropped = args.weights_only and checkpoint.pop(_STATE, None) is not None
+    summary = summarize(args.source, checkpoint)  # before anything is replaced: it finds what is no checkpoint
+    write_checkpoint(checkpoint, args.target, overwrite=args.overwrite)
+    say(f"{args.target}: {summary.total:,} parameters, {byte_size(args.target.stat().st_size)}")
+    say(_what_is_kept(summary, dropped))
+
+
+def _average(args: argparse.Namespace) -> None:
+    check_output(args.output, overwrite=args.overwrite)
+    paths = choose_inputs(
+        args.inputs, args.num_epoch_checkpoints, args.num_update_checkpoints, args.checkpoint_upper_bound
+    )
+    write_checkpoint(average(paths), args.output, overwrite=args.overwrite)
+    say(f"{args.output}: the mean of {len(paths)} checkpoints, without optimizer state")
+    for path in paths:
+        say(f"  {path}")
+
+
+def _what_is_kept(summary: CheckpointSummary, dropped: bool) -> str:
+    if summary.optimizer:
+        return "everything is kept: a training resumes from it as from the source"
+    reason = "left out" if dropped else "not in the source"
+    return f"optimizer state: {reason}; a training cannot resume, but --finetune-from-model starts from the weights"
+
+
+def describe(summary: CheckpointSummary) -> str:
+    """The figures of one file as text."""
+    rows = [[part, f"{count:,}", f"{count / summary.total:.1%}"] for part, count in summary.parameters.items()]
+    rows.append(["all", f"{summary.total:,}", "100.0%"])
+    dtypes = ", ".join(f"{dtype} {byte_size(size)}" for dtype, size in summary.dtypes.items())
+    lines = [
+        f"{summary.path}: {byte_size(summary.file_bytes)}",
+        f"model: {_model_line(summary)}",
+        f"training: {_progress_line(summary)}",
+        f"experts: {_experts_line(summary)}",
+        "",
+        markdown_table(["part", "parameters", "share"], rows),
+        "",
+        f"weights: {dtypes}",
+        f"optimizer: {_optimizer_line(summary)}",
+        f"dictionary: {summary.fingerprint or MISSING} (SHA-256 of its symbols)",
+        f"data: {summary.data or MISSING}, corpus {summary.corpus or 'not at hand, nor its manifest'}",
+    ]
+    return "\n".join(lines)
+
+
+def as_json(summary: CheckpointSummary) -> dict[str, Any]:
+    """The figures of one file as plain data."""
+    return {**dataclasses.asdict(summary), "path": str(summary.path), "total": summary.total}
+
+
+def _model_line(summary: CheckpointSummary) -> str:
+    if summary.arch is None:
+        return f"{MISSING} (no configuration is stored)"
+    sizes = [f"{stack}_{size}" for stack in ("decoder", "encoder") for size in ("layers", "embed_dim", "ffn_embed_dim")]
+    pictures = ("img_size", "patch_size", "max_text_length", "mhmoe_modality_experts")
+    names = (*sizes, *pictures, "mhmoe_heads_number", "moe_top_k", "mhmoe_routing", "mhmoe_budget")
+    given = (f"{name} {summary.settings[name]}" for name in names if name in summary.settings)
+    return ", ".join([summary.arch, *given])
+
+
+def _progress_line(summary: CheckpointSummary) -> str:
+    best = "" if summary.best is None else f", best validation loss {summary.best}"
+    ranks = "" if summary.world_size is None else f", written by {summary.world_size} ranks"
+    updates = MISSING if summary.updates is None else f"{summary.updates:,}"
+    return f"{updates} updates, epoch {summary.epoch or MISSING}{best}{ranks}"
+
+
+def _experts_line(summary: CheckpointSummary) -> str:
+    if not summary.experts:
+        return "none (dense)"
+    counts = sorted(set(summary.experts.values()))
+    separate = any(name.endswith("moe_layer.A") for name in summary.experts)
+    pools = "pools, two in each MoE layer" if separate else "MoE layers"
+    return f"{' or '.join(map(str, counts))} in each of {len(summary.experts)} {pools}"
+
+
+def _optimizer_line(summary: CheckpointSummary) -> str:
+    if summary.optimizer is None:
+        return "no state: evaluate, or start from the weights with --finetune-from-model"
+    state = "of every parameter" if summary.complete else "but not two moments for every parameter"
+    size = byte_size(summary.optimizer_bytes)
+    return f"{summary.optimizer}, {summary.optimizer_tensors} tensors, {size}, {state}"

@@ -1,0 +1,96 @@
+"""``mhmoe generate``: continue prompts with a trained language model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from ..common.arguments import existing_file, existing_folder, existing_path, real, seed, whole
+from ..common.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``mhmoe generate``."""
+    parser.add_argument(
+        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
+    )
+    parser.add_argument(
+        "--data", type=existing_folder, metavar="DIR",
+        help="folder with dict.txt and sentencepiece.model; the checkpoint's own, or that of its training data",
+    )  # fmt: skip
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")
+    prompts.add_argument(
+        "--prompts-file",
+        type=_prompts_file,
+        metavar="FILE",
+        help="a UTF-8 file with one prompt per line; - reads stdin",
+    )
+    parser.add_argument(
+        "--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included"
+    )
+    parser.add_argument(
+        "--beam", type=whole(), default=1, metavar="B", help="hypotheses kept by beam search; 1 is greedy"
+    )
+    parser.add_argument("--sampling", action="store_true", help="draw tokens in place of searching the best text")
+    parser.add_argument("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
+    parser.add_argument("--top-k", type=whole(), metavar="K", help="sample among the K most probable tokens")
+    parser.add_argument(
+        "--top-p",
+        type=real(above=0, at_most=1),
+        metavar="P",
+        help="sample among the likeliest tokens of joint probability P",
+    )
+    parser.add_argument("--seed", type=seed, default=1, help="of the sampling")
+    parser.add_argument("--batch-size", type=whole(), default=8, metavar="N", help="prompts that are decoded together")
+    parser.add_argument(
+        "--json", action="store_true",
+        help="print a JSON object per prompt: prompt, text, score (mean log-probability in nats), tokens, token_scores",
+    )  # fmt: skip
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one text, or JSON object, per prompt."""
+    prompts = args.prompt if args.prompts_file is None else read_prompts(args.prompts_file)
+    # Imported late, so that `mhmoe generate --help` is quick.
+    from ..checkpoints.open import load_language_model
+    from ..evaluation.generation import Search, continue_prompts
+
+    search = Search(
+        beam=args.beam,
+        max_len_b=args.max_len_b,
+        sampling=args.sampling,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    model = load_language_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
+    for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
+        shown = json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text
+        sys.stdout.write(shown + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def _prompts_file(text: str) -> str | Path:
+    return text if text == "-" else existing_file(text)
+
+
+def read_prompts(name: str | Path) -> list[str]:
+    """The lines of a file, or of stdin for ``-``; empty ones too.
+
+    Raises:
+        UserError: the file is empty or no UTF-8.
+    """
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        prompts = raw.decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts-file {name}: invalid UTF-8 at byte {error.start}") from error
+    if not prompts:
+        raise UserError(f"--prompts-file {name}: no prompt in it")
+    return prompts

@@ -1,0 +1,119 @@
+"""The ``mhmoe`` command: data preparation, analysis, planning and generation.
+
+Every sub-command lives in a module with ``add_arguments(parser)`` and ``run(args) -> int``,
+imported only when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import sys
+from pathlib import Path
+
+from ..common.arguments import ArgumentParser
+from ..common.errors import UserError
+
+_SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
+
+COMMANDS = {
+    "prepare": ("mhmoe_fairseq.commands.prepare", "make a binarised corpus from a source or your text"),
+    "visual-tokenizer": (
+        "mhmoe_fairseq.commands.visual_tokenizer",
+        "fit a visual tokenizer to training pictures, describe one, show ids",
+    ),
+    "plan": ("mhmoe_fairseq.commands.plan", "count what a training needs: parameters, FLOPs, memory, traffic"),
+    "evaluate": ("mhmoe_fairseq.commands.evaluate", "perplexity of a checkpoint, every language and the total"),
+    "report": ("mhmoe_fairseq.commands.report", "compare trained models: table and plots"),
+    "report-tasks": ("mhmoe_fairseq.commands.report_tasks", "scores of fine-tuned models of pictures: one table"),
+    "analyze": ("mhmoe_fairseq.commands.analyze", "measure expert activation of a checkpoint on a data set"),
+    "diversity": ("mhmoe_fairseq.commands.diversity", "to how many experts the patches of images go"),
+    "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert and average checkpoints"),
+    "generate": ("mhmoe_fairseq.commands.generate", "continue a prompt with a trained language model"),
+    "classify": ("mhmoe_fairseq.commands.classify", "accuracy by language of a fine-tuned model"),
+    "caption": ("mhmoe_fairseq.commands.caption", "captions of images, and their scores"),
+    "predict": (
+        "mhmoe_fairseq.commands.predict",
+        "score a model that was fine-tuned on pictures, or write its predictions for submission",
+    ),
+    "lm-eval": (
+        "mhmoe_fairseq.commands.lm_eval",
+        "evaluate on tasks of lm-evaluation-harness, whose own command line this is",
+    ),
+    "xnli": ("mhmoe_fairseq.commands.xnli", "zero-shot XNLI in every language, from your copy of it"),
+    "probe": ("mhmoe_fairseq.commands.probe", "cross-lingual probe from aligned held-out text, not XNLI"),
+    "import-official": (
+        "mhmoe_fairseq.checkpoints.official.importing",
+        "read MH-MoE layer weights of the official repository's checkpoints",
+    ),
+}
+
+
+def build_parser(command: str | None = None) -> ArgumentParser:
+    """The parser; only ``command``'s module is imported, the others show their one-line help."""
+    parser = ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
+    for name, (module, summary) in COMMANDS.items():
+        sub = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name == command:
+            importlib.import_module(module).add_arguments(sub)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; a user's error is one line on stderr and exit status 2.
+
+    Where the output's reader goes (``mhmoe ... | head -1``) the command ends quietly, with the status of a program that
+    SIGPIPE ended.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # what is still in the buffer, help texts too, must not fail at the interpreter's end
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _SIGPIPE
+
+
+def _run(argv: list[str]) -> int:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        _require_text(argv)
+        args = build_parser(command).parse_args(argv)
+        if args.command == "user-dir":
+            print(Path(__file__).resolve().parent.parent)
+            return 0
+        return importlib.import_module(COMMANDS[args.command][0]).run(args)
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
+        print(f"mhmoe{f' {command}' if command in COMMANDS else ''}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _require_text(argv: list[str]) -> None:
+    """``UserError`` if a word has bytes that are no text: neither tokenizers nor files of ours could take them."""
+    for place, word in enumerate(argv):
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            before = argv[place - 1] if place and argv[place - 1].startswith("-") else "argument"
+            raise UserError(
+                f"{before} {ascii(word)}: must be UTF-8 text, byte 0x{ord(word[error.start]) & 0xFF:02x} is not"
+            ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""The blocks of several languages as one fairseq dataset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq.data import LMContextWindowDataset, MonolingualDataset
+
+from .batching import WholeBatches
+from .language_sampling import sampled_blocks, sampled_counts
+
+
+class LanguagesDataset(WholeBatches):
+    """Every block of every language, numbered through; no block has text of two languages.
+
+    A batch has fairseq's keys, ``languages``, ``(B,)``: the number of each row's language in the task's list, and
+    ``characters``, ``(B,)``, if they are known for all languages: what each row's targets stand for, on average.
+
+    Args:
+        parts: language -> its blocks.
+        numbers: language -> its number in the task's list.
+        symbols: language -> the word that stands in place of the context before a block's first target; empty to
+            leave that context as it is. Targets stay the same, so that perplexities compare.
+        characters: language -> characters of its text, where known.
+
+    Attributes:
+        characters: the same, or empty unless they are known for all languages.
+    """
+
+    def __init__(
+        self,
+        parts: dict[str, MonolingualDataset],
+        numbers: dict[str, int],
+        symbols: dict[str, int] | None = None,
+        characters: dict[str, float] | None = None,
+    ) -> None:
+        self.parts = parts
+        self.languages = list(parts)
+        self.symbols = symbols or {}
+        self.sizes = np.concatenate([part.sizes for part in parts.values()])
+        self.characters = characters or {}
+        if not set(parts) <= set(self.characters):
+            self.characters = {}
+        self._per_token = {name: count / parts[name].sizes.sum() for name, count in self.characters.items()}
+        self._numbers = torch.tensor([numbers[language] for language in parts])
+        self._ends = np.cumsum([len(part) for part in parts.values()])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        place = self.place_of(index)
+        language = self.languages[place]
+        sample = self.parts[language][int(index) - self.first_of(place)]
+        if language in self.symbols:
+            source = sample["source"].clone()
+            source[0] = self.symbols[language]
+            sample["source"] = source
+        sample = {**sample, "id": int(index), "language": self._numbers[place]}
+        if self.characters:
+            sample["characters"] = len(sample["target"]) * self._per_token[language]
+        return sample
+
+    def place_of(self, index: int) -> int:
+        """Which of ``languages`` a block belongs to."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def first_of(self, place: int) -> int:
+        """The number of a language's first block."""
+        return int(self._ends[place - 1]) if place else 0
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """One batch."""
+        if not samples:
+            return {}
+        batch = self.parts[self.languages[0]].collater(samples)  # all parts are made with the same settings
+        batch["languages"] = torch.stack([sample["language"] for sample in samples])
+        if self.characters:
+            batch["characters"] = torch.tensor([sample["characters"] for sample in samples])
+        return batch
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of a block."""
+        return self.sizes[index]
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of some blocks."""
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        """Tokens of a block."""
+        return self.sizes[index]
+
+    def ordered_indices(self) -> np.ndarray:
+        """All blocks by length, equally long ones in random order, as fairseq orders the blocks of one text."""
+        return np.lexsort([np.random.permutation(len(self)), self.sizes])
+
+
+class SampledLanguagesDataset(LanguagesDataset):
+    """The training set: an epoch holds as many blocks of each language as temperature sampling gives it.
+
+    Which ones, and in which order, follows from the seed and the epoch alone.
+
+    Args:
+        alpha: exponent of the sizes, see ``sampling_shares``.
+        seed: of the choice and of the order.
+        num_shards: of the data: epoch e reads shard (e - 1) modulo this.
+    """
+
+    def __init__(self, *args: Any, alpha: float, seed: int, num_shards: int = 1) -> None:
+        super().__init__(*args)
+        self.seed = seed
+        self.num_shards = num_shards
+        self.epoch = 1
+        lengths = np.array([len(part) for part in self.parts.values()])
+        self.counts = sampled_counts(lengths, alpha)
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        """False: each epoch has its own batches."""
+        return False
+
+    def set_epoch(self, epoch: int) -> None:
+        """fairseq's hook before an epoch."""
+        super().set_epoch(epoch)
+        self.epoch = epoch
+
+    def ordered_indices(self) -> np.ndarray:
+        """This epoch's blocks, some of them several times, by length and equally long ones in random order."""
+        visit = (self.epoch - 1) // self.num_shards
+        chosen = [
+            self.first_of(place) + sampled_blocks(len(part), self.counts[place], visit, self.seed, language)
+            for place, (language, part) in enumerate(self.parts.items())
+        ]
+        indices = np.concatenate(chosen)
+        order = np.random.default_rng([self.seed % 2**32, self.epoch]).permutation(len(indices))
+        return indices[np.lexsort([order, self.sizes[indices]])]
+
+
+class LanguageContextDataset(WholeBatches, LMContextWindowDataset):
+    """fairseq's ``--context-window``, whose context never comes from another language.
+
+    Batches do not mix languages, and a language's first batch starts without context.
+    """
+
+    _last_language: int | None = None
+
+    def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
+        """Batches of ``indices``, which come in order, apart by language."""
+        places = np.array([self.dataset.place_of(index) for index in indices])
+        batches: list[np.ndarray] = []
+        for run in np.split(indices, np.flatnonzero(np.diff(places)) + 1):
+            batches += super().batch_by_size(run, *args, **kwargs)
+        return batches
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """One batch, with the context that the same language's previous batch left."""
+        language = int(samples[0]["language"])
+        if language != self._last_language:
+            self.prev_tokens = np.empty([0])
+            self._last_language = language
+        return super().collater(samples)

@@ -1,0 +1,126 @@
+"""Labelled sentences and pairs of sentences as a causal language model reads them."""
+
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+import torch
+from fairseq.data import FairseqDataset, data_utils
+from torch import Tensor
+
+from ...common.errors import UserError
+
+
+class LabelledSentences(FairseqDataset):
+    """One sequence of tokens and one class per example.
+
+    A sentence becomes ``</s> tokens </s>``, a pair ``</s> first </s> second </s>``: lines as the language model saw
+    them in pre-training, so that nothing new has to be learnt but the head, which reads the last ``</s>``.
+    An example that is longer than ``longest`` loses tokens at the end of its longer sentence, one at a time, of the
+    second if both are as long; every ``</s>`` stays.
+
+    Args:
+        sentences: one or two data sets of equal length, whose items are tokens with ``</s>`` at the end; they have
+            ``sizes``.
+        labels: ``(examples,)`` class ids.
+        starts: ``(examples,)`` the first token of each, ``</s>`` or the symbol of a language.
+        longest: tokens of an example, all counted.
+        pad: index of the padding symbol.
+        seed: of the order of examples of one length, which is that of the training split; None keeps their order.
+
+    Raises:
+        ValueError: if ``longest`` leaves no token of a sentence.
+    """
+
+    def __init__(
+        self,
+        sentences: Sequence[Any],
+        labels: np.ndarray,
+        starts: np.ndarray,
+        *,
+        longest: int,
+        pad: int,
+        seed: int | None = None,
+    ) -> None:
+        self._sentences = list(sentences)
+        self._labels = labels
+        self._starts = starts
+        self._pad = pad
+        self._seed = seed
+        least = 1 + 2 * len(self._sentences)
+        if longest < least:
+            raise UserError(
+                f"--tokens-per-sample ({longest}) must be at least {least}: the first token, and of each sentence one "
+                "and the </s> after it"
+            )
+        full = [np.asarray(dataset.sizes) - 1 for dataset in self._sentences]
+        self._kept = cut_longest_first(full, longest - 1 - len(full))
+        self.sizes = sum(self._kept) + 1 + len(full)
+        self.num_cut = int((sum(full) > sum(self._kept)).sum())
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        parts = [torch.tensor([self._starts[index]])]
+        for dataset, kept in zip(self._sentences, self._kept):
+            tokens = dataset[index].long()
+            parts += [tokens[: kept[index]], tokens[-1:]]
+        return {"id": index, "tokens": torch.cat(parts), "target": int(self._labels[index])}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch: ``net_input`` with ``src_tokens (B, S)``, padded on the right, and ``target (B,)``."""
+        if not samples:
+            return {}
+        rows: list[Tensor] = [sample["tokens"] for sample in samples]
+        return {
+            "id": torch.tensor([sample["id"] for sample in samples]),
+            "net_input": {"src_tokens": data_utils.collate_tokens(rows, self._pad)},
+            "target": torch.tensor([sample["target"] for sample in samples]),
+            "nsentences": len(samples),
+            "ntokens": sum(len(row) for row in rows),
+        }
+
+    def num_tokens(self, index: int) -> int:
+        """Tokens of an example, all counted."""
+        return int(self.sizes[index])
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of each of several examples."""
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        """As ``num_tokens``."""
+        return self.num_tokens(index)
+
+    def ordered_indices(self) -> np.ndarray:
+        """All examples, short ones first: a batch has rows of about one length."""
+        order = np.arange(len(self))
+        if self._seed is not None:
+            np.random.default_rng(self._seed).shuffle(order)
+        return order[np.argsort(self.sizes[order], kind="stable")]
+
+    def batch_by_size(
+        self, indices: np.ndarray, *args: Any, required_batch_size_multiple: int = 1, **kwargs: Any
+    ) -> list[np.ndarray]:
+        """Batches that hold every example: fairseq-fixed drops a last one of another multiple."""
+        return super().batch_by_size(indices, *args, required_batch_size_multiple=1, **kwargs)
+
+
+def cut_longest_first(lengths: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
+    """How many tokens of each sentence stay where all together may have ``room``.
+
+    Tokens are taken from the longer sentence, one at a time, from the second of two that are as long.
+
+    Args:
+        lengths: of one or two sentences, each ``(examples,)``.
+
+    Returns:
+        arrays of the same shapes.
+    """
+    if len(lengths) == 1:
+        return [np.minimum(lengths[0], room)]
+    first, second = lengths
+    kept = np.minimum(first, np.maximum(room - second, (room + 1) // 2))
+    return [kept, np.minimum(second, room - kept)]

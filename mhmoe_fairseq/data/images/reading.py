@@ -1,0 +1,116 @@
+"""Reading one picture as 8-bit RGB, or saying clearly what is wrong with its file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ...common.errors import UserError
+
+MAX_PIXELS = 64_000_000
+MIN_SIDE = 2
+# Not all that Pillow knows: it hands EPS files, which are programs, to an interpreter.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_WHITE = (255, 255, 255, 255)
+_LARGEST_16_BIT = 65535
+# By Pillow's name for how the samples lie in a PNG: 2 and 4 bits are spread over 8, of 16 the upper 8 are kept.
+_SCALES: dict[str, Callable[[Any], Any]] = {
+    "L;2": lambda grey: grey * 85,
+    "L;4": lambda grey: grey * 17,
+    "RGB;16B": lambda colour: tuple(value >> 8 for value in colour),
+}
+
+# fairseq sets the level of all loggers to DEBUG when it is imported from Python, and Pillow tells of every part of a
+# file at that level.
+if not logging.getLogger("PIL").level:
+    logging.getLogger("PIL").setLevel(logging.INFO)
+
+
+class PictureError(UserError):
+    """A file that cannot be used as a picture: the message names it and the rule that it breaks."""
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode a picture as mode ``RGB``; see ``FORMATS``.
+
+    Transparent parts become white, those of a PNG's one transparent colour too (of 16 bits per colour the upper bytes
+    count, which is all that Pillow keeps of a pixel); CMYK is converted, 16-bit grey is scaled to 8 bits, of an
+    animation the first frame is taken. The orientation tag of cameras is not applied: BEiT-3's readers do not either.
+    Sizes are checked before anything is decoded.
+
+    Raises:
+        PictureError: no such file, not a picture, truncated or damaged, a side under 2 pixels, more than 64 megapixels,
+            or values that no rule brings to 8 bits.
+        OSError: the file is there and cannot be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            _check_size(path, *picture.size)
+            scale = _scale_of_samples(picture)
+            picture.load()
+            if "transparency" in picture.info and scale is not None:
+                picture.info["transparency"] = scale(picture.info["transparency"])
+            return _to_rgb(path, picture)
+    except (PictureError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: no such picture") from error
+    except UnidentifiedImageError as error:
+        raise PictureError(f"{path}: not a picture of a known format ({', '.join(FORMATS)})") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno is not None:  # no right to read it, a broken disk, ...
+            raise
+        raise PictureError(f"{path}: truncated or damaged picture ({_reason(error)})") from error
+
+
+def _check_size(path: Path, width: int, height: int) -> None:
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise PictureError(
+            f"{path}: {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded"
+        )
+
+
+def _scale_of_samples(picture: Image.Image) -> Callable[[Any], Any] | None:
+    """From a PNG's transparent colour, as the file has it, to the values that Pillow makes of such pixels.
+
+    None where they are the same. Before the pixels are decoded: then Pillow forgets how many bits they had.
+    """
+    layout = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
+    return _SCALES.get(layout) if isinstance(layout, str) else None
+
+
+def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
+    if picture.mode in ("F", "LAB"):
+        raise PictureError(f"{path}: colours of mode {picture.mode}, must have 8 or 16 bits of grey, RGB or CMYK")
+    if picture.mode.startswith("I"):
+        return _from_16_bit(path, picture).convert("RGB")
+    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits as 8 bits: Pillow's own conversion would cut everything above 255 off."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > _LARGEST_16_BIT:
+        raise PictureError(
+            f"{path}: grey values from {values.min()} to {values.max()}, must have 8 or 16 bits per channel"
+        )
+    grey = np.rint(values * (255 / _LARGEST_16_BIT)).astype(np.uint8)
+    if "transparency" in picture.info:
+        grey[values == picture.info["transparency"]] = _WHITE[0]
+    return Image.fromarray(grey)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

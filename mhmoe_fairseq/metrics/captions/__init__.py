@@ -1,0 +1,7 @@
+"""Scores of captions, in pure Python."""
+
+from .ground_truth import read_ground_truth
+from .scores import BLEU_ORDERS, CiderD, bleu, rouge_l
+from .tokenizer import tokenize
+
+__all__ = ["BLEU_ORDERS", "CiderD", "bleu", "read_ground_truth", "rouge_l", "tokenize"]

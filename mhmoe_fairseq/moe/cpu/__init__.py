@@ -1,0 +1,1 @@
+"""The experts' kernels for a CPU."""

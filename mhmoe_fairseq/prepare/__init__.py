@@ -1,0 +1,1 @@
+"""What ``mhmoe prepare`` makes: corpora, vocabularies, binarised data and index files from named sources."""

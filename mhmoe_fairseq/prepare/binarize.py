@@ -1,0 +1,90 @@
+"""Text files to fairseq's memory-mapped data sets.
+
+A line becomes its tokens and ``</s>``. An empty line, which stands between two documents, becomes a lone ``</s>``:
+this is what ``fairseq-preprocess`` makes of it and what ``--sample-break-mode complete_doc`` takes for a document
+boundary. Every byte of the text file, line ends included, is thus covered by the tokens of the data set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from ..common.files import atomic_path
+from ..data.vocabulary import NUM_SPECIALS, Vocabulary
+
+_EOS, _UNK = 2, 3
+_BATCH_LINES = 2000
+
+
+@dataclass
+class SplitCounts:
+    """Sizes of one part. ``tokens`` counts every ``</s>`` too; ``bytes`` is the size of the text file."""
+
+    bytes: int = 0
+    characters: int = 0
+    words: int = 0
+    lines: int = 0
+    documents: int = 0
+    tokens: int = 0
+    unknown_tokens: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """The counts and the bytes per token."""
+        return {**asdict(self), "bytes_per_token": round(self.bytes / self.tokens, 4) if self.tokens else 0.0}
+
+
+def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCounts, np.ndarray]:
+    """Writes ``prefix.bin`` and ``prefix.idx``, each atomically.
+
+    Returns:
+        the counts, and the occurrences of every dictionary index: (len(symbols) + 4,) int64.
+    """
+    import torch
+    from fairseq.data import indexed_dataset
+
+    vocab_size = len(vocabulary.symbols) + NUM_SPECIALS
+    occurrences = np.zeros(vocab_size, dtype=np.int64)
+    counts = SplitCounts(bytes=text.stat().st_size, documents=1)
+    with atomic_path(prefix.with_suffix(".idx")) as index, atomic_path(prefix.with_suffix(".bin")) as data:
+        builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=vocab_size)
+        with tqdm(desc=f"binarise {prefix.name}", total=counts.bytes, unit="B", unit_scale=True, disable=None) as bar:
+            for lines in _batches(text):
+                items = [np.array([*ids, _EOS], dtype=np.int64) for ids in vocabulary.encode_lines(lines)]
+                for line, item in zip(lines, items):
+                    builder.add_item(torch.from_numpy(item))
+                    _count(counts, line)
+                    bar.update(len(line.encode()) + 1)
+                occurrences += np.bincount(np.concatenate(items), minlength=vocab_size)
+        builder.finalize(str(index))
+    counts.tokens = int(occurrences.sum())
+    counts.unknown_tokens = int(occurrences[_UNK])
+    return counts, occurrences
+
+
+def count_text(text: Path) -> SplitCounts:
+    """The sizes of a text file, without tokens."""
+    counts = SplitCounts(bytes=text.stat().st_size, documents=1)
+    for lines in _batches(text):
+        for line in lines:
+            _count(counts, line)
+    return counts
+
+
+def _batches(text: Path) -> Iterator[list[str]]:
+    with open(text, encoding="utf-8", newline="\n") as stream:
+        lines = (line.rstrip("\n") for line in stream)
+        while batch := list(islice(lines, _BATCH_LINES)):
+            yield batch
+
+
+def _count(counts: SplitCounts, line: str) -> None:
+    counts.characters += len(line) + 1
+    counts.words += len(line.split())
+    counts.lines += 1 if line else 0
+    counts.documents += 0 if line else 1

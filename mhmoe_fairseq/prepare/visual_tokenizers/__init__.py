@@ -1,0 +1,1 @@
+"""Fitting visual tokenizers to training images."""

@@ -1,0 +1,148 @@
+"""Training of the small convolutional tokenizer."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...common.errors import UserError
+from ...data.visual_tokenizers.base import check_sizes
+from ...data.visual_tokenizers.vqvae import VQVAE
+from .fitting import measured_on
+from .samples import choose, picture_files, read_views
+
+Say = Callable[[str], None]
+_KEPT_PICTURES = 4096
+_DEAD_SHARE = 0.03  # of the uniform load: codes below it move onto vectors of the batch
+_REPORTS = 10
+
+
+@dataclass(frozen=True)
+class VQVAESettings:
+    """How it is trained.
+
+    Args:
+        vocab_size: number of codes.
+        patch_size: side of a patch in pixels.
+        image_size: side of the pictures it takes.
+        seed: of weights, order and crops.
+        updates: steps of AdamW.
+        batch_size: pictures in a step.
+        learning_rate: at the start; it falls to zero by a cosine.
+        decay: of the codes' moving average.
+        commitment: weight of the vectors' distance from their codes, beside the error of the pictures.
+        crops: random crops of each training picture, made before the first step.
+        device: where it is trained.
+    """
+
+    vocab_size: int = 512
+    patch_size: int = 16
+    image_size: int = 64
+    seed: int = 1
+    updates: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    decay: float = 0.95
+    commitment: float = 0.25
+    crops: int = 1
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """``UserError`` that names the flag of a bad value."""
+        check_sizes(self.vocab_size, self.patch_size, self.image_size)
+        for flag, value in (("--updates", self.updates), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{flag} {value}: must be at least 1")
+        if not 0 < self.learning_rate < 1:
+            raise UserError(f"--lr {self.learning_rate:g}: must be above 0 and below 1")
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {self.device}: PyTorch cannot use it here ({reason})") from error
+
+
+class Trainer:
+    """One training; the codes' loads and sums are kept beside the model, which stays free of them."""
+
+    def __init__(self, settings: VQVAESettings):
+        self._settings = settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = VQVAE(settings.vocab_size, settings.patch_size, settings.image_size)
+        self.model = model.to(settings.device)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._load = torch.zeros(settings.vocab_size, device=settings.device)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), settings.learning_rate, betas=(0.9, 0.95))
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.updates)
+
+    def step(self, images: Tensor) -> float:
+        """One update on (B, 3, S, S); the mean squared error of the pictures."""
+        vectors = self.model.vectors(images)
+        ids = self.model.choose(vectors.detach())
+        chosen = self.model.codes[ids]
+        passed = vectors + (chosen - vectors).detach()  # the decoder's gradient goes on as if nothing were replaced
+        error = F.mse_loss(self.model.pictures(passed), images)
+        loss = error + self._settings.commitment * F.mse_loss(vectors, chosen)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        self._schedule.step()
+        self._move_codes(vectors.detach().flatten(0, 1), ids.flatten())
+        return float(error.detach())
+
+    def _move_codes(self, vectors: Tensor, ids: Tensor) -> None:
+        settings, codes = self._settings, self.model.codes
+        counts = torch.bincount(ids, minlength=settings.vocab_size)
+        self._load.mul_(settings.decay).add_(counts / len(ids), alpha=1 - settings.decay)
+        means = F.normalize(torch.zeros_like(codes).index_add_(0, ids, vectors), dim=1)
+        moved = F.normalize(settings.decay * codes + (1 - settings.decay) * means, dim=1)
+        codes.copy_(torch.where(counts[:, None] > 0, moved, codes))
+        dead = (self._load < _DEAD_SHARE / settings.vocab_size).nonzero()[:, 0]
+        if len(dead):
+            drawn = torch.randint(len(vectors), (len(dead),), generator=self._generator).to(vectors.device)
+            codes[dead] = vectors[drawn]
+            self._load[dead] = 1 / settings.vocab_size
+
+    def order(self, count: int) -> Tensor:
+        """Indices of the next batch out of ``count`` pictures."""
+        return torch.randint(count, (self._settings.batch_size,), generator=self._generator)
+
+
+def fit_vqvae(folder: Path, settings: VQVAESettings, say: Say) -> VQVAE:
+    """Trains on the pictures in ``image.train.jsonl`` of a prepared folder.
+
+    Raises:
+        UserError: bad settings, no such index, or no readable picture.
+    """
+    settings.check()
+    rng = np.random.default_rng(settings.seed)
+    files = choose(picture_files(folder, "train"), _KEPT_PICTURES, rng)
+    views, unreadable = read_views(files, settings.image_size, rng, crops=settings.crops)
+    images = views.flatten(0, 1)
+    trainer, start, errors = Trainer(settings), time.monotonic(), []
+    for update in range(1, settings.updates + 1):
+        errors.append(trainer.step(images[trainer.order(len(images))].to(settings.device)))
+        if update % max(1, settings.updates // _REPORTS) == 0 or update == settings.updates:
+            recent = sum(errors) / len(errors)
+            say(f"vqvae {update}/{settings.updates}: mean squared error {recent:.5f}, {time.monotonic() - start:.0f} s")
+            errors = []
+    fitted = trainer.model.cpu().eval()
+    fitted.requires_grad_(False)
+    fitted.provenance = _provenance(settings, len(views), unreadable) | measured_on(folder, fitted, settings.seed)
+    return fitted
+
+
+def _provenance(settings: VQVAESettings, pictures: int, unreadable: int) -> dict[str, Any]:
+    return {
+        "pictures": pictures, "unreadable": unreadable, "seed": settings.seed, "updates": settings.updates,
+        "batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "decay": settings.decay,
+        "commitment": settings.commitment, "crops": settings.crops,
+    }  # fmt: skip

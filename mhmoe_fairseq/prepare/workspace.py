@@ -1,0 +1,202 @@
+"""The destination of a preparation: stages that survive a kill, and outputs that appear all at once.
+
+Everything is made in ``DEST/.partial`` and moved into ``DEST`` when the last stage is done, the manifest last. Until
+then what ``DEST`` held before stays complete and usable. ``DEST/.partial/progress.json`` records the settings and the
+finished stages, so that the same command continues where it was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Iterator, Mapping
+
+from ..common.errors import UserError
+from ..common.files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
+from ..common.locks import LOCK, exclusive_lock
+
+MANIFEST = "manifest.json"
+_OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
+_PARTIAL, _PROGRESS = ".partial", "progress.json"
+
+
+class Workspace:
+    """One destination folder, held by one process at a time (see :func:`open_workspace`).
+
+    Args:
+        dest: the folder.
+        settings: flag name without dashes -> JSON value; two preparations with equal settings make equal data.
+    """
+
+    def __init__(self, dest: Path, settings: Mapping[str, Any]):
+        self.dest = dest
+        self.partial = dest / _PARTIAL
+        self.settings = dict(settings)
+        self._stages: dict[str, Any] = {}
+
+    def begin(self, *, overwrite: bool, say: Callable[[str], None]) -> str:
+        """Decides what there is to do: ``complete``, ``resumed`` or ``fresh``.
+
+        An unfinished preparation of other settings is thrown away: only time is lost.
+
+        Raises:
+            UserError: without ``overwrite``, the folder holds data of other settings, damaged data, or data that
+                was not made here.
+        """
+        progress = self._read_progress()
+        if progress.get("publishing"):
+            self._move_outputs()
+            progress = {}
+        if progress and progress["settings"] == self.settings:
+            self._stages = progress["stages"]
+            return "resumed"
+        if not overwrite and self._holds_finished_data():
+            return "complete"
+        unfinished = _first_difference(progress["settings"], self.settings) if progress else None
+        if unfinished:
+            name, old, _ = unfinished
+            say(f"{self.dest}: throwing away an unfinished preparation made with another {name} ({old})")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self._save_progress()
+        return "fresh"
+
+    def _read_progress(self) -> dict[str, Any]:
+        path = self.partial / _PROGRESS
+        return read_json(path) if path.exists() else {}
+
+    def _save_progress(self, **extra: Any) -> None:
+        write_json(self.partial / _PROGRESS, {"settings": self.settings, "stages": self._stages, **extra})
+
+    def _holds_finished_data(self) -> bool:
+        """Whether this very preparation is there and intact; ``UserError`` when something else or less is."""
+        path = self.dest / MANIFEST
+        if not path.exists():
+            foreign = [name for name in _OUTPUT_NAMES if (self.dest / name).exists()]
+            if foreign:
+                raise UserError(
+                    f"--dest {self.dest}: holds {foreign[0]} but no {MANIFEST}, so it was not made here; choose "
+                    "another --dest, or add --overwrite to replace it"
+                )
+            return False
+        manifest = read_json(path)
+        difference = _first_difference(manifest.get("settings", {}), self.settings)
+        if difference:
+            name, old, new = difference
+            raise UserError(
+                f"--dest {self.dest}: holds data made with another {name} ({old}, now {new}); choose another --dest, "
+                "or add --overwrite to replace it"
+            )
+        for name, recorded in manifest["files"].items():
+            self._refuse_damaged(self.dest / name, recorded["bytes"])
+        return True
+
+    def _refuse_damaged(self, path: Path, expected: int) -> None:
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise UserError(f"{path}: {found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again")
+
+    def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
+        """Result of ``make()``, from the record if an earlier run finished this stage and its outputs are intact.
+
+        Args:
+            outputs: files that ``make`` writes, relative to ``partial``.
+        """
+        done = self._stages.get(name)
+        if done is not None and all(self._size(output) == size for output, size in done["outputs"].items()):
+            return done["result"]
+        result = make()
+        self._stages[name] = {"result": result, "outputs": {output: self._size(output) for output in outputs}}
+        self._save_progress()
+        return result
+
+    def _size(self, output: str) -> int | None:
+        path = self.partial / output
+        return path.stat().st_size if path.exists() else None
+
+    def publish(self, manifest: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Adds the files' sizes and hashes to ``manifest``, moves everything into ``dest`` and returns the manifest.
+
+        Files of an earlier preparation that this one does not have (another tokenizer's model) are removed.
+        """
+        files = {
+            name: {"bytes": self._size(name), "sha256": sha256_of(self.partial / name)} for name in sorted(outputs)
+        }
+        complete = {**manifest, "settings": self.settings, "files": files}
+        write_json(self.partial / MANIFEST, complete)
+        self._save_progress(publishing=True)
+        self._move_outputs()
+        return complete
+
+    def _move_outputs(self) -> None:
+        """Moves what is still in ``partial``; a run killed in between is finished by the next one."""
+        if (self.partial / MANIFEST).exists():
+            files = read_json(self.partial / MANIFEST)["files"]
+            old = self.dest / MANIFEST
+            if old.exists():
+                for name in read_json(old).get("files", {}).keys() - files.keys():
+                    (self.dest / name).unlink(missing_ok=True)
+                old.unlink()
+            with explain_full_disk(self.dest):
+                for name in files:
+                    (self.dest / name).parent.mkdir(parents=True, exist_ok=True)
+                    if (self.partial / name).exists():
+                        os.replace(self.partial / name, self.dest / name)
+                os.replace(self.partial / MANIFEST, self.dest / MANIFEST)
+        shutil.rmtree(self.partial)
+
+
+@contextlib.contextmanager
+def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspace]:
+    """Creates and locks ``dest``; ``UserError`` when it is a file, no path for fairseq, or held by another run."""
+    refuse_path_separator(dest, "--dest")
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"--dest {dest}: is a file, must be a folder")
+    with exclusive_lock(dest / LOCK, "--dest"):
+        yield Workspace(dest, settings)
+
+
+def prepare_folder(
+    dest: Path,
+    settings: Mapping[str, Any],
+    make: Callable[[Workspace], dict[str, Any]],
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Prepares ``dest`` with ``make``, unless that was done before with equal settings; returns the manifest.
+
+    Raises:
+        UserError: other settings already in ``dest``, another run holds it, or what ``make`` raises.
+    """
+    with open_workspace(dest, settings) as workspace:
+        state = workspace.begin(overwrite=overwrite, say=say)
+        if state == "complete":
+            say(f"{dest}: already prepared with these settings, nothing to do")
+            return read_json(dest / MANIFEST)
+        if state == "resumed":
+            say(f"{dest}: continuing an unfinished preparation")
+        manifest = make(workspace)
+    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
+    return manifest
+
+
+def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """Name and both values of the first setting that differs; inside ``source`` the part that differs is named."""
+    for name in [*new, *(old.keys() - new.keys())]:
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = next(part for part in [*now, *before] if before.get(part) != now.get(part))
+            return f"{flag} {inner}", _show(before.get(inner)), _show(now.get(inner))
+        return flag, _show(before), _show(now)
+    return None
+
+
+def _show(value: Any) -> str:
+    text = value if isinstance(value, str) else str(value)
+    return text if len(text) <= 100 else text[:97] + "..."

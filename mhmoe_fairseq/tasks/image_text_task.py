@@ -1,0 +1,177 @@
+"""What all tasks on images and text share: flags, the dictionary, the shapes, the checkpoint to start from."""
+
+import logging
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
+from typing import Any, Optional
+
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
+from fairseq.tasks import LegacyFairseqTask
+from omegaconf import II, MISSING
+
+from ..common.errors import UserError
+from ..common.files import read_json
+from ..common.ranges import check_flags
+from ..compat import refuse_tpu
+from ..data.binarised import check_folder
+from ..data.datasets import DatasetSettings
+from ..data.multimodal.masking import mask_index
+from ..training import ParallelTask, TrainingFlags
+from .starting_checkpoint import check_resumed_sizes, check_starting_checkpoint
+
+logger = logging.getLogger(__name__)
+
+KIND = "image-text"  # in manifest.json
+
+
+@dataclass
+class ImageTextTaskConfig(TrainingFlags):
+    """Flags that all tasks on images and text have; the model reads the sizes from here."""
+
+    data: str = field(
+        default=MISSING,
+        metadata={"help": "folder of mhmoe prepare image-text, or BEiT-3's index files with dict.txt beside them"},
+    )
+    img_size: int = field(
+        default=224, metadata={"help": "side of the square images that the model sees, a multiple of --patch-size"}
+    )
+    patch_size: int = field(default=16, metadata={"help": "side of a patch in pixels"})
+    max_text_length: int = field(
+        default=64, metadata={"help": "most tokens of a text, <s> and </s> counted; longer ones are cut"}
+    )
+    skip_bad_pictures: bool = field(
+        default=False,
+        metadata={"help": "in training, let another sample take the place of one whose picture cannot be read"},
+    )
+    # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
+    seed: int = II("common.seed")
+    tpu: bool = II("common.tpu")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    restore_file: str = II("checkpoint.restore_file")
+    reset_optimizer: bool = II("checkpoint.reset_optimizer")
+
+
+class ImageTextTask(ParallelTask, LegacyFairseqTask):
+    """Base of the tasks on images and text.
+
+    A task of one's own sets ``num_visual_tokens`` if it predicts them, and adds its heads in ``add_heads``.
+
+    Args:
+        args: an ``ImageTextTaskConfig`` or a subclass's.
+        dictionary: of the text, with ``<mask>``.
+    """
+
+    num_visual_tokens = 0
+
+    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+        super().__init__(args)
+        self.dictionary = dictionary
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> "ImageTextTask":
+        """Load the dictionary.
+
+        Raises:
+            FileNotFoundError: if the data folder or its dictionary is missing.
+            ValueError: naming the flag or file, its value and the rule.
+        """
+        refuse_tpu(args.tpu)
+        check_flags(args)
+        check_shapes(args)
+        return cls(args, load_dictionary(Path(args.data)))
+
+    @property
+    def folder(self) -> Path:
+        """The data."""
+        return Path(self.args.data)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.args.img_size // self.args.patch_size
+        return side, side
+
+    @property
+    def mask_index(self) -> int:
+        """The id of ``<mask>``."""
+        return mask_index(self.dictionary)
+
+    @property
+    def source_dictionary(self) -> Dictionary:
+        """Of the text."""
+        return self.dictionary
+
+    @property
+    def target_dictionary(self) -> Dictionary:
+        """Of the text."""
+        return self.dictionary
+
+    def dataset_settings(self, split: str, seed: int) -> DatasetSettings:
+        """What the data sets of a split are read by.
+
+        Args:
+            split: of which ``train`` has other orders, crops and masks in every epoch.
+            seed: of those.
+        """
+        return DatasetSettings(
+            folder=self.folder,
+            dictionary=self.dictionary,
+            img_size=self.args.img_size,
+            patch_size=self.args.patch_size,
+            max_text_length=self.args.max_text_length,
+            seed=seed,
+            training=split == "train",
+            skip_bad_pictures=self.args.skip_bad_pictures,
+        )
+
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model with the task's heads; for training, check the checkpoint that it will start from.
+
+        Raises:
+            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary,
+                or of other sizes if it is resumed with its optimizer.
+        """
+        model = super().build_model(args, from_checkpoint)
+        if not hasattr(model, "register_head"):
+            raise UserError("--arch: this task needs a model of images and text of ours, such as mhmoe_beit3_tiny")
+        self.add_heads(model, may_be_new=not from_checkpoint)
+        if not from_checkpoint:
+            model.leave_out_other_heads()
+            check_starting_checkpoint(model, self.args)
+            check_resumed_sizes(model, self.args)
+        return model
+
+    def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
+        """Register the task's heads with ``model.register_head``; none by default.
+
+        Args:
+            may_be_new: whether a checkpoint may lack them, as one of pre-training does.
+        """
+
+
+def check_shapes(args: Any) -> None:
+    """The flags of :class:`ImageTextTaskConfig` go together.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    if args.img_size < args.patch_size or args.img_size % args.patch_size:
+        raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
+
+
+def load_dictionary(folder: Path) -> Dictionary:
+    """``dict.txt`` of a folder of images and text.
+
+    Raises:
+        FileNotFoundError: if the folder or its dictionary is missing.
+        UserError: if the folder was prepared for another task, or the dictionary has no ``<mask>``.
+    """
+    check_folder(folder)
+    manifest = folder / "manifest.json"
+    kind = read_json(manifest).get("kind", KIND) if manifest.is_file() else KIND
+    if kind != KIND:
+        raise UserError(f"{manifest}: this folder holds {kind} data: images and text are made by mhmoe prepare {KIND}")
+    dictionary = Dictionary.load(str(folder / "dict.txt"))
+    mask_index(dictionary)
+    return dictionary

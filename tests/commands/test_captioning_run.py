@@ -1,0 +1,181 @@
+"""Fine-tuning on captions through fairseq-train, and mhmoe caption with its result."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from console import run_console
+from image_text_data import COLOURS, SHAPES, SIZES, prepare_shapes
+from pictures_and_words import training_words
+
+from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.metrics.captions import CiderD, read_ground_truth, tokenize
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prepare_shapes(tmp_path_factory.mktemp("shapes") / "data")
+
+
+def captioning_words(data, save_dir, *flags, updates):
+    return training_words(
+        data, save_dir, "--task", "mhmoe_captioning", "--criterion", "mhmoe_captioning", "--batch-size", 6,
+        "--best-checkpoint-metric", "cider", "--maximize-best-checkpoint-metric", *flags, updates=updates,
+    )  # fmt: skip
+
+
+def validations(log):
+    return [json.loads(line) for line in re.findall(r"valid[ |:]+(\{.*\})", log)]
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A model that has learnt captions a little: the folder and the log."""
+    root = tmp_path_factory.mktemp("captioning")
+    flags = ["--batch-size", 2, "--validate-interval", 6, "--caption-mask-prob", 0.4, "--label-smoothing", 0]
+    flags += ["--lr", 0.01]
+    log = run_console("fairseq-train", *captioning_words(data, root / "run", *flags, updates=72), cwd=root)
+    return root / "run", log
+
+
+def training_captions(data):
+    """As the source has them: size, colour, shape."""
+    held_out = {text for split in ("val", "test") for texts in
+                read_ground_truth(data / f"coco_karpathy_{split}_gt.json").values() for text in texts}  # fmt: skip
+    return {" ".join(words) for words in itertools.product(SIZES, COLOURS, SHAPES)} - held_out
+
+
+def caption(*arguments):
+    return main(["caption", *map(str, arguments)])
+
+
+def test_validation_selects_the_checkpoint_by_cider(run):
+    records = validations(run[1])
+    ciders = [float(record["valid_cider"]) for record in records]
+    assert len(ciders) == 2 and ciders[-1] > ciders[0]
+    assert float(records[-1]["valid_best_cider"]) == max(ciders)
+    assert float(records[-1]["valid_nll_loss"]) < float(records[0]["valid_nll_loss"])
+
+
+def test_captions_of_a_split_and_their_scores(run, data, tmp_path, capsys):
+    folder, log = run
+    files = tmp_path / "captions.json", tmp_path / "scores.json"
+    flags = ("--split", "valid", "--output", files[0], "--scores", files[1], "--no-java", "--batch-size", 4)
+    assert caption(folder / "checkpoint_last.pt", *flags) == 0
+    written, scores = (json.loads(file.read_text()) for file in files)
+    references = read_ground_truth(data / "coco_karpathy_val_gt.json")
+    assert [record["image_id"] for record in written] == list(references)
+    assert all(set(record) == {"image_id", "caption"} for record in written)
+    # What validation decoded and scored, batch by batch, is the same.
+    assert scores["cider"] == pytest.approx(float(validations(log)[-1]["valid_cider"]), abs=0.01)
+    assert scores["images"] == len(references) == 6 and scores["search"]["beam"] == 3
+    known = {word for captions in references.values() for text in captions for word in text.split()}
+    assert {word for record in written for word in record["caption"].split()} & known
+    output = capsys.readouterr().out
+    assert "valid: 6 captions, beam 3" in output and f"CIDEr {scores['cider']:.2f}" in output
+    assert "METEOR: absent, not asked for" in output
+    constant = scores["constant"]
+    assert constant["caption"] in training_captions(data)
+    assert f"without looking, the same caption for all, '{constant['caption']}': BLEU-1 " in output
+
+
+def test_single_pictures(run, data, tmp_path, capsys):
+    pictures = sorted((data / "images").glob("*.png"))[:3]
+    output = tmp_path / "captions.json"
+    assert caption(run[0], "--image", *pictures, "--beam", 1, "--batch-size", 2, "--output", output) == 0
+    lines = capsys.readouterr().out.splitlines()
+    records = json.loads(output.read_text())
+    assert lines == [f"{record['image_path']}: {record['caption']}" for record in records]
+    assert [record["image_path"] for record in records] == list(map(str, pictures))
+
+
+def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.delattr("mhmoe_fairseq.evaluation.caption_decoding.Captioner.caption_split")
+    moved = tmp_path / "data"
+    moved.mkdir()
+    for file in data.iterdir():
+        (moved / file.name).symlink_to(file)
+    truth = json.loads((data / "coco_karpathy_test_gt.json").read_text())
+    missing = truth["images"][0]["id"]
+    captions = [row for row in truth["annotations"] if row["image_id"] != missing]
+    extra = {"image_id": 777, "id": 777, "caption": "a picture"}
+    for changed, message in (
+        ({"images": [*truth["images"], {"id": 777}], "annotations": [*truth["annotations"], extra]},
+         "_test_gt.json: 1 of 7 images are not in .*coco_captioning.test.jsonl, first image_id 777"),
+        ({"images": truth["images"][1:], "annotations": captions},
+         f"coco_captioning.test.jsonl: 1 of 6 images are not in .*_test_gt.json, first image_id {missing}"),
+    ):  # fmt: skip
+        (moved / "coco_karpathy_test_gt.json").unlink()
+        (moved / "coco_karpathy_test_gt.json").write_text(json.dumps(changed))
+        assert caption(run[0], "--data", moved) == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path, capsys):
+    moved = tmp_path / "data"
+    moved.mkdir()
+    for file in data.iterdir():
+        if file.name != "coco_karpathy_test_gt.json":
+            (moved / file.name).symlink_to(file)
+    output = tmp_path / "captions.json"
+    assert caption(run[0], "--data", moved, "--output", output) == 0
+    assert len(json.loads(output.read_text())) == 6
+    assert "scores: absent, the data have no reference captions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--beam", "0"), "--beam (0) must be at least 1"),
+        (("--max-len", "99"), "a caption of 99 tokens is too long: --max-text-length leaves 15"),
+        (("--batch-size", "0"), "--batch-size (0) must be at least 1"),
+        (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
+        (("--image", "{data}/dict.txt"), "dict.txt: not a picture"),
+        (("--image", "{data}/dict.txt", "--scores", "x.json"), "--scores: single pictures have no reference captions"),
+        (("--data", "{data}/images"), "images/dict.txt"),
+    ],
+)
+def test_bad_input_is_one_line(run, data, capsys, flags, message):
+    assert caption(run[0], *(flag.format(data=data) for flag in flags)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("mhmoe caption: error: ") and message in error[0]
+
+
+def test_a_checkpoint_of_another_task_is_refused(run, tmp_path, capsys):
+    checkpoint = torch.load(run[0] / "checkpoint_last.pt", weights_only=True)
+    checkpoint["cfg"]["task"]["_name"] = "mhmoe_masked_multimodal"
+    torch.save(checkpoint, tmp_path / "other.pt")
+    assert caption(tmp_path / "other.pt") == 2
+    assert "was trained with task mhmoe_masked_multimodal" in capsys.readouterr().err
+
+
+def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):
+    """Three pictures on one rank, two on the other and then none: all decode until the last is done."""
+    flags = ("--batch-size-valid", 2, "--caption-mask-prob", 0.4)
+    words = (captioning_words(data, tmp_path / name, *flags, "--update-freq", freq, updates=2)
+             for name, freq in (("one", 2), ("two", 1)))  # fmt: skip
+    one = run_console("fairseq-train", *next(words), cwd=tmp_path)
+    two = workers2.fairseq("fairseq-train", *next(words))[0]
+    assert "2 of 2 processes share one bank of experts" in two
+    for record, other in zip(validations(one), validations(two), strict=True):
+        for key in ("valid_cider", "valid_loss", "valid_accuracy", "valid_moe_entropy"):
+            assert float(other[key]) == pytest.approx(float(record[key]), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_a_pre_trained_model_learns_captions(data, tmp_path):
+    """Better than the best single caption for all pictures; the held-out combinations of words are new."""
+    run_console("fairseq-train", *training_words(data, tmp_path / "pretrained", updates=20), cwd=tmp_path)
+    flags = ["--finetune-from-model", tmp_path / "pretrained" / "checkpoint_last.pt", "--validate-interval", 25]
+    flags += ["--layer-decay", 0.9, "--caption-mask-prob", 0.4, "--lr", 0.005]
+    log = run_console("fairseq-train", *captioning_words(data, tmp_path / "run", *flags, updates=400), cwd=tmp_path)
+    references = [[tokenize(text) for text in texts] for texts in
+                  read_ground_truth(data / "coco_karpathy_val_gt.json").values()]  # fmt: skip
+    cider = CiderD(references)
+    candidates = [words for image in references for words in image]
+    best = max(sum(cider.score(place, words) for place in range(len(cider))) for words in candidates) / len(cider)
+    assert float(validations(log)[-1]["valid_best_cider"]) > 100 * best

