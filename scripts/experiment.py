@@ -14,7 +14,7 @@ OUT/runs/MODEL/seed-N; OUT/summary.json collects the figures, ``mhmoe report --a
 
 Examples: scripts/experiment.py --data DATA --out outputs/study --models dense xmoe mhmoe-flops-h4 --seeds 1 2 3
           scripts/experiment.py --data data/multilingual --out outputs/languages --lrs 8e-3 --validations 2
-          scripts/experiment.py --data data/image-text --out outputs/pictures --models dense xmoe mhmoe-params-h4 \\
+          scripts/experiment.py --data data/image-text --out outputs/images --models dense xmoe mhmoe-params-h4 \\
               --lrs 1e-3 2e-3 4e-3 --search-updates 150 --updates 400
 """
 

@@ -24,7 +24,7 @@ settings=(--weight-decay 0.05)
 if [[ ${SCALE:-cpu} == cpu ]]; then
     keep=-1 # for figure8.sh
 else
-    settings+=(--num-workers 8) # pictures are decoded there
+    settings+=(--num-workers 8) # images are decoded there
 fi
 DATA=${DATA:-data/image-text}
 OUT=${OUT:-outputs/masked_multimodal}

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's table 4: the models of table 1 with 8 experts (pre-trained if one is missing), fine-tuned on questions,
-# statements and captions, and a table of their scores beside those of guessing without the picture, and the paper's.
+# statements and captions, and a table of their scores beside those of guessing without the image, and the paper's.
 #   examples/masked_multimodal/table4.sh [NAME...]        models (default: dense, xmoe-e8 and mhmoe-params-e8)
 # Captions are the slowest to score: CAPTIONED="dense mhmoe-params-e8" (the default) are the models that write them.
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""``mhmoe caption``: captions of a split, with their scores, or of single pictures."""
+"""``mhmoe caption``: captions of a split, with their scores, or of single images."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prepared images and captions; those of the training if not given",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--split", choices=("valid", "test"), default="test", help="whose pictures are captioned")
+    what.add_argument("--split", choices=("valid", "test"), default="test", help="whose images are captioned")
     what.add_argument(
-        "--image", nargs="+", type=existing_file, metavar="FILE", help="pictures to caption in place of a split"
+        "--image", nargs="+", type=existing_file, metavar="FILE", help="images to caption in place of a split"
     )
     parser.add_argument(
         "--output", type=output_file, metavar="FILE",
@@ -50,15 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--max-len", type=whole(), metavar="N", help="most tokens of a caption; the training's")
     parser.add_argument(
-        "--batch-size", type=whole(), default=32, metavar="N", help="pictures that are decoded together"
+        "--batch-size", type=whole(), default=32, metavar="N", help="images that are decoded together"
     )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the scores of a split, or the captions of pictures."""
+    """Prints the scores of a split, or the captions of images."""
     if args.image is not None and args.scores is not None:
-        raise UserError("--scores: single pictures have no reference captions to be scored against")
+        raise UserError("--scores: single images have no reference captions to be scored against")
     # Imported late, so that `mhmoe caption --help` is quick.
     from ..evaluation.caption_decoding import Captioner
 
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
         trained.max_len if args.max_len is None else args.max_len,
     )
     if args.image is not None:
-        return _caption_pictures(captioner, args, search)
+        return _caption_images(captioner, args, search)
     return _caption_split(captioner, args, search)
 
 
-def _caption_pictures(captioner: Captioner, args: argparse.Namespace, search: CaptionSearch) -> int:
+def _caption_images(captioner: Captioner, args: argparse.Namespace, search: CaptionSearch) -> int:
     records = []
-    for path, caption in zip(args.image, captioner.caption_pictures(args.image, search, args.batch_size)):
+    for path, caption in zip(args.image, captioner.caption_images(args.image, search, args.batch_size)):
         _say(f"{path}: {caption}")
         records.append({"image_path": str(path), "caption": caption})
     _write_captions(args.output, records)
@@ -109,7 +109,7 @@ def _caption_split(captioner: Captioner, args: argparse.Namespace, search: Capti
 
 
 def _constant_scores(captioner: Captioner, references: dict[int, list[str]]) -> dict[str, Any] | None:
-    """The training caption that fits most pictures, and its scores; None if there are no training captions."""
+    """The training caption that fits most images, and its scores; None if there are no training captions."""
     from ..metrics.caption_baseline import best_constant_caption
     from ..metrics.captions.report import score_captions
 

@@ -10,13 +10,13 @@ import numpy as np
 from ..analysis.reports.diversity_plots import draw_course, draw_overlays
 from ..analysis.reports.plots import require_matplotlib
 from ..analysis.reports.runs import read_settings
-from ..analysis.routing.diversity import PatchDiversity, measure_diversity, num_updates, prepare_pictures
+from ..analysis.routing.diversity import PatchDiversity, measure_diversity, num_updates, prepare_images
 from ..common.arguments import existing_file, existing_folder, output_folder, plain_name, whole
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import require_files, write_json
 from ..common.tables import markdown_table, number
-from ..data.images.reading import read_picture
+from ..data.images.reading import read_image
 from ..data.multimodal.index import index_files, read_index
 
 _INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # the first that the folder has
@@ -36,10 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--split", type=plain_name, default="valid", help="train, valid or test: where pictures are taken from"
+        "--split", type=plain_name, default="valid", help="train, valid or test: where images are taken from"
     )
-    what.add_argument("--image", type=existing_file, nargs="+", metavar="FILE", help="pictures in place of a split's")
-    parser.add_argument("--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread")
+    what.add_argument("--image", type=existing_file, nargs="+", metavar="FILE", help="images in place of a split's")
+    parser.add_argument("--images", "--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
         help="folder for diversity.json, diversity.png and diversity-course.png (default: the first checkpoint's)",
@@ -51,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write.
 
     Raises:
-        ValueError, OSError: for a bad flag, checkpoint, picture or data folder.
+        ValueError, OSError: for a bad flag, checkpoint, image or data folder.
     """
     if not args.no_plots:
         require_matplotlib()
-    pictures = args.image or choose_pictures(args.data, args.split, args.pictures)
-    require_files(pictures, "--data")
-    for picture in pictures:
-        read_picture(picture)  # one that cannot be read ends it here
+    images = args.image or choose_images(args.data, args.split, args.images)
+    require_files(images, "--data")
+    for image in images:
+        read_image(image)  # one that cannot be read ends it here
     with quiet():
         settings = [read_settings(checkpoint) for checkpoint in args.checkpoints]
         sizes = {(stored["task"].get("img_size"), stored["task"].get("patch_size")) for stored in settings}
@@ -68,19 +68,19 @@ def run(args: argparse.Namespace) -> int:
         by_updates = {num_updates(checkpoint): checkpoint for checkpoint in reversed(args.checkpoints)}
         measured = []
         for _, checkpoint in sorted(by_updates.items()):
-            say(f"routing {len(pictures)} pictures with {checkpoint}")
-            measured.append(measure_diversity(checkpoint, args.data, pictures))
-        files = _write(args, measured, pictures, settings[0]["task"]["img_size"])
+            say(f"routing {len(images)} images with {checkpoint}")
+            measured.append(measure_diversity(checkpoint, args.data, images))
+        files = _write(args, measured, images, settings[0]["task"]["img_size"])
     say(describe(measured))
     say(f"written: {', '.join(map(str, files))}")
     return 0
 
 
-def choose_pictures(data: Path, split: str, count: int) -> list[Path]:
-    """Different pictures of a split, evenly spread over its index.
+def choose_images(data: Path, split: str, count: int) -> list[Path]:
+    """Different images of a split, evenly spread over its index.
 
     Raises:
-        FileNotFoundError, ValueError: if the folder has no index of pictures, or a broken one.
+        FileNotFoundError, ValueError: if the folder has no index of images, or a broken one.
     """
     task = next((task for task in _INDEXES if index_files(data, task, split)[0].is_file()), _INDEXES[0])
     paths = read_index(data, task, split)["image_path"]
@@ -89,15 +89,15 @@ def choose_pictures(data: Path, split: str, count: int) -> list[Path]:
     return [data / different[place] for place in places]
 
 
-def _write(args: argparse.Namespace, measured: list[PatchDiversity], pictures: list[Path], img_size: int) -> list[Path]:
+def _write(args: argparse.Namespace, measured: list[PatchDiversity], images: list[Path], img_size: int) -> list[Path]:
     out = args.out or args.checkpoints[0].parent
     files = [out / "diversity.json"]
-    names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in pictures]
-    write_json(files[0], {"pictures": names, "checkpoints": [diversity.record() for diversity in measured]})
+    names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in images]
+    write_json(files[0], {"images": names, "checkpoints": [diversity.record() for diversity in measured]})
     if not args.no_plots:
         title = f"{args.checkpoints[0].parent.name}: different experts of each patch's sub-tokens"
         files += [out / "diversity.png", out / "diversity-course.png"]
-        draw_overlays(files[1], prepare_pictures(pictures, img_size), measured, title)
+        draw_overlays(files[1], prepare_images(images, img_size), measured, title)
         draw_course(files[2], measured, title)
     return files
 

@@ -23,12 +23,12 @@ COMMANDS = {
     "prepare": ("mhmoe_fairseq.commands.prepare", "make a binarised corpus from a source or your text"),
     "visual-tokenizer": (
         "mhmoe_fairseq.commands.visual_tokenizer",
-        "fit a visual tokenizer to training pictures, describe one, show ids",
+        "fit a visual tokenizer to training images, describe one, show ids",
     ),
     "plan": ("mhmoe_fairseq.commands.plan", "count what a training needs: parameters, FLOPs, memory, traffic"),
     "evaluate": ("mhmoe_fairseq.commands.evaluate", "perplexity of a checkpoint, every language and the total"),
     "report": ("mhmoe_fairseq.commands.report", "compare trained models: table and plots"),
-    "report-tasks": ("mhmoe_fairseq.commands.report_tasks", "scores of fine-tuned models of pictures: one table"),
+    "report-tasks": ("mhmoe_fairseq.commands.report_tasks", "scores of fine-tuned models of images: one table"),
     "analyze": ("mhmoe_fairseq.commands.analyze", "measure expert activation of a checkpoint on a data set"),
     "diversity": ("mhmoe_fairseq.commands.diversity", "to how many experts the patches of images go"),
     "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert and average checkpoints"),
@@ -37,7 +37,7 @@ COMMANDS = {
     "caption": ("mhmoe_fairseq.commands.caption", "captions of images, and their scores"),
     "predict": (
         "mhmoe_fairseq.commands.predict",
-        "score a model that was fine-tuned on pictures, or write its predictions for submission",
+        "score a model that was fine-tuned on images, or write its predictions for submission",
     ),
     "lm-eval": (
         "mhmoe_fairseq.commands.lm_eval",

@@ -59,7 +59,7 @@ _MHMOE_ONLY = {
 _SHORT_FLAGS = {"--heads": "mhmoe_heads_number", "--top-k": "moe_top_k", "--ep": "mhmoe_expert_parallel_size"}
 # Of the decoder or the encoder, as the architecture has one or the other.
 _SHORT_SIZES = {"--layers": "layers", "--embed-dim": "embed_dim", "--ffn-dim": "ffn_embed_dim"}
-_PICTURE_FLAGS = ("img_size", "patch_size", "max_text_length")
+_IMAGE_FLAGS = ("img_size", "patch_size", "max_text_length")
 _NAMED = re.compile("(dense|smoe|xmoe|mhmoe)_((lm|beit3)_[a-z]+)")
 
 
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visual-tokens", type=whole(), default=PAPER_VISUAL_TOKENS, help="BEiT-3: codes of the visual tokenizer"
     )
-    for name, what in zip(_PICTURE_FLAGS, ("side of a picture", "side of a patch", "longest text, in tokens")):
+    for name, what in zip(_IMAGE_FLAGS, ("side of an image", "side of a patch", "longest text, in tokens")):
         parser.add_argument(f"--{name.replace('_', '-')}", type=whole(), help=f"BEiT-3: {what}")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there, too")
     short = parser.add_argument_group("short names")

@@ -1,4 +1,4 @@
-"""``mhmoe predict``: scores of a model that was fine-tuned on pictures, and its predictions as submission files."""
+"""``mhmoe predict``: scores of a model that was fine-tuned on images, and its predictions as submission files."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..common.files import sha256_of, write_json
 
 if TYPE_CHECKING:
     from ..evaluation.fine_tuned import FineTuned
-    from ..evaluation.picture_predictions import Predictions
+    from ..evaluation.image_predictions import Predictions
 
-DERIVED = "These labels are derived from the pictures' metadata by templates: they are neither VQAv2's nor NLVR2's."
+DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 TASKS = ("mhmoe_vqa", "mhmoe_nlvr2", "mhmoe_image_classification", "mhmoe_retrieval")
 
 
@@ -39,20 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "classes a CSV, of retrieval the figures as JSON",
     )  # fmt: skip
     parser.add_argument(
-        "--scores", type=output_file, metavar="FILE", help="write the scores and what one gets without pictures as JSON"
+        "--scores", type=output_file, metavar="FILE", help="write the scores and what one gets without images as JSON"
     )
     parser.add_argument("--batch-size", type=whole(), default=32, metavar="N", help="rows that the model sees together")
     parser.add_argument(
-        "--num-workers", type=whole(at_least=0), default=0, metavar="N", help="processes that decode pictures"
+        "--num-workers", type=whole(at_least=0), default=0, metavar="N", help="processes that decode images"
     )
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the split's scores, if it has labels, beside what one gets without looking at pictures."""
+    """Prints the split's scores, if it has labels, beside what one gets without looking at images."""
     # Imported late, so that `mhmoe predict --help` is quick.
     from ..evaluation.fine_tuned import load_fine_tuned
-    from ..evaluation.picture_predictor import predict_split
+    from ..evaluation.image_predictor import predict_split
 
     model = load_fine_tuned(args.checkpoint, TASKS, args.data, "cpu" if args.cpu else None)
     predictions = predict_split(model, args.split, args.batch_size, args.num_workers)

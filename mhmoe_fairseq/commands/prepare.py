@@ -10,7 +10,7 @@ PREPARERS = {
     "english": (prepare_english, "English text for language modelling"),
     "multilingual": (prepare_multilingual, "text in many languages for language modelling"),
     "classification": (prepare_classification, "labelled sentences or pairs, such as XNLI's, for fine-tuning"),
-    "image-text": (prepare_image_text, "pictures with captions and questions, for masked multimodal models"),
+    "image-text": (prepare_image_text, "images with captions and questions, for masked multimodal models"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Fetch or read pictures with captions, divide them, learn a vocabulary and a visual tokenizer on the training part,
+"""Fetch or read images with captions, divide them, learn a vocabulary and a visual tokenizer on the training part,
 and write everything that masked multimodal pre-training and fine-tuning read, in BEiT-3's formats."""
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ..data.sentencepiece_vocabulary import MODELS, check_vocab_size
 from ..prepare.image_text.beit3_folder import Completion, CompletionSettings
 from ..prepare.image_text.console import say
 from ..prepare.image_text.derived import DerivedSettings
-from ..prepare.image_text.pictures import PictureSource
+from ..prepare.image_text.images import ImageSource
 from ..prepare.image_text.pipeline import ImageTextSettings, prepare_image_text
-from ..prepare.sources.pictures.emoji import EmojiSource
-from ..prepare.sources.pictures.folder import FolderSource
-from ..prepare.sources.pictures.tuxpaint import TuxPaintSource
+from ..prepare.sources.images.emoji import EmojiSource
+from ..prepare.sources.images.folder import FolderSource
+from ..prepare.sources.images.tuxpaint import TuxPaintSource
 from ..prepare.splits import SPLITS, check_fractions
 from ..prepare.visual_tokenizers.fitting import FitSettings
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe prepare image-text``."""
     parser.add_argument(
         "--source", nargs="+", default=["emoji"], metavar=("NAME", "DIR"),
-        help="emoji; tuxpaint; 'folder DIR' with pictures and captions; 'beit3-index DIR', a folder of unilm's "
+        help="emoji; tuxpaint; 'folder DIR' with images and captions; 'beit3-index DIR', a folder of unilm's "
         "scripts, checked and completed in place",
     )  # fmt: skip
     parser.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the prepared data")
@@ -40,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
     parser.add_argument("--seed", type=seed, default=1, help="decides what is held out, derived and fitted")
     parser.add_argument(
-        "--valid-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are pictured"
+        "--valid-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are imaged"
     )
     parser.add_argument(
-        "--test-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are pictured"
+        "--test-fraction", type=real(above=0, below=1), default=0.1, help="share of the things that are imaged"
     )
     _add_text_arguments(parser.add_argument_group("text"))
-    _add_picture_arguments(parser.add_argument_group("visual tokenizer"))
+    _add_image_arguments(parser.add_argument_group("visual tokenizer"))
     derived = parser.add_argument_group("derived questions and statements")
     derived.add_argument("--no-derived", action="store_true", help="make none")
     derived.add_argument(
@@ -63,19 +63,19 @@ def _add_text_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
     group.add_argument(
         "--text-data", type=existing_folder, metavar="DIR",
-        help="text without pictures: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
+        help="text without images: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
     )  # fmt: skip
 
 
-def _add_picture_arguments(group: argparse._ArgumentGroup) -> None:
+def _add_image_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
-    group.add_argument("--image-size", type=whole(), default=64, metavar="PIXELS", help="side of the pictures it takes")
+    group.add_argument("--image-size", type=whole(), default=64, metavar="PIXELS", help="side of the images it takes")
     group.add_argument("--patch-size", type=whole(), default=16, metavar="PIXELS", help="side of a patch")
     group.add_argument("--visual-vocab-size", type=whole(), default=512, metavar="N", help="number of codes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepares the pictures; raises ``UserError`` for anything the user can mend."""
+    """Prepares the images; raises ``UserError`` for anything the user can mend."""
     source, settings = build_source(args), build_settings(args)
     if source is None:
         _complete(Path(args.source[1]), args.dest, CompletionSettings(settings.text_data, settings.tokenizer))
@@ -89,13 +89,13 @@ def run(args: argparse.Namespace) -> int:
 def _complete(folder: Path, dest: Path, settings: CompletionSettings) -> None:
     if dest.resolve() != folder.resolve():
         raise UserError(
-            f"--dest {dest}: must be {folder} itself, where the missing files are put: the pictures are not copied"
+            f"--dest {dest}: must be {folder} itself, where the missing files are put: the images are not copied"
         )
     manifest = Completion(folder, settings, say).run()
     say(f"done: {folder}, {len(manifest['made'])} files made here")
 
 
-def build_source(args: argparse.Namespace) -> PictureSource | None:
+def build_source(args: argparse.Namespace) -> ImageSource | None:
     """The source that ``--source`` names; None for beit3-index, which is no source but a folder to complete.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``mhmoe report-tasks``: models fine-tuned on pictures side by side, in the columns of P1's table 4."""
+"""``mhmoe report-tasks``: models fine-tuned on images side by side, in the columns of P1's table 4."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COLUMNS = (
     ("retrieval, test", "retrieval", "test", "mean recall"),
 )
 _DERIVED = (
-    "Questions and statements are derived from the pictures' metadata by templates: these are neither VQAv2 nor NLVR2, "
+    "Questions and statements are derived from the images' metadata by templates: these are neither VQAv2 nor NLVR2, "
     "and no figure here compares with a paper's."
 )
 
@@ -77,7 +77,7 @@ def find_names(folder: Path) -> list[str]:
 
 
 def report_tasks(folder: Path, names: Sequence[str]) -> str:
-    """The Markdown report: our models, what guessing without pictures reaches, and the paper's table.
+    """The Markdown report: our models, what guessing without images reaches, and the paper's table.
 
     Raises:
         UserError: if a model has no scores at all.
@@ -96,7 +96,7 @@ def report_tasks(folder: Path, names: Sequence[str]) -> str:
     guesses = _guesses(names, columns, scores)
     rows = [[name, *map(number, row)] for name, row in zip(names, figures)]
     rows += [[f"*{guess}*", *(number(values.get(title)) for title in titles)] for guess, values in guesses.items()]
-    parts = ["# Fine-tuned on pictures", markdown_table(["", *titles], rows)]
+    parts = ["# Fine-tuned on images", markdown_table(["", *titles], rows)]
     notes = (
         _sizes(names, columns, scores),
         _against_guessing(names, columns, figures, guesses, scores),

@@ -1,4 +1,4 @@
-"""``mhmoe visual-tokenizer``: fit one to training pictures, say what a file holds, show the ids of pictures."""
+"""``mhmoe visual-tokenizer``: fit one to training images, say what a file holds, show the ids of images."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 KINDS = ("patch-kmeans", "vqvae")
 _SHOWN = 12
 _FIT = """\
-Only the training pictures of a prepared folder are used. Writes FILE, beside it FILE.png with held-out pictures over
-what their ids decode to, and FILE.json with the figures; the last line says how many codes held-out pictures use.
+Only the training images of a prepared folder are used. Writes FILE, beside it FILE.png with held-out images over
+what their ids decode to, and FILE.json with the figures; the last line says how many codes held-out images use.
 patch-kmeans takes seconds; vqvae a few minutes on a processor.
 
   mhmoe visual-tokenizer fit data/emoji --vocab-size 512 --patch-size 16 --image-size 64
@@ -31,7 +31,7 @@ Ours, or a VQ-KD checkpoint of BEiT v2, which every command takes as it is.
   mhmoe visual-tokenizer info data/emoji/visual_tokenizer.pt
 """
 _ENCODE = """\
-One line of JSON per picture: its file and the rows of ids.
+One line of JSON per image: its file and the rows of ids.
 
   mhmoe visual-tokenizer encode data/emoji/visual_tokenizer.pt data/emoji/images/1f34e.png
 """
@@ -47,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
 
-    _add_fit_arguments(action("fit", "fit a visual tokenizer to the training pictures of a prepared folder", _FIT))
+    _add_fit_arguments(action("fit", "fit a visual tokenizer to the training images of a prepared folder", _FIT))
     info = action("info", "say what a file holds", _INFO)
     info.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
-    encode = action("encode", "show the ids of pictures", _ENCODE)
+    encode = action("encode", "show the ids of images", _ENCODE)
     encode.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
-    encode.add_argument("pictures", type=existing_file, nargs="+", metavar="PICTURE", help="any that Pillow reads")
+    encode.add_argument("images", type=existing_file, nargs="+", metavar="IMAGE", help="any that Pillow reads")
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
@@ -67,11 +67,11 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
     numbers = {
         "--vocab-size": (kmeans.vocab_size, "number of codes"),
         "--patch-size": (kmeans.patch_size, "side of a patch in pixels"),
-        "--image-size": (kmeans.image_size, "side of the pictures that it takes; both sizes give the grid of ids"),
+        "--image-size": (kmeans.image_size, "side of the images that it takes; both sizes give the grid of ids"),
         "--max-patches": (kmeans.max_patches, "patch-kmeans: about how many patches are used"),
         "--iterations": (kmeans.iterations, "patch-kmeans: of Lloyd's algorithm"),
         "--updates": (vqvae.updates, "vqvae: steps"),
-        "--batch-size": (vqvae.batch_size, "vqvae: pictures in a step"),
+        "--batch-size": (vqvae.batch_size, "vqvae: images in a step"),
     }
     for flag, (value, text) in numbers.items():
         fit.add_argument(flag, type=whole(), default=value, metavar="N", help=f"{text} (default: %(default)s)")
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     """Do what ``args.action`` says.
 
     Raises:
-        UserError: a bad flag, a file that is no tokenizer, a picture that cannot be read.
+        UserError: a bad flag, a file that is no tokenizer, an image that cannot be read.
     """
     {"fit": _fit, "info": _info, "encode": _encode}[args.action](args)
     return 0
@@ -128,14 +128,14 @@ def _fit(args: argparse.Namespace) -> None:
 
 
 def _draw_comparison(tokenizer: VisualTokenizer, data: Path, path: Path, seed: int) -> None:
-    """A dozen held-out pictures (training ones where none are held out) over their reconstructions."""
+    """A dozen held-out images (training ones where none are held out) over their reconstructions."""
     from torchvision.transforms.functional import to_pil_image
 
     from ..data.multimodal.index import index_files
-    from ..prepare.visual_tokenizers.fitting import comparison, whole_pictures
+    from ..prepare.visual_tokenizers.fitting import comparison, whole_images
 
     split = next(split for split in ("valid", "train") if index_files(data, "image", split)[0].is_file())
-    images = whole_pictures(data, split, tokenizer.image_size, _SHOWN, seed)
+    images = whole_images(data, split, tokenizer.image_size, _SHOWN, seed)
     with atomic_path(path) as temporary:
         to_pil_image(comparison(tokenizer, images)).save(temporary, format="PNG")
 
@@ -157,12 +157,12 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _encode(args: argparse.Namespace) -> None:
-    from ..data.images.reading import read_picture
+    from ..data.images.reading import read_image
     from ..data.images.transforms import EvaluationViews
     from ..data.visual_tokenizers import load_visual_tokenizer
 
     tokenizer = load_visual_tokenizer(args.file)
     views = EvaluationViews(tokenizer.image_size, tokenizer.image_size)
-    for path in args.pictures:
-        ids = tokenizer.encode(views(read_picture(path))[1][None]).view(tokenizer.token_shape)
-        say(json.dumps({"picture": str(path), "ids": ids.tolist()}))
+    for path in args.images:
+        ids = tokenizer.encode(views(read_image(path))[1][None]).view(tokenizer.token_shape)
+        say(json.dumps({"image": str(path), "ids": ids.tolist()}))

@@ -66,7 +66,7 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     - ``loss``: what training minimises: by default the mean of these.
     - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is the figure of table 1.
 
-    - ``replaced``: samples that stood for one with a bad picture, where there are such.
+    - ``replaced``: samples that stood for one with a bad image, where there are such.
 
     All come from sums over the whole set, so that a validation's do not depend on its batches.
     """

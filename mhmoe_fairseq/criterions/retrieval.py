@@ -1,4 +1,4 @@
-"""Contrastive loss of pictures and their texts over the rows of all ranks."""
+"""Contrastive loss of images and their texts over the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Vectors(NamedTuple):
 
     Attributes:
         ids: ``(rows,)`` numbers of the texts in their data set.
-        image_ids: ``(rows,)`` the picture of each text.
+        image_ids: ``(rows,)`` the image of each text.
         images, texts: ``(rows, D)`` of length 1.
     """
 
@@ -33,12 +33,12 @@ class Vectors(NamedTuple):
 class RetrievalCriterion(FairseqCriterion):
     """``loss = rows * ((c_i + c_t) / 2 + w_b * balance + w_z * z)``, divided by the rows later.
 
-    ``c_i`` is the cross entropy in nats of a picture's own text among the texts of all ranks, by similarity times
-    ``exp(logit_scale)``, and ``c_t`` that of a text's own picture. A rank counts its own rows, so that the sum over
+    ``c_i`` is the cross entropy in nats of an image's own text among the texts of all ranks, by similarity times
+    ``exp(logit_scale)``, and ``c_t`` that of a text's own image. A rank counts its own rows, so that the sum over
     the ranks is the loss of all. The auxiliary losses are the mean of those of the model's two calls.
 
-    The logs give ``(c_i + c_t) / 2`` in bits (``loss``), and in percent how often a picture's own text is the most
-    similar of the batch (``image_accuracy``), and a text's own picture (``text_accuracy``).
+    The logs give ``(c_i + c_t) / 2`` in bits (``loss``), and in percent how often an image's own text is the most
+    similar of the batch (``image_accuracy``), and a text's own image (``text_accuracy``).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RetrievalCriterion(FairseqCriterion):
         """The loss of one batch.
 
         Args:
-            model: called with the sample's pictures, then with its texts, and the task's ``head_name``.
+            model: called with the sample's images, then with its texts, and the task's ``head_name``.
             sample: row i of ``images`` belongs to row i of ``text_tokens``. Where ``counted`` is False it is only there
                 for the calls that all ranks make together, and its rows are compared with none.
             reduce: sum over the rows.

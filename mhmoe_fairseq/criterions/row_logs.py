@@ -12,14 +12,14 @@ from .gate_losses import log_gate_losses
 
 def row_log(sample: dict[str, Any], rows: int) -> dict[str, Any]:
     """The counts of a batch, additive; fairseq divides the loss by ``sample_size``."""
-    replaced = sample.get("num_replaced", 0)  # samples that stand for one with a bad picture
+    replaced = sample.get("num_replaced", 0)  # samples that stand for one with a bad image
     return {"ntokens": sample["ntokens"], "nsentences": rows, "sample_size": rows, "num_replaced": replaced}
 
 
 def log_rows(logging_outputs: list[dict[str, Any]], **percentages: str) -> None:
     """Log what the batches have summed up, so that a validation set's figures are exact.
 
-    ``loss`` becomes bits per row; the number of samples that stand for one with a bad picture is ``replaced``, where
+    ``loss`` becomes bits per row; the number of samples that stand for one with a bad image is ``replaced``, where
     there are such; the routing figures are those of ``log_gate_losses``.
 
     Args:

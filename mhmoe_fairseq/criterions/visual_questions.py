@@ -1,4 +1,4 @@
-"""Binary cross entropy of every answer to a question about a picture, and the VQA soft score."""
+"""Binary cross entropy of every answer to a question about an image, and the VQA soft score."""
 
 from __future__ import annotations
 

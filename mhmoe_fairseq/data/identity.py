@@ -13,7 +13,7 @@ from ..common.errors import UserError
 from ..common.files import read_json, sha256_of
 
 _SPLIT_FILES = ("train.bin", "valid.bin", "test.bin")
-# Of a folder of images and text: what pre-training reads, but the pictures themselves.
+# Of a folder of images and text: what pre-training reads, but the images themselves.
 _IMAGE_TEXT_FILES = ("image.*.jsonl", "pair.*.jsonl", *(f"text/{name}" for name in _SPLIT_FILES))
 
 
@@ -51,8 +51,8 @@ def identify_data(folder: Path) -> DataIdentity:
     """
     if (folder / "manifest.json").is_file():
         return identify_manifest(folder / "manifest.json")
-    pictures = [path for pattern in _IMAGE_TEXT_FILES for path in folder.glob(pattern)]
-    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *pictures]
+    images = [path for pattern in _IMAGE_TEXT_FILES for path in folder.glob(pattern)]
+    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *images]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files if path.is_file()}
     if "dict.txt" not in hashes:
         raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: it is no binarised data")

@@ -1,4 +1,4 @@
-"""Captions of a split, or of single pictures, by a fine-tuned model."""
+"""Captions of a split, or of single images, by a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fairseq import utils
 from ..checkpoints.open_image_text import load_image_text_model
 from ..common.errors import UserError
 from ..data.datasets import CaptionDataset
-from ..data.images.reading import read_picture
+from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index
 from ..metrics.captions import read_ground_truth
@@ -45,7 +45,7 @@ class Captioner:
         """The captions that a split's are scored against; None if the data have none.
 
         Raises:
-            UserError: naming the file, if it is not of the split's pictures, each of them and no other.
+            UserError: naming the file, if it is not of the split's images, each of them and no other.
         """
         file = self.task.folder / GROUND_TRUTH[split]
         if not file.is_file():
@@ -63,7 +63,7 @@ class Captioner:
         return references
 
     def training_captions(self) -> dict[int, list[str]] | None:
-        """The captions of the training pictures, by image id; None if the data have none."""
+        """The captions of the training images, by image id; None if the data have none."""
         if not index_files(self.task.folder, "captioning", "train", NAME)[0].is_file():
             return None
         index = read_index(self.task.folder, "captioning", "train", NAME, vocabulary_size=len(self.task.dictionary))
@@ -73,10 +73,10 @@ class Captioner:
         return captions
 
     def caption_split(self, split: str, search: CaptionSearch, batch_size: int = 32) -> dict[int, str]:
-        """A caption for every picture of a split, by image id, in the index's order.
+        """A caption for every image of a split, by image id, in the index's order.
 
         Raises:
-            FileNotFoundError, ValueError: naming the index or picture that is missing or broken.
+            FileNotFoundError, ValueError: naming the index or image that is missing or broken.
         """
         index = read_index(self.task.folder, "captioning", split, NAME)
         settings = self.task.dataset_settings(split, seed=0)
@@ -91,16 +91,16 @@ class Captioner:
             captions.update(zip(batch["image_ids"].tolist(), written))
         return captions
 
-    def caption_pictures(self, paths: Sequence[Path], search: CaptionSearch, batch_size: int = 32) -> Iterator[str]:
+    def caption_images(self, paths: Sequence[Path], search: CaptionSearch, batch_size: int = 32) -> Iterator[str]:
         """A caption for every file.
 
         Raises:
-            ValueError: naming the file that is missing or no picture, and the rule.
+            ValueError: naming the file that is missing or no image, and the rule.
         """
         device = next(self.model.parameters()).device
         for start in range(0, len(paths), batch_size):
-            pictures = [self.transform(read_picture(path)) for path in paths[start : start + batch_size]]
-            yield from self.task.write_captions(self.model, torch.stack(pictures).to(device), search)
+            batch = [self.transform(read_image(path)) for path in paths[start : start + batch_size]]
+            yield from self.task.write_captions(self.model, torch.stack(batch).to(device), search)
 
     @property
     def _is_on_gpu(self) -> bool:

@@ -1,4 +1,4 @@
-"""Open a model that was fine-tuned on pictures, and run it over a split."""
+"""Open a model that was fine-tuned on images, and run it over a split."""
 
 from __future__ import annotations
 

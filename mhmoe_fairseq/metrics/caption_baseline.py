@@ -1,4 +1,4 @@
-"""What can be reached without looking: one caption for every picture."""
+"""What can be reached without looking: one caption for every image."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _MOST_IMAGES = 500
 
 
 def best_constant_caption(training: Mapping[int, Sequence[str]]) -> str:
-    """The training caption with the highest CIDEr if it is given to all training pictures; of equals the first.
+    """The training caption with the highest CIDEr if it is given to all training images; of equals the first.
 
-    Where there are many, of the 200 most frequent captions, on 500 pictures evenly spread over the set.
+    Where there are many, of the 200 most frequent captions, on 500 images evenly spread over the set.
 
     Args:
         training: captions by image, at least one image with at least one.

@@ -1,4 +1,4 @@
-"""Recall at 1, 5 and 10 of pictures by texts and of texts by pictures, over a whole set."""
+"""Recall at 1, 5 and 10 of images by texts and of texts by images, over a whole set."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, f
     Args:
         images: ``(I, D)`` of length 1.
         texts: ``(T, D)`` of length 1.
-        image_of_text: ``(T,)`` the row of each text's picture; every picture has a text.
+        image_of_text: ``(T,)`` the row of each text's image; every image has a text.
 
     Returns:
-        ``text_rK``: how often one of a picture's texts is among the K most similar to it; ``image_rK``: how often a
-        text's picture is among the K most similar to it; ``mean_recall`` of the six. Of equally similar ones the right
+        ``text_rK``: how often one of an image's texts is among the K most similar to it; ``image_rK``: how often a
+        text's image is among the K most similar to it; ``mean_recall`` of the six. Of equally similar ones the right
         one counts as the last, so that a model that gives all the same vector finds nothing.
     """
     best_text = _ranks_of_texts(images, texts, image_of_text)
@@ -40,7 +40,7 @@ def chance_of_recall(texts_of_image: Sequence[int]) -> float:
     """Percent of ``mean_recall`` that a random order reaches on average.
 
     Args:
-        texts_of_image: how many texts each picture has.
+        texts_of_image: how many texts each image has.
     """
     images, texts = len(texts_of_image), sum(texts_of_image)
     by_rank = []
@@ -52,7 +52,7 @@ def chance_of_recall(texts_of_image: Sequence[int]) -> float:
 
 
 def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """``(I,)``: how many other texts are at least as similar to a picture as the most similar one of its own."""
+    """``(I,)``: how many other texts are at least as similar to an image as the most similar one of its own."""
     ranks = []
     for start in range(0, len(images), _CHUNK):
         similarity = images[start : start + _CHUNK] @ texts.T
@@ -64,7 +64,7 @@ def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Ten
 
 
 def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """``(T,)``: how many other pictures are at least as similar to a text as its own."""
+    """``(T,)``: how many other images are at least as similar to a text as its own."""
     ranks = []
     for start in range(0, len(texts), _CHUNK):
         similarity = texts[start : start + _CHUNK] @ images.T
@@ -74,7 +74,7 @@ def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Te
 
 
 class VectorMeter(Meter):
-    """Keeps what a validation has embedded, each text and each picture once, whatever batches it came in."""
+    """Keeps what a validation has embedded, each text and each image once, whatever batches it came in."""
 
     def __init__(self) -> None:
         self.reset()

@@ -1,4 +1,4 @@
-"""What can be answered without looking: baselines that a model of pictures has to beat."""
+"""What can be answered without looking: baselines that a model of images has to beat."""
 
 from __future__ import annotations
 

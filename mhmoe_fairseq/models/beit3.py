@@ -22,7 +22,7 @@ from .vocabulary import RemembersVocabulary
 
 @register_model(BEIT3_NAME, dataclass=BEiT3Options)
 class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFairseqModel):
-    """Pictures, texts, and pictures with a text; ``--arch`` names one of ``models.architectures``.
+    """Images, texts, and images with a text; ``--arch`` names one of ``models.architectures``.
 
     Its parameters have the names of unilm's BEiT-3 (``beit3.*``), and the heads: ``text_head``, the vocabulary's scores
     with weights of their own as in BEiT-3, ``image_head``, the visual tokens', and ``heads.*``.
@@ -92,7 +92,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             text_tokens: ``(B, S)``, the padding symbol where padded.
             images: ``(B, 3, H, W)``, normalised.
             masked_patches: bool ``(B, patches)``, True where the mask token replaces the patch.
-            attention: ``full``, or ``caption``: the picture sees itself, a token the picture and the text up to itself.
+            attention: ``full``, or ``caption``: the image sees itself, a token the image and the text up to itself.
             head: a registered head; it reads the features before the final norm if its ``normalize_output`` is False.
 
         Returns:

@@ -1,7 +1,7 @@
 """Captions token by token from an encoder, each predicted from a trailing mask token (BEiT-3).
 
-What an earlier position computes never changes with later ones, since the picture sees itself alone and a token the
-picture and the text up to itself: keys and values are computed once.
+What an earlier position computes never changes with later ones, since the image sees itself alone and a token the
+image and the text up to itself: keys and values are computed once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MASK_SYMBOL = "<mask>"
 
 @dataclass
 class CaptionState:
-    """Pictures and the captions so far, a row each.
+    """Images and the captions so far, a row each.
 
     Attributes:
         caches: keys and values of each layer.
@@ -47,7 +47,7 @@ class WritesCaptions(nn.Module):
 
     @torch.no_grad()
     def start_captions(self, images: Tensor) -> CaptionState:
-        """Read ``(B, 3, H, W)`` pictures; no token has been written."""
+        """Read ``(B, 3, H, W)`` images; no token has been written."""
         state = CaptionState([KeyValueCache() for _ in self.beit3.encoder.layers])
         with self.autocast(images.device.type):
             self.beit3(images=images, caches=state.caches)

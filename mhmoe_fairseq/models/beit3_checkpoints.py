@@ -25,7 +25,7 @@ _FIRST_PATCH = UNUSED_POSITIONS + 1
 def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str], prefix: str = "") -> None:
     """Change a state dictionary in place into one that ``model`` can load.
 
-    The picture's position table is resized to the model's grid of patches, the text's cut to the model's length; the
+    The image's position table is resized to the model's grid of patches, the text's cut to the model's length; the
     head of masked patches is left out if the model has none; a head in ``new_heads`` that the checkpoint lacks keeps
     its initial weights.
 

@@ -1,7 +1,7 @@
 """The heads of BEiT-3's fine-tuning tasks (unilm ``beit3/modeling_finetune.py``): each reads the encoder's features.
 
 A head is called with the features of a joint sequence ``[cls | patches | text]``, ``(B, L, D)``, and the model's
-``extra``, of which it uses ``image_positions``: how many of the L positions belong to the picture.
+``extra``, of which it uses ``image_positions``: how many of the L positions belong to the image.
 
 ``normalize_output`` tells whether a head wants the encoder's last norm before it; where not, it has one of its own.
 """
@@ -51,7 +51,7 @@ class VQAHead(nn.Module):
 
 
 class NLVR2Head(nn.Module):
-    """Class logits of a statement about two pictures, from both class tokens and both first text tokens.
+    """Class logits of a statement about two images, from both class tokens and both first text tokens.
 
     Only the last layer starts small, in BEiT-3 the first, too: with hidden units that differ from the start, a short
     training gets beyond guessing sooner.
@@ -75,7 +75,7 @@ class NLVR2Head(nn.Module):
         """Logits.
 
         Args:
-            features: ``(2 B, L, D)``: the left pictures' rows, then the right pictures', each with the statement.
+            features: ``(2 B, L, D)``: the left images' rows, then the right images', each with the statement.
             extra: with ``image_positions``, where the text starts.
 
         Returns:
@@ -87,7 +87,7 @@ class NLVR2Head(nn.Module):
 
 
 class ImageClassificationHead(nn.Module):
-    """Class logits of a picture, from the mean of its patches; the class token is left out.
+    """Class logits of an image, from the mean of its patches; the class token is left out.
 
     Args:
         embed_dim: D.
@@ -111,7 +111,7 @@ class ImageClassificationHead(nn.Module):
 
 
 class RetrievalHead(nn.Module):
-    """A vector of length 1 for a picture or for a text, from the first token of a sequence that has only one of them.
+    """A vector of length 1 for an image or for a text, from the first token of a sequence that has only one of them.
 
     Args:
         embed_dim: D.

@@ -79,8 +79,8 @@ def check_stack(options: Any) -> None:
             raise ValueError(f"{flag(one)} and {flag(other)} contradict each other")
 
 
-def check_pictures(options: Any) -> None:
-    """The sizes of pictures and texts that an encoder reads.
+def check_images(options: Any) -> None:
+    """The sizes of images and texts that an encoder reads.
 
     Raises:
         ValueError: naming the flag, its value and the rule.

@@ -14,7 +14,7 @@ from ..common.ranges import check_flags, flag
 from ..moe import MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
-from .flag_checks import check_dense, check_moe, check_pictures, check_stack, stack_of, text
+from .flag_checks import check_dense, check_images, check_moe, check_stack, stack_of, text
 
 # Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
 _WIDTH_MULTIPLES = (8, 4, 2, 1)
@@ -68,7 +68,7 @@ def decoder_settings(
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
     """Everything a BEiT-3 encoder is built from; as ``decoder_settings``."""
     check_stack(options)
-    check_pictures(options)
+    check_images(options)
     moe = moe_config(options)
     return EncoderSettings(
         **_layer_fields(options, moe, parallel),

@@ -49,10 +49,10 @@ class CaptioningTaskConfig(ImageTextFineTuningConfig):
 
 @register_task("mhmoe_captioning", dataclass=CaptioningTaskConfig)
 class CaptioningTask(ImageTextFineTuning):
-    """Captions of pictures: masked tokens in training, each seeing the picture and the text before it.
+    """Captions of images: masked tokens in training, each seeing the image and the text before it.
 
     The files are ``coco_captioning.{train,val,test}.jsonl`` and, with the reference captions in COCO's layout,
-    ``coco_karpathy_{val,test}_gt.json``. Validation decodes a caption for every picture and logs ``cider``, 100 times
+    ``coco_karpathy_{val,test}_gt.json``. Validation decodes a caption for every image and logs ``cider``, 100 times
     the mean CIDEr-D, beside the loss on the references: select with ``--best-checkpoint-metric cider
     --maximize-best-checkpoint-metric``.
 
@@ -136,7 +136,7 @@ class CaptioningTask(ImageTextFineTuning):
         )
 
     def write_captions(self, model: nn.Module, images: Tensor, search: CaptionSearch | None = None) -> list[str]:
-        """A caption for each of ``(B, 3, H, W)`` pictures.
+        """A caption for each of ``(B, 3, H, W)`` images.
 
         Args:
             search: other than validation's.

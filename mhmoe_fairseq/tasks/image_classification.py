@@ -1,4 +1,4 @@
-"""Fine-tuning on classes of pictures."""
+"""Fine-tuning on classes of images."""
 
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..data.datasets import DatasetSettings, LabelledPictures
+from ..data.datasets import DatasetSettings, LabelledImages
 from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index
 from ..models.beit3_heads import ImageClassificationHead
@@ -38,7 +38,7 @@ class ImageClassificationTaskConfig(ClassifierConfig):
 
 @register_task("mhmoe_image_classification", dataclass=ImageClassificationTaskConfig)
 class ImageClassificationTask(ClassTask):
-    """Classes of pictures.
+    """Classes of images.
 
     The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split where there is
     no ``imagenet.test.index.jsonl``, and ``imagenet.classes.json``, the list of the classes' names, in place of which
@@ -59,12 +59,12 @@ class ImageClassificationTask(ClassTask):
         """The head of a model of that width."""
         return ImageClassificationHead(embed_dim, len(self.classes), self.args.center_features)
 
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledPictures:
-        """The pictures of an index."""
-        return LabelledPictures(index, settings, transform, len(self.classes))
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledImages:
+        """The images of an index."""
+        return LabelledImages(index, settings, transform, len(self.classes))
 
     def build_transform(self, split: str) -> Any:
-        """What is done to a split's pictures: nothing random but in training."""
+        """What is done to a split's images: nothing random but in training."""
         if not self.args.imagenet_views:
             return super().build_transform(split)
         size, flip = self.args.img_size, not self.args.no_flip

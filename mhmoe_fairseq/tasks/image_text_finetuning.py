@@ -10,7 +10,7 @@ from torch import nn
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..data.datasets import DatasetSettings, PictureTextDataset
+from ..data.datasets import DatasetSettings, ImageTextDataset
 from ..data.images.transforms import EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index, read_index
 from ..training.layer_decay import scale_learning_rates
@@ -31,9 +31,9 @@ class ImageTextFineTuningConfig(ImageTextTaskConfig):
     head_lr_multiplier: float = field(
         default=1.0, metadata={"help": "factor of the learning rate in the task's new head"}
     )
-    randaug: bool = field(default=False, metadata={"help": "RandAugment on the training pictures"})
+    randaug: bool = field(default=False, metadata={"help": "RandAugment on the training images"})
     no_flip: bool = field(
-        default=False, metadata={"help": "never mirror the training pictures, where texts speak of left and right"}
+        default=False, metadata={"help": "never mirror the training images, where texts speak of left and right"}
     )
 
 
@@ -45,7 +45,7 @@ class ClassifierConfig(ImageTextFineTuningConfig):
         default=False,
         metadata={
             "help": "the head's norm first takes away the features' running mean, so that a new head learns from what "
-            "tells the pictures apart: for short trainings; not in BEiT-3"
+            "tells the images apart: for short trainings; not in BEiT-3"
         },
     )
 
@@ -65,7 +65,7 @@ class ImageTextFineTuning(ImageTextTask):
         return model
 
     def build_transform(self, split: str) -> Any:
-        """What is done to a split's pictures: nothing random but in training."""
+        """What is done to a split's images: nothing random but in training."""
         if split == "train":
             return TrainTransform(self.args.img_size, self.args.randaug, flip=not self.args.no_flip)
         return EvaluationTransform(self.args.img_size)
@@ -93,7 +93,7 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
         """The head of a model of that width."""
 
     @abc.abstractmethod
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> PictureTextDataset:
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> ImageTextDataset:
         """The data set of an index."""
 
     def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
@@ -102,7 +102,7 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
 
     @property
     def has_derived_labels(self) -> bool:
-        """Whether the manifest says that the labels are derived from the pictures' metadata."""
+        """Whether the manifest says that the labels are derived from the images' metadata."""
         manifest = self.folder / "manifest.json"
         return self.may_be_derived and manifest.is_file() and bool(read_json(manifest).get("derived"))
 
@@ -114,7 +114,7 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
         """
         return read_index(self.folder, self.index_task, split, self.index_name, vocabulary_size=len(self.dictionary))
 
-    def read_split(self, split: str) -> PictureTextDataset:
+    def read_split(self, split: str) -> ImageTextDataset:
         """The samples of a split: whether they have labels is theirs to tell, with ``has_targets``.
 
         Raises:

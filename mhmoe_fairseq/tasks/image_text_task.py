@@ -40,9 +40,9 @@ class ImageTextTaskConfig(TrainingFlags):
     max_text_length: int = field(
         default=64, metadata={"help": "most tokens of a text, <s> and </s> counted; longer ones are cut"}
     )
-    skip_bad_pictures: bool = field(
+    skip_bad_images: bool = field(
         default=False,
-        metadata={"help": "in training, let another sample take the place of one whose picture cannot be read"},
+        metadata={"help": "in training, let another sample take the place of one whose image cannot be read"},
     )
     # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
     seed: int = II("common.seed")
@@ -122,7 +122,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
             max_text_length=self.args.max_text_length,
             seed=seed,
             training=split == "train",
-            skip_bad_pictures=self.args.skip_bad_pictures,
+            skip_bad_images=self.args.skip_bad_images,
         )
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:

@@ -1,4 +1,4 @@
-"""Held-out pictures with their reference captions: for a loss as in training, and for CIDEr of decoded captions."""
+"""Held-out images with their reference captions: for a loss as in training, and for CIDEr of decoded captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..metrics.captions import CiderD, tokenize
 
 
 class ReferencedCaptions(CaptionDataset):
-    """A split's pictures, each once, with its first reference masked as in training, always alike.
+    """A split's images, each once, with its first reference masked as in training, always alike.
 
     A batch has ``text_targets`` as in training, and ``split``.
 
@@ -27,10 +27,10 @@ class ReferencedCaptions(CaptionDataset):
         ids: the first caption of each image, by image id, in the dictionary's ids without specials.
 
     Attributes:
-        cider: scores a caption of the picture of a row, which batches have as ``id``.
+        cider: scores a caption of the image of a row, which batches have as ``id``.
 
     Raises:
-        ValueError: if a picture has no reference.
+        ValueError: if an image has no reference.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ReferencedCaptions(CaptionDataset):
         unknown = [image for image in images if image not in references]
         if unknown:
             raise UserError(
-                f"{index.files[0]}: {len(unknown)} of {len(images)} pictures have no reference caption, first image_id "
+                f"{index.files[0]}: {len(unknown)} of {len(images)} images have no reference caption, first image_id "
                 f"{unknown[0]}"
             )
         self._ids = [ids[image] for image in images]

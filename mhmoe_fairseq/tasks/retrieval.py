@@ -1,4 +1,4 @@
-"""Fine-tuning on finding pictures by their texts and texts by their pictures."""
+"""Fine-tuning on finding images by their texts and texts by their images."""
 
 import functools
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
@@ -29,11 +29,11 @@ class RetrievalTaskConfig(ImageTextFineTuningConfig):
 
 @register_task("mhmoe_retrieval", dataclass=RetrievalTaskConfig)
 class RetrievalTask(HeadTask):
-    """Pictures and their captions.
+    """Images and their captions.
 
     The files are BEiT-3's: ``coco_retrieval.{train,val,test}.jsonl``, or ``flickr30k``'s. Validation compares all
-    pictures with all captions of the split and logs in percent how often a caption of the picture is among the 1, 5
-    and 10 most similar ones (``text_r1``, ...), how often the caption's picture is (``image_r1``, ...), and
+    images with all captions of the split and logs in percent how often a caption of the image is among the 1, 5
+    and 10 most similar ones (``text_r1``, ...), how often the caption's image is (``image_r1``, ...), and
     ``mean_recall``, the mean of the six: select with ``--best-checkpoint-metric mean_recall
     --maximize-best-checkpoint-metric``.
     """
@@ -53,7 +53,7 @@ class RetrievalTask(HeadTask):
         return RetrievalHead(embed_dim)
 
     def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> RetrievalDataset:
-        """The pictures and captions of an index."""
+        """The images and captions of an index."""
         return RetrievalDataset(index, settings, transform)
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:

@@ -15,7 +15,7 @@ from .image_text_finetuning import ClassifierConfig, ClassTask
 
 @register_task("mhmoe_vqa", dataclass=ClassifierConfig)
 class VQATask(ClassTask):
-    """Questions about pictures.
+    """Questions about images.
 
     The files are BEiT-3's: ``vqa.{train,trainable_val,rest_val,test}.jsonl`` and ``answer2label.txt``. Validation logs
     ``vqa_score``, the mean soft score of the answers in percent: select with ``--best-checkpoint-metric vqa_score

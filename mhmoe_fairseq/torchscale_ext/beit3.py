@@ -1,4 +1,4 @@
-"""BEiT-3: pictures and texts, embedded and joined, through one encoder.
+"""BEiT-3: images and texts, embedded and joined, through one encoder.
 
 Parameter names are those of TorchScale's ``BEiT3``, whose own constructor cannot build an encoder with experts.
 """
@@ -22,7 +22,7 @@ INITIAL_DEVIATION = 0.02
 
 
 class MultiwayBEiT3(nn.Module):
-    """Features of a picture, a text, or both in one sequence ``[cls | patches, row by row | text]``.
+    """Features of an image, a text, or both in one sequence ``[cls | patches, row by row | text]``.
 
     Args:
         settings: everything about the model.
@@ -73,10 +73,10 @@ class MultiwayBEiT3(nn.Module):
 
         Returns:
             ``(B, L, D)``; and the encoder's ``extra`` with ``padding_mask`` (bool ``(B, L)``, None
-            without a text) and ``image_positions``, L's first, 0 without a picture.
+            without a text) and ``image_positions``, L's first, 0 without an image.
 
         Raises:
-            ValueError: if neither is given, for a picture of another size or a text that is too long.
+            ValueError: if neither is given, for an image of another size or a text that is too long.
         """
         parts = []
         if images is not None:
@@ -99,7 +99,7 @@ class MultiwayBEiT3(nn.Module):
         size = self.settings.img_size
         if images.shape[-2:] != (size, size):
             height, width = images.shape[-2:]
-            raise ValueError(f"a picture of {width}x{height} pixels; the model's --img-size is {size}")
+            raise ValueError(f"an image of {width}x{height} pixels; the model's --img-size is {size}")
         x = self.vision_embed(images, masked_patches)
         return x + self.encoder.embed_positions.A.weight[UNUSED_POSITIONS:]
 

@@ -108,7 +108,7 @@ def test_data_with_another_dictionary_are_refused(runs, tmp_path: Path, capsys: 
 def test_a_language_model_has_no_patches(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from PIL import Image
 
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
-    flags = ["--data", runs.data, "--image", tmp_path / "picture.png", "--no-plots"]
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    flags = ["--data", runs.data, "--image", tmp_path / "image.png", "--no-plots"]
     assert main(["diversity", str(runs.mhmoe / "checkpoint_last.pt"), *map(str, flags)]) == 2
     assert "is a language model: it has no image patches" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from console import run_console
 from image_text_data import COLOURS, SHAPES, SIZES, prepare_shapes
-from pictures_and_words import training_words
+from images_and_words import training_words
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.metrics.captions import CiderD, read_ground_truth, tokenize
@@ -83,14 +83,14 @@ def test_captions_of_a_split_and_their_scores(run, data, tmp_path, capsys):
     assert f"without looking, the same caption for all, '{constant['caption']}': BLEU-1 " in output
 
 
-def test_single_pictures(run, data, tmp_path, capsys):
-    pictures = sorted((data / "images").glob("*.png"))[:3]
+def test_single_images(run, data, tmp_path, capsys):
+    images = sorted((data / "images").glob("*.png"))[:3]
     output = tmp_path / "captions.json"
-    assert caption(run[0], "--image", *pictures, "--beam", 1, "--batch-size", 2, "--output", output) == 0
+    assert caption(run[0], "--image", *images, "--beam", 1, "--batch-size", 2, "--output", output) == 0
     lines = capsys.readouterr().out.splitlines()
     records = json.loads(output.read_text())
     assert lines == [f"{record['image_path']}: {record['caption']}" for record in records]
-    assert [record["image_path"] for record in records] == list(map(str, pictures))
+    assert [record["image_path"] for record in records] == list(map(str, images))
 
 
 def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, data, tmp_path, capsys, monkeypatch):
@@ -102,7 +102,7 @@ def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, 
     truth = json.loads((data / "coco_karpathy_test_gt.json").read_text())
     missing = truth["images"][0]["id"]
     captions = [row for row in truth["annotations"] if row["image_id"] != missing]
-    extra = {"image_id": 777, "id": 777, "caption": "a picture"}
+    extra = {"image_id": 777, "id": 777, "caption": "an image"}
     for changed, message in (
         ({"images": [*truth["images"], {"id": 777}], "annotations": [*truth["annotations"], extra]},
          "_test_gt.json: 1 of 7 images are not in .*coco_captioning.test.jsonl, first image_id 777"),
@@ -134,8 +134,8 @@ def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path
         (("--max-len", "99"), "a caption of 99 tokens is too long: --max-text-length leaves 15"),
         (("--batch-size", "0"), "--batch-size (0) must be at least 1"),
         (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
-        (("--image", "{data}/dict.txt"), "dict.txt: not a picture"),
-        (("--image", "{data}/dict.txt", "--scores", "x.json"), "--scores: single pictures have no reference captions"),
+        (("--image", "{data}/dict.txt"), "dict.txt: not an image"),
+        (("--image", "{data}/dict.txt", "--scores", "x.json"), "--scores: single images have no reference captions"),
         (("--data", "{data}/images"), "images/dict.txt"),
     ],
 )
@@ -154,7 +154,7 @@ def test_a_checkpoint_of_another_task_is_refused(run, tmp_path, capsys):
 
 
 def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):
-    """Three pictures on one rank, two on the other and then none: all decode until the last is done."""
+    """Three images on one rank, two on the other and then none: all decode until the last is done."""
     flags = ("--batch-size-valid", 2, "--caption-mask-prob", 0.4)
     words = (captioning_words(data, tmp_path / name, *flags, "--update-freq", freq, updates=2)
              for name, freq in (("one", 2), ("two", 1)))  # fmt: skip
@@ -168,7 +168,7 @@ def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):
 
 @pytest.mark.slow
 def test_a_pre_trained_model_learns_captions(data, tmp_path):
-    """Better than the best single caption for all pictures; the held-out combinations of words are new."""
+    """Better than the best single caption for all images; the held-out combinations of words are new."""
     run_console("fairseq-train", *training_words(data, tmp_path / "pretrained", updates=20), cwd=tmp_path)
     flags = ["--finetune-from-model", tmp_path / "pretrained" / "checkpoint_last.pt", "--validate-interval", 25]
     flags += ["--layer-decay", 0.9, "--caption-mask-prob", 0.4, "--lr", 0.005]

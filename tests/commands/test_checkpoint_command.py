@@ -256,7 +256,7 @@ def test_help_teaches_by_examples(action: str, capsys: pytest.CaptureFixture) ->
     assert f"mhmoe checkpoint {action} " in capsys.readouterr().out.partition("options:")[0].partition("\n\n")[2]
 
 
-def test_inspect_tells_what_a_checkpoint_of_pictures_and_texts_holds(
+def test_inspect_tells_what_a_checkpoint_of_images_and_texts_holds(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     model = small_beit3(mhmoe_modality_experts="separate")

@@ -8,13 +8,13 @@ import pytest
 import torch
 from console import run_console
 from image_text_data import prepare_shapes
-from pictures_and_words import training_words
+from images_and_words import training_words
 
 from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
 from mhmoe_fairseq.analysis.routing.diversity import flat_patches, measure_diversity, shown
-from mhmoe_fairseq.commands.diversity import choose_pictures
+from mhmoe_fairseq.commands.diversity import choose_images
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.data.images.reading import read_picture
+from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform
 
 
@@ -78,16 +78,16 @@ def test_analyze_agrees_with_mhmoe_evaluate_and_keeps_what_it_measured(run, data
 @torch.no_grad()
 def test_diversity_counts_the_experts_of_every_patch(run, data):
     """Against routing patch by patch with the model's own layers."""
-    pictures = choose_pictures(data, "valid", 3)
-    assert len(pictures) == 3
-    measured = measure_diversity(run / "checkpoint_last.pt", data, pictures)
+    images = choose_images(data, "valid", 3)
+    assert len(images) == 3
+    measured = measure_diversity(run / "checkpoint_last.pt", data, images)
     model, task = load_for_evaluation(run / "checkpoint_last.pt", data)
     transform = EvaluationTransform(task.args.img_size)
     inputs = {}
     for layer, module in enumerate(model.beit3.encoder.layers):
         module.moe_layer.register_forward_pre_hook(lambda module, given, layer=layer: inputs.update({layer: given[0]}))
-    for number, path in enumerate(pictures):
-        model(images=transform(read_picture(path))[None])
+    for number, path in enumerate(images):
+        model(images=transform(read_image(path))[None])
         for place, layer in enumerate(measured.layers):
             moe = model.beit3.encoder.layers[layer].moe_layer
             for patch in range(16):
@@ -100,10 +100,10 @@ def test_diversity_counts_the_experts_of_every_patch(run, data):
 def test_the_diversity_command_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
     files = [run / "checkpoint_last.pt", *sorted(run.glob("checkpoint_*_[24].pt"), reverse=True)]
     assert len(files) == 3
-    assert command("diversity", *files, "--data", data, "--pictures", 4, "--out", tmp_path) == 0
+    assert command("diversity", *files, "--data", data, "--images", 4, "--out", tmp_path) == 0
     record = json.loads((tmp_path / "diversity.json").read_text())
     assert [entry["updates"] for entry in record["checkpoints"]] == [2, 4]
-    assert len(record["pictures"]) == 4 and all(name.startswith("images/") for name in record["pictures"])
+    assert len(record["images"]) == 4 and all(name.startswith("images/") for name in record["images"])
     for entry in record["checkpoints"]:
         counts = torch.tensor(entry["counts"], dtype=torch.float64)
         assert counts.shape == (4, 2, 4, 4)
@@ -115,9 +115,9 @@ def test_the_diversity_command_orders_checkpoints_and_draws(run, data, tmp_path,
     assert "experts of a patch's sub-tokens, at most 4" in capsys.readouterr().out
 
 
-def test_single_pictures_and_no_plots(run, data, tmp_path):
-    picture = next((data / "images").glob("*.png"))
-    flags = ("--data", data, "--image", picture, "--out", tmp_path, "--no-plots")
+def test_single_images_and_no_plots(run, data, tmp_path):
+    image = next((data / "images").glob("*.png"))
+    flags = ("--data", data, "--image", image, "--out", tmp_path, "--no-plots")
     assert command("diversity", run / "checkpoint_last.pt", *flags) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["diversity.json"]
 
@@ -129,10 +129,10 @@ def test_patches_of_one_colour():
     assert shown(images[0]).getpixel((12, 3)) == (255, 0, 255)
 
 
-def test_pictures_are_spread_over_the_split(data):
-    everything = choose_pictures(data, "train", 1000)
+def test_images_are_spread_over_the_split(data):
+    everything = choose_images(data, "train", 1000)
     assert len(everything) == len(set(everything)) == 12
-    few = choose_pictures(data, "train", 3)
+    few = choose_images(data, "train", 3)
     assert [everything.index(path) for path in few] == [0, 5, 11]
     assert all(path.is_file() for path in few)
 
@@ -140,7 +140,7 @@ def test_pictures_are_spread_over_the_split(data):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--pictures", "0"), "--pictures (0) must be at least 1"),
+        (("--images", "0"), "--images (0) must be at least 1"),
         (("--split", "holdout"), "no split 'holdout'"),
         (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
     ],

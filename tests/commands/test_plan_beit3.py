@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from beit3_models import FAMILIES, PICTURES, SMALL, beit3_dictionary, small_beit3
+from beit3_models import FAMILIES, IMAGES, SMALL, beit3_dictionary, small_beit3
 
 from mhmoe_fairseq.analysis.plan.model_counts import build_on_meta, count_built, count_parts
 from mhmoe_fairseq.commands.main import main
@@ -31,7 +31,7 @@ def test_counts_are_those_of_the_built_model(family: str, experts: str) -> None:
 
 
 def test_counts_on_meta_and_parts_by_hand() -> None:
-    options = architecture_options("dense_beit3_tiny", **SMALL, **PICTURES)
+    options = architecture_options("dense_beit3_tiny", **SMALL, **IMAGES)
     model = build_on_meta(options, beit3_dictionary(), num_visual_tokens=6)
     assert all(parameter.is_meta for parameter in model.parameters())
     words, dim, ffn, layers = len(beit3_dictionary()), 32, 64, 2

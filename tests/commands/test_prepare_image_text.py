@@ -14,7 +14,7 @@ from mhmoe_fairseq.data.multimodal.answers import read_answers
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
 from mhmoe_fairseq.prepare.image_text import pipeline
-from mhmoe_fairseq.prepare.image_text.pictures import caption_sentences
+from mhmoe_fairseq.prepare.image_text.images import caption_sentences
 from mhmoe_fairseq.prepare.image_text.pipeline import ImageTextPreparation, prepare_image_text
 
 SPLITS = ("train", "valid", "test")
@@ -44,7 +44,7 @@ def hashes(folder):
     return {name: entry["sha256"] for name, entry in read_json(folder / "manifest.json")["files"].items()}
 
 
-def test_every_index_can_be_read_and_no_picture_is_in_two_parts(folder):
+def test_every_index_can_be_read_and_no_image_is_in_two_parts(folder):
     size = len(Dictionary.load(str(folder / "dict.txt")))
     of_part = {
         split: set().union(*(paths(row) for task in TASKS for row in records(folder, task, split))) for split in SPLITS
@@ -67,8 +67,8 @@ class Twins(Shapes):
         for colour in COLOURS:
             content = (folder / f"images/large-{colour}-circle.png").read_bytes()
             (folder / f"images/small-{colour}-square.png").write_bytes(content)
-        pictures = [replace(picture, unit=units.get(picture.unit, picture.unit)) for picture in opened.pictures]
-        return opened._replace(pictures=pictures, sentences=[*opened.sentences, *caption_sentences(pictures)])
+        images = [replace(image, unit=units.get(image.unit, image.unit)) for image in opened.images]
+        return opened._replace(images=images, sentences=[*opened.sentences, *caption_sentences(images)])
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -125,7 +125,7 @@ def test_captioning_has_coco_files(folder):
     assert {row["image_id"] for row in records(folder, "pair", "test")} >= set(names)
 
 
-def test_retrieval_counts_the_pictures_of_a_part(folder):
+def test_retrieval_counts_the_images_of_a_part(folder):
     for split, count in (("train", 12), ("valid", 6), ("test", 6)):
         assert [row["image_id"] for row in records(folder, "retrieval", split)] == list(range(count))
 
@@ -134,11 +134,11 @@ def test_classes_are_the_kinds(folder):
     classes = read_json(folder / "imagenet.classes.json")
     assert classes == ["bar", "circle", "square"]
     counts = read_json(folder / "manifest.json")["indexes"]
-    for split, part, pictures in (("train", "train", 12), ("valid", "val", 6), ("test", "test", 6)):
+    for split, part, images in (("train", "train", 12), ("valid", "val", 6), ("test", "test", 6)):
         rows = records(folder, "imagenet", split)
         assert all(f"-{classes[row['label']]}.png" in row["image_path"] for row in rows)
         assert {row["image_path"] for row in rows} == {row["image_path"] for row in records(folder, "image", split)}
-        assert len(rows) == counts[f"imagenet.{part}.index.jsonl"] == pictures
+        assert len(rows) == counts[f"imagenet.{part}.index.jsonl"] == images
 
 
 def test_the_manifest_says_what_is_derived(folder):
@@ -156,8 +156,8 @@ def test_the_manifest_says_what_is_derived(folder):
     assert manifest["visual_tokenizer"]["train"] == tokenizer.provenance["train"]
 
 
-def test_only_training_pictures_make_the_codes(folder, tmp_path):
-    """The codes are the same when every held-out picture is another one."""
+def test_only_training_images_make_the_codes(folder, tmp_path):
+    """The codes are the same when every held-out image is another one."""
     from mhmoe_fairseq.prepare.visual_tokenizers.fitting import fit_kmeans
 
     settings = shape_settings().tokenizer
@@ -210,10 +210,10 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch):
     assert hashes(dest)["vqa.train.jsonl"] == hashes(prepare_shapes(tmp_path / "whole"))["vqa.train.jsonl"]
 
 
-def test_pictures_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+def test_images_that_cannot_be_read_are_left_out_and_counted(tmp_path):
     folder = prepare_shapes(tmp_path / "data", Shapes(("large-red-bar", "small-blue-circle")))
     source = read_json(folder / "manifest.json")["source"]
-    assert source["pictures"] == 22 and len(source["unreadable"]) == 2
+    assert source["images"] == 22 and len(source["unreadable"]) == 2
     assert source["unreadable"][0].startswith("images/")
     named = (folder / "pair.train.jsonl").read_text() + (folder / "pair.test.jsonl").read_text()
     assert "large-red-bar" not in named and not (folder / "images" / "large-red-bar.png").exists()
@@ -274,16 +274,16 @@ def test_bad_flags_are_one_line(capsys, tmp_path, arguments, message):
 
 
 def test_a_folder_of_ones_own_from_the_command_line(capsys, tmp_path, folder):
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "images"
     for name in ("bar", "circle", "square"):
-        (pictures / name).mkdir(parents=True)
+        (images / name).mkdir(parents=True)
     rows = []
-    for picture in sorted((folder / "images").iterdir()):
-        size, colour, shape = picture.stem.split("-")
-        (pictures / shape / picture.name).write_bytes(picture.read_bytes())
-        rows.append({"image": f"{shape}/{picture.name}", "caption": [f"a {size} {colour} {shape}", f"one {shape}"]})
-    (pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["prepare", "image-text", "--source", "folder", str(pictures), "--dest", str(tmp_path / "data")]
+    for image in sorted((folder / "images").iterdir()):
+        size, colour, shape = image.stem.split("-")
+        (images / shape / image.name).write_bytes(image.read_bytes())
+        rows.append({"image": f"{shape}/{image.name}", "caption": [f"a {size} {colour} {shape}", f"one {shape}"]})
+    (images / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["prepare", "image-text", "--source", "folder", str(images), "--dest", str(tmp_path / "data")]
     small = ["--vocab-size", "290", "--visual-vocab-size", "8", "--image-size", "32", "--valid-fraction", "0.25"]
     status = main([*command, *small])
     captured = capsys.readouterr()

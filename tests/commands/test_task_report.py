@@ -54,7 +54,7 @@ def test_models_baselines_and_the_papers_figures_are_kept_apart(folder: Path, ca
     assert "vqa test 1,210, captioning test 142" in ours and "71.4" not in ours and "71.4" in paper
 
 
-def test_a_model_that_guesses_no_worse_without_the_picture_is_named(folder: Path) -> None:
+def test_a_model_that_guesses_no_worse_without_the_image_is_named(folder: Path) -> None:
     for name, score in (("mhmoe-params", 37.5), ("mhmoe-flops", 40.0)):
         guesses = {"question only": 37.5}
         write_scores(folder, "vqa", name, "test", count=1210, figures={"VQA score": score}, baselines=guesses)

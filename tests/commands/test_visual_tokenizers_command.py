@@ -9,14 +9,14 @@ from PIL import Image
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import whole_pictures
+from mhmoe_fairseq.prepare.visual_tokenizers.fitting import whole_images
 
 SMALL = ["--vocab-size", "12", "--patch-size", "8", "--image-size", "32"]
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """Two dozen prepared pictures, without a tokenizer of their own."""
+    """Two dozen prepared images, without a tokenizer of their own."""
     return prepare_shapes(tmp_path_factory.mktemp("shapes") / "data", tokenizer=None)
 
 
@@ -35,9 +35,9 @@ def test_kmeans_from_the_command_line(run, shapes, tmp_path):
     assert (status, err) == (0, "")
     assert "codes used" in out and out.endswith(f"done: {tmp_path / 'a.pt'}\n")
     figures = json.loads((tmp_path / "a.pt.json").read_text())
-    assert figures["provenance"]["pictures"] == 12 and 0 < figures["provenance"]["valid"]["used"] <= 1
-    with Image.open(tmp_path / "a.pt.png") as picture:
-        assert picture.size == (6 * 32, 2 * 32)  # six held-out pictures over what their ids stand for
+    assert figures["provenance"]["images"] == 12 and 0 < figures["provenance"]["valid"]["used"] <= 1
+    with Image.open(tmp_path / "a.pt.png") as image:
+        assert image.size == (6 * 32, 2 * 32)  # six held-out images over what their ids stand for
     run("fit", shapes, "--output", tmp_path / "b.pt", *SMALL)
     first, second = (load_visual_tokenizer(tmp_path / name) for name in ("a.pt", "b.pt"))
     assert torch.equal(first.centroids, second.centroids)
@@ -53,7 +53,7 @@ def test_the_small_network_learns_and_is_the_same_twice(run, shapes, tmp_path):
     assert errors[-1] < 0.7 * errors[0]
     run("fit", shapes, "--output", tmp_path / "b.pt", *arguments)
     first, second = (load_visual_tokenizer(tmp_path / name) for name in ("a.pt", "b.pt"))
-    images = whole_pictures(shapes, "test", 32, 6, seed=0)
+    images = whole_images(shapes, "test", 32, 6, seed=0)
     ids = first.encode(images)
     assert ids.shape == (6, 16) and len(ids.unique()) > 3 and int(ids.max()) < 12
     assert torch.equal(ids, second.encode(images))
@@ -69,8 +69,8 @@ def test_info_and_encode(run, shapes, tmp_path):
     assert {name: json.loads(out)[name] for name in ("kind", "vocab_size", "token_shape", "parameters")} == {
         "kind": "patch_kmeans", "vocab_size": 12, "token_shape": [4, 4], "parameters": 12 * 192 + 192,
     }  # fmt: skip
-    picture = shapes / "images" / "large-red-circle.png"
-    status, out, _ = run("encode", tmp_path / "a.pt", picture)
+    image = shapes / "images" / "large-red-circle.png"
+    status, out, _ = run("encode", tmp_path / "a.pt", image)
     assert status == 0
     ids = torch.tensor(json.loads(out)["ids"])
     assert ids.shape == (4, 4) and ids[0, 0] == ids[0, 3] and ids[0, 0] != ids[1, 1]  # white corners, a red middle
@@ -95,7 +95,7 @@ def test_bad_flags_are_one_line(run, shapes, tmp_path, arguments, message):
     assert not (tmp_path / "a.pt").exists()
 
 
-def test_files_are_not_replaced_and_folders_without_pictures_refused(run, shapes, tmp_path):
+def test_files_are_not_replaced_and_folders_without_images_refused(run, shapes, tmp_path):
     (tmp_path / "a.pt").write_text("mine")
     status, _, err = run("fit", shapes, "--output", tmp_path / "a.pt", *SMALL)
     assert status == 2 and "is there already" in err and (tmp_path / "a.pt").read_text() == "mine"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from beit3_models import PICTURES
+from beit3_models import IMAGES
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY, CRITERION_REGISTRY
 from fairseq.dataclass import FairseqDataclass, configs
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -142,7 +142,7 @@ def test_the_options_of_language_models(arch: str, flags: dict) -> None:
 
 @pytest.mark.parametrize("name", numeric_fields(BEiT3Options))
 def test_the_options_of_beit3(name: str) -> None:
-    options = architecture_options("xmoe_beit3_tiny", **PICTURES)
+    options = architecture_options("xmoe_beit3_tiny", **IMAGES)
     assert_refused(name, lambda value: encoder_settings(Namespace(**{**vars(options), name: value}), 50))
 
 

@@ -1,4 +1,4 @@
-"""Losses and figures of fine-tuning on pictures against loops over rows, and the gate loss on top."""
+"""Losses and figures of fine-tuning on images against loops over rows, and the gate loss on top."""
 
 import math
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import torch
 from beit3_models import beit3_batch, beit3_dictionary, losses_of, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.picture_classification import ImageClassificationCriterion, NLVR2Criterion
+from mhmoe_fairseq.criterions.image_classification import ImageClassificationCriterion, NLVR2Criterion
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.criterions.visual_questions import VQACriterion
 from mhmoe_fairseq.models.beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
@@ -182,7 +182,7 @@ def test_figures_are_exact_over_a_set_whatever_the_batches(name):
         assert {"gate_loss", "moe_active", "moe_load_max", "moe_overflow", "moe_entropy"} <= set(values)
 
 
-def test_samples_that_stand_for_bad_pictures_are_counted():
+def test_samples_that_stand_for_bad_images_are_counted():
     model, criterion = model_of("vqa", "dense_beit3_tiny"), criterion_of("vqa")
     logs = [criterion(model, {**batch_of("vqa", [4, 3]), "num_replaced": number})[2] for number in (2, 0, 1)]
     assert logged("vqa", *([log] for log in logs))["replaced"] == 3

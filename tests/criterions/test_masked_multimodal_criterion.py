@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq.logging import metrics
-from pictures_and_words import IMG_SIZE, PATCH_SIZE, write_pictures_and_words
+from images_and_words import IMG_SIZE, PATCH_SIZE, write_images_and_words
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,7 @@ MOE = {"moe_freq": 1, "moe_expert_count": 4, "moe_ffn_dim": 16, "mhmoe_heads_num
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+    return write_images_and_words(tmp_path_factory.mktemp("images") / "data")
 
 
 def build_task(data: Path, **flags: Any) -> MaskedMultimodalTask:
@@ -314,7 +314,7 @@ def test_no_masked_position_gives_a_loss_of_zero_with_a_gradient() -> None:
     assert logits.grad.shape == (0, 5)
 
 
-def test_samples_that_stand_for_bad_pictures_are_counted(data: Path) -> None:
+def test_samples_that_stand_for_bad_images_are_counted(data: Path) -> None:
     task = build_task(data)
     model, batch = build_model(task), batch_of(task)
     log = criterion_of(task)(model, {**batch, "pair": {**batch["pair"], "num_replaced": 2}})[2]

@@ -32,12 +32,12 @@ def test_ids_are_those_of_the_nearest_mean_patch():
     tokenizer = fit(images)
     ids = tokenizer.encode(images)
     assert ids.shape == (6, 16) and ids.dtype == torch.int64 and tokenizer.token_shape == (4, 4)
-    for picture in range(2):
+    for image in range(2):
         for place in range(16):
             row, column = divmod(place, 4)
-            patch = images[picture, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
+            patch = images[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].reshape(-1)
             distances = [float((patch - tokenizer.mean - code).square().sum()) for code in tokenizer.centroids]
-            assert ids[picture, place] == min(range(8), key=distances.__getitem__)
+            assert ids[image, place] == min(range(8), key=distances.__getitem__)
 
 
 def test_nearest_in_blocks_equals_the_whole(monkeypatch):
@@ -89,13 +89,13 @@ def test_decoding_shows_the_mean_patches():
     images = random_images(4)
     tokenizer = fit(images)
     ids = tokenizer.encode(images)
-    pictures = tokenizer.decode(ids)
-    assert torch.equal(tokenizer.encode(pictures), ids)
+    decoded = tokenizer.decode(ids)
+    assert torch.equal(tokenizer.encode(decoded), ids)
     expected = (tokenizer.centroids[ids[1, 6]] + tokenizer.mean).clamp(0, 1).view(3, 4, 4)
-    torch.testing.assert_close(pictures[1, :, 4:8, 8:12], expected)
+    torch.testing.assert_close(decoded[1, :, 4:8, 8:12], expected)
     figures = measure(tokenizer, images)
     assert figures["used"] == len(ids.unique()) / 8
-    assert figures["mean_squared_error"] == pytest.approx(float((pictures - images).square().mean()), abs=1e-5)
+    assert figures["mean_squared_error"] == pytest.approx(float((decoded - images).square().mean()), abs=1e-5)
     assert 1 < figures["perplexity"] <= 8
 
 

@@ -88,7 +88,7 @@ def gelu(x):
 
 
 def reference_ids(image, found, final_norm):
-    """The ids of one picture (3, S, S) in [0, 1], in double precision."""
+    """The ids of one image (3, S, S) in [0, 1], in double precision."""
     found = {name: value.double() for name, value in found.items()}
     pixels = image.double() * 255 / 127.5 - 1
     kernel = found["encoder.patch_embed.proj.weight"].flatten(1)

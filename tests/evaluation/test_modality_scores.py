@@ -16,7 +16,7 @@ def test_losses_are_bits_for_each_masked_position() -> None:
 
 
 def test_rows_of_pools_belong_to_their_layer() -> None:
-    """Two layers with a pool for pictures and one for texts; no text came to the second layer's."""
+    """Two layers with a pool for images and one for texts; no text came to the second layer's."""
     sums = {
         "moe_load": torch.tensor([[4.0, 0.0], [1.0, 3.0], [2.0, 2.0], [0.0, 0.0]]),
         "moe_dropped": torch.tensor([1.0, 0.0, 2.0, 0.0]),

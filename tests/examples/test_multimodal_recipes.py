@@ -1,4 +1,4 @@
-"""The recipes for images and text: their commands are accepted, and a toy run goes from pictures to table 4."""
+"""The recipes for images and text: their commands are accepted, and a toy run goes from images to table 4."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Scripts:
     )  # fmt: skip
 
 
-def test_from_pictures_to_a_report_and_scores(scripts: Scripts) -> None:
+def test_from_images_to_a_report_and_scores(scripts: Scripts) -> None:
     out = Path(scripts.environment["OUT"])
     trained = scripts.run(f"examples/{EXPERIMENT}/mhmoe.sh")
     assert f"{NAME}: training, 2 updates" in trained and "update 2: validation perplexity" in trained
@@ -172,11 +172,11 @@ def test_fine_tuning_starts_afresh_from_another_checkpoint(scripts: Scripts) -> 
 @pytest.mark.slow
 def test_the_whole_experiment_in_one_command(scripts: Scripts) -> None:
     out = Path(scripts.environment["OUT"])
-    scripts.run(f"examples/{EXPERIMENT}/all.sh", INTERVALS="2", PICTURES="2", EXPERTS_LIST="8")
+    scripts.run(f"examples/{EXPERIMENT}/all.sh", INTERVALS="2", IMAGES="2", EXPERTS_LIST="8")
     assert "14.73" in (out / "table1-multimodal.md").read_text(encoding="utf-8")
     table = (out / "table4.md").read_text(encoding="utf-8")
     assert all(name in table for name in ("dense", "xmoe-e8", "mhmoe-flops-e8", "CIDEr", "neither VQAv2 nor NLVR2"))
     assert (out / "figure8" / "diversity.png").stat().st_size > 0
     assert not (out / "figure8-mhmoe-params").exists()  # the model of table 1 kept its checkpoints
-    scripts.run(f"examples/{EXPERIMENT}/figure8.sh", INTERVALS="2", PICTURES="2")
+    scripts.run(f"examples/{EXPERIMENT}/figure8.sh", INTERVALS="2", IMAGES="2")
     assert (out / "figure8-mhmoe-params" / "finished").exists()

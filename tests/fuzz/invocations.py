@@ -11,12 +11,12 @@ import torch
 from console import evaluate, run_console, train
 from fine_tuning_data import fine_tuning_words, write_fine_tuning_data
 from image_text_data import prepare_shapes
+from images_and_words import training_words as pretraining_words
 from labelled import training_words as classification_words
 from labelled import write_jsonl, write_task, xnli_rows
 from language_models import small_dictionary
 from multilingual_data import SENTENCES, write_languages
 from official_reference import PUBLISHED, official_state
-from pictures_and_words import training_words as pretraining_words
 from trained_model import TrainedModel, sentences
 
 from mhmoe_fairseq.commands.main import main as mhmoe
@@ -41,10 +41,10 @@ def write_untrained_fixtures(root: Path) -> None:
     prepare_shapes(root / "shapes")
     folder = root / "captioned"
     (folder / "images").mkdir(parents=True)
-    pictures = sorted((root / "shapes" / "images").iterdir())[:20]
-    for picture in pictures:
-        shutil.copy(picture, folder / "images")
-    _write_captions(folder, pictures)
+    images = sorted((root / "shapes" / "images").iterdir())[:20]
+    for image in images:
+        shutil.copy(image, folder / "images")
+    _write_captions(folder, images)
     scores = root / "scores" / "vqa" / "dense" / "scores-test.json"
     scores.parent.mkdir(parents=True)
     scores.write_text(json.dumps({"split": "test", "count": 12, "figures": {"VQA score": 41.25}, "baselines": {}}))
@@ -81,7 +81,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         },
         ("visual-tokenizer", "info"): {"file": [f"{root}/shapes/visual_tokenizer.pt"]},
         ("visual-tokenizer", "encode"): {
-            "file": [f"{root}/shapes/visual_tokenizer.pt"], "pictures": [f"{root}/shapes/images/small-red-bar.png"],
+            "file": [f"{root}/shapes/visual_tokenizer.pt"], "images": [f"{root}/shapes/images/small-red-bar.png"],
         },
         ("report-tasks",): {"folder": [f"{root}/scores"], "--out": ["table.md"]},
         ("checkpoint", "inspect"): {"checkpoint": [f"{root}/imported/model.pt"], "--json": ["a.json"]},
@@ -115,9 +115,9 @@ def write_trained_fixtures(root: Path) -> None:
     task = ("--task", "mhmoe_multilingual_language_modeling", "--tokens-per-sample", 128, "--decoder-embed-dim", 32)
     train(root / "languages", root / "multilingual", "mhmoe_lm_tiny", *task, max_update=1)
 
-    pictures = write_fine_tuning_data(root / "pictures")
-    _train(root, *pretraining_words(pictures, root / "beit3", updates=1))
-    _train(root, *fine_tuning_words("mhmoe_vqa", pictures, root / "vqa", updates=1))
+    images = write_fine_tuning_data(root / "images")
+    _train(root, *pretraining_words(images, root / "beit3", updates=1))
+    _train(root, *fine_tuning_words("mhmoe_vqa", images, root / "vqa", updates=1))
     captioning = ("--task", "mhmoe_captioning", "--criterion", "mhmoe_captioning", "--caption-max-len", 4)
     _train(root, *pretraining_words(root / "shapes", root / "captioner", *captioning, updates=1))
     (root / "xnli").mkdir()
@@ -133,7 +133,7 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
                       "--activation-split": ["none"]},
         ("analyze",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
                        "--out": ["out"], "--no-plots": []},
-        ("diversity",): {"checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/pictures"],
+        ("diversity",): {"checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/images"],
                          "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
@@ -150,8 +150,8 @@ def _train(root: Path, *words: Any) -> None:
     run_console("fairseq-train", *words, cwd=root)
 
 
-def _write_captions(folder: Path, pictures: list[Path]) -> None:
-    rows = [{"image": f"images/{path.name}", "caption": [path.stem.replace("-", " ")]} for path in pictures]
+def _write_captions(folder: Path, images: list[Path]) -> None:
+    rows = [{"image": f"images/{path.name}", "caption": [path.stem.replace("-", " ")]} for path in images]
     write_jsonl(folder / "captions.jsonl", rows)
 
 

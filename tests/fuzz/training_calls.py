@@ -14,9 +14,9 @@ from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from fairseq_cli import train
 from fine_tuning_data import TASKS, fine_tuning_words
+from images_and_words import training_words as pretraining_words
 from labelled import training_words as classification_words
 from options import Option, options_of
-from pictures_and_words import training_words as pretraining_words
 
 from mhmoe_fairseq.training import refuse_in_one_line
 
@@ -43,7 +43,7 @@ def fairseq_train(words: Sequence[str]) -> int:
 def training_calls(root: Path) -> dict[str, list[str]]:
     """The words of a training by task, on the fixtures of ``invocations``."""
     save = Path("saved")
-    pictures = root / "pictures"
+    images = root / "images"
     captioning = ("--task", "mhmoe_captioning", "--criterion", "mhmoe_captioning", "--batch-size", 6)
     calls = {
         "mhmoe_language_modeling": [root / "english", "--task", "mhmoe_language_modeling", *_LANGUAGE_MODEL],
@@ -51,9 +51,9 @@ def training_calls(root: Path) -> dict[str, list[str]]:
             root / "languages", "--task", "mhmoe_multilingual_language_modeling", *_LANGUAGE_MODEL,
         ],
         "mhmoe_sentence_classification": classification_words(root / "labelled" / "data", save, updates=1),
-        "mhmoe_masked_multimodal": pretraining_words(pictures, save, updates=1),
+        "mhmoe_masked_multimodal": pretraining_words(images, save, updates=1),
         "mhmoe_captioning": pretraining_words(root / "shapes", save, *captioning, updates=1),
-        **{task: fine_tuning_words(task, pictures, save, updates=1) for task in TASKS},
+        **{task: fine_tuning_words(task, images, save, updates=1) for task in TASKS},
     }  # fmt: skip
     return {task: [str(word) for word in (*words, *_ENDS)] for task, words in calls.items()}
 

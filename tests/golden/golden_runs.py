@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from console import USER_DIR, run_console, write_corpus
+from images_and_words import SHAPES, write_images_and_words
 from multilingual_data import write_languages
-from pictures_and_words import SHAPES, write_pictures_and_words
 
 from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
 from mhmoe_fairseq.checkpoints.open import load_language_model
@@ -46,7 +46,7 @@ class Kind:
 
     @property
     def is_language_model(self) -> bool:
-        return self.data != "pictures"
+        return self.data != "images"
 
 
 def _language_model(arch: str, *flags: object, data: str = "text") -> Kind:
@@ -77,7 +77,7 @@ KINDS = {
         "mhmoe_lm_tiny", *_HEADS, *_NARROW, "--moe-ffn-dim", 16, "--tokens-per-sample", 32, "--batch-size", 64,
         "--multilang-sampling-alpha", 0.5, data="languages",
     ),
-    "beit3": Kind("pictures", (
+    "beit3": Kind("images", (
         "--task", "mhmoe_masked_multimodal", "--arch", "mhmoe_beit3_tiny", "--criterion", "mhmoe_masked_multimodal",
         *SHAPES, "--encoder-layers", 2, "--encoder-embed-dim", 8, "--encoder-attention-heads", 2,
         "--encoder-ffn-embed-dim", 16, "--moe-ffn-dim", 16, *_HEADS, "--batch-size", 8,
@@ -93,8 +93,8 @@ def write_data(root: Path) -> None:
     (root / "corpus").mkdir()
     write_corpus(root / "corpus", words=24).rename(root / "text")
     write_languages(root / "languages")
-    write_pictures_and_words(root / "pictures")
-    shutil.copy(REFERENCES / "visual_tokenizer.pt", root / "pictures")
+    write_images_and_words(root / "images")
+    shutil.copy(REFERENCES / "visual_tokenizer.pt", root / "images")
     (root / USER_DIR.name).symlink_to(USER_DIR)
 
 

@@ -78,8 +78,8 @@ def test_a_java_program_that_fails_is_a_reason_too():
         java_caption_metrics._run(Broken, [["a"]], [[["a"]]])
 
 
-def test_the_best_caption_for_all_pictures():
-    """Against scoring every candidate on every picture."""
+def test_the_best_caption_for_all_images():
+    """Against scoring every candidate on every image."""
     training = {1: ["a red cat", "a cat"], 2: ["a red dog"], 3: ["a blue dog", "a red dog runs"], 4: ["two red birds"]}
     candidates = [caption for captions in training.values() for caption in captions]
     totals = {

@@ -10,7 +10,7 @@ import pytest
 
 from mhmoe_fairseq.metrics.captions import CiderD, bleu, rouge_l
 
-# A picture each: the model's caption, then the references.
+# An image each: the model's caption, then the references.
 CAPTIONS = [
     ("a man riding a wave on a surfboard", "a man rides a wave on his surfboard", "a surfer on top of a wave",
      "the man is surfing in the ocean"),

@@ -9,11 +9,11 @@ import torch
 from mhmoe_fairseq.metrics.recall import VectorMeter, chance_of_recall, recalls
 
 
-def vectors(pictures, captions, seed=0, dim=6):
-    """Captions are near their pictures; every picture has one at least."""
+def vectors(count, captions, seed=0, dim=6):
+    """Captions are near their images; every image has one at least."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(pictures, dim, generator=generator)
-    owner = torch.cat([torch.arange(pictures), torch.randint(pictures, (captions - pictures,), generator=generator)])
+    images = torch.randn(count, dim, generator=generator)
+    owner = torch.cat([torch.arange(count), torch.randint(count, (captions - count,), generator=generator)])
     texts = images[owner] + 1.5 * torch.randn(captions, dim, generator=generator)
     return torch.nn.functional.normalize(images, dim=1), torch.nn.functional.normalize(texts, dim=1), owner
 

@@ -1,4 +1,4 @@
-"""Answers without a look at the picture."""
+"""Answers without a look at the image."""
 
 import pytest
 

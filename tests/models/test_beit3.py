@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from beit3_models import PICTURES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
+from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from torch import nn
@@ -33,7 +33,7 @@ def task(**changes):
 
 
 def options(arch="mhmoe_beit3_tiny", **flags):
-    return architecture_options(arch, **{**SMALL, **PICTURES, "mhmoe_budget": "none", "dropout": 0.0, **flags})
+    return architecture_options(arch, **{**SMALL, **IMAGES, "mhmoe_budget": "none", "dropout": 0.0, **flags})
 
 
 def single(batch):
@@ -148,7 +148,7 @@ def test_bad_inputs_are_named():
     model = small_beit3().double()
     with pytest.raises(ValueError, match="text_tokens or images: give one, or both"):
         model()
-    with pytest.raises(ValueError, match="a picture of 16x16 pixels; the model's --img-size is 8"):
+    with pytest.raises(ValueError, match="an image of 16x16 pixels; the model's --img-size is 8"):
         model(**beit3_batch("image", [1], size=16))
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_of_another_task(caplog):
     assert torch.equal(captioning.beit3.text_embed.weight, state["beit3.text_embed.weight"])
 
 
-def test_pictures_of_another_size(caplog):
+def test_images_of_another_size(caplog):
     saved = small_beit3(seed=1)
     larger = small_beit3(img_size=16, num_visual_tokens=0)
     with caplog.at_level(logging.INFO):

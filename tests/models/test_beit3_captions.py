@@ -48,7 +48,7 @@ def test_rows_follow_the_beam():
     state = model.start_captions(images)
     model.next_token_logits(state, tokens[:, 0])
     model.next_token_logits(state, tokens[:, 1])
-    rows = torch.tensor([1, 1, 0])  # two hypotheses of the second picture, one of the first
+    rows = torch.tensor([1, 1, 0])  # two hypotheses of the second image, one of the first
     state.reorder(rows)
     new = torch.tensor([9, 10, 11])
     scores = model.next_token_logits(state, new)
@@ -57,7 +57,7 @@ def test_rows_follow_the_beam():
 
 
 @torch.no_grad()
-def test_pictures_expand_before_the_first_token():
+def test_images_expand_before_the_first_token():
     model = model_of("dense_beit3_tiny")
     images = images_of(2)
     state = model.start_captions(images)

@@ -57,7 +57,7 @@ def test_vqa_reads_the_class_token(features):
     torch.testing.assert_close(head(features, {"image_positions": SPLIT}), torch.stack(expected))
 
 
-def test_nlvr2_reads_both_pictures_and_the_text_with_each(features):
+def test_nlvr2_reads_both_images_and_the_text_with_each(features):
     head = randomised(HEADS["nlvr2"]())
     expected = []
     for left, right in ((features[0], features[2]), (features[1], features[3])):
@@ -68,9 +68,9 @@ def test_nlvr2_reads_both_pictures_and_the_text_with_each(features):
 
 def test_image_classification_reads_the_mean_patch_without_the_class_token(features):
     head = randomised(HEADS["image_classification"]())
-    pictures = features[:, :SPLIT]
-    expected = [affine(norm(sum(row[1:]) / PATCHES, head.norm), head.classifier) for row in pictures]
-    actual = head(pictures, {"image_positions": SPLIT})
+    images = features[:, :SPLIT]
+    expected = [affine(norm(sum(row[1:]) / PATCHES, head.norm), head.classifier) for row in images]
+    actual = head(images, {"image_positions": SPLIT})
     torch.testing.assert_close(actual, torch.stack(expected))
     torch.testing.assert_close(head(features, {"image_positions": SPLIT}), actual)  # words behind are not patches
 

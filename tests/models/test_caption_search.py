@@ -58,7 +58,7 @@ class ToyWriter:
         return total
 
 
-def pictures(numbers):
+def images(numbers):
     return torch.tensor(numbers, dtype=torch.float)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
@@ -95,7 +95,7 @@ def one_by_one(model, image, search):
 def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_captions(penalty):
     search = CaptionSearch(beam=64, length_penalty=penalty, max_len=4)
     model = ToyWriter()
-    found = search_captions(model, pictures(range(6)), search, SPECIALS)
+    found = search_captions(model, images(range(6)), search, SPECIALS)
     for image, caption in enumerate(found):
         words, score = exhaustive(model, image, search)
         assert caption.tokens == words
@@ -107,7 +107,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_captions(penalty):
 def test_a_narrow_beam_does_what_a_search_with_lists_does(beam, end_bonus):
     search = CaptionSearch(beam=beam, length_penalty=0.6, max_len=8)
     model = ToyWriter(end_bonus)
-    found = search_captions(model, pictures(range(20)), search, SPECIALS)
+    found = search_captions(model, images(range(20)), search, SPECIALS)
     for image, caption in enumerate(found):
         words, score = one_by_one(model, image, search)
         assert (caption.tokens, caption.score) == (words, pytest.approx(score, abs=1e-5))
@@ -117,7 +117,7 @@ def test_a_narrow_beam_does_what_a_search_with_lists_does(beam, end_bonus):
 def test_beam_1_takes_the_most_probable_token_every_time():
     model = ToyWriter()
     search = CaptionSearch(beam=1, max_len=12)
-    for image, caption in enumerate(search_captions(model, pictures(range(8)), search, SPECIALS)):
+    for image, caption in enumerate(search_captions(model, images(range(8)), search, SPECIALS)):
         words = ()
         while len(words) < search.max_len - 1:
             logits = model.logits(image, (BOS, *words))
@@ -129,10 +129,10 @@ def test_beam_1_takes_the_most_probable_token_every_time():
         assert caption.tokens == words
 
 
-def test_a_caption_does_not_depend_on_the_other_pictures_of_its_batch():
+def test_a_caption_does_not_depend_on_the_other_images_of_its_batch():
     search = CaptionSearch(beam=3, max_len=8)
-    together = search_captions(ToyWriter(), pictures(range(10)), search, SPECIALS)
-    alone = [search_captions(ToyWriter(), pictures([image]), search, SPECIALS)[0] for image in range(10)]
+    together = search_captions(ToyWriter(), images(range(10)), search, SPECIALS)
+    alone = [search_captions(ToyWriter(), images([image]), search, SPECIALS)[0] for image in range(10)]
     assert [caption.tokens for caption in together] == [caption.tokens for caption in alone]
 
 
@@ -140,10 +140,10 @@ def test_the_search_stops_when_told_and_not_before():
     """A rank that is done goes on with the others; its result stays."""
     search = CaptionSearch(beam=2, max_len=9)
     alone, with_others = ToyWriter(end_bonus=4.0), ToyWriter(end_bonus=4.0)
-    expected = search_captions(alone, pictures(range(3)), search, SPECIALS)
+    expected = search_captions(alone, images(range(3)), search, SPECIALS)
     told = []
     found = search_captions(
-        with_others, pictures(range(3)), search, SPECIALS, lambda is_done: bool(told.append(is_done))
+        with_others, images(range(3)), search, SPECIALS, lambda is_done: bool(told.append(is_done))
     )
     assert with_others.calls == search.max_len > alone.calls
     assert told == [False] * (alone.calls - 1) + [True] * (search.max_len + 1 - alone.calls)
@@ -152,14 +152,14 @@ def test_the_search_stops_when_told_and_not_before():
 
 def test_the_longest_captions_end_at_the_last_place():
     search = CaptionSearch(beam=2, max_len=3)
-    found = search_captions(ToyWriter(end_bonus=-30.0), pictures(range(4)), search, SPECIALS)
+    found = search_captions(ToyWriter(end_bonus=-30.0), images(range(4)), search, SPECIALS)
     assert [len(caption.tokens) for caption in found] == [2] * 4
     assert all(math.isfinite(caption.score) for caption in found)
 
 
 def test_a_model_that_gives_no_numbers_gets_empty_captions():
     model = ToyWriter(end_bonus=math.nan)
-    found = search_captions(model, pictures(range(2)), CaptionSearch(max_len=4), SPECIALS)
+    found = search_captions(model, images(range(2)), CaptionSearch(max_len=4), SPECIALS)
     assert found == [((), -math.inf)] * 2
 
 

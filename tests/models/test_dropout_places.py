@@ -25,7 +25,7 @@ from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
 RATES = {"dropout": 0.2, "attention_dropout": 0.35, "activation_dropout": 0.5}
 NONE = dict.fromkeys(RATES, 0.0)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # TorchScale's activation is float32 whatever the input
-WORDS = 11  # with the picture's positions as many as an attention head is wide
+WORDS = 11  # with the image's positions as many as an attention head is wide
 # One expert for each sub-token, as wide inside as the sub-token: an identity as second map shows the inner activation.
 EXPERTS = {"moe_top_k": 1, "moe_ffn_dim": 8, "no_subln": True}
 BASELINE = {**EXPERTS, "moe_ffn_dim": 32}

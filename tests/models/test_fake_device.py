@@ -38,7 +38,7 @@ BEIT3_FLAGS = {"encoder_embed_dim": 64, "encoder_ffn_embed_dim": 128}
 
 @pytest.mark.parametrize("experts", ["shared", "separate"])
 @pytest.mark.parametrize("kind", ["image", "text", "pair"])
-def test_pictures_and_texts_on_a_fake_cuda_device(kind, experts):
+def test_images_and_texts_on_a_fake_cuda_device(kind, experts):
     with FakeTensorMode(), torch.device("cuda"), default_dtype(torch.bfloat16):
         model = small_beit3(mhmoe_modality_experts=experts, **BEIT3_FLAGS)
         tokens = None if kind == "image" else torch.ones(2, 8, dtype=torch.long)

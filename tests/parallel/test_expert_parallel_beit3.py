@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from beit3_models import PICTURES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
+from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
 from layer_cases import gradients_of, merge_gradients, merge_parameters
 
 from mhmoe_fairseq.models.architectures import architecture_options
@@ -75,7 +75,7 @@ def test_the_global_scope_of_two_pools_is_that_of_one_larger_batch(workers2):
 
 def built_on_rank(full):
     task = SimpleNamespace(source_dictionary=beit3_dictionary(), num_visual_tokens=6, spreads_experts=True)
-    flags = {**SMALL, **PICTURES, "mhmoe_budget": "none", "dropout": 0.0, "mhmoe_modality_experts": "separate"}
+    flags = {**SMALL, **IMAGES, "mhmoe_budget": "none", "dropout": 0.0, "mhmoe_modality_experts": "separate"}
     options = architecture_options("mhmoe_beit3_tiny", **flags)
     model = MHMoEBEiT3.build_model(options, task)
     model.load_state_dict(full)

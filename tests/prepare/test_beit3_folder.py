@@ -50,23 +50,23 @@ def upstream(tmp_path):
         draw_shape(5 + number, (20 * number, 90, 200), ("bar", "circle")[number % 2]).convert("RGB").save(
             folder / "val2014" / f"{number}.jpg"
         )
-    pictures = [f"val2014/{number}.jpg" for number in range(8)]
-    pairs = [{"image_path": pictures[n % 4], "text_segment": texts[n % 4], "image_id": 900 + n % 4} for n in range(8)]
+    images = [f"val2014/{number}.jpg" for number in range(8)]
+    pairs = [{"image_path": images[n % 4], "text_segment": texts[n % 4], "image_id": 900 + n % 4} for n in range(8)]
     write_lines(folder / "coco_captioning.train.jsonl", pairs)
-    null = [{"image_path": path, "text_segment": None, "image_id": n} for n, path in enumerate(pictures[4:])]
+    null = [{"image_path": path, "text_segment": None, "image_id": n} for n, path in enumerate(images[4:])]
     write_lines(folder / "coco_captioning.val.jsonl", null[:2])
     write_lines(folder / "coco_captioning.test.jsonl", null[2:])
-    held_out = [{"image_path": pictures[4 + n], "text_segment": texts[n], "image_id": n} for n in range(4)]
+    held_out = [{"image_path": images[4 + n], "text_segment": texts[n], "image_id": n} for n in range(4)]
     write_lines(folder / "coco_retrieval.train.jsonl", pairs)
     write_lines(folder / "coco_retrieval.val.jsonl", held_out[:2])
     write_lines(folder / "coco_retrieval.test.jsonl", held_out[2:])
-    asked = {"text_segment": texts[0], "image_path": pictures[0]}
+    asked = {"text_segment": texts[0], "image_path": images[0]}
     write_lines(folder / "vqa.train.jsonl", [{**asked, "labels": [0, 2], "scores": [0.3, 1.0], "qid": 1}])
     write_lines(folder / "vqa.trainable_val.jsonl", [{**asked, "labels": [1], "scores": [0.6], "qid": 2}])
     write_lines(folder / "vqa.rest_val.jsonl", [{**asked, "labels": [1], "scores": [1.0], "qid": 3}])
     write_lines(folder / "vqa.test.jsonl", [{**asked, "labels": [], "qid": 4}])
     write_lines(folder / "answer2label.txt", [{"answer": a, "label": n} for n, a in enumerate(("yes", "no", "red"))])
-    two = {"image_path": pictures[0], "image2_path": pictures[1], "text_segment": texts[1], "identifier": "dev-1-0-0"}
+    two = {"image_path": images[0], "image2_path": images[1], "text_segment": texts[1], "identifier": "dev-1-0-0"}
     write_lines(folder / "nlvr2.dev.index.jsonl", [{**two, "label": 1}])
     return folder
 
@@ -146,7 +146,7 @@ _TWO_ANSWERS = [{"answer": "yes", "label": 0}, {"answer": "no", "label": 1}]
         ("coco_retrieval.val.jsonl", [{}], "coco_retrieval.val.jsonl:1: no field"),
         ("answer2label.txt", _TWO_ANSWERS, "vqa.train.jsonl:1: label 2, answer2label.txt has 2 answers"),
         ("vqa.test.jsonl", [_ASKED, {**_ASKED, "text_segment": [99]}], "vqa.test.jsonl:2: token id 99"),
-        ("vqa.test.jsonl", [_ASKED, {**_ASKED, "image_path": "no.jpg"}], "vqa.test.jsonl:2: no picture"),
+        ("vqa.test.jsonl", [_ASKED, {**_ASKED, "image_path": "no.jpg"}], "vqa.test.jsonl:2: no image"),
     ],
 )
 def test_what_is_wrong_is_named(upstream, name, rows, message):

@@ -1,11 +1,11 @@
-"""Questions and statements from metadata: true to them, balanced, and different pictures in every part."""
+"""Questions and statements from metadata: true to them, balanced, and different images in every part."""
 
 from collections import Counter, defaultdict
 
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.image_text.pictures import Picture, Sentence
+from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage
 from mhmoe_fairseq.prepare.image_text.questions import (
     Question,
     answer_vocabulary,
@@ -18,8 +18,8 @@ from mhmoe_fairseq.prepare.image_text.statements import derive_statements
 GROUPS = ("Food", "Flags", "Animals", "Tools")
 
 
-def make_pictures(count=40):
-    """Pictures in two drawings each; every other has a colour, every third a person, the second drawing a tone."""
+def make_images(count=40):
+    """Images in two drawings each; every other has a colour, every third a person, the second drawing a tone."""
     made = []
     for number in range(count):
         for drawing in ("plain", "dark"):
@@ -31,7 +31,7 @@ def make_pictures(count=40):
             if drawing == "dark":
                 facts["tone"] = "dark"
             made.append(
-                Picture(
+                SourceImage(
                     f"images/{number}-{drawing}.png", {"en": [f"thing {number}"]}, f"unit{number}",
                     group=GROUPS[number % 4], subgroup=f"finer {number % 7}",
                     keywords=(f"word{number % 5}", f"other{number % 4}"), facts=facts,
@@ -40,39 +40,39 @@ def make_pictures(count=40):
     return made
 
 
-PICTURES = {picture.path: picture for picture in make_pictures()}
+IMAGES = {image.path: image for image in make_images()}
 
 
 def holds(question):
     """Whether the metadata say what the answer says."""
-    picture = PICTURES[question.path]
+    image = IMAGES[question.path]
     claims = {
-        "group": picture.group, "subgroup": picture.subgroup, "person": picture.facts.get("person"),
-        "colour": picture.facts.get("colour"), "tone": picture.facts.get("tone"),
+        "group": image.group, "subgroup": image.subgroup, "person": image.facts.get("person"),
+        "colour": image.facts.get("colour"), "tone": image.facts.get("tone"),
     }  # fmt: skip
     if question.form in claims:
         return claims[question.form] == question.answer
     values = {
-        "is group": {picture.group}, "is colour": {picture.facts.get("colour")}, "fits": set(picture.keywords),
+        "is group": {image.group}, "is colour": {image.facts.get("colour")}, "fits": set(image.keywords),
     }[question.form]  # fmt: skip
     is_true = any(value is not None and value in question.text.replace("?", "").split() for value in values)
     return is_true == (question.answer == "yes")
 
 
 def test_every_answer_is_what_the_metadata_say():
-    questions = derive_questions(list(PICTURES.values()), seed=1, key="train")
+    questions = derive_questions(list(IMAGES.values()), seed=1, key="train")
     assert {question.form for question in questions} == {
         "group", "subgroup", "person", "colour", "tone", "is group", "is colour", "fits",
     }  # fmt: skip
     assert [question for question in questions if not holds(question)] == []
     per_unit = Counter(
-        (PICTURES[question.path].unit, question.form) for question in questions if question.form == "group"
+        (IMAGES[question.path].unit, question.form) for question in questions if question.form == "group"
     )
     assert set(per_unit.values()) == {1} and len(per_unit) == 40
 
 
 def test_the_words_of_a_yes_or_no_question_tell_nothing():
-    questions = derive_questions(list(PICTURES.values()), seed=1, key="train")
+    questions = derive_questions(list(IMAGES.values()), seed=1, key="train")
     answers = defaultdict(Counter)
     for question in questions:
         if question.answer in ("yes", "no"):
@@ -82,11 +82,11 @@ def test_the_words_of_a_yes_or_no_question_tell_nothing():
 
 
 def test_equal_seeds_give_equal_questions():
-    pictures = list(PICTURES.values())
-    assert derive_questions(pictures, 1, "train") == derive_questions(pictures, 1, "train")
-    assert derive_questions(pictures, 1, "train") != derive_questions(pictures, 2, "train")
-    assert derive_statements(pictures, 60, 1, "train") == derive_statements(pictures, 60, 1, "train")
-    assert derive_statements(pictures, 60, 1, "train") != derive_statements(pictures, 60, 2, "train")
+    images = list(IMAGES.values())
+    assert derive_questions(images, 1, "train") == derive_questions(images, 1, "train")
+    assert derive_questions(images, 1, "train") != derive_questions(images, 2, "train")
+    assert derive_statements(images, 60, 1, "train") == derive_statements(images, 60, 1, "train")
+    assert derive_statements(images, 60, 1, "train") != derive_statements(images, 60, 2, "train")
 
 
 def test_rare_answers_are_no_classes():
@@ -94,7 +94,7 @@ def test_rare_answers_are_no_classes():
     assert answer_vocabulary(questions, 3) == ["owl", "cat", "dog"]
 
 
-def test_the_baseline_without_pictures_by_hand():
+def test_the_baseline_without_images_by_hand():
     train = [
         Question("a", "kind", "what?", "food"), Question("b", "kind", "what?", "food"),
         Question("c", "kind", "what?", "flag"), Question("d", "is", "is it x?", "yes"),
@@ -109,9 +109,9 @@ def test_the_baseline_without_pictures_by_hand():
 
 
 def is_true(statement):
-    left, right = (PICTURES[path] for path in (statement.left, statement.right))
+    left, right = (IMAGES[path] for path in (statement.left, statement.right))
     group = statement.text.rpartition(" ")[2]
-    of_it = [picture.group == group for picture in (left, right)]
+    of_it = [image.group == group for image in (left, right)]
     word = statement.text.split()[2]
     return {
         "both": all(of_it), "exactly one": sum(of_it) == 1, "none": not any(of_it), "only left": of_it == [True, False],
@@ -120,13 +120,13 @@ def is_true(statement):
 
 
 def test_statements_are_true_and_false_in_turn():
-    statements = derive_statements(list(PICTURES.values()), 240, seed=3, key="train")
+    statements = derive_statements(list(IMAGES.values()), 240, seed=3, key="train")
     assert len(statements) == 240
     assert Counter(statement.form for statement in statements) == dict.fromkeys(
         ("both", "exactly one", "none", "only left", "same", "word"), 40
     )
     assert all(is_true(statement) == statement.is_true for statement in statements)
-    assert all(PICTURES[statement.left].unit != PICTURES[statement.right].unit for statement in statements)
+    assert all(IMAGES[statement.left].unit != IMAGES[statement.right].unit for statement in statements)
     truths = defaultdict(Counter)
     for statement in statements:
         truths[statement.text][statement.is_true] += 1
@@ -134,41 +134,41 @@ def test_statements_are_true_and_false_in_turn():
     assert len({statement.identifier for statement in statements}) == 240
 
 
-def test_pictures_of_too_few_kinds_give_no_statements():
-    pictures = [picture for picture in PICTURES.values() if picture.group in GROUPS[:2]]
-    assert derive_statements(pictures, 60, 1, "train") == []
+def test_images_of_too_few_kinds_give_no_statements():
+    images = [image for image in IMAGES.values() if image.group in GROUPS[:2]]
+    assert derive_statements(images, 60, 1, "train") == []
 
 
 def family_of(number):
-    return Picture(
+    return SourceImage(
         f"images/{number}.png", {}, f"u{number}", family=f"f{number // 3}" if number < 30 else f"single{number}"
     )
 
 
 def test_units_stay_whole_and_families_stay_known():
-    pictures = [family_of(number) for number in range(60)]
+    images = [family_of(number) for number in range(60)]
     sentences = [Sentence(f"text{number}", "en", "words") for number in range(40)]
-    assigned = assign_units(pictures, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
-    counts = Counter(assigned[picture.unit] for picture in pictures)
+    assigned = assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    counts = Counter(assigned[image.unit] for image in images)
     assert counts == {"train": 36, "valid": 12, "test": 12}
     assert Counter(assigned[sentence.unit] for sentence in sentences) == {"train": 24, "valid": 8, "test": 8}
-    known = {picture.family for picture in pictures if assigned[picture.unit] == "train"}
+    known = {image.family for image in images if assigned[image.unit] == "train"}
     assert all(f"f{number}" in known for number in range(10))
     assert any(assigned[f"u{number}"] != "train" for number in range(30, 60))
-    assert assigned == assign_units(pictures, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
-    assert assigned != assign_units(pictures, sentences, valid_fraction=0.2, test_fraction=0.2, seed=2)
+    assert assigned == assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    assert assigned != assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=2)
 
 
-def test_too_few_pictures_are_refused():
-    with pytest.raises(UserError, match="2 different picture"):
+def test_too_few_images_are_refused():
+    with pytest.raises(UserError, match="2 different image"):
         assign_units([family_of(40), family_of(41)], [], valid_fraction=0.1, test_fraction=0.1, seed=1)
 
 
 def test_a_caption_is_known_when_family_and_words_are():
-    picture = Picture("images/a.png", {"en": ["woman firefighter: dark skin tone"]}, "a", family="firefighter")
+    image = SourceImage("images/a.png", {"en": ["woman firefighter: dark skin tone"]}, "a", family="firefighter")
     words = words_of("man firefighter") | words_of("Woman, cook: dark skin tone")
-    assert has_known_caption(picture, "en", {"firefighter"}, words)
-    assert not has_known_caption(picture, "en", {"cook"}, words)
-    assert not has_known_caption(picture, "en", {"firefighter"}, words - {"woman"})
-    assert not has_known_caption(picture, "de", {"firefighter"}, words)
-    assert has_known_caption(Picture("images/b.png", {"en": ["A gorilla."]}, "b"), "en", set(), set())
+    assert has_known_caption(image, "en", {"firefighter"}, words)
+    assert not has_known_caption(image, "en", {"cook"}, words)
+    assert not has_known_caption(image, "en", {"firefighter"}, words - {"woman"})
+    assert not has_known_caption(image, "de", {"firefighter"}, words)
+    assert has_known_caption(SourceImage("images/b.png", {"en": ["A gorilla."]}, "b"), "en", set(), set())

@@ -13,7 +13,7 @@ from mhmoe_fairseq.models.beit3 import MHMoEBEiT3, build_beit3
 from mhmoe_fairseq.moe.parallelism import ExpertParallelism
 
 SMALL = {"encoder_layers": 2, "encoder_embed_dim": 32, "encoder_attention_heads": 2, "encoder_ffn_embed_dim": 64}
-PICTURES = {"img_size": 8, "patch_size": 4, "max_text_length": 12}
+IMAGES = {"img_size": 8, "patch_size": 4, "max_text_length": 12}
 PATCHES = 4
 IMAGE_POSITIONS = 1 + PATCHES
 FAMILIES = ("dense", "smoe", "xmoe", "mhmoe")
@@ -36,9 +36,9 @@ def small_beit3(
     parallel: ExpertParallelism | None = None,
     **flags: Any,
 ) -> MHMoEBEiT3:
-    """A model of 2 layers of 32, the second an MoE layer, for pictures of 2x2 patches; without dropout unless given."""
+    """A model of 2 layers of 32, the second an MoE layer, for images of 2x2 patches; without dropout unless given."""
     torch.manual_seed(seed)
-    flags = {**SMALL, **PICTURES, "dropout": 0.0, **flags}
+    flags = {**SMALL, **IMAGES, "dropout": 0.0, **flags}
     if arch.startswith("mhmoe"):
         flags.setdefault("mhmoe_budget", "none")  # no expert width comes within 0.5 % of so few parameters
     options = architecture_options(arch, **flags)

@@ -1,7 +1,7 @@
-"""Indexes of the fine-tuning tasks for the folder of ``pictures_and_words``, and the words of trainings on them.
+"""Indexes of the fine-tuning tasks for the folder of ``images_and_words``, and the words of trainings on them.
 
-A picture has two squares, ``a SIZE COLOUR square beside a SIZE COLOUR square``: questions ask for the colour of one,
-statements name the left picture's left colour, classes are left colours.
+An image has two squares, ``a SIZE COLOUR square beside a SIZE COLOUR square``: questions ask for the colour of one,
+statements name the left image's left colour, classes are left colours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from pictures_and_words import COLOURS, build_dictionary, ids, training_words, write_pictures_and_words
+from images_and_words import COLOURS, build_dictionary, ids, training_words, write_images_and_words
 
 from mhmoe_fairseq.data.multimodal.answers import write_answers
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
@@ -26,7 +26,7 @@ TASKS = {
 
 def write_fine_tuning_data(folder: Path) -> Path:
     """Everything for pre-training and for the four tasks; the folder. Labels are known on all splits."""
-    write_pictures_and_words(folder, COUNTS)
+    write_images_and_words(folder, COUNTS)
     write_answers(folder, ANSWERS)
     (folder / "imagenet.classes.json").write_text(json.dumps(ANSWERS))
     for split in ("train", "valid", "test"):
@@ -69,7 +69,7 @@ def _caption_row(pair: dict[str, Any]) -> dict[str, Any]:
 
 
 def _questions(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Two for each picture; the other square's colour is worth 0.3."""
+    """Two for each image; the other square's colour is worth 0.3."""
     rows = []
     for pair in pairs:
         for text, asked, other in (("the square is", "left", "right"), ("beside the square is", "right", "left")):
@@ -87,7 +87,7 @@ def _questions(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _statements(pairs: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """Each statement, about the left picture, is used once as it is true, and once with the pictures changed."""
+    """Each statement, about the left image, is used once as it is true, and once with the images changed."""
     shuffled = random.Random(3).sample(pairs, len(pairs))
     rows = []
     for number, (one, two) in enumerate(zip(pairs, shuffled)):

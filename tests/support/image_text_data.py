@@ -1,4 +1,4 @@
-"""Two dozen small pictures of coloured shapes, prepared by the real pipeline: every file that it writes.
+"""Two dozen small images of coloured shapes, prepared by the real pipeline: every file that it writes.
 
 >>> folder = prepare_shapes(tmp_path / "data")  # well under a second; 32 x 32 pixels, patches of 8, 16 codes
 """
@@ -12,7 +12,7 @@ from typing import Callable, Sequence
 from PIL import Image, ImageDraw
 
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
-from mhmoe_fairseq.prepare.image_text.pictures import OpenedPictures, Picture, Sentence
+from mhmoe_fairseq.prepare.image_text.images import OpenedImages, Sentence, SourceImage
 from mhmoe_fairseq.prepare.image_text.pipeline import ImageTextSettings, prepare_image_text
 from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
@@ -28,10 +28,10 @@ IMG_SIZE, PATCH_SIZE, CODES = 32, 8, 16
 
 @dataclass(frozen=True)
 class Shapes:
-    """A source of pictures: every shape in every colour and size, captioned ``large red circle``.
+    """A source of images: every shape in every colour and size, captioned ``large red circle``.
 
     Args:
-        spoiled: names of pictures whose files are cut off in the middle.
+        spoiled: names of images whose files are cut off in the middle.
     """
 
     spoiled: tuple[str, ...] = ()
@@ -43,9 +43,9 @@ class Shapes:
 
     def open(
         self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Callable[[str], None]
-    ) -> OpenedPictures:
-        pictures = [
-            self._picture(folder, size, colour, shape, languages)
+    ) -> OpenedImages:
+        images = [
+            self._image(folder, size, colour, shape, languages)
             for shape in SHAPES
             for colour in COLOURS
             for size in SIZES
@@ -57,9 +57,9 @@ class Shapes:
             for second in COLOURS
             for shape in SHAPES
         ]
-        return OpenedPictures({"version": "1"}, pictures, sentences)
+        return OpenedImages({"version": "1"}, images, sentences)
 
-    def _picture(self, folder: Path, size: str, colour: str, shape: str, languages: Sequence[str]) -> Picture:
+    def _image(self, folder: Path, size: str, colour: str, shape: str, languages: Sequence[str]) -> SourceImage:
         unit = f"{size}-{colour}-{shape}"
         path = folder / "images" / f"{unit}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Shapes:
             path.write_bytes(path.read_bytes()[:40])
         captions = {language: [self._translate(language, size, colour, shape)] for language in languages}
         keywords = (size, colour, "round" if shape == "circle" else "straight")
-        return Picture(
+        return SourceImage(
             f"images/{unit}.png", captions, unit, family=shape, group=shape, subgroup=f"{size} {shape}",
             keywords=keywords, facts={"colour": colour},
         )  # fmt: skip
@@ -82,17 +82,17 @@ class Shapes:
 
 
 def draw_shape(radius: int, colour: tuple[int, int, int], shape: str) -> Image.Image:
-    """A shape in the middle of a white picture; transparent around it."""
-    picture = Image.new("RGBA", (IMG_SIZE, IMG_SIZE), (0, 0, 0, 0))
-    middle, brush = IMG_SIZE // 2, ImageDraw.Draw(picture)
+    """A shape in the middle of a white image; transparent around it."""
+    image = Image.new("RGBA", (IMG_SIZE, IMG_SIZE), (0, 0, 0, 0))
+    middle, brush = IMG_SIZE // 2, ImageDraw.Draw(image)
     width = radius // 3 if shape == "bar" else radius
     box = [middle - width, middle - radius, middle + width, middle + radius]
     (brush.ellipse if shape == "circle" else brush.rectangle)(box, fill=(*colour, 255))
-    return picture
+    return image
 
 
 def shape_settings(**changes: object) -> ImageTextSettings:
-    """Settings that suit two dozen pictures."""
+    """Settings that suit two dozen images."""
     settings = {
         "vocab_size": 300, "valid_fraction": 0.25, "test_fraction": 0.25, "derived": DerivedSettings(1, 60),
         "tokenizer": FitSettings(CODES, PATCH_SIZE, IMG_SIZE, max_patches=2000, iterations=4),

@@ -87,8 +87,8 @@ def test_training_masks_are_new_in_every_epoch_and_the_seeds(data):
     assert again["net_input"]["images"].shape == (len(again["id"]), 3, IMG_SIZE, IMG_SIZE)
 
 
-def test_held_out_pictures_come_with_their_first_reference(data):
-    """Masked alike for every seed and epoch; every picture once."""
+def test_held_out_images_come_with_their_first_reference(data):
+    """Masked alike for every seed and epoch; every image once."""
     task = build(data)
     batch, other = batch_of(task, "valid"), batch_of(build(data, seed=5), "valid", epoch=3)
     assert torch.equal(batch["text_targets"], other["text_targets"])
@@ -124,8 +124,8 @@ def test_cider_is_of_the_split(data):
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_a_validation_scores_each_picture_against_its_own_references(copied, split, monkeypatch):
-    """In whatever order the index, the ground truth and a batch have the pictures."""
+def test_a_validation_scores_each_image_against_its_own_references(copied, split, monkeypatch):
+    """In whatever order the index, the ground truth and a batch have the images."""
     name = {"valid": "val"}.get(split, split)
     index = copied / f"coco_captioning.{name}.jsonl"
     index.write_text("".join(reversed(index.read_text().splitlines(keepends=True))))
@@ -134,16 +134,16 @@ def test_a_validation_scores_each_picture_against_its_own_references(copied, spl
     dataset = task.dataset(split)
     truth = json.loads((copied / f"coco_karpathy_{name}_gt.json").read_text())["annotations"]
     references = {row["image_id"]: row["caption"] for row in truth}
-    images = list(references)
-    by_hand = CiderD([[tokenize(references[image])] for image in images])
+    keys = list(references)
+    by_hand = CiderD([[tokenize(references[key])] for key in keys])
     batch = dataset.collater([dataset[row] for row in (3, 0, 5)])
     written = [references[image] for image in batch["image_ids"].tolist()]
-    monkeypatch.setattr(task, "write_captions", lambda model, pictures: written)
+    monkeypatch.setattr(task, "write_captions", lambda model, images: written)
     _, _, log = task.evaluate_batch(batch, torch.nn.Identity(), lambda model, sample: (torch.zeros(()), 1, {}))
-    own = [by_hand.score(images.index(image), tokenize(references[image])) for image in batch["image_ids"].tolist()]
+    own = [by_hand.score(keys.index(image), tokenize(references[image])) for image in batch["image_ids"].tolist()]
     assert log["captions"] == 3 and log["cider_sum"] == pytest.approx(sum(own))
-    others = [by_hand.score(place, tokenize(text)) for text in written for place in range(len(images))]
-    assert sorted(others)[-3:] == pytest.approx(sorted(own))  # any other picture's are worse
+    others = [by_hand.score(place, tokenize(text)) for text in written for place in range(len(keys))]
+    assert sorted(others)[-3:] == pytest.approx(sorted(own))  # any other image's are worse
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -231,7 +231,7 @@ def test_a_beams_score_is_that_of_its_caption(data):
         ("coco_karpathy_val_gt.json", None, "coco_karpathy_val_gt.json is missing"),
         ("coco_captioning.val.jsonl", None, "coco_captioning.val.jsonl is missing"),
         ("sentencepiece.model", None, "sentencepiece.model is missing"),
-        ("coco_captioning.val.jsonl", '"image_id": 12|"image_id": 999', "1 of 6 pictures have no reference caption"),
+        ("coco_captioning.val.jsonl", '"image_id": 12|"image_id": 999', "1 of 6 images have no reference caption"),
         ("coco_captioning.val.jsonl", "{|", r"coco_captioning.val.jsonl:1: "),
     ],
 )

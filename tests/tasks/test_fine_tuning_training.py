@@ -14,7 +14,7 @@ import torch
 from beit3_models import FAMILIES
 from console import run_console
 from fine_tuning_data import ANSWERS, TASKS, fine_tuning_words, write_fine_tuning_data
-from pictures_and_words import training_words
+from images_and_words import training_words
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
@@ -22,7 +22,7 @@ from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_i
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fine_tuning_data(tmp_path_factory.mktemp("pictures") / "data")
+    return write_fine_tuning_data(tmp_path_factory.mktemp("images") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_questions_are_learnt_and_the_best_score_kept(vqa: tuple[Path, str]) -> 
     assert sorted(round(group["lr"] / 0.003, 3) for group in groups) == [0.729, 0.81, 0.9, 1.0, 2.0]
 
 
-def test_a_score_stands_beside_what_needs_no_picture(
+def test_a_score_stands_beside_what_needs_no_image(
     vqa: tuple[Path, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder, log = vqa
@@ -110,7 +110,7 @@ def test_without_labels_there_is_a_submission(vqa: tuple[Path, str], data: Path,
     words = (vqa[0], "--data", unlabelled)
     assert "--split test has no labels to score by: give --output FILE" in predict(capsys, *words, status=2)
     told = predict(capsys, *words, "--output", tmp_path / "submission.json")
-    assert told.startswith("test: 48 questions\nThese labels are derived from the pictures' metadata by templates")
+    assert told.startswith("test: 48 questions\nThese labels are derived from the images' metadata by templates")
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [answer["question_id"] for answer in submission] == [row["qid"] for row in rows]
     assert {answer["answer"] for answer in submission} <= set(ANSWERS)
@@ -171,7 +171,7 @@ def test_the_other_tasks_learn(task: str, data: Path, pretrained: Path, tmp_path
 
 @pytest.mark.slow
 def test_statements_are_learnt(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Words have to be compared with pictures: for the first 200 updates nothing seems to happen."""
+    """Words have to be compared with images: for the first 200 updates nothing seems to happen."""
     flags = ("--lr", 0.001, "--warmup-updates", 50, "--no-flip")
     train("mhmoe_nlvr2", data, tmp_path / "run", *flags, updates=400)
     assert float(re.search(r"accuracy ([\d.]+)", predict(capsys, tmp_path / "run", "--split", "valid"))[1]) > 65

@@ -1,4 +1,4 @@
-"""The fine-tuning tasks on pictures: flags, what a split holds, heads, learning rates, bad data."""
+"""The fine-tuning tasks on images: flags, what a split holds, heads, learning rates, bad data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from beit3_models import SMALL
 from fairseq.logging import metrics
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fine_tuning_data import ANSWERS, TASKS, write_fine_tuning_data
-from pictures_and_words import IMG_SIZE, PATCH_SIZE
+from images_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
-from mhmoe_fairseq.data.images.reading import read_picture
+from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, write_index
 from mhmoe_fairseq.metrics.recall import recalls
@@ -40,7 +40,7 @@ OUTER = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fine_tuning_data(tmp_path_factory.mktemp("pictures") / "data")
+    return write_fine_tuning_data(tmp_path_factory.mktemp("images") / "data")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_validation_is_the_same_every_time_in_order_and_whole(name: str, data: P
     index = build(name, data).read_index("valid")
     rows = [row for batch in first for row in batch["id"].tolist()]
     assert rows == list(range(len(index))) and len(rows) % 7 and len(rows) % 8 != 7
-    whole = EvaluationTransform(IMG_SIZE)(read_picture(data / index["image_path"][0]))
+    whole = EvaluationTransform(IMG_SIZE)(read_image(data / index["image_path"][0]))
     assert torch.equal(first[0]["net_input"]["images"][0], whole)
 
 
@@ -137,7 +137,7 @@ def test_no_flip_leaves_out_the_mirror_only(data: Path) -> None:
     assert bool((is_same | is_mirrored).all()) and 0.3 < is_mirrored.double().mean() < 0.7
 
 
-def test_randaug_changes_pictures_of_training(data: Path) -> None:
+def test_randaug_changes_images_of_training(data: Path) -> None:
     plain, changed = (batches(build("mhmoe_nlvr2", data, randaug=randaug), "train") for randaug in (False, True))
     assert not same(plain, changed)
 
@@ -147,8 +147,8 @@ def test_imagenets_own_views(data: Path) -> None:
     plain, own = (batches(build(name, data, imagenet_views=on), "valid") for on in (False, True))
     side = IMG_SIZE * 7 // 8
     start = (IMG_SIZE - side) // 2
-    picture = read_picture(data / build(name, data).read_index("valid")["image_path"][0])
-    central = EvaluationTransform(IMG_SIZE, by=IMAGENET)(picture.crop((start, start, start + side, start + side)))
+    image = read_image(data / build(name, data).read_index("valid")["image_path"][0])
+    central = EvaluationTransform(IMG_SIZE, by=IMAGENET)(image.crop((start, start, start + side, start + side)))
     assert torch.equal(own[0]["net_input"]["images"][0], central) and not same(plain, own)
     crops = [batches(build(name, data, imagenet_views=on), "train") for on in (False, True)]
     assert not same(*crops)

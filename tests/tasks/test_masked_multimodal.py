@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from fairseq.utils import apply_to_sample
-from pictures_and_words import COUNTS, IMG_SIZE, PATCH_SIZE, write_pictures_and_words, write_tokenizer
+from images_and_words import COUNTS, IMG_SIZE, PATCH_SIZE, write_images_and_words, write_tokenizer
 from PIL import Image
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.data.images.reading import read_picture
+from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationViews
 from mhmoe_fairseq.data.multimodal.index import read_index
 from mhmoe_fairseq.data.multimodal.masking import masked_count
@@ -24,7 +24,7 @@ from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMu
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+    return write_images_and_words(tmp_path_factory.mktemp("images") / "data")
 
 
 @pytest.fixture
@@ -95,12 +95,12 @@ def test_each_modality_masks_the_share_of_its_flag(data: Path, flags: dict[str, 
 
 
 @pytest.mark.parametrize("name", ["image", "pair"])
-def test_training_crops_and_jitters_and_a_held_out_set_shows_whole_pictures(data: Path, name: str) -> None:
+def test_training_crops_and_jitters_and_a_held_out_set_shows_whole_images(data: Path, name: str) -> None:
     whole = {}
     for split in ("train", "valid"):
         index = read_index(data, name, split)
         views = EvaluationViews(IMG_SIZE, IMG_SIZE)
-        whole[split] = [views(read_picture(data / path))[0] for path in index["image_path"]]
+        whole[split] = [views(read_image(data / path))[0] for path in index["image_path"]]
     seen = {split: [batch[name] for batch in load(build(data), split) if batch[name].get("counted", True)]
             for split in whole}  # fmt: skip
     for split, batches in seen.items():
@@ -220,12 +220,12 @@ def test_left_out_modalities_need_no_files(copied: Path) -> None:
     assert (len(task.dataset("train")), task.num_visual_tokens) == (COUNTS["train"]["text"], 0)
 
 
-def test_a_bad_picture_is_refused_or_replaced(copied: Path) -> None:
-    (copied / "images" / "train-3.png").write_bytes(b"no picture")
+def test_a_bad_image_is_refused_or_replaced(copied: Path) -> None:
+    (copied / "images" / "train-3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image.train.jsonl:4: .*train-3.png"):
         load(build(copied), "train")
-    replaced = [batch["image"]["num_replaced"] for batch in load(build(copied, skip_bad_pictures=True), "train")]
-    assert 2 <= sum(replaced) <= 3  # 24 items, 10 pictures
+    replaced = [batch["image"]["num_replaced"] for batch in load(build(copied, skip_bad_images=True), "train")]
+    assert 2 <= sum(replaced) <= 3  # 24 items, 10 images
     Image.new("RGB", (IMG_SIZE, IMG_SIZE)).save(copied / "images" / "train-3.png")
     assert sum(batch["image"]["num_replaced"] for batch in load(build(copied), "train")) == 0
 

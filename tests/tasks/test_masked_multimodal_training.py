@@ -13,7 +13,7 @@ import torch
 from console import USER_DIR, run_console
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from pictures_and_words import SHAPES, training_words, write_pictures_and_words, write_tokenizer
+from images_and_words import SHAPES, training_words, write_images_and_words, write_tokenizer
 
 from mhmoe_fairseq.analysis.reports.run_logs import TrainingLog, read_training_log
 from mhmoe_fairseq.commands.main import main
@@ -23,7 +23,7 @@ from mhmoe_fairseq.criterions.masked_multimodal import PARTS
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+    return write_images_and_words(tmp_path_factory.mktemp("images") / "data")
 
 
 def train(data: Path, save_dir: Path, *flags: object, updates: int, check: bool = True) -> str:

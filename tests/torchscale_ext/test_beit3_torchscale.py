@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from beit3_models import IMAGE_POSITIONS, KINDS, PICTURES, beit3_batch, beit3_dictionary, small_beit3
+from beit3_models import IMAGE_POSITIONS, IMAGES, KINDS, beit3_batch, beit3_dictionary, small_beit3
 from torchscale.architecture.config import EncoderConfig
 from torchscale.component.multihead_attention import MultiheadAttention
 from torchscale.component.multiway_network import set_split_position
@@ -26,9 +26,9 @@ def their_beit3(ours, **config):
             multiway=True,
             vocab_size=len(beit3_dictionary()),
             no_output_layer=True,
-            img_size=PICTURES["img_size"],
-            patch_size=PICTURES["patch_size"],
-            max_source_positions=PICTURES["max_text_length"] + 2,
+            img_size=IMAGES["img_size"],
+            patch_size=IMAGES["patch_size"],
+            max_source_positions=IMAGES["max_text_length"] + 2,
             **config,
         )
     ).double()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from images_and_words import training_words, write_images_and_words
 from parallel_runs import figures, updates_in
-from pictures_and_words import training_words, write_pictures_and_words
 from workers import Workers
 
 FIGURES = ("loss", "image_loss", "text_loss", "pair_image_loss", "pair_text_loss", "gate_loss", "gnorm", "moe_entropy")
@@ -18,7 +18,7 @@ ODD = {"train": {"image": 2, "text": 11, "pair": 5}, "valid": {"image": 1, "text
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data", COUNTS)
+    return write_images_and_words(tmp_path_factory.mktemp("images") / "data", COUNTS)
 
 
 def train(ranks: int, data: Path, save_dir: Path, *flags: object, updates: int) -> list[str]:
@@ -53,7 +53,7 @@ def test_two_ranks_train_as_one_process(data: Path, tmp_path: Path) -> None:
 
 def test_a_rank_without_a_batch_holds_nobody_up(tmp_path: Path) -> None:
     """Three batches in training, three in validation, of which two have no image of their own."""
-    data = write_pictures_and_words(tmp_path / "data", ODD)
+    data = write_images_and_words(tmp_path / "data", ODD)
     (log, _) = train(2, data, tmp_path / "run", "--update-freq", 1, "--max-epoch", 2, updates=20)
     assert [update["num_updates"] for update in updates_in(log)] == ["1", "2", "3", "4"]
     (alone,) = train(1, data, tmp_path / "alone", "--update-freq", 2, "--max-epoch", 2, updates=20)

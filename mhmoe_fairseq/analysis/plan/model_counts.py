@@ -72,7 +72,7 @@ def count_model(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0
 
 
 def context_of(options: Any) -> int:
-    """Positions that attention is counted for; of BEiT-3 a picture's with the longest text."""
+    """Positions that attention is counted for; of BEiT-3 an image's with the longest text."""
     if isinstance(options, BEiT3Options):
         return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
     return int(options.tokens_per_sample)

@@ -47,7 +47,7 @@ def _split_section(groups: dict[str, list[Summary]], split: str) -> str:
     rows.append(_row(_TOTAL, scores, None))
     seeds = max(map(len, scores.values()))
     note = (
-        f"On the {split} split, from `mhmoe evaluate`: every picture and text once, with the same masks for every "
+        f"On the {split} split, from `mhmoe evaluate`: every image and text once, with the same masks for every "
         "model. ppl: perplexity per masked position, of patches among the visual tokenizer's ids and of words among "
         f"the dictionary; {_TOTAL}: of patches and words together, which the paper's table is compared with; right: "
         "share of masked positions whose most probable symbol is the right one; no context: a guess that sees nothing "

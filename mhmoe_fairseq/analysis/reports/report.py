@@ -71,7 +71,7 @@ def aggregate(
 def _data_line(identity: DataIdentity) -> str:
     files = "dictionary, training, validation and test files"
     if identity.has_images:
-        files = "dictionary, texts and indexes of pictures"
+        files = "dictionary, texts and indexes of images"
     return f"Data: {identity.source}, SHA-256 `{identity.digest}` ({files})."
 
 

@@ -1,4 +1,4 @@
-"""To how many different experts the sub-tokens of every patch of a picture go (P1's figures 8 and 10)."""
+"""To how many different experts the sub-tokens of every patch of an image go (P1's figures 8 and 10)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...checkpoints.files import read_checkpoint
 from ...common.errors import UserError
 from ...common.files import sha256_of
-from ...data.images.reading import read_picture
+from ...data.images.reading import read_image
 from ...data.images.transforms import EvaluationTransform
 from .activation import load_moe_model
 from .expert_choices import distinct_experts, expert_layers, recorded_choices
@@ -25,15 +25,15 @@ _BATCH = 32
 
 @dataclass(frozen=True)
 class PatchDiversity:
-    """One checkpoint's routing of some pictures, each shown alone, without text.
+    """One checkpoint's routing of some images, each shown alone, without text.
 
     Attributes:
         checkpoint: the file.
         sha256: of it.
         updates: how long it was trained.
         layers: places of the MoE layers in the encoder, from 0.
-        counts_BLhw: ``(pictures, layers, rows, columns)``, different experts of each patch's sub-tokens.
-        is_flat_Bhw: bool ``(pictures, rows, columns)``, patches of one colour.
+        counts_BLhw: ``(images, layers, rows, columns)``, different experts of each patch's sub-tokens.
+        is_flat_Bhw: bool ``(images, rows, columns)``, patches of one colour.
         most: as many experts as there can be: those of a layer, or heads times top-k.
     """
 
@@ -75,21 +75,21 @@ class PatchDiversity:
 
 
 @torch.no_grad()
-def measure_diversity(checkpoint: Path, data: Path, pictures: Sequence[Path]) -> PatchDiversity:
-    """Route pictures and count.
+def measure_diversity(checkpoint: Path, data: Path, paths: Sequence[Path]) -> PatchDiversity:
+    """Route images and count.
 
     Args:
         checkpoint: of a model of images and text with experts.
         data: its prepared folder.
 
     Raises:
-        ValueError, OSError: for a dense model or another kind of checkpoint, or a picture that cannot be read.
+        ValueError, OSError: for a dense model or another kind of checkpoint, or an image that cannot be read.
     """
     updates = num_updates(checkpoint)
     model, task = load_moe_model(checkpoint, data, _BATCH)
     if not hasattr(model, "beit3"):
         raise UserError(f"{checkpoint} is a language model: it has no image patches")
-    images = prepare_pictures(pictures, task.args.img_size)
+    images = prepare_images(paths, task.args.img_size)
     layers, config = expert_layers(model), None
     device = next(model.parameters()).device
     counts = []
@@ -114,14 +114,14 @@ def measure_diversity(checkpoint: Path, data: Path, pictures: Sequence[Path]) ->
     )
 
 
-def prepare_pictures(paths: Sequence[Path], size: int) -> Tensor:
+def prepare_images(paths: Sequence[Path], size: int) -> Tensor:
     """``(B, 3, size, size)`` as evaluation sees them."""
     transform = EvaluationTransform(size)
-    return torch.stack([transform(read_picture(path)) for path in paths])
+    return torch.stack([transform(read_image(path)) for path in paths])
 
 
 def shown(image: Tensor) -> Image.Image:
-    """A picture as the model sees it: ``(3, H, W)`` of -1 to 1."""
+    """An image as the model sees it: ``(3, H, W)`` of -1 to 1."""
     pixels = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 

@@ -1,19 +1,19 @@
 """The data sets of pre-training and fine-tuning; a sample is decoded where it is drawn, in a worker of the loader."""
 
-from .base import DatasetSettings, PictureTextDataset
+from .base import DatasetSettings, ImageTextDataset
 from .captions import CaptionDataset, RetrievalDataset
-from .labelled import LabelledPictures, PicturePairs, VQADataset
+from .labelled import ImagePairs, LabelledImages, VQADataset
 from .masked import MaskedImages, MaskedPairs, MaskedTexts
 
 __all__ = [
     "CaptionDataset",
     "DatasetSettings",
-    "LabelledPictures",
+    "LabelledImages",
     "MaskedImages",
     "MaskedPairs",
     "MaskedTexts",
-    "PicturePairs",
-    "PictureTextDataset",
+    "ImagePairs",
+    "ImageTextDataset",
     "RetrievalDataset",
     "VQADataset",
 ]

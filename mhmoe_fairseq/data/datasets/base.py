@@ -1,4 +1,4 @@
-"""What the data sets of pictures and texts share: settings, order, generators, and what becomes of bad pictures."""
+"""What the data sets of images and texts share: settings, order, generators, and what becomes of bad images."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.errors import UserError
-from ..images.reading import PictureError, read_picture
+from ..images.reading import ImageError, read_image
 from ..multimodal.collate import Sample, collate
 
 logger = logging.getLogger(__name__)
 
-_MOST_BAD = 1000  # bad pictures in a row after which the folder is wrong, not the pictures
+_MOST_BAD = 1000  # bad images in a row after which the folder is wrong, not the images
 _ORDER, _SAMPLE = 0, 1  # what a generator is for
 _LEAST_TEXT = 3
 
@@ -30,16 +30,16 @@ class DatasetSettings:
     """What all data sets of a task are read by.
 
     Args:
-        folder: with the index files, that the pictures' paths are relative to.
+        folder: with the index files, that the images' paths are relative to.
         dictionary: of the texts.
-        img_size: side of the model's pictures.
+        img_size: side of the model's images.
         patch_size: side of a patch.
         max_text_length: tokens of a text with ``<s>`` and ``</s>``; of a longer one the end is left out.
         seed: of orders, crops and masks.
         training: whether order, crops and masks are new in every epoch; otherwise rows come in the files' order and
             their masks are the same every time.
-        skip_bad_pictures: in training, whether another sample takes the place of one with a bad picture; otherwise,
-            and always in evaluation, a bad picture is an error.
+        skip_bad_images: in training, whether another sample takes the place of one with a bad image; otherwise,
+            and always in evaluation, a bad image is an error.
 
     Raises:
         ValueError: naming the flags.
@@ -52,7 +52,7 @@ class DatasetSettings:
     max_text_length: int
     seed: int = 1
     training: bool = True
-    skip_bad_pictures: bool = False
+    skip_bad_images: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.patch_size <= self.img_size or self.img_size % self.patch_size:
@@ -69,7 +69,7 @@ class DatasetSettings:
 
     @property
     def image_positions(self) -> int:
-        """Positions of a picture in the model: one for the class token, and its patches."""
+        """Positions of an image in the model: one for the class token, and its patches."""
         return 1 + self.grid[0] * self.grid[1]
 
     def text_positions(self, lengths: np.ndarray) -> np.ndarray:
@@ -82,7 +82,7 @@ class DatasetSettings:
         return torch.cat([torch.tensor([self.dictionary.bos()]), kept, torch.tensor([self.dictionary.eos()])])
 
 
-class PictureTextDataset(FairseqDataset, abc.ABC):
+class ImageTextDataset(FairseqDataset, abc.ABC):
     """Base of the data sets.
 
     Everything random about a sample comes from a generator made of seed, epoch and row, so that it does not depend on
@@ -125,20 +125,20 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         """The sample of a row.
 
         Raises:
-            PictureError: naming the row's place, the picture and the rule, unless such samples are skipped.
+            ImageError: naming the row's place, the image and the rule, unless such samples are skipped.
         """
         row = int(row)
         for step in range(min(len(self), _MOST_BAD)):
             taken = (row + step) % len(self)
             try:
                 sample = self.make_sample(taken, self._generator(_SAMPLE, row))
-            except PictureError as error:
-                if not (self.settings.skip_bad_pictures and self.settings.training):
-                    raise PictureError(f"{self.place(taken)}: {error}") from error
+            except ImageError as error:
+                if not (self.settings.skip_bad_images and self.settings.training):
+                    raise ImageError(f"{self.place(taken)}: {error}") from error
                 self._tell(str(error))
             else:
                 return {"id": taken, "is_replaced": step > 0, **sample}
-        raise PictureError(f"{self.place(row)}: no good picture in {step + 1:,} rows from here on")
+        raise ImageError(f"{self.place(row)}: no good image in {step + 1:,} rows from here on")
 
     def collater(self, samples: list[Sample]) -> dict[str, Any]:
         """A batch; ``{}`` of no samples, which fairseq takes for one of another rank's that has run out."""
@@ -155,8 +155,8 @@ class PictureTextDataset(FairseqDataset, abc.ABC):
         return self._generator(_ORDER).permutation(len(self))
 
     def read(self, path: str) -> Image.Image:
-        """The picture of a path in an index; raises ``PictureError``."""
-        return read_picture(self.settings.folder / path)
+        """The image of a path in an index; raises ``ImageError``."""
+        return read_image(self.settings.folder / path)
 
     def set_epoch(self, epoch: int) -> None:
         """fairseq's hook before an epoch: training has other crops, masks and batches then."""

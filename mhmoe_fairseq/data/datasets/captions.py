@@ -1,4 +1,4 @@
-"""Data sets of pictures with captions, of which a picture may have several."""
+"""Data sets of images with captions, of which an image may have several."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .labelled import IndexedDataset, Transform
 
 
 class CaptionDataset(IndexedDataset):
-    """Captions to be completed in training, pictures to be captioned in evaluation.
+    """Captions to be completed in training, images to be captioned in evaluation.
 
     In training every row is a sample: a batch has the masked captions, ``text_targets (B, S)`` with padding where
-    nothing is predicted, and their number as ``ntokens``. In evaluation every picture is one, without text, whatever
+    nothing is predicted, and their number as ``ntokens``. In evaluation every image is one, without text, whatever
     the number of rows that it has. ``image_ids (B,)`` are in both.
 
     Args:
@@ -69,9 +69,9 @@ class CaptionDataset(IndexedDataset):
 
 
 class RetrievalDataset(IndexedDataset):
-    """Pictures with captions to be found by each other; a batch has ``image_ids (B,)``.
+    """Images with captions to be found by each other; a batch has ``image_ids (B,)``.
 
-    Rows of one ``image_id`` are captions of one picture, in evaluation too.
+    Rows of one ``image_id`` are captions of one image, in evaluation too.
     """
 
     stream = 8

@@ -1,4 +1,4 @@
-"""Data sets of pictures with questions, statements or classes."""
+"""Data sets of images with questions, statements or classes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ...common.errors import UserError
 from ..multimodal.collate import Sample
 from ..multimodal.columns import MISSING
 from ..multimodal.index import Index
-from .base import DatasetSettings, PictureTextDataset
+from .base import DatasetSettings, ImageTextDataset
 
 Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 
 
-class IndexedDataset(PictureTextDataset):
-    """One sample per row of an index, with its picture and, if the index has texts, its text.
+class IndexedDataset(ImageTextDataset):
+    """One sample per row of an index, with its image and, if the index has texts, its text.
 
     Args:
         index: with ``image_path``.
@@ -47,7 +47,7 @@ class IndexedDataset(PictureTextDataset):
 
 
 class VQADataset(IndexedDataset):
-    """Questions about pictures.
+    """Questions about images.
 
     A batch has ``question_ids (B,)`` and ``targets (B, answers)`` float, the soft score of every answer, or None if
     the split has no answers.
@@ -86,10 +86,10 @@ class VQADataset(IndexedDataset):
         batch["targets"] = torch.stack([sample["targets"] for sample in samples]) if self.has_targets else None
 
 
-class PicturePairs(IndexedDataset):
-    """Statements about two pictures, as in NLVR2.
+class ImagePairs(IndexedDataset):
+    """Statements about two images, as in NLVR2.
 
-    A batch has all left pictures and then all right ones, ``images (2B, 3, H, W)``, the texts twice, ``text_tokens
+    A batch has all left images and then all right ones, ``images (2B, 3, H, W)``, the texts twice, ``text_tokens
     (2B, S)``, ``targets (B,)``, 1 where the statement is true, or None if the split has none, and ``identifiers``,
     a list of strings.
 
@@ -117,7 +117,7 @@ class PicturePairs(IndexedDataset):
         return sample
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the keys, and the right pictures."""
+        """Add the keys, and the right images."""
         inputs = batch["net_input"]
         inputs["images"] = torch.cat([inputs["images"], torch.stack([sample["image2"] for sample in samples])])
         inputs["text_tokens"] = torch.cat([inputs["text_tokens"]] * 2)
@@ -125,8 +125,8 @@ class PicturePairs(IndexedDataset):
         batch["targets"] = torch.tensor([sample["target"] for sample in samples]) if self.has_targets else None
 
 
-class LabelledPictures(IndexedDataset):
-    """Pictures with a class; a batch has ``targets (B,)``.
+class LabelledImages(IndexedDataset):
+    """Images with a class; a batch has ``targets (B,)``.
 
     Args:
         num_classes: if given, classes must be below it.

@@ -1,4 +1,4 @@
-"""The three data sets of masked data modelling: pictures, texts, pictures with their texts."""
+"""The three data sets of masked data modelling: images, texts, images with their texts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...common.errors import UserError
 from ..multimodal.collate import Sample, add_masking
 from ..multimodal.index import Index
 from ..multimodal.masking import block_mask, check_fraction, mask_index, mask_text, masked_count
-from .base import DatasetSettings, PictureTextDataset
+from .base import DatasetSettings, ImageTextDataset
 
 Views = Callable[[Image.Image, np.random.Generator], tuple[Tensor, Tensor]]
 
 
-class MaskedDataset(PictureTextDataset):
+class MaskedDataset(ImageTextDataset):
     """What the three share: the batch's keys.
 
     A batch has ``text_targets (B, S)`` with padding where nothing is predicted, ``tokenizer_images (B, 3, H2, W2)``
@@ -33,10 +33,10 @@ class MaskedDataset(PictureTextDataset):
 
 
 class MaskedImages(MaskedDataset):
-    """Pictures of which some patches are masked, in blocks; what is predicted is the visual tokenizer's codes.
+    """Images of which some patches are masked, in blocks; what is predicted is the visual tokenizer's codes.
 
     Args:
-        index: of task ``image``, or of any other with pictures.
+        index: of task ``image``, or of any other with images.
         settings: see there.
         views: ``PretrainingViews`` or ``EvaluationViews``.
         fraction: of the patches that are masked.
@@ -51,7 +51,7 @@ class MaskedImages(MaskedDataset):
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
         """``image``, ``tokenizer_image`` and ``masked_patches``."""
-        return masked_picture(
+        return masked_image(
             self.read(self._index["image_path"][row]), self._views, self._fraction, self.settings, rng
         )
 
@@ -106,10 +106,10 @@ class MaskedTexts(MaskedDataset):
 
 
 class MaskedPairs(MaskedDataset):
-    """Pictures with their texts, both masked.
+    """Images with their texts, both masked.
 
     Args:
-        index: of task ``pair``, or of any other with pictures and texts.
+        index: of task ``pair``, or of any other with images and texts.
         settings: see there.
         views: ``PretrainingViews`` or ``EvaluationViews``.
         image_fraction: of the patches that are masked.
@@ -135,8 +135,8 @@ class MaskedPairs(MaskedDataset):
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
         """``image``, ``tokenizer_image``, ``masked_patches``, ``text`` and ``text_targets``."""
-        picture = self.read(self._index["image_path"][row])
-        sample = masked_picture(picture, self._views, self._image_fraction, self.settings, rng)
+        image = self.read(self._index["image_path"][row])
+        sample = masked_image(image, self._views, self._image_fraction, self.settings, rng)
         text = self.settings.text(self._index["text_segment"][row])
         masked, targets = mask_text(text, self._text_fraction, self.settings.dictionary, rng)
         return {**sample, "text": masked, "text_targets": targets}
@@ -146,11 +146,11 @@ class MaskedPairs(MaskedDataset):
         return self._index.place(row)
 
 
-def masked_picture(
-    picture: Image.Image, views: Views, fraction: float, settings: DatasetSettings, rng: np.random.Generator
+def masked_image(
+    decoded: Image.Image, views: Views, fraction: float, settings: DatasetSettings, rng: np.random.Generator
 ) -> Sample:
-    """The two views of a picture, the tokenizer's as uint8, and which patches are masked: ``(N,)`` bool."""
-    image, tokenizer_image = views(picture, rng)
+    """The two views of an image, the tokenizer's as uint8, and which patches are masked: ``(N,)`` bool."""
+    image, tokenizer_image = views(decoded, rng)
     # Its values are k / 255. As bytes they take a quarter of the memory, and fairseq, which turns every float32 of a
     # batch into half precision, leaves them as they are: targets are the same in every precision.
     tokenizer_image = tokenizer_image.mul(255).round().to(torch.uint8)

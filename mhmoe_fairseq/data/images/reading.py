@@ -1,4 +1,4 @@
-"""Reading one picture as 8-bit RGB, or saying clearly what is wrong with its file."""
+"""Reading one image as 8-bit RGB, or saying clearly what is wrong with its file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ if not logging.getLogger("PIL").level:
     logging.getLogger("PIL").setLevel(logging.INFO)
 
 
-class PictureError(UserError):
-    """A file that cannot be used as a picture: the message names it and the rule that it breaks."""
+class ImageError(UserError):
+    """A file that cannot be used as an image: the message names it and the rule that it breaks."""
 
 
-def read_picture(path: Path) -> Image.Image:
-    """Decode a picture as mode ``RGB``; see ``FORMATS``.
+def read_image(path: Path) -> Image.Image:
+    """Decode an image as mode ``RGB``; see ``FORMATS``.
 
     Transparent parts become white, those of a PNG's one transparent colour too (of 16 bits per colour the upper bytes
     count, which is all that Pillow keeps of a pixel); CMYK is converted, 16-bit grey is scaled to 8 bits, of an
@@ -44,71 +44,71 @@ def read_picture(path: Path) -> Image.Image:
     Sizes are checked before anything is decoded.
 
     Raises:
-        PictureError: no such file, not a picture, truncated or damaged, a side under 2 pixels, more than 64 megapixels,
+        ImageError: no such file, not an image, truncated or damaged, a side under 2 pixels, more than 64 megapixels,
             or values that no rule brings to 8 bits.
         OSError: the file is there and cannot be read.
     """
     try:
-        with Image.open(path, formats=FORMATS) as picture:
-            _check_size(path, *picture.size)
-            scale = _scale_of_samples(picture)
-            picture.load()
-            if "transparency" in picture.info and scale is not None:
-                picture.info["transparency"] = scale(picture.info["transparency"])
-            return _to_rgb(path, picture)
-    except (PictureError, MemoryError):
+        with Image.open(path, formats=FORMATS) as image:
+            _check_size(path, *image.size)
+            scale = _scale_of_samples(image)
+            image.load()
+            if "transparency" in image.info and scale is not None:
+                image.info["transparency"] = scale(image.info["transparency"])
+            return _to_rgb(path, image)
+    except (ImageError, MemoryError):
         raise
     except FileNotFoundError as error:
-        raise PictureError(f"{path}: no such picture") from error
+        raise ImageError(f"{path}: no such image") from error
     except UnidentifiedImageError as error:
-        raise PictureError(f"{path}: not a picture of a known format ({', '.join(FORMATS)})") from error
+        raise ImageError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
+        raise ImageError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # no right to read it, a broken disk, ...
             raise
-        raise PictureError(f"{path}: truncated or damaged picture ({_reason(error)})") from error
+        raise ImageError(f"{path}: truncated or damaged image ({_reason(error)})") from error
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
     if min(width, height) < MIN_SIDE:
-        raise PictureError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
+        raise ImageError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
     if width * height > MAX_PIXELS:
-        raise PictureError(
+        raise ImageError(
             f"{path}: {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded"
         )
 
 
-def _scale_of_samples(picture: Image.Image) -> Callable[[Any], Any] | None:
+def _scale_of_samples(image: Image.Image) -> Callable[[Any], Any] | None:
     """From a PNG's transparent colour, as the file has it, to the values that Pillow makes of such pixels.
 
     None where they are the same. Before the pixels are decoded: then Pillow forgets how many bits they had.
     """
-    layout = picture.tile[0][3] if picture.format == "PNG" and picture.tile else None
+    layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
     return _SCALES.get(layout) if isinstance(layout, str) else None
 
 
-def _to_rgb(path: Path, picture: Image.Image) -> Image.Image:
-    if picture.mode in ("F", "LAB"):
-        raise PictureError(f"{path}: colours of mode {picture.mode}, must have 8 or 16 bits of grey, RGB or CMYK")
-    if picture.mode.startswith("I"):
-        return _from_16_bit(path, picture).convert("RGB")
-    if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture).convert("RGB")
-    return picture.convert("RGB")
+def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+    if image.mode in ("F", "LAB"):
+        raise ImageError(f"{path}: colours of mode {image.mode}, must have 8 or 16 bits of grey, RGB or CMYK")
+    if image.mode.startswith("I"):
+        return _from_16_bit(path, image).convert("RGB")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
+    return image.convert("RGB")
 
 
-def _from_16_bit(path: Path, picture: Image.Image) -> Image.Image:
+def _from_16_bit(path: Path, image: Image.Image) -> Image.Image:
     """Grey of 16 bits as 8 bits: Pillow's own conversion would cut everything above 255 off."""
-    values = np.asarray(picture).astype(np.int64)
+    values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > _LARGEST_16_BIT:
-        raise PictureError(
+        raise ImageError(
             f"{path}: grey values from {values.min()} to {values.max()}, must have 8 or 16 bits per channel"
         )
     grey = np.rint(values * (255 / _LARGEST_16_BIT)).astype(np.uint8)
-    if "transparency" in picture.info:
-        grey[values == picture.info["transparency"]] = _WHITE[0]
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = _WHITE[0]
     return Image.fromarray(grey)
 
 

@@ -1,6 +1,6 @@
-"""From pictures to the tensors that models and visual tokenizers read.
+"""From images to the tensors that models and visual tokenizers read.
 
-A transform is called with a picture and a generator and draws everything random from that generator; torchvision does
+A transform is called with an image and a generator and draws everything random from that generator; torchvision does
 the work on pixels. Settings are BEiT-3's, and for pre-training BEiT v2's.
 """
 
@@ -33,7 +33,7 @@ IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Box(NamedTuple):
-    """A part of a picture, in pixels."""
+    """A part of an image, in pixels."""
 
     top: int
     left: int
@@ -44,7 +44,7 @@ class Box(NamedTuple):
 def draw_crop(width: int, height: int, min_scale: float, rng: np.random.Generator) -> Box:
     """A random part with ``min_scale`` to all of the area and an aspect of 3/4 to 4/3.
 
-    Where ten draws do not fit into the picture, which is then a narrow one, it is the largest central part of an
+    Where ten draws do not fit into the image, which is then a narrow one, it is the largest central part of an
     allowed aspect.
     """
     for _ in range(_TRIES):
@@ -59,18 +59,18 @@ def draw_crop(width: int, height: int, min_scale: float, rng: np.random.Generato
     return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
 
 
-def jitter_colours(picture: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+def jitter_colours(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
     """Brightness, contrast and saturation times ``1 - strength`` to ``1 + strength`` each, in random order."""
     adjustments = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation)
     for place in rng.permutation(len(adjustments)):
-        picture = adjustments[place](picture, rng.uniform(1 - strength, 1 + strength))
-    return picture
+        image = adjustments[place](image, rng.uniform(1 - strength, 1 + strength))
+    return image
 
 
-def resize(picture: Image.Image, size: int, box: Box | None = None) -> Image.Image:
-    """A part of a picture, or all of it, as a square of ``size`` pixels; bicubic."""
-    top, left, height, width = box or Box(0, 0, picture.height, picture.width)
-    return F.resized_crop(picture, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
+def resize(image: Image.Image, size: int, box: Box | None = None) -> Image.Image:
+    """A part of an image, or all of it, as a square of ``size`` pixels; bicubic."""
+    top, left, height, width = box or Box(0, 0, image.height, image.width)
+    return F.resized_crop(image, top, left, height, width, [size, size], InterpolationMode.BICUBIC)
 
 
 def normalise(pixels: Tensor, by: Normalisation = INCEPTION) -> Tensor:
@@ -84,9 +84,9 @@ class PretrainingViews:
     Args:
         size: side of the model's view.
         tokenizer_size: side of the visual tokenizer's.
-        min_scale: smallest crop, in areas of the picture (BEiT v2: 0.2).
+        min_scale: smallest crop, in areas of the image (BEiT v2: 0.2).
         jitter: strength of the change of colours (BEiT v2: 0.4); 0 for none.
-        flip: whether half of the pictures are mirrored.
+        flip: whether half of the images are mirrored.
     """
 
     def __init__(
@@ -95,30 +95,30 @@ class PretrainingViews:
         self.size, self.tokenizer_size = size, tokenizer_size
         self._min_scale, self._jitter, self._flip = min_scale, jitter, flip
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1]."""
         if self._jitter:
-            picture = jitter_colours(picture, self._jitter, rng)
+            image = jitter_colours(image, self._jitter, rng)
         if self._flip and rng.random() < 0.5:
-            picture = F.hflip(picture)
-        box = draw_crop(*picture.size, self._min_scale, rng)
-        return _two_views(picture, self.size, self.tokenizer_size, box)
+            image = F.hflip(image)
+        box = draw_crop(*image.size, self._min_scale, rng)
+        return _two_views(image, self.size, self.tokenizer_size, box)
 
 
 class EvaluationViews:
-    """The two views of the whole picture, without any change: for validation."""
+    """The two views of the whole image, without any change: for validation."""
 
     def __init__(self, size: int, tokenizer_size: int) -> None:
         self.size, self.tokenizer_size = size, tokenizer_size
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1]; no draw is made."""
-        return _two_views(picture, self.size, self.tokenizer_size, None)
+        return _two_views(image, self.size, self.tokenizer_size, None)
 
 
-def _two_views(picture: Image.Image, size: int, tokenizer_size: int, box: Box | None) -> tuple[Tensor, Tensor]:
-    view = F.to_tensor(resize(picture, size, box))
-    tokenizer_view = view if size == tokenizer_size else F.to_tensor(resize(picture, tokenizer_size, box))
+def _two_views(image: Image.Image, size: int, tokenizer_size: int, box: Box | None) -> tuple[Tensor, Tensor]:
+    view = F.to_tensor(resize(image, size, box))
+    tokenizer_view = view if size == tokenizer_size else F.to_tensor(resize(image, tokenizer_size, box))
     return normalise(view), tokenizer_view
 
 
@@ -128,8 +128,8 @@ class TrainTransform:
     Args:
         size: side of the view.
         randaug: whether RandAugment (2 operations, magnitude 7 of 10) comes on top.
-        min_scale: smallest crop, in areas of the picture.
-        flip: whether half of the pictures are mirrored, also where a text speaks of left and right, as BEiT-3 does.
+        min_scale: smallest crop, in areas of the image.
+        flip: whether half of the images are mirrored, also where a text speaks of left and right, as BEiT-3 does.
         by: the normalisation.
     """
 
@@ -145,18 +145,18 @@ class TrainTransform:
         self.size = size
         self._randaug, self._min_scale, self._flip, self._by = randaug, min_scale, flip, by
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator) -> Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """``(3, size, size)``."""
-        picture = resize(picture, self.size, draw_crop(*picture.size, self._min_scale, rng))
+        image = resize(image, self.size, draw_crop(*image.size, self._min_scale, rng))
         if self._flip and rng.random() < 0.5:
-            picture = F.hflip(picture)
+            image = F.hflip(image)
         if self._randaug:
-            picture = randaugment(picture, rng)
-        return normalise(F.to_tensor(picture), self._by)
+            image = randaugment(image, rng)
+        return normalise(F.to_tensor(image), self._by)
 
 
 class EvaluationTransform:
-    """The whole picture as a square, without a crop, as BEiT-3 evaluates.
+    """The whole image as a square, without a crop, as BEiT-3 evaluates.
 
     Args:
         size: side of the view.
@@ -169,10 +169,10 @@ class EvaluationTransform:
         self.size = size
         self._crop_fraction, self._by = crop_fraction, by
 
-    def __call__(self, picture: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
         """``(3, size, size)``; no draw is made."""
         box = None
         if self._crop_fraction is not None:
-            side = max(1, round(min(picture.size) * self._crop_fraction))
-            box = Box((picture.height - side) // 2, (picture.width - side) // 2, side, side)
-        return normalise(F.to_tensor(resize(picture, self.size, box)), self._by)
+            side = max(1, round(min(image.size) * self._crop_fraction))
+            box = Box((image.height - side) // 2, (image.width - side) // 2, side, side)
+        return normalise(F.to_tensor(resize(image, self.size, box)), self._by)

@@ -1,4 +1,4 @@
-"""Samples to batches: texts padded on the right, pictures stacked."""
+"""Samples to batches: texts padded on the right, images stacked."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def collate(samples: Sequence[Sample], pad: int) -> dict[str, Any]:
 
     Returns:
         ``id (B,)``; ``nsentences``, the number of samples; ``ntokens``, that of the texts' tokens, or without texts of
-        pictures; ``num_replaced``, that of samples that stand for one with a bad picture; ``net_input`` with
+        images; ``num_replaced``, that of samples that stand for one with a bad image; ``net_input`` with
         ``text_tokens (B, S)`` or None and ``images (B, 3, H, W)`` or None.
     """
     text_tokens = pad_key(samples, "text", pad)

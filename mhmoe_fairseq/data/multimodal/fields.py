@@ -89,39 +89,39 @@ def _ints() -> ListsBuilder:
     return ListsBuilder("i")
 
 
-_PICTURE = Field(_path, StringsBuilder)
+_IMAGE = Field(_path, StringsBuilder)
 _TEXT = Field(_tokens, _ints)
 _NUMBER = Field(_number, NumbersBuilder)
 
 FIELDS: dict[str, dict[str, Field]] = {
-    "image": {"image_path": _PICTURE},
+    "image": {"image_path": _IMAGE},
     "pair": {
-        "image_path": _PICTURE,
+        "image_path": _IMAGE,
         "text_segment": _TEXT,
         "image_id": Field(_number, NumbersBuilder, is_optional=True),
         "language": Field(_string, StringsBuilder, is_optional=True),
     },
     "vqa": {
-        "image_path": _PICTURE,
+        "image_path": _IMAGE,
         "text_segment": _TEXT,
         "labels": Field(_ids, _ints),
         "scores": Field(_scores, lambda: ListsBuilder("f"), is_optional=True),
         "qid": _NUMBER,
     },
     "nlvr2": {
-        "image_path": _PICTURE,
-        "image2_path": _PICTURE,
+        "image_path": _IMAGE,
+        "image2_path": _IMAGE,
         "text_segment": _TEXT,
         "label": Field(_number, NumbersBuilder, is_optional=True, is_nullable=True),
         "identifier": Field(_string, StringsBuilder),
     },
     "captioning": {
-        "image_path": _PICTURE,
+        "image_path": _IMAGE,
         "text_segment": Field(_tokens, _ints, is_nullable=True),
         "image_id": _NUMBER,
     },
-    "retrieval": {"image_path": _PICTURE, "text_segment": _TEXT, "image_id": _NUMBER},
-    "imagenet": {"image_path": _PICTURE, "label": _NUMBER},
+    "retrieval": {"image_path": _IMAGE, "text_segment": _TEXT, "image_id": _NUMBER},
+    "imagenet": {"image_path": _IMAGE, "label": _NUMBER},
 }
 
 

@@ -35,8 +35,8 @@ _PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "retrieval": ("{name}.{}.jsonl", _KARPATHY),
     "imagenet": ("imagenet.{}.index.jsonl", {"train": ("train",), "valid": ("val",), "test": ("val",)}),
 }
-# Parts that take the place of a split's own where their file is there: ImageNet's test pictures are without labels, so
-# that val is test; prepared data have test pictures of their own, on which no checkpoint was selected.
+# Parts that take the place of a split's own where their file is there: ImageNet's test images are without labels, so
+# that val is test; prepared data have test images of their own, on which no checkpoint was selected.
 _PREFERRED = {("imagenet", "test"): ("test",)}
 # The data sets that have a task's files, the default first.
 NAMES = {"captioning": ("coco_captioning", "nocaps"), "retrieval": ("coco_retrieval", "flickr30k")}
@@ -148,7 +148,7 @@ def read_index(
     """Read and check the rows of a split.
 
     Args:
-        folder: what the pictures' paths are relative to; see ``index_files`` for the other arguments.
+        folder: what the images' paths are relative to; see ``index_files`` for the other arguments.
         vocabulary_size: if given, token ids must be below it.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What masked data modelling hides: blocks of patches of a picture, tokens of a text.
+"""What masked data modelling hides: blocks of patches of an image, tokens of a text.
 
 Every draw comes from a generator that the caller gives, so that a mask is the same in whatever process it is made.
 """

@@ -1,4 +1,4 @@
-"""Visual tokenizers: pictures to ids, behind one interface (:class:`VisualTokenizer`).
+"""Visual tokenizers: images to ids, behind one interface (:class:`VisualTokenizer`).
 
 Kinds: ``patch_kmeans`` (codes are mean patches, fitted in seconds, nothing to download), ``vqvae`` (a small network
 trained by ``mhmoe visual-tokenizer fit``), and ``vqkd`` (BEiT v2's, read from its own checkpoint files).

@@ -17,12 +17,12 @@ _MAX_SCORES = 1 << 24  # entries of one block of vector-code scores: 64 MB of fl
 
 
 class VisualTokenizer(nn.Module, ABC):
-    """Turns a picture into one id per patch: the targets of masked image modelling.
+    """Turns an image into one id per patch: the targets of masked image modelling.
 
     Args:
         vocab_size: number of codes.
         patch_size: side of a patch in pixels.
-        image_size: side of the square pictures that :meth:`encode` takes; a multiple of ``patch_size``.
+        image_size: side of the square images that :meth:`encode` takes; a multiple of ``patch_size``.
         provenance: how it was made (JSON values), for people to read.
 
     Raises:
@@ -81,7 +81,7 @@ class VisualTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
-        """Pictures of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
+        """Images of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
 
     def settings(self) -> dict[str, Any]:
         """Further arguments of the constructor, as JSON values."""
@@ -134,7 +134,7 @@ def to_patches(images: Tensor, patch_size: int) -> Tensor:
 
 
 def from_patches(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
-    """The inverse of :func:`to_patches` for square pictures."""
+    """The inverse of :func:`to_patches` for square images."""
     return torch.nn.functional.fold(
         patches.transpose(1, 2), (image_size, image_size), patch_size, stride=patch_size
     )  # fmt: skip

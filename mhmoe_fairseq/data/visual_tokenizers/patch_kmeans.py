@@ -1,4 +1,4 @@
-"""Codes that are mean patches: k-means on the pixels of the training pictures.
+"""Codes that are mean patches: k-means on the pixels of the training images.
 
 Low-level targets (colours and edges, not meanings); ids and losses cannot be compared with another tokenizer's.
 """
@@ -68,10 +68,10 @@ def fit_patch_kmeans(
 
     It ends when no code moves any more, or after ``iterations``. A code that no patch is nearest to moves onto a patch
     drawn by its squared distance from its code. Drawing the first codes by distance, as k-means++ does, gave the same
-    error on held-out pictures, fewer codes in use, and took longer.
+    error on held-out images, fewer codes in use, and took longer.
 
     Args:
-        patches: (R, 3 * patch_size ** 2) in [0, 1], of training pictures.
+        patches: (R, 3 * patch_size ** 2) in [0, 1], of training images.
 
     Raises:
         UserError: fewer distinct patches than codes.
@@ -80,7 +80,7 @@ def fit_patch_kmeans(
     if len(distinct) < vocab_size:
         raise UserError(
             f"{vocab_size} codes (--vocab-size, in mhmoe prepare --visual-vocab-size): more than the {len(distinct)} "
-            "distinct patches of the training pictures"
+            "distinct patches of the training images"
         )
     if iterations < 1:
         raise UserError(f"--iterations {iterations}: must be at least 1")

@@ -66,7 +66,7 @@ class _Block(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """Pictures to patch features."""
+    """Images to patch features."""
 
     def __init__(
         self, width: int, inner_width: int, depth: int, patch_size: int, num_patches: int, final_norm: str, scaled: bool

@@ -1,7 +1,7 @@
-"""A small convolutional tokenizer with a learnt codebook, trained to rebuild the pictures.
+"""A small convolutional tokenizer with a learnt codebook, trained to rebuild the images.
 
 Patches become vectors, a few convolutions let neighbouring patches see each other, and the nearest code by cosine takes
-a vector's place; the mirror image of that network rebuilds the picture. Codes are moving averages of the vectors that
+a vector's place; the mirror image of that network rebuilds the image. Codes are moving averages of the vectors that
 chose them (exponential moving average), and those that nothing chooses are put onto vectors of the current batch.
 """
 
@@ -72,7 +72,7 @@ class VQVAE(VisualTokenizer):
         features = self.to_features(to_patches(2 * images - 1, self.patch_size))
         return F.normalize(self.to_code(self._on_grid(self.encoder, features)), dim=-1)
 
-    def pictures(self, vectors: Tensor) -> Tensor:
+    def from_vectors(self, vectors: Tensor) -> Tensor:
         """(B, N, code_width) -> (B, 3, S, S), about in [0, 1]."""
         patches = self.to_pixels(self._on_grid(self.decoder, self.from_code(vectors)))
         return (from_patches(patches, self.patch_size, self.image_size) + 1) / 2
@@ -90,5 +90,5 @@ class VQVAE(VisualTokenizer):
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        """The pictures of ids (B, N): (B, 3, image_size, image_size) in [0, 1]."""
-        return self.pictures(self.codes[ids.to(self.device)]).clamp(0, 1)
+        """The images of ids (B, N): (B, 3, image_size, image_size) in [0, 1]."""
+        return self.from_vectors(self.codes[ids.to(self.device)]).clamp(0, 1)

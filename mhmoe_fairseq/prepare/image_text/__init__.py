@@ -1,1 +1,1 @@
-"""From pictures and their captions to a prepared folder for pre-training and fine-tuning."""
+"""From images and their captions to a prepared folder for pre-training and fine-tuning."""

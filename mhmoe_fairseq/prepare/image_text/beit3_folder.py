@@ -1,7 +1,7 @@
 """Folders as unilm's BEiT-3 scripts make them: checked, and completed by what pre-training here needs besides.
 
 Nothing that is there is changed. Missing are, as a rule: the dictionary (written from the SentencePiece model), the
-indexes for pre-training (made from those of captioning, retrieval and ImageNet), text without pictures, the visual
+indexes for pre-training (made from those of captioning, retrieval and ImageNet), text without images, the visual
 tokenizer, and a manifest.
 """
 
@@ -131,7 +131,7 @@ class Completion:
             if not files[0].is_file() or files[0].name in counts:
                 continue
             index = self._read(task, split, name)
-            self._check_pictures(index)
+            self._check_images(index)
             if task == "vqa":
                 self._check_labels(index)
             counts[files[0].name] = len(index)
@@ -143,14 +143,14 @@ class Completion:
     def _read(self, task: str, split: str, name: str | None = None) -> Index:
         return read_index(self._folder, task, split, name, vocabulary_size=len(self._symbols))
 
-    def _check_pictures(self, index: Index) -> None:
+    def _check_images(self, index: Index) -> None:
         for field in ("image_path", "image2_path"):
             if field not in index:
                 continue
             missing = [row for row in range(len(index)) if not (self._folder / index[field][row]).is_file()]
             if missing:
                 raise UserError(
-                    f"{index.place(missing[0])}: no picture {self._folder / index[field][missing[0]]} "
+                    f"{index.place(missing[0])}: no image {self._folder / index[field][missing[0]]} "
                     f"({len(missing)} of {len(index)} lines name one that is not there)"
                 )
 
@@ -178,7 +178,7 @@ class Completion:
             self._note(file.name)
 
     def _make_images(self) -> None:
-        """ImageNet's pictures where they are there, and those of the pairs; each once."""
+        """ImageNet's images where they are there, and those of the pairs; each once."""
         for split in SPLITS:
             sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
             if self._is_there("image", split) or not sources:

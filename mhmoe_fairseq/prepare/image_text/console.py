@@ -1,4 +1,4 @@
-"""What the commands on pictures say."""
+"""What the commands on images say."""
 
 from __future__ import annotations
 

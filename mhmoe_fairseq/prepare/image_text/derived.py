@@ -1,4 +1,4 @@
-"""Visual questions and statements about two pictures, derived from metadata, written as VQAv2's and NLVR2's files."""
+"""Visual questions and statements about two images, derived from metadata, written as VQAv2's and NLVR2's files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from ..archives import Say
 from ..splits import SPLITS
+from .images import SourceImage
 from .indexes import IndexWriter
-from .pictures import Picture
 from .questions import Question, answer_vocabulary, derive_questions, describe_questions, question_only_baseline
 from .statements import Statement, derive_statements, describe_statements
 
-NOTE = "derived from the pictures' metadata by templates; neither VQAv2 nor NLVR2"
+NOTE = "derived from the images' metadata by templates; neither VQAv2 nor NLVR2"
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class DerivedSettings:
 
 
 class Derivation:
-    """Questions and statements of all parts; no picture is in two parts."""
+    """Questions and statements of all parts; no image is in two parts."""
 
-    def __init__(self, settings: DerivedSettings, parts: Mapping[str, Sequence[Picture]], seed: int):
+    def __init__(self, settings: DerivedSettings, parts: Mapping[str, Sequence[SourceImage]], seed: int):
         self._settings = settings
         self._parts = parts
         self._seed = seed
@@ -65,7 +65,7 @@ class Derivation:
             files |= writer.write_statements(self.statements)
             record["statements"] = {split: describe_statements(made) for split, made in self.statements.items()}
             counts = ", ".join(f"{split} {len(made)}" for split, made in self.statements.items())
-            say(f"statements about two pictures ({NOTE}): {counts}; each true once and false once, text alone 50 %")
+            say(f"statements about two images ({NOTE}): {counts}; each true once and false once, text alone 50 %")
         return {**record, "files": files}
 
     def _describe_questions(self, answers: Sequence[str], say: Say) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Derivation:
                 record[split]["question_only_accuracy"] = question_only_baseline(known["train"], made)
         say(
             f"questions ({NOTE}): {', '.join(f'{split} {len(made)}' for split, made in known.items())}; "
-            f"{len(answers)} answers; without looking at the test pictures "
+            f"{len(answers)} answers; without looking at the test images "
             f"{record['test']['question_only_accuracy']['by_question']:.1f} % are right"
         )
         return record

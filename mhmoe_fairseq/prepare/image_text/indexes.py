@@ -1,4 +1,4 @@
-"""The index files of a prepared folder, in BEiT-3's formats, from pictures and what was derived from them."""
+"""The index files of a prepared folder, in BEiT-3's formats, from images and what was derived from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...common.files import write_json
 from ...data.multimodal.answers import write_answers
 from ...data.multimodal.index import write_index, written_file
 from ..splits import SPLITS
-from .pictures import Picture
+from .images import SourceImage
 from .questions import Question
 from .splits import has_known_caption, words_of
 from .statements import Statement
@@ -30,22 +30,22 @@ class IndexWriter:
     Args:
         folder: the prepared folder.
         encode: texts to dictionary indices, without end marks.
-        pictures: all of them by part; an ``image_id`` counts through the parts in this order.
+        images: all of them by part; an ``image_id`` counts through the parts in this order.
         language: of captioning, retrieval and derived data; pairs are written in all languages.
     """
 
     folder: Path
     encode: Encode
-    pictures: Mapping[str, Sequence[Picture]]
+    images: Mapping[str, Sequence[SourceImage]]
     language: str
 
     def write_pretraining(self) -> dict[str, Any]:
-        """Pictures, and pairs in every language; counts by file."""
+        """Images, and pairs in every language; counts by file."""
         counts = {}
         for split in SPLITS:
-            shown = self.pictures[split]
-            counts |= self._write("image", split, [{"image_path": picture.path} for picture in shown])
-            languages = list(dict.fromkeys(language for picture in shown for language in picture.captions))
+            shown = self.images[split]
+            counts |= self._write("image", split, [{"image_path": image.path} for image in shown])
+            languages = list(dict.fromkeys(language for image in shown for language in image.captions))
             rows = [
                 {**row, "language": language}
                 for language in languages
@@ -55,50 +55,50 @@ class IndexWriter:
         return counts
 
     def write_retrieval(self) -> dict[str, Any]:
-        """One line for each picture and caption; pictures are counted within each part."""
+        """One line for each image and caption; images are counted within each part."""
         counts = {}
         for split in SPLITS:
-            shown = [picture for picture in self.pictures[split] if self.language in picture.captions]
-            ids = {picture.path: number for number, picture in enumerate(shown)}
+            shown = [image for image in self.images[split] if self.language in image.captions]
+            ids = {image.path: number for number, image in enumerate(shown)}
             counts |= self._write("retrieval", split, list(self._captioned(shown, self.language, ids)))
         return counts
 
     def write_captioning(self) -> dict[str, Any]:
-        """Captions of training pictures; for held-out ones the pictures, and the truth in COCO's format.
+        """Captions of training images; for held-out ones the images, and the truth in COCO's format.
 
-        Held out are pictures whose caption can be put together from what training has (see ``has_known_caption``), at
+        Held out are images whose caption can be put together from what training has (see ``has_known_caption``), at
         most six of a unit: a couple in 25 pairs of skin tones would weigh more than all else.
         """
-        train = [picture for picture in self.pictures["train"] if self.language in picture.captions]
+        train = [image for image in self.images["train"] if self.language in image.captions]
         counts = self._write("captioning", "train", list(self._captioned(train, self.language, self._image_ids)))
-        words = {word for picture in train for text in picture.captions[self.language] for word in words_of(text)}
-        families = {picture.family for picture in train}
+        words = {word for image in train for text in image.captions[self.language] for word in words_of(text)}
+        families = {image.family for image in train}
         for split, name in GROUND_TRUTH.items():
             shown = _few_of_each_unit(
-                picture
-                for picture in self.pictures[split]
-                if has_known_caption(picture, self.language, families, words)
+                image
+                for image in self.images[split]
+                if has_known_caption(image, self.language, families, words)
             )
             rows = [
-                {"image_path": picture.path, "text_segment": None, "image_id": self._image_ids[picture.path]}
-                for picture in shown
+                {"image_path": image.path, "text_segment": None, "image_id": self._image_ids[image.path]}
+                for image in shown
             ]
             counts |= self._write("captioning", split, rows)
             counts |= self._write_truth(name, shown)
         return counts
 
     def write_classes(self) -> dict[str, Any]:
-        """Pictures by kind, sorted by name; unlike ImageNet's, the test part has labels and a file of its own."""
-        classes = sorted({picture.group for picture in self.pictures["train"]} - {""})
+        """Images by kind, sorted by name; unlike ImageNet's, the test part has labels and a file of its own."""
+        classes = sorted({image.group for image in self.images["train"]} - {""})
         if len(classes) < 2:
             return {}
         labels = {name: label for label, name in enumerate(classes)}
         counts = {}
         for split in SPLITS:
             rows = [
-                {"image_path": picture.path, "label": labels[picture.group]}
-                for picture in self.pictures[split]
-                if picture.group in labels
+                {"image_path": image.path, "label": labels[image.group]}
+                for image in self.images[split]
+                if image.group in labels
             ]
             counts |= self._write("imagenet", split, rows)
         write_json(self.folder / CLASSES_FILE, classes)
@@ -127,7 +127,7 @@ class IndexWriter:
         return counts
 
     def write_statements(self, statements: Mapping[str, Sequence[Statement]]) -> dict[str, Any]:
-        """Statements about two pictures."""
+        """Statements about two images."""
         counts = {}
         for split in SPLITS:
             segments = self.encode([statement.text for statement in statements[split]])
@@ -146,16 +146,16 @@ class IndexWriter:
 
     @cached_property
     def _image_ids(self) -> dict[str, int]:
-        paths = [picture.path for split in SPLITS for picture in self.pictures[split]]
+        paths = [image.path for split in SPLITS for image in self.images[split]]
         return {path: number for number, path in enumerate(paths)}
 
     def _captioned(
-        self, pictures: Sequence[Picture], language: str, ids: Mapping[str, int]
+        self, images: Sequence[SourceImage], language: str, ids: Mapping[str, int]
     ) -> Iterator[dict[str, Any]]:
-        captioned = [(picture, text) for picture in pictures for text in picture.captions.get(language, ())]
+        captioned = [(image, text) for image in images for text in image.captions.get(language, ())]
         segments = self.encode([text for _, text in captioned])
-        for (picture, _), segment in zip(captioned, segments):
-            yield {"image_path": picture.path, "text_segment": segment, "image_id": ids[picture.path]}
+        for (image, _), segment in zip(captioned, segments):
+            yield {"image_path": image.path, "text_segment": segment, "image_id": ids[image.path]}
 
     def _write(self, task: str, split: str, rows: list[dict[str, Any]]) -> dict[str, int]:
         """Nothing is written where there are no rows."""
@@ -164,34 +164,34 @@ class IndexWriter:
         file = written_file(self.folder, task, split)
         return {file.name: write_index(file, task, rows)}
 
-    def _write_truth(self, name: str, pictures: Sequence[Picture]) -> dict[str, int]:
-        """COCO's layout: pictures by id, and every caption with an id of its own."""
-        if not pictures:
+    def _write_truth(self, name: str, images: Sequence[SourceImage]) -> dict[str, int]:
+        """COCO's layout: images by id, and every caption with an id of its own."""
+        if not images:
             return {}
         ids = self._image_ids
         annotations: list[dict[str, Any]] = []
-        for picture in pictures:
-            for caption in picture.captions[self.language]:
-                annotations.append({"image_id": ids[picture.path], "id": len(annotations), "caption": caption})
-        images = [{"id": ids[picture.path]} for picture in pictures]
-        write_json(self.folder / name, {"images": images, "annotations": annotations})
+        for image in images:
+            for caption in image.captions[self.language]:
+                annotations.append({"image_id": ids[image.path], "id": len(annotations), "caption": caption})
+        rows = [{"id": ids[image.path]} for image in images]
+        write_json(self.folder / name, {"images": rows, "annotations": annotations})
         return {name: len(annotations)}
 
 
-def _few_of_each_unit(pictures: Iterable[Picture]) -> list[Picture]:
-    """The first pictures of each unit."""
+def _few_of_each_unit(images: Iterable[SourceImage]) -> list[SourceImage]:
+    """The first images of each unit."""
     seen: Counter[str] = Counter()
     kept = []
-    for picture in pictures:
-        seen[picture.unit] += 1
-        if seen[picture.unit] <= _MOST_OF_A_UNIT:
-            kept.append(picture)
+    for image in images:
+        seen[image.unit] += 1
+        if seen[image.unit] <= _MOST_OF_A_UNIT:
+            kept.append(image)
     return kept
 
 
-def by_part(pictures: Sequence[Picture], assigned: Mapping[str, str]) -> dict[str, list[Picture]]:
-    """Part -> its pictures, in their order."""
-    parts: dict[str, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        parts[assigned[picture.unit]].append(picture)
+def by_part(images: Sequence[SourceImage], assigned: Mapping[str, str]) -> dict[str, list[SourceImage]]:
+    """Part -> its images, in their order."""
+    parts: dict[str, list[SourceImage]] = defaultdict(list)
+    for image in images:
+        parts[assigned[image.unit]].append(image)
     return {split: parts[split] for split in SPLITS}

@@ -1,4 +1,4 @@
-"""From a source of pictures to a prepared folder: read, divide, learn a vocabulary, write texts, indexes and ids."""
+"""From a source of images to a prepared folder: read, divide, learn a vocabulary, write texts, indexes and ids."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
 from ..workspace import Workspace, prepare_folder
 from .derived import Derivation, DerivedSettings
-from .equal_pictures import join_equal_pictures
+from .equal_images import join_equal_images
+from .images import CATALOGUE, SENTENCES, ImageSource, Sentence, SourceImage, read_catalogue, write_catalogue
 from .indexes import IndexWriter, by_part
-from .pictures import CATALOGUE, SENTENCES, Picture, PictureSource, Sentence, read_catalogue, write_catalogue
 from .readable import drop_unreadable
 from .splits import assign_units
 
@@ -35,7 +35,7 @@ _ASSIGNED = "parts.json"
 
 @dataclass(frozen=True)
 class ImageTextSettings:
-    """How pictures and texts are prepared; every field is part of the manifest's settings.
+    """How images and texts are prepared; every field is part of the manifest's settings.
 
     Args:
         languages: of captions and sentences; captioning, retrieval and derived data are in the first.
@@ -54,7 +54,7 @@ class ImageTextSettings:
     derived: Optional[DerivedSettings] = DerivedSettings()
     tokenizer: Optional[FitSettings] = FitSettings()
 
-    def identity(self, source: PictureSource) -> dict[str, Any]:
+    def identity(self, source: ImageSource) -> dict[str, Any]:
         """Settings by flag that decide the prepared data."""
         identity = {"source": {"name": source.name, **source.identity(self.languages)}, **asdict(self)}
         identity["langs"] = list(identity.pop("languages"))
@@ -69,7 +69,7 @@ class ImageTextPreparation:
     """One run over the stages of one workspace."""
 
     def __init__(
-        self, source: PictureSource, settings: ImageTextSettings, workspace: Workspace, cache_dir: Path, say: Say
+        self, source: ImageSource, settings: ImageTextSettings, workspace: Workspace, cache_dir: Path, say: Say
     ):
         self._source = source
         self._settings = settings
@@ -81,7 +81,7 @@ class ImageTextPreparation:
     def run(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
         stage = self._workspace.stage
-        provenance = stage("pictures", [CATALOGUE, SENTENCES], self._open)
+        provenance = stage("images", [CATALOGUE, SENTENCES], self._open)
         parts = stage("split", [_ASSIGNED], self._split)
         texts = [f"text/{split}.txt" for split in SPLITS]
         text_source = stage("text", texts, self._write_texts)
@@ -106,7 +106,7 @@ class ImageTextPreparation:
         return self._workspace.publish(manifest, self._outputs(manifest))
 
     def _outputs(self, manifest: dict[str, Any]) -> list[str]:
-        outputs = ["dict.txt", MODEL_FILE, *manifest["indexes"], *(picture.path for picture in self._pictures)]
+        outputs = ["dict.txt", MODEL_FILE, *manifest["indexes"], *(image.path for image in self._images)]
         for split in SPLITS:
             outputs += [f"text/{split}.{kind}" for kind in ("txt", "bin", "idx")]
         return outputs + ([TOKENIZER_FILE] if self._settings.tokenizer else [])
@@ -114,22 +114,22 @@ class ImageTextPreparation:
     def _open(self) -> dict[str, Any]:
         start = time.monotonic()
         opened = self._source.open(self._settings.languages, self._partial, self._cache_dir, self._say)
-        kept, problems = drop_unreadable(self._partial, opened.pictures)
-        opened, joined = join_equal_pictures(self._partial, opened._replace(pictures=kept))
+        kept, problems = drop_unreadable(self._partial, opened.images)
+        opened, joined = join_equal_images(self._partial, opened._replace(images=kept))
         write_catalogue(self._partial, opened)
         self._say(
-            f"pictures: {len(kept)} of {len({picture.unit for picture in opened.pictures})} things ({joined} joined to "
-            f"others with the same picture), {len(problems)} left out; {len(opened.sentences)} sentences; "
+            f"images: {len(kept)} of {len({image.unit for image in opened.images})} things ({joined} joined to "
+            f"others with the same image), {len(problems)} left out; {len(opened.sentences)} sentences; "
             f"{time.monotonic() - start:.1f} s"
         )
-        return {**opened.provenance, "pictures": len(kept), "joined_things": joined, "unreadable": problems}
+        return {**opened.provenance, "images": len(kept), "joined_things": joined, "unreadable": problems}
 
     @cached_property
-    def _catalogue(self) -> tuple[list[Picture], list[Sentence]]:
+    def _catalogue(self) -> tuple[list[SourceImage], list[Sentence]]:
         return read_catalogue(self._partial)
 
     @property
-    def _pictures(self) -> list[Picture]:
+    def _images(self) -> list[SourceImage]:
         return self._catalogue[0]
 
     @cached_property
@@ -137,8 +137,8 @@ class ImageTextPreparation:
         return read_json(self._partial / _ASSIGNED)
 
     @cached_property
-    def _parts(self) -> dict[str, list[Picture]]:
-        return by_part(self._pictures, self._assigned)
+    def _parts(self) -> dict[str, list[SourceImage]]:
+        return by_part(self._images, self._assigned)
 
     def _split(self) -> dict[str, dict[str, int]]:
         settings = self._settings
@@ -148,11 +148,11 @@ class ImageTextPreparation:
         )  # fmt: skip
         write_json(self._partial / _ASSIGNED, assigned)
         counts = {
-            split: {"pictures": len(pictures), "units": len({picture.unit for picture in pictures})}
-            for split, pictures in by_part(self._pictures, assigned).items()
+            split: {"images": len(images), "units": len({image.unit for image in images})}
+            for split, images in by_part(self._images, assigned).items()
         }
-        shown = ", ".join(f"{split} {count['pictures']} ({count['units']})" for split, count in counts.items())
-        self._say(f"split: pictures (things) {shown}; seed {settings.seed}")
+        shown = ", ".join(f"{split} {count['images']} ({count['units']})" for split, count in counts.items())
+        self._say(f"split: images (things) {shown}; seed {settings.seed}")
         return counts
 
     def _write_texts(self) -> str:
@@ -186,8 +186,8 @@ class ImageTextPreparation:
 
     def _training_lines(self) -> Iterable[str]:
         yield from (self._partial / "text" / "train.txt").read_text(encoding="utf-8").splitlines()
-        for picture in self._parts["train"]:
-            for captions in picture.captions.values():
+        for image in self._parts["train"]:
+            for captions in image.captions.values():
                 yield from captions
         if self._settings.derived:
             yield from self._derivation.training_texts()
@@ -239,14 +239,14 @@ class ImageTextPreparation:
         held_out = fitted.provenance.get("valid", fitted.provenance["train"])
         self._say(
             f"visual tokenizer: {fitted.kind}, {fitted.vocab_size} codes for patches of {fitted.patch_size} pixels, "
-            f"held-out pictures use {held_out['used']:.0%} of them (perplexity {held_out['perplexity']:g}), mean "
+            f"held-out images use {held_out['used']:.0%} of them (perplexity {held_out['perplexity']:g}), mean "
             f"squared error {held_out['mean_squared_error']:g}, {time.monotonic() - start:.1f} s"
         )
         return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
 
 
 def prepare_image_text(
-    source: PictureSource, settings: ImageTextSettings, dest: Path, *, cache_dir: Path, overwrite: bool, say: Say
+    source: ImageSource, settings: ImageTextSettings, dest: Path, *, cache_dir: Path, overwrite: bool, say: Say
 ) -> dict[str, Any]:
     """Prepares ``source`` into ``dest`` and returns the manifest; does nothing if that was done before.
 

@@ -1,7 +1,7 @@
-"""Questions with answers that a picture's metadata give: derived data, not VQAv2.
+"""Questions with answers that an image's metadata give: derived data, not VQAv2.
 
-The pictures stay as they are; only the wording is made, and every answer is read from what the source says. Yes-or-no
-questions come in twos: each is asked of a picture for which it is true and of one for which it is not, so that its
+The images stay as they are; only the wording is made, and every answer is read from what the source says. Yes-or-no
+questions come in twos: each is asked of an image for which it is true and of one for which it is not, so that its
 words alone do not tell the answer.
 """
 
@@ -11,13 +11,13 @@ import random
 from collections import Counter, defaultdict
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Optional, Sequence
 
-from .pictures import Picture
+from .images import SourceImage
 
 YES, NO = "yes", "no"
 
 
 class Question(NamedTuple):
-    """A question about one picture; ``form`` is the kind of question."""
+    """A question about one image; ``form`` is the kind of question."""
 
     path: str
     form: str
@@ -25,68 +25,68 @@ class Question(NamedTuple):
     answer: str
 
 
-def derive_questions(pictures: Sequence[Picture], seed: int, key: str) -> list[Question]:
-    """All questions about the pictures of one part, one picture per unit and form.
+def derive_questions(images: Sequence[SourceImage], seed: int, key: str) -> list[Question]:
+    """All questions about the images of one part, one image per unit and form.
 
     Args:
-        pictures: of one part.
-        seed: decides which picture of a unit, and which counterparts.
+        images: of one part.
+        seed: decides which image of a unit, and which counterparts.
         key: of the part; two parts make other choices.
     """
     generator = random.Random(f"{seed} {key}")
-    shown = _one_of_each_unit(pictures, generator)
-    toned = _one_of_each_unit([picture for picture in pictures if "tone" in picture.facts], generator)
+    shown = _one_of_each_unit(images, generator)
+    toned = _one_of_each_unit([image for image in images if "tone" in image.facts], generator)
     questions = [
-        *_open(shown, "group", "what kind of picture is this?", lambda picture: picture.group),
-        *_open(shown, "subgroup", "what finer kind of picture is this?", lambda picture: picture.subgroup),
-        *_open(shown, "person", "who is shown?", lambda picture: picture.facts.get("person")),
-        *_open(shown, "colour", "what colour is it?", lambda picture: picture.facts.get("colour")),
-        *_open(toned, "tone", "which skin tone is shown?", lambda picture: picture.facts.get("tone")),
-        *_yes_or_no(shown, "is group", "is this a picture of the kind {}?", _group, generator),
+        *_open(shown, "group", "what kind of image is this?", lambda image: image.group),
+        *_open(shown, "subgroup", "what finer kind of image is this?", lambda image: image.subgroup),
+        *_open(shown, "person", "who is shown?", lambda image: image.facts.get("person")),
+        *_open(shown, "colour", "what colour is it?", lambda image: image.facts.get("colour")),
+        *_open(toned, "tone", "which skin tone is shown?", lambda image: image.facts.get("tone")),
+        *_yes_or_no(shown, "is group", "is this an image of the kind {}?", _group, generator),
         *_yes_or_no(shown, "is colour", "is it {}?", _colour, generator),
-        *_yes_or_no(shown, "fits", "does the word {} fit?", lambda picture: picture.keywords, generator),
+        *_yes_or_no(shown, "fits", "does the word {} fit?", lambda image: image.keywords, generator),
     ]
     generator.shuffle(questions)
     return questions
 
 
-def _group(picture: Picture) -> Sequence[str]:
-    return [picture.group] if picture.group else []
+def _group(image: SourceImage) -> Sequence[str]:
+    return [image.group] if image.group else []
 
 
-def _colour(picture: Picture) -> Sequence[str]:
-    return [picture.facts["colour"]] if "colour" in picture.facts else []
+def _colour(image: SourceImage) -> Sequence[str]:
+    return [image.facts["colour"]] if "colour" in image.facts else []
 
 
-def _one_of_each_unit(pictures: Sequence[Picture], generator: random.Random) -> list[Picture]:
-    units: dict[str, list[Picture]] = defaultdict(list)
-    for picture in pictures:
-        units[picture.unit].append(picture)
+def _one_of_each_unit(images: Sequence[SourceImage], generator: random.Random) -> list[SourceImage]:
+    units: dict[str, list[SourceImage]] = defaultdict(list)
+    for image in images:
+        units[image.unit].append(image)
     return [generator.choice(units[unit]) for unit in sorted(units)]
 
 
 def _open(
-    pictures: Iterable[Picture], form: str, text: str, answer: Callable[[Picture], Optional[str]]
+    images: Iterable[SourceImage], form: str, text: str, answer: Callable[[SourceImage], Optional[str]]
 ) -> Iterator[Question]:
-    for picture in pictures:
-        if found := answer(picture):
-            yield Question(picture.path, form, text, found)
+    for image in images:
+        if found := answer(image):
+            yield Question(image.path, form, text, found)
 
 
 def _yes_or_no(
-    pictures: Sequence[Picture],
+    images: Sequence[SourceImage],
     form: str,
     text: str,
-    values: Callable[[Picture], Sequence[str]],
+    values: Callable[[SourceImage], Sequence[str]],
     generator: random.Random,
 ) -> Iterator[Question]:
-    """For every picture one of its values, asked of it and of another picture that has values, but not this one."""
-    candidates = [(picture, set(values(picture))) for picture in pictures if values(picture)]
-    for picture, own in candidates:
+    """For every image one of its values, asked of it and of another image that has values, but not this one."""
+    candidates = [(image, set(values(image))) for image in images if values(image)]
+    for image, own in candidates:
         value = generator.choice(sorted(own))
         others = [other for other, theirs in candidates if value not in theirs]
         if others:
-            yield Question(picture.path, form, text.format(value), YES)
+            yield Question(image.path, form, text.format(value), YES)
             yield Question(generator.choice(others).path, form, text.format(value), NO)
 
 
@@ -124,6 +124,6 @@ def describe_questions(questions: Sequence[Question]) -> dict[str, Any]:
     """Counts for the manifest."""
     return {
         "questions": len(questions),
-        "pictures": len({question.path for question in questions}),
+        "images": len({question.path for question in questions}),
         "forms": dict(sorted(Counter(question.form for question in questions).items())),
     }

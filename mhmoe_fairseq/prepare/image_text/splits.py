@@ -1,4 +1,4 @@
-"""Which picture goes to which part: by unit, drawn by a seed, so that no drawing is in two parts."""
+"""Which image goes to which part: by unit, drawn by a seed, so that no drawing is in two parts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Iterable, Mapping, Sequence
 
 from ...common.errors import UserError
 from ..splits import SPLITS
-from .pictures import Picture, Sentence
+from .images import Sentence, SourceImage
 
 
 def assign_units(
-    pictures: Sequence[Picture],
+    images: Sequence[SourceImage],
     sentences: Iterable[Sentence],
     *,
     valid_fraction: float,
@@ -21,20 +21,20 @@ def assign_units(
 ) -> dict[str, str]:
     """Part of every unit.
 
-    The units of pictures are visited in an order drawn from ``seed``; a held-out part takes them until it has its share
+    The units of images are visited in an order drawn from ``seed``; a held-out part takes them until it has its share
     of the units, but of a family of several never the last one. Units that only sentences have are divided by the same
     shares.
 
     Raises:
         UserError: too few units for the parts.
     """
-    families = {picture.unit: picture.family for picture in pictures}
+    families = {image.unit: image.family for image in images}
     shares = {"test": test_fraction, "valid": valid_fraction}
     assigned = _draw(families, shares, random.Random(seed))
     empty = [split for split, share in shares.items() if share > 0 and split not in assigned.values()]
     if empty or "train" not in assigned.values():
         raise UserError(
-            f"--source: {len(families)} different picture(s) cannot be split into {', '.join(SPLITS)}: give more, or "
+            f"--source: {len(families)} different image(s) cannot be split into {', '.join(SPLITS)}: give more, or "
             f"other fractions"
         )
     others = {sentence.unit: "" for sentence in sentences if sentence.unit not in families}
@@ -61,19 +61,19 @@ def _draw(families: Mapping[str, str], shares: Mapping[str, float], generator: r
     return assigned
 
 
-def has_known_caption(picture: Picture, language: str, families: set[str], words: set[str]) -> bool:
-    """Whether a held-out picture's caption can be put together from what training has.
+def has_known_caption(image: SourceImage, language: str, families: set[str], words: set[str]) -> bool:
+    """Whether a held-out image's caption can be put together from what training has.
 
     True of every caption where the source knows of no families.
 
     Args:
-        families: those of training pictures.
+        families: those of training images.
         words: those of training captions; see :func:`words_of`.
     """
-    captions = picture.captions.get(language, [])
-    if not picture.family:
+    captions = image.captions.get(language, [])
+    if not image.family:
         return bool(captions)
-    return picture.family in families and any(words_of(caption) <= words for caption in captions)
+    return image.family in families and any(words_of(caption) <= words for caption in captions)
 
 
 def words_of(text: str) -> set[str]:

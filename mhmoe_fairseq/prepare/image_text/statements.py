@@ -1,4 +1,4 @@
-"""True and false statements about two pictures, from their metadata: derived data, not NLVR2.
+"""True and false statements about two images, from their metadata: derived data, not NLVR2.
 
 Every statement is used once where it is true and once where it is false, so that its words tell nothing.
 """
@@ -9,15 +9,15 @@ import random
 from collections import Counter
 from typing import Any, Callable, NamedTuple, Optional, Sequence
 
-from .pictures import Picture
+from .images import SourceImage
 
-Rule = Callable[[Picture, Picture], bool]
-Form = Callable[[Picture, random.Random], tuple[str, Rule]]
+Rule = Callable[[SourceImage, SourceImage], bool]
+Form = Callable[[SourceImage, random.Random], tuple[str, Rule]]
 _TRIES = 200
 
 
 class Statement(NamedTuple):
-    """A statement about a left and a right picture, and whether it is true of them."""
+    """A statement about a left and a right image, and whether it is true of them."""
 
     left: str
     right: str
@@ -27,20 +27,20 @@ class Statement(NamedTuple):
     identifier: str
 
 
-def derive_statements(pictures: Sequence[Picture], count: int, seed: int, key: str) -> list[Statement]:
-    """``count`` statements (rounded down to whole pairs) about pairs of the pictures of one part.
+def derive_statements(images: Sequence[SourceImage], count: int, seed: int, key: str) -> list[Statement]:
+    """``count`` statements (rounded down to whole pairs) about pairs of the images of one part.
 
     Args:
-        pictures: of one part; those without a kind are left out.
+        images: of one part; those without a kind are left out.
         seed: decides everything that is drawn.
         key: of the part; it begins the identifiers.
 
     Returns:
-        nothing when the pictures are of fewer than three kinds: then most statements have no false case.
+        nothing when the images are of fewer than three kinds: then most statements have no false case.
     """
     generator = random.Random(f"{seed} {key}")
-    shown = sorted((picture for picture in pictures if picture.group), key=lambda picture: picture.path)
-    if len({picture.group for picture in shown}) < 3:
+    shown = sorted((image for image in images if image.group), key=lambda image: image.path)
+    if len({image.group for image in shown}) < 3:
         return []
     made: list[Statement] = []
     forms = list(_FORMS)
@@ -51,45 +51,45 @@ def derive_statements(pictures: Sequence[Picture], count: int, seed: int, key: s
             continue
         text, pairs = true_and_false
         for place, (pair, is_true) in enumerate(zip(pairs, (True, False))):
-            left, right = (picture.path for picture in pair)
+            left, right = (image.path for image in pair)
             made.append(Statement(left, right, form, text, is_true, f"{key}-{number}-{place}-0"))
     generator.shuffle(made)
     return made
 
 
-def _both(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    group = picture.group
-    return f"both pictures are of the kind {group}", lambda left, right: left.group == right.group == group
+def _both(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    group = image.group
+    return f"both images are of the kind {group}", lambda left, right: left.group == right.group == group
 
 
-def _exactly_one(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    group = picture.group
+def _exactly_one(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    group = image.group
     return (
-        f"exactly one picture is of the kind {group}",
+        f"exactly one image is of the kind {group}",
         lambda left, right: (left.group == group) != (right.group == group),
     )
 
 
-def _none(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    group = picture.group
-    return f"no picture is of the kind {group}", lambda left, right: group not in (left.group, right.group)
+def _none(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    group = image.group
+    return f"no image is of the kind {group}", lambda left, right: group not in (left.group, right.group)
 
 
-def _left(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    group = picture.group
+def _left(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    group = image.group
     return (
-        f"only the left picture is of the kind {group}",
+        f"only the left image is of the kind {group}",
         lambda left, right: left.group == group and right.group != group,
     )
 
 
-def _same(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    return "both pictures are of the same kind", lambda left, right: left.group == right.group
+def _same(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    return "both images are of the same kind", lambda left, right: left.group == right.group
 
 
-def _word(picture: Picture, generator: random.Random) -> tuple[str, Rule]:
-    word = generator.choice(picture.keywords or (picture.group,))
-    return f"the word {word} fits one of the pictures", lambda left, right: any(
+def _word(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
+    word = generator.choice(image.keywords or (image.group,))
+    return f"the word {word} fits one of the images", lambda left, right: any(
         word in (*shown.keywords, shown.group) for shown in (left, right)
     )
 
@@ -100,22 +100,22 @@ _FORMS: dict[str, Form] = {
 
 
 def _make(
-    form: Form, pictures: Sequence[Picture], generator: random.Random
-) -> Optional[tuple[str, list[tuple[Picture, Picture]]]]:
+    form: Form, images: Sequence[SourceImage], generator: random.Random
+) -> Optional[tuple[str, list[tuple[SourceImage, SourceImage]]]]:
     """A statement and two pairs, one for which it is true and one for which it is false; None if none was drawn."""
-    subject = generator.choice(pictures)
+    subject = generator.choice(images)
     text, rule = form(subject, generator)
-    pairs = [_draw(rule, wanted, subject, pictures, generator) for wanted in (True, False)]
+    pairs = [_draw(rule, wanted, subject, images, generator) for wanted in (True, False)]
     found = [pair for pair in pairs if pair is not None]
     return (text, found) if len(found) == len(pairs) else None
 
 
 def _draw(
-    rule: Rule, wanted: bool, subject: Picture, pictures: Sequence[Picture], generator: random.Random
-) -> Optional[tuple[Picture, Picture]]:
-    """Two pictures of different units; half of the draws have the subject in them, on either side."""
+    rule: Rule, wanted: bool, subject: SourceImage, images: Sequence[SourceImage], generator: random.Random
+) -> Optional[tuple[SourceImage, SourceImage]]:
+    """Two images of different units; half of the draws have the subject in them, on either side."""
     for _ in range(_TRIES):
-        first, second = generator.choice(pictures), generator.choice(pictures)
+        first, second = generator.choice(images), generator.choice(images)
         if generator.random() < 0.5:
             first = subject
         pair = (first, second) if generator.random() < 0.5 else (second, first)
@@ -128,7 +128,7 @@ def describe_statements(statements: Sequence[Statement]) -> dict[str, Any]:
     """Counts for the manifest; text alone is right in half of the cases, by construction."""
     return {
         "statements": len(statements),
-        "pictures": len({path for statement in statements for path in (statement.left, statement.right)}),
+        "images": len({path for statement in statements for path in (statement.left, statement.right)}),
         "forms": dict(sorted(Counter(statement.form for statement in statements).items())),
         "text_only_accuracy": 50.0,
     }

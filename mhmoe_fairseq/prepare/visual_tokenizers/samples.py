@@ -1,4 +1,4 @@
-"""Patches of training pictures that a tokenizer is fitted to, and how well it does on them."""
+"""Patches of training images that a tokenizer is fitted to, and how well it does on them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UserError
-from ...data.images.reading import PictureError, read_picture
+from ...data.images.reading import ImageError, read_image
 from ...data.images.transforms import EvaluationViews, PretrainingViews
 from ...data.multimodal.index import index_files, read_index
 from ...data.visual_tokenizers.base import VisualTokenizer, to_patches
 
-_MAX_PICTURES = 8192
+_MAX_IMAGES = 8192
 
 
-def picture_files(folder: Path, split: str) -> list[Path]:
-    """The pictures of ``image.SPLIT.jsonl``; ``UserError`` when there is no such file."""
+def image_files(folder: Path, split: str) -> list[Path]:
+    """The images of ``image.SPLIT.jsonl``; ``UserError`` when there is no such file."""
     file = index_files(folder, "image", split)[0]
     if not file.is_file():
         raise UserError(f"{folder}: has no {file.name}; `mhmoe prepare image-text` writes it")
@@ -30,25 +30,25 @@ def picture_files(folder: Path, split: str) -> list[Path]:
 def read_views(
     files: Sequence[Path], image_size: int, rng: np.random.Generator, *, crops: int = 0
 ) -> tuple[Tensor, int]:
-    """Each picture as a whole, and ``crops`` random crops of it as pre-training draws them.
+    """Each image as a whole, and ``crops`` random crops of it as pre-training draws them.
 
     Returns:
-        (P, 1 + crops, 3, image_size, image_size) in [0, 1], and how many pictures could not be read.
+        (P, 1 + crops, 3, image_size, image_size) in [0, 1], and how many images could not be read.
 
     Raises:
-        UserError: none of the pictures can be read.
+        UserError: none of the images can be read.
     """
     whole, crop = EvaluationViews(image_size, image_size), PretrainingViews(image_size, image_size)
     views, problems = [], []
     for file in files:
         try:
-            picture = read_picture(file)
-        except PictureError as error:
+            image = read_image(file)
+        except ImageError as error:
             problems.append(str(error))
             continue
-        views.append(torch.stack([whole(picture)[1], *(crop(picture, rng)[1] for _ in range(crops))]))
+        views.append(torch.stack([whole(image)[1], *(crop(image, rng)[1] for _ in range(crops))]))
     if not views:
-        raise UserError(problems[0] if problems else "there are no pictures")
+        raise UserError(problems[0] if problems else "there are no images")
     return torch.stack(views), len(problems)
 
 
@@ -62,7 +62,7 @@ def choose(files: Sequence[Path], most: int, rng: np.random.Generator) -> list[P
 def sample_patches(
     files: Sequence[Path], *, image_size: int, patch_size: int, max_patches: int, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """About ``max_patches`` patches, as many of each picture, half of them from random crops.
+    """About ``max_patches`` patches, as many of each image, half of them from random crops.
 
     Returns:
         (R, 3 * patch_size ** 2) in [0, 1], and what was sampled, for the tokenizer's provenance.
@@ -70,17 +70,17 @@ def sample_patches(
     if max_patches < 1:
         raise UserError(f"--max-patches {max_patches}: must be at least 1")
     rng = np.random.default_rng(seed)
-    chosen = choose(files, min(_MAX_PICTURES, max_patches), rng)
+    chosen = choose(files, min(_MAX_IMAGES, max_patches), rng)
     views, unreadable = read_views(chosen, image_size, rng, crops=1)
     patches = to_patches(views.flatten(0, 1), patch_size).unflatten(0, views.shape[:2]).flatten(1, 2)
     each = min(patches.shape[1], max(1, max_patches // len(patches)))
     kept = torch.from_numpy(rng.random(patches.shape[:2])).topk(each, dim=1).indices
     sampled = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2])).flatten(0, 1)
-    return sampled, {"pictures": len(views), "unreadable": unreadable, "patches": len(sampled), "seed": seed}
+    return sampled, {"images": len(views), "unreadable": unreadable, "patches": len(sampled), "seed": seed}
 
 
 def measure(tokenizer: VisualTokenizer, images: Tensor) -> dict[str, float]:
-    """How the ids of ``images`` (B, 3, S, S) are spread, and the error of the pictures decoded from them.
+    """How the ids of ``images`` (B, 3, S, S) are spread, and the error of the images decoded from them.
 
     Returns:
         ``used``: share of the codes that occur; ``perplexity``: of the ids' distribution, at most ``vocab_size``;

@@ -16,10 +16,10 @@ from ...common.errors import UserError
 from ...data.visual_tokenizers.base import check_sizes
 from ...data.visual_tokenizers.vqvae import VQVAE
 from .fitting import measured_on
-from .samples import choose, picture_files, read_views
+from .samples import choose, image_files, read_views
 
 Say = Callable[[str], None]
-_KEPT_PICTURES = 4096
+_KEPT_IMAGES = 4096
 _DEAD_SHARE = 0.03  # of the uniform load: codes below it move onto vectors of the batch
 _REPORTS = 10
 
@@ -31,14 +31,14 @@ class VQVAESettings:
     Args:
         vocab_size: number of codes.
         patch_size: side of a patch in pixels.
-        image_size: side of the pictures it takes.
+        image_size: side of the images it takes.
         seed: of weights, order and crops.
         updates: steps of AdamW.
-        batch_size: pictures in a step.
+        batch_size: images in a step.
         learning_rate: at the start; it falls to zero by a cosine.
         decay: of the codes' moving average.
-        commitment: weight of the vectors' distance from their codes, beside the error of the pictures.
-        crops: random crops of each training picture, made before the first step.
+        commitment: weight of the vectors' distance from their codes, beside the error of the images.
+        crops: random crops of each training image, made before the first step.
         device: where it is trained.
     """
 
@@ -84,12 +84,12 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.updates)
 
     def step(self, images: Tensor) -> float:
-        """One update on (B, 3, S, S); the mean squared error of the pictures."""
+        """One update on (B, 3, S, S); the mean squared error of the images."""
         vectors = self.model.vectors(images)
         ids = self.model.choose(vectors.detach())
         chosen = self.model.codes[ids]
         passed = vectors + (chosen - vectors).detach()  # the decoder's gradient goes on as if nothing were replaced
-        error = F.mse_loss(self.model.pictures(passed), images)
+        error = F.mse_loss(self.model.from_vectors(passed), images)
         loss = error + self._settings.commitment * F.mse_loss(vectors, chosen)
         self._optimizer.zero_grad()
         loss.backward()
@@ -112,19 +112,19 @@ class Trainer:
             self._load[dead] = 1 / settings.vocab_size
 
     def order(self, count: int) -> Tensor:
-        """Indices of the next batch out of ``count`` pictures."""
+        """Indices of the next batch out of ``count`` images."""
         return torch.randint(count, (self._settings.batch_size,), generator=self._generator)
 
 
 def fit_vqvae(folder: Path, settings: VQVAESettings, say: Say) -> VQVAE:
-    """Trains on the pictures in ``image.train.jsonl`` of a prepared folder.
+    """Trains on the images in ``image.train.jsonl`` of a prepared folder.
 
     Raises:
-        UserError: bad settings, no such index, or no readable picture.
+        UserError: bad settings, no such index, or no readable image.
     """
     settings.check()
     rng = np.random.default_rng(settings.seed)
-    files = choose(picture_files(folder, "train"), _KEPT_PICTURES, rng)
+    files = choose(image_files(folder, "train"), _KEPT_IMAGES, rng)
     views, unreadable = read_views(files, settings.image_size, rng, crops=settings.crops)
     images = views.flatten(0, 1)
     trainer, start, errors = Trainer(settings), time.monotonic(), []
@@ -140,9 +140,9 @@ def fit_vqvae(folder: Path, settings: VQVAESettings, say: Say) -> VQVAE:
     return fitted
 
 
-def _provenance(settings: VQVAESettings, pictures: int, unreadable: int) -> dict[str, Any]:
+def _provenance(settings: VQVAESettings, images: int, unreadable: int) -> dict[str, Any]:
     return {
-        "pictures": pictures, "unreadable": unreadable, "seed": settings.seed, "updates": settings.updates,
+        "images": images, "unreadable": unreadable, "seed": settings.seed, "updates": settings.updates,
         "batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "decay": settings.decay,
         "commitment": settings.commitment, "crops": settings.crops,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from console import run_console
-from pictures_and_words import training_words, write_pictures_and_words, write_tokenizer
+from images_and_words import training_words, write_images_and_words, write_tokenizer
 
 from mhmoe_fairseq.analysis.reports.runs import read_run
 from mhmoe_fairseq.commands.main import main
@@ -21,7 +21,7 @@ PARTS = ("patches of images", "words of texts", "patches of pairs", "words of pa
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures_and_words(tmp_path_factory.mktemp("pictures") / "data")
+    return write_images_and_words(tmp_path_factory.mktemp("images") / "data")
 
 
 @pytest.fixture(scope="module")

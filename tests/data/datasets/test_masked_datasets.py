@@ -1,4 +1,4 @@
-"""The data sets of masked data modelling: batches, epochs, workers, and what becomes of bad pictures."""
+"""The data sets of masked data modelling: batches, epochs, workers, and what becomes of bad images."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from fairseq.data import ListDataset, RoundRobinZipDatasets
 from fairseq.data.iterators import EpochBatchIterator
-from picture_folders import settings, words, write_pictures
+from image_folders import settings, words, write_images
 
 from mhmoe_fairseq.data.datasets import DatasetSettings, MaskedImages, MaskedPairs, MaskedTexts
-from mhmoe_fairseq.data.datasets.base import PictureTextDataset
-from mhmoe_fairseq.data.images.reading import PictureError, read_picture
+from mhmoe_fairseq.data.datasets.base import ImageTextDataset
+from mhmoe_fairseq.data.images.reading import ImageError, read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationViews, PretrainingViews
 from mhmoe_fairseq.data.multimodal.index import read_index, write_index
 
@@ -26,7 +26,7 @@ LENGTHS = [3, 1, 12, 0, 8, 5, 9]  # of the texts; at most 8 fit beside <s> and <
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
-    paths = write_pictures(folder, COUNT)
+    paths = write_images(folder, COUNT)
     write_index(folder / "image.train.jsonl", "image", [{"image_path": path} for path in paths])
     records = [
         {"image_path": path, "text_segment": words(number, LENGTHS[number]), "image_id": number}
@@ -53,7 +53,7 @@ def texts(folder: Path, *lengths: int, **changes: Any) -> MaskedTexts:
     return MaskedTexts(lines(*lengths), settings(folder, **changes))
 
 
-def batch_of(dataset: PictureTextDataset, *rows: int) -> dict[str, Any]:
+def batch_of(dataset: ImageTextDataset, *rows: int) -> dict[str, Any]:
     return dataset.collater([dataset[row] for row in (rows or range(len(dataset)))])
 
 
@@ -63,13 +63,13 @@ def is_same(first: Any, second: Any) -> bool:
     return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
-def test_a_batch_of_pictures(folder):
+def test_a_batch_of_images(folder):
     batch = batch_of(images(folder), 2, 0, 5)
     assert batch["id"].tolist() == [2, 0, 5] and "modality" not in batch
     assert batch["net_input"]["images"].shape == (3, 3, 32, 32)
     assert batch["tokenizer_images"].shape == (3, 3, 16, 16) and batch["tokenizer_images"].dtype == torch.uint8
     plain = MaskedImages(read_index(folder, "image", "train"), settings(folder), EvaluationViews(32, 16))
-    view = EvaluationViews(32, 16)(read_picture(folder / "images/2.png"))[1]
+    view = EvaluationViews(32, 16)(read_image(folder / "images/2.png"))[1]
     assert torch.equal(plain[2]["tokenizer_image"] / 255, view)  # nothing is lost
     masked = batch["net_input"]["masked_patches"]
     assert masked.dtype == torch.bool and masked.shape == (3, 16) and masked.sum(1).tolist() == [6, 6, 6]
@@ -152,7 +152,7 @@ def test_a_row_does_not_depend_on_its_neighbours(folder):
 
 
 def test_data_sets_draw_apart(folder):
-    """The pictures of both are the same, the masks are not."""
+    """The images of both are the same, the masks are not."""
     one, other = batch_of(images(folder)), batch_of(pairs(folder))
     assert not torch.equal(one["net_input"]["masked_patches"], other["net_input"]["masked_patches"])
 
@@ -164,7 +164,7 @@ def test_evaluation_is_the_same_every_time(folder):
     dataset.set_epoch(5)
     assert is_same(batch_of(dataset), first) and dataset.can_reuse_epoch_itr_across_epochs
     assert dataset.ordered_indices().tolist() == list(range(COUNT))
-    whole = EvaluationViews(32, 16)(read_picture(folder / "images/3.png"))
+    whole = EvaluationViews(32, 16)(read_image(folder / "images/3.png"))
     assert torch.equal(first["net_input"]["images"][3], whole[0])
 
 
@@ -178,7 +178,7 @@ def test_training_order_is_new_in_every_epoch(folder):
     assert not dataset.can_reuse_epoch_itr_across_epochs
 
 
-def epoch_of(dataset: PictureTextDataset, epoch: int, workers: int) -> Iterator[dict[str, Any]]:
+def epoch_of(dataset: ImageTextDataset, epoch: int, workers: int) -> Iterator[dict[str, Any]]:
     """Batches as fairseq's trainer gets them."""
     dataset.set_epoch(epoch)
     batches = dataset.batch_by_size(dataset.ordered_indices(), max_sentences=2, required_batch_size_multiple=8)
@@ -225,7 +225,7 @@ def test_no_sample_is_no_batch(folder):
 
 
 def damaged(folder: Path, tmp_path: Path, *numbers: int) -> Path:
-    """A copy of the folder in which these pictures are cut off."""
+    """A copy of the folder in which these images are cut off."""
     for file in (folder / "images").iterdir():
         (tmp_path / "images").mkdir(exist_ok=True)
         content = file.read_bytes()
@@ -236,41 +236,41 @@ def damaged(folder: Path, tmp_path: Path, *numbers: int) -> Path:
     return tmp_path
 
 
-def test_a_bad_picture_is_refused_with_line_file_and_rule(folder, tmp_path):
+def test_a_bad_image_is_refused_with_line_file_and_rule(folder, tmp_path):
     copy = damaged(folder, tmp_path, 2)
-    rule = r"pair\.train\.jsonl:3: .*images/2\.png: truncated or damaged picture"
-    with pytest.raises(PictureError, match=rule):
+    rule = r"pair\.train\.jsonl:3: .*images/2\.png: truncated or damaged image"
+    with pytest.raises(ImageError, match=rule):
         batch_of(pairs(copy))
-    with pytest.raises(PictureError, match=rule):  # an evaluation is of the whole split, or of none
-        batch_of(pairs(copy, training=False, skip_bad_pictures=True))
+    with pytest.raises(ImageError, match=rule):  # an evaluation is of the whole split, or of none
+        batch_of(pairs(copy, training=False, skip_bad_images=True))
     (copy / "images/0.png").unlink()
-    with pytest.raises(PictureError, match=r"image\.train\.jsonl:1: .*images/0\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"image\.train\.jsonl:1: .*images/0\.png: no such image"):
         images(copy)[0]
 
 
 def test_the_next_good_one_takes_its_place(folder, tmp_path, caplog):
     copy = damaged(folder, tmp_path, 2, 3, 6)
-    dataset = pairs(copy, skip_bad_pictures=True)
+    dataset = pairs(copy, skip_bad_images=True)
     with caplog.at_level(logging.WARNING):
         batch = batch_of(dataset)
         batch_of(dataset)
     assert batch["id"].tolist() == [0, 1, 4, 4, 4, 5, 0]
     assert (batch["nsentences"], batch["num_replaced"]) == (7, 3)
-    assert len(caplog.records) == 3  # each picture once
-    assert "images/3.png: truncated or damaged picture" in caplog.text
+    assert len(caplog.records) == 3  # each image once
+    assert "images/3.png: truncated or damaged image" in caplog.text
     assert "another sample takes its place" in caplog.text
     untouched = batch_of(pairs(folder))
     for row in (0, 1, 4, 5):
         assert torch.equal(batch["net_input"]["images"][row], untouched["net_input"]["images"][row])
-    again = batch_of(pairs(copy, skip_bad_pictures=True))
+    again = batch_of(pairs(copy, skip_bad_images=True))
     assert is_same(again, batch)
     masks = batch["net_input"]["masked_patches"]
     assert not torch.equal(masks[2], masks[4]) or not torch.equal(masks[3], masks[4])  # the row's own draws
 
 
-def test_no_good_picture_at_all(folder, tmp_path):
-    dataset = pairs(damaged(folder, tmp_path, *range(COUNT)), skip_bad_pictures=True)
-    with pytest.raises(PictureError, match=r"pair\.train\.jsonl:5: no good picture in 7 rows from here on"):
+def test_no_good_image_at_all(folder, tmp_path):
+    dataset = pairs(damaged(folder, tmp_path, *range(COUNT)), skip_bad_images=True)
+    with pytest.raises(ImageError, match=r"pair\.train\.jsonl:5: no good image in 7 rows from here on"):
         dataset[4]
 
 

@@ -119,8 +119,8 @@ def test_every_format_is_read(folder, task, split, name, files):
         assert set(read) - set(record) <= {"scores"}
 
 
-def test_classes_of_test_pictures_are_read_where_they_are_there(folder):
-    """The real ImageNet's val is test; prepared data have test pictures on which no checkpoint was selected."""
+def test_classes_of_test_images_are_read_where_they_are_there(folder):
+    """The real ImageNet's val is test; prepared data have test images on which no checkpoint was selected."""
     own = folder / "imagenet.test.index.jsonl"
     assert written_file(folder, "imagenet", "test") == own
     write_index(own, "imagenet", [{"image_path": "images/c.png", "label": 1}])

@@ -1,6 +1,6 @@
-"""A small prepared folder of pictures and texts, in the layout of ``mhmoe prepare image-text``, made in an instant.
+"""A small prepared folder of images and texts, in the layout of ``mhmoe prepare image-text``, made in an instant.
 
-A picture has two rectangles, its text names them from left to right: what is masked in one can be told from the other.
+An image has two rectangles, its text names them from left to right: what is masked in one can be told from the other.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def build_dictionary() -> Dictionary:
     return dictionary
 
 
-def write_pictures_and_words(folder: Path, counts: dict[str, dict[str, int]] | None = None) -> Path:
-    """Dictionary, pictures, indexes, texts and a visual tokenizer for pre-training; the folder."""
+def write_images_and_words(folder: Path, counts: dict[str, dict[str, int]] | None = None) -> Path:
+    """Dictionary, images, indexes, texts and a visual tokenizer for pre-training; the folder."""
     folder.mkdir(parents=True)
     dictionary = build_dictionary()
     dictionary.save(str(folder / "dict.txt"))
@@ -49,7 +49,7 @@ def write_pictures_and_words(folder: Path, counts: dict[str, dict[str, int]] | N
     counts.setdefault("test", counts["valid"])
     generator = random.Random(0)
     for split, numbers in counts.items():
-        write_index(folder / f"image.{split}.jsonl", "image", _pictures(folder, split, numbers["image"], generator))
+        write_index(folder / f"image.{split}.jsonl", "image", _images(folder, split, numbers["image"], generator))
         pairs = [
             {**record, "text_segment": ids(dictionary, text), "image_id": number}
             for number, (record, text) in enumerate(_captioned(folder, split, numbers["pair"], generator))
@@ -61,9 +61,9 @@ def write_pictures_and_words(folder: Path, counts: dict[str, dict[str, int]] | N
 
 
 def write_tokenizer(path: Path, folder: Path, seed: int = 1, image_size: int = IMG_SIZE) -> None:
-    """Fit codes to the training pictures."""
-    pictures = [Image.open(file) for file in sorted((folder / "images").glob("train-*.png"))]
-    images = torch.stack([to_tensor(picture.resize((image_size, image_size))) for picture in pictures])
+    """Fit codes to the training images."""
+    opened = [Image.open(file) for file in sorted((folder / "images").glob("train-*.png"))]
+    images = torch.stack([to_tensor(image.resize((image_size, image_size))) for image in opened])
     patches = to_patches(images, PATCH_SIZE).flatten(0, 1)
     patches = patches + 0.01 * torch.rand(patches.shape, generator=torch.Generator().manual_seed(seed))
     fitted = fit_patch_kmeans(
@@ -99,7 +99,7 @@ def _captioned(folder: Path, split: str, count: int, generator: random.Random) -
     return made
 
 
-def _pictures(folder: Path, split: str, count: int, generator: random.Random) -> list[dict[str, Any]]:
+def _images(folder: Path, split: str, count: int, generator: random.Random) -> list[dict[str, Any]]:
     records = []
     for number in range(count):
         path = f"images/{split}-{number}.png"
@@ -109,14 +109,14 @@ def _pictures(folder: Path, split: str, count: int, generator: random.Random) ->
 
 
 def _draw(path: Path, rectangles: list[tuple[str, str]]) -> None:
-    picture = Image.new("RGB", (IMG_SIZE, IMG_SIZE), "white")
-    brush = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (IMG_SIZE, IMG_SIZE), "white")
+    brush = ImageDraw.Draw(image)
     for place, (size, colour) in enumerate(rectangles):
         side = 14 if size == "large" else 7
         left = place * IMG_SIZE // 2 + 1
         brush.rectangle([left, 8, left + side, 8 + side], fill=COLOURS[colour])
     path.parent.mkdir(exist_ok=True)
-    picture.save(path)
+    image.save(path)
 
 
 def _write_texts(folder: Path, split: str, lines: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""From pictures to tensors: crops, views, colours, and that the generator alone decides."""
+"""From images to tensors: crops, views, colours, and that the generator alone decides."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_crops_lie_within_and_have_the_area_and_aspect(size, min_scale):
 
 
 @pytest.mark.parametrize("size, expected", [((1000, 2), (0, 498, 2, 3)), ((2, 1000), (498, 0, 3, 2))])
-def test_a_narrow_picture_gives_its_middle(size, expected):
+def test_a_narrow_image_gives_its_middle(size, expected):
     assert tuple(draw_crop(*size, 0.5, rng(0))) == expected
 
 
@@ -122,24 +122,24 @@ def test_equal_sizes_are_equal_views():
     assert torch.allclose(image * 0.5 + 0.5, tokenizer_image, atol=1e-6)
 
 
-def test_evaluation_takes_the_whole_picture_and_no_draw():
-    picture, generator = ramp(96, 64), rng(0)
+def test_evaluation_takes_the_whole_image_and_no_draw():
+    drawn, generator = ramp(96, 64), rng(0)
     before = generator.bit_generator.state
-    image, tokenizer_image = EvaluationViews(32, 16)(picture, generator)
+    image, tokenizer_image = EvaluationViews(32, 16)(drawn, generator)
     assert generator.bit_generator.state == before
-    expected = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = np.asarray(drawn.resize((32, 32), Image.Resampling.BICUBIC)) / 255
     assert (
-        np.abs(tokenizer_image.numpy() - np.asarray(picture.resize((16, 16), 3)).transpose(2, 0, 1) / 255).max() < 1e-6
+        np.abs(tokenizer_image.numpy() - np.asarray(drawn.resize((16, 16), 3)).transpose(2, 0, 1) / 255).max() < 1e-6
     )
     assert np.abs(image.permute(1, 2, 0).numpy() - (expected - 0.5) / 0.5).max() < 1e-6
-    assert torch.equal(EvaluationTransform(32)(picture), image)
+    assert torch.equal(EvaluationTransform(32)(drawn), image)
 
 
 def test_central_crop_and_other_normalisation():
-    picture = noise(80, 40)
-    kept = picture.crop((25, 5, 55, 35)).resize((16, 16), Image.Resampling.BICUBIC)  # 30 of 40 pixels
+    image = noise(80, 40)
+    kept = image.crop((25, 5, 55, 35)).resize((16, 16), Image.Resampling.BICUBIC)  # 30 of 40 pixels
     expected = (np.asarray(kept) / 255 - np.array(IMAGENET.mean)) / np.array(IMAGENET.std)
-    view = EvaluationTransform(16, crop_fraction=0.75, by=IMAGENET)(picture)
+    view = EvaluationTransform(16, crop_fraction=0.75, by=IMAGENET)(image)
     assert np.abs(view.permute(1, 2, 0).numpy() - expected).max() < 1e-5
 
 
@@ -184,13 +184,13 @@ def test_brightness_contrast_and_saturation_change_once_each_in_any_order(monkey
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
     for name in names:
         monkeypatch.setattr(
-            transforms.F, name, lambda picture, factor, name=name: calls.append((name, factor)) or picture
+            transforms.F, name, lambda image, factor, name=name: calls.append((name, factor)) or image
         )
-    picture = noise(4, 4)
+    image = noise(4, 4)
     orders = Counter()
     for seed in range(600):
         done = len(calls)
-        jitter_colours(picture, 0.4, rng(seed))
+        jitter_colours(image, 0.4, rng(seed))
         orders[tuple(name for name, _ in calls[done:])] += 1
     assert len(orders) == 6 and all(set(order) == set(names) for order in orders) and min(orders.values()) > 70
     for name in names:
@@ -201,58 +201,58 @@ def test_brightness_contrast_and_saturation_change_once_each_in_any_order(monkey
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_operations_keep_the_size_and_do_what_they_are_called(name, sign):
-    picture = noise(32, 32).point(lambda value: 40 + value // 2)
-    changed = OPERATIONS[name](picture, 0.7, sign)
-    assert changed.size == picture.size and changed.mode == "RGB"
-    assert (np.asarray(changed) == np.asarray(picture)).all() == (name == "identity")
+    image = noise(32, 32).point(lambda value: 40 + value // 2)
+    changed = OPERATIONS[name](image, 0.7, sign)
+    assert changed.size == image.size and changed.mode == "RGB"
+    assert (np.asarray(changed) == np.asarray(image)).all() == (name == "identity")
     if name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate"):
-        other = np.asarray(OPERATIONS[name](picture, 0.7, -sign))
+        other = np.asarray(OPERATIONS[name](image, 0.7, -sign))
         assert not np.array_equal(np.asarray(changed), other)
-        assert (np.asarray(changed) == 128).all(-1).any()  # what the picture has left is grey
+        assert (np.asarray(changed) == 128).all(-1).any()  # what the image has left is grey
 
 
 def test_shifts_are_a_share_of_the_side():
-    picture = noise(224, 224)
-    shifted = np.asarray(OPERATIONS["translate_x"](picture, 0.7, 1))
-    assert np.array_equal(shifted[:, 7:], np.asarray(picture)[:, :-7])  # 10 of 224 pixels times 0.7
+    image = noise(224, 224)
+    shifted = np.asarray(OPERATIONS["translate_x"](image, 0.7, 1))
+    assert np.array_equal(shifted[:, 7:], np.asarray(image)[:, :-7])  # 10 of 224 pixels times 0.7
 
 
 def test_operations_by_their_own_scales():
     """At magnitude 7 of 10: 21 degrees of 30, 0.21 of a shear of 0.3, 1.36 of 0.1 to 1.9."""
-    picture, level, degrees = noise(64, 48), 0.7, math.degrees(math.atan(0.21))
+    image, level, degrees = noise(64, 48), 0.7, math.degrees(math.atan(0.21))
 
     def turned(angle: float = 0.0, shear: tuple[float, float] = (0.0, 0.0)) -> Image.Image:
         return transforms.F.affine(
-            picture, angle, [0, 0], 1.0, list(shear), transforms.InterpolationMode.BILINEAR, [128.0] * 3
+            image, angle, [0, 0], 1.0, list(shear), transforms.InterpolationMode.BILINEAR, [128.0] * 3
         )
 
     expected = {
         "rotate": turned(21.0),
         "shear_x": turned(shear=(degrees, 0.0)),
         "shear_y": turned(shear=(0.0, degrees)),
-        "brightness": transforms.F.adjust_brightness(picture, 1.36),
-        "sharpness": transforms.F.adjust_sharpness(picture, 1.36),
+        "brightness": transforms.F.adjust_brightness(image, 1.36),
+        "sharpness": transforms.F.adjust_sharpness(image, 1.36),
     }
     for name, changed in expected.items():
-        assert np.array_equal(np.asarray(OPERATIONS[name](picture, level, 1)), np.asarray(changed)), name
+        assert np.array_equal(np.asarray(OPERATIONS[name](image, level, 1)), np.asarray(changed)), name
 
 
 def test_options_of_the_training_transform_have_their_effect():
     """The draws before them are the same, so crops and flips are."""
-    picture, changed = noise(40, 40), 0
+    image, changed = noise(40, 40), 0
     for seed in range(100):
-        plain = TrainTransform(16)(picture, rng(seed))
-        other = TrainTransform(16, by=IMAGENET)(picture, rng(seed))
+        plain = TrainTransform(16)(image, rng(seed))
+        other = TrainTransform(16, by=IMAGENET)(image, rng(seed))
         mean, std = (torch.tensor(values)[:, None, None] for values in IMAGENET)
         assert torch.allclose(other, (plain * 0.5 + 0.5 - mean) / std, atol=1e-5)
-        changed += not torch.equal(TrainTransform(16, randaug=True)(picture, rng(seed)), plain)
+        changed += not torch.equal(TrainTransform(16, randaug=True)(image, rng(seed)), plain)
     assert 50 < changed < 85  # two operations, each half of the time, one in ten of which is none
 
 
 def test_two_operations_each_half_of_the_time(monkeypatch):
     done = []
     counted = {
-        name: (lambda picture, level, sign, name=name: done.append((name, level, sign)) or picture)
+        name: (lambda image, level, sign, name=name: done.append((name, level, sign)) or image)
         for name in OPERATIONS
     }
     monkeypatch.setattr("mhmoe_fairseq.data.images.randaugment.OPERATIONS", counted)
@@ -264,7 +264,7 @@ def test_two_operations_each_half_of_the_time(monkeypatch):
 
 
 def test_resizing_is_pillows_bicubic_of_the_crop():
-    picture = noise(40, 30)
+    image = noise(40, 30)
     box = transforms.Box(3, 5, 20, 17)
-    expected = picture.crop((5, 3, 22, 23)).resize((16, 16), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(transforms.resize(picture, 16, box)), np.asarray(expected))
+    expected = image.crop((5, 3, 22, 23)).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(transforms.resize(image, 16, box)), np.asarray(expected))

@@ -1,4 +1,4 @@
-"""Emoji, Tux Paint and folders of pictures, from tiny archives in the packages' real layouts."""
+"""Emoji, Tux Paint and folders of images, from tiny archives in the packages' real layouts."""
 
 import hashlib
 import io
@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.pictures import cldr_names, emoji
-from mhmoe_fairseq.prepare.sources.pictures.emoji import EmojiSource
-from mhmoe_fairseq.prepare.sources.pictures.folder import FolderSource
-from mhmoe_fairseq.prepare.sources.pictures.tuxpaint import TuxPaintSource
-from mhmoe_fairseq.prepare.sources.pictures.wording import colour_facts
+from mhmoe_fairseq.prepare.sources.images import cldr_names, emoji
+from mhmoe_fairseq.prepare.sources.images.emoji import EmojiSource
+from mhmoe_fairseq.prepare.sources.images.folder import FolderSource
+from mhmoe_fairseq.prepare.sources.images.tuxpaint import TuxPaintSource
+from mhmoe_fairseq.prepare.sources.images.wording import colour_facts
 
 
 def png(colour="red"):
@@ -39,7 +39,7 @@ FIREFIGHTERS = {"1f468": "man", "1f469": "woman"}
 
 
 def emoji_rows():
-    """Two firefighters in two tones, a flag, a heart, a swatch, and one without a picture here."""
+    """Two firefighters in two tones, a flag, a heart, a swatch, and one without an image here."""
     rows = []
     for code, person in FIREFIGHTERS.items():
         tones = {
@@ -94,7 +94,7 @@ def emoji_packages(tmp_path, monkeypatch):
     files |= {"package/emoji.json": emoji_rows(), "package/img/google/sheets/64.png": b"not read"}
     names = {language: annotations(language) for language in ("en", "de", "fr")}
     packages = {
-        (emoji, "PICTURES"): files,
+        (emoji, "ARTWORK"): files,
         (emoji, "ANNOTATIONS"): {
             f"package/annotations/{language}/annotations.json": {"annotations": {"annotations": plain}}
             for language, (plain, _) in names.items()
@@ -114,28 +114,28 @@ def emoji_packages(tmp_path, monkeypatch):
 def open_source(source, tmp_path, cache, languages=("en",)):
     said = []
     opened = source.open(languages, tmp_path / "made", cache, said.append)
-    return {picture.path.removeprefix("images/"): picture for picture in opened.pictures}, opened
+    return {image.path.removeprefix("images/"): image for image in opened.images}, opened
 
 
 def test_emoji_with_names_in_two_languages(tmp_path, emoji_packages):
-    pictures, opened = open_source(EmojiSource(), tmp_path, emoji_packages, ("en", "de"))
-    assert len(pictures) == 8  # six firefighters, a flag and a heart; no swatch, and none without a picture
-    dark = pictures["1f469-1f3ff-200d-1f692.png"]
+    images, opened = open_source(EmojiSource(), tmp_path, emoji_packages, ("en", "de"))
+    assert len(images) == 8  # six firefighters, a flag and a heart; no swatch, and none without an image
+    dark = images["1f469-1f3ff-200d-1f692.png"]
     assert dark.captions == {
         "en": ["woman firefighter: dark skin tone"], "de": ["de woman firefighter: dark skin tone"]
     }  # fmt: skip
     assert (dark.unit, dark.family, dark.group) == ("1f469-200d-1f692", "firefighter", "People & Body")
     assert dark.facts == {"person": "woman", "tone": "dark"}
-    man = pictures["1f468-200d-1f692.png"]
+    man = images["1f468-200d-1f692.png"]
     assert man.family == dark.family and man.unit != dark.unit and man.facts == {"person": "man"}
-    assert pictures["2764-fe0f.png"].facts == {"colour": "red"} and pictures["2764-fe0f.png"].family == "heart"
+    assert images["2764-fe0f.png"].facts == {"colour": "red"} and images["2764-fe0f.png"].family == "heart"
     assert (tmp_path / "made" / dark.path).read_bytes() == png()
     texts = {(sentence.language, sentence.text) for sentence in opened.sentences}
     assert ("en", "open brace: brace, open") in texts and ("de", "Klammer: brace, open") in texts
     assert ("en", "woman firefighter: fire, woman") in texts
     assert not any("skin tone" in text for _, text in texts)
     units = {sentence.text: sentence.unit for sentence in opened.sentences}
-    assert units["red heart: heart, red"] == pictures["2764-fe0f.png"].unit
+    assert units["red heart: heart, red"] == images["2764-fe0f.png"].unit
     assert [package["version"] for package in opened.provenance["packages"]] == ["16.0.0", "48.2.0", "48.2.0"]
 
 
@@ -145,15 +145,15 @@ def test_a_language_that_cldr_lacks(tmp_path, emoji_packages):
 
 
 def test_a_package_of_another_layout(tmp_path, emoji_packages, monkeypatch):
-    for name, files in (("PICTURES", {"package/emoji.json": {"no": "list"}}), ("PICTURES", {})):
-        path = emoji_packages / emoji.PICTURES.filename
-        monkeypatch.setattr(emoji, name, replace(emoji.PICTURES, sha256=tarball(path, files)))
+    for name, files in (("ARTWORK", {"package/emoji.json": {"no": "list"}}), ("ARTWORK", {})):
+        path = emoji_packages / emoji.ARTWORK.filename
+        monkeypatch.setattr(emoji, name, replace(emoji.ARTWORK, sha256=tarball(path, files)))
         with pytest.raises(UserError, match="is not the index of emoji-datasource"):
             open_source(EmojiSource(), tmp_path, emoji_packages)
 
 
 def test_the_real_packages_are_pinned():
-    for archive in (emoji.PICTURES, cldr_names.ANNOTATIONS, cldr_names.DERIVED):
+    for archive in (emoji.ARTWORK, cldr_names.ANNOTATIONS, cldr_names.DERIVED):
         assert len(archive.sha256) == 64 and archive.version in archive.filename
         assert archive.package in EmojiSource().identity(["en"])
 
@@ -169,9 +169,9 @@ def test_tux_paint(tmp_path, make_deb):
             "tuxpaint/stamps/vehicles/car.svg": "<svg/>", "tuxpaint/stamps/vehicles/car.txt": "A car.\n",
         },
     )  # fmt: skip
-    pictures, opened = open_source(TuxPaintSource(), tmp_path, deb.parent, ("en", "de", "zh", "fr", "es"))
-    assert list(pictures) == ["household/dishes/mug.png"]
-    mug = pictures["household/dishes/mug.png"]
+    images, opened = open_source(TuxPaintSource(), tmp_path, deb.parent, ("en", "de", "zh", "fr", "es"))
+    assert list(images) == ["household/dishes/mug.png"]
+    mug = images["household/dishes/mug.png"]
     assert mug.captions == {"en": ["A red mug."], "de": ["Eine rote Tasse."], "zh": ["\u676f\u5b50"]}
     assert (mug.group, mug.subgroup, mug.facts) == ("household", "dishes", {"colour": "red"})
     assert opened.provenance["without_caption"] == 1 and opened.provenance["version"] == "1.0-1"
@@ -179,62 +179,62 @@ def test_tux_paint(tmp_path, make_deb):
 
 
 @pytest.fixture
-def own_pictures(tmp_path):
+def own_images(tmp_path):
     """``a.png``, ``cats/b.jpg`` and ``cats/black/c.PNG``."""
     folder = tmp_path / "own"
     (folder / "cats" / "black").mkdir(parents=True)
     (folder / "a.png").write_bytes(png())
     Image.new("RGB", (4, 4)).save(folder / "cats" / "b.jpg")
     (folder / "cats" / "black" / "c.PNG").write_bytes(png("black"))
-    (folder / "notes.md").write_text("not a picture")
+    (folder / "notes.md").write_text("not an image")
     return folder
 
 
-def test_captions_from_three_places(tmp_path, own_pictures):
-    (own_pictures / "a.txt").write_text("A red square.\n\nIt is small.\n")
-    (own_pictures / "captions.tsv").write_text("cats/b.jpg\tA  grey cat\n")
+def test_captions_from_three_places(tmp_path, own_images):
+    (own_images / "a.txt").write_text("A red square.\n\nIt is small.\n")
+    (own_images / "captions.tsv").write_text("cats/b.jpg\tA  grey cat\n")
     lines = [{"image": "./cats/b.jpg", "caption": "Eine Katze", "language": "de"}]
     lines.append({"image": "cats/black/c.PNG", "caption": ["one", "two"]})
-    (own_pictures / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    pictures, _ = open_source(FolderSource(own_pictures), tmp_path, tmp_path, ("en", "de"))
-    assert {name: picture.captions for name, picture in pictures.items()} == {
+    (own_images / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    images, _ = open_source(FolderSource(own_images), tmp_path, tmp_path, ("en", "de"))
+    assert {name: image.captions for name, image in images.items()} == {
         "a.png": {"en": ["A red square.", "It is small."]},
         "cats/b.jpg": {"en": ["A grey cat"], "de": ["Eine Katze"]},
         "cats/black/c.PNG": {"en": ["one", "two"]},
     }
-    assert (pictures["cats/black/c.PNG"].group, pictures["cats/black/c.PNG"].subgroup) == ("cats", "black")
-    assert pictures["a.png"].group == "" and pictures["a.png"].facts == {"colour": "red"}
-    assert (tmp_path / "made" / "images" / "cats" / "b.jpg").read_bytes() == (own_pictures / "cats/b.jpg").read_bytes()
+    assert (images["cats/black/c.PNG"].group, images["cats/black/c.PNG"].subgroup) == ("cats", "black")
+    assert images["a.png"].group == "" and images["a.png"].facts == {"colour": "red"}
+    assert (tmp_path / "made" / "images" / "cats" / "b.jpg").read_bytes() == (own_images / "cats/b.jpg").read_bytes()
 
 
-def test_linked_folders_are_entered_and_what_is_left_out_is_named(tmp_path, own_pictures):
+def test_linked_folders_are_entered_and_what_is_left_out_is_named(tmp_path, own_images):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "d.png").write_bytes(png("black"))
-    (own_pictures / "linked").symlink_to(tmp_path / "elsewhere")
-    (own_pictures / "cats" / "circle").symlink_to(own_pictures)
-    (own_pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    (own_pictures / "b.txt").write_text("beside nothing\n")
+    (own_images / "linked").symlink_to(tmp_path / "elsewhere")
+    (own_images / "cats" / "circle").symlink_to(own_images)
+    (own_images / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (own_images / "b.txt").write_text("beside nothing\n")
     lines = [{"image": "linked/d.png", "caption": "Schwarz", "language": language} for language in ("de", "fr")]
-    (own_pictures / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (own_images / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = []
-    source = FolderSource(own_pictures)
-    assert source.identity(("de",))["pictures"] == 4
+    source = FolderSource(own_images)
+    assert source.identity(("de",))["images"] == 4
     opened = source.open(("de",), tmp_path / "made", tmp_path, said.append)
-    assert [picture.path for picture in opened.pictures if picture.captions] == ["images/linked/d.png"]
+    assert [image.path for image in opened.images if image.captions] == ["images/linked/d.png"]
     assert (tmp_path / "made" / "images" / "linked" / "d.png").is_file()
     left_out = {reason.split(",")[0]: names for reason, names in opened.provenance["left_out"].items()}
     assert left_out == {
-        "beside no picture of that name": ["b.txt"], "a link that leads nowhere": ["gone.png"],
+        "beside no image of that name": ["b.txt"], "a link that leads nowhere": ["gone.png"],
         "not one of .png": ["notes.md"],
     }  # fmt: skip
     assert opened.provenance["captions_in_other_languages"] == {"fr": 1}
     assert sum(line.startswith("left out: folder: ") for line in said) == 4
 
 
-def test_a_picture_that_is_there_twice_is_one_unit(tmp_path, own_pictures):
-    (own_pictures / "copy.png").write_bytes((own_pictures / "a.png").read_bytes())
-    pictures, _ = open_source(FolderSource(own_pictures), tmp_path, tmp_path)
-    assert pictures["copy.png"].unit == pictures["a.png"].unit != pictures["cats/b.jpg"].unit
+def test_a_image_that_is_there_twice_is_one_unit(tmp_path, own_images):
+    (own_images / "copy.png").write_bytes((own_images / "a.png").read_bytes())
+    images, _ = open_source(FolderSource(own_images), tmp_path, tmp_path)
+    assert images["copy.png"].unit == images["a.png"].unit != images["cats/b.jpg"].unit
 
 
 @pytest.mark.parametrize(
@@ -242,26 +242,26 @@ def test_a_picture_that_is_there_twice_is_one_unit(tmp_path, own_pictures):
     [
         ("captions.jsonl", '{"image": "a.png", "caption": "x"}\n{oh', "captions.jsonl:2: not valid JSON"),
         ("captions.jsonl", '{"image": "a.png", "caption": 3}', "captions.jsonl:1: needs an object with 'image'"),
-        ("captions.jsonl", '{"caption": "x"}', "captions.jsonl:1: needs the picture's path in the field 'image'"),
+        ("captions.jsonl", '{"caption": "x"}', "captions.jsonl:1: needs the image's path in the field 'image'"),
         ("captions.jsonl", '{"image": "z.png", "caption": "x"}', "a caption is for z.png, which is not there"),
-        ("captions.tsv", "a.png\tA square\na.png A square\n", "captions.tsv:2: must be a picture, a tab"),
+        ("captions.tsv", "a.png\tA square\na.png A square\n", "captions.tsv:2: must be an image, a tab"),
     ],
 )
-def test_captions_that_are_no_good(tmp_path, own_pictures, name, content, message):
-    (own_pictures / name).write_text(content)
+def test_captions_that_are_no_good(tmp_path, own_images, name, content, message):
+    (own_images / name).write_text(content)
     with pytest.raises(UserError, match=message):
-        open_source(FolderSource(own_pictures), tmp_path, tmp_path)
+        open_source(FolderSource(own_images), tmp_path, tmp_path)
 
 
-def test_a_folder_is_known_by_its_pictures_and_captions(own_pictures):
-    before = FolderSource(own_pictures).identity(["en"])
-    assert before["pictures"] == 3
-    (own_pictures / "captions.tsv").write_text("a.png\tx\n")
-    assert FolderSource(own_pictures).identity(["en"]) != before
-    for picture in list(own_pictures.rglob("*.*")):
-        picture.unlink()
-    with pytest.raises(UserError, match="has no picture"):
-        FolderSource(own_pictures).identity(["en"])
+def test_a_folder_is_known_by_its_images_and_captions(own_images):
+    before = FolderSource(own_images).identity(["en"])
+    assert before["images"] == 3
+    (own_images / "captions.tsv").write_text("a.png\tx\n")
+    assert FolderSource(own_images).identity(["en"]) != before
+    for image in list(own_images.rglob("*.*")):
+        image.unlink()
+    with pytest.raises(UserError, match="has no image"):
+        FolderSource(own_images).identity(["en"])
 
 
 def write(name, content):
@@ -281,23 +281,23 @@ def write(name, content):
         lambda folder: (folder / "a.png").rename(folder / "cats" / "a.png"),
         lambda folder: [write("a.png", b"x" * 5)(folder), write("cats/b.jpg", b"x" * 4)(folder)],
     ],
-    ids=["edited", "added", "removed", "another picture's", "renamed picture", "sizes exchanged"],
+    ids=["edited", "added", "removed", "another image's", "renamed image", "sizes exchanged"],
 )
-def test_a_change_beside_or_of_a_picture_makes_another_folder(own_pictures, change):
-    write("a.png", b"x" * 4)(own_pictures)
-    write("cats/b.jpg", b"x" * 5)(own_pictures)
-    write("a.txt", b"A grey square.\n")(own_pictures)
-    before = FolderSource(own_pictures).identity(["en"])
-    change(own_pictures)
-    assert FolderSource(own_pictures).identity(["en"]) != before
+def test_a_change_beside_or_of_a_image_makes_another_folder(own_images, change):
+    write("a.png", b"x" * 4)(own_images)
+    write("cats/b.jpg", b"x" * 5)(own_images)
+    write("a.txt", b"A grey square.\n")(own_images)
+    before = FolderSource(own_images).identity(["en"])
+    change(own_images)
+    assert FolderSource(own_images).identity(["en"]) != before
 
 
-def test_a_copy_of_a_folder_is_the_same_folder(tmp_path, own_pictures):
-    write("a.txt", b"A grey square.\n")(own_pictures)
-    before = FolderSource(own_pictures).identity(["en"])
-    copied = shutil.copytree(own_pictures, tmp_path / "copied", copy_function=shutil.copyfile)
+def test_a_copy_of_a_folder_is_the_same_folder(tmp_path, own_images):
+    write("a.txt", b"A grey square.\n")(own_images)
+    before = FolderSource(own_images).identity(["en"])
+    copied = shutil.copytree(own_images, tmp_path / "copied", copy_function=shutil.copyfile)
     os.utime(copied / "a.txt", (1, 1))
-    write("notes.txt", b"of no picture\n")(copied)
+    write("notes.txt", b"of no image\n")(copied)
     assert FolderSource(copied).identity(["en"]) == before
     assert json.loads(json.dumps(before)) == before
 

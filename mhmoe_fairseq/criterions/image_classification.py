@@ -1,4 +1,4 @@
-"""Cross entropy over classes of pictures, and of statements about two pictures."""
+"""Cross entropy over classes of images, and of statements about two images."""
 
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 
@@ -19,11 +19,11 @@ class ImageClassificationConfig(GateLossConfig):
 
 @register_criterion("mhmoe_image_classification", dataclass=ImageClassificationConfig)
 class ImageClassificationCriterion(ClassificationCriterion):
-    """Classes of pictures; also logs ``accuracy5``, how often the right class is among the five most probable."""
+    """Classes of images; also logs ``accuracy5``, how often the right class is among the five most probable."""
 
     uses_top5 = True
 
 
 @register_criterion("mhmoe_nlvr2", dataclass=GateLossConfig)
 class NLVR2Criterion(ClassificationCriterion):
-    """Whether a statement about two pictures is true."""
+    """Whether a statement about two images is true."""

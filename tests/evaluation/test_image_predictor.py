@@ -12,10 +12,10 @@ import pytest
 import torch
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
 from fine_tuning_data import ANSWERS, write_fine_tuning_data
-from pictures_and_words import IMG_SIZE, PATCH_SIZE
+from images_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.data.multimodal.index import Index, index_files, read_index, write_index
-from mhmoe_fairseq.evaluation.picture_predictor import predict_split
+from mhmoe_fairseq.evaluation.image_predictor import predict_split
 from mhmoe_fairseq.metrics.recall import chance_of_recall
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
@@ -24,7 +24,7 @@ OUTER = {"tpu": False, "seed": 1, "save_dir": "", "restore_file": "checkpoint_la
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_fine_tuning_data(tmp_path_factory.mktemp("pictures") / "data")
+    return write_fine_tuning_data(tmp_path_factory.mktemp("images") / "data")
 
 
 class Scored:
@@ -46,7 +46,7 @@ class Scored:
 
 
 class Vectors(torch.nn.Module):
-    """Vectors of pictures and texts for retrieval: those of equal inputs are equal."""
+    """Vectors of images and texts for retrieval: those of equal inputs are equal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ def test_classes_are_the_five_most_probable_in_order(data: Path) -> None:
 
 
 def test_retrieval_stands_beside_what_chance_finds(data: Path, tmp_path: Path) -> None:
-    """Of pictures with one and with several captions."""
+    """Of images with one and with several captions."""
     rows = rows_of(read_index(data, "retrieval", "valid"))
     for name in ("dict.txt", "images"):
         (tmp_path / name).symlink_to(data / name)
@@ -158,6 +158,6 @@ def test_retrieval_stands_beside_what_chance_finds(data: Path, tmp_path: Path) -
     write_index(index_files(tmp_path, "retrieval", "valid")[0], "retrieval", several)
     found = predict_split(Scored("mhmoe_retrieval", tmp_path), "valid", batch_size=10)
     owned = list(Counter(row["image_id"] for row in several).values())
-    assert (found.pictures, found.captions) == (len(owned), len(rows)) and max(owned) > 1
+    assert (found.images, found.captions) == (len(owned), len(rows)) and max(owned) > 1
     assert found.baselines == {"mean recall by chance": pytest.approx(chance_of_recall(owned))}
     assert not math.isclose(chance_of_recall(owned), chance_of_recall([1] * len(owned)), rel_tol=1e-3)

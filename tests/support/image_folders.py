@@ -1,4 +1,4 @@
-"""Small folders of pictures, and the settings of data sets that read them."""
+"""Small folders of images, and the settings of data sets that read them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def make_dictionary() -> Dictionary:
 
 
 def settings(folder: Path, **changes: Any) -> DatasetSettings:
-    """32-pixel pictures of 8-pixel patches and texts of at most 10 tokens."""
+    """32-pixel images of 8-pixel patches and texts of at most 10 tokens."""
     values = {"img_size": 32, "patch_size": 8, "max_text_length": 10, "seed": 1, "training": True, **changes}
     return DatasetSettings(folder, make_dictionary(), **values)
 
 
-def write_pictures(folder: Path, count: int) -> list[str]:
+def write_images(folder: Path, count: int) -> list[str]:
     """``images/0.png``, ... of noise, each of another size; their paths in an index."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,4 +1,4 @@
-"""What a source of pictures gives: pictures with captions and metadata, and sentences without a picture."""
+"""What a source of images gives: images with captions and metadata, and sentences without an image."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ...common.files import atomic_open
 from ..archives import Say
 
 IMAGES = "images"
-CATALOGUE, SENTENCES = "pictures.jsonl", "sentences.jsonl"
+CATALOGUE, SENTENCES = "images.jsonl", "sentences.jsonl"
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture and what its source says about it.
+class SourceImage:
+    """One image and what its source says about it.
 
     Args:
-        path: relative to the prepared folder, ``images/...``; it names the picture everywhere.
+        path: relative to the prepared folder, ``images/...``; it names the image everywhere.
         captions: language -> captions; cleaned lines.
-        unit: pictures of one unit, such as one drawing in several skin tones, go to the same part.
+        unit: images of one unit, such as one drawing in several skin tones, go to the same part.
         family: units of one family differ in something that captions name; empty where nothing is known. Only of a
-            family that training has seen too, a held-out picture's caption can be put together.
+            family that training has seen too, a held-out image's caption can be put together.
         group: coarse kind; empty if unknown.
         subgroup: finer kind; empty if unknown.
         keywords: English words that fit.
@@ -41,25 +41,25 @@ class Picture:
 
 
 class Sentence(NamedTuple):
-    """A line of text; it follows the pictures of its unit into their part."""
+    """A line of text; it follows the images of its unit into their part."""
 
     unit: str
     language: str
     text: str
 
 
-class OpenedPictures(NamedTuple):
-    """What a source gave: provenance for the manifest, pictures (already written), and sentences."""
+class OpenedImages(NamedTuple):
+    """What a source gave: provenance for the manifest, images (already written), and sentences."""
 
     provenance: dict[str, Any]
-    pictures: list[Picture]
+    images: list[SourceImage]
     sentences: list[Sentence]
 
 
-class PictureSource(Protocol):
-    """Pictures by name of their source.
+class ImageSource(Protocol):
+    """Images by name of their source.
 
-    ``identity`` is what makes two preparations differ, without fetching anything. ``open`` writes the pictures under
+    ``identity`` is what makes two preparations differ, without fetching anything. ``open`` writes the images under
     ``folder / "images"``.
     """
 
@@ -71,27 +71,27 @@ class PictureSource(Protocol):
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures: ...
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages: ...
 
 
-def caption_sentences(pictures: Iterable[Picture]) -> Iterator[Sentence]:
+def caption_sentences(images: Iterable[SourceImage]) -> Iterator[Sentence]:
     """Every caption once as a line of text, for sources that have no other text."""
-    for picture in pictures:
-        for language, captions in picture.captions.items():
+    for image in images:
+        for language, captions in image.captions.items():
             for caption in captions:
-                yield Sentence(picture.unit, language, caption)
+                yield Sentence(image.unit, language, caption)
 
 
-def write_catalogue(folder: Path, opened: OpenedPictures) -> None:
-    """Writes pictures and sentences, one JSON object per line, each file atomically."""
+def write_catalogue(folder: Path, opened: OpenedImages) -> None:
+    """Writes images and sentences, one JSON object per line, each file atomically."""
     _write_lines(folder / SENTENCES, [sentence._asdict() for sentence in opened.sentences])
-    _write_lines(folder / CATALOGUE, [asdict(picture) for picture in opened.pictures])
+    _write_lines(folder / CATALOGUE, [asdict(image) for image in opened.images])
 
 
-def read_catalogue(folder: Path) -> tuple[list[Picture], list[Sentence]]:
+def read_catalogue(folder: Path) -> tuple[list[SourceImage], list[Sentence]]:
     """What :func:`write_catalogue` wrote, in the same order."""
-    pictures = _read_lines(folder / CATALOGUE, lambda row: Picture(**{**row, "keywords": tuple(row["keywords"])}))
-    return pictures, _read_lines(folder / SENTENCES, lambda row: Sentence(**row))
+    images = _read_lines(folder / CATALOGUE, lambda row: SourceImage(**{**row, "keywords": tuple(row["keywords"])}))
+    return images, _read_lines(folder / SENTENCES, lambda row: Sentence(**row))
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""What a model that was fine-tuned on pictures predicts for a split: figures beside baselines, and files."""
+"""What a model that was fine-tuned on images predicts for a split: figures beside baselines, and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Predictions(abc.ABC):
 
     Args:
         split: its name.
-        baselines: name -> what one gets without looking at the pictures, in percent.
+        baselines: name -> what one gets without looking at the images, in percent.
 
     Attributes:
         unit: what is counted.
@@ -90,7 +90,7 @@ class Answers(Predictions):
 
 @dataclass(frozen=True)
 class Judgements(Predictions):
-    """Of statements about two pictures.
+    """Of statements about two images.
 
     Args:
         identifiers: of the statements.
@@ -119,9 +119,9 @@ class Judgements(Predictions):
 
     @property
     def consistency(self) -> float | None:
-        """Share of sentences in percent that are judged rightly with all of their pictures, as NLVR2 defines it.
+        """Share of sentences in percent that are judged rightly with all of their images, as NLVR2 defines it.
 
-        ``test1-12-0-1`` is the pair of pictures 0 with sentence 1 of set 12; None where an identifier is of another
+        ``test1-12-0-1`` is the pair of images 0 with sentence 1 of set 12; None where an identifier is of another
         form.
         """
         parts = [identifier.split("-") for identifier in self.identifiers]
@@ -141,16 +141,16 @@ class Judgements(Predictions):
 
 @dataclass(frozen=True)
 class Classes(Predictions):
-    """Of pictures.
+    """Of images.
 
     Args:
-        paths: of the pictures.
+        paths: of the images.
         classes: names by label.
         best: ``(P, 5)`` the most probable classes, most probable first; fewer columns where there are fewer classes.
         labels: ``(P,)``.
     """
 
-    unit = "pictures"
+    unit = "images"
 
     paths: list[str]
     classes: list[str]
@@ -159,7 +159,7 @@ class Classes(Predictions):
 
     @property
     def count(self) -> int:
-        """Pictures."""
+        """Images."""
         return len(self.paths)
 
     @property
@@ -180,16 +180,16 @@ class Classes(Predictions):
 
 @dataclass(frozen=True)
 class Recalls(Predictions):
-    """Of pictures and captions.
+    """Of images and captions.
 
     Args:
-        pictures, captions: how many.
+        images, captions: how many.
         recalls: name -> percent, see ``tasks._recall.recalls``.
     """
 
     unit = "captions"
 
-    pictures: int
+    images: int
     captions: int
     recalls: dict[str, float]
 
@@ -200,13 +200,13 @@ class Recalls(Predictions):
 
     @property
     def figures(self) -> dict[str, float]:
-        """Recall at 1, 5 and 10 of the texts of a picture and of the picture of a text, and their mean."""
+        """Recall at 1, 5 and 10 of the texts of an image and of the image of a text, and their mean."""
         ranked = {f"{way} R@{rank}": self.recalls[f"{way}_r{rank}"] for way in ("text", "image") for rank in (1, 5, 10)}
         return {"mean recall": self.recalls["mean_recall"], **ranked}
 
     def write(self, path: Path) -> None:
         """The figures as a JSON object: there are no predictions of single rows."""
-        write_json(path, {"split": self.split, "pictures": self.pictures, "captions": self.captions, **self.figures})
+        write_json(path, {"split": self.split, "images": self.images, "captions": self.captions, **self.figures})
 
 
 def _csv(rows: Iterable[list[str]]) -> str:

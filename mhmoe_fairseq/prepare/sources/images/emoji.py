@@ -15,19 +15,19 @@ from typing import Any, Iterator, NamedTuple, Sequence
 
 from ....common.errors import UserError
 from ...archives import Archive, Say, fetch, iter_tar_members
-from ...image_text.pictures import IMAGES, OpenedPictures, Picture, Sentence
+from ...image_text.images import IMAGES, OpenedImages, Sentence, SourceImage
 from .cldr_names import ANNOTATIONS, DERIVED, VARIATION, VERSION, Names, read_names
 from .wording import COLOURS, colour_facts
 
 _VERSION = "16.0.0"
-PICTURES = Archive(
+ARTWORK = Archive(
     "npm", "emoji-datasource-google", _VERSION, f"emoji-datasource-google-{_VERSION}.tgz",
     "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
     "choose another source (folder DIR needs no download)",
 )  # fmt: skip
 _INDEX, _FOLDER = "package/emoji.json", "package/img/google/64/"
 _TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
-_NO_PICTURES_OF_THEIR_OWN = "Component"  # the skin tones by themselves
+_NO_IMAGES_OF_THEIR_OWN = "Component"  # the skin tones by themselves
 
 _PERSON = re.compile(r"(woman|man|person|women|men|people|girl|boy|child)\b")
 _VARIED = re.compile(rf"\b({'|'.join(COLOURS)}|women|woman|men|man|person|people|small|medium|large|in|with)\b")
@@ -45,33 +45,33 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class EmojiSource:
-    """The default source of pictures."""
+    """The default source of images."""
 
     name: str = "emoji"
-    licence: str = "pictures: Noto Emoji, Apache-2.0; index: emoji-datasource, MIT; names: Unicode CLDR, Unicode-3.0"
+    licence: str = "images: Noto Emoji, Apache-2.0; index: emoji-datasource, MIT; names: Unicode CLDR, Unicode-3.0"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
         """Versions of the packages."""
-        return {PICTURES.package: _VERSION, ANNOTATIONS.package: VERSION, DERIVED.package: VERSION}
+        return {ARTWORK.package: _VERSION, ANNOTATIONS.package: VERSION, DERIVED.package: VERSION}
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
-        """Fetches the three packages and writes the pictures as they are.
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
+        """Fetches the three packages and writes the images as they are.
 
         Raises:
             UserError: a package that cannot be fetched or read, or a language that CLDR does not have.
         """
-        archives = [fetch(archive, cache_dir, say) for archive in (PICTURES, ANNOTATIONS, DERIVED)]
+        archives = [fetch(archive, cache_dir, say) for archive in (ARTWORK, ANNOTATIONS, DERIVED)]
         names = read_names(archives[1], archives[2], list(dict.fromkeys([*languages, "en"])))
         contents = dict(iter_tar_members(archives[0].path, _is_wanted))
         entries = list(_entries(contents, str(archives[0].path)))
-        pictures = [picture for entry in entries if (picture := _picture(entry, names, languages)) is not None]
+        images = [image for entry in entries if (image := _image(entry, names, languages)) is not None]
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
-        for picture in pictures:
-            (folder / picture.path).write_bytes(contents[_FOLDER + Path(picture.path).name])
+        for image in images:
+            (folder / image.path).write_bytes(contents[_FOLDER + Path(image.path).name])
         sentences = [sentence for language in languages for sentence in _sentences(names[language], language)]
         packages = [archive.provenance() for archive in archives]
-        provenance = {"packages": packages, "unnamed": len(entries) - len(pictures)}
-        return OpenedPictures(provenance, pictures, sentences)
+        provenance = {"packages": packages, "unnamed": len(entries) - len(images)}
+        return OpenedImages(provenance, images, sentences)
 
 
 def _is_wanted(member: str) -> bool:
@@ -79,11 +79,11 @@ def _is_wanted(member: str) -> bool:
 
 
 def _entries(contents: dict[str, bytes], place: str) -> Iterator[Entry]:
-    """Every emoji that has a picture, its skin tones after it."""
+    """Every emoji that has an image, its skin tones after it."""
     try:
         rows: list[dict[str, Any]] = json.loads(contents[_INDEX])
         for row in rows:
-            if row["category"] == _NO_PICTURES_OF_THEIR_OWN:
+            if row["category"] == _NO_IMAGES_OF_THEIR_OWN:
                 continue
             for variant in (row, *row.get("skin_variations", {}).values()):
                 if _FOLDER + variant["image"] in contents:
@@ -93,14 +93,14 @@ def _entries(contents: dict[str, bytes], place: str) -> Iterator[Entry]:
         raise UserError(f"{place}: {_INDEX} is not the index of emoji-datasource ({error})") from error
 
 
-def _picture(entry: Entry, names: dict[str, Names], languages: Sequence[str]) -> Picture | None:
-    """The picture with its captions; None where a language has no name for it."""
+def _image(entry: Entry, names: dict[str, Names], languages: Sequence[str]) -> SourceImage | None:
+    """The image with its captions; None where a language has no name for it."""
     named = {language: names[language].find(entry.characters) for language in languages}
     english = names["en"].find(entry.characters)
     captions = {language: [annotation.name] for language, annotation in named.items() if annotation is not None}
     if english is None or len(captions) < len(languages):
         return None
-    return Picture(
+    return SourceImage(
         path=f"{IMAGES}/{entry.image}",
         captions=captions,
         unit=_unit(entry.base),
@@ -138,7 +138,7 @@ def _facts(name: str, entry: Entry) -> dict[str, str]:
 
 
 def _sentences(names: Names, language: str) -> Iterator[Sentence]:
-    """``name: keyword, keyword`` of every character, those without a picture too; each skin tone would repeat it."""
+    """``name: keyword, keyword`` of every character, those without an image too; each skin tone would repeat it."""
     for characters, annotation in names.entries.items():
         if _TONES.isdisjoint(characters):
             unit = "-".join(f"{ord(character):04x}" for character in characters if character != VARIATION)

@@ -1,4 +1,4 @@
-"""Reading pictures of all kinds, and refusing what is none, with the file and the rule."""
+"""Reading images of all kinds, and refusing what is none, with the file and the rule."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mhmoe_fairseq.data.images.reading import MAX_PIXELS, PictureError, read_picture
+from mhmoe_fairseq.data.images.reading import MAX_PIXELS, ImageError, read_image
 
 
-def saved(picture: Image.Image, path: Path, **options) -> Path:
-    picture.save(path, **options)
+def saved(image: Image.Image, path: Path, **options) -> Path:
+    image.save(path, **options)
     return path
 
 
@@ -23,9 +23,9 @@ def noise(*shape: int) -> np.ndarray:
 
 
 def pixels(path: Path) -> np.ndarray:
-    picture = read_picture(path)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def png(
@@ -91,10 +91,10 @@ def test_transparent_parts_become_white(tmp_path):
 
 
 def test_a_palette_with_alpha(tmp_path):
-    picture = Image.new("P", (3, 2))
-    picture.putpalette([10, 20, 30, 200, 100, 50, 7, 7, 7])
-    picture.putdata([0, 1, 2, 2, 1, 0])
-    path = saved(picture, tmp_path / "a.png", transparency=bytes([255, 0, 255]))
+    image = Image.new("P", (3, 2))
+    image.putpalette([10, 20, 30, 200, 100, 50, 7, 7, 7])
+    image.putdata([0, 1, 2, 2, 1, 0])
+    path = saved(image, tmp_path / "a.png", transparency=bytes([255, 0, 255]))
     assert pixels(path).tolist() == [
         [[10, 20, 30], [255, 255, 255], [7, 7, 7]],
         [[7, 7, 7], [255, 255, 255], [10, 20, 30]],
@@ -139,7 +139,7 @@ def test_black_and_white_and_the_first_frame(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "picture, rule",
+    "image, rule",
     [
         (Image.fromarray(np.array([[-1, 5]] * 2, dtype=np.int32)), "grey values from -1 to 5"),
         (Image.fromarray(np.array([[1, 65536]] * 2, dtype=np.int32)), "grey values from 1 to 65536"),
@@ -148,10 +148,10 @@ def test_black_and_white_and_the_first_frame(tmp_path):
     ],
     ids=["negative", "large", "float", "lab"],
 )
-def test_values_without_a_rule_are_refused(tmp_path, picture, rule):
-    path = saved(picture, tmp_path / "a.tiff")
-    with pytest.raises(PictureError, match=rf"a\.tiff: {rule}, must have 8 or 16 bits"):
-        read_picture(path)
+def test_values_without_a_rule_are_refused(tmp_path, image, rule):
+    path = saved(image, tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match=rf"a\.tiff: {rule}, must have 8 or 16 bits"):
+        read_image(path)
 
 
 def test_big_endian_and_32_bit_grey(tmp_path):
@@ -162,17 +162,17 @@ def test_big_endian_and_32_bit_grey(tmp_path):
         assert pixels(tmp_path / name)[..., 0].tolist() == [[0, 1, 128], [255, 0, 200]]
 
 
-def test_programs_are_no_pictures(tmp_path):
+def test_programs_are_no_images(tmp_path):
     path = saved(Image.new("RGB", (8, 8)), tmp_path / "a.eps")
-    with pytest.raises(PictureError, match=r"a\.eps: not a picture of a known format \(JPEG, PNG, "):
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"a\.eps: not an image of a known format \(JPEG, PNG, "):
+        read_image(path)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1)])
 def test_one_pixel_is_refused_and_two_are_not(tmp_path, size):
     path = saved(Image.new("RGB", size), tmp_path / "a.png")
-    with pytest.raises(PictureError, match=rf"a\.png: {size[0]} x {size[1]} pixels, each side must have at least 2"):
-        read_picture(path)
+    with pytest.raises(ImageError, match=rf"a\.png: {size[0]} x {size[1]} pixels, each side must have at least 2"):
+        read_image(path)
     assert pixels(saved(Image.new("RGB", (2, 2)), tmp_path / "b.png")).shape == (2, 2, 3)
 
 
@@ -182,8 +182,8 @@ def test_truncated_files_are_refused(tmp_path, suffix, options):
     content = path.read_bytes()
     for share in (0.3, 0.6, 0.95):
         path.write_bytes(content[: int(len(content) * share)])
-        with pytest.raises(PictureError, match=rf"a\.{suffix}: (truncated or damaged picture|not a picture)"):
-            read_picture(path)
+        with pytest.raises(ImageError, match=rf"a\.{suffix}: (truncated or damaged image|not an image)"):
+            read_image(path)
 
 
 def test_damaged_bytes_are_refused(tmp_path):
@@ -191,23 +191,23 @@ def test_damaged_bytes_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[200:300] = bytes(100)
     path.write_bytes(content)
-    with pytest.raises(PictureError, match=r"a\.png: truncated or damaged picture \(.+\)"):
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"a\.png: truncated or damaged image \(.+\)"):
+        read_image(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG", b"<svg/>"])
-def test_what_is_no_picture(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG", b"<svg/>"])
+def test_what_is_no_image(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    with pytest.raises(PictureError, match=r"a\.png: not a picture of a known format"):
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"a\.png: not an image of a known format"):
+        read_image(path)
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(PictureError, match=r"a\.png: no such picture"):
-        read_picture(tmp_path / "a.png")
-    with pytest.raises(IsADirectoryError):  # no fault of a picture
-        read_picture(tmp_path)
+    with pytest.raises(ImageError, match=r"a\.png: no such image"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(IsADirectoryError):  # no fault of an image
+        read_image(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -217,8 +217,8 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, side):
     path = tmp_path / "a.png"
     path.write_bytes(png(side, side))
     assert side * side > MAX_PIXELS
-    with pytest.raises(PictureError, match=r"a\.png: .*more than 64 megapixels"):
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"a\.png: .*more than 64 megapixels"):
+        read_image(path)
     path.write_bytes(png(8_000, 8_000))
-    with pytest.raises(PictureError, match=r"a\.png: truncated"):  # so many may be, but there are none
-        read_picture(path)
+    with pytest.raises(ImageError, match=r"a\.png: truncated"):  # so many may be, but there are none
+        read_image(path)

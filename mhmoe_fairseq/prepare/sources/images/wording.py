@@ -1,4 +1,4 @@
-"""What English captions tell about a picture."""
+"""What English captions tell about an image."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Iterator, Sequence
 
 from ....data.documents import clean_line
 from ...archives import Archive, Say, fetch, iter_tar_members, read_deb_data
-from ...image_text.pictures import IMAGES, OpenedPictures, Picture, caption_sentences
+from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences
 from .wording import colour_facts
 
 STAMPS = Archive(
@@ -26,7 +26,7 @@ _REGIONS = {"zh_CN": "zh", "pt_PT": "pt"}
 
 @dataclass(frozen=True)
 class TuxPaintSource:
-    """About 750 pictures with captions such as ``A pair of blue jeans with patches.``"""
+    """About 750 images with captions such as ``A pair of blue jeans with patches.``"""
 
     name: str = "tuxpaint"
     licence: str = "GPL-2 (Tux Paint stamps; see the package's copyright file)"
@@ -35,7 +35,7 @@ class TuxPaintSource:
         """The package; its version is what the Debian suite has, and only recorded."""
         return {"package": STAMPS.package}
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
         """Fetches the package and writes the stamps that have a caption in one of the languages.
 
         Raises:
@@ -43,16 +43,16 @@ class TuxPaintSource:
         """
         fetched = fetch(STAMPS, cache_dir, say)
         members = dict(iter_tar_members(fetched.path, _is_wanted, read_deb_data(fetched.path)))
-        pictures = []
+        images = []
         for name, content in members.items():
-            if name.endswith(".png") and (picture := _picture(name, content, members, languages)) is not None:
-                target = folder / picture.path
+            if name.endswith(".png") and (image := _image(name, content, members, languages)) is not None:
+                target = folder / image.path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(content)
-                pictures.append(picture)
+                images.append(image)
         drawings = sum(name.endswith(".png") for name in members)
-        provenance = {**fetched.provenance(), "without_caption": drawings - len(pictures)}
-        return OpenedPictures(provenance, pictures, list(caption_sentences(pictures)))
+        provenance = {**fetched.provenance(), "without_caption": drawings - len(images)}
+        return OpenedImages(provenance, images, list(caption_sentences(images)))
 
 
 def _is_wanted(member: str) -> bool:
@@ -60,7 +60,7 @@ def _is_wanted(member: str) -> bool:
     return member.startswith(_ROOT) and suffix in ("png", "txt") and not stem.endswith(_VARIANTS)
 
 
-def _picture(name: str, content: bytes, members: dict[str, bytes], languages: Sequence[str]) -> Picture | None:
+def _image(name: str, content: bytes, members: dict[str, bytes], languages: Sequence[str]) -> SourceImage | None:
     """The stamp with its captions; None where it has none."""
     texts = dict(_captions(members.get(name.removesuffix(".png") + ".txt", b"")))
     captions = {language: [texts[language]] for language in languages if language in texts}
@@ -68,7 +68,7 @@ def _picture(name: str, content: bytes, members: dict[str, bytes], languages: Se
         return None
     path = PurePosixPath(name.removeprefix(_ROOT))
     folders = path.parts[:-1]
-    return Picture(
+    return SourceImage(
         path=f"{IMAGES}/{path}",
         captions=captions,
         unit=hashlib.sha256(content).hexdigest()[:16],

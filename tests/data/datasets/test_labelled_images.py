@@ -1,4 +1,4 @@
-"""The data sets of fine-tuning: targets, pairs of pictures, captions, and splits without labels."""
+"""The data sets of fine-tuning: targets, pairs of images, captions, and splits without labels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from picture_folders import settings, words, write_pictures
+from image_folders import settings, words, write_images
 
-from mhmoe_fairseq.data.datasets import CaptionDataset, LabelledPictures, PicturePairs, RetrievalDataset, VQADataset
-from mhmoe_fairseq.data.images.reading import PictureError, read_picture
+from mhmoe_fairseq.data.datasets import CaptionDataset, ImagePairs, LabelledImages, RetrievalDataset, VQADataset
+from mhmoe_fairseq.data.images.reading import ImageError, read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform, TrainTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
 
@@ -21,7 +21,7 @@ TRAIN, EVALUATION = TrainTransform(32), EvaluationTransform(32)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("labelled")
-    write_pictures(folder, 4)
+    write_images(folder, 4)
     return folder
 
 
@@ -30,12 +30,12 @@ def index_of(folder: Path, task: str, *records: dict[str, Any], split: str = "tr
     return read_index(folder, task, split)
 
 
-def picture(number: int) -> dict[str, str]:
+def image(number: int) -> dict[str, str]:
     return {"image_path": f"images/{number}.png"}
 
 
 def whole(folder: Path, number: int) -> torch.Tensor:
-    return EVALUATION(read_picture(folder / f"images/{number}.png"))
+    return EVALUATION(read_image(folder / f"images/{number}.png"))
 
 
 def batch_of(dataset, *rows: int) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def batch_of(dataset, *rows: int) -> dict[str, Any]:
 
 
 QUESTIONS = [
-    {**picture(0), "text_segment": words(1, 3), "labels": [2], "scores": [1.0], "qid": 70},
-    {**picture(1), "text_segment": words(2, 5), "labels": [0, 4, 1], "scores": [0.9, 0.3, 0.6], "qid": 71},
-    {**picture(1), "text_segment": words(3, 20), "labels": [], "scores": [], "qid": 72},
+    {**image(0), "text_segment": words(1, 3), "labels": [2], "scores": [1.0], "qid": 70},
+    {**image(1), "text_segment": words(2, 5), "labels": [0, 4, 1], "scores": [0.9, 0.3, 0.6], "qid": 71},
+    {**image(1), "text_segment": words(3, 20), "labels": [], "scores": [], "qid": 72},
 ]
 
 
@@ -84,9 +84,9 @@ def statement(left: int, right: int, number: int, **label: int) -> dict[str, Any
     return {**paths, "text_segment": words(number, number + 1), "identifier": f"dev-{number}-0", **label}
 
 
-def test_statements_have_all_left_pictures_first(folder):
+def test_statements_have_all_left_images_first(folder):
     index = index_of(folder, "nlvr2", statement(0, 1, 0, label=1), statement(2, 3, 1, label=0), split="valid")
-    dataset = PicturePairs(index, settings(folder, training=False), EVALUATION)
+    dataset = ImagePairs(index, settings(folder, training=False), EVALUATION)
     batch = batch_of(dataset)
     images = batch["net_input"]["images"]
     assert images.shape == (4, 3, 32, 32)
@@ -100,26 +100,26 @@ def test_statements_have_all_left_pictures_first(folder):
 
 def test_statements_without_labels_and_with_some(folder):
     index = index_of(folder, "nlvr2", statement(0, 1, 0), statement(2, 3, 1), split="test")
-    assert batch_of(PicturePairs(index, settings(folder, training=False), EVALUATION))["targets"] is None
+    assert batch_of(ImagePairs(index, settings(folder, training=False), EVALUATION))["targets"] is None
     mixed = index_of(folder, "nlvr2", statement(0, 1, 0, label=1), statement(2, 3, 1), split="valid")
     with pytest.raises(
         ValueError, match=r"nlvr2\.dev\.index\.jsonl:2: no label, but other lines of the split have one"
     ):
-        PicturePairs(mixed, settings(folder), TRAIN)
+        ImagePairs(mixed, settings(folder), TRAIN)
 
 
-def test_the_right_picture_may_be_the_bad_one(folder):
+def test_the_right_image_may_be_the_bad_one(folder):
     index = index_of(folder, "nlvr2", statement(0, 9, 0, label=1), statement(2, 3, 1, label=0))
-    with pytest.raises(PictureError, match=r"nlvr2\.train\.index\.jsonl:1: .*images/9\.png: no such picture"):
-        PicturePairs(index, settings(folder), TRAIN)[0]
-    batch = batch_of(PicturePairs(index, settings(folder, skip_bad_pictures=True), TRAIN))
+    with pytest.raises(ImageError, match=r"nlvr2\.train\.index\.jsonl:1: .*images/9\.png: no such image"):
+        ImagePairs(index, settings(folder), TRAIN)[0]
+    batch = batch_of(ImagePairs(index, settings(folder, skip_bad_images=True), TRAIN))
     assert batch["identifiers"] == ["dev-1-0", "dev-1-0"] and batch["num_replaced"] == 1
 
 
 CAPTIONS = [
-    {**picture(0), "text_segment": words(0, 4), "image_id": 500},
-    {**picture(0), "text_segment": words(1, 30), "image_id": 500},
-    {**picture(1), "text_segment": [], "image_id": 7},
+    {**image(0), "text_segment": words(0, 4), "image_id": 500},
+    {**image(0), "text_segment": words(1, 30), "image_id": 500},
+    {**image(1), "text_segment": [], "image_id": 7},
 ]
 
 
@@ -139,9 +139,9 @@ def test_captions_in_training(folder):
     assert "masked_patches" not in batch["net_input"]
 
 
-def test_captions_in_evaluation_have_one_row_per_picture(folder):
+def test_captions_in_evaluation_have_one_row_per_image(folder):
     index = index_of(
-        folder, "captioning", *CAPTIONS, {**picture(2), "text_segment": None, "image_id": 3}, split="valid"
+        folder, "captioning", *CAPTIONS, {**image(2), "text_segment": None, "image_id": 3}, split="valid"
     )
     dataset = CaptionDataset(index, settings(folder, training=False), EVALUATION)
     batch = batch_of(dataset)
@@ -154,7 +154,7 @@ def test_captions_in_evaluation_have_one_row_per_picture(folder):
 
 
 def test_training_needs_captions(folder):
-    index = index_of(folder, "captioning", CAPTIONS[0], {**picture(1), "text_segment": None, "image_id": 7})
+    index = index_of(folder, "captioning", CAPTIONS[0], {**image(1), "text_segment": None, "image_id": 7})
     with pytest.raises(ValueError, match=r"coco_captioning\.train\.jsonl:2: text_segment is null, but training needs"):
         CaptionDataset(index, settings(folder), TRAIN)
     with pytest.raises(ValueError, match=r"--caption-mask-prob \(0\)"):
@@ -175,17 +175,17 @@ def test_retrieval_has_a_row_per_caption(folder, training):
 
 
 def test_classes(folder):
-    index = index_of(folder, "imagenet", {**picture(0), "label": 3}, {**picture(1), "label": 0})
-    batch = batch_of(LabelledPictures(index, settings(folder), TRAIN, num_classes=4))
+    index = index_of(folder, "imagenet", {**image(0), "label": 3}, {**image(1), "label": 0})
+    batch = batch_of(LabelledImages(index, settings(folder), TRAIN, num_classes=4))
     assert batch["targets"].tolist() == [3, 0] and batch["net_input"]["text_tokens"] is None
     assert (batch["nsentences"], batch["ntokens"]) == (2, 2)
     with pytest.raises(ValueError, match=r"imagenet\.train\.index\.jsonl:1: class 3, there are 3 classes"):
-        LabelledPictures(index, settings(folder), TRAIN, num_classes=3)
+        LabelledImages(index, settings(folder), TRAIN, num_classes=3)
 
 
 def test_transforms_are_new_in_every_epoch(folder):
-    index = index_of(folder, "imagenet", {**picture(0), "label": 3}, {**picture(1), "label": 0})
-    dataset = LabelledPictures(index, settings(folder), TRAIN)
+    index = index_of(folder, "imagenet", {**image(0), "label": 3}, {**image(1), "label": 0})
+    dataset = LabelledImages(index, settings(folder), TRAIN)
     first = batch_of(dataset)["net_input"]["images"]
     assert torch.equal(batch_of(dataset)["net_input"]["images"], first)
     dataset.set_epoch(2)

@@ -1,4 +1,4 @@
-"""Run a model that was fine-tuned on pictures over a split."""
+"""Run a model that was fine-tuned on images over a split."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from ..common.errors import UserError
 from ..criterions.retrieval import RetrievalCriterion
-from ..data.datasets import LabelledPictures, PicturePairs, RetrievalDataset, VQADataset
+from ..data.datasets import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
 from ..metrics.recall import VectorMeter, chance_of_recall
 from ..metrics.text_only import TextOnly
 from .fine_tuned import FineTuned
-from .picture_predictions import Answers, Classes, Judgements, Predictions, Recalls
+from .image_predictions import Answers, Classes, Judgements, Predictions, Recalls
 
 Batches = Iterator[dict[str, Any]]
 # Weights of a row's labels in an index.
@@ -27,7 +27,7 @@ def predict_split(model: FineTuned, split: str, batch_size: int = 32, num_worker
 
     Args:
         batch_size: rows that the model sees together.
-        num_workers: processes that decode pictures.
+        num_workers: processes that decode images.
 
     Raises:
         FileNotFoundError, ValueError: as the task's ``read_split``.
@@ -55,7 +55,7 @@ def _answer(model: FineTuned, split: str, dataset: VQADataset, batches: Batches)
     return Answers(split, np.array(ids), answers, np.array(scores), baselines=baselines)
 
 
-def _judge(model: FineTuned, split: str, dataset: PicturePairs, batches: Batches) -> Judgements:
+def _judge(model: FineTuned, split: str, dataset: ImagePairs, batches: Batches) -> Judgements:
     identifiers, judgements, labels = [], [], []
     for batch in batches:
         judgements += model.logits(batch).argmax(dim=1).tolist()
@@ -68,7 +68,7 @@ def _judge(model: FineTuned, split: str, dataset: PicturePairs, batches: Batches
     return Judgements(split, identifiers, np.array(judgements), np.array(labels), baselines=baselines)
 
 
-def _classify(model: FineTuned, split: str, dataset: LabelledPictures, batches: Batches) -> Classes:
+def _classify(model: FineTuned, split: str, dataset: LabelledImages, batches: Batches) -> Classes:
     best = [model.logits(batch).topk(min(5, len(model.task.classes)), dim=1).indices.cpu() for batch in batches]
     paths = [dataset.index["image_path"][row] for row in range(len(dataset.index))]
     labels = dataset.index["label"]

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from mhmoe_fairseq.evaluation.picture_predictions import Answers, Classes, Judgements, Recalls
+from mhmoe_fairseq.evaluation.image_predictions import Answers, Classes, Judgements, Recalls
 
 
 @pytest.fixture
 def statements():
-    """Two sentences of set 12 and one of set 7: sentence 12-0 is right with one of its two pairs of pictures."""
+    """Two sentences of set 12 and one of set 7: sentence 12-0 is right with one of its two pairs of images."""
     return Judgements(
         "test",
         ["test1-12-0-0", "test1-12-1-0", "test1-12-0-1", "test1-7-3-0"],
@@ -21,7 +21,7 @@ def statements():
 
 
 def official_scores(predictions, examples):
-    """The rules of NLVR2's metrics.py: share of right lines, and of sentences that are right with all pictures."""
+    """The rules of NLVR2's metrics.py: share of right lines, and of sentences that are right with all images."""
     judged = dict(line.strip().split(",") for line in predictions.splitlines())
     right = {name: judged[name].lower() == label.lower() for name, label in examples.items()}
     sentences = {}
@@ -40,9 +40,9 @@ def test_statements_score_as_nlvr2s_own_rules_say(statements, tmp_path):
     assert statements.describe() == "test: 4 statements, accuracy 75.00, consistency 66.67, statement only 50.00"
 
 
-def test_consistency_is_of_sentences_and_not_of_pictures():
-    """Wrong once with each of three pictures, and always with the same sentence."""
-    names = [f"test1-12-{picture}-{sentence}" for picture in range(3) for sentence in range(2)]
+def test_consistency_is_of_sentences_and_not_of_images():
+    """Wrong once with each of three images, and always with the same sentence."""
+    names = [f"test1-12-{image}-{sentence}" for image in range(3) for sentence in range(2)]
     found = Judgements("test", names, np.array([1, 0, 1, 0, 1, 0]), np.array([1, 1, 1, 1, 1, 1]))
     assert (found.figures["accuracy"], found.consistency) == (50.0, 50.0)
 
@@ -73,7 +73,7 @@ def test_classes(tmp_path):
     best = np.array([[2, 0, 1], [0, 1, 2]])
     names, labels = ["cat", "dog", "bird"], np.array([2, 1])
     found = Classes("valid", ["b.png", "a,b.png"], names, best, labels, baselines={"x": 50.0})
-    assert found.describe() == "valid: 2 pictures, top-1 50.00, top-5 100.00, x 50.00"
+    assert found.describe() == "valid: 2 images, top-1 50.00, top-5 100.00, x 50.00"
     found.write(tmp_path / "out.csv")
     assert (tmp_path / "out.csv").read_text().splitlines() == [
         "image_path,label,top1,top2,top3", "b.png,bird,bird,cat,dog", '"a,b.png",dog,cat,dog,bird'
@@ -92,7 +92,7 @@ def test_recall(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, statements):
-    """A picture's name that cannot be encoded, for example."""
+    """An image's name that cannot be encoded, for example."""
     file = tmp_path / "out.csv"
     file.write_text("old")
     broken = Judgements("test", ["\ud800"], np.array([1]), None)

@@ -1,8 +1,8 @@
-"""The user's own pictures: a folder, with captions in one file or beside each picture.
+"""The user's own images: a folder, with captions in one file or beside each image.
 
 Captions, where there are any, are in ``captions.jsonl`` (``{"image": "a/b.jpg", "caption": "...", "language": "en"}``;
 a list of captions is fine, and the language may be left out), in ``captions.tsv`` (``a/b.jpg``, a tab, the caption), or
-in ``b.txt`` beside ``b.jpg``, a caption per line. A picture's first folder is its kind.
+in ``b.txt`` beside ``b.jpg``, a caption per line. An image's first folder is its kind.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from ....common.errors import UserError
 from ....common.files import read_utf8_lines, sha256_of
 from ....data.documents import clean_line
 from ...archives import Say
-from ...image_text.pictures import IMAGES, OpenedPictures, Picture, caption_sentences
+from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences
 from ..left_out import LeftOut, group_left_out, say_left_out, walk_files
 from .wording import colour_facts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _JSONL, _TSV = "captions.jsonl", "captions.tsv"
 
-Captions = dict[str, dict[str, list[str]]]  # picture -> language -> captions
+Captions = dict[str, dict[str, list[str]]]  # image -> language -> captions
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """Pictures in ``folder`` and below."""
+    """Images in ``folder`` and below."""
 
     folder: Path
     name: str = "folder"
-    licence: str = "the user's own pictures: their terms are the user's to know"
+    licence: str = "the user's own images: their terms are the user's to know"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Names and sizes of the pictures, and hashes of the captions: what a copy of the folder has too.
+        """Names and sizes of the images, and hashes of the captions: what a copy of the folder has too.
 
-        Pictures are not read for it, so that one which is replaced by another of the same size goes unseen.
+        Images are not read for it, so that one which is replaced by another of the same size goes unseen.
 
         Raises:
-            UserError: no such folder, or no picture in it.
+            UserError: no such folder, or no image in it.
         """
         files = self._files()
         sizes = {file: file.stat().st_size for file in files}
@@ -51,52 +51,52 @@ class FolderSource:
         captions = {text.name: sha256_of(text) for text in texts if text.is_file()}
         beside = {text: sha256_of(text) for file in files if (text := file.with_suffix(".txt")).is_file()}
         return {
-            "pictures": len(files),
+            "images": len(files),
             "bytes": sum(sizes.values()),
             "names_and_sizes": self._digest(sizes),
-            "captions": {**captions, "beside pictures": self._digest(beside)} if beside else captions,
+            "captions": {**captions, "beside images": self._digest(beside)} if beside else captions,
         }
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedPictures:
-        """Copies the pictures.
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
+        """Copies the images.
 
         Raises:
-            UserError: naming file and line of a caption that is no good, or of a picture that is not there.
+            UserError: naming file and line of a caption that is no good, or of an image that is not there.
         """
         files = self._files()
         left_out = self._left_out(files)
         say_left_out(self.name, left_out, say)
         captions = self._captions(languages[0])
         unread = Counter(code for found in captions.values() for code in found if code not in languages)
-        pictures = []
+        images = []
         for file in files:
             name = file.relative_to(self.folder).as_posix()
             target = folder / IMAGES / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-            pictures.append(_picture(name, sha256_of(file)[:16], captions.pop(name, {}), languages))
+            images.append(_image(name, sha256_of(file)[:16], captions.pop(name, {}), languages))
         if captions:
             raise UserError(f"--source folder {self.folder}: a caption is for {min(captions)}, which is not there")
-        captioned = sum(bool(picture.captions) for picture in pictures)
-        say(f"folder: {len(pictures)} pictures, {captioned} with a caption in {', '.join(languages)}")
+        captioned = sum(bool(image.captions) for image in images)
+        say(f"folder: {len(images)} images, {captioned} with a caption in {', '.join(languages)}")
         for code, count in unread.items():
-            say(f"left out: folder: captions of {count} pictures in {code}, which --langs does not name")
+            say(f"left out: folder: captions of {count} images in {code}, which --langs does not name")
         provenance = {
             "folder": self.folder.name, "captioned": captioned, "left_out": left_out,
             "captions_in_other_languages": dict(unread),
         }  # fmt: skip
-        return OpenedPictures(provenance, pictures, list(caption_sentences(pictures)))
+        return OpenedImages(provenance, images, list(caption_sentences(images)))
 
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
             raise UserError(f"--source folder {self.folder}: no such folder")
         files = sorted(file for file in walk_files(self.folder) if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
-            raise UserError(f"--source folder {self.folder}: has no picture ({', '.join(SUFFIXES)})")
+            raise UserError(f"--source folder {self.folder}: has no image ({', '.join(SUFFIXES)})")
         return files
 
     def _left_out(self, files: Sequence[Path]) -> LeftOut:
-        """What is in the folder beside pictures and captions."""
+        """What is in the folder beside images and captions."""
         read = {*files, *(file.with_suffix(".txt") for file in files), self.folder / _JSONL, self.folder / _TSV}
         others = (file for file in walk_files(self.folder) if file not in read)
         return group_left_out((file.relative_to(self.folder).as_posix(), _why_not(file)) for file in others)
@@ -114,14 +114,14 @@ class FolderSource:
         return found
 
     def _caption_lines(self, default_language: str) -> Iterator[tuple[str, str, str]]:
-        """Picture, language and caption."""
+        """SourceImage, language and caption."""
         if (self.folder / _JSONL).is_file():
             yield from _json_captions(self.folder / _JSONL, default_language)
         if (self.folder / _TSV).is_file():
             for number, line in enumerate(read_utf8_lines(self.folder / _TSV), start=1):
                 name, tab, text = line.partition("\t")
                 if line.strip() and not (tab and name and text.strip()):
-                    raise UserError(f"{self.folder / _TSV}:{number}: must be a picture, a tab and its caption")
+                    raise UserError(f"{self.folder / _TSV}:{number}: must be an image, a tab and its caption")
                 yield name, default_language, text
         for file in self._files():
             beside = file.with_suffix(".txt")
@@ -131,13 +131,13 @@ class FolderSource:
 
 
 def _why_not(file: Path) -> str:
-    """Why a file is neither a picture nor captions."""
+    """Why a file is neither an image nor captions."""
     if file.suffix.lower() in SUFFIXES:
         return "a link that leads nowhere"
     if file.name in (_JSONL, _TSV):
         return "captions are read at the top of the folder"
     if file.suffix == ".txt":
-        return "beside no picture of that name"
+        return "beside no image of that name"
     return f"not one of {', '.join(SUFFIXES)}"
 
 
@@ -154,14 +154,14 @@ def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}:{number}: needs an object with 'image', and 'caption': a text or a list of texts")
         if not isinstance(record.get("image"), str):
-            raise UserError(f"{path}:{number}: needs the picture's path in the field 'image'")
+            raise UserError(f"{path}:{number}: needs the image's path in the field 'image'")
         for text in texts:
             yield record["image"], str(record.get("language", default_language)), text
 
 
-def _picture(name: str, unit: str, captions: dict[str, list[str]], languages: Sequence[str]) -> Picture:
+def _image(name: str, unit: str, captions: dict[str, list[str]], languages: Sequence[str]) -> SourceImage:
     folders = PurePosixPath(name).parts[:-1]
-    return Picture(
+    return SourceImage(
         path=f"{IMAGES}/{name}",
         captions={language: captions[language] for language in languages if captions.get(language)},
         unit=unit,
