@@ -140,7 +140,7 @@ def test_images_are_spread_over_the_split(data):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--images", "0"), "--images (0) must be at least 1"),
+        (("--images", "0"), "--images/--pictures (0) must be at least 1"),
         (("--split", "holdout"), "no split 'holdout'"),
         (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
     ],

@@ -37,12 +37,12 @@ def derive_questions(images: Sequence[SourceImage], seed: int, key: str) -> list
     shown = _one_of_each_unit(images, generator)
     toned = _one_of_each_unit([image for image in images if "tone" in image.facts], generator)
     questions = [
-        *_open(shown, "group", "what kind of image is this?", lambda image: image.group),
-        *_open(shown, "subgroup", "what finer kind of image is this?", lambda image: image.subgroup),
+        *_open(shown, "group", "what kind of picture is this?", lambda image: image.group),
+        *_open(shown, "subgroup", "what finer kind of picture is this?", lambda image: image.subgroup),
         *_open(shown, "person", "who is shown?", lambda image: image.facts.get("person")),
         *_open(shown, "colour", "what colour is it?", lambda image: image.facts.get("colour")),
         *_open(toned, "tone", "which skin tone is shown?", lambda image: image.facts.get("tone")),
-        *_yes_or_no(shown, "is group", "is this an image of the kind {}?", _group, generator),
+        *_yes_or_no(shown, "is group", "is this a picture of the kind {}?", _group, generator),
         *_yes_or_no(shown, "is colour", "is it {}?", _colour, generator),
         *_yes_or_no(shown, "fits", "does the word {} fit?", lambda image: image.keywords, generator),
     ]

@@ -59,37 +59,37 @@ def derive_statements(images: Sequence[SourceImage], count: int, seed: int, key:
 
 def _both(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
     group = image.group
-    return f"both images are of the kind {group}", lambda left, right: left.group == right.group == group
+    return f"both pictures are of the kind {group}", lambda left, right: left.group == right.group == group
 
 
 def _exactly_one(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
     group = image.group
     return (
-        f"exactly one image is of the kind {group}",
+        f"exactly one picture is of the kind {group}",
         lambda left, right: (left.group == group) != (right.group == group),
     )
 
 
 def _none(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
     group = image.group
-    return f"no image is of the kind {group}", lambda left, right: group not in (left.group, right.group)
+    return f"no picture is of the kind {group}", lambda left, right: group not in (left.group, right.group)
 
 
 def _left(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
     group = image.group
     return (
-        f"only the left image is of the kind {group}",
+        f"only the left picture is of the kind {group}",
         lambda left, right: left.group == group and right.group != group,
     )
 
 
 def _same(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
-    return "both images are of the same kind", lambda left, right: left.group == right.group
+    return "both pictures are of the same kind", lambda left, right: left.group == right.group
 
 
 def _word(image: SourceImage, generator: random.Random) -> tuple[str, Rule]:
     word = generator.choice(image.keywords or (image.group,))
-    return f"the word {word} fits one of the images", lambda left, right: any(
+    return f"the word {word} fits one of the pictures", lambda left, right: any(
         word in (*shown.keywords, shown.group) for shown in (left, right)
     )
 
