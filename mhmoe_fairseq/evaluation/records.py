@@ -1,0 +1,246 @@
+"""One record per evaluation: what was measured, on what, with what; the only format of results in this package.
+
+A record is a JSON file, ``record-SPLIT.json`` beside the checkpoint unless told otherwise. ``mhmoe evaluate`` and
+``mhmoe zero-shot`` write them, ``mhmoe report`` and ``mhmoe reproduce`` read them. Reading needs no PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..common.errors import UserError
+from ..common.files import read_json, write_json
+
+SCHEMA = "mhmoe-record/1"
+KINDS = (
+    "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
+    "image classification", "zero-shot",
+)  # fmt: skip
+ACTIVE_THRESHOLD = 0.01
+_PACKAGES = ("torch", "fairseq", "fairseq-fixed", "torchscale", "sentencepiece", "tiktoken", "lm-eval", "pycocoevalcap")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number.
+
+    Attributes:
+        value: in ``unit``.
+        unit: such as ``perplexity``, ``bits/token``, ``%``.
+        stderr: its standard error in the same unit; None where it is unknown.
+        count: of tokens, examples or images it was measured on.
+        baselines: what guesses that see less reach on the same examples, by name (``majority``, ``question only``).
+    """
+
+    value: float
+    unit: str
+    stderr: float | None = None
+    count: int | None = None
+    baselines: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerLoads:
+    """How one pool of experts of one MoE layer was used.
+
+    Attributes:
+        layer: index of the layer in the model, from 0.
+        loads: per expert, assignments of sub-tokens before dropping.
+        part: the language or modality that was counted; None for the whole split.
+        pool: ``image`` or ``text`` where a layer has experts of its own for each, else None.
+        dropped: assignments dropped for lack of capacity.
+        entropy: the router's mean softmax entropy in nats; None where it was not measured.
+    """
+
+    layer: int
+    loads: list[float]
+    part: str | None = None
+    pool: str | None = None
+    dropped: float = 0.0
+    entropy: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The layer from 1, its pool beside it."""
+        return f"{self.layer + 1} {self.pool}" if self.pool else f"{self.layer + 1}"
+
+    @property
+    def overflow(self) -> float:
+        """Share of assignments that were dropped."""
+        return self.dropped / max(sum(self.loads), 1.0)
+
+
+@dataclass(frozen=True)
+class ExpertLoads:
+    """The experts of a model over a split: a row per layer and pool for the whole, then for each part."""
+
+    layers: list[LayerLoads]
+
+    def of(self, part: str | None = None) -> ExpertLoads:
+        """The rows of one part, or of the whole split."""
+        return ExpertLoads([row for row in self.layers if row.part == part])
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that were counted, in their order."""
+        return list(dict.fromkeys(row.part for row in self.layers if row.part is not None))
+
+    def active(self, threshold: float = ACTIVE_THRESHOLD) -> list[float]:
+        """Per row, the share of experts with at least ``threshold`` of the uniform load."""
+        return self._statistic("active_share", threshold)
+
+    def effective(self) -> list[float]:
+        """Per row, ``exp(entropy of the load) / E``."""
+        return self._statistic("effective_share")
+
+    def max_over_mean(self) -> list[float]:
+        """Per row, the largest load over the mean load."""
+        return self._statistic("load_max_over_mean")
+
+    def _statistic(self, name: str, *arguments: float) -> list[float]:
+        import torch
+
+        from ..moe import stats
+
+        rows = (torch.tensor(row.loads, dtype=torch.float64) for row in self.layers)
+        return [float(getattr(stats, name)(row, *arguments)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation.
+
+    Attributes:
+        what: one of ``KINDS``.
+        split: the data split, such as ``test``; of zero-shot tasks their name.
+        metrics: of the whole split by name; the main one first.
+        parts: metrics by language, modality or task.
+        experts: None of a dense model, or where they were not counted.
+        absent: metrics that could not be measured, and why.
+        settings: how it was measured: beam, candidates, ...
+        model: ``arch``, ``settings`` (flags by name) and ``counts`` (parameters, active, FLOPs per token).
+        data: ``path``, ``digest``, ``source``, ``kind``, ``split``.
+        checkpoint: ``path``, ``sha256``, ``updates``.
+        provenance: ``command``, ``commit``, ``versions``, ``date``, ``device``, ``precision``.
+    """
+
+    what: str
+    split: str
+    metrics: dict[str, Metric]
+    parts: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    experts: ExpertLoads | None = None
+    absent: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Metric:
+        """The first metric of the whole split, which comparisons are about."""
+        return next(iter(self.metrics.values()))
+
+    def values(self, metric: str) -> dict[str, float]:
+        """One metric's value by part, where it was measured."""
+        return {part: metrics[metric].value for part, metrics in self.parts.items() if metric in metrics}
+
+
+def record_file(folder: Path, split: str) -> Path:
+    """Where a split's record lies in a run's folder."""
+    return folder / f"record-{split}.json"
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record under a temporary name, then rename it."""
+    write_json(path, {"schema": SCHEMA, **dataclasses.asdict(record)})
+
+
+def read_record(path: Path) -> Record:
+    """Read what ``write_record`` wrote.
+
+    Raises:
+        UserError: the file is missing or is no record; names the file, the field and the rule.
+    """
+    if not path.is_file():
+        raise UserError(f"record {path} does not exist: mhmoe evaluate writes it")
+    kept = read_json(path)
+    schema = kept.pop("schema", None) if isinstance(kept, dict) else None
+    if schema != SCHEMA:
+        raise UserError(f"{path}: schema ({schema}) must be {SCHEMA}: it is no record of mhmoe evaluate")
+    try:
+        kept["metrics"] = _metrics(kept["metrics"])
+        kept["parts"] = {part: _metrics(metrics) for part, metrics in kept["parts"].items()}
+        if kept.get("experts") is not None:
+            kept["experts"] = ExpertLoads([LayerLoads(**row) for row in kept["experts"]["layers"]])
+        record = Record(**kept)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: {error} (a field of {SCHEMA} is missing, unknown or malformed)") from error
+    problem = _problem(record)
+    if problem is not None:
+        raise UserError(f"{path}: {problem}")
+    return record
+
+
+def _metrics(kept: Mapping[str, Any]) -> dict[str, Metric]:
+    return {name: Metric(**metric) for name, metric in kept.items()}
+
+
+def _problem(record: Record) -> str | None:
+    """The rule that a record's values break, behind the field's name; None if there is none."""
+    if record.what not in KINDS:
+        return f"what ({record.what}) must be one of {', '.join(KINDS)}"
+    if not record.metrics:
+        return "metrics must hold at least one"
+    for name, metric in [*record.metrics.items(), *(item for part in record.parts.values() for item in part.items())]:
+        if isinstance(metric.value, bool) or not isinstance(metric.value, (int, float)):
+            return f"metric {name}: value ({metric.value!r}) must be a number"
+    for name in ("absent", "settings", "model", "data", "checkpoint", "provenance"):
+        if not isinstance(getattr(record, name), dict):
+            return f"{name} must be an object"
+    return None
+
+
+def describe_origin(device: str, precision: str) -> dict[str, Any]:
+    """The provenance of a record that is measured now, by this process."""
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "precision": precision,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the packages that a metric may depend on, as far as they are installed."""
+    found = {}
+    for name in ("mhmoe-fairseq", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """The commit of a checkout, ``-dirty`` behind it where files differ; None of an installed package."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
