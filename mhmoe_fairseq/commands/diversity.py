@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split", type=plain_name, default="valid", help="train, valid or test: where images are taken from"
     )
     what.add_argument("--image", type=existing_file, nargs="+", metavar="FILE", help="images in place of a split's")
-    parser.add_argument("--images", "--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread")
+    parser.add_argument(
+        "--images", "--pictures", type=whole(), default=8, metavar="N", help="how many of the split, evenly spread"
+    )
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
         help="folder for diversity.json, diversity.png and diversity-course.png (default: the first checkpoint's)",
