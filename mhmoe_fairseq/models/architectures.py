@@ -1,18 +1,60 @@
-"""Named architectures ``{dense,smoe,xmoe,mhmoe}_lm_{tiny,small,base}`` and ``..._beit3_{tiny,base}``.
+"""Named architectures ``FAMILY_KIND_SIZE``, such as ``mhmoe_lm_tiny``: every family of every kind in every size.
 
-Each fills what the user left open (None) and is a few lines on top of another, so that fairseq may apply it twice:
-to the command line and again to the stored configuration. ``base`` is the paper's model.
+Each fills what the user left open (None) and may do so twice: fairseq calls it for the command line and again for the
+stored configuration. ``base`` is the paper's model.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_NAME_REGISTRY, register_model_architecture
+from fairseq.models import register_model_architecture
 
+from ..common.errors import UserError
+from ..common.ranges import flag
 from . import beit3, language_model  # noqa: F401  (models must be registered before their architectures)
 from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is built: a language model or BEiT-3.
+
+    Attributes:
+        model: its registered name.
+        options: its flags.
+        stack: how its flags of sizes begin.
+        from_task: options that fairseq fills from the task and from its own groups, and their values without a task.
+        defaults: of flags that the other kind has not.
+    """
+
+    model: str
+    options: type[MoEOptions]
+    stack: str
+    from_task: dict[str, Any]
+    defaults: dict[str, Any]
+
+
+KINDS = {
+    "lm": Kind(
+        MODEL_NAME, LanguageModelOptions, "decoder", {"max_target_positions": None, "tokens_per_sample": 1024}, {}
+    ),
+    "beit3": Kind(
+        BEIT3_NAME, BEiT3Options, "encoder", {"img_size": 224, "patch_size": 16, "max_text_length": 64},
+        {"drop_path_rate": 0.0},
+    ),
+}  # fmt: skip
+# Tiny trains in minutes on two CPU cores.
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"layers": 4, "embed_dim": 128, "attention_heads": 4, "ffn_embed_dim": 512},
+    "small": {"layers": 6, "embed_dim": 256, "attention_heads": 8, "ffn_embed_dim": 1024},
+    "base": {"layers": 12, "embed_dim": 768, "attention_heads": 12, "ffn_embed_dim": 3072},
+}
+_COMMON = {"activation_fn": "gelu", "dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
 
 def fill(args: Any, **defaults: Any) -> None:
@@ -22,83 +64,6 @@ def fill(args: Any, **defaults: Any) -> None:
             setattr(args, name, value)
 
 
-def architecture_options(arch: str, **flags: Any) -> Any:
-    """The options of a named architecture with ``flags`` given, as the command line would fill them.
-
-    Example: ``architecture_options("mhmoe_lm_base", moe_expert_count=32)``.
-
-    Returns:
-        ``LanguageModelOptions``, or ``BEiT3Options`` for ``*_beit3_*``.
-
-    Raises:
-        ValueError: if there is no such architecture or flag.
-    """
-    model = ARCH_MODEL_NAME_REGISTRY.get(arch)
-    if model not in (MODEL_NAME, BEIT3_NAME):
-        known = sorted(name for name, model in ARCH_MODEL_NAME_REGISTRY.items() if model in (MODEL_NAME, BEIT3_NAME))
-        raise ValueError(f"--arch ({arch}) must be one of {', '.join(known)}")
-    common = {"tpu": False, "amp": False, "fp16": False}
-    options: MoEOptions
-    if model == MODEL_NAME:
-        options = LanguageModelOptions(max_target_positions=None, tokens_per_sample=1024, **common)
-    else:
-        options = BEiT3Options(img_size=224, patch_size=16, max_text_length=64, **common)
-    for name, value in flags.items():
-        if not hasattr(options, name):
-            raise ValueError(f"--{name.replace('_', '-')} is not an option of {arch}")
-        setattr(options, name, value)
-    ARCH_CONFIG_REGISTRY[arch](options)
-    return options
-
-
-# ---------------------------------------------------------------------- sizes
-
-
-def tiny(args: Any) -> None:
-    """4 layers of 128: trains in minutes on two CPU cores."""
-    fill(args, decoder_layers=4, decoder_embed_dim=128, decoder_attention_heads=4, decoder_ffn_embed_dim=512)
-    common(args)
-
-
-def small(args: Any) -> None:
-    """6 layers of 256."""
-    fill(args, decoder_layers=6, decoder_embed_dim=256, decoder_attention_heads=8, decoder_ffn_embed_dim=1024)
-    common(args)
-
-
-def base(args: Any) -> None:
-    """The paper's 12 layers of 768."""
-    fill(args, decoder_layers=12, decoder_embed_dim=768, decoder_attention_heads=12, decoder_ffn_embed_dim=3072)
-    common(args)
-
-
-def common(args: Any, options: type[MoEOptions] = LanguageModelOptions) -> None:
-    """What all sizes share.
-
-    Options that a checkpoint of an earlier version does not have yet are set to None, which means "not given".
-    """
-    fill(args, **{field.name: None for field in dataclasses.fields(options) if field.default is None})
-    fill(args, activation_fn="gelu", dropout=0.1, attention_dropout=0.0, activation_dropout=0.0)
-
-
-def beit3_tiny(args: Any) -> None:
-    """4 layers of 128: trains in minutes on two CPU cores."""
-    fill(args, encoder_layers=4, encoder_embed_dim=128, encoder_attention_heads=4, encoder_ffn_embed_dim=512)
-    beit3_common(args)
-
-
-def beit3_base(args: Any) -> None:
-    """The paper's 12 layers of 768."""
-    fill(args, encoder_layers=12, encoder_embed_dim=768, encoder_attention_heads=12, encoder_ffn_embed_dim=3072)
-    beit3_common(args)
-
-
-def beit3_common(args: Any) -> None:
-    """What all sizes of BEiT-3 share."""
-    fill(args, drop_path_rate=0.0)
-    common(args, BEiT3Options)
-
-
 # ---------------------------------------------------------------------- families
 
 
@@ -106,10 +71,10 @@ def dense(args: Any) -> None:
     """No MoE layers.
 
     Raises:
-        ValueError: if ``--moe-freq`` asks for some.
+        UserError: if ``--moe-freq`` asks for some.
     """
     if getattr(args, "moe_freq", None):
-        raise ValueError(f"--moe-freq ({args.moe_freq}) contradicts a dense_* architecture")
+        raise UserError(f"--moe-freq ({args.moe_freq}) contradicts a dense_* architecture")
     fill(args, moe_freq=0)
 
 
@@ -138,144 +103,76 @@ def mhmoe(args: Any) -> None:
     xmoe(args)
 
 
+FAMILIES: dict[str, Callable[[Any], None]] = {"dense": dense, "smoe": smoe, "xmoe": xmoe, "mhmoe": mhmoe}
+
+
 # ---------------------------------------------------------------------- architectures
 
 
-@register_model_architecture(MODEL_NAME, "dense_lm_tiny")
-def dense_lm_tiny(args: Any) -> None:
-    """Dense, tiny."""
-    dense(args)
-    tiny(args)
+@dataclass(frozen=True)
+class Architecture:
+    """A registered name in its parts, keys of ``FAMILIES``, ``KINDS`` and ``SIZES``; called, it fills options."""
+
+    family: str
+    kind: str
+    size: str
+
+    @property
+    def name(self) -> str:
+        """As given to ``--arch``."""
+        return f"{self.family}_{self.kind}_{self.size}"
+
+    def of_family(self, family: str) -> Architecture:
+        """The architecture of the same kind and size in another family."""
+        return dataclasses.replace(self, family=family)
+
+    def __call__(self, args: Any) -> None:
+        """Fill what ``args`` leaves open.
+
+        Options that a checkpoint of an earlier version does not have yet are set to None, which means "not given".
+        """
+        kind = KINDS[self.kind]
+        FAMILIES[self.family](args)
+        fill(args, **{f"{kind.stack}_{name}": value for name, value in SIZES[self.size].items()})
+        fill(args, **{field.name: None for field in dataclasses.fields(kind.options) if field.default is None})
+        fill(args, **_COMMON, **kind.defaults)
 
 
-@register_model_architecture(MODEL_NAME, "dense_lm_small")
-def dense_lm_small(args: Any) -> None:
-    """Dense, small."""
-    dense(args)
-    small(args)
+ARCHITECTURES = {
+    one.name: one for one in (Architecture(*parts) for parts in itertools.product(FAMILIES, KINDS, SIZES))
+}
+for _name, _architecture in ARCHITECTURES.items():
+    register_model_architecture(KINDS[_architecture.kind].model, _name)(_architecture)
 
 
-@register_model_architecture(MODEL_NAME, "dense_lm_base")
-def dense_lm_base(args: Any) -> None:
-    """Dense, the paper's size."""
-    dense(args)
-    base(args)
+def named_architecture(name: str) -> Architecture:
+    """The architecture of a name.
+
+    Raises:
+        UserError: if there is none, naming those that there are.
+    """
+    if name not in ARCHITECTURES:
+        raise UserError(f"--arch ({name}) must be one of {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[name]
 
 
-@register_model_architecture(MODEL_NAME, "smoe_lm_tiny")
-def smoe_lm_tiny(args: Any) -> None:
-    """Sparse MoE, tiny."""
-    smoe(args)
-    tiny(args)
+def architecture_options(arch: str, **flags: Any) -> Any:
+    """The options of a named architecture with ``flags`` given, as the command line would fill them.
 
+    Example: ``architecture_options("mhmoe_lm_base", moe_expert_count=32)``.
 
-@register_model_architecture(MODEL_NAME, "smoe_lm_small")
-def smoe_lm_small(args: Any) -> None:
-    """Sparse MoE, small."""
-    smoe(args)
-    small(args)
+    Returns:
+        ``LanguageModelOptions``, or ``BEiT3Options`` for ``*_beit3_*``.
 
-
-@register_model_architecture(MODEL_NAME, "smoe_lm_base")
-def smoe_lm_base(args: Any) -> None:
-    """Sparse MoE, the paper's size."""
-    smoe(args)
-    base(args)
-
-
-@register_model_architecture(MODEL_NAME, "xmoe_lm_tiny")
-def xmoe_lm_tiny(args: Any) -> None:
-    """X-MoE, tiny."""
-    xmoe(args)
-    tiny(args)
-
-
-@register_model_architecture(MODEL_NAME, "xmoe_lm_small")
-def xmoe_lm_small(args: Any) -> None:
-    """X-MoE, small."""
-    xmoe(args)
-    small(args)
-
-
-@register_model_architecture(MODEL_NAME, "xmoe_lm_base")
-def xmoe_lm_base(args: Any) -> None:
-    """X-MoE, the paper's size."""
-    xmoe(args)
-    base(args)
-
-
-@register_model_architecture(MODEL_NAME, "mhmoe_lm_tiny")
-def mhmoe_lm_tiny(args: Any) -> None:
-    """MH-MoE, tiny."""
-    mhmoe(args)
-    tiny(args)
-
-
-@register_model_architecture(MODEL_NAME, "mhmoe_lm_small")
-def mhmoe_lm_small(args: Any) -> None:
-    """MH-MoE, small."""
-    mhmoe(args)
-    small(args)
-
-
-@register_model_architecture(MODEL_NAME, "mhmoe_lm_base")
-def mhmoe_lm_base(args: Any) -> None:
-    """MH-MoE, the paper's size."""
-    mhmoe(args)
-    base(args)
-
-
-@register_model_architecture(BEIT3_NAME, "dense_beit3_tiny")
-def dense_beit3_tiny(args: Any) -> None:
-    """Dense BEiT-3, tiny."""
-    dense(args)
-    beit3_tiny(args)
-
-
-@register_model_architecture(BEIT3_NAME, "dense_beit3_base")
-def dense_beit3_base(args: Any) -> None:
-    """Dense BEiT-3, the paper's size."""
-    dense(args)
-    beit3_base(args)
-
-
-@register_model_architecture(BEIT3_NAME, "smoe_beit3_tiny")
-def smoe_beit3_tiny(args: Any) -> None:
-    """Sparse MoE BEiT-3, tiny."""
-    smoe(args)
-    beit3_tiny(args)
-
-
-@register_model_architecture(BEIT3_NAME, "smoe_beit3_base")
-def smoe_beit3_base(args: Any) -> None:
-    """Sparse MoE BEiT-3, the paper's size."""
-    smoe(args)
-    beit3_base(args)
-
-
-@register_model_architecture(BEIT3_NAME, "xmoe_beit3_tiny")
-def xmoe_beit3_tiny(args: Any) -> None:
-    """X-MoE BEiT-3, tiny."""
-    xmoe(args)
-    beit3_tiny(args)
-
-
-@register_model_architecture(BEIT3_NAME, "xmoe_beit3_base")
-def xmoe_beit3_base(args: Any) -> None:
-    """X-MoE BEiT-3, the paper's size."""
-    xmoe(args)
-    beit3_base(args)
-
-
-@register_model_architecture(BEIT3_NAME, "mhmoe_beit3_tiny")
-def mhmoe_beit3_tiny(args: Any) -> None:
-    """MH-MoE BEiT-3, tiny."""
-    mhmoe(args)
-    beit3_tiny(args)
-
-
-@register_model_architecture(BEIT3_NAME, "mhmoe_beit3_base")
-def mhmoe_beit3_base(args: Any) -> None:
-    """MH-MoE BEiT-3, the paper's size."""
-    mhmoe(args)
-    beit3_base(args)
+    Raises:
+        UserError: if there is no such architecture or flag.
+    """
+    architecture = named_architecture(arch)
+    kind = KINDS[architecture.kind]
+    options = kind.options(**kind.from_task, tpu=False, amp=False, fp16=False)
+    for name, value in flags.items():
+        if not hasattr(options, name):
+            raise UserError(f"{flag(name)} is not an option of {arch}")
+        setattr(options, name, value)
+    architecture(options)
+    return options
