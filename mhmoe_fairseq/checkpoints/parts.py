@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from torch import nn
+
 # The first pattern found in a name decides; a norm inside a part counts there.
 _PARTS = {
     "task heads": r"^(heads|classification_heads)\.",
@@ -30,3 +32,8 @@ def by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
         part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")
         sums[part] = sums.get(part, 0) + size
     return {part: sums[part] for part in (*_PARTS, "other") if part in sums}
+
+
+def count_parts(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model by part; they add up to all."""
+    return by_part((name, parameter.numel()) for name, parameter in model.named_parameters())

@@ -17,14 +17,6 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from ..analysis.plan.cluster import Cluster
 from ..analysis.plan.many_ranks import RankPlan, describe_ranks, plan_ranks
 from ..analysis.plan.many_ranks import as_json as ranks_as_json
-from ..analysis.plan.model_counts import (
-    ModelCounts,
-    blank_dictionary,
-    build_on_meta,
-    context_of,
-    count_built,
-    count_parts,
-)
 from ..analysis.plan.model_shape import ModelShape, shape_of
 from ..analysis.reports.paper_numbers import (
     P1,
@@ -34,12 +26,20 @@ from ..analysis.reports.paper_numbers import (
     TABLE_11_MULTIMODAL_DENSE,
     ParameterRow,
 )
+from ..checkpoints.parts import count_parts
 from ..common.arguments import output_file, real, whole
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.tables import MISSING, markdown_table, millions
 from ..models.architectures import architecture_options
+from ..models.counts import (
+    ModelCounts,
+    blank_dictionary,
+    build_on_meta,
+    context_of,
+    count_built,
+)
 from ..models.flags import moe_config
 from ..models.options import BEiT3Options, EncoderOptions, LanguageModelOptions, MoEOptions
 

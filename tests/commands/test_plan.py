@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from language_models import SMALL, small_dictionary, small_model
 
-from mhmoe_fairseq.analysis.plan.model_counts import blank_dictionary, count_built, count_model
 from mhmoe_fairseq.analysis.reports.paper_numbers import TABLE_11, TABLE_11_DENSE
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.commands.plan import PAPER_VOCAB_SIZE, plan
 from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.counts import blank_dictionary, count_built, count_model
 
 EXPERTS = [8, 16, 32, 64, 128, 256]
 MILLION = 10**6

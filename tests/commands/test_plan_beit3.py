@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from beit3_models import FAMILIES, IMAGES, SMALL, beit3_dictionary, small_beit3
 
-from mhmoe_fairseq.analysis.plan.model_counts import build_on_meta, count_built, count_parts
+from mhmoe_fairseq.checkpoints.parts import count_parts
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.counts import build_on_meta, count_built
 
 
 @pytest.mark.parametrize("family", FAMILIES)

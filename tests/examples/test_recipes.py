@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fairseq_arguments import parse_mhmoe, parse_words
 
-from mhmoe_fairseq.analysis.plan.model_counts import ModelCounts, blank_dictionary, count_model
+from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, count_model
 from mhmoe_fairseq.models.options import LanguageModelOptions
 
 ROOT = Path(__file__).resolve().parents[2]

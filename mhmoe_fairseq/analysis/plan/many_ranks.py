@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...common.tables import MISSING, byte_size, duration, markdown_table, millions
+from ...models.counts import ModelCounts
 from .activation_memory import Computation, activation_bytes, peak_bytes
 from .cluster import Cluster, Exchange, all_reduce_seconds, exchange
-from .model_counts import ModelCounts
 from .model_shape import ModelShape
 from .rank_memory import (
     PRECISIONS,

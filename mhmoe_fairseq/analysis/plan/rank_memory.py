@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .model_counts import ModelCounts
+from ...models.counts import ModelCounts
 from .model_shape import ModelShape
 
 

@@ -10,7 +10,7 @@ from fairseq.data import Dictionary
 
 from ...common.files import sha256_of
 from ...data.identity import DataIdentity
-from ..plan.model_counts import ModelCounts, count_model
+from ...models.counts import ModelCounts, count_model
 from ..routing.activation import Activation, mean, measured_activation
 from ..routing.language_routing import LanguageRouting, activation_file, is_multilingual, measured_languages
 from .runs import Run

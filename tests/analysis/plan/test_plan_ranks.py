@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from trained_model import TrainedModel
 
 from mhmoe_fairseq.analysis.plan.cluster import Cluster, all_reduce_seconds, exchange
-from mhmoe_fairseq.analysis.plan.model_counts import count_built
 from mhmoe_fairseq.analysis.plan.rank_memory import PRECISIONS, SAVED_BYTES, largest_expert_bytes, rank_parameters
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.models.counts import count_built
 from mhmoe_fairseq.moe import MHMoEConfig
 
 LAYER = MHMoEConfig(embed_dim=64, num_heads=4, num_experts=48, top_k=2, expert_ffn_dim=8)

@@ -1,0 +1,140 @@
+"""Parameters and FLOPs of whole models, asked of the real model classes, whose weights may be on ``meta``."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from torch import nn
+
+from ..common.errors import UserError
+from ..moe import MHMoEConfig
+from ..torchscale_ext.multiway import Multiway
+from .beit3 import MHMoEBEiT3, build_beit3
+from .language_model import build_language_model
+from .options import BEiT3Options
+
+
+@dataclass(frozen=True)
+class ModelCounts:
+    """What a model has and spends.
+
+    Attributes:
+        non_expert: parameters outside the routed experts: embedding, attention, dense networks, routers, projections.
+        expert: parameters of all routed experts.
+        active: parameters that one token uses: all but the experts that its K choices leave out, where the sub-tokens
+            of a token are taken to choose the same K.
+        flops_per_token: of one token's forward pass, matrix products only (2 per multiply-add), with attention over
+            half of ``context`` tokens, the mean of a causal block; of BEiT-3 of one position's pass through the
+            encoder, attending to all ``context`` positions, without the heads and the embedding of patches.
+        context: tokens per block, or positions, that attention was counted for.
+        moe_layers: number of MoE layers.
+        moe: their configuration; None for a dense model.
+    """
+
+    non_expert: int
+    expert: int
+    active: int
+    flops_per_token: int
+    context: int
+    moe_layers: int
+    moe: MHMoEConfig | None
+
+    @property
+    def total(self) -> int:
+        """All parameters, the tied embedding once."""
+        return self.non_expert + self.expert
+
+
+def count_model(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> ModelCounts:
+    """Build the model of filled options on ``meta`` and count it; arguments and errors as in ``build_on_meta``."""
+    return count_built(build_on_meta(options, dictionary, num_visual_tokens), context_of(options))
+
+
+def count_built(model: nn.Module, context: int) -> ModelCounts:
+    """Count a model that ``build_language_model`` or ``build_beit3`` made, for attention over ``context`` positions."""
+    stack = stack_of_layers(model)
+    layers = [layer.moe_layer for layer in stack.layers if layer.is_moe_layer]
+    moe = stack.args.moe if layers else None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    expert = used = moe_flops = 0
+    if moe is not None:
+        pools = 2 if getattr(stack.args, "separate_experts", False) else 1
+        expert = len(layers) * pools * moe.num_experts * moe.num_expert_params()
+        used = len(layers) * moe.top_k * moe.num_expert_params()
+        moe_flops = len(layers) * moe.flops_per_token()
+    bidirectional = isinstance(model, MHMoEBEiT3)
+    width = stack.args.encoder_embed_dim if bidirectional else stack.embed_dim
+    # Queries times keys, weights times values: each D multiply-adds for each visible token.
+    visible = context if bidirectional else (context + 1) / 2
+    attention = round(2 * len(stack.layers) * width * visible)
+    return ModelCounts(
+        non_expert=total - expert,
+        expert=expert,
+        active=total - expert + used,
+        flops_per_token=2 * (_dense_weights(stack, layers) + attention) + moe_flops,
+        context=context,
+        moe_layers=len(layers),
+        moe=moe,
+    )
+
+
+def _dense_weights(module: nn.Module, moe_layers: list[nn.Module]) -> int:
+    """Weights of the linear maps that one position goes through, without MoE layers; of two modalities' maps, one's."""
+    if isinstance(module, nn.Linear):
+        return module.weight.numel()
+    if isinstance(module, Multiway):
+        return _dense_weights(module.A, moe_layers)
+    within = [child for child in module.children() if not any(child is layer for layer in moe_layers)]
+    return sum(_dense_weights(child, moe_layers) for child in within)
+
+
+def stack_of_layers(model: Any) -> Any:
+    """The decoder, or BEiT-3's encoder: with ``layers`` and, as ``args``, the settings that it was built from."""
+    return model.beit3.encoder if isinstance(model, MHMoEBEiT3) else model.decoder
+
+
+def context_of(options: Any) -> int:
+    """Positions that attention is counted for; of BEiT-3 an image's with the longest text."""
+    if isinstance(options, BEiT3Options):
+        return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
+    return int(options.tokens_per_sample)
+
+
+def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> nn.Module:
+    """The model of filled options, without memory for its weights.
+
+    TorchScale's own static layer cannot be built there; ours with the same capacity routing has the same parameters.
+
+    Args:
+        options: of a language model or of BEiT-3.
+        dictionary: of the text.
+        num_visual_tokens: BEiT-3's scores for masked patches.
+
+    Raises:
+        UserError: naming the flag, as building the model does.
+    """
+    with torch.device("meta"):
+        if isinstance(options, BEiT3Options):
+            return build_beit3(options, dictionary, num_visual_tokens)
+        if str(options.mhmoe_routing) == "torchscale":
+            options = copy.copy(options)
+            options.mhmoe_routing = "capacity"
+        return build_language_model(options, dictionary)
+
+
+def blank_dictionary(size: int) -> Dictionary:
+    """A dictionary with ``size`` meaningless entries.
+
+    Raises:
+        UserError: if the special symbols alone need more.
+    """
+    dictionary = Dictionary()
+    if size <= len(dictionary):
+        raise UserError(f"--vocab-size ({size}) must be more than the {len(dictionary)} special symbols")
+    for number in range(size - len(dictionary)):
+        dictionary.add_symbol(f"w{number}")
+    return dictionary
