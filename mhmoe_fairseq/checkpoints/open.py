@@ -1,45 +1,144 @@
-"""Open a trained language model for evaluation."""
+"""Open a trained model: the one way for evaluation, analysis and generation."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from fairseq import checkpoint_utils, utils
 from fairseq.hub_utils import GeneratorHubInterface
+from torch import nn
 
+from ..common.console import quiet
 from ..common.errors import UserError
-from ..models.language_model import MHMoELanguageModel
+from ..data.identity import DataIdentity, identify_data
+from ..models.language_model import MHMoELanguageModel, find_checkpoint
+from .read import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-def load_language_model(
+@dataclass(frozen=True)
+class Opened:
+    """A trained model in evaluation mode with its task.
+
+    Attributes:
+        model: on the device asked for.
+        task: fairseq's task, set up with the data asked for.
+        settings: the configuration stored in the checkpoint, by section.
+        file: the checkpoint.
+    """
+
+    model: Any
+    task: Any
+    settings: dict[str, Any]
+    file: Path
+
+    @property
+    def task_name(self) -> str:
+        """The name that the task is registered under."""
+        return self.settings["task"]["_name"]
+
+    @property
+    def data(self) -> Path:
+        """The first folder that the task reads."""
+        return Path(utils.split_paths(self.task.args.data)[0])
+
+    @functools.cached_property
+    def identity(self) -> DataIdentity:
+        """Which data that folder holds."""
+        return identify_data(self.data)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder's or encoder's layers; ``layer.moe_layer`` exists where ``layer.is_moe_layer``."""
+        return self.model.beit3.encoder.layers if hasattr(self.model, "beit3") else self.model.decoder.layers
+
+    def batches(self, dataset: Any, batch_size: int, num_workers: int = 0) -> Iterator[dict[str, Any]]:
+        """Every example of a data set once, in its order, on the model's device.
+
+        Raises:
+            UserError: if the batch size is not positive.
+        """
+        if batch_size < 1:
+            raise UserError(f"--batch-size ({batch_size}) must be at least 1")
+        iterator = self.task.get_batch_iterator(
+            dataset, max_sentences=batch_size, num_workers=num_workers, required_batch_size_multiple=1
+        )
+        for batch in iterator.next_epoch_itr(shuffle=False):
+            yield utils.apply_to_sample(lambda tensor: tensor.to(self.device), batch)
+
+
+def open_model(
+    checkpoint: str | Path,
+    data: str | Path | None = None,
+    device: str | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Opened:
+    """Open a checkpoint of any model and task of ours.
+
+    Args:
+        checkpoint: a checkpoint, or the folder that holds one.
+        data: the prepared folder (default: that of the training).
+        device: see ``find_device``.
+        overrides: settings of the task or model to change, by name.
+
+    Raises:
+        FileNotFoundError: naming what is missing.
+        UserError: the file is no such checkpoint, its weights do not fit, or the data have another dictionary.
+    """
+    file = find_checkpoint(Path(checkpoint), None)
+    settings = read_settings(file)
+    overrides = dict(overrides or {}, **({} if data is None else {"data": str(Path(data).resolve())}))
+    with _opening(file):
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=overrides)
+    return Opened(models[0].to(find_device(device)).eval(), task, settings, file)
+
+
+def open_text_model(
     checkpoint: str | Path, data: str | Path | None = None, device: str | None = None
 ) -> GeneratorHubInterface:
-    """A trained model of any architecture and task of ours, with its tokenizer, in evaluation mode.
+    """Open a language model together with its tokenizer.
 
     Args:
         checkpoint: a checkpoint, or the folder that holds one.
         data: folder with dict.txt and the tokenizer's model (default: the checkpoint's own, or its training data).
-        device: where to put it (default: the GPU if there is one). A GPU that does not exist becomes the CPU, since
-            lm-eval asks for ``cuda:0`` on every machine.
+        device: see ``find_device``.
 
     Raises:
-        FileNotFoundError: naming what is missing.
-        ValueError: the file is no checkpoint, the dictionary is not the model's, or there is no such device.
+        FileNotFoundError, UserError: as ``open_model``.
     """
-    logging.getLogger("fairseq").setLevel(logging.WARNING)  # it logs its whole configuration at every load
-    place = find_device(device)
-    try:
+    with _opening(checkpoint):
         folder = None if data is None else str(data)
         model = MHMoELanguageModel.from_pretrained(str(checkpoint), data_name_or_path=folder)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{checkpoint}: no readable checkpoint ({str(error).splitlines()[0]})") from error
-    return model.to(place).eval()
+    return model.to(find_device(device)).eval()
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The configuration stored in a checkpoint, by section; its tensors are not read.
+
+    Raises:
+        UserError: if the file holds none of our models.
+    """
+    settings = read_checkpoint(file)["cfg"]
+    try:
+        model, _, _ = settings["model"], settings["task"]["data"], settings["task"]["_name"]
+        model["encoder_layers" if "encoder_layers" in model else "decoder_layers"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a checkpoint of a mhmoe model") from error
+    return settings
 
 
 def was_trained_with(model: GeneratorHubInterface, flag: str) -> bool:
@@ -48,7 +147,9 @@ def was_trained_with(model: GeneratorHubInterface, flag: str) -> bool:
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called ``name``.
+    """The device called ``name``, by default the GPU if there is one.
+
+    A GPU that does not exist becomes the CPU, since lm-eval asks for ``cuda:0`` on every machine.
 
     Raises:
         UserError: it is no device's name.
@@ -63,3 +164,16 @@ def find_device(name: str | None) -> torch.device:
         logger.info(f"{name}: there is no GPU, the model stays on the CPU")
         return torch.device("cpu")
     return device
+
+
+@contextlib.contextmanager
+def _opening(checkpoint: str | Path) -> Iterator[None]:
+    """Mutes fairseq, which logs its whole configuration at every load; what goes wrong is one line about the file."""
+    try:
+        with quiet():
+            yield
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())  # names of weights that are missing stand in lines of their own
+        raise UserError(f"{checkpoint}: cannot be loaded ({reason})") from error

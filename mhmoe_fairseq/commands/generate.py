@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints one text, or JSON object, per prompt."""
     prompts = args.prompt if args.prompts_file is None else read_prompts(args.prompts_file)
     # Imported late, so that `mhmoe generate --help` is quick.
-    from ..checkpoints.open import load_language_model
+    from ..checkpoints.open import open_text_model
     from ..evaluation.generation import Search, continue_prompts
 
     search = Search(
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         seed=args.seed,
     )
-    model = load_language_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
+    model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
         shown = json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text
         sys.stdout.write(shown + "\n")

@@ -113,12 +113,12 @@ def default_pairs(aligned: list[Aligned]) -> list[tuple[str, str]]:
 def _probe(
     args: argparse.Namespace, name: str, checkpoint: Path, items: dict[tuple[str, str], list[Item]]
 ) -> dict[str, Any]:
-    from ..checkpoints.open import load_language_model
+    from ..checkpoints.open import open_text_model
     from ..evaluation.scoring import TextScorer
     from ..models.language_model import find_checkpoint
 
     file = find_checkpoint(checkpoint, None)
-    model = load_language_model(file, args.data, "cpu" if args.cpu else None)
+    model = open_text_model(file, args.data, "cpu" if args.cpu else None)
     scorer = TextScorer(model, batch_tokens=args.max_batch_tokens)
     pairs = {}
     for (source, target), questions in items.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from fairseq import utils
 
-from ..checkpoints.open_image_text import load_image_text_model
+from ..checkpoints.open import open_model, read_settings
 from ..common.errors import UserError
 from ..data.datasets import CaptionDataset
 from ..data.images.reading import read_image
@@ -16,6 +16,7 @@ from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index
 from ..metrics.captions import read_ground_truth
 from ..models.caption_search import CaptionSearch
+from ..models.language_model import find_checkpoint
 from ..tasks.captioning import GROUND_TRUTH, NAME, CaptioningTask
 
 TASK = "mhmoe_captioning"
@@ -38,7 +39,11 @@ class Captioner:
     task: CaptioningTask
 
     def __init__(self, checkpoint: str | Path, data: str | Path | None = None, device: str | None = None) -> None:
-        self.model, self.task, self.file = load_image_text_model(checkpoint, TASK, data, device)
+        trained_with = read_settings(find_checkpoint(Path(checkpoint), None))["task"]["_name"]
+        if trained_with != TASK:
+            raise UserError(f"{checkpoint}: was trained with task {trained_with}, not with {TASK}")
+        opened = open_model(checkpoint, data, device)
+        self.model, self.task, self.file = opened.model, opened.task, opened.file
         self.transform = EvaluationTransform(self.task.args.img_size)
 
     def references(self, split: str) -> dict[int, list[str]] | None:

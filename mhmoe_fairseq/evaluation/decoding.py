@@ -49,7 +49,7 @@ class StopDecoder:
     """Greedy decoding or sampling, in batches.
 
     Args:
-        model: from ``load_language_model``.
+        model: from ``open_text_model``.
         search: how to choose the next token; its ``max_len_b`` and ``seed`` are not used: ``Ending`` limits the
             length, and random numbers are torch's, as lm-eval's ``--seed`` left them.
 

@@ -12,8 +12,7 @@ from fairseq import utils
 from fairseq.data import FairseqDataset
 from torch import nn
 
-from ..checkpoints.open_image_text import load_image_text_model
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.open import open_model, read_settings
 from ..common.errors import UserError
 from ..models.language_model import find_checkpoint
 from ..tasks.image_text_finetuning import HeadTask
@@ -65,10 +64,11 @@ def load_fine_tuned(
         ValueError: the file is no such checkpoint, or the data have another dictionary or other classes.
     """
     file = find_checkpoint(Path(checkpoint), None)
-    task_name = read_checkpoint(file)["cfg"]["task"]["_name"]
+    task_name = read_settings(file)["task"]["_name"]
     if task_name not in tasks:
         raise UserError(
             f"{file}: was trained with task {task_name}, which predicts nothing: fine-tune it with --task "
             f"{tasks[0]} (or {', '.join(tasks[1:])}) and --finetune-from-model {file}"
         )
-    return FineTuned(*load_image_text_model(file, task_name, data, device))
+    opened = open_model(file, data, device)
+    return FineTuned(opened.model, opened.task, opened.file)

@@ -26,7 +26,7 @@ except ModuleNotFoundError:
     raise
 from tqdm import tqdm
 
-from ..checkpoints.open import load_language_model, was_trained_with
+from ..checkpoints.open import open_text_model, was_trained_with
 from ..common.errors import UserError
 from ..models.vocabulary import fingerprint
 from .decoding import Ending, StopDecoder
@@ -45,7 +45,7 @@ class MHMoEHarnessModel(TemplateLM):
 
     Args:
         checkpoint: a checkpoint, or the folder that holds one.
-        data: folder with dict.txt and the tokenizer's model (default: see ``load_language_model``).
+        data: folder with dict.txt and the tokenizer's model (default: see ``open_text_model``).
         lang: a language's code; its symbol leads every text in place of ``</s>``.
         batch_size: most rows per batch, or ``auto`` for as many as ``max_batch_tokens`` allow.
         max_batch_size: most rows per batch under ``auto``.
@@ -80,7 +80,7 @@ class MHMoEHarnessModel(TemplateLM):
         if checkpoint is None:
             raise UserError("--model_args checkpoint=FILE is needed: a checkpoint, or the folder that holds one")
         rows = _rows(batch_size, max_batch_size)
-        self.hub = load_language_model(str(checkpoint), data, device)
+        self.hub = open_text_model(str(checkpoint), data, device)
         self.scorer = TextScorer(
             self.hub,
             batch_size=rows,

@@ -57,7 +57,7 @@ class TextScorer:
     """Scores continuations of contexts.
 
     Args:
-        model: from ``load_language_model``.
+        model: from ``open_text_model``.
         batch_size: most rows per batch; None for as many as ``batch_tokens`` allow.
         batch_tokens: most tokens per batch, padding included; a row that is longer goes alone.
         max_length: most tokens that the model reads at once (default: its positions).

@@ -9,7 +9,7 @@ import torch
 from console import train
 from multilingual_data import SENTENCES, write_languages
 
-from mhmoe_fairseq.checkpoints.open import load_language_model, was_trained_with
+from mhmoe_fairseq.checkpoints.open import open_text_model, was_trained_with
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
@@ -59,7 +59,7 @@ def log_prob(model, first, tokens):
 def test_symbols_lead_only_where_asked_for(plain, with_symbols):
     text = "A l l e M e n s c h e n"
     for folder, is_led in ((plain, False), (with_symbols, True)):
-        model = load_language_model(folder, device="cpu")
+        model = open_text_model(folder, device="cpu")
         assert was_trained_with(model, "mhmoe_language_token") == is_led
         for language, symbol in ((None, "</s>"), ("de", "__de__"), ("zh", "__zh__")):
             scorer = TextScorer(model, language=language)

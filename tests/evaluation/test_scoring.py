@@ -10,7 +10,7 @@ from fairseq.data import Dictionary
 from harness import direct_scores
 from language_models import small_model
 
-from mhmoe_fairseq.checkpoints.open import load_language_model
+from mhmoe_fairseq.checkpoints.open import open_text_model
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
@@ -25,7 +25,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def model(trained_model):
-    return load_language_model(trained_model.folder, device="cpu")
+    return open_text_model(trained_model.folder, device="cpu")
 
 
 @pytest.fixture(scope="module")

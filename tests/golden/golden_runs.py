@@ -24,7 +24,7 @@ from images_and_words import SHAPES, write_images_and_words
 from multilingual_data import write_languages
 
 from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
-from mhmoe_fairseq.checkpoints.open import load_language_model
+from mhmoe_fairseq.checkpoints.open import open_text_model
 from mhmoe_fairseq.evaluation.modality_scores import score_modalities
 from mhmoe_fairseq.evaluation.perplexity import score_split
 from mhmoe_fairseq.evaluation.scoring import TextScorer
@@ -142,7 +142,7 @@ def evaluate(kind: Kind, root: Path, checkpoint: Path) -> dict[str, Any]:
         return {"bits": {name: _digits(part.loss) for name, part in scores.parts.items()}}
     scores = score_split(model, task, "test", max_tokens=None, batch_size=1)
     bits = {name: _digits(score.loss) for name, score in {**scores.languages, "total": scores.total}.items()}
-    scorer = TextScorer(load_language_model(checkpoint, root / kind.data))
+    scorer = TextScorer(open_text_model(checkpoint, root / kind.data))
     words = len(scorer.dictionary) - scorer.dictionary.nspecial
     tokens = [scorer.dictionary.nspecial + place**2 % words for place in range(_SCORED_TOKENS)]
     pairs = [(tokens[:place], tokens[place : place + 1]) for place in range(_SCORED_TOKENS)]

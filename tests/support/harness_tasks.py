@@ -14,9 +14,9 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLI
 @pytest.fixture(scope="session")
 def hub(trained_model):
     """The tiny trained model as fairseq's hub interface, on the CPU."""
-    from mhmoe_fairseq.checkpoints.open import load_language_model
+    from mhmoe_fairseq.checkpoints.open import open_text_model
 
-    return load_language_model(trained_model.folder, device="cpu")
+    return open_text_model(trained_model.folder, device="cpu")
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from torch import Tensor
 
+from ...checkpoints.open import open_model
 from ...common.console import say
 from ...common.errors import UserError
 from ...common.files import read_json, sha256_of, write_json
@@ -121,10 +121,8 @@ def load_for_evaluation(
         ValueError: if the data's dictionary is not the checkpoint's.
         FileNotFoundError: if there is no data.
     """
-    overrides = {**(overrides or {}), "data": str(data.resolve())}
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], arg_overrides=overrides)
-    model = models[0].eval()
-    return model.cuda() if torch.cuda.is_available() else model, task
+    opened = open_model(checkpoint, data, overrides=overrides)
+    return opened.model, opened.task
 
 
 def load_moe_model(checkpoint: Path, data: Path, batch_size: int) -> tuple[torch.nn.Module, Any]:
