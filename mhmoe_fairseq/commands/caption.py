@@ -16,7 +16,7 @@ from ..common.files import atomic_open, sha256_of, write_json
 if TYPE_CHECKING:
     from ..evaluation.caption_decoding import Captioner
     from ..metrics.captions.report import CaptionScores
-    from ..models.caption_search import CaptionSearch
+    from ..models.captions import CaptionSearch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index
 from ..metrics.captions import read_ground_truth
-from ..models.caption_search import CaptionSearch
+from ..models.captions import CaptionSearch
 from ..models.language_model import find_checkpoint
 from ..tasks.captioning import GROUND_TRUTH, NAME, CaptioningTask
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
-from .beit3_captions import MASK_SYMBOL, WritesCaptions
 from .beit3_checkpoints import drop_other_heads, fit_state
+from .captions import MASK_SYMBOL, WritesCaptions
 from .flags import encoder_settings
 from .options import BEIT3_NAME, BEiT3Options
 from .parallelism import training_parallelism

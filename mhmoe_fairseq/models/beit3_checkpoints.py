@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.errors import UserError
 from ..torchscale_ext.settings import UNUSED_POSITIONS
+from .heads import start_new_head
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,7 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str],
         new_heads: names of heads that the checkpoint may lack.
 
     Raises:
-        ValueError: if the checkpoint's texts were shorter than the model's.
+        UserError: if the checkpoint's texts were shorter than the model's.
     """
     for name, fit in ((IMAGE_POSITIONS, resize_image_positions), (TEXT_POSITIONS, cut_text_positions)):
         saved = state.get(prefix + name)
@@ -45,10 +47,7 @@ def fit_state(model: nn.Module, state: dict[str, Any], new_heads: Iterable[str],
         for name in [name for name in state if name.startswith(prefix + IMAGE_HEAD)]:
             del state[name]
     for head in new_heads:
-        own = {f"{prefix}heads.{head}.{name}": value for name, value in model.heads[head].state_dict().items()}
-        if own and not own.keys() & state.keys():
-            logger.info(f"the checkpoint has no head {head!r}: it starts from its initial weights")
-            state.update(own)
+        start_new_head(model.heads[head], head, state, f"{prefix}heads.{head}.")
 
 
 def drop_other_heads(model: nn.Module, state: dict[str, Any], prefix: str = "") -> None:
@@ -89,13 +88,13 @@ def resize_image_positions(table: Tensor, rows: int) -> Tensor:
     """Bicubically, as BEiT does; the class token's row is kept. ``(rows', D) -> (rows, D)``.
 
     Raises:
-        ValueError: if the table is not that of a square of patches.
+        UserError: if the table is not that of a square of patches.
     """
     if table.size(0) == rows:
         return table
     before, after = (math.isqrt(size - _FIRST_PATCH) for size in (table.size(0), rows))
     if before**2 != table.size(0) - _FIRST_PATCH:
-        raise ValueError(f"{IMAGE_POSITIONS}: {table.size(0)} rows are not the positions of a square of patches")
+        raise UserError(f"{IMAGE_POSITIONS}: {table.size(0)} rows are not the positions of a square of patches")
     logger.info(f"positions of {before}x{before} patches are resized to {after}x{after} (--img-size)")
     grid = table[_FIRST_PATCH:].float().t().reshape(1, -1, before, before)
     resized = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
@@ -106,10 +105,10 @@ def cut_text_positions(table: Tensor, rows: int) -> Tensor:
     """The first ``rows`` of a longer table.
 
     Raises:
-        ValueError: if it is shorter: nothing has been learnt for the rest.
+        UserError: if it is shorter: nothing has been learnt for the rest.
     """
     if table.size(0) < rows:
-        raise ValueError(
+        raise UserError(
             f"--max-text-length ({rows - UNUSED_POSITIONS}): the checkpoint has positions for "
             f"{table.size(0) - UNUSED_POSITIONS} tokens only"
         )

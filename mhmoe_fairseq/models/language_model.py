@@ -16,8 +16,8 @@ from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
-from .classification_head import LastTokenHead
 from .flags import decoder_settings
+from .heads import LastTokenHead
 from .options import MODEL_NAME, LanguageModelOptions
 from .parallelism import training_parallelism
 from .precision import ComputePrecision

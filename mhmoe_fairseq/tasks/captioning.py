@@ -16,7 +16,7 @@ from ..common.errors import UserError
 from ..data.datasets import CaptionDataset
 from ..data.multimodal.index import read_index
 from ..metrics.captions import read_ground_truth, tokenize
-from ..models.caption_search import CaptionSearch, Specials, search_captions
+from ..models.captions import CaptionSearch, Specials, search_captions
 from .image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
 from .referenced_captions import ReferencedCaptions
 from .sentencepiece_bpe import WholeSentencepieceBPE

@@ -13,7 +13,7 @@ from ..common.files import read_json
 from ..data.datasets import DatasetSettings, LabelledImages
 from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index
-from ..models.beit3_heads import ImageClassificationHead
+from ..models.heads import ImageClassificationHead
 from .image_text_finetuning import ClassifierConfig, ClassTask
 
 CLASSES_FILE = "imagenet.classes.json"

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..data.datasets import DatasetSettings, ImagePairs
 from ..data.multimodal.index import Index
-from ..models.beit3_heads import NLVR2Head
+from ..models.heads import NLVR2Head
 from .image_text_finetuning import ClassifierConfig, HeadTask
 
 

@@ -13,7 +13,7 @@ from ..common.errors import UserError
 from ..data.datasets import DatasetSettings, RetrievalDataset
 from ..data.multimodal.index import NAMES, Index
 from ..metrics.recall import RANKS, VectorMeter
-from ..models.beit3_heads import RetrievalHead
+from ..models.heads import RetrievalHead
 from .image_text_finetuning import HeadTask, ImageTextFineTuningConfig
 
 

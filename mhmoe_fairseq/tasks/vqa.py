@@ -9,7 +9,7 @@ from torch import nn
 from ..data.datasets import DatasetSettings, VQADataset
 from ..data.multimodal.answers import ANSWERS_FILE, read_answers
 from ..data.multimodal.index import Index
-from ..models.beit3_heads import VQAHead
+from ..models.heads import VQAHead
 from .image_text_finetuning import ClassifierConfig, ClassTask
 
 

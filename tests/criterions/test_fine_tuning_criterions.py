@@ -11,7 +11,7 @@ from fairseq.logging import metrics
 from mhmoe_fairseq.criterions.image_classification import ImageClassificationCriterion, NLVR2Criterion
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.criterions.visual_questions import VQACriterion
-from mhmoe_fairseq.models.beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
+from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
 WIDTH, ANSWERS, CLASSES = 32, 7, 8
 HEADS = {

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from mhmoe_fairseq.models.beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
+from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
 WIDTH, PATCHES, WORDS = 6, 4, 3
 SPLIT = 1 + PATCHES

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from mhmoe_fairseq.models.caption_search import CaptionSearch, Specials, search_captions
+from mhmoe_fairseq.models.captions import CaptionSearch, Specials, search_captions
 
 BOS, PAD, EOS, UNK, MASK = 0, 1, 2, 3, 8
 WORDS = (4, 5, 6, 7)

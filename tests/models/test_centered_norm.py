@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mhmoe_fairseq.models.centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.models.heads import CenteredLayerNorm
 
 WIDTH = 5
 

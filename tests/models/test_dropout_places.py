@@ -19,7 +19,7 @@ from language_models import small_model, token_rows
 from module_flow import ModuleFlow
 from torch import Tensor, nn
 
-from mhmoe_fairseq.models.classification_head import LastTokenHead
+from mhmoe_fairseq.models.heads import LastTokenHead
 from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
 
 RATES = {"dropout": 0.2, "attention_dropout": 0.35, "activation_dropout": 0.5}

@@ -20,7 +20,7 @@ from torch import nn
 
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import build_beit3
-from mhmoe_fairseq.models.beit3_heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
+from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 from mhmoe_fairseq.models.language_model import build_language_model
 
 WORDS, ANSWERS, CLASSES, SHARED = 300, 40, 30, 48

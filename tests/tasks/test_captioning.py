@@ -16,7 +16,7 @@ from language_models import FAMILIES
 
 from mhmoe_fairseq.data.multimodal.masking import masked_count
 from mhmoe_fairseq.metrics.captions import CiderD, tokenize
-from mhmoe_fairseq.models.caption_search import CaptionSearch, search_captions
+from mhmoe_fairseq.models.captions import CaptionSearch, search_captions
 from mhmoe_fairseq.tasks.captioning import CaptioningTask
 
 FLAGS = ("--img-size", str(IMG_SIZE), "--patch-size", str(PATCH_SIZE), "--max-text-length", "16")

@@ -25,7 +25,7 @@ from mhmoe_fairseq.data.multimodal.index import index_files, write_index
 from mhmoe_fairseq.metrics.recall import recalls
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3_checkpoints import TEXT_POSITIONS
-from mhmoe_fairseq.models.centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.models.heads import CenteredLayerNorm
 from mhmoe_fairseq.training.parameter_notes import notes_of
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}

@@ -11,7 +11,7 @@ from fairseq import checkpoint_utils
 from fairseq.models.ema import EMA
 from parallel_runs import saved, train_logs, updates_in, write_even_corpus
 
-from mhmoe_fairseq.models.centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.models.heads import CenteredLayerNorm
 
 SETTINGS = SimpleNamespace(ema_decay=0.75, ema_seed_model=None, ema_fp32=False, ema_start_update=0, ema_update_freq=1)
 FLAGS = ("--store-ema", "--ema-decay", 0.5)

@@ -13,8 +13,7 @@ from decayed_models import FACTORS, build, inputs, step
 
 from mhmoe_fairseq.criterions.gathering import gather_rows
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
-from mhmoe_fairseq.models.beit3_heads import RetrievalHead
-from mhmoe_fairseq.models.centered_norm import CenteredLayerNorm
+from mhmoe_fairseq.models.heads import CenteredLayerNorm, RetrievalHead
 from mhmoe_fairseq.moe.uncounted import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism
 

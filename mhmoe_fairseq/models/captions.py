@@ -1,4 +1,8 @@
-"""Beam search over a model that writes captions token by token."""
+"""Captions token by token from an encoder (BEiT-3), and the beam search over a model that writes so.
+
+Each token is predicted from a trailing mask token. What an earlier position computes never changes with later ones,
+since the image sees itself alone and a token the image and the text up to itself: keys and values are computed once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,78 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from fairseq.data import Dictionary
+from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..torchscale_ext.beit3 import MultiwayBEiT3
+from ..torchscale_ext.multiway_attention import KeyValueCache
+
+MASK_SYMBOL = "<mask>"
+
+
+@dataclass
+class CaptionState:
+    """Images and the captions so far, a row each.
+
+    Attributes:
+        caches: keys and values of each layer.
+        num_tokens: length of the captions so far.
+    """
+
+    caches: list[KeyValueCache]
+    num_tokens: int = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Follow beam search: row ``i`` becomes what row ``rows[i]`` was; there may be more rows than before."""
+        for cache in self.caches:
+            cache.reorder(rows)
+
+
+class WritesCaptions(nn.Module):
+    """Among a model's bases: incremental decoding."""
+
+    beit3: MultiwayBEiT3
+    dictionary: Dictionary
+    autocast: Any
+    text_logits: Any
+
+    @torch.no_grad()
+    def start_captions(self, images: Tensor) -> CaptionState:
+        """Read ``(B, 3, H, W)`` images; no token has been written."""
+        state = CaptionState([KeyValueCache() for _ in self.beit3.encoder.layers])
+        with self.autocast(images.device.type):
+            self.beit3(images=images, caches=state.caches)
+        return state
+
+    @torch.no_grad()
+    def next_token_logits(self, state: CaptionState, tokens: Tensor) -> Tensor:
+        """Append a token to every caption, and score the next one.
+
+        Args:
+            state: updated.
+            tokens: ``(B,)``, the first time the beginning-of-sentence symbol.
+
+        Returns:
+            ``(B, vocabulary)``: the scores of a ``<mask>`` that stands next.
+
+        Raises:
+            UserError: if the next token would be longer than ``--max-text-length``.
+        """
+        start = state.num_tokens
+        pairs = torch.stack([tokens, torch.full_like(tokens, self.dictionary.index(MASK_SYMBOL))], dim=1)
+        keys = 1 + self.beit3.vision_embed.num_patches + start + 2
+        visible = torch.ones(2, keys, dtype=torch.bool, device=tokens.device)
+        visible[0, -1] = False  # the token does not see the mask, which is not of the caption
+        with self.autocast(tokens.device.type):
+            features, _ = self.beit3.step(pairs, start, visible, state.caches)
+        for cache in state.caches:
+            cache.drop_last()
+        state.num_tokens += 1
+        return self.text_logits(features[:, -1])
+
+
+# ---------------------------------------------------------------------- beam search
 
 
 class CaptionWriter(Protocol):
@@ -46,7 +119,7 @@ class CaptionSearch:
         max_len: most tokens of a caption, ``</s>`` counted.
 
     Raises:
-        ValueError: naming the flag, its value and the rule.
+        UserError: naming the flag, its value and the rule.
     """
 
     beam: int = 3
@@ -107,7 +180,7 @@ def search_captions(
 
 
 class _Beams:
-    """The hypotheses of B images, K each; row ``image * K + place`` of the model's batch."""
+    """The hypotheses of B images, K each; row ``image * K + rank`` of the model's batch."""
 
     def __init__(self, images: int, search: CaptionSearch, specials: Specials, device: torch.device) -> None:
         self.search = search
@@ -150,8 +223,8 @@ class _Beams:
         candidates = (self.sums_BK[..., None] + self._log_probs(logits).view(images, beam, -1)).flatten(1)
         vocabulary = logits.size(-1)
         # An image has at most K candidates that end: among 2 K there are K that go on.
-        sums, places = candidates.topk(min(2 * beam, candidates.size(1)))
-        parents, tokens = places.div(vocabulary, rounding_mode="floor"), places % vocabulary
+        sums, chosen = candidates.topk(min(2 * beam, candidates.size(1)))
+        parents, tokens = chosen.div(vocabulary, rounding_mode="floor"), chosen % vocabulary
         ends = tokens == self.specials.eos
         self.length += 1
         self._record_ends(sums[:, :beam], ends[:, :beam], parents)
@@ -162,7 +235,7 @@ class _Beams:
         return (offsets + parents).flatten()
 
     def _log_probs(self, logits: Tensor) -> Tensor:
-        """Without what may not come next: forbidden ids, an end at once, anything but an end at the last place."""
+        """Without what may not come next: forbidden ids, an end at once, anything but an end at the last position."""
         log_probs = logits.float().log_softmax(-1).nan_to_num(nan=-torch.inf)
         log_probs[:, list(self.specials.never)] = -torch.inf
         eos = log_probs[:, self.specials.eos].clone()
@@ -175,9 +248,9 @@ class _Beams:
         """Note the hypotheses among an image's best K that end here."""
         ends = ends & ~sums.isneginf() & ~self.is_done_B[:, None]
         scores = (sums / self.length**self.search.length_penalty).masked_fill(~ends, -torch.inf)
-        score_B, place_B = scores.max(1)
+        score_B, rank_B = scores.max(1)
         for image in (score_B > self.best_score_B).nonzero().flatten().tolist():
-            parent = parents[image, place_B[image]]
+            parent = parents[image, rank_B[image]]
             self.best_tokens[image] = tuple(self.tokens_BKS[image, parent, 1:].tolist())
         self.best_score_B = torch.maximum(self.best_score_B, score_B)
         self.ended_B += ends.sum(1)
