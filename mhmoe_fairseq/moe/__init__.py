@@ -1,13 +1,14 @@
 """MH-MoE in pure PyTorch: no fairseq, no TorchScale, no process groups.
 
-    >>> from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-    >>> layer = MHMoELayer(MHMoEConfig(embed_dim=64, num_heads=4, num_experts=8, top_k=2, expert_ffn_dim=256))
-    >>> output = layer(torch.randn(2, 10, 64))
-    >>> output.hidden.shape, output.balance_loss, output.stats.expert_load
+>>> from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+>>> layer = MHMoELayer(MHMoEConfig(embed_dim=64, num_heads=4, num_experts=8, top_k=2, expert_ffn_dim=256))
+>>> output = layer(torch.randn(2, 10, 64))
+>>> output.hidden.shape, output.balance_loss, output.stats.expert_load
 """
 
 from .config import BudgetGap, MHMoEConfig
+from .fields import ConfigError
 from .layer import MHMoELayer, MHMoEOutput
 from .stats import RoutingStats
 
-__all__ = ["BudgetGap", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "RoutingStats"]
+__all__ = ["BudgetGap", "ConfigError", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "RoutingStats"]

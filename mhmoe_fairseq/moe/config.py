@@ -11,34 +11,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..common.ranges import ANY, BELOW_ONE, COUNT, POSITIVE, SIZE
-
-ROUTERS = ("linear", "xmoe")
-ROUTINGS = ("dropless", "capacity")
-ACTIVATIONS = ("gelu", "relu", "swiglu")
-NORMALIZE_SIDES = ("expert", "both")
-BALANCE_ASSIGNMENTS = ("top1", "topk")
-BALANCE_SCOPES = ("rank", "global")
-SECOND_EXPERT_POLICIES = ("all", "sampling", "random")
-_RANGES = {
-    "embed_dim": SIZE,
-    "num_heads": SIZE,
-    "num_experts": SIZE,
-    "top_k": SIZE,
-    "expert_ffn_dim": SIZE,
-    "router_dim": SIZE,
-    "shared_expert_dim": COUNT,
-    "num_projection_layers": COUNT,
-    "dropout": BELOW_ONE,
-    "activation_dropout": BELOW_ONE,
-    "router_temperature": POSITIVE,
-    "capacity_factor": POSITIVE,
-    "eval_capacity_fraction": ANY,
-}
+from ..common.ranges import SIZE
+from .fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
+from .gate import GATES, GateFields
+from .router import ROUTERS, RouterFields
 
 
 @dataclass(frozen=True, kw_only=True)
-class MHMoEConfig:
+class MHMoEConfig(RouterFields, GateFields):
     """Everything that decides what an MH-MoE layer computes.
 
     ``num_heads=1`` (with the projections at their default) is a plain sparse MoE layer:
@@ -47,11 +27,7 @@ class MHMoEConfig:
     Args:
         embed_dim: model dimension D.
         num_heads: MH-MoE heads H, the number of sub-tokens each token is split into.
-        num_experts: experts E.
-        top_k: experts per sub-token K.
         expert_ffn_dim: inner width F of one expert.
-        router: ``"xmoe"`` (low-dimensional, normalised experts) or ``"linear"``.
-        routing: ``"dropless"``, or ``"capacity"`` (the choices of GShard and TorchScale).
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (three matrices per expert).
         expert_bias: whether the experts' linear maps have biases.
         expert_layernorm: LayerNorm on the inner activation (TorchScale's sub-LN).
@@ -66,96 +42,37 @@ class MHMoEConfig:
         subtoken_residual: add the sub-token to the experts' sum (P1 equation 6).
         shared_expert_dim: inner width of one always-active expert on whole tokens (P2 table 2);
             0 for none.
-        router_dim: width of the X-MoE router's projection.
-        router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).
-        router_temperature: initial value of a learnable temperature, or None for none.
-        gating_fp32: run the router in float32 under mixed precision.
-        normalize_gates: renormalise the gate weights over the selected experts when K >= 2.
-        normalize_before_dropping: with capacity routing, renormalise before dropping.
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
         balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
             processes' batches together (``"global"``), as one process would see them in one batch.
-        second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
-        capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
-        eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
     """
 
-    embed_dim: int
-    num_experts: int
-    expert_ffn_dim: int
-    num_heads: int = 1
-    top_k: int = 2
-    router: Literal["linear", "xmoe"] = "xmoe"
-    routing: Literal["dropless", "capacity"] = "dropless"
+    embed_dim: Size
+    expert_ffn_dim: Size
+    num_heads: Size = 1
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     expert_bias: bool = True
     expert_layernorm: bool = False
-    activation_dropout: float = 0.0
-    dropout: float = 0.0
+    activation_dropout: Rate = 0.0
+    dropout: Rate = 0.0
     head_projection: bool | None = None
     merge_projection: bool | None = None
-    num_projection_layers: int = 1
+    num_projection_layers: Count = 1
     projection_bias: bool = True
     split: bool = True
     subtoken_residual: bool = False
-    shared_expert_dim: int = 0
-    router_dim: int = 16
-    router_normalize: Literal["expert", "both"] = "expert"
-    router_temperature: float | None = None
-    gating_fp32: bool = True
-    normalize_gates: bool = True
-    normalize_before_dropping: bool = False
+    shared_expert_dim: Count = 0
     balance_assignment: Literal["top1", "topk"] = "top1"
     balance_scope: Literal["rank", "global"] = "rank"
-    second_expert_policy: Literal["all", "sampling", "random"] = "all"
-    capacity_factor: float = 1.0
-    eval_capacity_fraction: float = 0.25
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
-        self._check_combinations()
-
-    # ------------------------------------------------------------------ validation
-
-    def _fail(self, field: str, rule: str) -> None:
-        raise ValueError(f"MHMoEConfig.{field} ({getattr(self, field)!r}) {rule}")
-
-    def _check_choices(self) -> None:
-        for field, choices in (
-            ("router", ROUTERS),
-            ("routing", ROUTINGS),
-            ("activation", ACTIVATIONS),
-            ("router_normalize", NORMALIZE_SIDES),
-            ("balance_assignment", BALANCE_ASSIGNMENTS),
-            ("balance_scope", BALANCE_SCOPES),
-            ("second_expert_policy", SECOND_EXPERT_POLICIES),
-        ):
-            if getattr(self, field) not in choices:
-                self._fail(field, f"must be one of {', '.join(choices)}")
-
-    def _check_numbers(self) -> None:
-        for field, allowed in _RANGES.items():
-            value = getattr(self, field)
-            if value is None and field == "router_temperature":  # none at all
-                continue
-            problem = allowed.problem(value)
-            if problem is not None:
-                self._fail(field, problem)
-
-    def _check_combinations(self) -> None:
+        check_fields(self)
+        self.check_router()
+        self.check_gate()
         if self.embed_dim % self.num_heads:
-            self._fail("num_heads", f"must divide embed_dim ({self.embed_dim})")
-        if self.top_k > self.num_experts:
-            self._fail("top_k", f"must be at most num_experts ({self.num_experts})")
-        if self.second_expert_policy != "all" and self.top_k != 2:
-            self._fail("second_expert_policy", f"needs top_k 2, not {self.top_k}")
-        if self.router == "linear" and self.router_temperature is not None:
-            self._fail("router_temperature", "needs the xmoe router; router is 'linear'")
-        if self.router == "linear" and self.router_normalize != "expert":
-            self._fail("router_normalize", "needs the xmoe router; router is 'linear'")
+            raise ConfigError("num_heads", self.num_heads, f"must divide {{embed_dim}} ({self.embed_dim})")
         if self.num_projection_layers == 0 and (self.head_projection or self.merge_projection):
-            self._fail("num_projection_layers", "is 0, but a projection is switched on")
+            raise ConfigError("num_projection_layers", 0, "is 0, but a projection is switched on")
 
     # ------------------------------------------------------------------ derived sizes
 
@@ -199,10 +116,7 @@ class MHMoEConfig:
 
     def num_router_params(self) -> int:
         """Parameters of the router."""
-        d, e, r = self.subtoken_dim, self.num_experts, self.router_dim
-        if self.router == "linear":
-            return d * e
-        return d * r + e * r + (self.router_temperature is not None)
+        return ROUTERS[self.router].num_params(self)
 
     def num_projection_params(self) -> int:
         """Parameters of the head and merge projections together."""
@@ -226,12 +140,12 @@ class MHMoEConfig:
 
     def flops_per_token(self) -> int:
         """FLOPs of one token's forward pass, matrix products only (2 per multiply-add), H*K expert calls."""
-        d, e, h = self.subtoken_dim, self.num_experts, self.split_heads
-        experts = h * self.top_k * self.matrices_per_expert * d * self.expert_ffn_dim
-        router = h * (d * e if self.router == "linear" else d * self.router_dim + self.router_dim * e)
+        h = self.split_heads
+        experts = h * self.top_k * self.matrices_per_expert * self.subtoken_dim * self.expert_ffn_dim
+        router = h * ROUTERS[self.router].flops(self)
         projections = self._num_projection_matrices() * self.embed_dim**2
         shared = self.matrices_per_expert * self.embed_dim * self.shared_expert_dim
-        return 2 * (experts + router + projections + shared)
+        return 2 * (experts + projections + shared) + router
 
     def _num_projection_matrices(self) -> int:
         return (self.has_head_projection + self.has_merge_projection) * self.num_projection_layers
@@ -269,14 +183,15 @@ class MHMoEConfig:
             **changes: further fields to change, such as ``split=False``.
 
         Raises:
-            ValueError: if no width fits the budget (``params``: within 0.5 % below).
+            ConfigError: if no width fits the budget (``params``: within 0.5 % below).
 
         Source: P1 table 11 and appendix D; P2's parity rule in its general form. ``budget_gap`` tells what
         rounding leaves.
         """
         for name, multiple in (("multiple_of", multiple_of), ("expert_multiple", expert_multiple)):
-            if SIZE.problem(multiple):
-                raise ValueError(f"{name} ({multiple!r}) {SIZE.problem(multiple)}")
+            problem = SIZE.problem(multiple)
+            if problem is not None:
+                raise ConfigError(name, multiple, problem)
         base = dataclasses.replace(
             reference,
             num_heads=num_heads,
@@ -288,7 +203,7 @@ class MHMoEConfig:
             return _match_params(base, reference, multiple_of)
         if budget == "flops":
             return _match_flops(base, reference, multiple_of, expert_multiple)
-        raise ValueError(f"budget ({budget!r}) must be one of params, flops")
+        raise ConfigError("budget", budget, "must be one of params, flops")
 
     def budget_gap(self, reference: MHMoEConfig) -> BudgetGap:
         """How far this layer is from ``reference``: relative gaps, positive where this one is larger."""
@@ -316,10 +231,12 @@ def _match_params(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int) -
     per_unit = with_width(2).num_params() - fixed  # the count is linear in the width
     width = (1 + (target - fixed) // per_unit) // multiple_of * multiple_of
     if width < 1 or with_width(width).num_params() < 0.995 * target:
-        raise ValueError(
-            f"budget 'params': no expert_ffn_dim that is a multiple of {multiple_of} gives between 99.5 % and 100 % of "
-            f"the reference's {target:,} parameters with num_heads={base.num_heads}, num_experts={base.num_experts}; "
-            f"lower multiple_of or take a larger reference"
+        raise ConfigError(
+            "budget",
+            "params",
+            f"finds no {{expert_ffn_dim}} that is a multiple of {multiple_of} and gives between 99.5 % and 100 % of "
+            f"the reference's {target:,} parameters with {{num_heads}}={base.num_heads}, {{num_experts}}="
+            f"{base.num_experts}; lower multiple_of or take a larger reference",
         )
     return with_width(width)
 
@@ -331,10 +248,18 @@ def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, ex
     width_exact = (reference.top_k * reference.expert_ffn_dim - projections / m) / base.top_k
     width = round(width_exact / multiple_of) * multiple_of
     if width < 1:
-        raise ValueError(
-            f"budget 'flops': the projections alone cost more than the reference's experts "
-            f"(expert_ffn_dim would be {width_exact:.1f}); take a wider reference or fewer projection layers"
+        raise ConfigError(
+            "budget",
+            "flops",
+            "is spent: the projections alone cost more than the reference's experts ({expert_ffn_dim} would be "
+            f"{width_exact:.1f}); take a wider reference or fewer projection layers",
         )
     available = m * d * reference.expert_ffn_dim * reference.num_experts - projections * d
     experts = round(available / (m * base.subtoken_dim * width) / expert_multiple) * expert_multiple
     return dataclasses.replace(base, expert_ffn_dim=width, num_experts=max(experts, base.top_k, expert_multiple))
+
+
+def choices(field: str) -> tuple[str, ...]:
+    """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name."""
+    registry = {"router": ROUTERS, "routing": GATES}.get(field)
+    return declared_choices(MHMoEConfig, field) if registry is None else tuple(registry)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import MHMoEConfig
-from .dispatch import assign, plan_dispatch
+from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
+from .gate import build_gate
 from .heads import head_projection, merge_heads, merge_projection, repeat_mask, split_heads
 from .losses import load_balancing_loss, pack, router_sums, router_z_loss, unpack
 from .parallelism import ExpertParallelism, Traffic
@@ -67,6 +67,7 @@ class MHMoELayer(nn.Module):
         self.parallel = parallel
         self.head_projection = head_projection(config) if config.has_head_projection else None
         self.router = build_router(config)
+        self.gate = build_gate(config)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         self.merge_projection = merge_projection(config) if config.has_merge_projection else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
@@ -116,27 +117,26 @@ class MHMoELayer(nn.Module):
     def _route(self, x_Nd: Tensor, mask_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor, RoutingStats]:
         config = self.config
         logits_NE = self.router(x_Nd)
-        probs_NE = torch.softmax(logits_NE, dim=1, dtype=_at_least_fp32(logits_NE))
-        assignment = assign(config, logits_NE, probs_NE, mask_N, training=self.training)
+        assignment = self.gate(logits_NE, mask_N)
         plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
         y_Nd = self.experts(x_Nd, assignment.gates_NK, plan)
 
         sums = router_sums(
-            logits_NE=logits_NE.to(probs_NE.dtype),
-            probs_NE=probs_NE,
+            logits_NE=logits_NE.to(assignment.probs_NE.dtype),
+            probs_NE=assignment.probs_NE,
             experts_NK=assignment.choices_NK,
             padding_mask_N=mask_N,
             assignment=config.balance_assignment,
         )
         if self.parallel is not None and config.balance_scope == "global":
             sums = unpack(self.parallel.sum(pack(sums)))
-        stats = routing_stats(probs_NE, assignment, plan, mask_N)
+        stats = routing_stats(assignment, plan, mask_N)
         return y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats
 
     @property
     def drops_tokens(self) -> bool:
         """Whether experts may refuse tokens, so that a token's output depends on the others of its batch."""
-        return self.config.routing != "dropless"
+        return self.gate.drops_tokens
 
     @property
     def traffic(self) -> Traffic | None:
@@ -154,7 +154,3 @@ class MHMoELayer(nn.Module):
         c = self.config
         sizes = f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, expert_ffn_dim={c.expert_ffn_dim}"
         return f"{sizes}, routing={c.routing}, params={c.num_params():,}"
-
-
-def _at_least_fp32(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype

@@ -1,16 +1,21 @@
-"""Routers: from sub-tokens to one logit per expert. They hold parameters and choose nothing."""
+"""Routers: from sub-tokens to one logit per expert. They hold parameters and choose nothing.
+
+A new router is a subclass of :class:`Router` in ``ROUTERS``, and the fields it needs in :class:`RouterFields`.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.ranges import POSITIVE
 from ._modes import without_autocast
-from .config import MHMoEConfig
+from .fields import ConfigError, Size, check_registered
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
 # since the forward pass normalises them.
@@ -18,27 +23,114 @@ _EXPERT_NORM = 1.5
 _MIN_TEMPERATURE = 1e-2
 
 
-class LinearRouter(nn.Module):
-    """GShard's router: logits ``x W^T`` without bias."""
+@dataclass(frozen=True, kw_only=True)
+class RouterFields:
+    """What :class:`MHMoEConfig` says about the router.
 
-    def __init__(self, config: MHMoEConfig) -> None:
+    Args:
+        num_experts: experts E.
+        router: a name in ``ROUTERS``: ``"xmoe"`` (low-dimensional, normalised experts) or ``"linear"``.
+        router_dim: width of the X-MoE router's projection.
+        router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).
+        router_temperature: initial value of a learnable temperature, or None for none.
+        gating_fp32: run the router in float32 under mixed precision.
+    """
+
+    num_experts: Size
+    router: str = "xmoe"
+    router_dim: Size = 16
+    router_normalize: Literal["expert", "both"] = "expert"
+    router_temperature: Annotated[float | None, POSITIVE] = None
+    gating_fp32: bool = True
+
+    @property
+    def subtoken_dim(self) -> int:
+        """Width d of what is routed."""
+        raise NotImplementedError
+
+    def check_router(self) -> None:
+        """Refuse an unknown router, and fields that the router has no use for."""
+        check_registered("router", self.router, ROUTERS)
+        ROUTERS[self.router].check(self)
+
+
+class Router(nn.Module):
+    """One logit per sub-token and expert; a subclass has ``scores``, ``num_params`` and ``flops``.
+
+    ``gating_fp32`` routes half-precision inputs in float32 and without autocast: a rounded logit changes which expert
+    is chosen, not just by how much.
+    """
+
+    def __init__(self, config: RouterFields) -> None:
         super().__init__()
         self.gating_fp32 = config.gating_fp32
+
+    @classmethod
+    def check(cls, config: RouterFields) -> None:
+        """Refuse, with a ConfigError, what this router cannot do; by default a field of another router's."""
+        for field, default in (("router_temperature", None), ("router_normalize", "expert")):
+            if getattr(config, field) != default:
+                rule = f"needs the xmoe router; {{router}} is {config.router!r}"
+                raise ConfigError(field, getattr(config, field), rule)
+
+    @staticmethod
+    def num_params(config: RouterFields) -> int:
+        """How many parameters this router has."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(config: RouterFields) -> int:
+        """FLOPs of routing one sub-token, matrix products only (2 per multiply-add)."""
+        raise NotImplementedError
+
+    def scores(self, x_Nd: Tensor) -> Tensor:
+        """The logits, in the dtype of ``x_Nd``: ``(N, d) -> (N, E)``."""
+        raise NotImplementedError
+
+    def forward(self, x_Nd: Tensor) -> Tensor:
+        """``(N, d) -> (N, E)`` logits."""
+        if not self.gating_fp32:
+            return self.scores(x_Nd)
+        half = x_Nd.dtype in (torch.float16, torch.bfloat16)
+        with without_autocast(x_Nd.device.type):
+            return self.scores(x_Nd.float() if half else x_Nd)
+
+    def after_update(self, load_E: Tensor) -> None:
+        """Called once after each update of the parameters, in training.
+
+        Args:
+            load_E: float ``(E,)``, the assignments to each expert in the update's batches, of all processes together.
+        """
+
+
+class LinearRouter(Router):
+    """GShard's router: logits ``x W^T`` without bias."""
+
+    def __init__(self, config: RouterFields) -> None:
+        super().__init__(config)
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.subtoken_dim))
         self.reset_parameters()
+
+    @staticmethod
+    def num_params(config: RouterFields) -> int:
+        """One vector for each expert."""
+        return config.subtoken_dim * config.num_experts
+
+    @staticmethod
+    def flops(config: RouterFields) -> int:
+        """One product."""
+        return 2 * config.subtoken_dim * config.num_experts
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s default."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
-    def forward(self, x_Nd: Tensor) -> Tensor:
-        """``(N, d) -> (N, E)`` logits."""
-        dtype = gating_dtype(x_Nd, self.gating_fp32)
-        with gating_context(x_Nd, self.gating_fp32):
-            return F.linear(x_Nd.to(dtype), self.weight.to(dtype))
+    def scores(self, x_Nd: Tensor) -> Tensor:
+        """``x W^T``."""
+        return F.linear(x_Nd, self.weight.to(x_Nd.dtype))
 
 
-class XMoERouter(nn.Module):
+class XMoERouter(Router):
     """X-MoE's router: a low-dimensional projection compared with normalised expert embeddings.
 
     With ``router_normalize="expert"`` the projected sub-token is not normalised and there is no temperature:
@@ -46,15 +138,29 @@ class XMoERouter(nn.Module):
     The expert embeddings are normalised in the graph; no parameter is edited in forward.
     """
 
-    def __init__(self, config: MHMoEConfig) -> None:
-        super().__init__()
-        self.gating_fp32 = config.gating_fp32
+    def __init__(self, config: RouterFields) -> None:
+        super().__init__(config)
         self.normalize_both = config.router_normalize == "both"
         self.reduction = nn.Linear(config.subtoken_dim, config.router_dim, bias=False)
         self.expert_embedding = nn.Parameter(torch.empty(config.num_experts, config.router_dim))
         self.initial_temperature = config.router_temperature
         self.temperature = None if config.router_temperature is None else nn.Parameter(torch.empty(()))
         self.reset_parameters()
+
+    @classmethod
+    def check(cls, config: RouterFields) -> None:
+        """All fields have a meaning here."""
+
+    @staticmethod
+    def num_params(config: RouterFields) -> int:
+        """The projection, the expert embeddings and the temperature."""
+        temperature = config.router_temperature is not None
+        return (config.subtoken_dim + config.num_experts) * config.router_dim + temperature
+
+    @staticmethod
+    def flops(config: RouterFields) -> int:
+        """The projection and the product with the expert embeddings."""
+        return 2 * (config.subtoken_dim + config.num_experts) * config.router_dim
 
     def reset_parameters(self) -> None:
         """Orthogonal expert embeddings of equal norm, the temperature's initial value; the reduction has its own."""
@@ -64,34 +170,22 @@ class XMoERouter(nn.Module):
             if self.temperature is not None and self.initial_temperature is not None:
                 self.temperature.fill_(self.initial_temperature)
 
-    def forward(self, x_Nd: Tensor) -> Tensor:
-        """``(N, d) -> (N, E)`` logits."""
-        dtype = gating_dtype(x_Nd, self.gating_fp32)
-        with gating_context(x_Nd, self.gating_fp32):
-            x_Nr = F.linear(x_Nd.to(dtype), self.reduction.weight.to(dtype))
-            if self.normalize_both:
-                x_Nr = F.normalize(x_Nr, dim=1, eps=1e-4)
-            experts_Er = F.normalize(self.expert_embedding.to(dtype), dim=1, eps=1e-4)
-            logits_NE = F.linear(x_Nr, experts_Er)
-            if self.temperature is not None:
-                logits_NE = logits_NE / self.temperature.to(dtype).clamp(min=_MIN_TEMPERATURE)
-            return logits_NE
+    def scores(self, x_Nd: Tensor) -> Tensor:
+        """Dot products, or cosines divided by the temperature."""
+        dtype = x_Nd.dtype
+        x_Nr = F.linear(x_Nd, self.reduction.weight.to(dtype))
+        if self.normalize_both:
+            x_Nr = F.normalize(x_Nr, dim=1, eps=1e-4)
+        experts_Er = F.normalize(self.expert_embedding.to(dtype), dim=1, eps=1e-4)
+        logits_NE = F.linear(x_Nr, experts_Er)
+        if self.temperature is not None:
+            logits_NE = logits_NE / self.temperature.to(dtype).clamp(min=_MIN_TEMPERATURE)
+        return logits_NE
 
 
-def gating_dtype(x: Tensor, fp32: bool) -> torch.dtype:
-    """The type that the router computes in: with ``fp32`` half-precision inputs are routed in float32.
-
-    A rounded logit changes which expert is chosen, not just by how much.
-    """
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if fp32 and half else x.dtype
+ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "xmoe": XMoERouter}
 
 
-def gating_context(x: Tensor, fp32: bool) -> contextlib.AbstractContextManager[object]:
-    """The context that it computes in: without autocast if ``fp32``, else as the caller has it."""
-    return without_autocast(x.device.type) if fp32 else contextlib.nullcontext()
-
-
-def build_router(config: MHMoEConfig) -> LinearRouter | XMoERouter:
+def build_router(config: RouterFields) -> Router:
     """The router that ``config.router`` names."""
-    return LinearRouter(config) if config.router == "linear" else XMoERouter(config)
+    return ROUTERS[config.router](config)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import Assignment, DispatchPlan
+from .dispatch import DispatchPlan
+from .gate import Assignment
 
 
 class RoutingStats(NamedTuple):
@@ -33,14 +34,12 @@ class RoutingStats(NamedTuple):
         return RoutingStats(load.reshape(-1, load.size(-1)), *(count.reshape(-1) for count in self[1:]))
 
 
-def routing_stats(
-    probs_NE: Tensor, assignment: Assignment, plan: DispatchPlan, padding_mask_N: Tensor | None
-) -> RoutingStats:
+def routing_stats(assignment: Assignment, plan: DispatchPlan, padding_mask_N: Tensor | None) -> RoutingStats:
     """Counts of one forward pass, without graph and without host synchronisation."""
     with torch.no_grad():
-        entropy_N = torch.special.entr(probs_NE.detach().float()).sum(1)
+        entropy_N = torch.special.entr(assignment.probs_NE.detach().float()).sum(1)
         if padding_mask_N is None:
-            num_subtokens = entropy_N.new_full((), probs_NE.size(0))
+            num_subtokens = entropy_N.new_full((), entropy_N.size(0))
         else:
             entropy_N = entropy_N.masked_fill(padding_mask_N, 0)
             num_subtokens = (~padding_mask_N).sum().float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.dispatch import assign, expert_capacity, gumbel_noise, normalized, top_k_experts
+from mhmoe_fairseq.moe.gate import build_gate, expert_capacity, gumbel_noise, normalized, top_k_experts
 from mhmoe_fairseq.moe.router import build_router
 
 ROWS = 20_000
@@ -36,7 +36,7 @@ def test_gumbel_noise_has_gumbels_moments() -> None:
 def test_the_second_expert_is_sampled_by_the_others_probabilities() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([3.0, 0.0, 1.0, 2.0]).expand(ROWS, 4)
-    drawn = assign(config(second_expert_policy="sampling"), logits, logits.softmax(1), None, training=True)
+    drawn = build_gate(config(second_expert_policy="sampling"))(logits)
     assert (drawn.experts_NK[:, 0] == 0).all()  # the first is no matter of chance
     assert_frequencies(torch.bincount(drawn.experts_NK[:, 1], minlength=4)[1:], logits[0, 1:].softmax(0))
     torch.testing.assert_close(drawn.gates_NK.sum(1), torch.ones(ROWS))
@@ -46,15 +46,14 @@ def test_the_second_expert_is_sampled_by_the_others_probabilities() -> None:
 def test_the_second_expert_is_used_with_twice_its_own_probability(routing: str) -> None:
     torch.manual_seed(0)
     probs = torch.tensor([0.4, 0.25, 0.2, 0.15]).expand(ROWS, 4)  # 0.25 / 0.65, renormalised, would give 0.77 for 0.5
-    logits = probs.log()
     cfg = config(second_expert_policy="random", routing=routing, capacity_factor=10.0)
-    drawn = assign(cfg, logits, probs, None, training=True)
+    drawn = build_gate(cfg)(probs.log())
     used = drawn.experts_NK[:, 1] == 1
     assert_frequencies(torch.stack([used.sum(), (~used).sum()]), torch.tensor([0.5, 0.5]))
     assert (drawn.experts_NK[~used, 1] == 4).all()
     torch.testing.assert_close(drawn.gates_NK[used], torch.tensor([0.4, 0.25]).div(0.65).expand(int(used.sum()), 2))
     assert (drawn.gates_NK[~used] == torch.tensor([1.0, 0.0])).all()
-    sure = assign(cfg, logits[:50], torch.tensor([0.5, 0.5, 0.0, 0.0]).expand(50, 4), None, training=True)
+    sure = build_gate(cfg)(torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(50, 4))
     assert (sure.experts_NK[:, 1] == 1).all()
 
 
@@ -73,7 +72,7 @@ def test_weights_of_nothing_are_zero() -> None:
 def test_first_choices_have_their_slots_before_second_ones() -> None:
     cfg = config(num_experts=2, routing="capacity", capacity_factor=0.5)  # 4 rows: int(0.5 * 2 * 2) = 2 slots
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    drawn = assign(cfg, logits, logits.softmax(1), None, training=True)
+    drawn = build_gate(cfg)(logits)
     assert drawn.kept_NK.tolist() == [[True, False]] * 4
     assert drawn.dropped_NK.tolist() == [[False, True]] * 4
     assert drawn.choices_NK.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
@@ -83,7 +82,7 @@ def test_padding_has_no_slots() -> None:
     cfg = config(num_experts=2, top_k=1, routing="capacity")  # 4 real rows: ceil(4 / 2) = 2 slots
     logits = torch.tensor([[1.0, 0.0]]).expand(12, 2)
     mask = torch.tensor([False, True, True] * 4)
-    drawn = assign(cfg, logits, logits.softmax(1), mask, training=True)
+    drawn = build_gate(cfg)(logits, mask)
     assert (~mask).sum() == 4 and drawn.kept_NK.flatten().nonzero().flatten().tolist() == [0, 3]
     assert drawn.dropped_NK.flatten().nonzero().flatten().tolist() == [6, 9]
 

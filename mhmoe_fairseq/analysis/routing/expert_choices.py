@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...moe import MHMoELayer
-from ...moe.dispatch import top_k_experts
+from ...moe.gate import Assignment
 from ...torchscale_ext.multiway_experts import SeparateExperts
 
 IMAGE, TEXT, PAIR = "image", "text", "pair"
@@ -41,10 +41,9 @@ class _Recorder:
     waiting: dict[int, list[Tensor]] = field(default_factory=dict)
     calls: list[RoutedCall] = field(default_factory=list)
 
-    def note_router(self, layer: int, pool: MHMoELayer, logits_NE: Tensor) -> None:
-        logits_NE = logits_NE.float()
-        choices_NK = top_k_experts(logits_NE, logits_NE.softmax(dim=1), pool.config.top_k)
-        self.waiting.setdefault(layer, []).append(choices_NK.view(-1, pool.config.split_heads, pool.config.top_k))
+    def note_gate(self, layer: int, pool: MHMoELayer, assignment: Assignment) -> None:
+        choices = assignment.choices_NK.view(-1, pool.config.split_heads, pool.config.top_k)
+        self.waiting.setdefault(layer, []).append(choices)
 
     def note_call(self, extra: dict[str, Any]) -> None:
         padding_mask, split = extra["padding_mask"], extra["image_positions"]
@@ -95,8 +94,8 @@ def recorded_choices(model: nn.Module) -> Iterator[list[RoutedCall]]:
     for place, members in pools.items():
         for pool in members:
             handles.append(
-                pool.router.register_forward_hook(
-                    lambda module, given, logits, place=place, pool=pool: recorder.note_router(place, pool, logits)
+                pool.gate.register_forward_hook(
+                    lambda module, given, chosen, place=place, pool=pool: recorder.note_gate(place, pool, chosen)
                 )
             )
     try:

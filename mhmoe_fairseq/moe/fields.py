@@ -1,0 +1,84 @@
+"""How a configuration declares its fields, and the check of them: choices by ``Literal``, numbers by ``Annotated``."""
+
+from __future__ import annotations
+
+import functools
+import re
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from ..common.errors import UserError
+from ..common.ranges import BELOW_ONE, COUNT, POSITIVE, SIZE
+
+Size = Annotated[int, SIZE]
+Count = Annotated[int, COUNT]
+Rate = Annotated[float, BELOW_ONE]
+Positive = Annotated[float, POSITIVE]
+
+
+class ConfigError(UserError):
+    """A field whose value breaks a rule: ``field (value) rule``.
+
+    Args:
+        field: its name.
+        value: its value.
+        rule: what it has to be. Other fields stand in it in braces, so that :meth:`message` can call them otherwise.
+
+    >>> error = ConfigError("num_heads", 5, "must divide {embed_dim} (64)")
+    >>> str(error)
+    'num_heads (5) must divide embed_dim (64)'
+    >>> error.message(lambda field: "--" + field)
+    '--num_heads (5) must divide --embed_dim (64)'
+    """
+
+    def __init__(self, field: str, value: Any, rule: str) -> None:
+        super().__init__(field, value, rule)
+        self.field, self.value, self.rule = field, value, rule
+
+    def message(self, name_of: Callable[[str], str]) -> str:
+        """The error with every field called ``name_of(field)``, such as by its flag."""
+        rule = re.sub(r"\{(\w+)\}", lambda match: name_of(match[1]), self.rule)
+        return f"{name_of(self.field)} ({self.value!r}) {rule}"
+
+    def __str__(self) -> str:
+        return self.message(str)
+
+
+@functools.cache
+def _declared(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
+
+
+def declared_choices(config: type, field: str) -> tuple[str, ...]:
+    """The values that a field declared ``Literal`` may have."""
+    return typing.get_args(_declared(config)[field])
+
+
+def check_fields(config: Any) -> None:
+    """Check what the declarations of a dataclass say of its fields.
+
+    Raises:
+        ConfigError: for the first value that is not allowed.
+    """
+    for name, declared in _declared(type(config)).items():
+        value, kind = getattr(config, name), typing.get_origin(declared)
+        problem = None
+        if kind is Literal and value not in typing.get_args(declared):
+            problem = f"must be one of {', '.join(typing.get_args(declared))}"
+        if kind is Annotated:
+            base, allowed = typing.get_args(declared)
+            optional = type(None) in typing.get_args(base)
+            problem = None if value is None and optional else allowed.problem(value)
+        if problem is not None:
+            raise ConfigError(name, value, problem)
+
+
+def check_registered(field: str, name: str, registry: dict[str, Any]) -> None:
+    """Refuse a name that nothing is registered under.
+
+    Raises:
+        ConfigError: naming the field and what there is.
+    """
+    if name not in registry:
+        raise ConfigError(field, name, f"must be one of {', '.join(registry)}")

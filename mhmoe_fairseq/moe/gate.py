@@ -1,0 +1,229 @@
+"""Gates: from the router's logits to the experts of each sub-token and the weights of their outputs.
+
+Nothing here depends on values on the host: padded and dropped assignments go to a *virtual expert* E behind the real
+ones, so every shape is known beforehand and no device synchronisation is needed.
+
+A new gate is a subclass of :class:`Gate` in ``GATES``, and the fields it needs in :class:`GateFields`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..common.ranges import ANY
+from .dispatch import sort_by_expert
+from .fields import ConfigError, Positive, Size, check_registered
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateFields:
+    """What :class:`MHMoEConfig` says about the choice of experts.
+
+    Args:
+        num_experts: experts E.
+        top_k: experts per sub-token K.
+        routing: a name in ``GATES``: ``"dropless"``, or ``"capacity"`` (the choices of GShard and TorchScale).
+        normalize_gates: renormalise the gate weights over the selected experts when K >= 2.
+        normalize_before_dropping: with capacity routing, renormalise before dropping.
+        second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
+        capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
+        eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
+    """
+
+    num_experts: Size
+    top_k: Size = 2
+    routing: str = "dropless"
+    normalize_gates: bool = True
+    normalize_before_dropping: bool = False
+    second_expert_policy: Literal["all", "sampling", "random"] = "all"
+    capacity_factor: Positive = 1.0
+    eval_capacity_fraction: Annotated[float, ANY] = 0.25
+
+    def check_gate(self) -> None:
+        """Refuse an unknown gate, and fields that contradict each other."""
+        check_registered("routing", self.routing, GATES)
+        if self.top_k > self.num_experts:
+            raise ConfigError("top_k", self.top_k, f"must be at most {{num_experts}} ({self.num_experts})")
+        if self.second_expert_policy != "all" and self.top_k != 2:
+            raise ConfigError("second_expert_policy", self.second_expert_policy, f"needs {{top_k}} 2, not {self.top_k}")
+
+
+class Assignment(NamedTuple):
+    """Chosen experts and gate weights.
+
+    Attributes:
+        probs_NE: the router's softmax, in float32 or wider.
+        experts_NK: int64, first choice first; E (the virtual expert) where ``kept_NK`` is False.
+        gates_NK: weights of the experts' outputs, 0 where not kept.
+        choices_NK: the experts chosen before padding, policy and capacity took any away.
+        kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
+        dropped_NK: bool, lost for lack of capacity only; None: none.
+    """
+
+    probs_NE: Tensor
+    experts_NK: Tensor
+    gates_NK: Tensor
+    choices_NK: Tensor
+    kept_NK: Tensor | None
+    dropped_NK: Tensor | None
+
+
+class Gate(nn.Module):
+    """Softmax, then the K best experts of every sub-token; no expert is ever full.
+
+    Who wants to know what is chosen, such as an analysis, registers a forward hook here.
+
+    Attributes:
+        drops_tokens: whether experts may refuse tokens, so that a token's output depends on the others of its batch.
+    """
+
+    drops_tokens = False
+
+    def __init__(self, config: GateFields) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
+    ) -> Assignment:
+        """Choose experts and weights: probabilities, choices, who is refused, weights.
+
+        Args:
+            logits_NE: the router's output.
+            padding_mask_N: True where padded.
+            noise: Gumbel noise ``(N, E)`` (policy ``sampling``) or uniform ``(N,)`` (``random``) in place of fresh
+                draws. The policies apply in training only; evaluation draws no random number.
+        """
+        config = self.config
+        probs_NE = self.probabilities(logits_NE)
+        policy = config.second_expert_policy if self.training else "all"
+        choices_NK = self._choose(logits_NE, probs_NE, policy, noise)
+        gates_NK = probs_NE.gather(1, choices_NK)
+        refuses = self.drops_tokens or policy == "random"
+        normalize_first = config.normalize_before_dropping or not refuses
+        if normalize_first:
+            gates_NK = self._normalized(gates_NK)
+        chosen_NK = _without_padding(choices_NK, padding_mask_N)
+        if policy == "random":
+            sampled_NK = _sampled(gates_NK, noise)
+            chosen_NK = sampled_NK if chosen_NK is None else chosen_NK & sampled_NK
+        kept_NK, dropped_NK = self._within_capacity(choices_NK, chosen_NK, padding_mask_N)
+        if kept_NK is None:
+            return Assignment(probs_NE, choices_NK, gates_NK, choices_NK, None, None)
+        gates_NK = gates_NK.masked_fill(~kept_NK, 0)
+        if not normalize_first:
+            gates_NK = self._normalized(gates_NK)
+        experts_NK = choices_NK.masked_fill(~kept_NK, config.num_experts)
+        return Assignment(probs_NE, experts_NK, gates_NK, choices_NK, kept_NK, dropped_NK)
+
+    def probabilities(self, logits_NE: Tensor) -> Tensor:
+        """The softmax, in float32 or wider."""
+        half = logits_NE.dtype in (torch.float16, torch.bfloat16)
+        return torch.softmax(logits_NE, dim=1, dtype=torch.float32 if half else logits_NE.dtype)
+
+    def _choose(self, logits_NE: Tensor, probs_NE: Tensor, policy: str, noise: Tensor | None) -> Tensor:
+        gumbel = None
+        if policy == "sampling":
+            gumbel = gumbel_noise(logits_NE) if noise is None else noise
+        return top_k_experts(logits_NE, probs_NE, self.config.top_k, gumbel)
+
+    def _normalized(self, gates_NK: Tensor) -> Tensor:
+        return normalized(gates_NK) if self.config.normalize_gates and self.config.top_k > 1 else gates_NK
+
+    def _within_capacity(
+        self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Which of the chosen assignments are kept (None: all), and which are dropped (None: none)."""
+        return chosen_NK, None
+
+
+class CapacityGate(Gate):
+    """As GShard's and TorchScale's gates: an expert takes what comes first, and drops what is over its capacity."""
+
+    drops_tokens = True
+
+    def _within_capacity(
+        self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if chosen_NK is None:
+            chosen_NK = torch.ones_like(choices_NK, dtype=torch.bool)
+        if padding_mask_N is None:
+            num_real = torch.full((), choices_NK.size(0), device=choices_NK.device)
+        else:
+            num_real = (~padding_mask_N).sum()
+        slots_NK = slot_positions(choices_NK.masked_fill(~chosen_NK, config.num_experts), config.num_experts)
+        within_NK = slots_NK < expert_capacity(config, num_real, training=self.training)
+        return chosen_NK & within_NK, chosen_NK & ~within_NK
+
+
+GATES: dict[str, type[Gate]] = {"dropless": Gate, "capacity": CapacityGate}
+
+
+def build_gate(config: GateFields) -> Gate:
+    """The gate that ``config.routing`` names."""
+    return GATES[config.routing](config)
+
+
+def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor | None = None) -> Tensor:
+    """The K best experts per row, ``(N, K)``; ties go to the lowest index, as in GShard.
+
+    The first choice is the argmax of the softmax, the following ones of the remaining logits: two different logits can
+    round to one probability, and TorchScale chooses so. ``noise_NE`` is added for all choices but the first.
+    """
+    chosen = [probs_NE.argmax(dim=1, keepdim=True)]
+    rest = logits_NE.detach() if noise_NE is None else logits_NE.detach() + noise_NE
+    for _ in range(k - 1):
+        rest = rest.scatter(1, chosen[-1], float("-inf"))
+        chosen.append(rest.argmax(dim=1, keepdim=True))
+    return torch.cat(chosen, dim=1)
+
+
+def gumbel_noise(like: Tensor) -> Tensor:
+    """Standard Gumbel noise (policy ``sampling``)."""
+    return -torch.empty_like(like).exponential_().log()
+
+
+def normalized(gates_NK: Tensor) -> Tensor:
+    """Gate weights that sum to one per row."""
+    return gates_NK / gates_NK.sum(1, keepdim=True).clamp(min=torch.finfo(gates_NK.dtype).eps)
+
+
+def expert_capacity(config: GateFields, num_subtokens: Tensor, *, training: bool) -> Tensor:
+    """Slots per expert as GShard and TorchScale count them: ``int(factor * K * ceil(N / E))``, in evaluation
+    ``ceil(fraction * N)``; at least one.
+
+    ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens), so that counting padding costs no synchronisation.
+    """
+    num = num_subtokens.to(torch.float64)
+    if not training and config.eval_capacity_fraction > 0:
+        return (config.eval_capacity_fraction * num).ceil()
+    return (config.capacity_factor * config.top_k * (num / config.num_experts).ceil()).floor().clamp(min=1)
+
+
+def slot_positions(experts_NK: Tensor, num_experts: int) -> Tensor:
+    """Position of every assignment in its expert's queue, ``(N, K)``.
+
+    All first choices queue before all second ones, each in row order (GShard). Rows of the virtual expert get
+    positions too; they mean nothing.
+    """
+    n, k = experts_NK.shape
+    flat_KN = experts_NK.t().reshape(-1)
+    order, offsets_E = sort_by_expert(flat_KN, num_experts)
+    starts = torch.cat([offsets_E.new_zeros(1), offsets_E]).long()
+    positions = torch.arange(n * k, device=flat_KN.device) - starts.index_select(0, flat_KN.index_select(0, order))
+    return torch.empty_like(flat_KN).scatter_(0, order, positions).view(k, n).t()
+
+
+def _without_padding(choices_NK: Tensor, padding_mask_N: Tensor | None) -> Tensor | None:
+    return None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(choices_NK)
+
+
+def _sampled(gates_NK: Tensor, noise: Tensor | None) -> Tensor:
+    """GShard: the second expert is used with probability min(1, 2 g_2)."""
+    uniform = torch.rand_like(gates_NK[:, 1]) if noise is None else noise
+    return torch.stack([torch.ones_like(uniform, dtype=torch.bool), 2 * gates_NK[:, 1] > uniform], dim=1)
