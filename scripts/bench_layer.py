@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from _bench import contenders
-from _bench.console import (
-    Progress,
-    add_common_arguments,
-    command_line,
-    positive,
-    report_path,
-    say,
-    set_threads,
-    today,
-)
-from _bench.machine import describe
-from _bench.memory import measure
-from _bench.plot import write_plot
-from _bench.records import Results, targets
-from _bench.report import write_report
-from _bench.setting import DTYPES, Setting
-from _bench.sweep import RIVALS, Plan, Runner, full_plan, quick_plan
+import torch
+from _bench import layers
+from _bench.console import Progress, add_numbers, make_parser, positive, report_path, say
+from _bench.layer_report import Results, targets, write_layer_report, write_plot
+from _bench.layers import DTYPES, NAMES, Setting, build
+from _bench.memory import in_fresh_process, measure
+from _bench.timing import time_pairs
 
 DESCRIPTION = """\
 Measure the MH-MoE layer (forward and backward) against
@@ -55,143 +44,175 @@ reading the report:
   Only runs on an idle machine are worth keeping. An interrupted run leaves a
   report that says it is incomplete.
 """
+RIVALS = ("gemm", "loop", "torchscale", "mixtral-grouped", "mixtral-eager")
+TORCHSCALE_MAX_TOKENS = 4096  # its dispatch tensors grow with T squared: 8 GB there
+SIZES = {"embed-dim": "embed_dim", "heads": "num_heads", "top-k": "top_k", "ffn-dim": "ffn_dim"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EPILOG)
     parser.add_argument("--quick", action="store_true", help="only the points that the project's targets speak of")
-    parser.add_argument(
-        "--tokens",
-        type=positive,
-        nargs="+",
-        default=[512, 1024, 2048, 4096, 8192],
-        metavar="T",
-        help="tokens per batch (default: 512 1024 2048 4096 8192)",
-    )
-    parser.add_argument(
-        "--experts", type=positive, nargs="+", default=[8, 32, 128], metavar="E", help="experts (default: 8 32 128)"
-    )
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES), help="number formats (default: fp32 bf16)"
-    )
-    parser.add_argument(
-        "--rivals", nargs="+", choices=RIVALS, default=list(RIVALS), help="whom to compare with (default: all)"
-    )
-    parser.add_argument(
-        "--embed-dim", type=positive, default=768, metavar="D", help="model dimension (default: %(default)s)"
-    )
-    parser.add_argument("--heads", type=positive, default=4, metavar="H", help="MH-MoE heads (default: %(default)s)")
-    parser.add_argument(
-        "--top-k", type=positive, default=2, metavar="K", help="experts per sub-token (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--ffn-dim", type=positive, default=3072, metavar="F", help="inner width of one expert (default: %(default)s)"
-    )
+    for name, default in (("tokens", [512, 1024, 2048, 4096, 8192]), ("experts", [8, 32, 128])):
+        shown = f"{name} of a layer's step (default: {' '.join(map(str, default))})"
+        parser.add_argument(f"--{name}", type=positive, nargs="+", default=default, metavar="N", help=shown)
+    for name, known in (("dtypes", list(DTYPES)), ("rivals", list(RIVALS))):
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, help="default: all")
+    add_numbers(parser, {
+        "embed-dim": (768, "model dimension D"), "heads": (4, "MH-MoE heads H"),
+        "top-k": (2, "experts per sub-token K"), "ffn-dim": (3072, "inner width F of one expert"),
+    })  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
-    parser.add_argument(
-        "--measure-memory", choices=[name for name in contenders.NAMES if name != "gemm"], help=argparse.SUPPRESS
-    )
-    add_common_arguments(parser)
+    parser.add_argument("--measure-memory", choices=[name for name in NAMES if name != "gemm"], help=argparse.SUPPRESS)
     return parser
 
 
 def chosen_settings(args: argparse.Namespace) -> list[Setting]:
-    """Every combination asked for, checked before anything runs."""
-    sizes = {"embed_dim": args.embed_dim, "num_heads": args.heads, "top_k": args.top_k, "ffn_dim": args.ffn_dim}
-    return [
-        Setting(tokens, experts, dtype, **sizes)
-        for dtype in args.dtypes
-        for experts in args.experts
-        for tokens in args.tokens
-    ]
-
-
-def check_quick(args: argparse.Namespace) -> None:
-    """``--quick`` has its own sizes.
+    """Every combination asked for, checked before anything runs.
 
     Raises:
-        ValueError: sizes are given as well.
+        ValueError: a size that the layer refuses, or one beside ``--quick``, which has its own.
     """
-    parser = build_parser()
-    for flag in ("tokens", "experts", "dtypes", "embed_dim", "heads", "top_k", "ffn_dim"):
-        if args.quick and getattr(args, flag) != parser.get_default(flag):
-            raise ValueError(f"--{flag.replace('_', '-')} contradicts --quick, which measures the targets' own sizes")
+    for flag in ("tokens", "experts", "dtypes", *SIZES):
+        name = flag.replace("-", "_")
+        if args.quick and getattr(args, name) != build_parser().get_default(name):
+            raise ValueError(f"--{flag} contradicts --quick, which measures the targets' own sizes")
+    sizes = {field: getattr(args, flag.replace("-", "_")) for flag, field in SIZES.items()}
+    return [Setting(t, e, dtype, **sizes) for dtype in args.dtypes for e in args.experts for t in args.tokens]
 
 
-def make_plan(args: argparse.Namespace, results: Results) -> Plan:
-    """What to run, without the rivals that cannot run here; those are noted in ``results``."""
-    settings = chosen_settings(args)  # first: bad sizes end the run before anything is said
-    rivals = []
-    for name in args.rivals:
-        reason = contenders.unavailable(name)
-        if reason:
-            results.notes.append(f"{contenders.NAMES[name]} was left out: {reason}.")
-            say(results.notes[-1])
-        else:
-            rivals.append(name)
-    plan = quick_plan(rivals) if args.quick else full_plan(settings, rivals)
-    if args.no_memory:
-        plan = Plan(plan.verify, plan.duels, (), plan.breakdown)
-    return plan
+class Run:
+    """Which measurements are made, and making them.
+
+    Args:
+        args: the command line.
+        settings: what to measure; ``--quick`` has its own.
+        rivals: contenders that can run here.
+    """
+
+    def __init__(self, args: argparse.Namespace, settings: Sequence[Setting], rivals: Sequence[str]) -> None:
+        self.args, self.results = args, Results()
+        self.path = report_path(args.output, "-quick" if args.quick else "")
+        points = [Setting(2048, experts) for experts in (8, 32)] if args.quick else settings
+        duels = [(setting, "mhmoe", name) for setting in points for name in rivals]
+        if args.quick and "loop" in rivals:
+            duels.append((Setting(4096, 8), "mhmoe", "loop"))
+        if "mixtral-grouped" in rivals:  # like for like
+            duels += [(setting, "mhmoe-swiglu", "mixtral-grouped") for setting in points]
+        self.duels = [duel for duel in duels if runs_at(duel[2], duel[0])]
+        # At the smallest number of experts, which hardly changes it.
+        fewest = min(setting.num_experts for setting in settings)
+        measured = [Setting(tokens, 8) for tokens in (2048, 4096, 8192)] if args.quick else settings
+        self.memory = [
+            (setting, name)
+            for setting in measured
+            for name in ("mhmoe", *rivals)
+            if not args.no_memory and name != "gemm" and runs_at(name, setting)
+            and (args.quick or setting.num_experts == fewest)
+        ]  # fmt: skip
+        self.verified = [setting for setting in points if setting.dtype == "fp32"]
+        sizes = sorted({setting.tokens for setting in points})
+        self.profiled = [setting for setting in points if setting.tokens == sizes[len(sizes) // 2]]
+
+    def __call__(self) -> Results:
+        """Verify, measure, time, take apart; the report is written after every part."""
+        parts = [
+            *((self.verify, (setting,), 1) for setting in self.verified),
+            *((self.measure, job, 1) for job in self.memory),
+            *((self.time, duel, 0) for duel in self.duels),
+            *((self.take_apart, (setting,), 1) for setting in self.profiled),
+        ]
+        with Progress(len(parts) + len(self.duels) * (self.args.pairs - 1)) as self.progress:
+            for part, arguments, units in parts:
+                setting, *names = arguments
+                self.progress(f"{part.__name__} {' / '.join(names)} {setting.label()}")
+                part(*arguments)
+                self.progress(part.__name__, units)
+                self.write(complete=False)
+        if not write_plot(self.path.with_suffix(".png"), self.results):
+            self.results.notes.append("No plot: matplotlib is not installed.")
+        self.write(complete=True)
+        return self.results
+
+    def write(self, *, complete: bool) -> None:
+        write_layer_report(
+            self.path, self.results, threads=self.args.threads, pairs=self.args.pairs, complete=complete
+        )
+
+    def verify(self, setting: Setting) -> None:
+        what = {"loop": f"our layer against the plain loop, {setting.label()}"}
+        if any(rival.startswith("mixtral") for *_, rival in self.duels):
+            what["mixtral-eager"] = f"our SwiGLU layer against Mixtral's block, {setting.label()}"
+        for rival, label in what.items():
+            self.results.errors[label] = layers.check(layers.errors_against(rival, setting), label)
+
+    def measure(self, setting: Setting, name: str) -> None:
+        sizes = {"tokens": setting.tokens, "experts": setting.num_experts, "dtypes": setting.dtype}
+        sizes |= {flag: getattr(setting, field) for flag, field in SIZES.items()} | {"threads": self.args.threads}
+        words = [word for flag, value in sizes.items() for word in (f"--{flag}", str(value))]
+        try:
+            self.results.memory[setting, name] = in_fresh_process(__file__, [*words, "--measure-memory", name])
+        except RuntimeError as error:  # as when a rival needs more memory than the machine has
+            if name.startswith("mhmoe"):
+                raise
+            self.results.notes.append(f"Memory of {NAMES[name]} at {setting.label()}: {error}")
+
+    def time(self, setting: Setting, first: str, second: str) -> None:
+        gc.collect()
+        label = f"time {first} / {second} {setting.label()}"
+        contenders = build(first, setting), build(second, setting)
+        self.results.times[setting, first, second] = time_pairs(
+            *contenders, pairs=self.args.pairs, after_pair=lambda: self.progress(label, 1)
+        )
+
+    def take_apart(self, setting: Setting) -> None:
+        self.results.breakdowns[setting.label()] = operator_times(build("mhmoe", setting))
 
 
-def measure_here(args: argparse.Namespace) -> int:
+def runs_at(name: str, setting: Setting) -> bool:
+    return name != "torchscale" or setting.tokens <= TORCHSCALE_MAX_TOKENS
+
+
+def operator_times(call: Callable[[], object], top: int = 8, repeats: int = 3) -> list[tuple[str, float, float]]:
+    """The operators that take most of a call: (name, milliseconds per call, share of all operators)."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(repeats):
+            call()
+    averages = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in averages)
+    times = [(event.key, event.self_cpu_time_total) for event in averages[:top]]
+    return [(name, time / 1e3 / repeats, time / total) for name, time in times]
+
+
+def measure_here(name: str, setting: Setting) -> None:
     """The fresh process's part: warm up on few tokens, then measure one full step; print JSON."""
-    (setting,) = chosen_settings(args)
-    small = contenders.build(args.measure_memory, Setting(**{**vars(setting), "tokens": min(64, setting.tokens)}))
-    small()
-    del small
-    step = contenders.build(args.measure_memory, setting)
+    build(name, Setting(**{**vars(setting), "tokens": min(64, setting.tokens)}))()
+    step = build(name, setting)
     print(json.dumps(measure(step, step.clear, step.tensors())))
-    return 0
-
-
-def report_writer(path: Path, args: argparse.Namespace) -> Callable[..., None]:
-    """A function that writes the report as it stands; ``complete=True`` for the last time."""
-    fixed = {"machine": describe(args.threads), "command": command_line(), "date": today(), "pairs": args.pairs}
-
-    def write(results: Results, *, complete: bool = False) -> None:
-        write_report(path, results, complete=complete, **fixed)
-
-    return write
 
 
 def run(args: argparse.Namespace) -> int:
-    check_quick(args)
-    path = report_path(args.output, "-quick" if args.quick else "")
-    write = report_writer(path, args)
-    noted = Results()
-    plan = make_plan(args, noted)
-    progress = Progress(plan.steps(args.pairs))
-    runner = Runner(__file__, pairs=args.pairs, threads=args.threads, on_progress=progress, on_part=write)
-    runner.results.notes.extend(noted.notes)
-    try:
-        results = runner.run(plan)
-    finally:
-        progress.close()
-    if not write_plot(path.with_suffix(".png"), results):
-        results.notes.append("No plot: matplotlib is not installed.")
-    write(results, complete=True)
-    return summarise(results, path, check=args.check)
-
-
-def summarise(results: Results, path: Path, *, check: bool) -> int:
-    """One line per target, one for the report; the exit status."""
-    decided = targets(results)
+    torch.set_num_threads(args.threads)
+    settings = chosen_settings(args)  # first: bad sizes end the run before anything is said
+    if args.measure_memory:
+        measure_here(args.measure_memory, settings[0])
+        return 0
+    reasons = {name: layers.unavailable(name) for name in args.rivals}
+    planned = Run(args, settings, [name for name, reason in reasons.items() if reason is None])
+    planned.results.notes += [f"{NAMES[name]} was left out: {reason}." for name, reason in reasons.items() if reason]
+    for note in planned.results.notes:
+        say(note)
+    decided = targets(planned())
     for target in decided:
         say(f"{'met   ' if target.met else 'MISSED'} {target.promise}: {target.measured}")
-    say(f"report: {path}")
-    return int(check and not all(target.met for target in decided))
+    say(f"report: {planned.path}")
+    return int(args.check and not all(target.met for target in decided))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    set_threads(args.threads)
     try:
-        return measure_here(args) if args.measure_memory else run(args)
+        return run(args)
     except (ValueError, OSError, RuntimeError) as error:
         say(f"bench_layer: error: {error}")
         return 2

@@ -1,18 +1,19 @@
 """Peak memory of one call, measured in a process that does nothing else.
 
-Two measures, both counted from the state just before the call (weights, optimiser state and inputs
-exist already, gradients do not), after a small warm-up call and with free memory given back:
+Two measures, both counted from the state just before the call (weights, optimiser state and inputs exist already,
+gradients do not), after a small warm-up call and with free memory given back:
 
-- ``tensors``: the largest sum of live tensor storages, followed operator by operator. Exact and the same in
-  every run. Storages that an operator allocates and frees inside itself are not seen, those that come from
-  elsewhere than PyTorch's allocator (a mapped file, anonymous pages) are; PyTorch's profiler has it the other way
-  round, and cannot be used for a layer that maps its own pages.
-- ``resident``: the growth of the process's peak resident set, as the kernel counted it. Includes what
-  the C library keeps, and the maths library's buffers; differs a little from run to run.
+- ``tensors``: the largest sum of live tensor storages, followed operator by operator. Exact and the same in every
+  run. Storages that an operator allocates and frees inside itself are not seen, those that come from elsewhere than
+  PyTorch's allocator (a mapped file, anonymous pages) are; PyTorch's profiler has it the other way round, and cannot
+  be used for a layer that maps its own pages.
+- ``resident``: the growth of the process's peak resident set, as the kernel counted it. Includes what the C library
+  keeps, and the maths library's buffers; differs a little from run to run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -49,9 +50,8 @@ class StorageTally(TorchDispatchMode):
         self._known = {storage._cdata for storage in self._existing}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves((args, kwargs, result)):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs or {}, result)):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
         return result
@@ -76,32 +76,23 @@ def tensor_peak(call: Callable[[], object], existing: Iterable[torch.Tensor]) ->
     return tally.peak
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no field {field}")
-
-
-def give_back_free_memory() -> None:
-    """Collect garbage and, with glibc, return free pages to the kernel."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except AttributeError:
-        pass  # another C library: free pages stay, and count for every contender alike
-
-
 def resident_peak(call: Callable[[], object]) -> int | None:
     """Growth of the peak resident set during ``call`` in bytes; None where Linux's /proc is missing."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
-    give_back_free_memory()
-    before = _status("VmRSS")
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library than glibc: its free pages count for all alike
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+    before = status("VmRSS")
     reset.write_text("5", encoding="ascii")  # the kernel's code for "forget the peak so far"
     call()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
 def measure(
@@ -111,11 +102,10 @@ def measure(
     clear()
     resident = resident_peak(call)
     clear()
-    tensors = tensor_peak(call, existing)
-    return {"tensors": tensors / MIB, "resident": None if resident is None else resident / MIB}
+    return {"tensors": tensor_peak(call, existing) / MIB, "resident": None if resident is None else resident / MIB}
 
 
-def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, float | None]:
+def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Run ``script`` anew with ``arguments`` and read the JSON object in its last line.
 
     Raises:

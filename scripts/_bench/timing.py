@@ -35,10 +35,13 @@ class Pairs:
         """Median over the pairs of first / second."""
         return statistics.median(self.ratios)
 
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Smallest and largest ratio of a pair: how noisy the machine was."""
-        return min(self.ratios), max(self.ratios)
+    def range_text(self) -> str:
+        """Smallest and largest ratio of a pair, in words: how noisy the machine was."""
+        return f"(pairs {min(self.ratios):.2f} to {max(self.ratios):.2f})"
+
+    def swapped(self) -> Pairs:
+        """The second as the first: ratios of speeds in place of those of times."""
+        return Pairs(self.second, self.first)
 
 
 def seconds(call: Callable[[], object]) -> float:

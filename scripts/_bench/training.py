@@ -1,26 +1,31 @@
-"""Whole language models, each with its data, criterion and Adam, built from the flags a user would type."""
+"""Whole language models in training: what a user would type, run, and read from the log."""
 
 from __future__ import annotations
 
 import argparse
-import tempfile
+import json
+import os
+import statistics
+import subprocess
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import torch
 from fairseq import options, tasks
+from fairseq.data import indexed_dataset
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.optim import build_optimizer
-from torch import Tensor
 
-import mhmoe_fairseq  # noqa: F401  (registers models, tasks and criterions)
+import mhmoe_fairseq
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 
+from .console import add_numbers
+from .timing import Pairs
+
 SEED = 1
+WARMUP = 1  # updates of every run that no time is taken of
 REFERENCE = "xmoe"
 NAMES = {
     "dense": "dense",
@@ -30,165 +35,139 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class TrainingSetting:
-    """What all four models share.
-
-    Args:
-        size: suffix of the architectures: ``"tiny"``, ``"small"`` or ``"base"`` (12 x 768).
-        num_experts: experts of X-MoE, and of the reference that MH-MoE's budget is taken from.
-        num_heads: MH-MoE heads.
-        top_k: experts per token and per sub-token.
-        sentences: samples per update.
-        tokens_per_sample: tokens of a sample.
-        vocab_size: symbols of the synthetic dictionary, fairseq's four special ones not counted.
-        precision: ``--mhmoe-precision``.
-        data: a prepared folder; None for synthetic tokens.
-    """
-
-    size: str = "base"
-    num_experts: int = 8
-    num_heads: int = 4
-    top_k: int = 2
-    sentences: int = 4
-    tokens_per_sample: int = 512
-    vocab_size: int = 8000
-    precision: str = "fp32"
-    data: str | None = None
-
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> TrainingSetting:
-        """From a benchmark's command line; one without ``--data`` has synthetic tokens."""
-        return cls(
-            size=args.size,
-            num_experts=args.experts,
-            num_heads=args.heads,
-            top_k=args.top_k,
-            sentences=args.sentences,
-            tokens_per_sample=args.tokens_per_sample,
-            vocab_size=args.vocab,
-            precision=args.precision,
-            data=getattr(args, "data", None),
-        )
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per update."""
-        return self.sentences * self.tokens_per_sample
-
-    def flags(self, name: str) -> list[str]:
-        """The flags of one model, without data folder.
-
-        Raises:
-            ValueError: the name is unknown.
-        """
-        if name not in NAMES:
-            raise ValueError(f"model ({name}) must be one of {', '.join(NAMES)}")
-        family = name.split("-")[0]
-        flags = ["--arch", f"{family}_lm_{self.size}", "--mhmoe-precision", self.precision]
-        if family != "dense":
-            flags += ["--moe-expert-count", str(self.num_experts), "--moe-top-k", str(self.top_k)]
-        if family == "mhmoe":
-            flags += ["--mhmoe-heads-number", str(self.num_heads), "--mhmoe-budget", name.split("-")[1]]
-        return flags
-
-    def common_flags(self) -> list[str]:
-        """Task, criterion and optimiser: the same for every model."""
-        return [
-            *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy"),
-            *("--tokens-per-sample", str(self.tokens_per_sample), "--sample-break-mode", "none"),
-            *("--optimizer", "adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
-            *("--batch-size", str(self.sentences), "--required-batch-size-multiple", "1", "--cpu"),
-        ]
+def add_training_arguments(parser: argparse.ArgumentParser, *, size: str, sentences: int) -> None:
+    """The flags of a model and of its update."""
+    sizes = ["tiny", "small", "base"]
+    parser.add_argument("--size", choices=sizes, default=size, help=f"architecture (default: {size})")
+    add_numbers(parser, {
+        "experts": (8, "X-MoE's experts"), "heads": (4, "MH-MoE heads"), "top-k": (2, "experts per sub-token"),
+        "sentences": (sentences, "samples per update"), "tokens-per-sample": (512, "tokens of a sample"),
+        "vocab": (8000, "synthetic words"), "updates": (3, f"timed updates of every run, after {WARMUP}"),
+    })  # fmt: skip
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="as --mhmoe-precision")
 
 
-class Training:
-    """A model in training; a call is one update: forward, backward, Adam step."""
-
-    def __init__(self, name: str, setting: TrainingSetting) -> None:
-        torch.manual_seed(SEED)
-        with tempfile.TemporaryDirectory() as folder:
-            data = setting.data or dictionary_folder(Path(folder), setting.vocab_size)
-            argv = [str(data), *setting.common_flags(), *setting.flags(name)]
-            args = options.parse_args_and_arch(options.get_training_parser(), input_args=argv)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # fairseq composes with hydra's older calls
-                config = convert_namespace_to_omegaconf(args)
-            task = tasks.setup_task(config.task)
-        self.model = task.build_model(config.model).train()
-        self.criterion = task.build_criterion(config.criterion).train()
-        self.optimizer = build_optimizer(config.optimizer, list(self.model.parameters()))
-        self.batches = _real_batches(task, setting) if setting.data else synthetic_batches(task.dictionary, setting)
-
-    def __call__(self) -> None:
-        batch = next(self.batches)
-        self.clear()
-        loss, sample_size, _ = self.criterion(self.model, batch)
-        self.optimizer.backward(loss)
-        self.optimizer.multiply_grads(1 / sample_size)
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        """Forget the gradients."""
-        self.optimizer.zero_grad()
-
-    def tensors(self) -> list[Tensor]:
-        """What stays from update to update: weights, buffers and, after the first one, Adam's state."""
-        state = [value for values in self.optimizer.optimizer.state.values() for value in values.values()]
-        kept = [value for value in state if isinstance(value, Tensor)]
-        return [*self.model.parameters(), *self.model.buffers(), *kept]
-
-    def num_params(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def moe(self) -> MHMoEConfig | None:
-        """The configuration of the MoE layers; None in a dense model."""
-        layers = self._moe_layers()
-        return layers[0].config if layers else None
-
-    def num_moe_layers(self) -> int:
-        return len(self._moe_layers())
-
-    def _moe_layers(self) -> list[MHMoELayer]:
-        return [module for module in self.model.modules() if isinstance(module, MHMoELayer)]
-
-
-def dictionary_folder(folder: Path, vocab_size: int) -> Path:
-    """A data folder with nothing but a dictionary of made-up words."""
-    lines = [f"w{rank} {vocab_size - rank}\n" for rank in range(vocab_size)]
-    (folder / "dict.txt").write_text("".join(lines), encoding="utf-8")
-    return folder
-
-
-def synthetic_batches(dictionary: Any, setting: TrainingSetting) -> Iterator[dict]:
-    """Tokens drawn by Zipf's law (probability 1 / (rank + 2.7)), as frequent and as rare as words in a text."""
-    generator = torch.Generator().manual_seed(SEED)
-    first = dictionary.nspecial
-    weights = 1 / (torch.arange(len(dictionary) - first, dtype=torch.float64) + 2.7)
-    shape = (setting.sentences, setting.tokens_per_sample + 1)
-    while True:
-        drawn = torch.multinomial(weights, shape[0] * shape[1], replacement=True, generator=generator)
-        text = (drawn + first).view(shape)
-        lengths = torch.full((setting.sentences,), setting.tokens_per_sample)
-        yield {
-            "net_input": {"src_tokens": text[:, :-1].contiguous(), "src_lengths": lengths},
-            "target": text[:, 1:].contiguous(),
-            "ntokens": setting.tokens,
-            "nsentences": setting.sentences,
-        }
-
-
-def _real_batches(task: Any, setting: TrainingSetting) -> Iterator[dict]:
-    """Full batches of the folder's training split, from the start again when they end.
+def model_flags(name: str, args: argparse.Namespace) -> list[str]:
+    """The flags of one model.
 
     Raises:
-        ValueError: the split has not one full batch.
+        ValueError: the name is unknown.
     """
-    task.load_dataset("train")
-    batches = task.get_batch_iterator(
-        task.dataset("train"), max_sentences=setting.sentences, required_batch_size_multiple=1, seed=SEED
+    if name not in NAMES:
+        raise ValueError(f"model ({name}) must be one of {', '.join(NAMES)}")
+    family, _, budget = name.partition("-")
+    flags = ["--arch", f"{family}_lm_{args.size}", "--mhmoe-precision", args.precision]
+    if family != "dense":
+        flags += ["--moe-expert-count", str(args.experts), "--moe-top-k", str(args.top_k)]
+    if family == "mhmoe":
+        flags += ["--mhmoe-heads-number", str(args.heads), "--mhmoe-budget", budget]
+    return flags
+
+
+def common_flags(args: argparse.Namespace, ranks: int = 1) -> list[str]:
+    """Task, criterion, optimiser and batch: the same for every model; the batch is the whole update's."""
+    together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if ranks > 1 else []
+    return [
+        *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy", "--dropout", "0"),
+        *("--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"),
+        *("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
+        *("--batch-size", str(args.sentences // ranks), "--required-batch-size-multiple", "1", "--cpu", *together),
+    ]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of ``fairseq-train``: seconds of an update (median), first loss in bits, peak memory, the last log line."""
+
+    seconds: float
+    first_loss: float
+    resident_mib: float
+    log: dict[str, str]
+
+
+def train(data: str, name: str, args: argparse.Namespace, *, ranks: int = 1) -> Training:
+    """Train for some updates in processes of their own, ``args.threads`` threads shared out among them.
+
+    Raises:
+        RuntimeError: fairseq failed; the message ends with its last line of output.
+    """
+    launcher = [sys.executable, "-m", "fairseq_cli.train"]
+    if ranks > 1:
+        launcher = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+            "-m", "fairseq_cli.train",
+        ]  # fmt: skip
+    words = [
+        data, "--user-dir", str(Path(mhmoe_fairseq.__file__).parent),
+        *common_flags(args, ranks), *model_flags(name, args), "--seed", str(SEED),
+        "--max-update", str(WARMUP + args.updates), "--log-format", "json", "--log-interval", "1",
+        "--no-save", "--disable-validation", "--num-workers", "0",
+        "--curriculum", "1",  # batches in their order, so that an update has the same samples on any number of ranks
+        *([] if ranks > 1 else ["--distributed-world-size", "1"]),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads // ranks), "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    process = subprocess.Popen(
+        [*launcher, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
-    full = [batch for batch in batches.next_epoch_itr(shuffle=True) if batch["ntokens"] == setting.tokens]
-    if not full:
-        raise ValueError(f"--data ({setting.data}) has not one batch of {setting.tokens} tokens in its training split")
-    return cycle(full)
+    lines = process.stdout.read().splitlines()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        reason = next((line for line in reversed(lines) if "Error" in line), (lines or ["no output"])[-1])
+        raise RuntimeError(f"{name} on {ranks} process(es) failed: {reason}")
+    inner = [line.partition("| INFO | train_inner | ")[2] for line in lines]
+    logs = [json.loads(line) for line in inner if line.startswith("{")]
+    tokens = args.sentences * args.tokens_per_sample
+    seconds = [tokens / float(log["wps"]) for log in logs[WARMUP:] if float(log["wps"])]
+    return Training(statistics.median(seconds), float(logs[0]["loss"]), usage.ru_maxrss / 1024, logs[-1])
+
+
+def train_pairs(
+    first: Callable[[], Training], second: Callable[[], Training], pairs: int, after_pair: Callable[[], None]
+) -> tuple[Pairs, Training, Training]:
+    """Seconds of an update in whole runs by turns, every other pair starting with the second; the last two runs."""
+    calls, seconds, last = (first, second), ([], []), [None, None]
+    for pair in range(pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            last[which] = calls[which]()
+            seconds[which].append(last[which].seconds)
+        after_pair()
+    return Pairs(*map(tuple, seconds)), *last
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's parameters, the configuration of its MoE layers (None in a dense model) and how many it has."""
+
+    params: int
+    moe: MHMoEConfig | None
+    layers: int
+
+
+def shape_of(data: str, name: str, args: argparse.Namespace) -> Shape:
+    """The model as ``fairseq-train`` would build it."""
+    words = [data, *common_flags(args), *model_flags(name, args)]
+    args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fairseq composes with hydra's older calls
+        config = convert_namespace_to_omegaconf(args)
+    model = tasks.setup_task(config.task).build_model(config.model)
+    layers = [module for module in model.modules() if isinstance(module, MHMoELayer)]
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return Shape(params, layers[0].config if layers else None, len(layers))
+
+
+def write_zipf_data(folder: Path, args: argparse.Namespace) -> str:
+    """A binarised training split of made-up words, drawn by Zipf's law (probability 1 / (rank + 2.7)) as in a text."""
+    words = "".join(f"w{rank} {args.vocab - rank}\n" for rank in range(args.vocab))
+    (folder / "dict.txt").write_text(words, encoding="utf-8")
+    generator = torch.Generator().manual_seed(SEED)
+    weights = 1 / (torch.arange(args.vocab, dtype=torch.float64) + 2.7)
+    count = (WARMUP + args.updates + 1) * args.sentences * args.tokens_per_sample
+    drawn = torch.multinomial(weights, count, replacement=True, generator=generator)
+    builder = indexed_dataset.make_builder(str(folder / "train.bin"), impl="mmap", vocab_size=args.vocab + 4)
+    for sentence in (drawn + 4).int().split(args.tokens_per_sample):  # after fairseq's special symbols
+        builder.add_item(sentence)
+    builder.finalize(str(folder / "train.idx"))
+    return str(folder)

@@ -1,68 +1,161 @@
-"""scripts/bench_layer.py from its command line to its report."""
+"""scripts/bench_layer.py: work, memory and time are counted rightly, contenders compute one function, the report."""
 
+import mmap
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import bench_layer
-from _bench import contenders
-from _bench.records import MemoryRecord, Results, TimeRecord, targets
-from _bench.setting import Setting
-from _bench.timing import Pairs
+from _bench import layers
+from _bench.layer_report import Results, targets
+from _bench.layers import PlainLoop, Setting, build, check, equal_shares, errors_against
+from _bench.memory import in_fresh_process, tensor_peak
+from _bench.timing import Pairs, time_pairs
 
+TINY = Setting(tokens=24, num_experts=4, embed_dim=32, num_heads=2, top_k=2, ffn_dim=48)
 SMALL = ["--tokens", "8", "--experts", "4", "--dtypes", "fp32", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
 
 
-def timed(tokens: int, experts: int, second: str, ratio: float) -> TimeRecord:
-    return TimeRecord(Setting(tokens, experts), "mhmoe", second, Pairs((ratio,) * 7, (1.0,) * 7))
+def bench(*flags, output=None):
+    given = ["--threads", "1", "--pairs", "1", *(["--output", str(output)] if output else [])]
+    return bench_layer.main([*given, *flags])
 
 
-def measured(tokens: int, name: str, tensors: float, resident: float) -> MemoryRecord:
-    return MemoryRecord(Setting(tokens, 8), name, tensors, resident)
+def counted_flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
-@pytest.mark.parametrize(
-    ("record", "met"),
-    [
-        (timed(2048, 8, "gemm", 1.20), True),
-        (timed(2048, 8, "gemm", 1.21), False),
-        (timed(2048, 32, "gemm", 1.25), True),
-        (timed(4096, 8, "loop", 1.01), False),
-        (timed(2048, 8, "mixtral-grouped", 1 / 1.9), True),
-        (timed(2048, 32, "mixtral-grouped", 1 / 1.7), False),
-    ],
-)
-def test_time_targets(record, met):
-    assert [target.met for target in targets(Results(times=[record]))] == [met]
+@pytest.mark.parametrize("name", ["gemm", "loop", "mixtral-eager"])
+def test_contenders_do_the_work_that_the_bound_counts(name):
+    """Beside it only the router's two maps (X-MoE) or one (Mixtral), forward and backward."""
+    if reason := layers.unavailable(name):
+        pytest.skip(reason)
+    subtokens = TINY.tokens * TINY.num_heads
+    dim = TINY.config().router_dim
+    router = {"gemm": 0, "loop": dim * (TINY.sub_dim + 4), "mixtral-eager": TINY.sub_dim * 4}[name]
+    assert counted_flops(build(name, TINY)) == TINY.flops() + 3 * 2 * subtokens * router
 
 
-@pytest.mark.parametrize(("resident", "met"), [(75.0, True), (85.0, False)])
-def test_a_memory_target_needs_both_measures(resident, met):
-    memory = [measured(2048, "mhmoe", 70.0, resident), measured(2048, "loop", 100.0, 100.0)]
-    assert [target.met for target in targets(Results(memory=memory))] == [met]
+def test_equal_shares_lose_no_row():
+    assert equal_shares(11, 4) == [3, 3, 3, 2]
 
 
-@pytest.mark.parametrize(("large", "met"), [(410.0, True), (430.0, False)])
-def test_memory_must_be_linear(large, met):
-    memory = [measured(2048, "mhmoe", 100.0, 100.0), measured(8192, "mhmoe", large, large)]
-    assert [target.met for target in targets(Results(memory=memory))] == [met]
+@pytest.mark.parametrize("setting", [TINY, Setting(7, 5, embed_dim=12, num_heads=3, top_k=3, ffn_dim=8)])
+def test_our_layer_equals_the_plain_loop(setting):
+    errors = errors_against("loop", setting)
+    assert len(errors) == 13
+    assert check(errors, "tiny") <= 1e-5
 
 
-def test_other_settings_decide_no_target():
-    other = TimeRecord(Setting(2048, 8, "bf16"), "mhmoe", "gemm", Pairs((1.0,), (1.0,)))
-    assert targets(Results(times=[other, timed(1024, 8, "gemm", 1.0)])) == []
+def test_a_different_function_stops_the_benchmark(monkeypatch):
+    def copy_wrongly(self, ours):
+        copy_from(self, ours)
+        with torch.no_grad():
+            self.fc2[1].weight[0, 0] += 0.1
+
+    copy_from = PlainLoop.copy_from
+    monkeypatch.setattr(PlainLoop, "copy_from", copy_wrongly)
+    with pytest.raises(RuntimeError, match="relative error of .* the limit is 1e-05"):
+        check(errors_against("loop", TINY), "tiny")
+    with pytest.raises(RuntimeError, match="nan"):
+        check({"output": float("nan")}, "tiny")
+
+
+def test_mixtral_equals_our_swiglu_layer():
+    pytest.importorskip("transformers", reason="an optional rival of the benchmark")
+    assert check(errors_against("mixtral-eager", TINY), "tiny") <= 1e-5
+
+
+def test_torchscale_runs_with_every_gradient():
+    step = build("torchscale", TINY)
+    hidden, balance = step()
+    assert hidden.shape == (TINY.tokens, TINY.embed_dim) and balance > 0
+    assert all(parameter.grad is not None for parameter in step.parameters)
+
+
+def test_peak_counts_what_lives_at_once():
+    x = torch.ones(1000)
+
+    def call():
+        y = x * 2
+        z = y + 1
+        del y
+        return z.mul_(3) * 2
+
+    assert tensor_peak(call, [x]) == 2 * 4000
+
+
+def test_peak_counts_what_autograd_keeps():
+    x = torch.ones(1000, requires_grad=True)
+    # Three results kept for the backward; then one gradient at least beside them. Scalars are a few bytes.
+    assert 4 * 4000 <= tensor_peak(lambda: x.exp().exp().exp().sum().backward(), [x]) <= 5 * 4000 + 64
+
+
+def test_peak_counts_pages_from_elsewhere_and_not_what_existed():
+    existing = torch.ones(500)
+
+    def call():
+        pages = torch.frombuffer(mmap.mmap(-1, 8192), dtype=torch.float32)
+        pages[:500].copy_(existing)
+
+    assert tensor_peak(call, [existing]) == 8192
+
+
+def test_pairs_alternate_and_medians_are_taken_per_pair():
+    calls = []
+    time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3, warmup=1)
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    pairs = Pairs((1.0, 4.0, 3.0), (1.0, 2.0, 2.0))
+    assert (pairs.ratio, pairs.first_median, pairs.second_median) == (1.5, 3.0, 2.0)
+    assert pairs.range_text() == "(pairs 1.00 to 2.00)" and pairs.swapped().ratio == pytest.approx(2 / 3)
+
+
+def test_fresh_process_reports_its_last_line(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('noise'); print('{\"tensors\": 3}'); sys.exit(len(sys.argv) - 1)")
+    assert in_fresh_process(str(script), []) == {"tensors": 3}
+    with pytest.raises(RuntimeError, match="status 1"):
+        in_fresh_process(str(script), ["fail"])
+
+
+def timed(tokens: int, experts: int, rival: str, ratio: float) -> Results:
+    return Results(times={(Setting(tokens, experts), "mhmoe", rival): Pairs((ratio,) * 7, (1.0,) * 7)})
+
+
+def measured(**peaks: tuple[int, str, float, float]) -> Results:
+    memory = {(Setting(t, 8), name): {"tensors": tensors, "resident": rss} for t, name, tensors, rss in peaks.values()}
+    return Results(memory=memory)
+
+
+@pytest.mark.parametrize(("results", "met"), [
+    (timed(2048, 8, "gemm", 1.20), [True]),
+    (timed(2048, 8, "gemm", 1.21), [False]),
+    (timed(2048, 32, "gemm", 1.25), [True]),
+    (timed(4096, 8, "loop", 1.01), [False]),
+    (timed(2048, 8, "mixtral-grouped", 1 / 1.9), [True]),
+    (timed(2048, 32, "mixtral-grouped", 1 / 1.7), [False]),
+    (measured(ours=(2048, "mhmoe", 70.0, 75.0), loop=(2048, "loop", 100.0, 100.0)), [True]),
+    (measured(ours=(2048, "mhmoe", 70.0, 85.0), loop=(2048, "loop", 100.0, 100.0)), [False]),  # both measures decide
+    (measured(small=(2048, "mhmoe", 100.0, 100.0), large=(8192, "mhmoe", 410.0, 410.0)), [True]),
+    (measured(small=(2048, "mhmoe", 100.0, 100.0), large=(8192, "mhmoe", 430.0, 430.0)), [False]),
+    (timed(1024, 8, "gemm", 1.0), []),  # other sizes decide nothing
+    (Results(times={(Setting(2048, 8, "bf16"), "mhmoe", "gemm"): Pairs((1.0,), (1.0,))}), []),
+])  # fmt: skip
+def test_targets(results, met):
+    assert [target.met for target in targets(results)] == met
 
 
 def test_run_writes_a_complete_report(tmp_path, capsys):
     output = tmp_path / "report.md"
-    status = bench_layer.main(
-        [*SMALL, "--rivals", "gemm", "loop", "--no-memory", "--pairs", "2", "--threads", "1", "--output", str(output)]
-    )
+    assert bench(*SMALL, "--rivals", "gemm", "loop", "--no-memory", output=output) == 0
     report = output.read_text(encoding="utf-8")
-    assert status == 0
     assert f"report: {output}" in capsys.readouterr().out
     assert "(incomplete" not in report
     assert "| MH-MoE (ours) | GEMM bound |" in report and "| MH-MoE (ours) | plain autograd loop |" in report
@@ -71,64 +164,46 @@ def test_run_writes_a_complete_report(tmp_path, capsys):
 
 
 def test_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
-    def interrupt(setting):
-        raise KeyboardInterrupt
+    def interrupt(self, setting, first, second):
+        if second == "loop":
+            raise KeyboardInterrupt
+        return time(self, setting, first, second)
 
-    monkeypatch.setitem(contenders.BUILDERS, "loop", interrupt)
-    output = tmp_path / "report.md"
+    time = bench_layer.Run.time
+    monkeypatch.setattr(bench_layer.Run, "time", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bench_layer.main(
-            [
-                *SMALL,
-                "--rivals",
-                "gemm",
-                "loop",
-                "--no-memory",
-                "--pairs",
-                "1",
-                "--threads",
-                "1",
-                "--output",
-                str(output),
-            ]
-        )
-    report = output.read_text(encoding="utf-8")
-    assert "(incomplete" in report
-    assert "| MH-MoE (ours) | GEMM bound |" in report
+        bench(*SMALL, "--rivals", "gemm", "loop", "--no-memory", output=tmp_path / "report.md")
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "(incomplete" in report and "| MH-MoE (ours) | GEMM bound |" in report
 
 
-def test_missing_rival_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(contenders, "has_transformers", lambda: False)
-    output = tmp_path / "report.md"
-    rivals = ["--rivals", "gemm", "mixtral-grouped"]
-    assert (
-        bench_layer.main([*SMALL, *rivals, "--no-memory", "--pairs", "1", "--threads", "1", "--output", str(output)])
-        == 0
-    )
-    report = output.read_text(encoding="utf-8")
-    assert "grouped_mm was left out: transformers is not installed" in report
+def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "unavailable", lambda name: "not here" if name.startswith("mixtral") else None)
+    flags = [*SMALL, "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
+    assert bench(*flags, output=tmp_path / "report.md") == 0
+    assert "grouped_mm was left out: not here" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    args = bench_layer.build_parser().parse_args(["--output", str(tmp_path / "r.md")])
+    run = bench_layer.Run(args, [Setting(4096, 8), Setting(8192, 8), Setting(8192, 32)], ["gemm", "torchscale"])
+    assert [setting.tokens for setting, _, rival in run.duels if rival == "torchscale"] == [4096]
+    measured = sorted((setting.tokens, name) for setting, name in run.memory)
+    assert measured == [(4096, "mhmoe"), (4096, "torchscale"), (8192, "mhmoe")]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--heads", "5"], "num_heads (5)"),
-        (["--top-k", "9", "--experts", "8"], "top_k (9)"),
-        (["--output", "report.txt"], "--output (report.txt) must end in .md"),
-        (["--quick", "--tokens", "64"], "--tokens contradicts --quick"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--heads", "5"], "num_heads (5)"),
+    (["--top-k", "9", "--experts", "8"], "top_k (9)"),
+    (["--output", "report.txt"], "--output (report.txt) must end in .md"),
+    (["--quick", "--tokens", "64"], "--tokens contradicts --quick"),
+])  # fmt: skip
 def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
-    assert bench_layer.main([*flags, "--threads", "1"]) == 2
+    assert bench(*flags) == 2
     out = capsys.readouterr().out.strip().splitlines()
     assert len(out) == 1 and out[0].startswith("bench_layer: error:") and message in out[0]
 
 
 @pytest.mark.slow
 def test_memory_is_measured_in_fresh_processes(tmp_path):
-    output = tmp_path / "report.md"
-    flags = ["--rivals", "loop", "--pairs", "1", "--threads", "1", "--output", str(output)]
-    assert bench_layer.main([*SMALL, "--tokens", "512", *flags]) == 0
-    rows = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith("| T=512 E=4 fp32 |")]
-    assert len(rows) == 2
-    assert all(float(row.split("|")[3]) > 0 for row in rows)
+    assert bench(*SMALL, "--tokens", "512", "--rivals", "loop", output=tmp_path / "report.md") == 0
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    rows = [line for line in report.splitlines() if line.startswith("| T=512 E=4 fp32 |")]
+    assert len(rows) == 2 and all(float(row.split("|")[3]) > 0 for row in rows)

@@ -1,0 +1,361 @@
+"""The layer and what it is compared with, each as a step: one forward and one backward pass at one setting.
+
+Every module here maps x ``(T, D)`` to ``(hidden (T, D), balance_loss or None)`` between the same two ``D x D``
+projections, so that a comparison compares how the experts are run and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BALANCE_WEIGHT = 0.01
+SEED = 1
+TOLERANCE = 1e-5
+NAMES = {
+    "mhmoe": "MH-MoE (ours)",
+    "mhmoe-swiglu": "MH-MoE (ours), SwiGLU",
+    "gemm": "GEMM bound",
+    "loop": "plain autograd loop",
+    "torchscale": "TorchScale static X-MoE",
+    "mixtral-grouped": "Hugging Face Mixtral, grouped_mm",
+    "mixtral-eager": "Hugging Face Mixtral, eager loop",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the sweep: T tokens, E experts, number format, D, H, K and the inner width F of one GELU expert."""
+
+    tokens: int
+    num_experts: int
+    dtype: str = "fp32"
+    embed_dim: int = 768
+    num_heads: int = 4
+    top_k: int = 2
+    ffn_dim: int = 3072
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype ({self.dtype}) must be one of {', '.join(DTYPES)}")
+        if self.tokens < 1:
+            raise ValueError(f"tokens ({self.tokens}) must be at least 1")
+        self.config()  # the layer's own checks: heads divide the width, k at most E, ...
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def sub_dim(self) -> int:
+        """Width d of a sub-token."""
+        return self.embed_dim // self.num_heads
+
+    def flops(self) -> int:
+        """Multiply-adds counted twice, forward and both backward products, experts and projections."""
+        experts = 2 * self.tokens * self.num_heads * self.top_k * self.sub_dim * self.ffn_dim
+        return 3 * 2 * (experts + 2 * self.tokens * self.embed_dim**2)
+
+    def config(self) -> MHMoEConfig:
+        """Our layer with GELU experts and TorchScale's X-MoE router."""
+        return MHMoEConfig(
+            embed_dim=self.embed_dim, num_heads=self.num_heads, num_experts=self.num_experts, top_k=self.top_k,
+            expert_ffn_dim=self.ffn_dim,
+        )  # fmt: skip
+
+    def swiglu_config(self) -> MHMoEConfig:
+        """Our layer as Mixtral's block computes: linear router, no biases, SwiGLU at the GELU expert's FLOPs."""
+        changes = {"router": "linear", "activation": "swiglu", "expert_bias": False}
+        return dataclasses.replace(self.config(), **changes, expert_ffn_dim=2 * self.ffn_dim // 3)
+
+    def label(self) -> str:
+        return f"T={self.tokens} E={self.num_experts} {self.dtype}"
+
+
+class OurLayer(nn.Module):
+    """:class:`MHMoELayer` with the return value that the benchmark expects."""
+
+    def __init__(self, config: MHMoEConfig) -> None:
+        super().__init__()
+        self.layer = MHMoELayer(config)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.layer(x)
+        return output.hidden, output.balance_loss
+
+
+class BetweenProjections(nn.Module):
+    """A rival's experts on the sub-tokens ``(N, d)``, between the two projections that our layer has."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        self.setting = setting
+        self.head_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
+        self.merge_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden, balance = self.experts_of(self.head_projection(x).view(-1, self.setting.sub_dim))
+        return self.merge_projection(hidden.reshape(x.shape)), balance
+
+    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def named_like_ours(self) -> dict[str, list[Tensor]]:
+        """Our parameter names, each with the tensors here that make it up when stacked."""
+        projections = ("head_projection", "merge_projection")
+        return {f"{p}.0.{part}": [getattr(getattr(self, p), part)] for p in projections for part in ("weight", "bias")}
+
+    @torch.no_grad()
+    def copy_from(self, ours: nn.Module) -> None:
+        """Take the weights of our layer."""
+        source = dict(ours.named_parameters())
+        for name, targets in self.named_like_ours().items():
+            for target, value in zip(targets, source[name].view(len(targets), *targets[0].shape)):
+                target.copy_(value)
+
+
+class PlainLoop(BetweenProjections):
+    """The loop that everyone writes first: select an expert's rows, linear, GELU, linear, weight, ``index_add``."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        sub_dim, num_experts = setting.sub_dim, setting.num_experts
+        self.reduction = nn.Linear(sub_dim, setting.config().router_dim, bias=False)
+        self.expert_embedding = nn.Parameter(torch.randn(num_experts, self.reduction.out_features))
+        self.fc1 = nn.ModuleList(nn.Linear(sub_dim, setting.ffn_dim) for _ in range(num_experts))
+        self.fc2 = nn.ModuleList(nn.Linear(setting.ffn_dim, sub_dim) for _ in range(num_experts))
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gates ``(N, K)``, experts ``(N, K)`` and the balance loss of sub-tokens ``(N, d)``."""
+        num_experts = self.setting.num_experts
+        logits = F.linear(self.reduction(x).float(), F.normalize(self.expert_embedding.float(), dim=1))
+        probabilities = logits.softmax(dim=-1)
+        gates, experts = probabilities.topk(self.setting.top_k, dim=-1)
+        if self.setting.top_k > 1:
+            gates = gates / gates.sum(dim=-1, keepdim=True)
+        share = torch.bincount(experts[:, 0], minlength=num_experts) / len(x)
+        return gates.to(x.dtype), experts, num_experts * (share * probabilities.mean(dim=0)).sum()
+
+    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        gates, experts, balance = self.route(sub_tokens)
+        total = torch.zeros_like(sub_tokens)
+        for expert, (fc1, fc2) in enumerate(zip(self.fc1, self.fc2)):
+            row, choice = torch.where(experts == expert)
+            total = total.index_add(0, row, fc2(F.gelu(fc1(sub_tokens[row]))) * gates[row, choice, None])
+        return total, balance
+
+    def named_like_ours(self) -> dict[str, list[Tensor]]:
+        banks = {
+            f"experts.{fc}_{part}": [getattr(layer, part) for layer in getattr(self, fc)]
+            for fc in ("fc1", "fc2")
+            for part in ("weight", "bias")
+        }
+        router = {"reduction.weight": [self.reduction.weight], "expert_embedding": [self.expert_embedding]}
+        return {**super().named_like_ours(), **banks, **{f"router.{name}": parts for name, parts in router.items()}}
+
+
+class TorchScaleLayer(BetweenProjections):
+    """TorchScale's ``MOELayer`` as ``--mhmoe-routing torchscale``: X-MoE router, capacity, second choices kept."""
+
+    def __init__(self, setting: Setting) -> None:
+        from mhmoe_fairseq.torchscale_ext.static_xmoe import StaticXMoE
+
+        super().__init__(setting)
+        moe = dataclasses.replace(
+            setting.config(), embed_dim=setting.sub_dim, num_heads=1, routing="capacity", second_expert_policy="all"
+        )
+        self.layer = StaticXMoE(SimpleNamespace(moe=moe, layernorm_eps=1e-5))
+
+    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.layer(sub_tokens[None])
+        return output.hidden, output.balance_loss
+
+
+class Mixtral(BetweenProjections):
+    """Hugging Face's ``MixtralSparseMoeBlock`` with one of its expert implementations; no balance loss, no biases.
+
+    Raises:
+        RuntimeError: transformers would run another implementation.
+    """
+
+    def __init__(self, setting: Setting, implementation: str) -> None:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        super().__init__(setting)
+        config = MixtralConfig(
+            hidden_size=setting.sub_dim, intermediate_size=setting.swiglu_config().expert_ffn_dim,
+            num_local_experts=setting.num_experts, num_experts_per_tok=setting.top_k,
+            experts_implementation=implementation,
+        )  # fmt: skip
+        self.block = MixtralSparseMoeBlock(config)
+        chosen = self.block.experts.config._experts_implementation
+        if chosen != implementation:
+            raise RuntimeError(f"transformers would run experts_implementation={chosen}, not {implementation}")
+        for parameter in self.block.parameters():  # the block leaves them unwritten, for a checkpoint to fill
+            nn.init.normal_(parameter, std=0.02)
+
+    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, None]:
+        return self.block(sub_tokens[None]), None
+
+    def named_like_ours(self) -> dict[str, list[Tensor]]:
+        up = self.block.experts.gate_up_proj  # SiLU on the first half, which is our fc1
+        half = up.size(1) // 2
+        banks = {"fc1": up[:, :half], "gate": up[:, half:], "fc2": self.block.experts.down_proj}
+        ours = {f"experts.{name}_weight": list(bank.unbind()) for name, bank in banks.items()}
+        return {**super().named_like_ours(), **ours, "router.weight": [self.block.gate.weight]}
+
+
+class Product:
+    """One linear map of ``rows`` rows with its two backward products, all outputs preallocated."""
+
+    def __init__(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+        self.x, self.weight, self.grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+        self.grad_x, self.grad_weight, self.y = (torch.empty(shape, dtype=dtype) for shape in shapes)
+
+    def forward(self) -> None:
+        torch.mm(self.x, self.weight.t(), out=self.y)
+
+    def backward(self) -> None:
+        torch.mm(self.grad, self.weight, out=self.grad_x)
+        torch.mm(self.grad.t(), self.x, out=self.grad_weight)
+
+
+class GemmBound:
+    """The time that a layer's matrix products alone take: no router, no sort, no activation, no sums.
+
+    A projection is one product over all tokens; each expert has its products over an equal share of the rows, so that
+    the expert weights are as large, and read as often, as the layer's.
+    """
+
+    def __init__(self, config: MHMoEConfig, tokens: int, dtype: torch.dtype) -> None:
+        dim, sub_dim, inner = config.embed_dim, config.subtoken_dim, config.expert_ffn_dim
+        rows = tokens * dim // sub_dim * config.top_k
+        shapes = [(sub_dim, inner)] * (config.matrices_per_expert - 1) + [(inner, sub_dim)]
+        experts = [Product(n, *shape, dtype) for n in equal_shares(rows, config.num_experts) for shape in shapes]
+        before, after = (
+            [Product(tokens, dim, dim, dtype) for _ in range(has * config.num_projection_layers)]
+            for has in (config.has_head_projection, config.has_merge_projection)
+        )
+        self.products = [*before, *experts, *after]
+
+    def __call__(self) -> None:
+        for product in self.products:
+            product.forward()
+        for product in reversed(self.products):
+            product.backward()
+
+
+def equal_shares(rows: int, parts: int) -> list[int]:
+    """``rows`` in ``parts`` whole shares that differ by at most one."""
+    share, rest = divmod(rows, parts)
+    return [share + (part < rest) for part in range(parts)]
+
+
+class Step:
+    """One training step of a module, without the optimiser; gradients start from None as after ``zero_grad``."""
+
+    def __init__(self, module: nn.Module, setting: Setting) -> None:
+        self.module = module.to(setting.torch_dtype)
+        self.parameters = list(module.parameters())
+        generator, shape = torch.Generator().manual_seed(SEED), (setting.tokens, setting.embed_dim)
+        self.x, self.grad = (torch.randn(shape, generator=generator).to(setting.torch_dtype) for _ in range(2))
+        self.x.requires_grad_()  # as inside a network
+
+    def tensors(self) -> list[Tensor]:
+        """What exists before and after a step."""
+        return [*self.parameters, *self.module.buffers(), self.x, self.grad]
+
+    def clear(self) -> None:
+        """Forget every gradient."""
+        for tensor in (self.x, *self.parameters):
+            tensor.grad = None
+
+    def __call__(self) -> tuple[Tensor, Tensor | None]:
+        self.clear()
+        hidden, balance = self.module(self.x)
+        outputs, gradients = [hidden], [self.grad]
+        if balance is not None:
+            outputs, gradients = [*outputs, balance], [*gradients, torch.full_like(balance, BALANCE_WEIGHT)]
+        torch.autograd.backward(outputs, gradients)
+        return hidden, balance
+
+
+BUILDERS: dict[str, Callable[[Setting], nn.Module]] = {
+    "mhmoe": lambda setting: OurLayer(setting.config()),
+    "mhmoe-swiglu": lambda setting: OurLayer(setting.swiglu_config()),
+    "loop": PlainLoop,
+    "torchscale": TorchScaleLayer,
+    "mixtral-grouped": lambda setting: Mixtral(setting, "grouped_mm"),
+    "mixtral-eager": lambda setting: Mixtral(setting, "eager"),
+}
+
+
+def unavailable(name: str) -> str | None:
+    """Why a contender cannot run here, or None."""
+    package = {"torchscale": "torchscale", "mixtral": "transformers"}.get(name.split("-")[0])
+    if package is None or importlib.util.find_spec(package) is not None:
+        return None
+    return f"{package} is not installed (pip install {package})"
+
+
+def build(name: str, setting: Setting) -> Callable[[], object]:
+    """The named contender, ready to be called: one call is one forward and backward pass.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in NAMES:
+        raise ValueError(f"contender ({name}) must be one of {', '.join(NAMES)}")
+    torch.manual_seed(SEED)
+    if name == "gemm":
+        return GemmBound(setting.config(), setting.tokens, setting.torch_dtype)
+    return Step(BUILDERS[name](setting), setting)
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """max|a - b| / max|b|, the project's definition."""
+    scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
+    return ((value - reference).abs().max() / scale).item()
+
+
+def errors_against(rival: str, setting: Setting) -> dict[str, float]:
+    """Relative errors of our layer against a rival with the same weights: output, balance loss and every gradient."""
+    ours = build("mhmoe-swiglu" if rival.startswith("mixtral") else "mhmoe", setting)
+    other = build(rival, setting)
+    other.module.copy_from(ours.module.layer)
+    (hidden, balance), (hidden_other, balance_other) = ours(), other()
+    errors = {"output": relative_error(hidden, hidden_other)}
+    if balance_other is None:  # without it the gradients are of another sum
+        return errors
+    errors["balance loss"] = relative_error(balance, balance_other)
+    errors["gradient of the input"] = relative_error(ours.x.grad, other.x.grad)
+    gradients = {name: parameter.grad for name, parameter in ours.module.layer.named_parameters()}
+    for name, parts in other.module.named_like_ours().items():
+        reference = torch.stack([part.grad for part in parts])
+        errors[f"gradient of {name}"] = relative_error(gradients[name].view_as(reference), reference)
+    return errors
+
+
+def check(errors: dict[str, float], what: str) -> float:
+    """The largest error.
+
+    Raises:
+        RuntimeError: it exceeds the tolerance; a speed comparison would mean nothing.
+    """
+    name, worst = max(errors.items(), key=lambda item: item[1])
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"{what}: relative error of {name} is {worst:.2e}, the limit is {TOLERANCE:.0e}")
+    return worst
