@@ -148,7 +148,7 @@ def report_parts(results: Results, args: argparse.Namespace) -> list[str]:
         "## Target",
         "Not measured: it is about the default setting." if decided is None else f"{decided[0]}: {verdict(decided[1])}",
         "## Speed and memory",
-        f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}. Every model's "
+        f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}. Each model's "
         f"runs of fairseq-train took turns with X-MoE's for {args.pairs} pairs; a run's time is the median of "
         f"{args.updates} updates, seconds are medians of the runs, the speed is the median over the pairs.",
         speed_table(results, args.sentences * args.tokens_per_sample),
