@@ -5,13 +5,12 @@ from dataclasses import dataclass, field  # fairseq reads the field types: no po
 from typing import Any
 
 import torch.nn.functional as F
-from fairseq import utils
-from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions import register_criterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..common.ranges import check_flag
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from .base import MoECriterion, Outcome, log_bits, log_perplexity, total
+from .gate_losses import GateLossConfig, log_gate_losses
 
 
 @dataclass
@@ -30,7 +29,7 @@ class CaptioningConfig(GateLossConfig):
 
 
 @register_criterion("mhmoe_captioning", dataclass=CaptioningConfig)
-class CaptioningCriterion(FairseqCriterion):
+class CaptioningCriterion(MoECriterion):
     """Kullback-Leibler divergence of the model's distribution from the smoothed target, at masked tokens of captions.
 
     ``loss = sum of the tokens' divergences in nats + tokens * (w_b * balance + w_z * z)``, over the tokens that count:
@@ -40,33 +39,10 @@ class CaptioningCriterion(FairseqCriterion):
 
     Logged: ``loss``, the divergence in bits of tokens that count; of all masked tokens ``nll_loss``, cross entropy
     without smoothing in bits, ``ppl`` from it and ``accuracy`` in percent; and ``cider``, 100 times its mean, if the
-    task has decoded captions.
-
-    Attributes:
-        num_updates: how many there have been; the task tells.
+    task has decoded captions. The task tells the updates so far as ``num_updates``.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        moe_gate_loss_wt: float,
-        moe_gate_loss_combine_method: str,
-        mhmoe_z_loss_wt: float,
-        label_smoothing: float,
-        drop_worst_ratio: float,
-        drop_worst_after: int,
-    ) -> None:
-        super().__init__(task)
-        check_flag("label_smoothing", label_smoothing)
-        check_flag("drop_worst_ratio", drop_worst_ratio)
-        check_flag("drop_worst_after", drop_worst_after)
-        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
-        self.label_smoothing = label_smoothing
-        self.drop_worst_ratio = drop_worst_ratio
-        self.drop_worst_after = drop_worst_after
-        self.num_updates = 0
-
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict]:
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
         """The loss of one batch.
 
         Args:
@@ -81,7 +57,7 @@ class CaptioningCriterion(FairseqCriterion):
         masked = sample["text_targets"].ne(self.padding_idx)
         targets = sample["text_targets"][masked]
         logits = model.text_logits(features[:, extra["image_positions"] :][masked]).float()
-        divergences = smoothed_divergence(logits, targets, self.label_smoothing)
+        divergences = smoothed_divergence(logits, targets, self.cfg.label_smoothing)
         kept = self._without_worst(divergences, model.training)
         sample_size = kept.numel()
         logging_output = {
@@ -96,31 +72,23 @@ class CaptioningCriterion(FairseqCriterion):
         return loss, sample_size, {**logging_output, **log}
 
     def _without_worst(self, divergences: Tensor, is_training: bool) -> Tensor:
-        if not is_training or not self.drop_worst_ratio or self.num_updates < self.drop_worst_after:
+        ratio = self.cfg.drop_worst_ratio
+        if not is_training or not ratio or self.task.num_updates < self.cfg.drop_worst_after:
             return divergences
-        keep = max(1, int(divergences.numel() * (1 - self.drop_worst_ratio)))
+        keep = max(1, int(divergences.numel() * (1 - ratio)))
         return divergences.topk(min(keep, divergences.numel()), largest=False).values
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches, so that a validation set's figures are exact."""
-
-        def total(key: str) -> Any:
-            return sum(log.get(key, 0) for log in logging_outputs)
-
-        sample_size, ntokens = total("sample_size"), total("ntokens")
-        metrics.log_scalar("loss", total("loss") / sample_size / math.log(2), sample_size, round=3)
-        metrics.log_scalar("nll_loss", total("nll_loss") / ntokens / math.log(2), ntokens, round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters["nll_loss"].avg))
-        metrics.log_scalar("accuracy", 100 * total("ncorrect") / ntokens, ntokens, round=2)
+        """Log sums over the batches, so that a validation set's metrics are exact."""
+        sample_size, ntokens, captions = (total(logging_outputs, k) for k in ("sample_size", "ntokens", "captions"))
+        log_bits("loss", total(logging_outputs, "loss"), sample_size)
+        log_bits("nll_loss", total(logging_outputs, "nll_loss"), ntokens)
+        log_perplexity("ppl", of="nll_loss")
+        metrics.log_scalar("accuracy", 100 * total(logging_outputs, "ncorrect") / ntokens, ntokens, round=2)
         if any("cider_sum" in log for log in logging_outputs):
-            metrics.log_scalar("cider", 100 * total("cider_sum") / total("captions"), total("captions"), round=2)
+            metrics.log_scalar("cider", 100 * total(logging_outputs, "cider_sum") / captions, captions, round=2)
         log_gate_losses(logging_outputs, sample_size)
-
-    @staticmethod
-    def logging_outputs_can_be_summed() -> bool:
-        """True: everything logged is additive, vectors included."""
-        return True
 
 
 def smoothed_divergence(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:

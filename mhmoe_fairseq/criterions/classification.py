@@ -1,92 +1,101 @@
-"""Cross entropy over classes plus the MoE layers' balance loss and z-loss: what classification criterions share."""
+"""Losses over classes: of images, of statements about two images, of sentences, and over answers to questions."""
 
-from __future__ import annotations
-
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from typing import Any
 
 import torch.nn.functional as F
-from fairseq.criterions import FairseqCriterion
+from fairseq.criterions import register_criterion
+from omegaconf import II
 from torch import Tensor, nn
 
-from ..common.ranges import check_flag
-from .gate_losses import GateLosses
-from .row_logs import log_rows, row_log
+from .base import RowCriterion, Rows
+from .gate_losses import GateLossConfig
 
 
-class ClassificationCriterion(FairseqCriterion):
-    """``loss = cross entropy in nats, summed over examples, + examples * (w_b * balance + w_z * z)``.
+class ClassificationCriterion(RowCriterion):
+    """Cross entropy in nats over the classes, ``targets (B,)`` of the sample, and the share of right answers.
 
-    The auxiliary losses are those of ``moe_cross_entropy``. The logs give cross entropy alone, in bits per example
-    (``loss``), and the share of right answers in percent (``accuracy``).
-
-    Args:
-        task: with ``head_name``, the head that the model is called with.
-        moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt: as in ``GateLossConfig``.
-        label_smoothing: share of a target's weight that all classes get alike, in training.
-
-    Raises:
-        ValueError: if a weight is negative, or the smoothing none from 0 to 1.
+    The model is called with the sample's ``net_input`` and the task's ``head_name``.
     """
 
+    percentages = {"accuracy": "ncorrect"}
     targets = "targets"
-    uses_top5 = False
-
-    def __init__(
-        self,
-        task: Any,
-        moe_gate_loss_wt: float,
-        moe_gate_loss_combine_method: str,
-        mhmoe_z_loss_wt: float,
-        label_smoothing: float = 0.0,
-    ) -> None:
-        super().__init__(task)
-        check_flag("label_smoothing", label_smoothing)
-        self.task = task
-        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
-        self.label_smoothing = label_smoothing
+    label_smoothing = 0.0
 
     def logits(self, model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """``(B, classes)`` logits and the model's ``extra``."""
         return model(**sample["net_input"], head=self.task.head_name)
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict]:
-        """The loss of one batch.
-
-        Args:
-            model: called with the sample's ``net_input`` and the name of the head.
-            sample: its targets are ``(B,)`` class ids.
-            reduce: sum over the examples.
-
-        Returns:
-            the loss, in nats and summed (one value per example, without the auxiliary losses, if not ``reduce``); the
-            number of examples; what to log, all of it additive.
-        """
+    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
+        """Cross entropies, right answers, and the ``extra`` of the model's call."""
         logits, extra = self.logits(model, sample)
         target = sample[self.targets]
         smoothing = self.label_smoothing if model.training else 0.0
-        cross_entropy = F.cross_entropy(
-            logits.float(), target, reduction="sum" if reduce else "none", label_smoothing=smoothing
-        )
-        sample_size = target.size(0)
-        logging_output = {
-            "loss": cross_entropy.detach().sum(),
-            "ncorrect": logits.argmax(dim=1).eq(target).sum(),
-            **row_log(sample, sample_size),
-        }
-        if self.uses_top5:
+        losses = F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
+        sums = {"ncorrect": logits.argmax(dim=1).eq(target).sum()}
+        if "accuracy5" in self.percentages:
             best = logits.topk(min(5, logits.size(1)), dim=1).indices
-            logging_output["ncorrect5"] = best.eq(target[:, None]).sum()
-        if not reduce:
-            return cross_entropy, sample_size, logging_output
-        loss, log = self.gate_losses.add_to(cross_entropy, extra, sample_size)
-        return loss, sample_size, {**logging_output, **log}
+            sums["ncorrect5"] = best.eq(target[:, None]).sum()
+        return losses, sums, [extra]
 
-    @staticmethod
-    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log the mean loss and accuracies."""
-        log_rows(logging_outputs, accuracy="ncorrect", accuracy5="ncorrect5")
 
-    @staticmethod
-    def logging_outputs_can_be_summed() -> bool:
-        """True: everything logged is additive, vectors included."""
-        return True
+@dataclass
+class ImageClassificationConfig(GateLossConfig):
+    """Flags of the criterion."""
+
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "share of a target's weight that all classes get alike, in training"}
+    )
+
+
+@register_criterion("mhmoe_image_classification", dataclass=ImageClassificationConfig)
+class ImageClassificationCriterion(ClassificationCriterion):
+    """Classes of images; also logs ``accuracy5``, how often the right class is among the five most probable."""
+
+    percentages = {"accuracy": "ncorrect", "accuracy5": "ncorrect5"}
+
+    def __init__(self, task: Any, cfg: ImageClassificationConfig) -> None:
+        super().__init__(task, cfg)
+        self.label_smoothing = cfg.label_smoothing
+
+
+@register_criterion("mhmoe_nlvr2", dataclass=GateLossConfig)
+class NLVR2Criterion(ClassificationCriterion):
+    """Whether a statement about two images is true."""
+
+
+@dataclass
+class SentenceClassificationConfig(GateLossConfig):
+    """Flags of the criterion."""
+
+    classification_head_name: str = II("task.classification_head_name")
+
+
+@register_criterion("mhmoe_sentence_classification", dataclass=SentenceClassificationConfig)
+class SentenceClassificationCriterion(ClassificationCriterion):
+    """Classes of sentences and pairs, with a classification head of a language model."""
+
+    targets = "target"
+
+    def logits(self, model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """``(B, classes)`` logits and the decoder's ``extra``."""
+        return model(**sample["net_input"], classification_head_name=self.cfg.classification_head_name)
+
+
+@register_criterion("mhmoe_vqa", dataclass=GateLossConfig)
+class VQACriterion(RowCriterion):
+    """Binary cross entropy in nats, summed over all answers to a question about an image.
+
+    That is BEiT-3's ``mean over questions and answers * number of answers``. The sample's ``targets`` are
+    ``(B, answers)`` soft scores from 0 to 1. ``vqa_score`` in the log is the mean soft score of the most probable
+    answers in percent.
+    """
+
+    percentages = {"vqa_score": "score"}
+
+    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
+        """Cross entropies, the scores of the most probable answers, and the ``extra`` of the model's call."""
+        logits, extra = model(**sample["net_input"], head=self.task.head_name)
+        scores = sample["targets"].float()
+        losses = F.binary_cross_entropy_with_logits(logits.float(), scores, reduction="none").sum(dim=1)
+        return losses, {"score": scores.gather(1, logits.argmax(dim=1, keepdim=True)).sum()}, [extra]

@@ -1,24 +1,28 @@
 """Cross entropy of masked patches and masked words, plus the MoE layers' balance loss and z-loss."""
 
 import functools
-import math
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fairseq import utils
-from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from ..moe.uncounted import taken_for_padding
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from .base import MoECriterion, Outcome, log_bits, log_perplexity, log_replaced, total
+from .gate_losses import GateLossConfig, log_gate_losses
 
 MODALITIES = ("image", "text", "pair")
-# What is predicted: the patches of images and of pairs, the words of texts and of pairs.
-PARTS = ("image", "text", "pair_image", "pair_text")
+# What is predicted: part -> the modality of its sub-batch, and whether its patches or its words.
+PARTS = {
+    "image": ("image", "patches"),
+    "text": ("text", "words"),
+    "pair_image": ("pair", "patches"),
+    "pair_text": ("pair", "words"),
+}
 AVERAGE_CHOICES = ChoiceEnum(["part", "target"])
 
 
@@ -50,7 +54,7 @@ class MaskedMultimodalConfig(GateLossConfig):
 
 
 @register_criterion("mhmoe_masked_multimodal", dataclass=MaskedMultimodalConfig)
-class MaskedMultimodalCriterion(FairseqCriterion):
+class MaskedMultimodalCriterion(MoECriterion):
     """Masked data modelling: the tokenizer's ids of masked patches, and masked words, from one model.
 
     A batch holds a sub-batch of each modality, and the model is called once for each. With mean cross entropies
@@ -71,20 +75,12 @@ class MaskedMultimodalCriterion(FairseqCriterion):
     All come from sums over the whole set, so that a validation's do not depend on its batches.
     """
 
-    def __init__(
-        self,
-        task: Any,
-        moe_gate_loss_wt: float,
-        moe_gate_loss_combine_method: str,
-        mhmoe_z_loss_wt: float,
-        masked_loss_average: str,
-    ) -> None:
-        super().__init__(task)
-        self.task = task
-        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
-        self.averages_parts = str(masked_loss_average) == "part"
+    @property
+    def averages_parts(self) -> bool:
+        """Whether the parts weigh alike, not the masked positions."""
+        return str(self.cfg.masked_loss_average) == "part"
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict]:
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
         """The loss of one batch.
 
         Args:
@@ -110,7 +106,7 @@ class MaskedMultimodalCriterion(FairseqCriterion):
             if counted[-1]:
                 num_positions += batch["num_positions"]
                 num_replaced += batch.get("num_replaced", 0)
-        sample_size = sample["nsentences"] if self.averages_parts else _total(parts, "targets")
+        sample_size = sample["nsentences"] if self.averages_parts else _sum_of(parts, "targets")
         logging_output = {
             "ntokens": num_positions,
             "nsentences": sample["nsentences"],
@@ -128,7 +124,7 @@ class MaskedMultimodalCriterion(FairseqCriterion):
         """The masked patches and the masked words of one sub-batch, each if its modality has them."""
         found = {}
         for part, (places, targets) in masked_targets(self.task, modality, batch).items():
-            if part.endswith("image"):
+            if PARTS[part][1] == "patches":
                 logits = model.image_logits(_features_at(features, 1, image_positions, places))
             else:
                 logits = model.text_logits(_features_at(features, image_positions, features.size(1), places))
@@ -137,39 +133,27 @@ class MaskedMultimodalCriterion(FairseqCriterion):
 
     def _combine(self, parts: dict[str, MaskedPart], sample_size: Any) -> Tensor:
         if not self.averages_parts:
-            return _total(parts, "loss")
+            return _sum_of(parts, "loss")
         means = [part.loss / part.targets.clamp(min=1) for part in parts.values()]
         return sample_size * torch.stack(means).mean()
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log every part, and all together."""
-        totals = {
-            part: [float(sum(log[f"{part}_{key}"] for log in logging_outputs)) for key in MaskedPart._fields]
-            for part in PARTS
-            if any(f"{part}_loss" in log for log in logging_outputs)
-        }
-        totals = {part: sums for part, sums in totals.items() if sums[1] > 0}
-        for part, (loss, targets, correct) in totals.items():
-            metrics.log_scalar(f"{part}_loss", loss / targets / math.log(2), targets, round=3)
-            metrics.log_scalar(f"{part}_accuracy", 100 * correct / targets, targets, round=2)
-            metrics.log_derived(f"{part}_ppl", functools.partial(_perplexity, f"{part}_loss"))
-        all_targets = sum(sums[1] for sums in totals.values())
-        if all_targets:
-            bits = sum(sums[0] for sums in totals.values()) / all_targets / math.log(2)
-            metrics.log_scalar("nll_loss", bits, all_targets, round=3)
-            metrics.log_derived("ppl", functools.partial(_perplexity, "nll_loss"))
+        sums = {part: [float(total(logging_outputs, f"{part}_{key}")) for key in MaskedPart._fields] for part in PARTS}
+        for part, (loss, targets, correct) in sums.items():
+            if targets > 0:
+                log_bits(f"{part}_loss", loss, targets)
+                metrics.log_scalar(f"{part}_accuracy", 100 * correct / targets, targets, round=2)
+                log_perplexity(f"{part}_ppl", of=f"{part}_loss")
+        nats, all_targets, _ = map(sum, zip(*sums.values()))
+        if all_targets > 0:
+            log_bits("nll_loss", nats, all_targets)
+            log_perplexity("ppl", of="nll_loss")
             averages_parts = any(log["averages_parts"] for log in logging_outputs)
             metrics.log_derived("loss", functools.partial(_objective, averages_parts))
-        replaced = sum(log["num_replaced"] for log in logging_outputs)
-        if replaced:
-            metrics.log_scalar_sum("replaced", float(replaced))
-        log_gate_losses(logging_outputs, sum(log["sample_size"] for log in logging_outputs))
-
-    @staticmethod
-    def logging_outputs_can_be_summed() -> bool:
-        """True: everything logged is additive, vectors included."""
-        return True
+        log_replaced(logging_outputs)
+        log_gate_losses(logging_outputs, total(logging_outputs, "sample_size"))
 
 
 def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -180,15 +164,12 @@ def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str,
         modality: of the sub-batch.
         batch: the sub-batch; nothing is predicted where its ``counted`` is False.
     """
-    found = {}
-    prefix = "pair_" if modality == "pair" else ""
     kept = slice(None) if batch.get("counted", True) else slice(0)
-    if modality != "text":
-        places = batch["masked_patch_places"][kept]
-        found[f"{prefix}image"] = (places, task.image_targets(batch).flatten().index_select(0, places))
-    if modality != "image":
-        places = batch["masked_token_places"][kept]
-        found[f"{prefix}text"] = (places, batch["text_targets"].flatten().index_select(0, places))
+    found = {}
+    for part, (_, kind) in ((part, of) for part, of in PARTS.items() if of[0] == modality):
+        places = batch["masked_patch_places" if kind == "patches" else "masked_token_places"][kept]
+        targets = task.image_targets(batch) if kind == "patches" else batch["text_targets"]
+        found[part] = (places, targets.flatten().index_select(0, places))
     return found
 
 
@@ -205,8 +186,8 @@ def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
     return MaskedPart(loss, torch.full((), targets.numel(), device=loss.device), correct)
 
 
-def _total(parts: dict[str, MaskedPart], figure: str) -> Tensor:
-    return torch.stack([getattr(part, figure) for part in parts.values()]).sum()
+def _sum_of(parts: dict[str, MaskedPart], field_name: str) -> Tensor:
+    return torch.stack([getattr(part, field_name) for part in parts.values()]).sum()
 
 
 def _part_log(parts: dict[str, MaskedPart]) -> dict[str, Tensor]:
@@ -227,7 +208,3 @@ def _objective(averages_parts: bool, meters: Any) -> float:
     names = [f"{part}_loss" for part in PARTS] if averages_parts else ["nll_loss"]
     losses = [float(meters[name].avg) for name in names if name in meters and meters[name].count > 0]
     return round(sum(losses) / len(losses), 3) if losses else 0.0
-
-
-def _perplexity(name: str, meters: Any) -> float:
-    return utils.get_perplexity(meters[name].avg)

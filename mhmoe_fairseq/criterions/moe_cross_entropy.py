@@ -1,17 +1,15 @@
 """Cross entropy plus the MoE layers' balance loss and z-loss."""
 
-import math
 from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
 from typing import Any
 
 import torch.nn.functional as F
-from fairseq import utils
-from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.logging import metrics
+from fairseq.criterions import register_criterion
 from omegaconf import II
 from torch import Tensor, nn
 
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from .base import MoECriterion, Outcome, log_bits, log_perplexity, total
+from .gate_losses import GateLossConfig, log_gate_losses
 
 
 @dataclass
@@ -22,32 +20,15 @@ class MoECrossEntropyConfig(GateLossConfig):
 
 
 @register_criterion("moe_cross_entropy", dataclass=MoECrossEntropyConfig)
-class MoECrossEntropyCriterion(FairseqCriterion):
+class MoECrossEntropyCriterion(MoECriterion):
     """``loss = cross entropy in nats, summed over targets, + sample_size * (w_b * balance + w_z * z)``.
 
     ``balance`` and ``z`` are the layers' values combined by sum or average. A dense model has neither, and its loss is
     plain cross entropy. The logs give cross entropy alone, in bits as everywhere in fairseq (``loss``, and ``ppl``
     from it), so that models with and without MoE layers, and any weights, compare.
-
-    Attributes:
-        keeps_targets_apart: with ``reduce=False`` it returns every target's loss and logs all the same.
     """
 
-    keeps_targets_apart = True
-
-    def __init__(
-        self,
-        task: Any,
-        moe_gate_loss_wt: float,
-        moe_gate_loss_combine_method: str,
-        mhmoe_z_loss_wt: float,
-        sentence_avg: bool,
-    ) -> None:
-        super().__init__(task)
-        self.gate_losses = GateLosses(moe_gate_loss_wt, moe_gate_loss_combine_method, mhmoe_z_loss_wt)
-        self.sentence_avg = sentence_avg
-
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, int, dict]:
+    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
         """The loss of one batch.
 
         Returns:
@@ -56,7 +37,7 @@ class MoECrossEntropyCriterion(FairseqCriterion):
         """
         logits, extra = model(**sample["net_input"])
         cross_entropy = self._cross_entropy(model, logits, sample, reduce)
-        sample_size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
         logging_output = {
             "loss": cross_entropy.detach().sum(),
             "ntokens": sample["ntokens"],
@@ -79,17 +60,9 @@ class MoECrossEntropyCriterion(FairseqCriterion):
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
         """Log sums over the batches; what is derived from routing is derived from the whole set's counts."""
-        total = {key: sum(log.get(key, 0) for log in logging_outputs) for key in ("loss", "ntokens", "sample_size")}
-        sample_size, ntokens = total["sample_size"], total["ntokens"]
-        metrics.log_scalar("loss", total["loss"] / sample_size / math.log(2), sample_size, round=3)
-        per_token = "loss"
+        sample_size, ntokens, nats = (total(logging_outputs, key) for key in ("sample_size", "ntokens", "loss"))
+        log_bits("loss", nats, sample_size)
         if sample_size != ntokens:
-            per_token = "nll_loss"
-            metrics.log_scalar(per_token, total["loss"] / ntokens / math.log(2), ntokens, round=3)
-        metrics.log_derived("ppl", lambda meters: utils.get_perplexity(meters[per_token].avg))
+            log_bits("nll_loss", nats, ntokens)
+        log_perplexity("ppl", of="loss" if sample_size == ntokens else "nll_loss")
         log_gate_losses(logging_outputs, sample_size)
-
-    @staticmethod
-    def logging_outputs_can_be_summed() -> bool:
-        """True: everything logged is additive, vectors included."""
-        return True

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..common.errors import UserError
+from ..criterions.gate_losses import GateLossConfig
 from ..criterions.retrieval import RetrievalCriterion
 from ..data.datasets import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
@@ -78,11 +79,10 @@ def _classify(model: FineTuned, split: str, dataset: LabelledImages, batches: Ba
 
 
 def _retrieve(model: FineTuned, split: str, dataset: RetrievalDataset, batches: Batches) -> Recalls:
-    criterion = RetrievalCriterion(model.task, 0.0, "average", 0.0)
+    criterion = RetrievalCriterion(model.task, GateLossConfig())
     meter = VectorMeter()
     for batch in batches:
-        criterion(model.model, batch)
-        meter.update(criterion.take_vectors())
+        meter.update(criterion.vectors(criterion.embed(model.model, batch), batch))
     texts_of_image = np.unique(dataset.index["image_id"], return_counts=True)[1].tolist()
     chance = {"mean recall by chance": chance_of_recall(texts_of_image)}
     return Recalls(split, len(texts_of_image), len(dataset), meter.recalls, baselines=chance)

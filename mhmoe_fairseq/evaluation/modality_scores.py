@@ -14,7 +14,7 @@ from fairseq.tasks import FairseqTask
 
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
-from ..criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_targets
+from ..criterions.masked_multimodal import PARTS, MaskedMultimodalConfig, MaskedMultimodalCriterion, masked_targets
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def score_modalities(model: torch.nn.Module, task: FairseqTask, split: str, batc
     batches = task.get_batch_iterator(
         task.dataset(split), max_sentences=batch_size, required_batch_size_multiple=1
     ).next_epoch_itr(shuffle=False)
-    criterion = MaskedMultimodalCriterion(task, 0.0, "average", 0.0, "part").eval()
+    criterion = MaskedMultimodalCriterion(task, MaskedMultimodalConfig()).eval()
     on_gpu = next(model.parameters()).is_cuda
     sums: dict[str, Any] = {}
     symbols: dict[str, Counter[int]] = {part: Counter() for part in PARTS}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
+from ..training import ParallelTask
 from .beit3_checkpoints import drop_other_heads, fit_state
 from .captions import MASK_SYMBOL, WritesCaptions
 from .flags import encoder_settings
@@ -58,8 +59,8 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
     def build_model(cls, args: Any, task: Any) -> MHMoEBEiT3:
         """Build from filled options.
 
-        Experts are spread over the processes if the task says so with ``spreads_experts``, as it does for training;
-        for evaluation every process has all of them.
+        Experts are spread over the processes if a task of ours builds the model for training; for evaluation every
+        process has all of them.
 
         Args:
             args: ``BEiT3Options``.
@@ -75,7 +76,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         refuse_tpu(args.tpu)
         if MASK_SYMBOL not in task.source_dictionary:
             raise ValueError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
-        parallel = training_parallelism(args) if getattr(task, "spreads_experts", False) else None
+        parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
         return cls(args, task.source_dictionary, task.num_visual_tokens, parallel)
 
     def forward(

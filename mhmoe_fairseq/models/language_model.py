@@ -16,6 +16,7 @@ from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
+from ..training import ParallelTask
 from .flags import decoder_settings
 from .heads import LastTokenHead
 from .options import MODEL_NAME, LanguageModelOptions
@@ -75,8 +76,8 @@ class MHMoELanguageModel(FairseqLanguageModel):
     def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
         """Build from filled options.
 
-        Experts are spread over the processes if the task says so with ``spreads_experts``, as it does for training;
-        for evaluation every process has all of them.
+        Experts are spread over the processes if a task of ours builds the model for training; for evaluation every
+        process has all of them.
 
         Raises:
             ValueError: naming the flag, its value and the rule.
@@ -86,7 +87,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
         refuse_tpu(args.tpu)
         if len(task.target_dictionary) != len(task.source_dictionary):
             raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
-        parallel = training_parallelism(args) if getattr(task, "spreads_experts", False) else None
+        parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
         return build_language_model(args, task.source_dictionary, parallel)
 
     def register_classification_head(

@@ -64,16 +64,6 @@ class CaptioningTask(ImageTextFineTuning):
         super().__init__(args, dictionary)
         self.search = self.build_search(args.caption_beam, args.caption_length_penalty, args.caption_max_len)
 
-    @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> "CaptioningTask":
-        """Load the dictionary.
-
-        Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: naming the flag or file, its value and the rule.
-        """
-        return super().setup_task(args, **kwargs)
-
     def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:
         """How to decode; by default as many tokens as the model has positions for.
 
@@ -146,7 +136,7 @@ class CaptioningTask(ImageTextFineTuning):
 
     def _are_all_done(self, is_done: bool) -> bool:
         """Where ranks share the experts, all of them decode until the last one is done."""
-        if not self._spreads_experts:
+        if not self.has_spread_experts:
             return is_done
         group = distributed_utils.get_global_group()
         device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
@@ -154,16 +144,9 @@ class CaptioningTask(ImageTextFineTuning):
         distributed_utils.all_reduce(waiting, group)
         return not waiting.any()
 
-    def train_step(
-        self, sample: dict, model: nn.Module, criterion: Any, optimizer: Any, update_num: int, **kwargs: Any
-    ):
-        """fairseq's forward and backward pass of one batch; the criterion learns how far training is."""
-        criterion.num_updates = update_num
-        return super().train_step(sample, model, criterion, optimizer, update_num, **kwargs)
-
-    def evaluate_batch(self, sample: dict, model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
         """The loss on masked references, and the sum of the CIDEr of decoded captions."""
-        loss, sample_size, log = super().evaluate_batch(sample, model, *args, **kwargs)
+        loss, sample_size, log = super().evaluate_batch(sample, model, criterion)
         captions = self.write_captions(model, sample["net_input"]["images"])
         cider = self.datasets[sample["split"]].cider
         rows = sample["id"].tolist()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checkpoints.read import read_checkpoint
 from ..common.errors import UserError
+from ..criterions.masked_multimodal import MODALITIES
 from ..data.binarised import check_split
 from ..data.datasets import MaskedImages, MaskedPairs, MaskedTexts
 from ..data.datasets.modalities import EvaluationModalities, TrainingModalities
@@ -25,7 +26,6 @@ from .starting_checkpoint import resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 
-MODALITIES = ("image", "text", "pair")
 _VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
 
 

@@ -13,6 +13,7 @@ from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
 from .language_metrics import language_sums, log_languages
 from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelingTask, data_folders
@@ -165,10 +166,10 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         return characters
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
-        """One batch of a validation, its loss summed for every language too."""
-        if not getattr(criterion, "keeps_targets_apart", False):
+        """One batch of a validation, its loss summed for every language too if the criterion is ours."""
+        if not isinstance(criterion, MoECrossEntropyCriterion):
             return super().evaluate_batch(sample, model, criterion)
-        losses, sample_size, log = super().evaluate_batch(sample, model, functools.partial(criterion, reduce=False))
+        losses, sample_size, log = criterion(model, sample, reduce=False)
         sums = language_sums(sample, losses, len(self.languages), self.target_dictionary.pad())
         return losses.sum(), sample_size, {**log, **sums}
 

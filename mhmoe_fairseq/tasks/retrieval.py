@@ -7,7 +7,7 @@ from typing import Any, Optional
 from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..data.datasets import DatasetSettings, RetrievalDataset
@@ -56,17 +56,13 @@ class RetrievalTask(HeadTask):
         """The images and captions of an index."""
         return RetrievalDataset(index, settings, transform)
 
-    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
-        """fairseq's hook after a batch: in evaluation, recall over all batches so far, of all ranks."""
-        super().reduce_metrics(logging_outputs, criterion)
-        vectors = criterion.take_vectors()
-        if vectors is None:
-            return
-        metrics.log_custom(VectorMeter, "_vectors", vectors)
-        for direction in ("text", "image"):
-            for rank in RANKS:
-                metrics.log_derived(f"{direction}_r{rank}", functools.partial(_recall, f"{direction}_r{rank}"))
-        metrics.log_derived("mean_recall", functools.partial(_recall, "mean_recall"))
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
+        """The contrastive loss of a batch; recall over all batches so far, of all ranks, goes to fairseq's metrics."""
+        found = criterion.embed(model, sample)
+        metrics.log_custom(VectorMeter, "_vectors", criterion.vectors(found, sample))
+        for name in (*(f"{direction}_r{rank}" for direction in ("text", "image") for rank in RANKS), "mean_recall"):
+            metrics.log_derived(name, functools.partial(_recall, name))
+        return criterion.outcome(sample, *criterion.compare(found))
 
 
 def _recall(name: str, meters: Any) -> float:

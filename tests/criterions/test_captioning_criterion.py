@@ -9,11 +9,13 @@ import torch
 from beit3_models import beit3_batch, losses_of, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.captioning import CaptioningCriterion, smoothed_divergence
+from mhmoe_fairseq.criterions.captioning import CaptioningConfig, CaptioningCriterion, smoothed_divergence
 
 
 class Task:
     """What fairseq's base class reads."""
+
+    num_updates = 0
 
     def __init__(self, dictionary):
         self.target_dictionary = dictionary
@@ -25,11 +27,8 @@ def model():
 
 
 def criterion(model, **changes):
-    settings = {
-        "moe_gate_loss_wt": 0.0, "moe_gate_loss_combine_method": "average", "mhmoe_z_loss_wt": 0.0,
-        "label_smoothing": 0.1, "drop_worst_ratio": 0.0, "drop_worst_after": 0,
-    }  # fmt: skip
-    return CaptioningCriterion(Task(model.dictionary), **{**settings, **changes})
+    settings = {"moe_gate_loss_wt": 0.0, "drop_worst_ratio": 0.0, "drop_worst_after": 0, **changes}
+    return CaptioningCriterion(Task(model.dictionary), CaptioningConfig(**settings))
 
 
 def batch_of(model, lengths=(7, 4, 9), seed=0):
@@ -90,7 +89,7 @@ def test_the_worst_tokens_do_not_count_in_training_after_some_updates(model):
     dropping = criterion(model, drop_worst_ratio=0.3, drop_worst_after=10)
     counted = []
     for updates, is_training in ((9, True), (10, True), (10, False)):
-        dropping.num_updates = updates
+        dropping.task.num_updates = updates
         model.train(is_training)  # without dropout
         loss, sample_size, log = dropping(model, sample)
         counted.append(sample_size)

@@ -8,9 +8,14 @@ import torch
 from beit3_models import beit3_batch, beit3_dictionary, losses_of, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.image_classification import ImageClassificationCriterion, NLVR2Criterion
+from mhmoe_fairseq.criterions.classification import (
+    ImageClassificationConfig,
+    ImageClassificationCriterion,
+    NLVR2Criterion,
+    VQACriterion,
+)
+from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
-from mhmoe_fairseq.criterions.visual_questions import VQACriterion
 from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
 WIDTH, ANSWERS, CLASSES = 32, 7, 8
@@ -26,7 +31,7 @@ CRITERIONS = {
     "image_classification": ImageClassificationCriterion,
     "retrieval": RetrievalCriterion,
 }
-EXTRA_FLAGS = {"image_classification": (0.1,)}  # of label smoothing
+CONFIGS = {"image_classification": ImageClassificationConfig}  # 0.1 of label smoothing
 
 
 def model_of(name, arch="mhmoe_beit3_tiny", **flags):
@@ -40,7 +45,8 @@ def model_of(name, arch="mhmoe_beit3_tiny", **flags):
 
 def criterion_of(name, gate=0.0, z=0.0):
     task = SimpleNamespace(head_name=name, target_dictionary=beit3_dictionary())
-    return CRITERIONS[name](task, gate, "average", z, *EXTRA_FLAGS.get(name, ()))
+    config = CONFIGS.get(name, GateLossConfig)
+    return CRITERIONS[name](task, config(moe_gate_loss_wt=gate, mhmoe_z_loss_wt=z))
 
 
 def batch_of(name, lengths, seed=0):
@@ -200,18 +206,15 @@ def test_retrieval_logs_what_is_found_within_a_batch():
     assert set(values) == {"loss", "image_accuracy", "text_accuracy"}
 
 
-def test_retrieval_hands_on_vectors_in_evaluation_only_and_once():
+def test_retrieval_gives_vectors_with_their_numbers():
     model, batch = model_of("retrieval", "dense_beit3_tiny"), batch_of("retrieval", [9, 5], seed=2)
     criterion = criterion_of("retrieval")
-    criterion(model.train(), batch)
-    assert criterion.take_vectors() is None
-    criterion(model.eval(), batch)
-    vectors = criterion.take_vectors()
+    vectors = criterion.vectors(criterion.embed(model, batch), batch)
     assert vectors.ids.tolist() == [20, 21] and vectors.images.shape == vectors.texts.shape == (2, WIDTH)
-    assert criterion.take_vectors() is None
+    assert not vectors.images.requires_grad
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_a_bad_smoothing_is_refused(smoothing):
     with pytest.raises(ValueError, match="--label-smoothing"):
-        ImageClassificationCriterion(SimpleNamespace(target_dictionary=beit3_dictionary()), 0, "sum", 0, smoothing)
+        ImageClassificationCriterion(SimpleNamespace(), ImageClassificationConfig(label_smoothing=smoothing))

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mhmoe_fairseq.criterions.masked_multimodal import PARTS, MaskedMultimodalCriterion, masked_part
+from mhmoe_fairseq.criterions.masked_multimodal import (
+    PARTS,
+    MaskedMultimodalConfig,
+    MaskedMultimodalCriterion,
+    masked_part,
+)
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
 from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig
@@ -52,7 +57,13 @@ def batch_of(task: MaskedMultimodalTask, size: int = 6, split: str = "train") ->
 def criterion_of(
     task: Any, average: str = "part", weight: float = 0.1, z_weight: float = 0.01, combine: str = "average"
 ):
-    return MaskedMultimodalCriterion(task, weight, combine, z_weight, average)
+    config = MaskedMultimodalConfig(
+        moe_gate_loss_wt=weight,
+        moe_gate_loss_combine_method=combine,
+        mhmoe_z_loss_wt=z_weight,
+        masked_loss_average=average,
+    )
+    return MaskedMultimodalCriterion(task, config)
 
 
 @torch.no_grad()

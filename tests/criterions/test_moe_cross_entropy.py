@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from fairseq.logging import metrics
 from language_models import FAMILIES, small_dictionary, small_model, token_rows
 
-from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
 
 
 def criterion(gate=0.01, combine="average", z=0.0, sentence_avg=False):
     task = SimpleNamespace(target_dictionary=small_dictionary())
-    return MoECrossEntropyCriterion(task, gate, combine, z, sentence_avg)
+    config = MoECrossEntropyConfig(
+        moe_gate_loss_wt=gate, moe_gate_loss_combine_method=combine, mhmoe_z_loss_wt=z, sentence_avg=sentence_avg
+    )
+    return MoECrossEntropyCriterion(task, config)
 
 
 def sample(lengths, seed=0):

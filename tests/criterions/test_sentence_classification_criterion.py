@@ -9,14 +9,17 @@ import torch.nn.functional as F
 from fairseq.logging import metrics
 from language_models import small_dictionary, small_model, token_rows
 
-from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyCriterion
-from mhmoe_fairseq.criterions.sentence_classification import SentenceClassificationCriterion
+from mhmoe_fairseq.criterions.classification import SentenceClassificationConfig, SentenceClassificationCriterion
+from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 
 TASK = SimpleNamespace(target_dictionary=small_dictionary())
 
 
 def criterion(gate=0.01, combine="average", z=0.0):
-    return SentenceClassificationCriterion(TASK, gate, combine, z, "head")
+    config = SentenceClassificationConfig(
+        moe_gate_loss_wt=gate, moe_gate_loss_combine_method=combine, mhmoe_z_loss_wt=z, classification_head_name="head"
+    )
+    return SentenceClassificationCriterion(TASK, config)
 
 
 def classifier(arch="mhmoe_lm_tiny", **flags):
@@ -60,8 +63,11 @@ def test_the_gate_loss_is_that_of_language_modelling(combine):
     """What both criterions add to their own loss, per example and per token, is one number."""
     model, batch = classifier(decoder_layers=4), sample([9, 5, 2], [0, 2, 1])
     lm_batch = {**batch, "target": batch["net_input"]["src_tokens"]}
-    lm = MoECrossEntropyCriterion(TASK, 0.3, combine, 0.07, False)
-    bare = MoECrossEntropyCriterion(TASK, 0.0, combine, 0.0, False)
+    flags = {"moe_gate_loss_combine_method": combine, "sentence_avg": False}
+    lm, bare = (
+        MoECrossEntropyCriterion(TASK, MoECrossEntropyConfig(moe_gate_loss_wt=gate, mhmoe_z_loss_wt=z, **flags))
+        for gate, z in ((0.3, 0.07), (0, 0))
+    )
     added = (lm(model, lm_batch)[0] - bare(model, lm_batch)[0]) / batch["ntokens"]
     ours = (criterion(0.3, combine, 0.07)(model, batch)[0] - criterion(0.0, combine)(model, batch)[0]) / 3
     torch.testing.assert_close(ours, added, atol=1e-5, rtol=1e-4)

@@ -1,6 +1,5 @@
 """BEiT-3 on several ranks: ranks with other modalities take part, and all ranks together are one process."""
 
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -10,6 +9,7 @@ from layer_cases import gradients_of, merge_gradients, merge_parameters
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
 from mhmoe_fairseq.parallel import expert_parallelism, sharded_experts
+from mhmoe_fairseq.training import ParallelTask
 
 
 def gradients(flags, batches, parallel=None):
@@ -74,15 +74,17 @@ def test_the_global_scope_of_two_pools_is_that_of_one_larger_batch(workers2):
 
 
 def built_on_rank(full):
-    task = SimpleNamespace(source_dictionary=beit3_dictionary(), num_visual_tokens=6, spreads_experts=True)
+    class Task(ParallelTask):
+        source_dictionary, num_visual_tokens, is_training = beit3_dictionary(), 6, True
+
     flags = {**SMALL, **IMAGES, "mhmoe_budget": "none", "dropout": 0.0, "mhmoe_modality_experts": "separate"}
     options = architecture_options("mhmoe_beit3_tiny", **flags)
-    model = MHMoEBEiT3.build_model(options, task)
+    model = MHMoEBEiT3.build_model(options, Task(None))
     model.load_state_dict(full)
     names = [shard.name for shard in sharded_experts(model)]
     loaded = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    task.spreads_experts = False
-    return names, len(sharded_experts(MHMoEBEiT3.build_model(options, task))), loaded
+    Task.is_training = False
+    return names, len(sharded_experts(MHMoEBEiT3.build_model(options, Task(None)))), loaded
 
 
 def test_the_task_decides_and_a_rank_loads_its_experts(workers2):

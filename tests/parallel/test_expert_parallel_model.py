@@ -6,11 +6,12 @@ import torch.distributed as dist
 from language_models import small_dictionary, small_model, token_rows
 from layer_cases import FIELDS, gradients_of, merge_gradients, merge_parameters
 
-from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel, training_parallelism
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.parallel import expert_parallelism, sharded_experts
+from mhmoe_fairseq.training import ParallelTask
 
 
 def parameters_of(model):
@@ -152,14 +153,14 @@ def built_on_rank(sizes):
 
 
 def built_with(size):
-    class Task:
+    class Task(ParallelTask):
         source_dictionary = target_dictionary = small_dictionary()
-        spreads_experts = True
+        is_training = True
 
     options = architecture_options("mhmoe_lm_tiny", decoder_layers=2, mhmoe_expert_parallel_size=size)
-    model = MHMoELanguageModel.build_model(options, Task())
-    Task.spreads_experts = False
-    whole = MHMoELanguageModel.build_model(options, Task())
+    model = MHMoELanguageModel.build_model(options, Task(None))
+    Task.is_training = False
+    whole = MHMoELanguageModel.build_model(options, Task(None))
     shares = {item.name.split(".")[-1]: len(item.parameter) for item in sharded_experts(model)}
     marked = [name for name, p in model.named_parameters() if hasattr(p, "expert")]
     parallel = training_parallelism(options)
@@ -238,7 +239,7 @@ def criterion_on_rank(rows, scope, training):
     for tokens in rows if parallel is None else [rows[dist.get_rank()]]:
         sample = {"net_input": {"src_tokens": tokens[:, :-1]}, "target": tokens[:, 1:]}
         sample["ntokens"] = int(sample["target"].ne(1).sum())
-        criterion = MoECrossEntropyCriterion(Task(), 0.01, "average", 0.01, False)
+        criterion = MoECrossEntropyCriterion(Task(), MoECrossEntropyConfig(mhmoe_z_loss_wt=0.01, sentence_avg=False))
         logs.append(criterion(model, sample)[2])
     return logs, None if parallel is None else parallel.counter
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from fake_devices import HOST_READS, Recorder
 
-from mhmoe_fairseq.criterions.gathering import gather_rows
+from mhmoe_fairseq.criterions.retrieval import gather_rows
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.dispatch import plan_dispatch
 from mhmoe_fairseq.moe.parallelism import plan_received

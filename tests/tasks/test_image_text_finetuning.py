@@ -18,6 +18,7 @@ from fine_tuning_data import ANSWERS, TASKS, write_fine_tuning_data
 from images_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
@@ -310,7 +311,7 @@ def test_rates_are_refused_in_training_where_the_optimizer_has_one(data: Path) -
 
 def test_recall_of_a_validation_is_that_of_the_whole_set(data: Path) -> None:
     task = build("mhmoe_retrieval", data)
-    model, criterion = build_model(task).eval(), RetrievalCriterion(task, 0.0, "average", 0.0)
+    model, criterion = build_model(task).eval(), RetrievalCriterion(task, GateLossConfig())
     found = batches(task, "valid")
     with metrics.aggregate(new_root=True) as aggregator:
         for batch in [*found, found[0]]:  # a rank that has run out repeats its first batch

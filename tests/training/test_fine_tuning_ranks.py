@@ -11,8 +11,8 @@ import torch.distributed as dist
 from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from decayed_models import FACTORS, build, inputs, step
 
-from mhmoe_fairseq.criterions.gathering import gather_rows
-from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
+from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
+from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion, gather_rows
 from mhmoe_fairseq.models.heads import CenteredLayerNorm, RetrievalHead
 from mhmoe_fairseq.moe.uncounted import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism
@@ -39,9 +39,8 @@ def contrast(rows=slice(None), counted=True):
     model = small_beit3("dense_beit3_tiny", num_visual_tokens=0).double()
     torch.manual_seed(1)
     model.register_head("retrieval", RetrievalHead(32).double())
-    criterion = RetrievalCriterion(
-        SimpleNamespace(head_name="retrieval", target_dictionary=beit3_dictionary()), 0.0, "average", 0.0
-    )
+    task = SimpleNamespace(head_name="retrieval", target_dictionary=beit3_dictionary())
+    criterion = RetrievalCriterion(task, GateLossConfig())
     numbers = torch.arange(len(LENGTHS))[rows]
     batch = {
         "id": numbers,
@@ -53,9 +52,8 @@ def contrast(rows=slice(None), counted=True):
     loss = criterion(model, batch)[0]
     loss.backward()
     gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
-    with torch.no_grad():
-        criterion(model.eval(), batch)
-    return loss.item(), gradients, criterion.take_vectors()
+    vectors = criterion.vectors(criterion.embed(model.eval(), batch), batch)
+    return loss.item(), gradients, vectors
 
 
 def centered_means(rows=slice(None)):

@@ -28,11 +28,9 @@ def task():
 @pytest.mark.parametrize("from_checkpoint", [False, True])
 def test_experts_are_spread_in_training_and_whole_in_a_loaded_model(task, monkeypatch, from_checkpoint):
     asked = []
-    monkeypatch.setattr(
-        models, "build_model", lambda args, task, *_: asked.append(task.spreads_experts) or nn.Linear(2, 2)
-    )
+    monkeypatch.setattr(models, "build_model", lambda args, task, *_: asked.append(task.is_training) or nn.Linear(2, 2))
     for earlier in (True, False):  # a task may have built another model before
-        task.spreads_experts = earlier
+        task.is_training = earlier
         task.build_model(Namespace(), from_checkpoint)
     assert asked == [not from_checkpoint] * 2
 

@@ -1,54 +1,69 @@
-"""What every task of this package does about several processes."""
+"""What every task of this package does about several processes and about failures."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+import torch
 from fairseq.criterions import FairseqCriterion
 from fairseq.data import FairseqDataset
+from fairseq.distributed import utils as distributed_utils
 from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
 from ..moe.uncounted import taken_for_padding
+from ..parallel import sharded_experts
 from .checks import check_training_numbers, refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
+from .failures import guard_ranks, no_lone_recovery
 from .fillers import is_filler, without_figures
-from .guarded_task import GuardedTask
-from .launching import hold_save_dir
+from .launching import hold_save_dir, require_process_group
+from .nonfinite import is_looking_for_nan, report_nonfinite
 from .resuming import ResumableEpochBatchIterator
 
 logger = logging.getLogger(__name__)
 
 
-class ParallelTask(GuardedTask):
+class ParallelTask(FairseqTask):
     """Stands in front of fairseq's task, whose ``args`` are ``TrainingFlags``, among a task's bases.
 
     In training the model's experts are shared out over the processes, which together compute what one would, also where
-    their number does not divide that of the batches; and a run can be resumed on any number of them.
+    their number does not divide that of the batches; and a run can be resumed on any number of them. Processes that
+    nobody connected do not start training, no rank waits for a lost one, and a loss or gradient that is not finite is
+    reported with the routing of every layer.
 
     Attributes:
-        spreads_experts: whether the model that is being built shares its experts out over the ranks: in training only.
+        is_training: whether the model that is or was built last is for training, and may spread its experts.
+        has_spread_experts: whether that model's experts are spread over the ranks.
+        num_updates: the training's updates so far; criterions read it.
     """
 
     args: Any
-    spreads_experts = False
-    _is_training = False
+    is_training = False
+    has_spread_experts = False
+    num_updates = 0
     _has_experts = False
+    _has_reported = False
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
 
         Raises:
-            ValueError: naming the flag, its value and the rule; or because another run is saving to the same folder.
+            ValueError: naming the flag, its value and the rule; because another run is saving to the same folder; or
+                for processes that train alone without meaning to.
         """
-        self.spreads_experts = self._is_training = not from_checkpoint
-        if not from_checkpoint:
+        self.is_training = not from_checkpoint
+        if self.is_training:
             check_training_numbers(self.args)
             refuse_ddp_without_gpus(self.args)
             hold_save_dir(self.args)
+            require_process_group()
         model = super().build_model(args, from_checkpoint)
         prepare_sharded_model(model, self.args)
+        if self.is_training:
+            self._guard(model)
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
             logger.warning(
@@ -58,10 +73,18 @@ class ParallelTask(GuardedTask):
             )
         return model
 
+    def _guard(self, model: nn.Module) -> None:
+        """Bound every wait of this rank for another."""
+        shards = sharded_experts(model)
+        self.has_spread_experts = bool(shards)
+        own = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}
+        everyone = distributed_utils.get_global_group()
+        guard_ranks([*own, *([] if everyone is None else [everyone])])
+
     def build_criterion(self, *args: Any, **kwargs: Any) -> FairseqCriterion:
         """fairseq's criterion; one that leaves out the balance loss of a model with experts is told of."""
         criterion = super().build_criterion(*args, **kwargs)
-        if self._is_training and self._has_experts and not hasattr(criterion, "gate_losses"):
+        if self.is_training and self._has_experts and not hasattr(criterion, "gate_losses"):
             logger.warning(
                 f"--criterion ({type(criterion).__name__}) leaves out the MoE layers' balance loss, so that few "
                 "experts may get most tokens: give --criterion moe_cross_entropy (for images or classes the one that "
@@ -81,7 +104,7 @@ class ParallelTask(GuardedTask):
         if not isinstance(iterator, ResumableEpochBatchIterator):  # else it has served an epoch before
             dataset.set_epoch(epoch)
             iterator.epoch = max(epoch, 1)
-        return ResumableEpochBatchIterator.of(iterator, has_fillers=self._is_training)
+        return ResumableEpochBatchIterator.of(iterator, has_fillers=self.is_training)
 
     def train_step(
         self,
@@ -94,20 +117,35 @@ class ParallelTask(GuardedTask):
         **kwargs: Any,
     ) -> tuple[Tensor, Any, dict]:
         """fairseq's forward and backward pass of one batch."""
+        self.num_updates = update_num
         filler = is_filler(sample)
-        with taken_for_padding(model, filler):
+        with taken_for_padding(model, filler), no_lone_recovery(self.has_spread_experts):
             outcome = super().train_step(
                 sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or filler, **kwargs
             )
+        if is_looking_for_nan():
+            report_nonfinite(model, outcome[0], "the update whose gradient is not finite")
         return without_figures(outcome) if filler else outcome
 
-    def valid_step(self, sample: dict, model: nn.Module, criterion: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
-        """fairseq's hook for a batch of a validation; what a task does with one is in ``evaluate_batch``."""
+    def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
+        """fairseq's hook before a validation."""
+        super().begin_valid_epoch(epoch, model)
+        self._has_reported = False
+
+    def valid_step(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
+        """fairseq's hook for a batch of a validation, of which the first whose loss is not finite is reported."""
         filler = is_filler(sample)
-        with taken_for_padding(model, filler):
-            outcome = self.evaluate_batch(sample, model, criterion, **kwargs)
+        model.eval()
+        with torch.no_grad(), taken_for_padding(model, filler):
+            outcome = self.evaluate_batch(sample, model, criterion)
+        if not self._has_reported and not torch.isfinite(outcome[0]).all():
+            self._has_reported = True
+            report_nonfinite(model, outcome[0], "validation")
         return without_figures(outcome) if filler else outcome
 
-    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any, **kwargs: Any) -> tuple[Tensor, Any, dict]:
-        """Loss, sample size and what to log of one batch of a validation, fillers among them."""
-        return super().valid_step(sample, model, criterion, **kwargs)
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
+        """Return loss, sample size and what to log of one batch of a validation, fillers among them.
+
+        A task of one's own measures more here; gradients are off and the model is in evaluation.
+        """
+        return criterion(model, sample)
