@@ -1,16 +1,27 @@
 """Multi-Head Mixture-of-Experts for fairseq and TorchScale.
 
-This package is a fairseq user directory (``fairseq-train --user-dir mhmoe_fairseq``): importing
-it registers the models, criterions and tasks. ``mhmoe_fairseq.moe`` is pure PyTorch and works
-without fairseq and TorchScale.
+This package is a fairseq user directory (``fairseq-train --user-dir mhmoe_fairseq``): where fairseq is imported
+already, importing it registers our models, criterions and tasks. Else it imports neither fairseq nor PyTorch: then
+importing ``mhmoe_fairseq.models``, ``.tasks`` or ``.criterions`` registers everything, as does :func:`register`.
+``mhmoe_fairseq.moe`` is pure PyTorch and works without fairseq and TorchScale.
 """
 
-from importlib.util import find_spec
+import sys
 
 __version__ = "0.1.0"
+_registered = False
 
-# find_spec, not try/except: an ImportError inside our own modules must not be hidden.
-if find_spec("fairseq") is not None:
+
+def register() -> None:
+    """Repairs stock fairseq and registers our models, criterions and tasks with it; again it changes nothing.
+
+    Raises:
+        ModuleNotFoundError: fairseq or TorchScale is not installed.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True  # the parts that are imported here ask for registration, too
     from . import compat
 
     with compat.logging_as_found():
@@ -19,3 +30,7 @@ if find_spec("fairseq") is not None:
 
         training.save_atomically()
         training.refuse_in_one_line()
+
+
+if sys.modules.get("fairseq") is not None:
+    register()

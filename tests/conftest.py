@@ -7,7 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import mhmoe_fairseq
+
 pytest_plugins = ["evaluated_runs", "harness_tasks", "small_corpora"]
+
+mhmoe_fairseq.register()
 
 # Tiny tensors: threads only cost time, and one thread makes the order of sums the same everywhere.
 torch.set_num_threads(1)

@@ -35,6 +35,7 @@ seen = []
 warnings.showwarning = lambda message, category, *rest: seen.append(f"{category.__name__}: {message}")
 if sys.argv[1] == "repaired":
     import mhmoe_fairseq
+    mhmoe_fairseq.register()
 import torch
 import torchscale.architecture.decoder
 from fairseq.data import TokenBlockDataset
@@ -72,7 +73,8 @@ print(json.dumps({**found, "logging": [root.level, len(root.handlers)]}))
 RESUME = """
 import json, sys
 import torch, torch.distributed as dist
-from mhmoe_fairseq import compat
+import mhmoe_fairseq
+mhmoe_fairseq.register()
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.distributed import utils as distributed_utils
 from omegaconf import OmegaConf

@@ -34,7 +34,8 @@ MAY_IMPORT = {
     part: {below for floor in FLOORS[:height] for below in floor}
     for height, floor in enumerate(FLOORS)
     for part in floor
-} | {"__init__": {"compat", "criterions", "models", "tasks", "training"}}
+} | {"__init__": {"compat", "criterions", "models", "tasks", "training"}, "__main__": {"commands"}}
+OF_THE_PACKAGE = ("__version__", "register")  # names that every part may import from it
 FAIRSEQ = {"fairseq", "fairseq_cli", "hydra", "omegaconf", "torchscale", "fairscale", "timm"}
 # Parts that stay free of other packages: the layer and expert parallelism can be lifted into other code.
 FOREIGN = {
@@ -96,7 +97,7 @@ def upward_imports(package: Path) -> list[str]:
         part = part_of(path, package)
         for module in imported_modules(path, package):
             names = module.split(".")
-            if names[0] != "mhmoe_fairseq" or len(names) < 2 or names[1] in (part, "__version__"):
+            if names[0] != "mhmoe_fairseq" or len(names) < 2 or names[1] in (part, *OF_THE_PACKAGE):
                 continue
             if names[1] not in MAY_IMPORT[part]:
                 wrong.append(f"{path.relative_to(package)} imports {module}: only {sorted(MAY_IMPORT[part])} lie below")

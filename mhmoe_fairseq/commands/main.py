@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from .. import register
 from ..common.arguments import ArgumentParser
 from ..common.errors import UserError
 
@@ -51,6 +52,14 @@ COMMANDS = {
     ),
 }
 
+# What needs neither fairseq nor our models; everything else finds them registered.
+WITHOUT_FAIRSEQ = ("visual-tokenizer", "report-tasks")
+# Commands whose modules import torch or fairseq before they run: none is to be left here.
+HEAVY = {
+    "plan", "evaluate", "report", "analyze", "diversity", "probe", "prepare", "import-official", "checkpoint",
+    "visual-tokenizer",
+}  # fmt: skip
+
 
 def build_parser(command: str | None = None) -> ArgumentParser:
     """The parser; only ``command``'s module is imported, the others show their one-line help."""
@@ -65,6 +74,8 @@ def build_parser(command: str | None = None) -> ArgumentParser:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == command:
+            if name in HEAVY:
+                register()
             importlib.import_module(module).add_arguments(sub)
     return parser
 
@@ -95,6 +106,8 @@ def _run(argv: list[str]) -> int:
         if args.command == "user-dir":
             print(Path(__file__).resolve().parent.parent)
             return 0
+        if args.command not in WITHOUT_FAIRSEQ:
+            register()
         return importlib.import_module(COMMANDS[args.command][0]).run(args)
     except BrokenPipeError:
         raise
@@ -113,7 +126,3 @@ def _require_text(argv: list[str]) -> None:
             raise UserError(
                 f"{before} {ascii(word)}: must be UTF-8 text, byte 0x{ord(word[error.start]) & 0xFF:02x} is not"
             ) from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

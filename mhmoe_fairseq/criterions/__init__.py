@@ -1,5 +1,9 @@
 """fairseq criterions; importing registers them."""
 
+from .. import register
+
+register()
+
 from . import captioning, classification, masked_multimodal, moe_cross_entropy, retrieval
 
 __all__ = ["captioning", "classification", "masked_multimodal", "moe_cross_entropy", "retrieval"]

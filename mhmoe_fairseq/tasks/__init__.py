@@ -1,5 +1,9 @@
 """fairseq tasks and tokenizers; importing registers them."""
 
+from .. import register
+
+register()
+
 from . import (
     captioning,
     image_classification,

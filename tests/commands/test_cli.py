@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 
 import pytest
 
-from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.commands.main import COMMANDS, HEAVY, main
+
+# The parser of each command, in a process of its own; prints which of them need what a help text should not wait for.
+PARSERS = """
+import json, os, sys
+from mhmoe_fairseq.commands import main
+main.HEAVY = ()
+for command in main.COMMANDS:
+    if os.fork() == 0:
+        main.build_parser(command)
+        found = {"torch", "fairseq", "torchscale"} & set(sys.modules)
+        if found:
+            print(json.dumps(command), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+def test_help_comes_without_torch_and_fairseq(repository):
+    done = subprocess.run([sys.executable, "-c", PARSERS], cwd=repository, capture_output=True, text=True)
+    heavy = {json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')}
+    assert done.returncode == 0 and heavy == HEAVY & set(COMMANDS)
 
 
 @pytest.mark.parametrize("words", [["user-dir"], ["--help"], ["plan", "--help"], ["plan", "--arch", "dense_lm_tiny"]])

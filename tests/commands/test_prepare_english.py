@@ -26,7 +26,7 @@ def run(capsys, *arguments):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "mhmoe_fairseq.commands.main", "prepare", "english", *map(str, arguments)]
+    return [sys.executable, "-m", "mhmoe_fairseq", "prepare", "english", *map(str, arguments)]
 
 
 def hashes(dest):

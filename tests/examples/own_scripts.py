@@ -22,7 +22,7 @@ class Scripts:
         (folder / "bin").mkdir()
         mhmoe = folder / "bin" / "mhmoe"
         python = f'PYTHONPATH="{ROOT}" exec "{sys.executable}"'
-        mhmoe.write_text(f'#!/bin/sh\n{python} -m mhmoe_fairseq.commands.main "$@"\n')
+        mhmoe.write_text(f'#!/bin/sh\n{python} -m mhmoe_fairseq "$@"\n')
         mhmoe.chmod(0o755)
         self.environment = {
             **os.environ,

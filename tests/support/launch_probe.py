@@ -13,7 +13,9 @@ def places_found(environment: dict[str, str], repaired: bool) -> list[Any]:
     """
     os.environ.update(environment)
     if repaired:
-        import mhmoe_fairseq  # noqa: F401
+        import mhmoe_fairseq
+
+        mhmoe_fairseq.register()
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.distributed import utils
     from omegaconf import OmegaConf
