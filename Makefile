@@ -51,7 +51,7 @@ mutate: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python scripts/bench_layer.py
 	$(BIN)/python scripts/bench_train.py
-	$(BIN)/python scripts/bench_parallel.py
+	$(BIN)/python scripts/bench_train.py --ranks 2 --size small --sentences 16 --models mhmoe-params
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Training speed and memory of whole language models: dense, X-MoE and MH-MoE under both budgets."""
+"""Training speed and memory of whole language models: against X-MoE, or on several processes against one."""
 
 from __future__ import annotations
 
@@ -6,36 +6,31 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _bench.console import Progress, make_parser, report_path, say, table, verdict, write_report
+from _bench.console import Progress, add_numbers, make_parser, report_path, say, table, verdict, write_report
 from _bench.layers import DTYPES, GemmBound
 from _bench.timing import Pairs, time_pairs
-from _bench.training import (
-    NAMES,
-    REFERENCE,
-    Shape,
-    Training,
-    add_training_arguments,
-    common_flags,
-    model_flags,
-    shape_of,
-    train,
-    train_pairs,
-    write_zipf_data,
-)
+from _bench.training import NAMES, Shape, Training, add_model_arguments, flags_of, shape_of, train, write_zipf_data
+
+from mhmoe_fairseq.analysis.plan.cluster import Cluster, exchange
 
 DESCRIPTION = """\
-Train four language models for a few updates with fairseq-train and compare
-their tokens per second and peak memory:
+Train language models for a few updates with fairseq-train and compare tokens per
+second and peak memory:
   dense         no experts
   xmoe          X-MoE, the reference: one head
   mhmoe-params  MH-MoE with X-MoE's parameters (more work per token)
   mhmoe-flops   MH-MoE with X-MoE's FLOPs and parameters (more, smaller experts)
 Each model's runs take turns with X-MoE's, so that a slow moment hits both. The
 report lists the flags, which you can give to fairseq-train yourself.
+
+With --ranks N every model's runs on N processes (torchrun, gloo, experts shared out
+over all of them) take turns with its own in one process, with the same threads in
+sum and the same batch per update. Both must have the same loss at the first update,
+and the rows that the training says it moved stand beside those of `mhmoe plan`.
 """
 EPILOG = """\
 examples:
@@ -44,6 +39,8 @@ examples:
   python scripts/bench_train.py
       all four: 12 layers of 768, 8 experts, 8,000 words, 4 x 512 tokens per
       update; half an hour on two cores, and 12 GB of memory
+  python scripts/bench_train.py --ranks 2 --size small --sentences 16 --models mhmoe-params
+      two ranks of one thread against one process of two: the other target
   python scripts/bench_train.py --size tiny --pairs 3
       a look at the report in some minutes
   python scripts/bench_train.py --data data/english
@@ -52,40 +49,75 @@ examples:
 The tokens are synthetic unless --data is given: independent draws by Zipf's law,
 so that routing meets frequent and rare words. Weights are fresh, hence routing is
 as balanced as at the start of a training.
+
+What ranks cost: each has the dense part whole, so its gradient is summed over them
+and its Adam runs on each; rows travel through the loopback; and the slowest sets the
+pace. All but the last weigh less the more tokens an update has.
 """
-PROMISED = "mhmoe-flops"
-PROMISED_RATIO = 0.95
+REFERENCE = "xmoe"
+SPEED_TARGET = ("mhmoe-flops", 0.95)  # of X-MoE's tokens/s, at the default setting
+RANKS_TARGET = 0.85  # of one process's tokens/s
 
 
-@dataclass
-class Results:
-    """By model: its shape, seconds of an update beside X-MoE's, seconds of the MoE layers' products, the last run."""
+@dataclass(frozen=True)
+class Duel:
+    """A model's runs by turns with those of its rival: seconds of an update, and the last two runs."""
 
-    shapes: dict[str, Shape] = field(default_factory=dict)
-    pairs: dict[str, Pairs] = field(default_factory=dict)
-    products: dict[str, Pairs] = field(default_factory=dict)
-    runs: dict[str, Training] = field(default_factory=dict)
+    pairs: Pairs
+    run: Training
+    rival: Training
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(DESCRIPTION, EPILOG)
     rivals = [name for name in NAMES if name != REFERENCE]
     parser.add_argument("--quick", action="store_true", help="only mhmoe-flops against xmoe")
-    parser.add_argument("--models", nargs="+", choices=rivals, default=rivals, help="whom to time against xmoe")
+    parser.add_argument("--models", nargs="+", choices=rivals, default=rivals, help="what to time against its rival")
     parser.add_argument("--data", metavar="FOLDER", help="prepared data to train on, in place of synthetic tokens")
-    add_training_arguments(parser, size="base", sentences=4)
+    add_numbers(parser, {"ranks": (1, "processes; from 2 on each model is compared with itself in one process")})
+    add_model_arguments(parser)
     return parser
 
 
-def decide(results: Results, args: argparse.Namespace) -> tuple[str, bool] | None:
-    """The target as one line and whether it is met; None if it was not measured, or at another setting."""
-    defaults = build_parser().parse_args([])
-    same = ("size", "experts", "heads", "top_k", "tokens_per_sample", "vocab", "precision")
-    if PROMISED not in results.pairs or any(getattr(args, name) != getattr(defaults, name) for name in same):
-        return None
-    speed = results.pairs[PROMISED].swapped()
-    line = f"{NAMES[PROMISED]} trains at {PROMISED_RATIO} or more of X-MoE's tokens/s: {speed.ratio:.3f} "
-    return line + speed.range_text(), speed.ratio >= PROMISED_RATIO
+def check(args: argparse.Namespace) -> None:
+    """ValueError for ranks that cannot have equal parts, or that ``--quick`` does not speak of."""
+    for flag in ("sentences", "threads"):
+        if getattr(args, flag) % args.ranks:
+            raise ValueError(f"--{flag} ({getattr(args, flag)}) must be a multiple of --ranks ({args.ranks})")
+    if args.quick and args.ranks > 1:
+        raise ValueError(f"--ranks ({args.ranks}) contradicts --quick, which compares with X-MoE")
+
+
+def check_same(ranks: float, alone: float) -> None:
+    """Raise RuntimeError unless the first losses agree: they are of the same weights and the same tokens."""
+    if abs(ranks - alone) > 1e-3 * abs(alone):
+        raise RuntimeError(f"the first update's loss is {ranks:.4f} bits on the ranks and {alone:.4f} in one process")
+
+
+def fight(data: str, name: str, args: argparse.Namespace, progress: Progress) -> Duel:
+    """Whole runs by turns, every other pair starting with the rival's."""
+    rival = name if args.ranks > 1 else REFERENCE
+    label = f"{name} on {args.ranks} ranks / one process" if args.ranks > 1 else f"{name} / {REFERENCE}"
+    contenders, seconds, last = ((name, args.ranks), (rival, 1)), ([], []), [None, None]
+    progress(label)
+    for pair in range(args.pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            model, ranks = contenders[which]
+            last[which] = train(data, model, args, ranks=ranks)
+            seconds[which].append(last[which].seconds)
+        progress(label, 1)
+    if args.ranks > 1:
+        check_same(last[0].first_loss, last[1].first_loss)
+    return Duel(Pairs(*map(tuple, seconds)), *last)
+
+
+def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, Shape], dict[str, Duel]]:
+    """Every model's shape and duel."""
+    names = [SPEED_TARGET[0]] if args.quick else args.models
+    wanted = names if args.ranks > 1 else [*names, REFERENCE]
+    shapes = {name: shape_of(data, name, args) for name in NAMES if name in wanted}
+    with Progress(len(names) * args.pairs) as progress:
+        return shapes, {name: fight(data, name, args, progress) for name in names}
 
 
 def time_products(shape: Shape, reference: Shape, args: argparse.Namespace) -> Pairs:
@@ -96,79 +128,110 @@ def time_products(shape: Shape, reference: Shape, args: argparse.Namespace) -> P
     return time_pairs(*calls, pairs=args.pairs)
 
 
-def measure(data: str, args: argparse.Namespace) -> Results:
-    """Time every model beside the reference."""
-    names = [PROMISED] if args.quick else args.models
-    results = Results(shapes={name: shape_of(data, name, args) for name in (*names, REFERENCE)})
-    with Progress(len(names) * args.pairs) as progress:
-        for name in names:
-            progress(f"{name} / {REFERENCE}")
-            results.pairs[name], *last = train_pairs(
-                lambda name=name: train(data, name, args), lambda: train(data, REFERENCE, args),
-                args.pairs, lambda name=name: progress(f"{name} / {REFERENCE}", 1),
-            )  # fmt: skip
-            results.runs |= zip((name, REFERENCE), last)
-            if results.shapes[name].moe is not None:
-                results.products[name] = time_products(results.shapes[name], results.shapes[REFERENCE], args)
-    return results
+def decide(duels: dict[str, Duel], args: argparse.Namespace) -> tuple[str, bool] | None:
+    """The target as one line and whether it is met; None if it was not measured, or at another setting."""
+    if args.ranks > 1:
+        name, limit, what = next(iter(duels)), RANKS_TARGET, f"one process's tokens/s on {args.ranks} ranks"
+    else:
+        (name, limit), what = SPEED_TARGET, "X-MoE's tokens/s"
+        defaults = build_parser().parse_args([])
+        same = ("size", "experts", "heads", "top_k", "tokens_per_sample", "vocab", "precision")
+        if name not in duels or any(getattr(args, flag) != getattr(defaults, flag) for flag in same):
+            return None
+    speed = duels[name].pairs.swapped()
+    line = f"{NAMES[name]} trains at {limit} or more of {what}: {speed.ratio:.3f} {speed.range_text()}"
+    return line, speed.ratio >= limit
 
 
-def speed_table(results: Results, tokens: int) -> str:
+def speed_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
+    """A row for each contender."""
+    rivals = [duel.pairs.second for duel in duels.values()]
     rows = []
-    all_pairs = list(results.pairs.values())
-    reference = Pairs(sum((pairs.second for pairs in all_pairs), ()), sum((pairs.second for pairs in all_pairs), ()))
-    for name in sorted(results.shapes, key=list(NAMES).index):
-        shape, pairs = results.shapes[name], results.pairs.get(name, reference)
+
+    def add(name: str, where: str, pairs: Pairs, run: Training) -> None:
+        shape, tokens = shapes[name], args.sentences * args.tokens_per_sample
         moe = ("-", "-") if shape.moe is None else (
             f"{shape.moe.num_experts} x {shape.moe.expert_ffn_dim}", f"{shape.moe.flops_per_token() / 1e6:.1f}"
         )  # fmt: skip
         rows.append((
-            NAMES[name], f"{shape.params / 1e6:.1f}M", *moe, f"{pairs.first_median:.3f}",
-            f"{tokens / pairs.first_median:.0f}", f"**{1 / pairs.ratio:.3f}**",
-            f"{results.runs[name].resident_mib:.0f}",
+            NAMES[name] + where, f"{shape.params / 1e6:.1f}M", *moe, f"{pairs.first_median:.3f}",
+            f"{tokens / pairs.first_median:.0f}", f"**{1 / pairs.ratio:.3f}**", f"{run.resident_mib:.0f}",
         ))  # fmt: skip
+
+    for name, duel in duels.items():
+        add(name, f", {args.ranks} ranks" if args.ranks > 1 else "", duel.pairs, duel.run)
+        if args.ranks > 1:
+            add(name, ", one process", Pairs(duel.pairs.second, duel.pairs.second), duel.rival)
+    if args.ranks == 1:
+        add(REFERENCE, "", Pairs(sum(rivals, ()), sum(rivals, ())), next(iter(duels.values())).rival)
     head = ("model", "parameters", "experts x width", "MoE layer MFLOP/token", "s/update", "tokens/s")
-    return table((*head, "of X-MoE's speed", "peak MiB of the process"), rows)
+    return table((*head, "of its rival's speed", "peak MiB of a process"), rows)
 
 
-def products_table(results: Results) -> str:
+def products_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
+    """What matrix products alone permit."""
     rows = []
-    for name, products in results.products.items():
-        ours, theirs, update = products.first_median, products.second_median, results.pairs[name].second_median
-        limit = update / (update + ours - theirs)
-        rows.append((NAMES[name], f"{ours:.3f}", f"{theirs:.3f}", f"{products.ratio:.3f}", f"{limit:.3f}"))
+    for name in duels:
+        if shapes[name].moe is not None:
+            products, update = time_products(shapes[name], shapes[REFERENCE], args), duels[name].pairs.second_median
+            ours, theirs = products.first_median, products.second_median
+            limit = update / (update + ours - theirs)
+            rows.append((NAMES[name], f"{ours:.3f}", f"{theirs:.3f}", f"{products.ratio:.3f}", f"{limit:.3f}"))
     head = ("model", "its products, s/update", "X-MoE's", "ratio", "speed that they alone would permit")
-    return table(head, rows)
+    return table(head, rows) if rows else "There are none but X-MoE's."
 
 
-def report_parts(results: Results, args: argparse.Namespace) -> list[str]:
-    decided = decide(results, args)
-    flags = [f"- {NAMES[name]}: `{' '.join(model_flags(name, args))}`" for name in results.shapes]
-    return [
-        "## Target",
-        "Not measured: it is about the default setting." if decided is None else f"{decided[0]}: {verdict(decided[1])}",
-        "## Speed and memory",
-        f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}. Each model's "
-        f"runs of fairseq-train took turns with X-MoE's for {args.pairs} pairs; a run's time is the median of "
-        f"{args.updates} updates, seconds are medians of the runs, the speed is the median over the pairs.",
-        speed_table(results, args.sentences * args.tokens_per_sample),
-        "## What matrix products alone permit",
-        "The products of all MoE layers, forward and backward, as `torch.mm` into preallocated outputs with equal rows "
-        "for each expert, by turns. The last column is X-MoE's speed if everything else took X-MoE's time and these "
-        "products their own: what no implementation with `torch.mm` can exceed at these shapes.",
-        products_table(results) if results.products else "There are none but X-MoE's.",
-        "## Flags",
-        "\n".join([*flags, f"\nAll with `{' '.join(common_flags(args))}`."]),
+def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -> str:
+    """What one MoE layer moved in one direction on all ranks, as logged and as planned."""
+    if shape.moe is None or "a2a_rows" not in log:
+        return "Nothing: every rank has all experts."
+    cluster = Cluster(args.ranks, args.ranks, args.sentences * args.tokens_per_sample // args.ranks, 1.0, 1.0)
+    size = cluster.expert_parallel_size(None, shape.moe.num_experts)
+    plan = exchange(shape.moe, cluster, size, element=4 if args.precision == "fp32" else 2, recompute=False)
+    rows = [
+        ("logged", f"{float(log['a2a_rows']):.0f}", f"{float(log['a2a_mb']):.3f}"),
+        ("plan, even routing", f"{plan.rows * args.ranks}", f"{plan.off_rank * args.ranks / 1e6:.3f}"),
     ]
+    return table(("one MoE layer, one direction, all ranks", "rows", "MB to other ranks"), rows)
+
+
+def report_parts(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> list[str]:
+    decided = decide(duels, args)
+    parts = [
+        "## Target",
+        f"{decided[0]}: {verdict(decided[1])}" if decided else "Not measured: it is about the default setting.",
+        "## Speed and memory",
+        f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}, on "
+        f"{args.threads} threads. Runs of fairseq-train took turns with the rival's for {args.pairs} pairs; a run's "
+        f"time is the median of {args.updates} updates, seconds are medians of the runs, the speed is that of the pairs.",
+        speed_table(shapes, duels, args),
+    ]
+    if args.ranks > 1:
+        parts.append("## What passed between the ranks in an update")
+        for name, duel in duels.items():
+            losses = f"{duel.run.first_loss:.4f} bits on the ranks, {duel.rival.first_loss:.4f} in one process"
+            parts += [f"{NAMES[name]}: first loss {losses}.", traffic_table(duel.run.log, shapes[name], args)]
+    else:
+        parts += [
+            "## What matrix products alone permit",
+            "The products of all MoE layers, forward and backward, as `torch.mm` into preallocated outputs with equal "
+            "rows for each expert, by turns. The last column is X-MoE's speed if everything else took X-MoE's time and "
+            "these products their own: what no implementation with `torch.mm` can exceed at these shapes.",
+            products_table(shapes, duels, args),
+        ]
+    flags = [f"- {NAMES[name]}: `{' '.join(flags_of(name, args, args.ranks))}`" for name in shapes]
+    return [*parts, "## Flags", "\n".join(flags)]
 
 
 def run(args: argparse.Namespace) -> int:
+    check(args)
     torch.set_num_threads(args.threads)
-    path = report_path(args.output, "-train-quick" if args.quick else "-train")
+    kind = "-parallel" if args.ranks > 1 else "-train-quick" if args.quick else "-train"
+    path = report_path(args.output, kind)
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(args.data or write_zipf_data(Path(folder), args), args)
-    write_report(path, "Whole-model training benchmark", args.threads, report_parts(results, args))
-    decided = decide(results, args)
+        shapes, duels = measure(args.data or write_zipf_data(Path(folder), args), args)
+    write_report(path, "Whole-model training benchmark", args.threads, report_parts(shapes, duels, args))
+    decided = decide(duels, args)
     if decided:
         say(f"{'met   ' if decided[1] else 'MISSED'} {decided[0]}")
     say(f"report: {path}")

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +21,9 @@ import mhmoe_fairseq
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 
 from .console import add_numbers
-from .timing import Pairs
 
 SEED = 1
 WARMUP = 1  # updates of every run that no time is taken of
-REFERENCE = "xmoe"
 NAMES = {
     "dense": "dense",
     "xmoe": "X-MoE",
@@ -35,20 +32,20 @@ NAMES = {
 }
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, *, size: str, sentences: int) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a model and of its update."""
     sizes = ["tiny", "small", "base"]
-    parser.add_argument("--size", choices=sizes, default=size, help=f"architecture (default: {size})")
+    parser.add_argument("--size", choices=sizes, default="base", help="architecture (default: base)")
     add_numbers(parser, {
         "experts": (8, "X-MoE's experts"), "heads": (4, "MH-MoE heads"), "top-k": (2, "experts per sub-token"),
-        "sentences": (sentences, "samples per update"), "tokens-per-sample": (512, "tokens of a sample"),
+        "sentences": (4, "samples per update"), "tokens-per-sample": (512, "tokens of a sample"),
         "vocab": (8000, "synthetic words"), "updates": (3, f"timed updates of every run, after {WARMUP}"),
     })  # fmt: skip
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="as --mhmoe-precision")
 
 
-def model_flags(name: str, args: argparse.Namespace) -> list[str]:
-    """The flags of one model.
+def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
+    """The flags of a model, of task, criterion and optimiser, and of the batch, which the ranks share.
 
     Raises:
         ValueError: the name is unknown.
@@ -61,13 +58,9 @@ def model_flags(name: str, args: argparse.Namespace) -> list[str]:
         flags += ["--moe-expert-count", str(args.experts), "--moe-top-k", str(args.top_k)]
     if family == "mhmoe":
         flags += ["--mhmoe-heads-number", str(args.heads), "--mhmoe-budget", budget]
-    return flags
-
-
-def common_flags(args: argparse.Namespace, ranks: int = 1) -> list[str]:
-    """Task, criterion, optimiser and batch: the same for every model; the batch is the whole update's."""
     together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if ranks > 1 else []
     return [
+        *flags,
         *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy", "--dropout", "0"),
         *("--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"),
         *("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
@@ -99,7 +92,7 @@ def train(data: str, name: str, args: argparse.Namespace, *, ranks: int = 1) -> 
         ]  # fmt: skip
     words = [
         data, "--user-dir", str(Path(mhmoe_fairseq.__file__).parent),
-        *common_flags(args, ranks), *model_flags(name, args), "--seed", str(SEED),
+        *flags_of(name, args, ranks), "--seed", str(SEED),
         "--max-update", str(WARMUP + args.updates), "--log-format", "json", "--log-interval", "1",
         "--no-save", "--disable-validation", "--num-workers", "0",
         "--curriculum", "1",  # batches in their order, so that an update has the same samples on any number of ranks
@@ -123,19 +116,6 @@ def train(data: str, name: str, args: argparse.Namespace, *, ranks: int = 1) -> 
     return Training(statistics.median(seconds), float(logs[0]["loss"]), usage.ru_maxrss / 1024, logs[-1])
 
 
-def train_pairs(
-    first: Callable[[], Training], second: Callable[[], Training], pairs: int, after_pair: Callable[[], None]
-) -> tuple[Pairs, Training, Training]:
-    """Seconds of an update in whole runs by turns, every other pair starting with the second; the last two runs."""
-    calls, seconds, last = (first, second), ([], []), [None, None]
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            last[which] = calls[which]()
-            seconds[which].append(last[which].seconds)
-        after_pair()
-    return Pairs(*map(tuple, seconds)), *last
-
-
 @dataclass(frozen=True)
 class Shape:
     """A model's parameters, the configuration of its MoE layers (None in a dense model) and how many it has."""
@@ -147,7 +127,7 @@ class Shape:
 
 def shape_of(data: str, name: str, args: argparse.Namespace) -> Shape:
     """The model as ``fairseq-train`` would build it."""
-    words = [data, *common_flags(args), *model_flags(name, args)]
+    words = [data, *flags_of(name, args)]
     args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # fairseq composes with hydra's older calls

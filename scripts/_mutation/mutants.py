@@ -148,26 +148,26 @@ def locate(mutant: Mutant, root: Path) -> Mutation:
         raise mutant.fail("'expression' must be one expression or one statement")
     is_expression = isinstance(wanted[0], ast.Expr) and len(replacement) == 1 and isinstance(replacement[0], ast.Expr)
     target = wanted[0].value if is_expression else wanted[0]
-    files = _files(mutant, root)
-    if not files:
+    counts = {path: count for path in _package(root) if (count := _count(mutant, path, root, target)) is not None}
+    if not counts:
         raise mutant.fail(f"no function {mutant.function!r} in {mutant.module or PACKAGE}")
-    counts = [(path, _Replace(mutant.function, target, target, 0).count(_parsed(root / path))) for path in files]
-    places = [(path, count) for path, count in counts if count]
+    places = [path.relative_to(root) for path, count in counts.items() if count]
     if not places:
         raise mutant.fail(f"{mutant.expression!r} is not in {mutant.function!r}")
     if len(places) > 1:
-        raise mutant.fail(f"several modules have it: {', '.join(str(path) for path, _ in places)}; name 'module'")
-    [(path, count)] = places
+        raise mutant.fail(f"several modules have it: {', '.join(map(str, places))}; name 'module'")
+    count, before = counts[root / places[0]], _source(root / places[0])
     if mutant.occurrence is None and count > 1:
         raise mutant.fail(f"the expression stands there {count} times; name 'occurrence'")
     if not 1 <= (mutant.occurrence or 1) <= count:
         raise mutant.fail(f"'occurrence' is {mutant.occurrence}; the expression stands there {count} times")
-    before, tree = _source(root / path), _parsed(root / path)
-    new = replacement[0].value if is_expression else replacement
-    after = _Replace(mutant.function, target, new, mutant.occurrence or 1).changed(tree)
-    if after == ast.unparse(tree):
+    tree = ast.parse(before)
+    unchanged = ast.unparse(tree)
+    place = _matches(_scopes(tree)[mutant.function], target)[(mutant.occurrence or 1) - 1]
+    after = ast.unparse(_Replace(place, replacement[0].value if is_expression else replacement).visit(tree))
+    if after == unchanged:
         raise mutant.fail("'becomes' changes nothing")
-    return Mutation(mutant, path, before, after + "\n")
+    return Mutation(mutant, places[0], before, after + "\n")
 
 
 def _parse(mutant: Mutant, field: str) -> list[ast.stmt]:
@@ -190,14 +190,13 @@ def _check_tests(mutant: Mutant, root: Path) -> None:
             raise mutant.fail(f"there is no test {test}")
 
 
-def _files(mutant: Mutant, root: Path) -> list[Path]:
-    """The files, relative to ``root``, that have a function, a class or (empty name) code of their own of that name."""
-    modules = {path: ".".join(path.relative_to(root / PACKAGE).with_suffix("").parts) for path in _package(root)}
-    return [
-        path.relative_to(root)
-        for path, module in modules.items()
-        if (not mutant.module or f"{module}.".startswith(f"{mutant.module}.")) and mutant.function in _names(path)
-    ]
+def _count(mutant: Mutant, path: Path, root: Path, target: ast.AST) -> int | None:
+    """How often ``target`` stands in the mutant's function; None where the file has no such function."""
+    module = ".".join(path.relative_to(root / PACKAGE).with_suffix("").parts)
+    if mutant.module and not f"{module}.".startswith(f"{mutant.module}."):
+        return None
+    scope = _parsed(path).get(mutant.function)
+    return None if scope is None else len(_matches(scope, target))
 
 
 @functools.cache
@@ -211,58 +210,38 @@ def _source(path: Path) -> str:
 
 
 @functools.cache
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(_source(path))
+def _parsed(path: Path) -> dict[str, ast.AST]:
+    return _scopes(ast.parse(_source(path)))
 
 
-@functools.cache
-def _names(path: Path) -> frozenset[str]:
-    """Qualified names of all that a file defines; the file itself is the empty name."""
-    names, waiting = {""}, [("", _parsed(path))]
-    while waiting:
-        prefix, node = waiting.pop()
+def _scopes(node: ast.AST, name: str = "") -> dict[str, ast.AST]:
+    """All that a file defines, by qualified name; the file itself has the empty name."""
+    found = {name: node} if isinstance(node, (ast.Module, *_SCOPES)) else {}
+    for child in ast.iter_child_nodes(node):
+        inner = f"{name}.{child.name}".lstrip(".") if isinstance(child, _SCOPES) else name
+        found = {**_scopes(child, inner), **found}
+    return found
+
+
+def _matches(scope: ast.AST, target: ast.AST) -> list[ast.AST]:
+    """The nodes that read like ``target``, in the source's order; of a class or a file, its own level only."""
+    text = ast.unparse(target)
+
+    def walk(node: ast.AST) -> Iterator[ast.AST]:
         for child in ast.iter_child_nodes(node):
-            name = f"{prefix}{child.name}" if isinstance(child, _SCOPES) else ""
-            names.add(name)
-            waiting.append((f"{name}." if name else prefix, child))
-    return frozenset(names)
+            if type(child) is type(target) and ast.unparse(child) == text:
+                yield child
+            if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)) or not isinstance(child, _SCOPES):
+                yield from walk(child)
+
+    return list(walk(scope))
 
 
 class _Replace(ast.NodeTransformer):
-    """Puts ``new`` in place of the ``number``-th node inside ``function`` that reads like ``target``; 0: of none."""
+    """Puts ``new`` in place of one node."""
 
-    def __init__(self, function: str, target: ast.AST, new: ast.AST | list[ast.stmt], number: int) -> None:
-        self._function, self._new, self._number = function, new, number
-        self._type, self._text = type(target), ast.unparse(target)
-        self._path: list[ast.AST] = []
-        self._found = 0
-
-    def count(self, tree: ast.Module) -> int:
-        """How many nodes read like ``target``."""
-        self.visit(tree)
-        return self._found
-
-    def changed(self, tree: ast.Module) -> str:
-        """The source of ``tree`` with the change; ``tree`` stays as it is."""
-        copy = ast.parse(ast.unparse(tree))
-        return ast.unparse(ast.fix_missing_locations(self.visit(copy)))
+    def __init__(self, place: ast.AST, new: ast.AST | list[ast.stmt]) -> None:
+        self._place, self._new = place, new
 
     def visit(self, node: ast.AST) -> ast.AST | list[ast.stmt]:
-        if self._is_inside() and isinstance(node, self._type) and ast.unparse(node) == self._text:
-            self._found += 1
-            if self._found == self._number:
-                return self._new
-        is_scope = isinstance(node, _SCOPES)
-        if is_scope:
-            self._path.append(node)
-        self.generic_visit(node)
-        if is_scope:
-            self._path.pop()
-        return node
-
-    def _is_inside(self) -> bool:
-        """Within the function, those nested in it included; of a class or module only its own level."""
-        for depth, scope in enumerate(self._path, 1):
-            if ".".join(node.name for node in self._path[:depth]) == self._function:
-                return not isinstance(scope, ast.ClassDef) or depth == len(self._path)
-        return not self._function and not self._path
+        return self._new if node is self._place else self.generic_visit(node)
