@@ -203,7 +203,7 @@ def report_parts(shapes: dict[str, Shape], duels: dict[str, Duel], args: argpars
         "## Speed and memory",
         f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}, on "
         f"{args.threads} threads. Runs of fairseq-train took turns with the rival's for {args.pairs} pairs; a run's "
-        f"time is the median of {args.updates} updates, seconds are medians of the runs, the speed is that of the pairs.",
+        f"time is the median of {args.updates} updates, seconds are medians of the runs, the speed is the pairs'.",
         speed_table(shapes, duels, args),
     ]
     if args.ranks > 1:
