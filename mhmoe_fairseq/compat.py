@@ -61,6 +61,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from .common.errors import UserError
 from .data.tensor_files import unreadable, without_wrapper
 
 TORCHRUN_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")
@@ -231,7 +232,7 @@ def read_slurm(config: typing.Any) -> None:
             ``--distributed-world-size`` and ``--distributed-port`` are given and nothing else connects the processes.
 
     Raises:
-        ValueError: if there is one task on each node, of which fairseq makes one process for each GPU.
+        UserError: if there is one task on each node, of which fairseq makes one process for each GPU.
     """
     from fairseq.distributed import utils
 
@@ -242,7 +243,7 @@ def read_slurm(config: typing.Any) -> None:
     asked = config.distributed_world_size
     utils._infer_slurm_init(config, None)
     if config.distributed_world_size == 0:
-        raise ValueError(
+        raise UserError(
             f"--distributed-world-size ({asked}): SLURM starts one task on each node, and fairseq makes of it one "
             "process for each GPU, of which there are none here: give srun --ntasks-per-node, the processes of a node"
         )
@@ -262,10 +263,10 @@ def refuse_tpu(tpu: bool) -> None:
             it for ``--tpu`` and, silently, for ``--bf16`` and ``--memory-efficient-bf16``.
 
     Raises:
-        ValueError: if it is set.
+        UserError: if it is set.
     """
     if tpu:
-        raise ValueError(
+        raise UserError(
             "--bf16, --memory-efficient-bf16 and --tpu make fairseq look for a TPU, which is not supported here: "
             "use --mhmoe-precision bf16 (or common.bf16=true with fairseq-hydra-train)"
         )

@@ -1,7 +1,8 @@
 """The ``mhmoe`` command: data preparation, analysis, planning and generation.
 
-Every sub-command lives in a module with ``add_arguments(parser)`` and ``run(args) -> int``,
-imported only when it is called.
+Every sub-command lives in a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is
+called, and with ``parse_rest(args, words)`` if it takes flags that only heavier imports know. At module level it
+imports neither PyTorch nor fairseq, so that ``--help`` comes at once.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from .. import register
 from ..common.arguments import ArgumentParser
-from ..common.errors import UserError
+from ..common.errors import USER_ERRORS, UserError
 
 _SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
 
@@ -51,6 +52,8 @@ COMMANDS = {
         "read MH-MoE layer weights of the official repository's checkpoints",
     ),
 }
+# Former names, and the words that take their place. A call by a former name says the new one and then runs it.
+ALIASES: dict[str, tuple[str, ...]] = {}
 
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report-tasks")
@@ -99,21 +102,35 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    argv = with_new_name(argv)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         _require_text(argv)
-        args = build_parser(command).parse_args(argv)
+        parser = build_parser(command)
+        args, rest = parser.parse_known_args(argv)
         if args.command == "user-dir":
             print(Path(__file__).resolve().parent.parent)
             return 0
         if args.command not in WITHOUT_FAIRSEQ:
             register()
-        return importlib.import_module(COMMANDS[args.command][0]).run(args)
-    except BrokenPipeError:
-        raise
-    except (ValueError, OSError) as error:
+        module = importlib.import_module(COMMANDS[args.command][0])
+        if rest and not hasattr(module, "parse_rest"):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        if hasattr(module, "parse_rest"):
+            module.parse_rest(args, rest)
+        return module.run(args)
+    except USER_ERRORS as error:
         print(f"mhmoe{f' {command}' if command in COMMANDS else ''}: error: {error}", file=sys.stderr)
         return 2
+
+
+def with_new_name(argv: list[str]) -> list[str]:
+    """The call with today's name of its command; a former name is told today's on stderr."""
+    if not argv or argv[0] not in ALIASES:
+        return argv
+    new = ALIASES[argv[0]]
+    print(f"mhmoe {argv[0]} is now: mhmoe {' '.join(new)}", file=sys.stderr)
+    return [*new, *argv[1:]]
 
 
 def _require_text(argv: list[str]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from fairseq.data.indexed_dataset import IndexedRawTextDataset, MMapIndexedDataset, _code_to_dtype
 
+from ..common.errors import UserError
+
 _MAGIC = MMapIndexedDataset.Index._HDR_MAGIC
 _HEADER = struct.Struct(f"<{len(_MAGIC)}sQBQ")  # magic, version, dtype code, number of lines
 _BYTES_PER_LINE = 4 + 8  # its length and its address
@@ -33,7 +35,7 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if one is truncated, empty, or of another dictionary.
+        UserError: if one is truncated, empty, or of another dictionary.
     """
     index, data = prefix.with_name(prefix.name + ".idx"), prefix.with_name(prefix.name + ".bin")
     if IndexedRawTextDataset.exists(str(prefix)):
@@ -47,12 +49,12 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
     expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
     actual = data.stat().st_size
     if actual != expected:
-        raise ValueError(f"{data} has {actual:,} bytes, {index.name} says {expected:,}: truncated, or of another run")
+        raise UserError(f"{data} has {actual:,} bytes, {index.name} says {expected:,}: truncated, or of another run")
     if not expected:
-        raise ValueError(f"{data} is empty: there is no text in this split")
+        raise UserError(f"{data} is empty: there is no text in this split")
     largest = int(np.memmap(data, dtype=dtype, mode="r")[:_CHECKED_TOKENS].max())
     if largest >= vocabulary_size:
-        raise ValueError(
+        raise UserError(
             f"{data} has token id {largest}, dict.txt has {vocabulary_size:,} words: binarised with another dictionary"
         )
 
@@ -64,9 +66,9 @@ def _read_index(index: Path) -> tuple[np.dtype, np.ndarray | None]:
     if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
         return np.dtype(np.int64), None
     if len(header) < _HEADER.size:
-        raise ValueError(f"{index} has {len(header)} bytes and no complete header: truncated")
+        raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
     _, _, code, lines = _HEADER.unpack(header)
     expected = _HEADER.size + lines * _BYTES_PER_LINE
     if index.stat().st_size != expected:
-        raise ValueError(f"{index} has {index.stat().st_size:,} bytes, its header says {expected:,}: truncated")
+        raise UserError(f"{index} has {index.stat().st_size:,} bytes, its header says {expected:,}: truncated")
     return np.dtype(_code_to_dtype[code]), np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 
+from ..common.errors import UserError
+
 
 class TextOnly:
     """Answers each text as the training set most often does, and a text that it has not as it most often does at all.
@@ -16,7 +18,7 @@ class TextOnly:
         majority: the label of the largest total weight; of equal ones the lowest.
 
     Raises:
-        ValueError: if no example has a label.
+        UserError: if no example has a label.
     """
 
     def __init__(self, examples: Iterable[tuple[Hashable, Mapping[int, float]]]) -> None:
@@ -26,7 +28,7 @@ class TextOnly:
             by_text.setdefault(text, Counter()).update(weights)
             total.update(weights)
         if not total:
-            raise ValueError("the training set has no labels")
+            raise UserError("the training set has no labels")
         self.majority = _heaviest(total)
         self._best = {text: _heaviest(weights) for text, weights in by_text.items() if weights}
 

@@ -8,6 +8,7 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 
+from ..common.errors import UserError
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
@@ -67,15 +68,15 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             task: with ``source_dictionary`` and ``num_visual_tokens``.
 
         Raises:
-            ValueError: naming the flag, its value and the rule.
+            UserError: naming the flag, its value and the rule.
         """
         if args.encoder_layers is None:
-            raise ValueError(
+            raise UserError(
                 f"model {BEIT3_NAME} needs an architecture, such as mhmoe_beit3_tiny: --arch or model._name"
             )
         refuse_tpu(args.tpu)
         if MASK_SYMBOL not in task.source_dictionary:
-            raise ValueError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
+            raise UserError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
         parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
         return cls(args, task.source_dictionary, task.num_visual_tokens, parallel)
 
@@ -102,7 +103,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             ``(B, L)``, True where padded; None without a text) and ``image_positions``, how many of L are the image's.
 
         Raises:
-            ValueError: if neither text nor images are given, or their sizes are not the model's; when training in fp16
+            UserError: if neither text nor images are given, or their sizes are not the model's; when training in fp16
                 without loss scaling.
         """
         given = images if text_tokens is None else text_tokens
@@ -120,7 +121,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         """``(..., D) -> (..., visual tokens)``.
 
         Raises:
-            ValueError: if the model was built without visual tokens.
+            UserError: if the model was built without visual tokens.
         """
         if self.image_head is None:
             raise ValueError("the model has no head for masked patches: its task has no visual tokens")

@@ -6,6 +6,7 @@ import functools
 import logging
 from typing import Any
 
+from ..common.errors import UserError
 from ..common.ranges import check_flags, flag
 
 logger = logging.getLogger(__name__)
@@ -61,13 +62,13 @@ def check_stack(options: Any) -> None:
     """The transformer around the MoE layers, decoder or encoder.
 
     Raises:
-        ValueError: naming the flag, its value and the rule.
+        UserError: naming the flag, its value and the rule.
     """
     check_flags(options)
     stack = stack_of(options)
     width, heads = getattr(options, f"{stack}_embed_dim"), getattr(options, f"{stack}_attention_heads")
     if width % heads:
-        raise ValueError(f"--{stack}-attention-heads ({heads}) must divide --{stack}-embed-dim ({width})")
+        raise UserError(f"--{stack}-attention-heads ({heads}) must divide --{stack}-embed-dim ({width})")
     for one, other in (
         ("subln", "no_subln"),
         ("subln", "deepnorm"),
@@ -76,19 +77,19 @@ def check_stack(options: Any) -> None:
         ("share_decoder_input_output_embed", "no_share_decoder_input_output_embed"),
     ):
         if getattr(options, one, None) and getattr(options, other, None):
-            raise ValueError(f"{flag(one)} and {flag(other)} contradict each other")
+            raise UserError(f"{flag(one)} and {flag(other)} contradict each other")
 
 
 def check_images(options: Any) -> None:
     """The sizes of images and texts that an encoder reads.
 
     Raises:
-        ValueError: naming the flag, its value and the rule.
+        UserError: naming the flag, its value and the rule.
     """
     if options.img_size % options.patch_size:
-        raise ValueError(f"--patch-size ({options.patch_size}) must divide --img-size ({options.img_size})")
+        raise UserError(f"--patch-size ({options.patch_size}) must divide --img-size ({options.img_size})")
     if text(options.mhmoe_routing) == "torchscale":
-        raise ValueError(
+        raise UserError(
             "--mhmoe-routing torchscale is for language models: TorchScale's encoder refuses MoE layers for two "
             "modalities; use --mhmoe-routing capacity, which makes the same choices"
         )
@@ -98,12 +99,12 @@ def check_dense(options: Any) -> None:
     """A model without MoE layers.
 
     Raises:
-        ValueError: naming the flag that needs them.
+        UserError: naming the flag that needs them.
     """
     for name in _given(options, _MHMOE_FLAGS):
         if name == "mhmoe_router" and text(options.mhmoe_router) == "arch":
             continue
-        raise ValueError(
+        raise UserError(
             f"{flag(name)} needs MoE layers, but the model is dense (--moe-freq 0): take smoe_*, xmoe_* or mhmoe_*"
         )
     for name in _given(options, _LINEAGE_FLAGS):
@@ -114,15 +115,15 @@ def check_moe(options: Any) -> None:
     """A model with MoE layers.
 
     Raises:
-        ValueError: naming the flags that contradict each other.
+        UserError: naming the flags that contradict each other.
     """
     if options.moe_top1_expert and options.moe_top_k != 1:
-        raise ValueError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
+        raise UserError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
     if options.use_xmoe and text(options.mhmoe_router) != "xmoe":
-        raise ValueError(f"--use-xmoe contradicts --mhmoe-router {text(options.mhmoe_router)}")
+        raise UserError(f"--use-xmoe contradicts --mhmoe-router {text(options.mhmoe_router)}")
     budget = text(options.mhmoe_budget)
     if options.moe_ffn_dim is not None and budget not in (None, "none"):
-        raise ValueError(
+        raise UserError(
             f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
         )
     _check_router(options)
@@ -132,16 +133,16 @@ def check_moe(options: Any) -> None:
 def _check_router(options: Any) -> None:
     given = _given(options, _XMOE_ROUTER_FLAGS)
     if given and text(options.mhmoe_router) == "linear":
-        raise ValueError(f"{flag(given[0])} needs --mhmoe-router xmoe, not linear")
+        raise UserError(f"{flag(given[0])} needs --mhmoe-router xmoe, not linear")
     if len(given) > 1 and given[0] == "mhmoe_router_preset":
-        raise ValueError(f"--mhmoe-router-preset sets what {flag(given[1])} sets: give one")
+        raise UserError(f"--mhmoe-router-preset sets what {flag(given[1])} sets: give one")
 
 
 def _check_capacity(options: Any) -> None:
     routing = text(options.mhmoe_routing)
     for name in _given(options, _CAPACITY_FLAGS):
         if routing == "dropless" or (routing is None and name.startswith("mhmoe_")):
-            raise ValueError(f"{flag(name)} is about capacity; it contradicts dropless routing (--mhmoe-routing)")
+            raise UserError(f"{flag(name)} is about capacity; it contradicts dropless routing (--mhmoe-routing)")
         if routing is None:
             warn_once(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
     if routing is not None and options.moe_normalize_gate_prob_before_dropping and options.moe_top_k == 1:

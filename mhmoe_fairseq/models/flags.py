@@ -10,6 +10,7 @@ import math
 import re
 from typing import Any
 
+from ..common.errors import UserError
 from ..common.ranges import check_flags, flag
 from ..moe import MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
@@ -45,7 +46,7 @@ def decoder_settings(
     """Everything a decoder is built from; ``parallel`` of the size that ``expert_parallel_size`` gives.
 
     Raises:
-        ValueError: naming the flag, its value and the rule, for anything contradictory or impossible.
+        UserError: naming the flag, its value and the rule, for anything contradictory or impossible.
     """
     check_stack(options)
     moe = moe_config(options)
@@ -109,7 +110,7 @@ def moe_config(options: Any) -> MHMoEConfig | None:
     """The MoE layers' configuration, its budget spent; None for a dense model.
 
     Raises:
-        ValueError: as ``decoder_settings``.
+        UserError: as ``decoder_settings``.
     """
     check_flags(options)
     if not options.moe_freq:
@@ -118,19 +119,19 @@ def moe_config(options: Any) -> MHMoEConfig | None:
     stack = stack_of(options)
     layers = getattr(options, f"{stack}_layers")
     if not 1 <= options.moe_freq <= layers:
-        raise ValueError(f"--moe-freq ({options.moe_freq}) must be 0 or at most --{stack}-layers ({layers})")
+        raise UserError(f"--moe-freq ({options.moe_freq}) must be 0 or at most --{stack}-layers ({layers})")
     check_moe(options)
     try:
         return _with_budget(options)
     except ValueError as error:
-        raise ValueError(_in_flags(str(error), stack)) from error
+        raise UserError(_in_flags(str(error), stack)) from error
 
 
 def expert_parallel_size(options: Any, world_size: int) -> int:
     """How many of ``world_size`` data-parallel processes share one bank of experts: as asked, or as many as possible.
 
     Raises:
-        ValueError: if ``--mhmoe-expert-parallel-size`` divides the experts or the processes unevenly, or the model
+        UserError: if ``--mhmoe-expert-parallel-size`` divides the experts or the processes unevenly, or the model
             cannot be spread.
     """
     moe = moe_config(options)
@@ -142,7 +143,7 @@ def expert_parallel_size(options: Any, world_size: int) -> int:
         return math.gcd(moe.num_experts, world_size)
     for what, number in (("--moe-expert-count", moe.num_experts), ("the number of processes", world_size)):
         if number % size:
-            raise ValueError(f"--mhmoe-expert-parallel-size ({size}) must divide {what} ({number})")
+            raise UserError(f"--mhmoe-expert-parallel-size ({size}) must divide {what} ({number})")
     return size
 
 
@@ -167,7 +168,7 @@ def _with_budget(options: Any) -> MHMoEConfig:
             return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
         except ValueError as error:
             problem = str(error)
-    raise ValueError(f"{problem}; or set the width yourself: --moe-ffn-dim")
+    raise UserError(f"{problem}; or set the width yourself: --moe-ffn-dim")
 
 
 def _shared_fields(options: Any) -> dict[str, Any]:

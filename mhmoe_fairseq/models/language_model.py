@@ -11,6 +11,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
 from torch import Tensor, nn
 
+from ..common.errors import UserError
 from ..compat import refuse_tpu
 from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
@@ -46,7 +47,7 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
         """As ``MHMoEDecoder.forward``, in the precision of ``--mhmoe-precision``.
 
         Raises:
-            ValueError: when training in fp16 without loss scaling.
+            UserError: when training in fp16 without loss scaling.
         """
         with self.autocast(prev_output_tokens.device.type):
             return super().forward(prev_output_tokens, **kwargs)
@@ -80,13 +81,13 @@ class MHMoELanguageModel(FairseqLanguageModel):
         process has all of them.
 
         Raises:
-            ValueError: naming the flag, its value and the rule.
+            UserError: naming the flag, its value and the rule.
         """
         if args.decoder_layers is None:
-            raise ValueError(f"model {MODEL_NAME} needs an architecture, such as mhmoe_lm_tiny: --arch or model._name")
+            raise UserError(f"model {MODEL_NAME} needs an architecture, such as mhmoe_lm_tiny: --arch or model._name")
         refuse_tpu(args.tpu)
         if len(task.target_dictionary) != len(task.source_dictionary):
-            raise ValueError("--output-dictionary-size is not supported: input and output share one dictionary")
+            raise UserError("--output-dictionary-size is not supported: input and output share one dictionary")
         parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
         return build_language_model(args, task.source_dictionary, parallel)
 
@@ -99,7 +100,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
             name, num_classes, dropout, may_be_new: as in ``LastTokenHead``.
 
         Raises:
-            ValueError: if a number is out of range.
+            UserError: if a number is out of range.
         """
         width = self.decoder.embed_dim
         self.classification_heads[name] = LastTokenHead(width, num_classes, dropout, name, may_be_new)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..common.errors import UserError
+
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -29,12 +31,12 @@ class ComputePrecision:
         """The precision of ``--mhmoe-precision``, for calling a part by itself, such as the output layer.
 
         Raises:
-            ValueError: when training in fp16 without loss scaling.
+            UserError: when training in fp16 without loss scaling.
         """
         if self.precision == "fp32":
             return contextlib.nullcontext()
         if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
-            raise ValueError(
+            raise UserError(
                 "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
             )
         return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])

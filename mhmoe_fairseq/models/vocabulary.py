@@ -10,6 +10,8 @@ import torch
 from fairseq.data import Dictionary
 from torch import Tensor, nn
 
+from ..common.errors import UserError
+
 
 class RemembersVocabulary(nn.Module):
     """Among a module's bases: its state has one tensor that is no parameter, a fingerprint of the dictionary.
@@ -38,7 +40,7 @@ class RemembersVocabulary(nn.Module):
         ):
             embedding = state_dict.get(prefix + self.embedding_name)
             words = "" if embedding is None else f"{embedding.size(0):,} "
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's dictionary ({words}words) is not this data's dict.txt ({len(self.dictionary):,} "
                 "words): use the data folder that the model was trained on, or one prepared with its dictionary"
             )

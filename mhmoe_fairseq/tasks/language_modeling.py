@@ -39,7 +39,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
         Raises:
             FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: if no data are given, shards disagree on the dictionary, a block has no token, or a TPU is
+            UserError: if no data are given, shards disagree on the dictionary, a block has no token, or a TPU is
                 asked for.
         """
         refuse_tpu(args.tpu)
@@ -50,13 +50,13 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
             )
         check_flags(args)
         if not args.data:
-            raise ValueError("no data folder given: name one, or several shards as a:b:c")
+            raise UserError("no data folder given: name one, or several shards as a:b:c")
         folders = data_folders(args)
         check_folder(folders[0])
         words = (folders[0] / "dict.txt").read_bytes()
         for shard in folders[1:]:
             if (shard / "dict.txt").is_file() and (shard / "dict.txt").read_bytes() != words:
-                raise ValueError(f"{shard}/dict.txt differs from {folders[0]}/dict.txt: shards share one dictionary")
+                raise UserError(f"{shard}/dict.txt differs from {folders[0]}/dict.txt: shards share one dictionary")
         return super().setup_task(args, **kwargs)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Optional
 from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
 
+from ..common.errors import UserError
 from ..data.tiktoken_vocabulary import TiktokenVocabulary
 
 _FLAG = "--mhmoe-tiktoken-ranks"
@@ -26,12 +27,12 @@ class TiktokenBPE:
     """Text <-> space-separated ranks, the words of the dictionary.
 
     Raises:
-        ValueError: without a rank file, with a malformed one, or without the ``tiktoken`` package.
+        UserError: without a rank file, with a malformed one, or without the ``tiktoken`` package.
     """
 
     def __init__(self, cfg: Any) -> None:
         if not cfg.mhmoe_tiktoken_ranks:
-            raise ValueError(f"{_FLAG} is needed: a local rank file, such as cl100k_base.tiktoken")
+            raise UserError(f"{_FLAG} is needed: a local rank file, such as cl100k_base.tiktoken")
         self.vocabulary = TiktokenVocabulary(cfg.mhmoe_tiktoken_ranks, flag=_FLAG)
 
     def encode(self, text: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchscale.component.embedding import PositionalEmbedding, TextEmbedding, VisionEmbedding
 
+from ..common.errors import UserError
 from .encoder import MultiwayEncoder
 from .multiway import Multiway
 from .multiway_attention import KeyValueCache, visible_keys
@@ -76,7 +77,7 @@ class MultiwayBEiT3(nn.Module):
             without a text) and ``image_positions``, L's first, 0 without an image.
 
         Raises:
-            ValueError: if neither is given, for an image of another size or a text that is too long.
+            UserError: if neither is given, for an image of another size or a text that is too long.
         """
         parts = []
         if images is not None:
@@ -99,7 +100,7 @@ class MultiwayBEiT3(nn.Module):
         size = self.settings.img_size
         if images.shape[-2:] != (size, size):
             height, width = images.shape[-2:]
-            raise ValueError(f"an image of {width}x{height} pixels; the model's --img-size is {size}")
+            raise UserError(f"an image of {width}x{height} pixels; the model's --img-size is {size}")
         x = self.vision_embed(images, masked_patches)
         return x + self.encoder.embed_positions.A.weight[UNUSED_POSITIONS:]
 
@@ -107,7 +108,7 @@ class MultiwayBEiT3(nn.Module):
         """``(B, S) -> (B, S, D)`` with the positions ``start, start + 1, ...``."""
         end = start + tokens.size(1)
         if end > self.settings.max_text_length:
-            raise ValueError(f"a text of {end} tokens; --max-text-length is {self.settings.max_text_length}")
+            raise UserError(f"a text of {end} tokens; --max-text-length is {self.settings.max_text_length}")
         positions = self.encoder.embed_positions.B.weight
         return self.text_embed(tokens) + positions[UNUSED_POSITIONS + start : UNUSED_POSITIONS + end]
 

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..common.errors import UserError
+
 
 class RotaryPositions(nn.Module):
     """Rotate pairs of neighbouring features of queries and keys by an angle linear in the position.
@@ -24,7 +26,7 @@ class RotaryPositions(nn.Module):
     def __init__(self, dim: int, max_positions: int, base: float = 10000.0) -> None:
         super().__init__()
         if dim % 2:
-            raise ValueError(f"--rotary-embed needs an even width per attention head, not {dim}")
+            raise UserError(f"--rotary-embed needs an even width per attention head, not {dim}")
         self.dim = dim
         self.base = base
         self._fill(max_positions, device=None)
@@ -54,7 +56,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, dim: int, max_positions: int) -> None:
         super().__init__()
         if dim < 4 or dim % 2:
-            raise ValueError(f"sinusoidal positions need an even --decoder-embed-dim of at least 4, not {dim}")
+            raise UserError(f"sinusoidal positions need an even --decoder-embed-dim of at least 4, not {dim}")
         self.dim = dim
         self._fill(max_positions, device=None)
 
@@ -77,7 +79,7 @@ class LearnedPositions(nn.Module):
     """One trained vector per position.
 
     Raises:
-        ValueError: at a sequence longer than the table.
+        UserError: at a sequence longer than the table.
     """
 
     def __init__(self, dim: int, max_positions: int) -> None:
@@ -89,7 +91,7 @@ class LearnedPositions(nn.Module):
         """``(B, S)`` tokens -> ``(1, S, D)``; the caller takes the last column in incremental decoding."""
         length = tokens.size(1)
         if length > self.weight.size(0):
-            raise ValueError(
+            raise UserError(
                 f"{length} tokens are more than the {self.weight.size(0)} learned positions (--max-target-positions)"
             )
         return self.weight[None, :length]

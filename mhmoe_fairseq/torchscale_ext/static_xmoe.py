@@ -17,6 +17,7 @@ from torchscale.component.feedforward_network import make_experts
 from torchscale.component.xmoe.moe_layer import MOELayer
 from torchscale.component.xmoe.routing import Top1Gate, Top2Gate
 
+from ..common.errors import UserError
 from ..moe import MHMoEOutput, RoutingStats
 from .settings import DecoderSettings
 
@@ -25,12 +26,12 @@ def ensure_single_process_group() -> None:
     """Start a one-process gloo group if there is none.
 
     Raises:
-        ValueError: if this process is one of several.
+        UserError: if this process is one of several.
     """
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if dist.get_world_size() != 1:
-        raise ValueError(
+        raise UserError(
             f"--mhmoe-routing torchscale runs in a single process, not {dist.get_world_size()}: "
             "use --mhmoe-routing capacity, which makes the same choices"
         )
@@ -62,7 +63,7 @@ class StaticXMoE(nn.Module):
     but they count in the balance loss's means and in the statistics. There is no z-loss: the gate hides its logits.
 
     Raises:
-        ValueError: if the configuration asks for something that TorchScale's layer cannot do.
+        UserError: if the configuration asks for something that TorchScale's layer cannot do.
     """
 
     drops_tokens = True
@@ -154,7 +155,7 @@ def check_supported(settings: DecoderSettings) -> None:
     }
     for flag, present in unsupported.items():
         if present:
-            raise ValueError(
+            raise UserError(
                 f"--mhmoe-routing torchscale cannot be combined with {flag}: "
                 "TorchScale's own layer has no such option; use --mhmoe-routing capacity"
             )

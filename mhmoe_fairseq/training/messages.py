@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from ..common.errors import UserError
+from ..common.errors import USER_ERRORS, UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -33,15 +33,13 @@ def refuse_in_one_line() -> None:
 
 
 def is_refusal(error: BaseException, trace: TracebackType | None) -> bool:
-    """Whether an error is one that this package raised itself and the user can mend.
+    """True for an error that this package raised itself and the user can mend.
 
     Args:
         error: the error.
         trace: where it was raised.
     """
-    if isinstance(error, UserError):
-        return True
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     raised_here = trace is not None and _PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents
-    return raised_here and type(error) in (ValueError, FileNotFoundError)
+    return isinstance(error, UserError) or (raised_here and isinstance(error, USER_ERRORS))
