@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..models.options import ALL_OPTIONS, options_with
 from .files import SUFFIXES, read_checkpoint
 from .summary import fingerprint_of, weights_of
 
 _EPOCH = re.compile(r"checkpoint(\d+)\.pt")
 _UPDATE = re.compile(r"checkpoint_\d+_(\d+)\.pt")
-# Options of the model that change how it is trained or computed, and not the function that its weights stand for.
-_FREE = {
-    "dropout", "attention_dropout", "activation_dropout", "checkpoint_activations", "mhmoe_precision", "tpu", "amp",
-    "fp16", "mhmoe_expert_parallel_size", "mhmoe_balance_scope", "mhmoe_balance_assignment",
-}  # fmt: skip
 
 
 def choose_inputs(inputs: list[Path], epochs: int | None, updates: int | None, upper_bound: int | None) -> list[Path]:
@@ -125,5 +121,7 @@ def _require_same_model(
 
 
 def _function_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored options of the model that decide what its weights stand for, not how they are trained or computed."""
+    free = [name for kind in ("training", "nothing") for name in options_with(*ALL_OPTIONS, affects=kind)]
     settings = (checkpoint.get("cfg") or {}).get("model") or {}
-    return {name: value for name, value in settings.items() if name not in _FREE and value is not None}
+    return {name: value for name, value in settings.items() if name not in free and value is not None}

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..checkpoints.open import open_text_model, was_trained_with
 from ..common.errors import UserError
-from ..models.vocabulary import fingerprint
+from ..models.bases import fingerprint
 from .decoding import Ending, StopDecoder
 from .generation import Search
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer

@@ -12,14 +12,13 @@ from ..common.errors import UserError
 from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
+from ..torchscale_ext.settings import EncoderSettings
 from ..training import ParallelTask
+from .bases import ComputePrecision, RemembersVocabulary, training_parallelism
 from .beit3_checkpoints import drop_other_heads, fit_state
 from .captions import MASK_SYMBOL, WritesCaptions
 from .flags import encoder_settings
 from .options import BEIT3_NAME, BEiT3Options
-from .parallelism import training_parallelism
-from .precision import ComputePrecision
-from .vocabulary import RemembersVocabulary
 
 
 @register_model(BEIT3_NAME, dataclass=BEiT3Options)
@@ -29,22 +28,22 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
     Its parameters have the names of unilm's BEiT-3 (``beit3.*``), and the heads: ``text_head``, the vocabulary's scores
     with weights of their own as in BEiT-3, ``image_head``, the visual tokens', and ``heads.*``.
 
-    Attributes:
+    Args:
+        options: ``BEiT3Options``.
+        settings: those of the options.
         dictionary: of the texts, with ``<mask>``.
+        num_visual_tokens: scores for a masked patch; 0 without them, as in fine-tuning.
+
+    Attributes:
         beit3: everything but heads.
-        image_head: None without visual tokens, as in fine-tuning.
+        image_head: None without visual tokens.
         heads: by name; empty but in fine-tuning.
     """
 
     def __init__(
-        self,
-        options: Any,
-        dictionary: Dictionary,
-        num_visual_tokens: int = 0,
-        parallel: ExpertParallelism | None = None,
+        self, options: Any, settings: EncoderSettings, dictionary: Dictionary, num_visual_tokens: int = 0
     ) -> None:
         super().__init__()
-        settings = encoder_settings(options, len(dictionary), parallel)
         width = settings.encoder_embed_dim
         self.dictionary = dictionary
         self.beit3 = MultiwayBEiT3(settings, dictionary.pad())
@@ -60,8 +59,8 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
     def build_model(cls, args: Any, task: Any) -> MHMoEBEiT3:
         """Build from filled options.
 
-        Experts are spread over the processes if a task of ours builds the model for training; for evaluation every
-        process has all of them.
+        Experts are spread over the processes where a task of ours builds for training; for evaluation every process
+        has all of them.
 
         Args:
             args: ``BEiT3Options``.
@@ -77,8 +76,10 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         refuse_tpu(args.tpu)
         if MASK_SYMBOL not in task.source_dictionary:
             raise UserError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
-        parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
-        return cls(args, task.source_dictionary, task.num_visual_tokens, parallel)
+        settings = encoder_settings(args, len(task.source_dictionary))
+        if isinstance(task, ParallelTask) and task.is_training:
+            settings.parallel = training_parallelism(settings.moe, args.mhmoe_expert_parallel_size)
+        return cls(args, settings, task.source_dictionary, task.num_visual_tokens)
 
     def forward(
         self,
@@ -103,7 +104,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             ``(B, L)``, True where padded; None without a text) and ``image_positions``, how many of L are the image's.
 
         Raises:
-            UserError: if neither text nor images are given, or their sizes are not the model's; when training in fp16
+            ValueError: if neither text nor images are given, or their sizes are not the model's; when training in fp16
                 without loss scaling.
         """
         given = images if text_tokens is None else text_tokens
@@ -121,7 +122,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         """``(..., D) -> (..., visual tokens)``.
 
         Raises:
-            UserError: if the model was built without visual tokens.
+            ValueError: if the model was built without visual tokens.
         """
         if self.image_head is None:
             raise ValueError("the model has no head for masked patches: its task has no visual tokens")
@@ -165,7 +166,8 @@ def build_beit3(
     options: Any, dictionary: Dictionary, num_visual_tokens: int = 0, parallel: ExpertParallelism | None = None
 ) -> MHMoEBEiT3:
     """The model of filled options (see ``architectures.architecture_options``); allocates nothing on ``meta``."""
-    return MHMoEBEiT3(options, dictionary, num_visual_tokens, parallel)
+    settings = encoder_settings(options, len(dictionary), parallel)
+    return MHMoEBEiT3(options, settings, dictionary, num_visual_tokens)
 
 
 def build_output_layer(width: int, size: int) -> nn.Linear:

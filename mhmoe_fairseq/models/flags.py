@@ -1,242 +1,264 @@
-"""The one place where flags become configurations; nothing below reads flags.
+"""The one place where flags become configurations and are checked; nothing below reads flags.
 
 ``options`` is anything with the attributes of ``models.options.LanguageModelOptions``, or for an encoder of
-``models.options.BEiT3Options``; None means "not given".
+``models.options.BEiT3Options``; None means "not given". What a flag sets, needs and affects stands with its field.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
 import math
-import re
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 from ..common.errors import UserError
-from ..common.ranges import check_flags, flag
+from ..common.ranges import check_flag, check_flags, flag
 from ..moe import MHMoEConfig
+from ..moe.fields import ConfigError
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
-from .flag_checks import check_dense, check_images, check_moe, check_stack, stack_of, text
+from .options import BEiT3Options, LanguageModelOptions, MoEOptions
+
+logger = logging.getLogger(__name__)
 
 # Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
 _WIDTH_MULTIPLES = (8, 4, 2, 1)
-_ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swiglu"}
-
-_FLAG_OF_FIELD = {
-    "num_heads": "mhmoe_heads_number",
-    "num_experts": "moe_expert_count",
-    "top_k": "moe_top_k",
-    "expert_ffn_dim": "moe_ffn_dim",
-    "router": "mhmoe_router",
-    "router_dim": "mhmoe_router_dim",
-    "router_normalize": "mhmoe_router_normalize",
-    "router_temperature": "mhmoe_router_temperature",
-    "num_projection_layers": "mhmoe_projection_layers",
-    "head_projection": "mhmoe_head_projection",
-    "shared_expert_dim": "mhmoe_shared_expert_dim",
-    "second_expert_policy": "moe_second_expert_policy",
-    "capacity_factor": "mhmoe_capacity_factor",
-    "activation_dropout": "activation_dropout",
-    "dropout": "dropout",
-}
+_CONTRADICTIONS = (
+    ("subln", "no_subln"),
+    ("subln", "deepnorm"),
+    ("rotary_embed", "xpos_rel_pos"),
+    ("decoder_learned_pos", "no_token_positional_embeddings"),
+    ("share_decoder_input_output_embed", "no_share_decoder_input_output_embed"),
+)
 
 
-def decoder_settings(
-    options: Any, vocab_size: int, max_positions: int, parallel: ExpertParallelism | None = None
-) -> DecoderSettings:
+def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> DecoderSettings:
     """Everything a decoder is built from; ``parallel`` of the size that ``expert_parallel_size`` gives.
 
     Raises:
         UserError: naming the flag, its value and the rule, for anything contradictory or impossible.
     """
-    check_stack(options)
-    moe = moe_config(options)
+    shared = _shared_settings(options)
     return DecoderSettings(
-        **_layer_fields(options, moe, parallel),
-        static_xmoe=moe is not None and text(options.mhmoe_routing) == "torchscale",
-        rotary_embed=bool(options.rotary_embed),
-        decoder_layers=options.decoder_layers,
-        decoder_embed_dim=options.decoder_embed_dim,
-        decoder_ffn_embed_dim=options.decoder_ffn_embed_dim,
-        decoder_attention_heads=options.decoder_attention_heads,
-        no_scale_embedding=bool(options.no_scale_embedding),
+        **shared,
+        parallel=parallel,
+        static_xmoe=shared["moe"] is not None and is_torchscale(options),
         share_decoder_input_output_embed=not options.no_share_decoder_input_output_embed,
-        xpos_rel_pos=bool(options.xpos_rel_pos),
-        max_target_positions=max_positions,
+        max_target_positions=options.max_target_positions or options.tokens_per_sample,
         vocab_size=vocab_size,
     )
 
 
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
     """Everything a BEiT-3 encoder is built from; as ``decoder_settings``."""
-    check_stack(options)
-    check_images(options)
-    moe = moe_config(options)
-    return EncoderSettings(
-        **_layer_fields(options, moe, parallel),
-        separate_experts=text(options.mhmoe_modality_experts) == "separate",
-        encoder_layers=options.encoder_layers,
-        encoder_embed_dim=options.encoder_embed_dim,
-        encoder_ffn_embed_dim=options.encoder_ffn_embed_dim,
-        encoder_attention_heads=options.encoder_attention_heads,
-        drop_path_rate=options.drop_path_rate,
-        img_size=options.img_size,
-        patch_size=options.patch_size,
-        max_text_length=options.max_text_length,
-        vocab_size=vocab_size,
-    )
-
-
-def _layer_fields(options: Any, moe: MHMoEConfig | None, parallel: ExpertParallelism | None) -> dict[str, Any]:
-    """What decoders and encoders have in common."""
-    return {
-        "moe": moe,
-        "parallel": parallel,
-        "rms_norm": bool(options.rms_norm),
-        "no_bias": bool(options.no_bias),
-        "activation_fn": text(options.activation_fn),
-        "dropout": options.dropout,
-        "attention_dropout": options.attention_dropout,
-        "activation_dropout": options.activation_dropout,
-        "layernorm_embedding": bool(options.layernorm_embedding),
-        "subln": _has_subln(options),
-        "deepnorm": bool(options.deepnorm),
-        "moe_freq": options.moe_freq,
-        "moe_expert_count": 0 if moe is None else moe.num_experts,
-        "checkpoint_activations": bool(options.checkpoint_activations),
-    }
+    separate = text(options.mhmoe_modality_experts) == "separate"
+    shared = _shared_settings(options)
+    return EncoderSettings(**shared, parallel=parallel, separate_experts=separate, vocab_size=vocab_size)
 
 
 def moe_config(options: Any) -> MHMoEConfig | None:
-    """The MoE layers' configuration, its budget spent; None for a dense model.
-
-    Raises:
-        UserError: as ``decoder_settings``.
-    """
+    """The MoE layers' configuration, its budget spent; None for a dense model. Errors as of ``decoder_settings``."""
     check_flags(options)
-    if not options.moe_freq:
-        check_dense(options)
-        return None
-    stack = stack_of(options)
-    layers = getattr(options, f"{stack}_layers")
-    if not 1 <= options.moe_freq <= layers:
-        raise UserError(f"--moe-freq ({options.moe_freq}) must be 0 or at most --{stack}-layers ({layers})")
-    check_moe(options)
-    try:
-        return _with_budget(options)
-    except ValueError as error:
-        raise UserError(_in_flags(str(error), stack)) from error
+    return _moe_config(options)
 
 
-def expert_parallel_size(options: Any, world_size: int) -> int:
+def expert_parallel_size(
+    num_experts: int, asked: int | None, world_size: int, processes: str = "the number of processes"
+) -> int:
     """How many of ``world_size`` data-parallel processes share one bank of experts: as asked, or as many as possible.
 
     Raises:
-        UserError: if ``--mhmoe-expert-parallel-size`` divides the experts or the processes unevenly, or the model
-            cannot be spread.
+        UserError: if ``asked`` divides the experts or the processes, called so in the message, unevenly.
     """
-    moe = moe_config(options)
-    size = options.mhmoe_expert_parallel_size
-    if moe is None or text(options.mhmoe_routing) == "torchscale":
-        # TorchScale's own layer says itself that it runs in one process.
-        return 1
-    if size is None:
-        return math.gcd(moe.num_experts, world_size)
-    for what, number in (("--moe-expert-count", moe.num_experts), ("the number of processes", world_size)):
-        if number % size:
-            raise UserError(f"--mhmoe-expert-parallel-size ({size}) must divide {what} ({number})")
-    return size
+    if asked is None:
+        return math.gcd(num_experts, world_size)
+    check_flag("mhmoe_expert_parallel_size", asked)
+    for what, number in (("the number of experts", num_experts), (processes, world_size)):
+        if number % asked:
+            raise UserError(f"--mhmoe-expert-parallel-size ({asked}) must divide {what} ({number})")
+    return asked
 
 
-def _with_budget(options: Any) -> MHMoEConfig:
-    heads = options.mhmoe_heads_number
-    reference = MHMoEConfig(num_heads=1, **_shared_fields(options), **_router_fields(options, heads=1))
-    changes = {
-        "num_projection_layers": _or(options.mhmoe_projection_layers, 1),
-        "head_projection": _switch(options.mhmoe_head_projection),
-        "merge_projection": _switch(options.mhmoe_merge_projection),
-        "split": not options.mhmoe_no_split,
-        "subtoken_residual": bool(options.mhmoe_subtoken_residual),
-        **_router_fields(options, heads),
-    }
-    plain = MHMoEConfig(num_heads=heads, **{**_shared_fields(options), **changes})
-    budget = text(options.mhmoe_budget) or "none"
-    if budget == "none" or plain.num_params() == reference.num_params():
-        return plain
-    problem = ""
-    for multiple in _WIDTH_MULTIPLES:
-        try:
-            return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
-        except ValueError as error:
-            problem = str(error)
-    raise UserError(f"{problem}; or set the width yourself: --moe-ffn-dim")
+def is_torchscale(options: Any) -> bool:
+    """Whether TorchScale's own MoE layer is asked for."""
+    return text(options.mhmoe_routing) == "torchscale"
 
 
-def _shared_fields(options: Any) -> dict[str, Any]:
-    """The fields that MH-MoE and its one-head reference have in common."""
-    bias = not options.no_bias
-    stack = stack_of(options)
-    return {
-        "embed_dim": getattr(options, f"{stack}_embed_dim"),
-        "num_experts": options.moe_expert_count,
-        "expert_ffn_dim": _or(options.moe_ffn_dim, getattr(options, f"{stack}_ffn_embed_dim")),
-        "top_k": options.moe_top_k,
-        "routing": "dropless" if text(options.mhmoe_routing) in (None, "dropless") else "capacity",
-        "activation": _ACTIVATIONS[text(options.activation_fn)],
-        "expert_bias": bias,
-        "projection_bias": bias if options.mhmoe_projection_bias is None else _switch(options.mhmoe_projection_bias),
-        "expert_layernorm": _has_subln(options),
-        "activation_dropout": options.activation_dropout,
-        "dropout": options.dropout,
-        "shared_expert_dim": _or(options.mhmoe_shared_expert_dim, 0),
-        "gating_fp32": bool(options.moe_gating_use_fp32),
-        "normalize_gates": text(options.mhmoe_normalize_gates) != "off",
-        "normalize_before_dropping": bool(options.moe_normalize_gate_prob_before_dropping),
-        "balance_assignment": text(options.mhmoe_balance_assignment) or "top1",
-        "balance_scope": text(options.mhmoe_balance_scope) or "rank",
-        "second_expert_policy": _second_expert_policy(options),
-        "capacity_factor": _or(options.mhmoe_capacity_factor, 1.0),
-        "eval_capacity_fraction": _or(options.moe_eval_capacity_token_fraction, 0.25),
-    }
+def text(choice: Any) -> str | None:
+    """A choice as plain text: fairseq hands over enum members or strings."""
+    return None if choice is None else str(choice)
 
 
-def _router_fields(options: Any, heads: int) -> dict[str, Any]:
-    router = text(options.mhmoe_router)
-    if text(options.mhmoe_router_preset) == "p1":
-        return {
-            "router": router,
-            "router_dim": max(1, round(16 / heads)),
-            "router_normalize": "both",
-            "router_temperature": 0.3,
-        }
-    return {
-        "router": router,
-        "router_dim": _or(options.mhmoe_router_dim, 16),
-        "router_normalize": text(options.mhmoe_router_normalize) or "expert",
-        "router_temperature": options.mhmoe_router_temperature,
-    }
+# ---------------------------------------------------------------------- the transformer
 
 
-def _second_expert_policy(options: Any) -> str:
-    # Without capacity routing the flag has no effect; the warning has been given.
-    if text(options.mhmoe_routing) in (None, "dropless"):
-        return "all"
-    return text(options.moe_second_expert_policy) or "all"
+def _shared_settings(options: Any) -> dict[str, Any]:
+    """What decoders and encoders have in common, from flags that are checked here."""
+    check_flags(options)
+    _check_stack(options)
+    own = {entry.name: _value(options, entry) for entry in _entries(options) if entry.metadata["stack"]}
+    return {**own, "moe": _moe_config(options), "subln": _has_subln(options)}
+
+
+def _check_stack(options: Any) -> None:
+    stack = _stack(options)
+    width, heads = _size(options, "embed_dim"), _size(options, "attention_heads")
+    if width % heads:
+        raise UserError(f"--{stack}-attention-heads ({heads}) must divide --{stack}-embed-dim ({width})")
+    for one, other in _CONTRADICTIONS:
+        if getattr(options, one, None) and getattr(options, other, None):
+            raise UserError(f"{flag(one)} and {flag(other)} contradict each other")
+    if stack == "encoder":
+        if options.img_size % options.patch_size:
+            raise UserError(f"--patch-size ({options.patch_size}) must divide --img-size ({options.img_size})")
+        if is_torchscale(options):
+            raise UserError(
+                "--mhmoe-routing torchscale is for language models: TorchScale's encoder refuses MoE layers for two "
+                "modalities; use --mhmoe-routing capacity, which makes the same choices"
+            )
 
 
 def _has_subln(options: Any) -> bool:
     return bool(options.subln) or not (options.no_subln or options.rms_norm or options.deepnorm)
 
 
-def _in_flags(message: str, stack: str) -> str:
-    """An MHMoEConfig message in the user's words: fields become flags."""
-    flags = {"embed_dim": f"{stack}_embed_dim", **_FLAG_OF_FIELD}
-    names = "|".join(sorted(flags, key=len, reverse=True))
-    return re.sub(rf"(?:MHMoEConfig\.|\b)({names})\b", lambda match: flag(flags[match[1]]), message)
+# ---------------------------------------------------------------------- the MoE layers
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _moe_config(options: Any) -> MHMoEConfig | None:
+    if not options.moe_freq:
+        _check_dense(options)
+        return None
+    if not 1 <= options.moe_freq <= _size(options, "layers"):
+        layers = f"--{_stack(options)}-layers ({_size(options, 'layers')})"
+        raise UserError(f"--moe-freq ({options.moe_freq}) must be 0 or at most {layers}")
+    _check_moe(options)
+    with _flags_for_fields(options):
+        return _with_budget(options)
 
 
-def _switch(choice: Any) -> bool | None:
-    return None if choice is None else text(choice) == "on"
+def _with_budget(options: Any) -> MHMoEConfig:
+    """The layer as the flags say, or of the width that spends what the one-head layer of the same flags spends."""
+    fields = _layer_fields(options)
+    names = [entry.metadata["layer"] for entry in _entries(options) if entry.metadata["needs"] == "heads"]
+    of_heads = {name: fields.pop(name) for name in names if name in fields}
+    heads = of_heads.pop("num_heads")
+    # Not given: biases as everywhere, under a budget, too.
+    of_heads.setdefault("projection_bias", fields["expert_bias"])
+    reference = MHMoEConfig(num_heads=1, **fields, **_preset(options, heads=1))
+    changes = {"num_projection_layers": 1, **of_heads, **_preset(options, heads)}
+    plain = MHMoEConfig(num_heads=heads, **{**fields, **changes})
+    budget = text(options.mhmoe_budget) or "none"
+    if budget == "none" or plain.num_params() == reference.num_params():
+        return plain
+    problem: ConfigError | None = None
+    for multiple in _WIDTH_MULTIPLES:
+        try:
+            return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+        except ConfigError as error:
+            problem = error
+    assert problem is not None
+    raise ConfigError(problem.field, problem.value, f"{problem.rule}; or set the width yourself: --moe-ffn-dim")
+
+
+def _layer_fields(options: Any) -> dict[str, Any]:
+    """The fields of ``MHMoEConfig`` that flags set; those that are not given keep the layer's own default."""
+    values = {"expert_ffn_dim": _size(options, "ffn_embed_dim"), "expert_layernorm": _has_subln(options)}
+    for entry in _entries(options):
+        layer, value = entry.metadata["layer"], _value(options, entry)
+        if layer is not None and value is not None:
+            values[layer] = entry.metadata["values"].get(value, value)
+    if text(options.mhmoe_routing) in (None, "dropless"):  # without effect there; the warning is given
+        values.pop("second_expert_policy", None)
+    return values
+
+
+def _preset(options: Any, heads: int) -> dict[str, Any]:
+    """The router's fields that ``--mhmoe-router-preset`` sets."""
+    if text(options.mhmoe_router_preset) != "p1":
+        return {}
+    return {"router_dim": max(1, round(16 / heads)), "router_normalize": "both", "router_temperature": 0.3}
+
+
+def _check_dense(options: Any) -> None:
+    """Refuse our flags of MoE layers in a model without; warn of the lineage's."""
+    for name in _given(options, "moe", "heads", "capacity", "xmoe"):
+        if not name.startswith("mhmoe_"):
+            logger.warning(f"{flag(name)} has no effect: the model is dense (--moe-freq 0)")
+        elif name != "mhmoe_router" or text(options.mhmoe_router) != "arch":
+            raise UserError(
+                f"{flag(name)} needs MoE layers, but the model is dense (--moe-freq 0): take smoe_*, xmoe_* or mhmoe_*"
+            )
+
+
+def _check_moe(options: Any) -> None:
+    router, budget, routing = (text(getattr(options, f"mhmoe_{name}")) for name in ("router", "budget", "routing"))
+    if options.moe_top1_expert and options.moe_top_k != 1:
+        raise UserError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
+    if options.use_xmoe and router != "xmoe":
+        raise UserError(f"--use-xmoe contradicts --mhmoe-router {router}")
+    if options.moe_ffn_dim is not None and budget not in (None, "none"):
+        raise UserError(
+            f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
+        )
+    of_router = _given(options, "xmoe")
+    if of_router and router != "xmoe":
+        raise UserError(f"{flag(of_router[0])} needs --mhmoe-router xmoe, not {router}")
+    if len(of_router) > 1 and of_router[0] == "mhmoe_router_preset":
+        raise UserError(f"--mhmoe-router-preset sets what {flag(of_router[1])} sets: give one")
+    for name in _given(options, "capacity"):
+        if routing == "dropless" or (routing is None and name.startswith("mhmoe_")):
+            raise UserError(f"{flag(name)} is about capacity; it contradicts dropless routing (--mhmoe-routing)")
+        if routing is None:
+            logger.warning(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
+    if routing is not None and options.moe_normalize_gate_prob_before_dropping and options.moe_top_k == 1:
+        logger.warning("--moe-normalize-gate-prob-before-dropping has no effect with one expert per sub-token")
+
+
+@contextlib.contextmanager
+def _flags_for_fields(options: Any) -> Iterator[None]:
+    """A field that a layer's configuration refuses is called by its flag."""
+    try:
+        yield
+    except ConfigError as error:
+        flags = {"budget": "mhmoe_budget", **{entry.metadata["layer"]: entry.name for entry in _entries(options)}}
+        message = error.message(lambda field: flag(flags[field]) if field in flags else field)
+        raise UserError(message) from error
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _kind(options: Any) -> type[MoEOptions]:
+    return LanguageModelOptions if getattr(options, "encoder_layers", None) is None else BEiT3Options
+
+
+def _stack(options: Any) -> str:
+    """How the flags of sizes begin."""
+    return "decoder" if _kind(options) is LanguageModelOptions else "encoder"
+
+
+def _size(options: Any, name: str) -> int:
+    return getattr(options, f"{_stack(options)}_{name}")
+
+
+def _entries(options: Any) -> list[dataclasses.Field]:
+    """The fields that are options, in their order."""
+    return [entry for entry in dataclasses.fields(_kind(options)) if entry.metadata]
+
+
+def _value(options: Any, entry: dataclasses.Field) -> Any:
+    """Plain data: of a switch whether it is given, else None for what is not given."""
+    value = getattr(options, entry.name)
+    if bool in (entry.type, *typing.get_args(entry.type)):
+        return bool(value)
+    return value if value is None or isinstance(value, (int, float)) else str(value)
+
+
+def _given(options: Any, *needs: str) -> list[str]:
+    """Names of the flags that are given and need one of these, in their order."""
+    names = [entry.name for entry in _entries(options) if entry.metadata["needs"] in needs]
+    return [name for name in names if getattr(options, name, None) not in (None, False)]

@@ -17,29 +17,23 @@ from ..data.tensor_files import load_tensors
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
+from ..torchscale_ext.settings import DecoderSettings
 from ..training import ParallelTask
+from .bases import ComputePrecision, RemembersVocabulary, training_parallelism
 from .flags import decoder_settings
 from .heads import LastTokenHead
 from .options import MODEL_NAME, LanguageModelOptions
-from .parallelism import training_parallelism
-from .precision import ComputePrecision
-from .vocabulary import RemembersVocabulary
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 
 
 class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, FairseqIncrementalDecoder):
-    """The decoder as fairseq knows it: dictionary, precision, generation."""
+    """The decoder as fairseq knows it: dictionary, precision, generation; ``settings`` are those of ``options``."""
 
-    def __init__(self, options: Any, dictionary: Dictionary, parallel: ExpertParallelism | None = None) -> None:
-        max_positions = options.max_target_positions or options.tokens_per_sample
-        settings = decoder_settings(options, len(dictionary), max_positions, parallel)
-        super().__init__(
-            settings,
-            build_embedding(dictionary, settings.decoder_embed_dim),
-            build_positions(options, max_positions),
-            dictionary=dictionary,
-        )
+    def __init__(self, options: Any, settings: DecoderSettings, dictionary: Dictionary) -> None:
+        embedding = build_embedding(dictionary, settings.decoder_embed_dim)
+        positions = build_positions(options, settings.max_target_positions)
+        super().__init__(settings, embedding, positions, dictionary=dictionary)
         self.set_precision(options)
         self.remember_vocabulary(dictionary, "embed_tokens.weight")
 
@@ -77,8 +71,8 @@ class MHMoELanguageModel(FairseqLanguageModel):
     def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
         """Build from filled options.
 
-        Experts are spread over the processes if a task of ours builds the model for training; for evaluation every
-        process has all of them.
+        Experts are spread over the processes where a task of ours builds for training; for evaluation every process
+        has all of them.
 
         Raises:
             UserError: naming the flag, its value and the rule.
@@ -88,8 +82,11 @@ class MHMoELanguageModel(FairseqLanguageModel):
         refuse_tpu(args.tpu)
         if len(task.target_dictionary) != len(task.source_dictionary):
             raise UserError("--output-dictionary-size is not supported: input and output share one dictionary")
-        parallel = training_parallelism(args) if isinstance(task, ParallelTask) and task.is_training else None
-        return build_language_model(args, task.source_dictionary, parallel)
+        settings = decoder_settings(args, len(task.source_dictionary))
+        if isinstance(task, ParallelTask) and task.is_training:
+            moe = None if settings.static_xmoe else settings.moe
+            settings.parallel = training_parallelism(moe, args.mhmoe_expert_parallel_size)
+        return cls(LanguageModelDecoder(args, settings, task.source_dictionary))
 
     def register_classification_head(
         self, name: str, num_classes: int, dropout: float = 0.0, may_be_new: bool = True
@@ -159,7 +156,8 @@ def build_language_model(
 
     Example: ``with torch.device("meta"): model = build_language_model(options, dictionary)``.
     """
-    return MHMoELanguageModel(LanguageModelDecoder(options, dictionary, parallel))
+    settings = decoder_settings(options, len(dictionary), parallel)
+    return MHMoELanguageModel(LanguageModelDecoder(options, settings, dictionary))
 
 
 def build_embedding(dictionary: Dictionary, dim: int) -> nn.Embedding:

@@ -4,32 +4,64 @@ A field's default None means "as the architecture says": named architectures fil
 line, a YAML file and a checkpoint's stored configuration behave alike.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
+from ..moe.config import choices
+
 MODEL_NAME = "mhmoe_lm"
 BEIT3_NAME = "mhmoe_beit3"
 
-ACTIVATION_CHOICES = ChoiceEnum(["gelu", "relu", "silu"])
-ON_OFF_CHOICES = ChoiceEnum(["on", "off"])
-ROUTING_CHOICES = ChoiceEnum(["dropless", "capacity", "torchscale"])
-ROUTER_CHOICES = ChoiceEnum(["arch", "linear", "xmoe"])
+# A flag's value -> the layer's, where they differ: silu means SwiGLU; TorchScale's own layer has limited slots, too.
+ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swiglu"}
+TORCHSCALE = {"torchscale": "capacity"}
+SWITCH = {"on": True, "off": False}
+OPPOSITE = {True: False, False: True}
+
+ACTIVATION_CHOICES = ChoiceEnum([*ACTIVATIONS])
+ON_OFF_CHOICES = ChoiceEnum([*SWITCH])
+ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *TORCHSCALE])
+ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router")])
 PRESET_CHOICES = ChoiceEnum(["p1"])
-NORMALIZE_CHOICES = ChoiceEnum(["expert", "both"])
-BALANCE_CHOICES = ChoiceEnum(["top1", "topk"])
-SCOPE_CHOICES = ChoiceEnum(["rank", "global"])
-POLICY_CHOICES = ChoiceEnum(["all", "sampling", "random"])
+NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
+BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
+SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
+POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
 PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16"])
 
 
-def option(text: str) -> Any:
-    """A field that is None unless given, with its help."""
-    return field(default=None, metadata={"help": text})
+def option(
+    text: Optional[str],
+    *,
+    needs: str = "",
+    layer: Optional[str] = None,
+    values: Optional[Mapping[Any, Any]] = None,
+    stack: bool = False,
+    affects: str = "function",
+    default: Any = None,
+) -> Any:
+    """A field that is None unless given, and all that is known of its flag.
+
+    Args:
+        text: its help; None for what is no flag of ours: fairseq fills it from the task or from its own groups.
+        needs: without what it has no effect: ``moe`` layers, ``capacity`` routing, the ``xmoe`` router, or (MH-MoE's)
+            ``heads``, which a one-head reference lacks.
+        layer: the field of ``MHMoEConfig`` that it sets, to what it says or, of a switch, to whether it is given.
+        values: the layer's values for the flag's, where they differ.
+        stack: whether it sets the field of its own name in ``DecoderSettings`` or ``EncoderSettings``.
+        affects: ``function``, what the weights stand for; ``training``, how they come about; or ``nothing`` but how it
+            is computed.
+        default: fairseq's interpolation, of what is no flag of ours.
+    """
+    known = {"needs": needs, "layer": layer, "values": values or {}, "stack": stack, "affects": affects}
+    return field(default=default, metadata={"help": text, **known})
 
 
 @dataclass
@@ -37,24 +69,43 @@ class TransformerOptions(FairseqDataclass):
     """The transformer around the MoE layers, but its sizes; spelled as in fairseq and TorchScale."""
 
     activation_fn: Optional[ACTIVATION_CHOICES] = option(
-        "activation of dense networks and experts; silu means SwiGLU, with a gate matrix"
+        "activation of dense networks and experts; silu means SwiGLU, with a gate matrix",
+        layer="activation", values=ACTIVATIONS, stack=True,
+    )  # fmt: skip
+    dropout: Optional[float] = option(
+        "dropout on the embedding, on attention's and on feed-forward networks' output",
+        layer="dropout", stack=True, affects="training",
+    )  # fmt: skip
+    attention_dropout: Optional[float] = option(
+        "dropout on the attention weights", stack=True, affects="training"
+    )  # fmt: skip
+    activation_dropout: Optional[float] = option(
+        "dropout on the inner activation of feed-forward networks and experts",
+        layer="activation_dropout", stack=True, affects="training",
+    )  # fmt: skip
+    no_bias: Optional[bool] = option(
+        "no bias in any linear map: attention, dense networks, experts, projections",
+        layer="expert_bias", values=OPPOSITE, stack=True,
+    )  # fmt: skip
+    rms_norm: Optional[bool] = option(
+        "RMSNorm in place of LayerNorm; switches sub-LN off unless --subln is given", stack=True
     )
-    dropout: Optional[float] = option("dropout on the embedding, on attention's and on feed-forward networks' output")
-    attention_dropout: Optional[float] = option("dropout on the attention weights")
-    activation_dropout: Optional[float] = option("dropout on the inner activation of feed-forward networks and experts")
-    no_bias: Optional[bool] = option("no bias in any linear map: attention, dense networks, experts, projections")
-    rms_norm: Optional[bool] = option("RMSNorm in place of LayerNorm; switches sub-LN off unless --subln is given")
     subln: Optional[bool] = option(
         "a norm on attention's and on feed-forward networks' inner activation (TorchScale's sub-LN); on by default "
         "unless --rms-norm or --deepnorm is given; the experts' one is always a LayerNorm"
     )
     no_subln: Optional[bool] = option("no sub-LN: a plain pre-norm transformer")
-    deepnorm: Optional[bool] = option("post-norm with DeepNorm's residual and initial scales (switches sub-LN off)")
-    layernorm_embedding: Optional[bool] = option("a norm on the embedding")
-    checkpoint_activations: Optional[bool] = option("recompute each layer's activations in the backward pass")
+    deepnorm: Optional[bool] = option(
+        "post-norm with DeepNorm's residual and initial scales (switches sub-LN off)", stack=True
+    )
+    layernorm_embedding: Optional[bool] = option("a norm on the embedding", stack=True)
+    checkpoint_activations: Optional[bool] = option(
+        "recompute each layer's activations in the backward pass", stack=True, affects="nothing"
+    )
     mhmoe_precision: Optional[PRECISION_CHOICES] = option(
         "compute under autocast in this type, on GPU and CPU; weights stay in float32 (default: fp32); training in "
-        "fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's own --bf16 means TPU: do not use it"
+        "fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's own --bf16 means TPU: do not use it",
+        affects="nothing",
     )
 
 
@@ -62,27 +113,37 @@ class TransformerOptions(FairseqDataclass):
 class LineageMoEOptions(TransformerOptions):
     """MoE flags spelled as in TorchScale and the official MH-MoE repository."""
 
-    moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model")
-    moe_expert_count: Optional[int] = option("experts per MoE layer (of the reference, under --mhmoe-budget flops)")
-    moe_top_k: Optional[int] = option("experts per sub-token")
-    moe_top1_expert: Optional[bool] = option("the same as --moe-top-k 1")
-    moe_ffn_dim: Optional[int] = option(
-        "inner width of one expert; wins over the architecture and excludes --mhmoe-budget params and flops"
+    moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model", stack=True)
+    moe_expert_count: Optional[int] = option(
+        "experts per MoE layer (of the reference, under --mhmoe-budget flops)", needs="moe", layer="num_experts"
     )
-    moe_gating_use_fp32: Optional[bool] = option("run the router in float32 under mixed precision")
+    moe_top_k: Optional[int] = option("experts per sub-token", needs="moe", layer="top_k")
+    moe_top1_expert: Optional[bool] = option("the same as --moe-top-k 1", needs="moe")
+    moe_ffn_dim: Optional[int] = option(
+        "inner width of one expert; wins over the architecture and excludes --mhmoe-budget params and flops",
+        needs="moe", layer="expert_ffn_dim",
+    )  # fmt: skip
+    moe_gating_use_fp32: Optional[bool] = option(
+        "run the router in float32 under mixed precision", needs="moe", layer="gating_fp32"
+    )
     moe_second_expert_policy: Optional[POLICY_CHOICES] = option(
         "with capacity routing and two experts per sub-token, in training only: use the second expert always, sample "
-        "it, or use it at random with its probability (default: all)"
-    )
+        "it, or use it at random with its probability (default: all)",
+        needs="capacity", layer="second_expert_policy", affects="training",
+    )  # fmt: skip
     moe_normalize_gate_prob_before_dropping: Optional[bool] = option(
-        "with capacity routing: renormalise gate weights before overflowing sub-tokens are dropped"
-    )
+        "with capacity routing: renormalise gate weights before overflowing sub-tokens are dropped",
+        needs="capacity", layer="normalize_before_dropping",
+    )  # fmt: skip
     moe_eval_capacity_token_fraction: Optional[float] = option(
         "with capacity routing: slots per expert in evaluation, as a fraction of the sub-tokens; negative: the "
-        "training rule (default: 0.25)"
+        "training rule (default: 0.25)",
+        needs="capacity", layer="eval_capacity_fraction",
+    )  # fmt: skip
+    use_xmoe: Optional[bool] = option("the same as --mhmoe-router xmoe", needs="moe")
+    mhmoe_heads_number: Optional[int] = option(
+        "MH-MoE heads: sub-tokens that each token is split into", needs="heads", layer="num_heads"
     )
-    use_xmoe: Optional[bool] = option("the same as --mhmoe-router xmoe")
-    mhmoe_heads_number: Optional[int] = option("MH-MoE heads: sub-tokens that each token is split into")
 
 
 @dataclass
@@ -91,111 +152,139 @@ class MoEOptions(LineageMoEOptions):
 
     mhmoe_routing: Optional[ROUTING_CHOICES] = option(
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
-        "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process)"
-    )
+        "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process)",
+        needs="moe", layer="routing", values=TORCHSCALE,
+    )  # fmt: skip
     mhmoe_capacity_factor: Optional[float] = option(
-        "with capacity routing: slots per expert in training, as a multiple of an even share (default: 1.0)"
-    )
+        "with capacity routing: slots per expert in training, as a multiple of an even share (default: 1.0)",
+        needs="capacity", layer="capacity_factor",
+    )  # fmt: skip
     mhmoe_router: Optional[ROUTER_CHOICES] = option(
         "linear: logits x W; xmoe: a low-dimensional projection compared with normalised expert embeddings; arch: "
-        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default)"
-    )
+        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default)",
+        needs="moe", layer="router",
+    )  # fmt: skip
     mhmoe_router_preset: Optional[PRESET_CHOICES] = option(
-        "p1: the paper's appendix: router dimension 16 / heads, both sides normalised, temperature starting at 0.3"
+        "p1: the paper's appendix: router dimension 16 / heads, both sides normalised, temperature starting at 0.3",
+        needs="xmoe",
     )
-    mhmoe_router_dim: Optional[int] = option("X-MoE router: width of the projection (default: 16)")
+    mhmoe_router_dim: Optional[int] = option(
+        "X-MoE router: width of the projection (default: 16)", needs="xmoe", layer="router_dim"
+    )
     mhmoe_router_normalize: Optional[NORMALIZE_CHOICES] = option(
-        "X-MoE router: normalise the expert embeddings only, as TorchScale does, or both sides (default: expert)"
-    )
+        "X-MoE router: normalise the expert embeddings only, as TorchScale does, or both sides (default: expert)",
+        needs="xmoe", layer="router_normalize",
+    )  # fmt: skip
     mhmoe_router_temperature: Optional[float] = option(
-        "X-MoE router: initial value of a learned temperature (default: no temperature)"
-    )
+        "X-MoE router: initial value of a learned temperature (default: no temperature)",
+        needs="xmoe", layer="router_temperature",
+    )  # fmt: skip
     mhmoe_normalize_gates: Optional[ON_OFF_CHOICES] = option(
-        "renormalise the gate weights over the chosen experts if there are two or more (default: on)"
-    )
+        "renormalise the gate weights over the chosen experts if there are two or more (default: on)",
+        needs="moe", layer="normalize_gates", values=SWITCH,
+    )  # fmt: skip
     mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
-        "balance loss: count first choices, as GShard does, or all choices (default: top1)"
-    )
+        "balance loss: count first choices, as GShard does, or all choices (default: top1)",
+        needs="moe", layer="balance_assignment", affects="training",
+    )  # fmt: skip
     mhmoe_balance_scope: Optional[SCOPE_CHOICES] = option(
         "data parallelism: balance loss and z-loss of each process's own batch, or global: of all processes' batches "
-        "together, as one process would see them in one batch (default: rank)"
-    )
+        "together, as one process would see them in one batch (default: rank)",
+        needs="moe", layer="balance_scope", affects="training",
+    )  # fmt: skip
     mhmoe_expert_parallel_size: Optional[int] = option(
         "in training, processes that share one bank of experts; divides the experts and the processes (default: as "
-        "many as possible). A checkpoint does not depend on it"
-    )
+        "many as possible). A checkpoint does not depend on it",
+        needs="moe", affects="nothing",
+    )  # fmt: skip
     mhmoe_budget: Optional[BUDGET_CHOICES] = option(
         "expert width from a budget: params (paper 1: the parameters of the one-head layer with the same flags), "
         "flops (paper 2: its FLOPs and its parameters, by more and smaller experts), none: the dense networks' width "
-        "or --moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)"
+        "or --moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)",
+        needs="heads",
     )
-    mhmoe_subtoken_residual: Optional[bool] = option("add each sub-token to its experts' sum (paper 1, equation 6)")
+    mhmoe_subtoken_residual: Optional[bool] = option(
+        "add each sub-token to its experts' sum (paper 1, equation 6)", needs="heads", layer="subtoken_residual"
+    )
     mhmoe_projection_layers: Optional[int] = option(
-        "layers in the head and in the merge projection, ReLU between them; 0 for no projections (default: 1)"
-    )
+        "layers in the head and in the merge projection, ReLU between them; 0 for no projections (default: 1)",
+        needs="heads", layer="num_projection_layers",
+    )  # fmt: skip
     mhmoe_head_projection: Optional[ON_OFF_CHOICES] = option(
-        "the projection before the split (default: on with more than one head)"
-    )
+        "the projection before the split (default: on with more than one head)",
+        needs="heads", layer="head_projection", values=SWITCH,
+    )  # fmt: skip
     mhmoe_merge_projection: Optional[ON_OFF_CHOICES] = option(
-        "the projection after the merge (default: on with more than one head)"
-    )
+        "the projection after the merge (default: on with more than one head)",
+        needs="heads", layer="merge_projection", values=SWITCH,
+    )  # fmt: skip
     mhmoe_projection_bias: Optional[ON_OFF_CHOICES] = option(
-        "biases in the two projections; the official code has them even with --no-bias (default: off with --no-bias)"
-    )
-    mhmoe_no_split: Optional[bool] = option("do not split tokens; experts work on whole tokens (paper 1, table 6)")
+        "biases in the two projections; the official code has them even with --no-bias (default: off with --no-bias)",
+        needs="heads", layer="projection_bias", values=SWITCH,
+    )  # fmt: skip
+    mhmoe_no_split: Optional[bool] = option(
+        "do not split tokens; experts work on whole tokens (paper 1, table 6)",
+        needs="heads", layer="split", values=OPPOSITE,
+    )  # fmt: skip
     mhmoe_shared_expert_dim: Optional[int] = option(
-        "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)"
-    )
-    # Without help these are no flags of ours: fairseq fills them from the common options.
-    tpu: bool = II("common.tpu")
-    amp: bool = II("common.amp")
-    fp16: bool = II("common.fp16")
+        "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)",
+        needs="moe", layer="shared_expert_dim",
+    )  # fmt: skip
+    tpu: bool = option(None, affects="nothing", default=II("common.tpu"))
+    amp: bool = option(None, affects="nothing", default=II("common.amp"))
+    fp16: bool = option(None, affects="nothing", default=II("common.fp16"))
 
 
 @dataclass
 class LanguageModelOptions(MoEOptions):
     """All options of a language model."""
 
-    decoder_layers: Optional[int] = option("decoder layers")
-    decoder_embed_dim: Optional[int] = option("model dimension")
+    decoder_layers: Optional[int] = option("decoder layers", stack=True)
+    decoder_embed_dim: Optional[int] = option("model dimension", layer="embed_dim", stack=True)
     decoder_ffn_embed_dim: Optional[int] = option(
-        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
+        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer", stack=True
     )
-    decoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
-    no_scale_embedding: Optional[bool] = option("do not multiply the embedding by the square root of its width")
+    decoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)", stack=True)
+    no_scale_embedding: Optional[bool] = option(
+        "do not multiply the embedding by the square root of its width", stack=True
+    )
     no_token_positional_embeddings: Optional[bool] = option(
         "add no positions to the embedding (default: sinusoidal ones, which have no parameters)"
     )
     decoder_learned_pos: Optional[bool] = option("add learned positions to the embedding in place of sinusoidal ones")
-    rotary_embed: Optional[bool] = option("rotate queries and keys by their position")
-    xpos_rel_pos: Optional[bool] = option("rotate and scale queries and keys by their position (TorchScale's xPos)")
+    rotary_embed: Optional[bool] = option("rotate queries and keys by their position", stack=True)
+    xpos_rel_pos: Optional[bool] = option(
+        "rotate and scale queries and keys by their position (TorchScale's xPos)", stack=True
+    )
     no_share_decoder_input_output_embed: Optional[bool] = option(
         "give the output projection its own weights (default: the embedding's)"
     )
     share_decoder_input_output_embed: Optional[bool] = option(
-        "use the embedding's weights as output projection; the default, accepted for the lineage's command lines"
+        "use the embedding's weights as output projection; the default, accepted for the lineage's command lines",
+        affects="nothing",
     )
-    # Filled from the task.
-    max_target_positions: Optional[int] = II("task.max_target_positions")
-    tokens_per_sample: int = II("task.tokens_per_sample")
+    max_target_positions: Optional[int] = option(None, default=II("task.max_target_positions"))
+    tokens_per_sample: int = option(None, default=II("task.tokens_per_sample"))
 
 
 @dataclass
 class EncoderOptions(FairseqDataclass):
     """What only BEiT-3's encoder has."""
 
-    encoder_layers: Optional[int] = option("encoder layers")
-    encoder_embed_dim: Optional[int] = option("model dimension")
+    encoder_layers: Optional[int] = option("encoder layers", stack=True)
+    encoder_embed_dim: Optional[int] = option("model dimension", layer="embed_dim", stack=True)
     encoder_ffn_embed_dim: Optional[int] = option(
-        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer"
+        "inner width of the dense feed-forward networks, and of one expert of the reference MoE layer", stack=True
     )
-    encoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)")
+    encoder_attention_heads: Optional[int] = option("attention heads (not MH-MoE heads)", stack=True)
     drop_path_rate: Optional[float] = option(
-        "stochastic depth: the share of samples that leave out a block, rising to this at the last layer (default: 0)"
-    )
+        "stochastic depth: the share of samples that leave out a block, rising to this at the last layer (default: 0)",
+        stack=True, affects="training",
+    )  # fmt: skip
     mhmoe_modality_experts: Optional[MODALITY_CHOICES] = option(
         "shared: images and text go to one pool of experts; separate: each has as many experts of its own "
-        "(default: shared)"
+        "(default: shared)",
+        needs="moe",
     )
 
 
@@ -203,7 +292,19 @@ class EncoderOptions(FairseqDataclass):
 class BEiT3Options(EncoderOptions, MoEOptions):
     """All options of BEiT-3."""
 
-    # Filled from the task.
-    img_size: int = II("task.img_size")
-    patch_size: int = II("task.patch_size")
-    max_text_length: int = II("task.max_text_length")
+    img_size: int = option(None, stack=True, default=II("task.img_size"))
+    patch_size: int = option(None, stack=True, default=II("task.patch_size"))
+    max_text_length: int = option(None, stack=True, default=II("task.max_text_length"))
+
+
+ALL_OPTIONS = (LanguageModelOptions, BEiT3Options)
+
+
+def options_with(*kinds: type, **known: Any) -> list[str]:
+    """Names of the options of ``kinds`` of which :func:`option` was told all of ``known``.
+
+    >>> options_with(MoEOptions, needs="xmoe", affects="function")[:2]
+    ['mhmoe_router_preset', 'mhmoe_router_dim']
+    """
+    fields = {entry.name: entry.metadata for kind in kinds for entry in dataclasses.fields(kind) if entry.metadata}
+    return [name for name, metadata in fields.items() if known.items() <= metadata.items()]

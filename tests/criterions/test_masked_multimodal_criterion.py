@@ -22,7 +22,7 @@ from mhmoe_fairseq.criterions.masked_multimodal import (
     masked_part,
 )
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
+from mhmoe_fairseq.models.beit3 import MHMoEBEiT3, build_beit3
 from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
@@ -44,7 +44,7 @@ def build_model(task: MaskedMultimodalTask, arch: str = "mhmoe_beit3_tiny") -> M
     torch.manual_seed(1)
     moe = {} if arch.startswith("dense") else MOE
     options = architecture_options(arch, **SMALL, **moe, dropout=0.0, **SHAPES)
-    return MHMoEBEiT3(options, task.source_dictionary, task.num_visual_tokens)
+    return build_beit3(options, task.source_dictionary, task.num_visual_tokens)
 
 
 def batch_of(task: MaskedMultimodalTask, size: int = 6, split: str = "train") -> dict[str, Any]:

@@ -5,15 +5,9 @@ import logging
 import pytest
 from language_models import SMALL
 
-from mhmoe_fairseq.models import flag_checks
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.flags import decoder_settings, expert_parallel_size, moe_config
 from mhmoe_fairseq.moe import MHMoEConfig
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings():
-    flag_checks.warn_once.cache_clear()
 
 
 def config(arch="mhmoe_lm_tiny", **flags):
@@ -21,7 +15,7 @@ def config(arch="mhmoe_lm_tiny", **flags):
 
 
 def settings(arch="mhmoe_lm_tiny", **flags):
-    return decoder_settings(architecture_options(arch, **flags), vocab_size=50, max_positions=64)
+    return decoder_settings(architecture_options(arch, **flags), vocab_size=50)
 
 
 # ---------------------------------------------------------------------- what they say
@@ -234,16 +228,14 @@ def test_capacity_flags(flag, value, caplog):
         config(**{flag: value, "mhmoe_routing": "dropless"})
     with caplog.at_level(logging.WARNING):
         assert config(**{flag: value}).routing == "dropless"
-        config(**{flag: value})
     assert [record.message for record in caplog.records if name in record.message] == [
         f"{name} has no effect: routing is dropless (see --mhmoe-routing capacity)"
     ]
 
 
-def test_lineage_flags_on_a_dense_model_warn_once(caplog):
+def test_lineage_flags_on_a_dense_model_are_warned_of_once_in_every_build(caplog):
     with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            assert config("dense_lm_tiny", moe_expert_count=8, moe_gating_use_fp32=True) is None
+        assert not settings("dense_lm_tiny", moe_expert_count=8, moe_gating_use_fp32=True).moe
     assert sorted(record.message.split()[0] for record in caplog.records) == [
         "--moe-expert-count",
         "--moe-gating-use-fp32",
@@ -259,26 +251,17 @@ def test_a_sampling_policy_needs_two_experts():
 
 
 @pytest.mark.parametrize(
-    "arch, flags, world_size, expected",
-    [
-        ("mhmoe_lm_tiny", {}, 1, 1),
-        ("mhmoe_lm_tiny", {}, 4, 4),
-        ("mhmoe_lm_tiny", {}, 12, 4),  # 8 experts
-        ("mhmoe_lm_tiny", {}, 3, 1),
-        ("mhmoe_lm_tiny", {"moe_expert_count": 12}, 8, 4),
-        ("xmoe_lm_tiny", {"mhmoe_expert_parallel_size": 2}, 8, 2),
-        ("smoe_lm_tiny", {"mhmoe_routing": "torchscale"}, 4, 1),
-        ("dense_lm_tiny", {}, 4, 1),
-    ],
+    "experts, asked, world_size, expected",
+    [(8, None, 1, 1), (8, None, 4, 4), (8, None, 12, 4), (8, None, 3, 1), (12, None, 8, 4), (8, 2, 8, 2)],
 )
-def test_experts_are_spread_as_far_as_possible_unless_told(arch, flags, world_size, expected):
-    assert expert_parallel_size(architecture_options(arch, **flags), world_size) == expected
+def test_experts_are_spread_as_far_as_possible_unless_told(experts, asked, world_size, expected):
+    assert expert_parallel_size(experts, asked, world_size) == expected
 
 
 @pytest.mark.parametrize(
     "size, world_size, message",
     [
-        (3, 3, r"--mhmoe-expert-parallel-size \(3\) must divide --moe-expert-count \(8\)"),
+        (3, 3, r"--mhmoe-expert-parallel-size \(3\) must divide the number of experts \(8\)"),
         (4, 6, r"--mhmoe-expert-parallel-size \(4\) must divide the number of processes \(6\)"),
         (2, 1, r"--mhmoe-expert-parallel-size \(2\) must divide the number of processes \(1\)"),
         (0, 2, r"--mhmoe-expert-parallel-size \(0\) must be at least 1"),
@@ -286,7 +269,7 @@ def test_experts_are_spread_as_far_as_possible_unless_told(arch, flags, world_si
 )
 def test_a_size_that_divides_unevenly_is_refused(size, world_size, message):
     with pytest.raises(ValueError, match=message):
-        expert_parallel_size(architecture_options("mhmoe_lm_tiny", mhmoe_expert_parallel_size=size), world_size)
+        expert_parallel_size(8, size, world_size)
 
 
 def test_balance_scope_reaches_the_layer():

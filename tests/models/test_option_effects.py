@@ -195,3 +195,19 @@ def test_every_field_has_an_entry(stack):
     assert fields - {"_name"} == {*SHARED, *OWN[stack]}
     shared = {field.name for field in dataclasses.fields(MoEOptions)}
     assert shared - {"_name"} == set(SHARED)
+
+
+# Seen here otherwise than said: rounding; training capacity in evaluation where the fraction is negative; one process;
+# rows as long as the limit.
+OTHERWISE = {
+    "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "max_target_positions", "tokens_per_sample",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stack", OWN)
+def test_the_options_say_what_they_affect(stack):
+    kinds = {"losses": "training", "gradients": "function", "inputs": "function"}
+    for field in dataclasses.fields(OPTIONS[stack]):
+        if field.name not in OTHERWISE | {"_name"}:
+            kind = {**SHARED, **OWN[stack]}[field.name].kind
+            assert field.metadata["affects"] == kinds.get(kind, kind), field.name

@@ -8,7 +8,9 @@ from layer_cases import FIELDS, gradients_of, merge_gradients, merge_parameters
 
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.language_model import MHMoELanguageModel, training_parallelism
+from mhmoe_fairseq.models.bases import training_parallelism
+from mhmoe_fairseq.models.flags import moe_config
+from mhmoe_fairseq.models.language_model import MHMoELanguageModel
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.parallel import expert_parallelism, sharded_experts
 from mhmoe_fairseq.training import ParallelTask
@@ -163,7 +165,7 @@ def built_with(size):
     whole = MHMoELanguageModel.build_model(options, Task(None))
     shares = {item.name.split(".")[-1]: len(item.parameter) for item in sharded_experts(model)}
     marked = [name for name, p in model.named_parameters() if hasattr(p, "expert")]
-    parallel = training_parallelism(options)
+    parallel = training_parallelism(moe_config(options), size)
     groups = [dist.get_process_group_ranks(group) for group in (parallel.groups.experts, parallel.groups.replicas)]
     return shares, len(marked), len(sharded_experts(whole)), groups
 

@@ -25,10 +25,10 @@ from ...common.errors import UserError
 from ...common.files import atomic_path, refuse_path_separator
 from ...data.tensor_files import save_tensors
 from ...models.architectures import architecture_options
+from ...models.bases import fingerprint
 from ...models.flags import moe_config
 from ...models.language_model import build_language_model
 from ...models.options import LanguageModelOptions
-from ...models.vocabulary import fingerprint
 from .files import State, read_official
 from .settings import check_settings, model_flags
 from .weights import convert_decoder, moe_layers

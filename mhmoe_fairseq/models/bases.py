@@ -1,0 +1,121 @@
+"""What both models are made of beside their layers: precision, a dictionary, experts over the processes of a training.
+
+``ComputePrecision`` and ``RemembersVocabulary`` stand among a module's bases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import struct
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairseq.data import Dictionary
+from torch import Tensor, nn
+
+from ..common.errors import UserError
+from ..moe import MHMoEConfig
+from ..moe.parallelism import ExpertParallelism
+from ..parallel import expert_parallelism
+from .flags import expert_parallel_size
+
+logger = logging.getLogger(__name__)
+
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ComputePrecision:
+    """Computes under autocast in the type that ``--mhmoe-precision`` names.
+
+    Attributes:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        scales_loss: the trainer scales the loss, as fp16 needs.
+    """
+
+    training: bool
+
+    def set_precision(self, options: Any) -> None:
+        """Read the options, once in the constructor."""
+        self.precision = str(options.mhmoe_precision or "fp32")
+        self.scales_loss = bool(options.amp or options.fp16)
+
+    def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
+        """The model's precision, for calling a part by itself, such as the output layer.
+
+        Raises:
+            UserError: when training in fp16 without loss scaling.
+        """
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
+            raise UserError(
+                "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
+            )
+        return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])
+
+
+class RemembersVocabulary(nn.Module):
+    """Refuses a checkpoint of another dictionary, even where the sizes agree.
+
+    The state has one tensor that is no parameter, a fingerprint of the dictionary.
+
+    Attributes:
+        vocabulary_fingerprint: int64 ``(4,)``.
+        embedding_name: of the embedding's weight within the module, for messages.
+    """
+
+    vocabulary_fingerprint: Tensor
+    embedding_name: str
+    dictionary: Dictionary
+
+    def remember_vocabulary(self, dictionary: Dictionary, embedding_name: str) -> None:
+        """Take the fingerprint, once in the constructor."""
+        self.embedding_name = embedding_name
+        self.register_buffer("vocabulary_fingerprint", torch.tensor(fingerprint(dictionary)))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        own = self.vocabulary_fingerprint
+        saved = state_dict.setdefault(prefix + "vocabulary_fingerprint", own)
+        if not saved.is_meta and not own.is_meta and not torch.equal(saved.cpu(), own.cpu()):
+            embedding = state_dict.get(prefix + self.embedding_name)
+            words = "" if embedding is None else f"{embedding.size(0):,} "
+            raise UserError(
+                f"the checkpoint's dictionary ({words}words) is not this data's dict.txt ({len(self.dictionary):,} "
+                "words): use the data folder that the model was trained on, or one prepared with its dictionary"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def fingerprint(dictionary: Dictionary) -> list[int]:
+    """Four 64-bit numbers from the SHA-256 of the symbols in order."""
+    digest = hashlib.sha256("\n".join(dictionary.symbols).encode()).digest()
+    return list(struct.unpack("<4q", digest))
+
+
+def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertParallelism | None:
+    """Spread a layer's experts over the processes that torch.distributed knows of; None for one process.
+
+    Every process must call it, with the same arguments.
+
+    Args:
+        moe: the layer; None where no experts can be spread: of a dense model, and TorchScale's own.
+        asked: ``--mhmoe-expert-parallel-size``.
+
+    Raises:
+        UserError: as ``expert_parallel_size``.
+    """
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    size = 1 if moe is None else expert_parallel_size(moe.num_experts, asked, world_size)
+    if world_size == 1:
+        return None
+    if size > 1:
+        logger.info(f"expert parallelism: {size} of {world_size} processes share one bank of experts")
+    elif moe is not None:
+        logger.warning(
+            "no expert parallelism: every process holds all experts, since that was asked for or their number and "
+            f"that of the processes ({world_size}) have no common divisor"
+        )
+    return expert_parallelism(size)
