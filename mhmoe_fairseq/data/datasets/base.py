@@ -10,13 +10,15 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
-from fairseq.data import Dictionary, FairseqDataset
+from fairseq.data import Dictionary
 from PIL import Image
 from torch import Tensor
 
 from ...common.errors import UserError
 from ..images.reading import ImageError, read_image
 from ..multimodal.collate import Sample, collate
+from ..multimodal.index import Index
+from .batching import SizedRows
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +74,12 @@ class DatasetSettings:
         """Positions of an image in the model: one for the class token, and its patches."""
         return 1 + self.grid[0] * self.grid[1]
 
-    def text_positions(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of texts of such ``lengths``, with ``<s>`` and ``</s>``, after the cut."""
-        return np.minimum(lengths + 2, self.max_text_length)
+    def positions(self, index: Index) -> np.ndarray:
+        """``(rows,)`` positions of an index's rows: an image and, where it has texts, its text after the cut."""
+        sizes = np.full(len(index), self.image_positions)
+        if "text_segment" in index:
+            sizes += np.minimum(index["text_segment"].lengths + 2, self.max_text_length)
+        return sizes
 
     def text(self, ids: np.ndarray | Tensor) -> Tensor:
         """``(S,)``: ``<s> ids </s>``, the end of the ids left out where there is no room for it."""
@@ -82,17 +87,18 @@ class DatasetSettings:
         return torch.cat([torch.tensor([self.dictionary.bos()]), kept, torch.tensor([self.dictionary.eos()])])
 
 
-class ImageTextDataset(FairseqDataset, abc.ABC):
+class ImageTextDataset(SizedRows, abc.ABC):
     """Base of the data sets.
 
     Everything random about a sample comes from a generator made of seed, epoch and row, so that it does not depend on
     the number of workers or ranks, and a resumed run sees what an uninterrupted one does.
 
-    A subclass gives ``make_sample``, ``add_targets`` and, where errors shall name an index file, ``place``.
+    A subclass gives ``make_sample`` and ``add_targets``.
 
     Args:
         sizes: ``(rows,)`` positions of each row in the model.
-        settings: see there.
+        settings: how rows are read.
+        index: the index file's rows, where the data come from one: errors name its lines.
 
     Attributes:
         stream: keeps the generators of different data sets apart.
@@ -100,9 +106,9 @@ class ImageTextDataset(FairseqDataset, abc.ABC):
 
     stream = 0
 
-    def __init__(self, sizes: np.ndarray, settings: DatasetSettings) -> None:
+    def __init__(self, sizes: np.ndarray, settings: DatasetSettings, index: Index | None = None) -> None:
         self.sizes = sizes.astype(np.int32)
-        self.settings = settings
+        self.settings, self.index = settings, index
         self.epoch = 1
         self._told: set[str] = set()
 
@@ -115,11 +121,8 @@ class ImageTextDataset(FairseqDataset, abc.ABC):
         """Add to a batch what ``collate`` does not give."""
 
     def place(self, row: int) -> str:
-        """Where a row comes from, for messages."""
-        return f"row {row}"
-
-    def __len__(self) -> int:
-        return len(self.sizes)
+        """Where a row comes from, for messages: the index file and line."""
+        return f"row {row}" if self.index is None else self.index.place(row)
 
     def __getitem__(self, row: int) -> Sample:
         """The sample of a row.
@@ -154,9 +157,13 @@ class ImageTextDataset(FairseqDataset, abc.ABC):
             return np.arange(len(self))
         return self._generator(_ORDER).permutation(len(self))
 
-    def read(self, path: str) -> Image.Image:
-        """The image of a path in an index; raises ``ImageError``."""
-        return read_image(self.settings.folder / path)
+    def read(self, row: int, field: str = "image_path") -> Image.Image:
+        """The image that a row of the index names; raises ``ImageError``."""
+        return read_image(self.settings.folder / self.index[field][row])
+
+    def text(self, row: int) -> Tensor:
+        """``(S,)``: the text of a row of the index, with ``<s>`` and ``</s>``."""
+        return self.settings.text(self.index["text_segment"][row])
 
     def set_epoch(self, epoch: int) -> None:
         """fairseq's hook before an epoch: training has other crops, masks and batches then."""
@@ -167,18 +174,6 @@ class ImageTextDataset(FairseqDataset, abc.ABC):
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
         """False in training: batches differ, and fairseq-fixed keeps workers, which would not learn of the epoch."""
         return not self.settings.training
-
-    def num_tokens(self, index: int) -> int:
-        """Positions of a row in the model."""
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Positions of each of several rows."""
-        return self.sizes[indices]
-
-    def size(self, index: int) -> int:
-        """As ``num_tokens``."""
-        return self.num_tokens(index)
 
     def filter_indices_by_size(self, indices: np.ndarray, max_sizes: Any) -> tuple[np.ndarray, list[int]]:
         """Every row fits: texts are cut."""

@@ -1,4 +1,4 @@
-"""Batches that hold every sample, on both fairseq versions, or none at all."""
+"""What data sets share: rows of known sizes, and batches that hold every row on both fairseq versions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ import numpy as np
 from fairseq.data import FairseqDataset, MonolingualDataset
 
 from ...common.errors import UserError
+
+
+class SizedRows(FairseqDataset):
+    """A data set whose rows' lengths, or positions in the model, are ``sizes (rows,)``."""
+
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def num_tokens(self, index: int) -> int:
+        """The size of a row."""
+        return int(self.num_tokens_vec(np.array([index]))[0])
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        """The sizes of several rows."""
+        return self.sizes[indices]
+
+    def size(self, index: int) -> int:
+        """As ``num_tokens``."""
+        return self.num_tokens(index)
 
 
 class WholeBatches(FairseqDataset):

@@ -23,27 +23,20 @@ class IndexedDataset(ImageTextDataset):
 
     Args:
         index: with ``image_path``.
-        settings: see there.
+        settings: how rows are read.
         transform: ``TrainTransform`` or ``EvaluationTransform``.
     """
 
     def __init__(self, index: Index, settings: DatasetSettings, transform: Transform) -> None:
-        sizes = np.full(len(index), settings.image_positions)
-        if "text_segment" in index:
-            sizes = sizes + settings.text_positions(index["text_segment"].lengths)
-        super().__init__(sizes, settings)
-        self.index, self.transform = index, transform
+        super().__init__(settings.positions(index), settings, index)
+        self.transform = transform
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
         """``image``, and ``text`` if there are texts."""
-        sample = {"image": self.transform(self.read(self.index["image_path"][row]), rng)}
+        sample = {"image": self.transform(self.read(row), rng)}
         if "text_segment" in self.index:
-            sample["text"] = self.settings.text(self.index["text_segment"][row])
+            sample["text"] = self.text(row)
         return sample
-
-    def place(self, row: int) -> str:
-        """The index file and line."""
-        return self.index.place(row)
 
 
 class VQADataset(IndexedDataset):
@@ -110,7 +103,7 @@ class ImagePairs(IndexedDataset):
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
         """``image``, ``image2``, ``text``, ``identifier`` and ``target``."""
         sample = super().make_sample(row, rng)
-        sample["image2"] = self.transform(self.read(self.index["image2_path"][row]), rng)
+        sample["image2"] = self.transform(self.read(row, "image2_path"), rng)
         sample["identifier"] = self.index["identifier"][row]
         if self.has_targets:
             sample["target"] = int(self.index["label"][row])

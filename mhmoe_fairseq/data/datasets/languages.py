@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from fairseq.data import LMContextWindowDataset, MonolingualDataset
 
-from .batching import WholeBatches
+from .batching import SizedRows, WholeBatches
 from .language_sampling import sampled_blocks, sampled_counts
 
 
-class LanguagesDataset(WholeBatches):
+class LanguagesDataset(WholeBatches, SizedRows):
     """Every block of every language, numbered through; no block has text of two languages.
 
     A batch has fairseq's keys, ``languages``, ``(B,)``: the number of each row's language in the task's list, and
@@ -47,9 +47,6 @@ class LanguagesDataset(WholeBatches):
         self._numbers = torch.tensor([numbers[language] for language in parts])
         self._ends = np.cumsum([len(part) for part in parts.values()])
 
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         place = self.place_of(index)
         language = self.languages[place]
@@ -80,18 +77,6 @@ class LanguagesDataset(WholeBatches):
         if self.characters:
             batch["characters"] = torch.tensor([sample["characters"] for sample in samples])
         return batch
-
-    def num_tokens(self, index: int) -> int:
-        """Tokens of a block."""
-        return self.sizes[index]
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of some blocks."""
-        return self.sizes[indices]
-
-    def size(self, index: int) -> int:
-        """Tokens of a block."""
-        return self.sizes[index]
 
     def ordered_indices(self) -> np.ndarray:
         """All blocks by length, equally long ones in random order, as fairseq orders the blocks of one text."""

@@ -37,7 +37,7 @@ class MaskedImages(MaskedDataset):
 
     Args:
         index: of task ``image``, or of any other with images.
-        settings: see there.
+        settings: how rows are read.
         views: ``PretrainingViews`` or ``EvaluationViews``.
         fraction: of the patches that are masked.
     """
@@ -46,18 +46,57 @@ class MaskedImages(MaskedDataset):
 
     def __init__(self, index: Index, settings: DatasetSettings, views: Views, fraction: float = 0.4) -> None:
         check_fraction(fraction, "--image-mask-prob")
-        super().__init__(np.full(len(index), settings.image_positions), settings)
-        self._index, self._views, self._fraction = index, views, fraction
+        super().__init__(self.positions_of(index, settings), settings, index)
+        self._views, self._image_fraction = views, fraction
+
+    @staticmethod
+    def positions_of(index: Index, settings: DatasetSettings) -> np.ndarray:
+        """``(rows,)`` positions of each row in the model: its texts, if there are any, are not read."""
+        return np.full(len(index), settings.image_positions)
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``tokenizer_image`` and ``masked_patches``."""
-        return masked_image(
-            self.read(self._index["image_path"][row]), self._views, self._fraction, self.settings, rng
-        )
+        """``image``, ``tokenizer_image`` uint8, and ``masked_patches (N,)`` bool."""
+        image, tokenizer_image = self._views(self.read(row), rng)
+        # Its values are k / 255. As bytes they take a quarter of the memory, and fairseq, which turns every float32 of
+        # a batch into half precision, leaves them as they are: targets are the same in every precision.
+        tokenizer_image = tokenizer_image.mul(255).round().to(torch.uint8)
+        rows, columns = grid = self.settings.grid
+        masked_patches = block_mask(grid, masked_count(rows * columns, self._image_fraction), rng)
+        return {"image": image, "tokenizer_image": tokenizer_image, "masked_patches": masked_patches}
 
-    def place(self, row: int) -> str:
-        """The index file and line."""
-        return self._index.place(row)
+
+class MaskedPairs(MaskedImages):
+    """Images with their texts, both masked.
+
+    Args:
+        index: of task ``pair``, or of any other with images and texts.
+        settings: how rows are read.
+        views: ``PretrainingViews`` or ``EvaluationViews``.
+        image_fraction: of the patches that are masked.
+        text_fraction: of the tokens that are masked.
+    """
+
+    stream = 3
+
+    def __init__(
+        self, index: Index, settings: DatasetSettings, views: Views, image_fraction: float = 0.4,
+        text_fraction: float = 0.5,
+    ) -> None:  # fmt: skip
+        check_fraction(text_fraction, "--pair-text-mask-prob")
+        mask_index(settings.dictionary)
+        super().__init__(index, settings, views, image_fraction)
+        self._text_fraction = text_fraction
+
+    @staticmethod
+    def positions_of(index: Index, settings: DatasetSettings) -> np.ndarray:
+        """``(rows,)`` positions of each image with its text."""
+        return settings.positions(index)
+
+    def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
+        """``image``, ``tokenizer_image``, ``masked_patches``, ``text`` and ``text_targets``."""
+        sample = super().make_sample(row, rng)
+        masked, targets = mask_text(self.text(row), self._text_fraction, self.settings.dictionary, rng)
+        return {**sample, "text": masked, "text_targets": targets}
 
 
 class MaskedTexts(MaskedDataset):
@@ -103,57 +142,3 @@ class MaskedTexts(MaskedDataset):
         text = self.settings.text(self._lines[line][start:end])
         masked, targets = mask_text(text, self._fraction, self.settings.dictionary, rng)
         return {"text": masked, "text_targets": targets}
-
-
-class MaskedPairs(MaskedDataset):
-    """Images with their texts, both masked.
-
-    Args:
-        index: of task ``pair``, or of any other with images and texts.
-        settings: see there.
-        views: ``PretrainingViews`` or ``EvaluationViews``.
-        image_fraction: of the patches that are masked.
-        text_fraction: of the tokens that are masked.
-    """
-
-    stream = 3
-
-    def __init__(
-        self,
-        index: Index,
-        settings: DatasetSettings,
-        views: Views,
-        image_fraction: float = 0.4,
-        text_fraction: float = 0.5,
-    ) -> None:
-        check_fraction(image_fraction, "--image-mask-prob")
-        check_fraction(text_fraction, "--pair-text-mask-prob")
-        mask_index(settings.dictionary)
-        super().__init__(settings.image_positions + settings.text_positions(index["text_segment"].lengths), settings)
-        self._index, self._views = index, views
-        self._image_fraction, self._text_fraction = image_fraction, text_fraction
-
-    def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``tokenizer_image``, ``masked_patches``, ``text`` and ``text_targets``."""
-        image = self.read(self._index["image_path"][row])
-        sample = masked_image(image, self._views, self._image_fraction, self.settings, rng)
-        text = self.settings.text(self._index["text_segment"][row])
-        masked, targets = mask_text(text, self._text_fraction, self.settings.dictionary, rng)
-        return {**sample, "text": masked, "text_targets": targets}
-
-    def place(self, row: int) -> str:
-        """The index file and line."""
-        return self._index.place(row)
-
-
-def masked_image(
-    decoded: Image.Image, views: Views, fraction: float, settings: DatasetSettings, rng: np.random.Generator
-) -> Sample:
-    """The two views of an image, the tokenizer's as uint8, and which patches are masked: ``(N,)`` bool."""
-    image, tokenizer_image = views(decoded, rng)
-    # Its values are k / 255. As bytes they take a quarter of the memory, and fairseq, which turns every float32 of a
-    # batch into half precision, leaves them as they are: targets are the same in every precision.
-    tokenizer_image = tokenizer_image.mul(255).round().to(torch.uint8)
-    rows, columns = settings.grid
-    masked_patches = block_mask(settings.grid, masked_count(rows * columns, fraction), rng)
-    return {"image": image, "tokenizer_image": tokenizer_image, "masked_patches": masked_patches}

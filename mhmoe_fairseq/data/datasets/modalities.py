@@ -15,10 +15,10 @@ import numpy as np
 from fairseq.data import FairseqDataset
 
 from ...common.errors import UserError
-from .batching import WholeBatches
+from .batching import SizedRows, WholeBatches
 
 
-class ModalitiesDataset(WholeBatches):
+class ModalitiesDataset(WholeBatches, SizedRows):
     """Several data sets zipped: item i has a sample of each, a batch a sub-batch of each under its name.
 
     Args:
@@ -32,14 +32,6 @@ class ModalitiesDataset(WholeBatches):
     def __len__(self) -> int:
         """Items of an epoch: as many as the largest modality has."""
         return max(self.lengths.values())
-
-    def num_tokens(self, index: int) -> int:
-        """Positions of all modalities together."""
-        return int(self.num_tokens_vec(np.array([index]))[0])
-
-    def size(self, index: int) -> int:
-        """As ``num_tokens``."""
-        return self.num_tokens(index)
 
     def filter_indices_by_size(self, indices: np.ndarray, max_sizes: Any) -> tuple[np.ndarray, list[int]]:
         """All of them: texts have been cut to ``--max-text-length``."""

@@ -6,13 +6,14 @@ from typing import Any, Sequence
 
 import numpy as np
 import torch
-from fairseq.data import FairseqDataset, data_utils
+from fairseq.data import data_utils
 from torch import Tensor
 
 from ...common.errors import UserError
+from .batching import SizedRows
 
 
-class LabelledSentences(FairseqDataset):
+class LabelledSentences(SizedRows):
     """One sequence of tokens and one class per example.
 
     A sentence becomes ``</s> tokens </s>``, a pair ``</s> first </s> second </s>``: lines as the language model saw
@@ -59,9 +60,6 @@ class LabelledSentences(FairseqDataset):
         self.sizes = sum(self._kept) + 1 + len(full)
         self.num_cut = int((sum(full) > sum(self._kept)).sum())
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         parts = [torch.tensor([self._starts[index]])]
         for dataset, kept in zip(self._sentences, self._kept):
@@ -81,18 +79,6 @@ class LabelledSentences(FairseqDataset):
             "nsentences": len(samples),
             "ntokens": sum(len(row) for row in rows),
         }
-
-    def num_tokens(self, index: int) -> int:
-        """Tokens of an example, all counted."""
-        return int(self.sizes[index])
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of each of several examples."""
-        return self.sizes[indices]
-
-    def size(self, index: int) -> int:
-        """As ``num_tokens``."""
-        return self.num_tokens(index)
 
     def ordered_indices(self) -> np.ndarray:
         """All examples, short ones first: a batch has rows of about one length."""
