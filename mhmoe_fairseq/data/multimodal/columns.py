@@ -7,29 +7,12 @@ loader, whose reading alone changes reference counts. Arrays take the bytes of t
 from __future__ import annotations
 
 from array import array
-from typing import Protocol, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 MISSING = -1  # a number that a row does not have
-
-
-class Strings:
-    """Strings as one block of UTF-8."""
-
-    def __init__(self, data: bytes, offsets: np.ndarray) -> None:
-        self._data, self._offsets = data, offsets
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, row: int) -> str:
-        return self._data[self._offsets[row] : self._offsets[row + 1]].decode()
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that is used."""
-        return len(self._data) + self._offsets.nbytes
 
 
 class Lists:
@@ -41,8 +24,8 @@ class Lists:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        """``(length,)``; of a null list none."""
+    def __getitem__(self, row: int) -> Any:
+        """``(length,)``; empty for a null list."""
         return self.values[self._offsets[row] : self._offsets[row + 1]]
 
     @property
@@ -65,50 +48,34 @@ class Lists:
         return self.values.nbytes + self._offsets.nbytes + (0 if self._nulls is None else self._nulls.nbytes)
 
 
-class Builder(Protocol):
-    """Takes the values of a column one by one."""
+class Strings(Lists):
+    """Strings as one block of UTF-8; a null one is empty."""
 
-    def append(self, value: object) -> None: ...
-
-    def finish(self) -> Strings | Lists | np.ndarray: ...
-
-
-class StringsBuilder:
-    """Builds ``Strings``; None becomes the empty string."""
-
-    def __init__(self) -> None:
-        self._data, self._offsets = bytearray(), array("q", [0])
-
-    def append(self, value: str | None) -> None:
-        """Add a row."""
-        self._data += (value or "").encode()
-        self._offsets.append(len(self._data))
-
-    def finish(self) -> Strings:
-        """The column."""
-        return Strings(bytes(self._data), np.array(self._offsets))
+    def __getitem__(self, row: int) -> str:
+        return super().__getitem__(row).tobytes().decode()
 
 
-class ListsBuilder:
-    """Builds ``Lists``; None becomes a null list.
+class Builder:
+    """Takes the values of a column one by one.
 
     Args:
-        typecode: of ``array``: ``i`` for ids, ``f`` for scores.
+        typecode: of ``array``: ``i`` for lists of ids, ``f`` for lists of scores, ``B`` for strings.
     """
 
     def __init__(self, typecode: str) -> None:
         self._values, self._offsets, self._nulls = array(typecode), array("q", [0]), bytearray()
 
-    def append(self, value: Sequence[float] | None) -> None:
-        """Add a row."""
-        self._values.extend(value or ())  # type: ignore[arg-type]
+    def append(self, value: Sequence[float] | str | None) -> None:
+        """Add a row; None becomes a null list, or the empty string."""
+        self._values.extend(value.encode() if isinstance(value, str) else value or ())
         self._offsets.append(len(self._values))
         self._nulls.append(value is None)
 
     def finish(self) -> Lists:
         """The column."""
         nulls = np.frombuffer(bytes(self._nulls), dtype=bool)
-        return Lists(np.array(self._values), np.array(self._offsets), nulls if nulls.any() else None)
+        arrays = np.array(self._values), np.array(self._offsets)
+        return Strings(*arrays) if self._values.typecode == "B" else Lists(*arrays, nulls if nulls.any() else None)
 
 
 class NumbersBuilder:

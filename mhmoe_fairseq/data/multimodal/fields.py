@@ -6,11 +6,12 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Mapping
 
 from ...common.errors import UserError
 from ..vocabulary import NUM_SPECIALS
-from .columns import Builder, ListsBuilder, NumbersBuilder, StringsBuilder
+from .columns import Builder, NumbersBuilder
 
 _LARGEST_ID = 2**31 - 1
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -29,7 +30,7 @@ class Field:
     """
 
     parse: Callable[[Any], Any]
-    builder: Callable[[], Builder]
+    builder: Callable[[], Builder | NumbersBuilder]
     is_optional: bool = False
     is_nullable: bool = False
 
@@ -85,11 +86,8 @@ def _are_within(values: list[Any], kinds: set[type], most: float) -> bool:
     return not values or (set(map(type, values)) <= kinds and 0 <= min(values) and max(values) <= most)
 
 
-def _ints() -> ListsBuilder:
-    return ListsBuilder("i")
-
-
-_IMAGE = Field(_path, StringsBuilder)
+_ints, _floats, _texts = (partial(Builder, typecode) for typecode in "ifB")
+_IMAGE = Field(_path, _texts)
 _TEXT = Field(_tokens, _ints)
 _NUMBER = Field(_number, NumbersBuilder)
 
@@ -99,13 +97,13 @@ FIELDS: dict[str, dict[str, Field]] = {
         "image_path": _IMAGE,
         "text_segment": _TEXT,
         "image_id": Field(_number, NumbersBuilder, is_optional=True),
-        "language": Field(_string, StringsBuilder, is_optional=True),
+        "language": Field(_string, _texts, is_optional=True),
     },
     "vqa": {
         "image_path": _IMAGE,
         "text_segment": _TEXT,
         "labels": Field(_ids, _ints),
-        "scores": Field(_scores, lambda: ListsBuilder("f"), is_optional=True),
+        "scores": Field(_scores, _floats, is_optional=True),
         "qid": _NUMBER,
     },
     "nlvr2": {
@@ -113,7 +111,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "image2_path": _IMAGE,
         "text_segment": _TEXT,
         "label": Field(_number, NumbersBuilder, is_optional=True, is_nullable=True),
-        "identifier": Field(_string, StringsBuilder),
+        "identifier": Field(_string, _texts),
     },
     "captioning": {
         "image_path": _IMAGE,

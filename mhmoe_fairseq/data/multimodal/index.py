@@ -15,7 +15,7 @@ import numpy as np
 
 from ...common.errors import UserError
 from ...common.files import atomic_open, read_utf8_lines
-from .columns import MISSING, Builder, Lists, Strings
+from .columns import MISSING, Lists, Strings
 from .fields import FIELDS, parse_record
 
 TASKS = tuple(FIELDS)
@@ -59,7 +59,7 @@ class Index:
     def __init__(
         self,
         task: str,
-        columns: dict[str, Strings | Lists | np.ndarray],
+        columns: dict[str, Lists | np.ndarray],
         files: Sequence[Path],
         starts: Sequence[int],
         lines: np.ndarray,
@@ -93,10 +93,10 @@ class Index:
 
     def _plain(self, name: str, row: int) -> Any:
         column = self._columns[name]
-        if isinstance(column, Lists):
-            return None if column.is_null(row) else column[row].tolist()
         if isinstance(column, Strings):
             return column[row] or None
+        if isinstance(column, Lists):
+            return None if column.is_null(row) else column[row].tolist()
         return None if column[row] == MISSING else int(column[row])
 
 
@@ -157,7 +157,7 @@ def read_index(
             dictionary, a path that leaves the folder; or no row at all.
     """
     files, starts, lines = index_files(folder, task, split, name), [], array("i")
-    builders: dict[str, Builder] = {field: kind.builder() for field, kind in FIELDS[task].items()}
+    builders = {field: kind.builder() for field, kind in FIELDS[task].items()}
     seen: set[str] = set()
     for file in files:
         starts.append(len(lines))
