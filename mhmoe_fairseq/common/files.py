@@ -154,3 +154,23 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
                 offset += len(raw)
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields ``file:line`` and the value of every line that is not empty; ``.gz`` and the like as ``read_utf8_lines``.
+
+    Raises:
+        UserError: a line is not JSON (names file:line).
+    """
+    for number, line in enumerate(read_utf8_lines(path), start=1):
+        if line.strip():
+            place = f"{path}:{number}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{place}: not valid JSON ({error})") from error
+
+
+def json_line(value: Any) -> bytes:
+    """``value`` as one line of a JSON-lines file, in UTF-8."""
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,6 @@ log-probability after it minus that at the begin of a text (pointwise mutual inf
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
-from ..common.files import read_utf8_lines
+from ..common.files import read_json_lines
 from .scoring import Score, TextScorer
 
 _NEIGHBOURS = 20  # distractors are drawn from so many next shorter and next longer sentences
@@ -77,18 +76,12 @@ def read_aligned(path: Path) -> list[Aligned]:
         UserError: naming the file, the line and what is wrong there.
     """
     found = []
-    for number, line in enumerate(read_utf8_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+    for place, row in read_json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-            raise UserError(f"{path}:{number}: needs a JSON object with a field 'key', a text")
+            raise UserError(f"{place}: needs a JSON object with a field 'key', a text")
         text = row.get("text")
         if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
-            raise UserError(f"{path}:{number}: field 'text' must be an object of texts by language")
+            raise UserError(f"{place}: field 'text' must be an object of texts by language")
         found.append(Aligned(row["key"], text))
     if not found:
         raise UserError(f"{path}: no aligned text in it")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator, NamedTuple, Optional, Sequence
 
 from ...common.errors import UserError
-from ...common.files import read_utf8_lines
+from ...common.files import read_json_lines, read_utf8_lines
 from ..documents import clean_line
 from ..languages import language_of
 
@@ -77,14 +77,7 @@ def file_format(path: Path) -> str:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(read_utf8_lines(path), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{place}: not valid JSON ({error})") from error
+    for place, row in read_json_lines(path):
         if not isinstance(row, dict):
             raise UserError(f"{place}: needs a JSON object")
         yield place, row

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
 
 from ...common.errors import UserError
-from ...common.files import atomic_open, read_utf8_lines
+from ...common.files import atomic_open, json_line, read_json_lines
 
 ANSWERS_FILE = "answer2label.txt"
 
@@ -23,14 +22,16 @@ def read_answers(folder: Path) -> list[str]:
     file = folder / ANSWERS_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: it names the answers, one per line, as unilm's scripts write it")
-    answers: dict[str, int] = {}
-    for number, line in enumerate(read_utf8_lines(file), start=1):
-        if not line.strip():
-            continue
-        answer = _parse(line, len(answers), f"{file}:{number}")
+    answers: dict[str, str] = {}
+    for place, row in read_json_lines(file):
+        if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or type(row.get("label")) is not int:
+            raise UserError(f'{place}: must be {{"answer": text, "label": number}}')
+        answer, label = row["answer"], row["label"]
+        if label != len(answers):
+            raise UserError(f"{place}: label {label}, must be its place counted from 0: {len(answers)}")
         if answer in answers:
-            raise UserError(f"{file}:{number}: answer {answer!r} is on line {answers[answer]} too")
-        answers[answer] = number
+            raise UserError(f"{place}: answer {answer!r} is on line {answers[answer].rpartition(':')[2]} too")
+        answers[answer] = place
     if len(answers) < 2:
         raise UserError(f"{file}: {len(answers)} answers, must be at least two")
     return list(answers)
@@ -39,17 +40,4 @@ def read_answers(folder: Path) -> list[str]:
 def write_answers(folder: Path, answers: Sequence[str]) -> None:
     """Write ``answer2label.txt`` atomically; an answer's label is its place."""
     with atomic_open(folder / ANSWERS_FILE) as stream:
-        for label, answer in enumerate(answers):
-            stream.write((json.dumps({"answer": answer, "label": label}, ensure_ascii=False) + "\n").encode())
-
-
-def _parse(line: str, label: int, place: str) -> str:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or type(row.get("label")) is not int:
-        raise UserError(f'{place}: must be {{"answer": text, "label": number}}')
-    if row["label"] != label:
-        raise UserError(f"{place}: label {row['label']}, must be its place counted from 0: {label}")
-    return row["answer"]
+        stream.writelines(json_line({"answer": answer, "label": label}) for label, answer in enumerate(answers))

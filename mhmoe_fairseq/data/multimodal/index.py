@@ -6,7 +6,6 @@ them, so that COCO, VQAv2, NLVR2, Flickr30k and ImageNet work as prepared by tho
 
 from __future__ import annotations
 
-import json
 from array import array
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ...common.errors import UserError
-from ...common.files import atomic_open, read_utf8_lines
+from ...common.files import atomic_open, json_line, read_json_lines
 from .columns import MISSING, Lists, Strings
 from .fields import FIELDS, parse_record
 
@@ -161,13 +160,13 @@ def read_index(
     seen: set[str] = set()
     for file in files:
         starts.append(len(lines))
-        for number, values in _read_records(file, task):
-            _check_vocabulary(values, vocabulary_size, f"{file}:{number}")
+        for place, values in _read_records(file, task):
+            _check_vocabulary(values, vocabulary_size, place)
             for field, value in values.items():
                 builders[field].append(value)
             if len(seen) < len(builders):
                 seen.update(field for field, value in values.items() if value is not None)
-            lines.append(number)
+            lines.append(int(place.rpartition(":")[2]))
     if not lines:
         raise UserError(f"{files[0]}: has no lines, so split {split} of {task} is empty")
     kept = {field for field, kind in FIELDS[task].items() if field in seen or not kind.is_optional}
@@ -194,24 +193,18 @@ def write_index(file: Path, task: str, records: Iterable[Mapping[str, Any]]) -> 
         for number, record in enumerate(records, start=1):
             values = parse_record(record, task, f"{file}:{number}")
             kept = {field: value for field, value in values.items() if field in record}
-            stream.write((json.dumps(kept, ensure_ascii=False) + "\n").encode())
+            stream.write(json_line(kept))
     return number
 
 
-def _read_records(file: Path, task: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines' numbers and checked fields; empty lines are passed over."""
+def _read_records(file: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``file:line`` and checked fields; empty lines are passed over."""
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing: make the data with mhmoe prepare image-text, or as unilm's scripts do"
         )
-    for number, line in enumerate(read_utf8_lines(file), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not valid JSON ({error})") from error
-        yield number, parse_record(record, task, f"{file}:{number}")
+    for place, record in read_json_lines(file):
+        yield place, parse_record(record, task, place)
 
 
 def _check_vocabulary(values: dict[str, Any], size: int | None, place: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from ...common.errors import UserError
-from ...common.files import read_json, read_utf8_lines, require_files, sha256_of
+from ...common.files import read_json, read_json_lines, read_utf8_lines, require_files, sha256_of
 from ...data.documents import Document
 from . import OpenedSource
 
@@ -105,14 +104,7 @@ def jsonl_records(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
     Raises:
         UserError: a line is not a JSON object with a string in ``field`` (names file:line).
     """
-    for number, line in enumerate(read_utf8_lines(path), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{place}: not valid JSON ({error})") from error
+    for place, record in read_json_lines(path):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise UserError(f"{place}: needs an object with a string in the field {field!r} (--jsonl-field)")
         if any("\ud800" <= character <= "\udfff" for character in record[field]):

@@ -13,10 +13,10 @@ import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Iterator, Mapping, Sequence
 
 from ....common.errors import UserError
-from ....common.files import read_utf8_lines, sha256_of
+from ....common.files import read_json_lines, read_utf8_lines, sha256_of
 from ....data.documents import clean_line
 from ...archives import Say
 from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences
@@ -142,19 +142,13 @@ def _why_not(file: Path) -> str:
 
 
 def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str, str]]:
-    for number, line in enumerate(read_utf8_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
+    for place, record in read_json_lines(path):
         texts = record.get("caption") if isinstance(record, dict) else None
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path}:{number}: needs an object with 'image', and 'caption': a text or a list of texts")
+            raise UserError(f"{place}: needs an object with 'image', and 'caption': a text or a list of texts")
         if not isinstance(record.get("image"), str):
-            raise UserError(f"{path}:{number}: needs the image's path in the field 'image'")
+            raise UserError(f"{place}: needs the image's path in the field 'image'")
         for text in texts:
             yield record["image"], str(record.get("language", default_language)), text
 
