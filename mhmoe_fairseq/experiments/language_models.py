@@ -1,0 +1,212 @@
+"""English and multilingual language modelling: recipes, the papers' tables and our own studies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..analysis.reports.paper import PaperTable
+from ..common.errors import UserError
+from .spec import Experiment, Recipe, Scale, Stage
+
+P1 = "Multi-Head Mixture-of-Experts, arXiv 2404.15045"
+# What the trainings of all experiments have in common.
+COMMON = """
+    --moe-gate-loss-wt 0.01 --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01
+    --dropout 0.1 --required-batch-size-multiple 1 --num-workers 0 --keep-interval-updates 1 --no-epoch-checkpoints
+    --log-format json
+"""
+
+ENGLISH = Recipe(
+    name="",
+    family="lm",
+    flags=f"""
+        --task mhmoe_language_modeling --sample-break-mode none {COMMON}
+        --criterion moe_cross_entropy --lr-scheduler polynomial_decay
+    """,
+    scales={
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3"),
+        "paper": Scale(250_000, 256, "--tokens-per-sample 4096 --lr 5e-4", batch=4, validations=50),
+    },
+    data="data/web-bible",
+    prepare="english --source web-bible --vocab-size 4000",
+)
+OFFICIAL = ENGLISH.variant(
+    name="",
+    flags="""
+        --moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1
+    """,
+    scales={
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3 --decoder-ffn-embed-dim 344 --moe-ffn-dim 344"),
+        "paper": Scale(
+            100_000, 512, warmup=375, batch=4, validations=20,
+            flags="""
+                --tokens-per-sample 2048 --lr 6e-4 --end-learning-rate 3e-5
+                --decoder-ffn-embed-dim 2048 --moe-ffn-dim 2048
+            """,
+        ),
+    },
+)  # fmt: skip
+MULTILINGUAL = ENGLISH.variant(
+    name="",
+    flags="--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha 0.5",
+    scales={
+        # Validated twice: 14 languages take as long as a third of the training.
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3", validations=2),
+        "paper": Scale(250_000, 256, "--tokens-per-sample 4096 --lr 5e-4", batch=4, validations=50),
+    },
+    data="data/multilingual",
+    prepare="multilingual",
+)
+
+
+def _validation_split(data: Path) -> str:
+    """The training language's validation split chooses the checkpoint: the others' would be no zero-shot transfer."""
+    trained = sorted(path.stem.removeprefix("train_") for path in (data / "label").glob("train_*.idx"))
+    if not trained:
+        return "--valid-subset valid_en"  # not prepared yet
+    if not (data / "label" / f"valid_{trained[0]}.idx").is_file():
+        raise UserError(f"--data ({data}) has no validation split of the language of train_{trained[0]}")
+    return f"--valid-subset valid_{trained[0]}"
+
+
+CLASSIFICATION = Recipe(
+    name="classification",
+    family="lm",
+    flags=f"""
+        --task mhmoe_sentence_classification {COMMON} --criterion mhmoe_sentence_classification
+        --lr-scheduler polynomial_decay --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric
+    """,
+    scales={
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 1e-3", validations=2),
+        "paper": Scale(10_000, 256, "--tokens-per-sample 256 --lr 2e-5", batch=4, validations=50),
+    },
+    data="data/nli",
+    start={"cpu": MULTILINGUAL, "paper": MULTILINGUAL},
+    data_flags=_validation_split,
+)
+TABLE_1_MODELS = {
+    "cpu": ("dense", "xmoe", "mhmoe-params"),
+    "paper": ("dense", "xmoe", "mhmoe-params", "xmoe-e32", "mhmoe-params-e32"),
+}
+ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
+OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours"
+
+
+def table_1(title: str, *values: float) -> PaperTable:
+    """Returns a block of the paper's table 1 from its five different numbers, dense first, then by number of experts."""
+    perplexities = dict(zip(TABLE_1_MODELS["paper"], values))
+    return PaperTable(f"{P1}, table 1, {title}", "perplexity", perplexities, f"validation perplexity; {OTHER_CORPUS}")
+
+
+TABLE_1 = table_1("English", 16.23, 14.82, 12.72, 11.96, 10.28)
+TABLE_1_MULTILINGUAL = table_1("multilingual", 8.56, 7.19, 6.26, 6.02, 5.09)
+
+
+def _perplexities(table: int, of: str, values: dict[str, float]) -> PaperTable:
+    return PaperTable(f"{P1}, table {table}: {of}", "perplexity", values, f"validation perplexity; {OTHER_CORPUS}")
+
+
+_HEADS = {"xmoe": 14.82, "mhmoe-params-h2": 12.87, "mhmoe-params": 12.72, "mhmoe-params-h6": 12.41}
+TABLE_5 = _perplexities(5, "number of heads", _HEADS | {"mhmoe-params-h8": 12.95, "mhmoe-params-h12": 13.28})
+TABLE_6 = _perplexities(
+    6,
+    "components",
+    {
+        "dense": 16.23,
+        "dense-projections": 16.40,
+        "xmoe": 14.82,
+        "xmoe-projections": 14.77,
+        "mhmoe-params-no-splitting": 14.77,
+        "mhmoe-params-no-projections": 13.97,
+        "mhmoe-params": 12.72,
+    },
+)
+TABLE_7 = _perplexities(
+    7,
+    "layers in each projection",
+    {
+        "mhmoe-params-no-projections": 13.97,
+        "mhmoe-params": 12.72,
+        "mhmoe-params-projections-2": 12.66,
+        "mhmoe-params-projections-3": 12.87,
+    },
+)
+_LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")
+_XNLI = {
+    "dense": (33.1, 33.3, 33.0, 35.1, 32.8, 34.4, 33.6, 34.2, 33.3, 33.1, 33.3, 33.9, 33.5, 32.9, 33.5),
+    "xmoe": (33.9, 33.4, 33.4, 37.3, 33.3, 35.9, 34.5, 35.0, 33.5, 33.6, 33.4, 34.2, 33.3, 33.2, 34.1),
+    "mhmoe-params": (34.4, 33.2, 33.9, 40.1, 34.0, 36.4, 34.6, 35.2, 33.8, 34.4, 33.3, 34.7, 34.6, 33.5, 34.7),
+    "xmoe-e32": (34.5, 34.5, 33.4, 39.6, 33.1, 35.3, 34.1, 35.4, 33.6, 34.7, 33.7, 33.6, 34.5, 33.3, 34.5),
+    "mhmoe-params-e32": (35.8, 35.6, 34.1, 40.7, 33.9, 36.7, 34.4, 36.3, 34.3, 36.0, 34.1, 34.3, 35.2, 33.6, 35.3),
+}
+TABLE_3 = PaperTable(
+    f"{P1}, table 3: zero-shot XNLI",
+    "accuracy",
+    {model: dict(zip(_LANGUAGES, row)) for model, row in _XNLI.items()},
+    "percent; avg: mean of the 14 languages; other models on other training data",
+)
+
+
+def _of_both_scales(*models: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(("cpu", "paper"), models)
+
+
+EXPERIMENTS = (
+    Experiment(
+        "demo", "the three models on real text, MH-MoE under both budgets: 12 minutes on 2 cores", "demo",
+        ENGLISH_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-params", "mhmoe-flops"), updates=240, paper=TABLE_1,
+    ),
+    Experiment(
+        "table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
+        ENGLISH_STAGE, TABLE_1_MODELS, paper=TABLE_1, reference="xmoe",
+    ),
+    Experiment(
+        "table5", "number of heads", "english_lm",
+        ENGLISH_STAGE,
+        {
+            "cpu": ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
+            "paper": tuple(TABLE_5.values),
+        },
+        paper=TABLE_5, reference="xmoe",
+    ),
+    Experiment(
+        "table6", "what projections and splitting are worth", "english_lm",
+        ENGLISH_STAGE, _of_both_scales(*TABLE_6.values), paper=TABLE_6, reference="xmoe",
+    ),
+    Experiment(
+        "table7", "0 to 3 layers in each projection", "english_lm",
+        ENGLISH_STAGE, _of_both_scales(*TABLE_7.values), paper=TABLE_7,
+    ),
+    Experiment(
+        "table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
+        after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",),
+    ),
+    Experiment(
+        "official", "the official repository's recipe, its number of heads made explicit", "english_lm",
+        (Stage(OFFICIAL),), _of_both_scales("official-h4"),
+    ),
+    Experiment(
+        "study", "RESULTS.md: English, learning rates searched, three seeds", "study",
+        ENGLISH_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
+        seeds=(1, 2, 3), lrs=("2e-3", "4e-3", "8e-3", "1.6e-2"), paper=TABLE_1, reference="xmoe",
+    ),
+    Experiment(
+        "table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
+        MULTILINGUAL_STAGE, TABLE_1_MODELS, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
+    ),
+    Experiment(
+        "table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
+        "multilingual_lm", MULTILINGUAL_STAGE, TABLE_1_MODELS,
+        after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
+        paper=TABLE_3,
+    ),
+    Experiment(
+        "classification", "fine-tuned to classify in one language, tested in all; needs --data", "multilingual_lm",
+        (Stage(CLASSIFICATION),), _of_both_scales("dense", "xmoe", "mhmoe-params"),
+    ),
+    Experiment(
+        "study-multilingual", "RESULTS.md: 14 languages, three seeds", "study-multilingual",
+        MULTILINGUAL_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-params"),
+        seeds=(1, 2, 3), updates=200, validations=1, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
+    ),
+)  # fmt: skip

@@ -1,0 +1,279 @@
+"""Does what a plan says: prepares data, trains, evaluates, follows up and reports; what is finished is kept."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ..analysis.reports import write_report
+from ..analysis.reports.run_logs import parse_record, read_training_log
+from ..common.errors import UserError
+from ..common.files import write_json
+from ..common.locks import LOCK, exclusive_lock
+from .plan import SPLITS, Plan, Run
+
+# The same interpreter and its packages, whatever is on PATH.
+_MODULES = {
+    "fairseq-train": "fairseq_cli.train",
+    "torchrun": "torch.distributed.run",
+    "mhmoe": "mhmoe_fairseq.commands.main",
+}
+_ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+( [\w-]+)?: error: ")
+# Of several processes: another's end, and torchrun's summary of it.
+_CONSEQUENCES = ("ChildFailedError", "by peer")
+
+
+def call(words: list[str], threads: int | None, on_line: Callable[[str], None], output: Path | None = None) -> None:
+    """Runs one command; every line goes to ``on_line``, and into ``output``.
+
+    Raises:
+        UserError: it failed; says its last error.
+    """
+    env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
+    lines: list[str] = []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True, errors="replace")
+    with open(output or os.devnull, "a", encoding="utf-8") as kept:
+        try:
+            for line in process.stdout or ():
+                kept.write(line)
+                kept.flush()
+                lines = [*lines[-200:], line.rstrip("\n")]
+                on_line(lines[-1])
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            status = process.wait()
+    if status:
+        raise UserError(last_error(lines))
+
+
+def last_error(lines: list[str]) -> str:
+    """Returns the last line that tells an error of a command's own, or its last line."""
+    errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _CONSEQUENCES)]
+    return (errors or [line for line in lines if line.strip()] or ["it ended without a word"])[-1]
+
+
+@dataclass
+class Progress:
+    """How many updates are done of all that are to do, and so how long it takes.
+
+    Args:
+        clock: seconds.
+    """
+
+    total: int
+    clock: Callable[[], float] = time.monotonic
+    done: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    start: float | None = None
+
+    def reach(self, run: str, update: int) -> str:
+        """Takes note of a run's update; returns the time that remains, empty while nothing is known."""
+        if self.start is None:
+            self.start = self.clock()
+        if run not in self.done:  # a resumed run's earlier updates took none of this time
+            self.skipped += update
+        self.done[run] = update
+        new = sum(self.done.values()) - self.skipped
+        if new <= 0:
+            return ""
+        seconds = (self.clock() - self.start) / new * max(self.total - sum(self.done.values()), 0)
+        return f"; about {seconds / 60:.0f} min of training left" if seconds >= 60 else ""
+
+
+@dataclass
+class Runner:
+    """Works a plan off.
+
+    Attributes:
+        jobs: runs at the same time.
+        threads: of every run; None: as many as the environment says.
+        say: takes a line for the user.
+    """
+
+    plan: Plan
+    say: Callable[[str], None]
+    jobs: int = 1
+    threads: int | None = None
+
+    def work(self) -> None:
+        """Prepares, searches, trains, evaluates, follows up and reports.
+
+        Raises:
+            UserError: something fails; what ran beside it was let end, and is kept.
+        """
+        plan = self.plan
+        list(plan.following())  # what is missing is told before hours of training
+        self._prepare()
+        best = self._search()
+        self.plan = plan = replace(plan, best_lrs=best)
+        for runs in plan.stages():
+            self._finish(runs)
+        if not plan.choice.processes.is_first:
+            return
+        for words in plan.following():
+            self.say(shlex.join(words))
+            call(words, self.threads, self.say)
+        if plan.experiment.stages:
+            experiment, file = plan.experiment, plan.out / plan.experiment.report
+            reference = experiment.reference if experiment.reference in plan.names() else None
+            write_report(
+                plan.reported(), file, split=SPLITS[-1], paper=experiment.paper, reference=reference, say=self.say
+            )
+            self._tell(f"written: {file}")
+
+    def _tell(self, line: str) -> None:
+        self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
+
+    def _prepare(self) -> None:
+        for folder, words in self.plan.preparations():
+            if (folder / "manifest.json").is_file() or (folder / "dict.txt").is_file():
+                continue
+            if not words:
+                raise UserError(f"--data ({folder}) holds no prepared data: make it with mhmoe prepare")
+            self._tell(f"{folder}: no data yet: {shlex.join(words)}")
+            call(words, self.threads, lambda line: self.say(f"    {line}"))
+
+    def _search(self) -> dict[str, str]:
+        """The best learning rate of every model, by the last validation loss."""
+        losses: dict[str, dict[str, float]] = {}
+        search = self.plan.search()
+        self._finish([run for runs in search.values() for run in runs.values()])
+        for model, runs in search.items():
+            for lr, run in runs.items():
+                losses.setdefault(model, {})[lr] = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
+                for checkpoint in run.folder.glob("checkpoint*.pt"):  # the loss alone is needed
+                    checkpoint.unlink()
+        best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
+        if best:
+            write_json(self.plan.out / "search.json", {"valid_loss_bits": losses, "best_lr": best})
+            self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
+        lrs = self.plan.lrs
+        return best or (dict.fromkeys(self.plan.names(), lrs[0]) if lrs else {})
+
+    def _finish(self, runs: list[Run]) -> None:
+        """Trains and evaluates; a failure lets what is running end, and begins nothing more."""
+        states = {run.name: run.state() for run in runs}
+        to_train = [run for run in runs if states[run.name] not in ("trained", "finished")]
+        progress = Progress(sum(run.updates for run in to_train))
+        for run in runs:
+            if states[run.name] == "finished":
+                self._tell(f"{run.name}: already finished")
+        todo = [run for run in runs if states[run.name] != "finished"]
+        if self.jobs == 1:
+            for run in todo:
+                self._finish_one(run, states[run.name], progress)
+            return
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            # The last model of a table is the largest: it starts first.
+            waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in reversed(todo)]
+            concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
+            for job in waiting:
+                job.cancel()
+        errors = [str(error) for job in waiting if not job.cancelled() and (error := job.exception())]
+        if errors:
+            raise UserError("; ".join(errors))
+
+    def _finish_one(self, run: Run, state: str, progress: Progress) -> None:
+        if state not in ("trained", "finished"):
+            self._train(run, state, progress)
+        if not run.choice.processes.is_first:
+            return
+        for split in run.splits:
+            if not run.record(split).is_file():
+                output = run.folder / f"evaluation-{split}.txt"
+                output.unlink(missing_ok=True)
+                self._call(run, f"evaluation on {split}", run.evaluation(split), lambda line: None, output)
+        if run.splits:
+            self._tell(f"{run.name}: evaluated on {' and '.join(run.splits)}")
+
+    def _train(self, run: Run, state: str, progress: Progress) -> None:
+        processes = run.choice.processes
+        if state == "changed":
+            self._tell(f"{run.name}: command, data or start have changed, starting afresh")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        if processes.is_first:
+            if state == "changed":
+                _empty(run.folder)
+            run.keep(finished=False)
+        self._tell(f"{run.name}: training, {run.updates} updates")
+        output = run.folder / (f"output-node{processes.node_rank}.txt" if processes.node_rank else "output.txt")
+
+        def show(line: str) -> None:
+            record = parse_record(line)
+            if "valid_ppl" in record:
+                update, told = record["valid_num_updates"], f"validation perplexity {record['valid_ppl']:.2f}"
+            elif {"loss", "wps", "num_updates"} <= set(record):
+                update, told = record["num_updates"], f"loss {record['loss']:.3f} bits, {record['wps']:.0f} tokens/s"
+            else:
+                return
+            left = progress.reach(run.name, int(update))
+            self.say(f"    {run.name}, update {update:.0f}: {told}{left}")
+
+        self._call(run, "training", run.training(), show, output)
+        if processes.is_first:
+            run.keep(finished=True)
+
+    def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
+        try:
+            call(words, self.threads, on_line, output)
+        except UserError as error:
+            raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
+
+
+def _empty(folder: Path) -> None:
+    """Deletes what is in a run's folder, unless another run is writing there."""
+    with exclusive_lock(folder / LOCK, "--out"):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+
+
+def dry_run(plan: Plan) -> Iterator[str]:
+    """Yields what would be called, a line each; remarks begin with ``#``."""
+    for _, words in plan.preparations():
+        if words:
+            yield shlex.join(words)
+    search = [run for runs in plan.search().values() for run in runs.values()]
+    yield from (shlex.join(run.training()) for run in search)
+    if search:
+        yield "# below, --lr is the best of these for each model on the validation split"
+    for runs in _known(plan.stages()):
+        for run in runs:
+            yield shlex.join(run.training())
+            yield from (shlex.join(run.evaluation(split)) for split in run.splits)
+    yield from map(shlex.join, plan.following())
+    if plan.experiment.stages:
+        folders = [str(folder) for folders in plan.reported().values() for folder in folders]
+        yield shlex.join(["mhmoe", "report", *folders, "--paper", plan.experiment.name, "--out", str(plan.out / plan.experiment.report)])
+
+
+def _known(stages: Iterable[list[Run]]) -> Iterator[list[Run]]:
+    """Each run once: while nothing runs, a start that is missing is missing for every stage."""
+    seen: set[Path] = set()
+    for runs in stages:
+        yield [run for run in runs if run.folder not in seen]
+        seen.update(run.folder for run in runs)
+
+
+def describe(plan: Plan) -> Iterator[list[str]]:
+    """Yields a row for each run: its name, its state, the updates that it has done."""
+    for runs in _known(plan.stages()):
+        for run in runs:
+            state, log = run.state(), run.folder / "train.log"
+            done = read_training_log(log).num_updates if state != "missing" and log.is_file() else 0
+            yield [run.name, state, f"{done} of {run.updates}"]
