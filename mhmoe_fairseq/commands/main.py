@@ -28,6 +28,10 @@ COMMANDS = {
         "fit a visual tokenizer to training images, describe one, show ids",
     ),
     "plan": ("mhmoe_fairseq.commands.plan", "count what a training needs: parameters, FLOPs, memory, traffic"),
+    "reproduce": (
+        "mhmoe_fairseq.commands.reproduce",
+        "train, evaluate and report a table or figure of the papers, a study, or the demo",
+    ),
     "evaluate": ("mhmoe_fairseq.commands.evaluate", "perplexity of a checkpoint, every language and the total"),
     "report": ("mhmoe_fairseq.commands.report", "compare trained models: table and plots"),
     "report-tasks": ("mhmoe_fairseq.commands.report_tasks", "scores of fine-tuned models of images: one table"),

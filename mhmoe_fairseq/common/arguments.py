@@ -21,7 +21,22 @@ _LARGEST = 2**31 - 1
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints are a :class:`UserError` of one line; usage and flags are left to ``--help``."""
+    """A parser whose complaints are a :class:`UserError` of one line; usage and flags are left to ``--help``.
+
+    Attributes:
+        rest: name of the argument that gets the words after ``--``; None: argparse's own meaning.
+    """
+
+    rest: str | None = None
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        """As argparse, but for :attr:`rest`."""
+        if self.rest is None or args is None:
+            return super().parse_known_args(args, namespace)
+        end = args.index("--") if "--" in args else len(args)
+        namespace, unknown = super().parse_known_args(args[:end], namespace)
+        setattr(namespace, self.rest, args[end + 1 :])
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raise what ``argparse`` would print with its usage."""

@@ -152,7 +152,8 @@ class Plan:
         for pattern in self.models:
             fitting = [name for name in dict.fromkeys([*own, *MODELS]) if fnmatch(name, pattern)]
             if not fitting:
-                raise UserError(f"--models ({pattern}) must be of {', '.join(MODELS)}, or a pattern such as 'mhmoe-flops*'")
+                known = ", ".join(dict.fromkeys([*own, *list(MODELS)[:6]]))
+                raise UserError(f"--models ({pattern}) must be the name of a model ({known}, ...) or a pattern of names")
             chosen += fitting
         return list(dict.fromkeys(chosen))
 
@@ -166,7 +167,7 @@ class Plan:
         for stage in self.experiment.stages:
             runs = self.runs(stage)
             starts = {run.start.folder: run.start for run in runs if run.start is not None}
-            missing = [run for run in starts.values() if not run.is_start()]
+            missing = [replace(run, splits=()) for run in starts.values() if not run.is_start()]
             if missing:
                 yield missing
             yield runs

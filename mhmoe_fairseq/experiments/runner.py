@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..analysis.reports import write_report
 from ..analysis.reports.run_logs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.locks import LOCK, exclusive_lock
 from .plan import SPLITS, Plan, Run
+from .spec import Experiment
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {
     "fairseq-train": "fairseq_cli.train",
     "torchrun": "torch.distributed.run",
-    "mhmoe": "mhmoe_fairseq.commands.main",
+    "mhmoe": "mhmoe_fairseq",
 }
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+( [\w-]+)?: error: ")
 # Of several processes: another's end, and torchrun's summary of it.
@@ -42,7 +42,9 @@ def call(words: list[str], threads: int | None, on_line: Callable[[str], None], 
     env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
     lines: list[str] = []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True, errors="replace")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True, errors="replace"
+    )
     with open(output or os.devnull, "a", encoding="utf-8") as kept:
         try:
             for line in process.stdout or ():
@@ -126,13 +128,17 @@ class Runner:
         for words in plan.following():
             self.say(shlex.join(words))
             call(words, self.threads, self.say)
-        if plan.experiment.stages:
-            experiment, file = plan.experiment, plan.out / plan.experiment.report
-            reference = experiment.reference if experiment.reference in plan.names() else None
-            write_report(
-                plan.reported(), file, split=SPLITS[-1], paper=experiment.paper, reference=reference, say=self.say
-            )
-            self._tell(f"written: {file}")
+        if plan.experiment.has_report:
+            self._report(plan.experiment, plan.out / plan.experiment.report)
+
+    def _report(self, experiment: Experiment, file: Path) -> None:
+        from ..analysis.reports import write_report  # draws plots
+
+        reference = experiment.reference if experiment.reference in self.plan.names() else None
+        write_report(
+            self.plan.reported(), file, split=SPLITS[-1], paper=experiment.paper, reference=reference, say=self.say
+        )
+        self._tell(f"written: {file}")
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
@@ -179,9 +185,11 @@ class Runner:
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
             # The last model of a table is the largest: it starts first.
             waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in reversed(todo)]
-            concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
-            for job in waiting:
-                job.cancel()
+            try:
+                concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
+            finally:
+                for job in waiting:
+                    job.cancel()
         errors = [str(error) for job in waiting if not job.cancelled() and (error := job.exception())]
         if errors:
             raise UserError("; ".join(errors))
@@ -256,10 +264,11 @@ def dry_run(plan: Plan) -> Iterator[str]:
         for run in runs:
             yield shlex.join(run.training())
             yield from (shlex.join(run.evaluation(split)) for split in run.splits)
-    yield from map(shlex.join, plan.following())
-    if plan.experiment.stages:
+    yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
+    if plan.experiment.has_report:
         folders = [str(folder) for folders in plan.reported().values() for folder in folders]
-        yield shlex.join(["mhmoe", "report", *folders, "--paper", plan.experiment.name, "--out", str(plan.out / plan.experiment.report)])
+        paper = [] if plan.experiment.paper is None else ["--paper", plan.experiment.name]
+        yield shlex.join(["mhmoe", "report", *folders, *paper, "--out", str(plan.out / plan.experiment.report)])
 
 
 def _known(stages: Iterable[list[Run]]) -> Iterator[list[Run]]:

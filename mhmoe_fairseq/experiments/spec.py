@@ -180,6 +180,11 @@ class Experiment:
         """Name of the report's file; of experiments that share a folder each has its own."""
         return "report.md" if self.folder == self.name else f"{self.name}.md"
 
+    @property
+    def has_report(self) -> bool:
+        """Whether there is one: not where the following commands say all."""
+        return bool(self.stages) and (self.paper is not None or not self.after)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -267,7 +272,8 @@ def training_flags(recipe: Recipe, model: Model, choice: Choice, data: Path) -> 
     )
     if recipe.data_flags is not None:
         flags |= parse_flags(recipe.data_flags(data))
-    return {"--user-dir": (str(PACKAGE),)} | flags | model.settings(recipe.family, choice.size or machine.size, choice.scale)
+    own = model.settings(recipe.family, choice.size or machine.size, choice.scale)
+    return {"--user-dir": (str(PACKAGE),)} | flags | own
 
 
 def training_command(

@@ -78,7 +78,7 @@ def read_training_log(path: Path) -> TrainingLog:
     inner: dict[int, dict[str, float]] = {}
     valid: dict[int, dict[str, float]] = {}
     for line in _lines(path):
-        record = _record(line)
+        record = parse_record(line)
         if "valid_num_updates" in record:
             valid[int(record["valid_num_updates"])] = record
         elif "num_updates" in record:
@@ -114,12 +114,12 @@ def _lines(path: Path) -> list[str]:
         raise UserError(f"{path} is missing") from None
 
 
-def _record(line: str) -> dict[str, float]:
+def parse_record(line: str) -> dict[str, float]:
     """The numbers of one JSON record; empty for any other line, such as the one a killed run cut short."""
-    if not line.startswith("{"):
+    if "{" not in line:
         return {}
     try:
-        values: dict[str, Any] = json.loads(line)
+        values: dict[str, Any] = json.loads(line[line.index("{") :])
     except json.JSONDecodeError:
         return {}
     return {key: number for key, value in values.items() if (number := _number(value)) is not None}

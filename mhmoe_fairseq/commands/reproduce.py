@@ -1,0 +1,109 @@
+"""``mhmoe reproduce``: the papers' tables and figures, our studies and the demo, in one command each."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..common.arguments import existing_folder, nonempty, output_folder, seed, whole
+from ..common.console import say
+from ..common.errors import UserError
+from ..common.tables import markdown_table
+from ..experiments import EXPERIMENTS
+from ..experiments.plan import Plan
+from ..experiments.runner import Runner, describe, dry_run
+from ..experiments.spec import MACHINES, Choice, Experiment, Processes, Recipe, parse_flags
+
+# Architectures' last words; the scale's is one of them.
+SIZES = ("tiny", "small", "base")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of ``mhmoe reproduce``."""
+    parser.rest = "flags"  # type: ignore[attr-defined]
+    parser.usage = "mhmoe reproduce NAME [flags] [-- flags of fairseq-train, which win over the recipe's]"
+    parser.formatter_class = argparse.HelpFormatter
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="which experiment; see --list")
+    add("--list", action="store_true", help="list the experiments")
+    add("--dry-run", action="store_true", help="print the commands, run nothing")
+    add("--status", action="store_true", help="show how far every run is, run nothing")
+    add("--scale", choices=list(MACHINES), default="cpu", help="minutes on two cores (cpu, default), or the paper's")
+    add("--models", nargs="+", default=(), metavar="MODEL", help="names or patterns, such as xmoe 'mhmoe-flops*'")
+    add("--seeds", nargs="+", type=seed, default=(), metavar="N", help="a training for each (default: the experiment's)")
+    add("--data", type=output_folder, metavar="DIR", help="prepared data (default: the experiment's, made if missing)")
+    add("--out", type=output_folder, metavar="DIR", help="folder of the runs (default: outputs/ and the experiment's)")
+    add("--updates", type=whole(), metavar="N", help="updates of every training")
+    add("--validations", type=whole(), metavar="N", help="how often a training is validated and saved")
+    add("--size", choices=SIZES, help="size of the models (default: cpu tiny, paper base)")
+    add("--lrs", nargs="+", default=(), metavar="LR", help="learning rates; of several, the best for each model")
+    add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
+    add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")
+    add("--xnli", type=existing_folder, metavar="DIR", help="your copy of XNLI, for table3")
+    add("--jobs", type=whole(), default=1, metavar="N", help="runs at the same time, a thread each (cpu; default 1)")
+    add("--threads", type=whole(), metavar="N", help="threads of every run (default: the environment's; 1 with --jobs)")
+    add("--nproc", type=whole(), metavar="N", help="processes that share a training here (default: cpu 1, paper 8)")
+    add("--batch", type=whole(), metavar="N", help="samples per process and step; an update stays the same")
+    add("--nnodes", type=whole(), default=1, metavar="N", help="machines; start the command on each (default 1)")
+    add("--node-rank", type=whole(at_least=0), metavar="N", help="this machine's number, from 0")
+    add("--master-addr", type=nonempty, metavar="HOST", help="name of machine 0")
+    add("--master-port", type=whole(at_most=65535), default=29500, metavar="N", help="its port (default 29500)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Lists, prints, shows or runs.
+
+    Raises:
+        UserError: for a bad name, flag or combination, before anything runs; for what fails while it runs.
+    """
+    if args.list:
+        width = max(map(len, EXPERIMENTS))
+        say("\n".join(f"{name:{width}}  {experiment.summary}" for name, experiment in EXPERIMENTS.items()))
+        return 0
+    if args.name not in EXPERIMENTS:
+        raise UserError(f"NAME ({args.name or ''}) must be of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[args.name]
+    if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
+        raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
+    for plan in _plans(experiment, args):
+        if args.dry_run:
+            for line in dry_run(plan):
+                say(line)
+        elif args.status:
+            say(markdown_table(["run", "state", "updates"], list(describe(plan))))
+        else:
+            threads = args.threads or (1 if args.jobs > 1 else None)
+            Runner(plan, say, args.jobs, threads).work()
+    return 0
+
+
+def _plans(experiment: Experiment, args: argparse.Namespace) -> Iterator[Plan]:
+    """One for the experiment, or for each of its parts."""
+    models = tuple(args.models) or experiment.models.get(args.scale, ()) if experiment.parts else tuple(args.models)
+    for part in (EXPERIMENTS[name] for name in experiment.parts or (experiment.name,)):
+        nproc = args.nproc or MACHINES[args.scale].nproc
+        choice = Choice(
+            args.scale,
+            args.size,
+            args.updates or part.updates,
+            args.validations or part.validations,
+            args.batch,
+            Processes(nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port),
+            parse_flags(args.flags),
+        )
+        yield Plan(
+            part, args.out or Path("outputs") / part.folder, choice, args.data, models, tuple(args.seeds),
+            tuple(args.lrs), args.search_updates, _start(part, args.start), args.xnli,
+        )  # fmt: skip
+
+
+def _start(experiment: Experiment, name: str | None) -> Recipe | None:
+    """The recipe of that name among those of the experiment's folder."""
+    if name is None:
+        return None
+    neighbours = [other for other in EXPERIMENTS.values() if other.folder == experiment.folder]
+    recipes = {stage.recipe.name or "pretraining": stage.recipe for other in neighbours for stage in other.stages}
+    if name not in recipes:
+        raise UserError(f"--start ({name}) must be of {', '.join(recipes)}")
+    return recipes[name]
