@@ -60,7 +60,7 @@ COMMANDS = {
 ALIASES: dict[str, tuple[str, ...]] = {}
 
 # What needs neither fairseq nor our models; everything else finds them registered.
-WITHOUT_FAIRSEQ = ("visual-tokenizer", "report-tasks")
+WITHOUT_FAIRSEQ = ("visual-tokenizer", "report-tasks", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
 HEAVY = {
     "plan", "evaluate", "report", "analyze", "diversity", "probe", "prepare", "import-official", "checkpoint",

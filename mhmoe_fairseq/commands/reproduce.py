@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--status", action="store_true", help="show how far every run is, run nothing")
     add("--scale", choices=list(MACHINES), default="cpu", help="minutes on two cores (cpu, default), or the paper's")
     add("--models", nargs="+", default=(), metavar="MODEL", help="names or patterns, such as xmoe 'mhmoe-flops*'")
-    add("--seeds", nargs="+", type=seed, default=(), metavar="N", help="a training for each (default: the experiment's)")
+    add("--seeds", nargs="+", type=seed, default=(), metavar="N", help="one training for each (default: as planned)")
     add("--data", type=output_folder, metavar="DIR", help="prepared data (default: the experiment's, made if missing)")
     add("--out", type=output_folder, metavar="DIR", help="folder of the runs (default: outputs/ and the experiment's)")
     add("--updates", type=whole(), metavar="N", help="updates of every training")

@@ -1,4 +1,4 @@
-"""The papers' tables and figures, our studies and the demo as data, and the runner that trains them; imports no torch."""
+"""The papers' tables and figures, our studies and the demo as data, and the runner that trains them. Needs no torch."""
 
 from . import images_and_text, language_models
 from .spec import Experiment

@@ -53,11 +53,9 @@ VQA = fine_tuning(
     "vqa",
     "vqa_score",
     _small(800, "1.5e-4", "--head-lr-multiplier 20"),
-    _base(
-        50_000, "3e-5", "--weight-decay 0.01 --head-lr-multiplier 20 --randaug --drop-path-rate 0.1", 128, side=480
-    ),
+    _base(50_000, "3e-5", "--weight-decay 0.01 --head-lr-multiplier 20 --randaug --drop-path-rate 0.1", 128, side=480),
 )
-# Statements need the kinds of images that questions teach: in a training this short they start from the model's vqa run.
+# Statements need the kinds of images that questions teach: in a short training they start from the model's vqa run.
 NLVR2 = fine_tuning(
     "nlvr2",
     "accuracy",

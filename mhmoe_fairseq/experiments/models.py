@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from .spec import Model
 
-# Every second layer is an MoE layer, top-2. At paper scale the router is the paper's appendix's, at CPU scale TorchScale's.
+# Every second layer is an MoE layer, top-2. At paper scale the router is as in the paper's appendix, else TorchScale's.
 MOE = "--moe-freq 2 --moe-top-k 2 --moe-expert-count 8"
 PAPER_ROUTER = "--mhmoe-router-preset p1"
 PROJECTIONS = "--mhmoe-head-projection on --mhmoe-merge-projection on"
-# The official repository's flags (github.com/yushuiwx/MH-MoE, scripts/run.sh). As published they never set the number of
-# heads, whose default there is 1: a plain sparse MoE. Here it is explicit; official-h1 is what was published.
+# The official repository's flags (github.com/yushuiwx/MH-MoE, scripts/run.sh). As published they never set the number
+# of heads, whose default there is 1: a plain sparse MoE. Here it is explicit; official-h1 is what was published.
 OFFICIAL = """
     --moe-expert-count 8 --moe-freq 2 --moe-top-k 1 --moe-gating-use-fp32 --moe-normalize-gate-prob-before-dropping
     --moe-eval-capacity-token-fraction -1.0 --activation-fn silu --rotary-embed --rms-norm --no-bias
@@ -42,9 +42,7 @@ MODELS = {
         for name, flags in MHMOE_VARIANTS.items()
     },
     # The dense network between two projections: an MoE layer of one expert, which every token uses with weight 1.
-    "dense-projections": Model(
-        "xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER
-    ),
+    "dense-projections": Model("xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER),
     "xmoe-projections": Model("xmoe", f"{MOE} {PROJECTIONS}", PAPER_ROUTER),
     **{f"official-h{heads}": Model("mhmoe", f"{OFFICIAL} --mhmoe-heads-number {heads}") for heads in (1, 2, 4)},
 }

@@ -112,7 +112,7 @@ class Run:
         return "finished" if all(self.record(split).is_file() for split in self.splits) else "trained"
 
     def is_start(self) -> bool:
-        """Whether others can start from it: finished, with whatever settings, or trained without this package's runner."""
+        """Whether others can start from it: finished, with whatever settings, or trained by other means."""
         kept = read_json(self.folder / STATE) if (self.folder / STATE).is_file() else {"finished": True}
         return kept["finished"] and self.checkpoint.is_file()
 
@@ -153,7 +153,7 @@ class Plan:
             fitting = [name for name in dict.fromkeys([*own, *MODELS]) if fnmatch(name, pattern)]
             if not fitting:
                 known = ", ".join(dict.fromkeys([*own, *list(MODELS)[:6]]))
-                raise UserError(f"--models ({pattern}) must be the name of a model ({known}, ...) or a pattern of names")
+                raise UserError(f"--models ({pattern}) must be a model's name ({known}, ...) or a pattern of names")
             chosen += fitting
         return list(dict.fromkeys(chosen))
 
