@@ -24,6 +24,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from mhmoe_fairseq.analysis.reports.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
 
 MODELS = {
     "dense": ["--arch", "dense_{family}_{size}"],
@@ -135,7 +136,8 @@ def train(args: argparse.Namespace, model: str, lr: float, seed: int, updates: i
     (run / "manifest.json").write_bytes((args.data / "manifest.json").read_bytes())
     call(command, run / "output.txt", args.threads)
     (run / "finished").touch()
-    say(f"{run.relative_to(args.out)}: {read_training_log(run / 'train.log').best_valid_loss():.3f} bits (validation)")
+    losses = read_training_log(run / "train.log").curve("valid_loss")[1]
+    say(f"{run.relative_to(args.out)}: {min(losses):.3f} bits (validation)")
 
 
 def evaluate(args: argparse.Namespace, run: Path) -> None:
@@ -159,7 +161,8 @@ def perplexity(run: Path, split: str) -> float:
     figures = run / f"eval-{split}.json"
     if figures.exists():
         return json.loads(figures.read_text(encoding="utf-8"))["total"]["perplexity"]
-    return read_evaluation(run / f"eval-{split}.log").perplexity
+    log = (run / f"eval-{split}.log").read_text(encoding="utf-8")
+    return float(re.search(r"Perplexity: ([\d.]+)", log)[1])
 
 
 def search(args: argparse.Namespace, pool: concurrent.futures.Executor) -> dict[str, float]:

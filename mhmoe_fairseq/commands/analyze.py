@@ -1,134 +1,197 @@
-"""``mhmoe analyze``: which experts a checkpoint uses on a prepared set, and which each language or modality, as tables,
-JSON and heat maps."""
+"""``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, or
+(``--diversity``) to how many experts the patches of images go over a training; tables, JSON and plots."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..analysis.reports.language_plots import draw_language_loads, draw_language_matrices
-from ..analysis.reports.language_report import describe_languages
-from ..analysis.reports.modality_routing_report import describe_modalities
-from ..analysis.reports.plots import draw_activations, draw_group_loads, require_matplotlib
-from ..analysis.reports.runs import read_settings
-from ..analysis.routing.activation import ACTIVE_THRESHOLD, Activation, mean, measured_activation, write_activation
-from ..analysis.routing.language_routing import (
-    LanguageRouting,
-    activation_file,
-    is_multilingual,
-    languages_file,
-    measured_languages,
-)
-from ..analysis.routing.modality_routing import ModalityRouting, is_multimodal, measured_modalities, modalities_file
 from ..common.arguments import existing_file, existing_folder, output_folder, plain_name, real, whole
 from ..common.console import quiet, say
-from ..common.tables import markdown_table, number, percent
-from ..data.identity import identify_data
+from ..common.errors import UserError
+from ..common.files import require_files, sha256_of, write_json
+from ..common.tables import markdown_table, number
+from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_record, record_file, write_record
+
+if TYPE_CHECKING:
+    from ..analysis.routing.diversity import PatchDiversity
+
+_INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # of images: the first that the folder has
+_OF_ONE_KIND = {True: ("threshold", "batch_size"), False: ("image", "images")}  # flags that need the other kind
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe analyze``."""
+    """Add the flags of ``mhmoe analyze``."""
     parser.add_argument(
-        "checkpoint", type=existing_file, metavar="CHECKPOINT", help="checkpoint file of a model with experts"
-    )
+        "checkpoints", type=existing_file, nargs="+", metavar="CHECKPOINT",
+        help="checkpoint file of a model with experts; several of one training with --diversity",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=existing_folder, required=True, metavar="DIR", help="prepared folder with the split"
     )
     parser.add_argument("--split", type=plain_name, default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
-        help="folder for activation-SPLIT.json and .png, languages- or modalities-SPLIT (default: the checkpoint's)",
+        help="folder for routing-SPLIT.json and its plots, or diversity.json and its plots (default: the checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=real(at_least=0, at_most=1), default=ACTIVE_THRESHOLD, metavar="SHARE",
-        help="an expert is active from this share of the uniform load on",
+        "--threshold", type=real(at_least=0, at_most=1), metavar="SHARE",
+        help=f"an expert is active from this share of the uniform load on (default: {ACTIVE_THRESHOLD})",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=whole(), default=32, help="blocks, or images, per batch")
-    parser.add_argument("--no-plots", action="store_true", help="no heat map; needs no matplotlib")
+    parser.add_argument("--batch-size", type=whole(), metavar="N", help="blocks, or images, per batch (default: 32)")
+    parser.add_argument(
+        "--diversity", action="store_true",
+        help="show to how many experts the patches of images go, a row for every checkpoint (P1's figures 8 and 10)",
+    )  # fmt: skip
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--image", type=existing_file, nargs="+", metavar="FILE", help="with --diversity: images in place of a split's"
+    )
+    what.add_argument(
+        "--images", "--pictures", type=whole(), metavar="N",
+        help="with --diversity: how many of the split, evenly spread (default: 8)",
+    )  # fmt: skip
+    parser.add_argument("--no-plots", action="store_true", help="only tables and JSON; needs no matplotlib")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write.
 
     Raises:
-        ValueError, OSError: for a bad flag, checkpoint or data folder, before the measurement.
+        UserError, OSError: for a bad flag, checkpoint, image or data folder, before the measurement.
     """
+    from ..analysis.reports.plots import require_matplotlib
+
+    for name in _OF_ONE_KIND[args.diversity]:
+        if getattr(args, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{flag} has no meaning with --diversity" if args.diversity else f"{flag} needs --diversity"
+            )
+    if len(args.checkpoints) > 1 and not args.diversity:
+        raise UserError("several checkpoints need --diversity")
     if not args.no_plots:
         require_matplotlib()
-    settings = read_settings(args.checkpoint)
-    identity = identify_data(args.data)
-    out = args.out or args.checkpoint.parent
-    record = activation_file(out, args.split)
-    measured = (args.checkpoint, args.data, args.split, identity.digest, args.batch_size)
-    groups: LanguageRouting | ModalityRouting | None = None
-    with quiet():
-        if is_multilingual(settings):
-            activation, groups = measured_languages(out, *measured)
-        elif is_multimodal(settings):
-            activation, groups = measured_modalities(out, *measured, settings["criterion"])
-        else:
-            activation = measured_activation(record, *measured)
-        write_activation(record, activation, args.threshold)
-        files = [record]
-        if isinstance(groups, LanguageRouting):
-            files.append(languages_file(out, args.split))
-        elif groups is not None:
-            files.append(modalities_file(out, args.split))
-        if not args.no_plots:
-            files += _draw(args, out, activation, groups)
-    is_text = not isinstance(groups, ModalityRouting)
-    say(describe(activation, args.threshold, "tokens" if is_text else "positions", "token" if is_text else "target"))
-    if isinstance(groups, LanguageRouting):
-        say("\n" + describe_languages(groups))
-    elif groups is not None:
-        say("\n" + describe_modalities(groups, args.threshold))
+    files = _analyze_diversity(args) if args.diversity else _analyze_routing(args)
     say(f"written: {', '.join(map(str, files))}")
     return 0
 
 
-def _draw(
-    args: argparse.Namespace, out: Path, activation: Activation, groups: LanguageRouting | ModalityRouting | None
-) -> list[Path]:
-    name = args.checkpoint.parent.name
-    figure = activation_file(out, args.split).with_suffix(".png")
-    draw_activations(figure, {name: activation}, args.threshold)
-    if groups is None:
-        return [figure]
-    if isinstance(groups, ModalityRouting):
-        loads = out / f"modalities-{args.split}-load.png"
-        draw_group_loads(loads, groups.load_GLE, groups.layers, groups.groups, f"{name}: expert load by modality")
-        return [figure, loads]
-    loads, matrices = (out / f"languages-{args.split}-{kind}.png" for kind in ("load", "overlap"))
-    draw_language_loads(loads, groups, name)
-    draw_language_matrices(matrices, groups, name)
-    return [figure, loads, matrices]
+def _analyze_routing(args: argparse.Namespace) -> list[Path]:
+    """Measure a split's routing, or read what was measured; print and draw it."""
+    from ..analysis.reports.routing import describe_routing, draw_activation, draw_parts
+    from ..analysis.routing.measure import measure_routing
+    from ..data.identity import identify_data
+
+    [checkpoint] = args.checkpoints
+    out = args.out or checkpoint.parent
+    file, threshold = out / f"routing-{args.split}.json", args.threshold or ACTIVE_THRESHOLD
+    origin = (sha256_of(checkpoint), identify_data(args.data).digest, args.split)
+    record = _read_kept(file, origin)
+    with quiet():
+        if record is None:
+            kept = _read_kept(record_file(checkpoint.parent, args.split), origin)
+            record = measure_routing(checkpoint, args.data, args.split, args.batch_size or 32, kept, say)
+            write_record(file, record)
+        files = [file]
+        if not args.no_plots:
+            name = checkpoint.resolve().parent.name
+            files.append(file.with_suffix(".png"))
+            draw_activation(files[-1], {name: record.experts}, threshold)
+            files += [path for _, path in draw_parts(out, file.stem, name, record)]
+    say(describe_routing(record, threshold))
+    return files
 
 
-def describe(activation: Activation, threshold: float, positions: str = "tokens", target: str = "token") -> str:
-    """A row for every MoE layer and their mean.
+def _read_kept(file: Path, origin: tuple[str, str, str]) -> Record | None:
+    """A record with expert loads of this very checkpoint, data and split; None if there is none."""
+    if not file.is_file():
+        return None
+    record = read_record(file)
+    is_same = (record.checkpoint.get("sha256"), record.data.get("digest"), record.split) == origin
+    return record if is_same and record.experts is not None else None
 
-    Args:
-        positions: what was routed.
-        target: what the loss is of.
+
+def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
+    """Route images with every checkpoint, print, write and draw to how many experts their patches go."""
+    from ..analysis.routing.diversity import measure_diversity, num_updates
+    from ..checkpoints.open import read_settings
+    from ..data.images.reading import read_image
+
+    images = args.image or choose_images(args.data, args.split, args.images or 8)
+    require_files(images, "--data")
+    for image in images:
+        read_image(image)  # one that cannot be read ends it here
+    settings = [read_settings(checkpoint)["task"] for checkpoint in args.checkpoints]
+    if len({(task.get("img_size"), task.get("patch_size")) for task in settings}) > 1:
+        raise UserError("the checkpoints are of models with different --img-size or --patch-size")
+    # A training's last checkpoint is often its best, too: one of each number of updates is enough.
+    by_updates = {num_updates(checkpoint): checkpoint for checkpoint in reversed(args.checkpoints)}
+    measured = []
+    with quiet():
+        for _, checkpoint in sorted(by_updates.items()):
+            say(f"routing {len(images)} images with {checkpoint}")
+            measured.append(measure_diversity(checkpoint, args.data, images))
+        files = _write_diversity(args, measured, images, settings[0]["img_size"])
+    say(describe_diversity(measured))
+    return files
+
+
+def choose_images(data: Path, split: str, count: int) -> list[Path]:
+    """Different images of a split, evenly spread over its index.
+
+    Raises:
+        FileNotFoundError, UserError: if the folder has no index of images, or a broken one.
     """
-    columns = (
-        activation.active(threshold), activation.effective(), activation.max_over_mean(), activation.overflow(),
-        activation.entropy,
-    )  # fmt: skip
-    names = [*activation.row_names, "mean"]
-    rows = []
-    for place, name in enumerate(names):
-        active, effective, load_max, overflow, entropy = (
-            mean(column) if name == "mean" else column[place] for column in columns
-        )
-        cells = [percent(active), percent(effective), number(load_max), percent(overflow), number(entropy, 3)]
-        rows.append([name, *cells])
-    header = ["layer", "active experts", "effective experts", "load max/mean", "overflow", "router entropy (nats)"]
-    experts = len(activation.load[0])
-    return "\n".join([
-        f"{activation.split}: {activation.tokens:,} {positions}, {activation.loss:.4f} bits per {target}, "
-        f"{experts} experts; "
-        f"active: at least {threshold:.1%} of the uniform load; effective: exp(entropy of the load) / {experts}",
-        "",
-        markdown_table(header, rows),
-    ])  # fmt: skip
+    import numpy as np
+
+    from ..data.multimodal.index import index_files, read_index
+
+    task = next((task for task in _INDEXES if index_files(data, task, split)[0].is_file()), _INDEXES[0])
+    paths = read_index(data, task, split)["image_path"]
+    different = list(dict.fromkeys(paths[row] for row in range(len(paths))))
+    return [data / different[at] for at in np.unique(np.linspace(0, len(different) - 1, count).astype(int))]
+
+
+def _write_diversity(
+    args: argparse.Namespace, measured: list[PatchDiversity], images: list[Path], img_size: int
+) -> list[Path]:
+    from ..analysis.reports.plots import draw_curves, draw_overlays
+    from ..analysis.routing.diversity import prepare_images, shown
+
+    out = args.out or args.checkpoints[0].parent
+    files = [out / "diversity.json"]
+    names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in images]
+    write_json(files[0], {"images": names, "checkpoints": [diversity.as_json() for diversity in measured]})
+    if args.no_plots:
+        return files
+    files += [out / "diversity.png", out / "diversity-course.png"]
+    title = f"{args.checkpoints[0].resolve().parent.name}: different experts of each patch's sub-tokens"
+    rows = [(f"{each.updates:,}\nupdates", each.counts_BLhw.double().mean(1).numpy()) for each in measured]
+    draw_overlays(files[1], [shown(image) for image in prepare_images(images, img_size)], rows, title)
+    curves = []
+    for name, flat in (("patches of one colour", True), ("other patches", False)):
+        points = [(each.updates, value) for each in measured if (value := each.mean(flat=flat)) is not None]
+        if points:
+            curves.append((name, *map(list, zip(*points))))
+    draw_curves(files[2], curves, title, "experts per patch, mean of the layers")
+    return files
+
+
+def describe_diversity(measured: list[PatchDiversity]) -> str:
+    """A table with a row for every checkpoint."""
+    layers = measured[0].layers
+    header = ["updates", "experts per patch", "one colour", "others", *(f"layer {layer + 1}" for layer in layers)]
+    rows = [
+        [
+            f"{diversity.updates:,}",
+            *(number(diversity.mean(flat=flat)) for flat in (None, True, False)),
+            *(number(diversity.mean(index)) for index in range(len(layers))),
+        ]
+        for diversity in measured
+    ]
+    return (
+        f"different experts of a patch's sub-tokens, at most {measured[0].most}, mean of the MoE layers; one colour: "
+        f"patches without any drawing\n\n{markdown_table(header, rows)}"
+    )

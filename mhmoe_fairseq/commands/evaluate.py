@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..analysis.reports.runs import read_settings
-from ..analysis.routing.activation import load_for_evaluation
+from ..checkpoints.open import open_model, read_settings
 from ..common.arguments import existing_file, existing_folder, nonempty, output_file, plain_name, whole
 from ..common.console import quiet, say
 from ..common.errors import UserError
@@ -69,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         overrides["visual_tokenizer"] = str(args.visual_tokenizer.resolve())
     identity = identify_data(args.data)
     with quiet():
-        model, task = load_for_evaluation(args.checkpoint, args.data, overrides)
-        table, write = _score(args, model, task)
+        opened = open_model(args.checkpoint, args.data, overrides=overrides)
+        table, write = _score(args, opened.model, opened.task)
     say(table)
     if args.json is not None:
         write(args.json, {

@@ -33,10 +33,11 @@ COMMANDS = {
         "train, evaluate and report a table or figure of the papers, a study, or the demo",
     ),
     "evaluate": ("mhmoe_fairseq.commands.evaluate", "perplexity of a checkpoint, every language and the total"),
-    "report": ("mhmoe_fairseq.commands.report", "compare trained models: table and plots"),
-    "report-tasks": ("mhmoe_fairseq.commands.report_tasks", "scores of fine-tuned models of images: one table"),
-    "analyze": ("mhmoe_fairseq.commands.analyze", "measure expert activation of a checkpoint on a data set"),
-    "diversity": ("mhmoe_fairseq.commands.diversity", "to how many experts the patches of images go"),
+    "report": ("mhmoe_fairseq.commands.report", "compare trained models by their records: tables and plots"),
+    "analyze": (
+        "mhmoe_fairseq.commands.analyze",
+        "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
+    ),
     "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert and average checkpoints"),
     "generate": ("mhmoe_fairseq.commands.generate", "continue a prompt with a trained language model"),
     "classify": ("mhmoe_fairseq.commands.classify", "accuracy by language of a fine-tuned model"),
@@ -57,13 +58,16 @@ COMMANDS = {
     ),
 }
 # Former names, and the words that take their place. A call by a former name says the new one and then runs it.
-ALIASES: dict[str, tuple[str, ...]] = {}
+ALIASES: dict[str, tuple[str, ...]] = {
+    "diversity": ("analyze", "--diversity"),
+    "report-tasks": ("report",),
+}
 
 # What needs neither fairseq nor our models; everything else finds them registered.
-WITHOUT_FAIRSEQ = ("visual-tokenizer", "report-tasks", "reproduce")
+WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
 HEAVY = {
-    "plan", "evaluate", "report", "analyze", "diversity", "probe", "prepare", "import-official", "checkpoint",
+    "plan", "evaluate", "probe", "prepare", "import-official", "checkpoint",
     "visual-tokenizer",
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """One record per evaluation: what was measured, on what, with what; the only format of results in this package.
 
-A record is a JSON file, ``record-SPLIT.json`` beside the checkpoint unless told otherwise. ``mhmoe evaluate`` and
-``mhmoe zero-shot`` write them, ``mhmoe report`` and ``mhmoe reproduce`` read them. Reading needs no PyTorch.
+A record is a JSON file, ``record-SPLIT.json`` beside the checkpoint unless told otherwise. ``mhmoe evaluate``,
+``mhmoe zero-shot`` and ``mhmoe analyze`` write them, ``mhmoe report`` and ``mhmoe reproduce`` read them. Reading needs
+no PyTorch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..common.files import read_json, write_json
 SCHEMA = "mhmoe-record/1"
 KINDS = (
     "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
-    "image classification", "zero-shot",
+    "image classification", "zero-shot", "routing",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
 _PACKAGES = ("torch", "fairseq", "fairseq-fixed", "torchscale", "sentencepiece", "tiktoken", "lm-eval", "pycocoevalcap")

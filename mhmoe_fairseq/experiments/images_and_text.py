@@ -109,7 +109,7 @@ EXPERIMENTS = (
     Experiment(
         "figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
         (Stage(PRETRAINING, ("mhmoe-*",)),), {"cpu": ("mhmoe-params",), "paper": ("mhmoe-params-kept",)},
-        after=("mhmoe analyze diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
+        after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
     ),
     Experiment(
         "multimodal", "everything: tables 1 and 4, figure 8; at CPU scale MH-MoE has X-MoE's FLOPs, too", _FOLDER,

@@ -1,10 +1,11 @@
 """fairseq's side of training on several processes: launching, failures, optimizer, saving, resuming."""
 
-from .batches import ResumableEpochBatchIterator
 from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
-from .failures import refuse_in_one_line
+from .messages import refuse_in_one_line
 from .optimizer import MHMoEAdam
+from .pretrained import check_pretrained
+from .resuming import ResumableEpochBatchIterator
 from .saving import save_atomically
 from .task import ParallelTask
 
@@ -13,6 +14,7 @@ __all__ = [
     "ParallelTask",
     "ResumableEpochBatchIterator",
     "TrainingFlags",
+    "check_pretrained",
     "prepare_sharded_model",
     "refuse_in_one_line",
     "save_atomically",

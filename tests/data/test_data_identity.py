@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.data.identity import DataIdentity, identify_data
+from mhmoe_fairseq.common.files import sha256_of
+from mhmoe_fairseq.data.identity import DataIdentity, identify_data, identify_manifest
 
 SPLITS = ("train.bin", "valid.bin", "test.bin")
 # What each kind of folder is known by, and what lies beside it.
@@ -38,6 +40,10 @@ def test_the_digest_changes_with_every_file_that_is_read_and_no_other(kind: str,
     folder = write(tmp_path / "data", (*read, *beside))
     found = identify_data(folder)
     assert found.digest == identify_data(shutil.copytree(folder, tmp_path / "copy")).digest
+    listed = {name: {"sha256": sha256_of(folder / name)} for name in read}
+    manifest = {"source": {"name": "a corpus"}, "files": listed, "languages": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert identify_manifest(tmp_path / "manifest.json").digest == found.digest
     assert found.languages == (("de", "en") if kind == "languages" else ())
     assert found.has_images == (kind == "images and text")
     digests = {found.digest}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from console import evaluate, run_console, train
+from console import run_console, train
 from fine_tuning_data import fine_tuning_words, write_fine_tuning_data
 from image_text_data import prepare_shapes
 from images_and_words import training_words as pretraining_words
@@ -18,6 +17,7 @@ from language_models import small_dictionary
 from multilingual_data import SENTENCES, write_languages
 from official_reference import PUBLISHED, official_state
 from trained_model import TrainedModel, sentences
+from written_runs import make_record, text_metrics, write_run
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 
@@ -45,9 +45,7 @@ def write_untrained_fixtures(root: Path) -> None:
     for image in images:
         shutil.copy(image, folder / "images")
     _write_captions(folder, images)
-    scores = root / "scores" / "vqa" / "dense" / "scores-test.json"
-    scores.parent.mkdir(parents=True)
-    scores.write_text(json.dumps({"split": "test", "count": 12, "figures": {"VQA score": 41.25}, "baselines": {}}))
+    write_run(root / "run", make_record(text_metrics(20.0)))
     (root / "dictionary").mkdir()
     small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
     settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
@@ -83,7 +81,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         ("visual-tokenizer", "encode"): {
             "file": [f"{root}/shapes/visual_tokenizer.pt"], "images": [f"{root}/shapes/images/small-red-bar.png"],
         },
-        ("report-tasks",): {"folder": [f"{root}/scores"], "--out": ["table.md"]},
+        ("report",): {"runs": [f"{root}/run"], "--out": ["report.md"], "--no-plots": []},
         ("checkpoint", "inspect"): {"checkpoint": [f"{root}/imported/model.pt"], "--json": ["a.json"]},
         ("checkpoint", "convert"): {"source": [f"{root}/imported/model.pt"], "target": ["model.safetensors"]},
         ("checkpoint", "average"): {
@@ -99,13 +97,7 @@ def write_trained_fixtures(root: Path) -> None:
     """Models of every kind, each after one update, beside what :func:`write_untrained_fixtures` wrote."""
     english = TrainedModel(root / "english", root / "lm")
     sizes = "--sample-break-mode eos --tokens-per-sample 64 --decoder-embed-dim 64".split()
-    log = ["--log-file", root / "lm" / "train.log", "--log-format", "json"]
-    (root / "lm").mkdir()
-    train(english.data, english.folder, "mhmoe_lm_tiny", *sizes, *log, max_update=1)
-    for split in ("valid", "test"):
-        output = evaluate(english.data, english.checkpoint, "--gen-subset", split, *sizes[:2])
-        (english.folder / f"eval-{split}.log").write_text(output, encoding="utf-8")
-    shutil.copy(english.data / "manifest.json", english.folder)
+    train(english.data, english.folder, "mhmoe_lm_tiny", *sizes, max_update=1)
 
     (root / "labelled").mkdir()
     labelled = write_task(root / "labelled", english, examples=32, held_out=8)
@@ -129,12 +121,8 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
     """Commands that read a trained model."""
     return {
         ("evaluate",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"]},
-        ("report",): {"runs": [f"{root}/lm"], "--data": [f"{root}/english"], "--out": ["report.md"], "--no-plots": [],
-                      "--activation-split": ["none"]},
-        ("analyze",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
+        ("analyze",): {"checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
                        "--out": ["out"], "--no-plots": []},
-        ("diversity",): {"checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/images"],
-                         "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
         ("classify",): {"checkpoint": [f"{root}/classifier"], "--predictions": ["p.jsonl"]},

@@ -23,8 +23,7 @@ from console import USER_DIR, run_console, write_corpus
 from images_and_words import SHAPES, write_images_and_words
 from multilingual_data import write_languages
 
-from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
-from mhmoe_fairseq.checkpoints.open import open_text_model
+from mhmoe_fairseq.checkpoints.open import open_model, open_text_model
 from mhmoe_fairseq.evaluation.modality_scores import score_modalities
 from mhmoe_fairseq.evaluation.perplexity import score_split
 from mhmoe_fairseq.evaluation.scoring import TextScorer
@@ -136,7 +135,8 @@ def evaluate(kind: Kind, root: Path, checkpoint: Path) -> dict[str, Any]:
     Block by block: experts with limited slots refuse tokens by what else is in a batch, and batches of the two fairseq
     releases differ.
     """
-    model, task = load_for_evaluation(checkpoint, root / kind.data)
+    opened = open_model(checkpoint, root / kind.data)
+    model, task = opened.model, opened.task
     if not kind.is_language_model:
         scores = score_modalities(model, task, "test", batch_size=4)
         return {"bits": {name: _digits(part.loss) for name, part in scores.parts.items()}}

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 USER_DIR = Path(importlib.util.find_spec("mhmoe_fairseq").origin).parent
 ENTRY_POINTS = {
@@ -97,6 +98,21 @@ def evaluate(data: Path, checkpoint: Path, *flags: object, **how: bool) -> str:
         "--tokens-per-sample", 32, "--gen-subset", "test", "--cpu", "--num-workers", 0, *flags,
         cwd=checkpoint.parent, **how,
     )  # fmt: skip
+
+
+class Evaluated(NamedTuple):
+    """What ``fairseq-eval-lm`` printed; the loss in bits per token."""
+
+    tokens: int
+    loss: float
+    perplexity: float
+
+
+def evaluated(log: str) -> Evaluated:
+    """The numbers in the output of ``fairseq-eval-lm``."""
+    tokens = re.search(r"Evaluated ([\d,]+) tokens", log)[1].replace(",", "")
+    loss, perplexity = re.search(r"Loss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", log).groups()
+    return Evaluated(int(tokens), float(loss), float(perplexity))
 
 
 def logged(log: str, part: str) -> dict[str, float]:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from console import evaluate, train
+from console import evaluate, evaluated, train
 from multilingual_data import LANGUAGES, write_languages
 from workers import TRAIN_FLAGS, Workers
 
-from mhmoe_fairseq.analysis.reports.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
 from mhmoe_fairseq.commands.main import main
 
 TASK = ("--task", "mhmoe_multilingual_language_modeling")
@@ -58,10 +58,8 @@ def scores(data: Path, run: Path, split: str, *flags: object) -> dict:
 
 
 def fairseq_score(data: Path, run: Path, split: str, *flags: object):
-    log = evaluate(data, run / "checkpoint_last.pt", *TASK, "--gen-subset", split, "--batch-size", 32, *flags)
-    path = run.parent / f"eval-{split}.log"
-    path.write_text(log, encoding="utf-8")
-    return read_evaluation(path)
+    flags = (*TASK, "--gen-subset", split, "--batch-size", 32, *flags)
+    return evaluated(evaluate(data, run / "checkpoint_last.pt", *flags))
 
 
 # ---------------------------------------------------------------------- the training log

@@ -1,38 +1,40 @@
-"""PNG figures; matplotlib is the optional extra ``plots``."""
+"""PNG plots of metrics, of experts' loads and of images; matplotlib is the optional extra ``plots``."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
 
 from ...common.errors import UserError
 from ...common.files import atomic_path
-from ...common.tables import percent
-from ..routing.activation import ACTIVE_THRESHOLD, Activation, mean
-from .aggregate import mean_and_deviation
+from .runs import mean_and_deviation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = tuple[str, Sequence[float], Sequence[float]]
+Curve = tuple[str, Sequence[float], Sequence[float]]  # name, updates, values
+_LOAD_LABEL = "load, 1 = uniform"
+_OPACITY = 0.75  # of what is laid over an image
 
 
 def require_matplotlib() -> None:
-    """Raises:
-    UserError: with the line that installs it.
+    """Check that plots can be drawn.
+
+    Raises:
+        UserError: with the line that installs matplotlib.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib: pip install 'mhmoe-fairseq[plots]' (or pip install matplotlib)")
 
 
 def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_scale: bool = False) -> None:
-    """Values over updates, a line for every run."""
-    figure = new_figure(7.0, 4.2)
+    """Draw values over updates, a line for every curve."""
+    figure = _new_figure(7.0, 4.2)
     axes = figure.subplots()
     for name, updates, values in curves:
         axes.plot(updates, values, marker="o" if len(updates) < 30 else None, markersize=3, label=name)
@@ -41,72 +43,130 @@ def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_sc
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
-    save_figure(figure, path)
+    _save(figure, path)
 
 
-def draw_activations(path: Path, activations: dict[str, Activation], threshold: float = ACTIVE_THRESHOLD) -> None:
-    """Heat maps, MoE layers by experts, one for every model, on one colour scale (P1's figures 1 and 5)."""
-    loads = {name: activation.relative_load() for name, activation in activations.items()}
-    highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for load in loads.values())))
-    rows = sum(load.size(0) for load in loads.values())
-    figure = new_figure(8.0, 1.1 * len(loads) + 0.35 * rows + 0.6)
-    heights = [max(load.size(0), 2) for load in loads.values()]
-    all_axes = figure.subplots(len(loads), 1, squeeze=False, height_ratios=heights)
-    image: Any = None
-    for axes, (name, load) in zip(all_axes[:, 0], loads.items()):
-        image = heat_map(axes, load, activations[name].row_names, highest)
-        active = percent(mean(activations[name].active(threshold)))
-        axes.set(title=f"{name}: {active} active", ylabel="layer", xlabel="expert")
-    figure.colorbar(image, ax=all_axes[:, 0].tolist(), label="load, 1 = uniform", extend="max")
-    save_figure(figure, path)
-
-
-def draw_group_loads(path: Path, load_GLE: Tensor, layers: Sequence[int], groups: Sequence[str], title: str) -> None:
-    """Heat maps, groups by experts, one for every MoE layer: the loads over the mean of the group.
+def draw_bars(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
+    """Draw a group of bars for every part, one for each model: mean over seeds, with its standard deviation.
 
     Args:
-        load_GLE: assignments of every group in every layer.
-        layers: places of the layers in the model, from 0.
+        values: model -> part, such as a language -> a value for each seed.
     """
-    relative_GLE = load_GLE / load_GLE.mean(-1, keepdim=True)
-    highest = min(4.0, max(2.0, math.ceil(relative_GLE.max().item())))
-    columns = 1 if len(layers) == 1 else 2
-    rows = math.ceil(len(layers) / columns)
-    figure = new_figure(1.0 + 4.2 * columns, 0.8 + rows * (0.6 + 0.2 * len(groups)))
-    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    image: Any = None
-    for place, (axes, layer) in enumerate(zip(all_axes, layers)):
-        image = heat_map(axes, relative_GLE[:, place], groups, highest)
-        axes.set(title=f"layer {layer + 1}", xlabel="expert")
-    for axes in all_axes[len(layers) :]:
-        axes.set_axis_off()
-    figure.suptitle(title)
-    figure.colorbar(image, ax=all_axes.tolist(), label="load, 1 = uniform", extend="max")
-    save_figure(figure, path)
-
-
-def heat_map(axes: Any, values: Tensor, rows: Sequence[str], highest: float, lowest: float = 0.0) -> Any:
-    """A matrix, coloured from ``lowest`` to ``highest``; the image, for a colour bar."""
-    axes.set_yticks(range(len(rows)), rows)
-    return axes.imshow(values.numpy(), aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest")
-
-
-def draw_error_bars(path: Path, values: dict[str, list[float]], title: str, ylabel: str) -> None:
-    """Mean and standard deviation of every model, and each seed as a dot."""
-    figure = new_figure(1.6 + 1.3 * len(values), 4.2)
+    parts = list(dict.fromkeys(part for by_part in values.values() for part in by_part))
+    figure = _new_figure(2.0 + 0.25 * len(parts) * (len(values) + 1), 4.2)
     axes = figure.subplots()
-    for place, seeds in enumerate(values.values()):
+    width = 1 / (len(values) + 1)
+    for index, (model, by_part) in enumerate(values.items()):
+        measured = [(at, mean_and_deviation(by_part[name])) for at, name in enumerate(parts) if by_part.get(name)]
+        axes.bar(
+            [at + (index - (len(values) - 1) / 2) * width for at, _ in measured],
+            [middle for _, (middle, _) in measured],
+            width,
+            yerr=[deviation or 0.0 for _, (_, deviation) in measured],
+            error_kw={"elinewidth": 0.8},
+            label=model,
+        )
+    axes.set_xticks(range(len(parts)), parts)
+    axes.set(title=title, ylabel=ylabel)
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_seeds(path: Path, values: Mapping[str, Sequence[float]], title: str, ylabel: str) -> None:
+    """Draw mean and standard deviation of every model, and each seed as a dot."""
+    figure = _new_figure(1.6 + 1.3 * len(values), 4.2)
+    axes = figure.subplots()
+    for index, seeds in enumerate(values.values()):
         middle, deviation = mean_and_deviation(seeds)
-        axes.errorbar(place, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
-        axes.plot([place] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
+        axes.errorbar(index, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
+        axes.plot([index] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
     axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
     axes.set(title=title, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
     axes.grid(alpha=0.3, axis="y")
-    save_figure(figure, path)
+    _save(figure, path)
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches.
+def relative_load(loads_RE: Any) -> np.ndarray:
+    """Each expert's share of its row's assignments times E, ``(rows, E)`` float64; 1 is uniform."""
+    loads_RE = np.asarray(loads_RE, dtype=np.float64)
+    return loads_RE / np.maximum(loads_RE.mean(-1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def draw_loads(path: Path, maps: Mapping[str, tuple[Sequence[str], np.ndarray]], ylabel: str, title: str = "") -> None:
+    """Draw heat maps of experts' relative loads, all on one colour scale (P1's figures 1 and 5).
+
+    Args:
+        maps: title of a map -> names of its rows, and ``(rows, E)`` from :func:`relative_load`.
+        ylabel: what a row is.
+    """
+    highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for _, load in maps.values())))
+    heights = [max(len(rows), 2) for rows, _ in maps.values()]
+    figure = _new_figure(8.0, 1.1 * len(maps) + 0.35 * sum(heights) + 0.6)
+    all_axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (name, (rows, load)) in zip(all_axes, maps.items()):
+        image = _heat_map(axes, load, rows, highest)
+        axes.set(title=name, ylabel=ylabel, xlabel="expert")
+    figure.suptitle(title)
+    figure.colorbar(image, ax=all_axes.tolist(), label=_LOAD_LABEL, extend="max")
+    _save(figure, path)
+
+
+def draw_matrices(path: Path, matrices: Mapping[str, np.ndarray], names: Sequence[str], title: str) -> None:
+    """Draw square matrices of shares side by side, rows and columns with the same names.
+
+    Args:
+        matrices: title -> ``(G, G)`` with values from 0 to 1.
+    """
+    size = 2.2 + 0.3 * len(names)
+    figure = _new_figure(len(matrices) * size, size)
+    all_axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (name, values_GG) in zip(all_axes, matrices.items()):
+        lowest = math.floor(10 * values_GG.min().item()) / 10
+        image = _heat_map(axes, values_GG, names, highest=1.0, lowest=lowest)
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_title(name, fontsize=9)
+        figure.colorbar(image, ax=axes)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
+def _heat_map(axes: Any, values: np.ndarray, rows: Sequence[str], highest: float, lowest: float = 0.0) -> Any:
+    """Draw a matrix, coloured from ``lowest`` to ``highest``; returns the image, for a colour bar."""
+    axes.set_yticks(range(len(rows)), rows)
+    return axes.imshow(values, aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest")
+
+
+def draw_overlays(path: Path, images: Sequence[Any], rows: Sequence[tuple[str, np.ndarray]], title: str) -> None:
+    """Draw images above, and below, for every row, a map over each image.
+
+    All maps have one scale, from 1 expert to as many as the most diverse patch has.
+
+    Args:
+        images: B images of Pillow, all of one size.
+        rows: name, and ``(B, h, w)`` experts of each patch.
+    """
+    width, height = images[0].size
+    highest = max(1.01, *(float(values_Bhw.max()) for _, values_Bhw in rows))
+    figure = _new_figure(1.3 + 1.3 * len(images), 0.9 + 1.35 * (1 + len(rows)))
+    all_axes = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    for axes_of_row, (name, values_Bhw) in zip(all_axes, [("image", None), *rows]):
+        for index, (axes, image) in enumerate(zip(axes_of_row, images)):
+            axes.imshow(image if values_Bhw is None else image.convert("L"), cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            if values_Bhw is not None:
+                overlay = axes.imshow(
+                    values_Bhw[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_OPACITY,
+                    vmin=1, vmax=highest, cmap="viridis", interpolation="nearest",
+                )  # fmt: skip
+        axes_of_row[0].set_ylabel(name, fontsize=8)
+    figure.colorbar(overlay, ax=all_axes[1:].ravel().tolist(), label="experts per patch, mean of the layers")
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    """An empty figure, so many inches wide and high.
 
     Raises:
         UserError: without matplotlib.
@@ -117,7 +177,7 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,160 +1,189 @@
-"""The text of the reports."""
+"""Write a report: models side by side, from their runs' records and logs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ...common.tables import BITS_PER_BYTE, MISSING, markdown_table, millions, number, percent, without_column
-from ...data.identity import DataIdentity
-from ..routing.activation import ACTIVE_THRESHOLD
-from .language_report import language_section, routing_section
-from .modality_report import modality_section
-from .paper_numbers import FIGURE_5_ACTIVE, P1, TABLE_1_ENGLISH, TABLE_1_MULTILINGUAL, TABLE_1_MULTIMODAL
-from .summary import Summary, differing_settings
+from ...common.files import atomic_open
+from ...evaluation.records import ACTIVE_THRESHOLD
+from .paper import PaperTable
+from .plots import draw_bars, draw_curves, draw_seeds, require_matplotlib
+from .routing import draw_activation, draw_parts
+from .runs import Model, evaluations, read_model, require_one_data
+from .tables import (
+    PART_NAMES,
+    SHORT,
+    Column,
+    against_guessing,
+    columns_of,
+    counts_of,
+    differing_settings,
+    overview,
+    paper_section,
+    part_metrics,
+    parts_section,
+    routing_section,
+)
 
-# Invisible in rendered Markdown; what stands before it is also printed on the terminal.
-END_OF_TABLE = "<!-- end of table -->"
-
-_HEADER = (
-    "model", "heads", "experts x width", "parameters", "active", "MFLOPs/token", "tokens/s", "updates", "valid ppl",
-    "test ppl", BITS_PER_BYTE, "active experts", "effective experts",
-)  # fmt: skip
-
-
-def comparison(identity: DataIdentity, summaries: list[Summary], drawn: list[tuple[str, Path]], split: str) -> str:
-    """One row for every run, figures, what differs in the settings, the paper's numbers apart, the commands."""
-    by_name = {summary.run.name: [summary] for summary in summaries}
-    header, rows = list(_HEADER), [_row(summary) for summary in summaries]
-    if identity.has_images:
-        header, rows = without_column(header, rows, BITS_PER_BYTE)
-    parts = [
-        f"# {'Masked multimodal' if identity.has_images else 'Language'} models side by side",
-        _data_line(identity),
-        markdown_table(header, rows),
-        language_section(by_name),
-        modality_section(by_name),
-        END_OF_TABLE,
-        _notes(identity, summaries[0].counts.context, split),
-        routing_section(by_name),
-        *_differences(summaries),
-        *_figures(drawn),
-        _paper(identity),
-        *_commands([summary.run.name for summary in summaries], summaries),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+_NOTES = {
+    "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages. bits/byte and bits/char "
+    "divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
+    "masked": "Masked positions: every image and text once, with the same masks for every model. ppl: perplexity per "
+    "masked position, of patches among the visual tokenizer's ids and of words among the dictionary; all: patches and "
+    "words together; right: share of masked positions whose most probable symbol is the right one; without context: a "
+    "guess that sees nothing but knows how often every symbol is masked in this split.",
+}
+_DERIVED = (
+    "Questions and statements are derived from the images' metadata by templates: these are neither VQAv2 nor NLVR2, "
+    "and no score here compares with a paper's."
+)
 
 
-def aggregate(
-    identity: DataIdentity, table: str, groups: dict[str, list[Summary]], drawn: list[tuple[str, Path]]
+def write_report(
+    runs: Mapping[str, Sequence[Path]],
+    out: Path,
+    *,
+    split: str = "test",
+    reference: str | None = None,
+    paper: PaperTable | None = None,
+    data: Path | None = None,
+    plots: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """The table over seeds, how to read it, the figure, the commands of each model's first seed."""
-    first = [group[0] for group in groups.values()]
-    names = [f"{model}, {summary.run.name}" for model, summary in zip(groups, first)]
-    perplexities = (
-        "Perplexities are per masked position, of patches and words together, from `mhmoe evaluate`."
-        if identity.has_images
-        else "Perplexities are per token, from `fairseq-eval-lm`; bits/byte divides by the bytes of the text, line "
-        "ends included."
+    """Write models side by side as Markdown, with plots beside it, and return the text.
+
+    Reads records and training logs alone: no checkpoint, no data.
+
+    Args:
+        runs: model -> its run folders: one for each seed, or for each task.
+        out: the file; plots go to the folder ``STEM-plots`` beside it.
+        split: whose languages, modalities and experts are shown.
+        reference: a model that the others are compared with, seed by seed.
+        paper: the paper's own table, printed last with ours beside it.
+        data: refuse records of other data than this prepared folder's.
+        plots: False to draw nothing.
+        say: takes the tables for the terminal, then the name of the file.
+
+    Raises:
+        UserError: a run is missing or broken, records are of different data, or plots need matplotlib.
+    """
+    if plots:
+        require_matplotlib()
+    models = [read_model(name, folders) for name, folders in runs.items()]
+    require_one_data(models, data)
+    columns = columns_of(models, split)
+    parts = [parts_section(models, what, name) for what, splits in evaluations(models).items() for name in splits[::-1]]
+    head = _joined(overview(models, columns, split, reference), against_guessing(models, columns), *parts)
+    drawn = list(_draw(models, out.parent / f"{out.stem}-plots", split, columns)) if plots else []
+    text = _joined(
+        "# Models side by side",
+        _data_lines(models),
+        head,
+        _notes(models, split),
+        routing_section(models, split),
+        differing_settings(models),
+        *(f"## {title}\n\n![{title}]({path.relative_to(out.parent).as_posix()})" for title, path in drawn),
+        _commands(models),
+        paper_section(paper, models, columns, split),
     )
-    notes = (
-        f"Mean ± sample standard deviation over the seeds. {perplexities} MFLOPs/token: one forward pass, matrix "
-        f"products only, attention within {first[0].counts.context:,} tokens. Active experts: at least "
-        f"{ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: exp(entropy of the load) / number."
-    )
-    parts = ["# Several seeds", _data_line(identity), table, language_section(groups), modality_section(groups)]
-    parts += [END_OF_TABLE, notes]
-    parts += [routing_section(groups), *_figures(drawn), _paper(identity)]
-    parts += _commands(names, first)
-    return "\n\n".join(part for part in parts if part) + "\n"
+    with atomic_open(out) as stream:
+        stream.write(f"{text}\n".encode())
+    say(head)
+    say(f"report: {out}")
+    return text
 
 
-def _data_line(identity: DataIdentity) -> str:
-    files = "dictionary, training, validation and test files"
-    if identity.has_images:
-        files = "dictionary, texts and indexes of images"
-    return f"Data: {identity.source}, SHA-256 `{identity.digest}` ({files})."
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part)
 
 
-def _row(summary: Summary) -> list[str]:
-    counts, moe, log = summary.counts, summary.counts.moe, summary.run.log
-    return [
-        summary.run.name,
-        MISSING if moe is None else str(moe.num_heads),
-        MISSING if moe is None else f"{moe.num_experts} x {moe.expert_ffn_dim:,}",
-        millions(counts.total),
-        millions(counts.active),
-        f"{counts.flops_per_token / 1e6:,.2f}",
-        number(log.tokens_per_second(), 0),
-        f"{log.num_updates:,}",
-        number(summary.perplexity("valid")),
-        number(summary.perplexity("test")),
-        number(summary.bits_per_byte("test"), 4),
-        percent(summary.active_share()),
-        percent(summary.effective_share()),
+def _data_lines(models: Sequence[Model]) -> str:
+    """What was evaluated, and with which code."""
+    records = [record for model in models for run in model.runs for record in run.records]
+    lines = [
+        f"- {record.what}: {record.data.get('source')}, SHA-256 `{record.data.get('digest')}`" for record in records
     ]
+    commits = dict.fromkeys(str(record.provenance.get("commit")) for record in records)
+    return _joined("\n".join(dict.fromkeys(lines)), f"Evaluated at commit {', '.join(commits)}." if commits else "")
 
 
-def _notes(identity: DataIdentity, context: int, split: str) -> str:
-    attention = "causal attention"
-    perplexities = "per token, from `fairseq-eval-lm`; bits/byte divides by the text's bytes, line ends included."
-    if identity.has_images:
-        attention = "attention"
-        perplexities = "per masked position, patches and words together, from `mhmoe evaluate`."
+def _notes(models: Sequence[Model], split: str) -> str:
+    records = [record for model in models for run in model.runs for record in run.records]
+    contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := counts_of(model)))
     lines = [
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
-        f"MFLOPs/token: one forward pass, matrix products only, {attention} within {context:,} tokens.",
+        f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
-        f"Perplexities: {perplexities}",
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load on the {split} split, mean of "
         "the MoE layers; effective experts: exp(entropy of the load) / number of experts.",
+        *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
+        *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]
+    if any(len(model.runs) > 1 for model in models):
+        lines.append("Mean ± sample standard deviation over the seeds.")
+    if any(record.settings.get("derived") for record in records):
+        lines.append(_DERIVED)
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _differences(summaries: list[Summary]) -> list[str]:
-    runs = [summary.run for summary in summaries]
-    differing = differing_settings(runs)
-    updates = [str(run.log.num_updates) for run in runs]
-    if len(set(updates)) > 1:
-        differing = {"updates done": updates, **differing}
-    if not differing:
-        return ["All runs share data order (seed), updates, batch, learning rate, dropout and context."]
-    rows = [[name, *values] for name, values in differing.items()]
-    table = markdown_table(["setting", *(run.name for run in runs)], rows)
-    return ["## Settings that differ between the runs", table]
+def _commands(models: Sequence[Model]) -> str:
+    """The command that trained each model's first run."""
+    kept = [f"# {model.name}, {model.runs[0].path.name}\n{command}"
+            for model in models if (command := model.runs[0].command())]  # fmt: skip
+    return "## Commands\n\n```bash\n" + "\n".join(kept) + "\n```" if kept else ""
 
 
-def _figures(drawn: list[tuple[str, Path]]) -> list[str]:
-    return [f"## {title}\n\n![{title}]({path.as_posix()})" for title, path in drawn]
+def _draw(models: Sequence[Model], folder: Path, split: str, columns: Sequence[Column]) -> Iterator[tuple[str, Path]]:
+    """Draw all plots that the records and logs have values for; yields title and file of each."""
+    yield from _draw_curves(models, folder)
+    yield from _draw_metrics(models, folder, split, columns)
+    found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}
+    if found:
+        path = folder / "expert-activation.png"
+        draw_activation(path, {name: record.experts for name, record in found.items()})
+        yield "Expert activation", path
+    for name, record in found.items():
+        yield from draw_parts(folder, f"routing-{name}", name, record)
 
 
-def _paper(identity: DataIdentity) -> str:
-    kind, numbers, training = "English", TABLE_1_ENGLISH, "250,000 updates on RedPajama"
-    if identity.languages:
-        kind, numbers, training = "multilingual", TABLE_1_MULTILINGUAL, "250,000 updates on Wikipedia in 14 languages"
-    others = "Other data, another vocabulary"
-    if identity.has_images:
-        kind, numbers = "masked multimodal", TABLE_1_MULTIMODAL
-        training = "on ImageNet-21k, 160 GB of text and 21 million pairs"
-        others = (
-            "Of which masked positions it is the perplexity the paper does not say; ours beside it is that of all. "
-            "Other data, another vocabulary, another visual tokenizer"
-        )
-    rows = [
-        [f"{experts} experts", *(number(ppl[name]) for name in ("dense", "xmoe", "mhmoe"))]
-        for experts, ppl in numbers.items()
-    ]
-    table = markdown_table([f"paper, {kind}", "dense", "X-MoE", "MH-MoE"], rows)
-    active = ", ".join(f"{name} {percent(share)}" for name, share in FIGURE_5_ACTIVE.items())
-    return (
-        "## What the paper reports, at its own scale\n\n"
-        f"Validation perplexity, {P1}, table 1: 12 layers of 768, {training}. {others}, another scale: these numbers "
-        f"show an order to look for, not values to reach.\n\n{table}"
-        + ("" if identity.has_images else f"\n\nActive experts of 32 (figure 5 there): {active}.")
-    )
+def _draw_curves(models: Sequence[Model], folder: Path) -> Iterator[tuple[str, Path]]:
+    """Draw curves of the training log of each model's first run."""
+    wanted = {
+        "valid_ppl": ("Validation perplexity", "perplexity"),
+        "gate_loss": ("Balance loss in training (1 = uniform)", "balance loss"),
+    }
+    for part, name in PART_NAMES.items():
+        wanted[f"valid_{part}_ppl"] = (f"Validation perplexity, masked {name}", "perplexity")
+    logs = {model.name: log for model in models if (log := model.runs[0].log) is not None}
+    for key, (title, ylabel) in wanted.items():
+        curves = [(name, *log.curve(key)) for name, log in logs.items()]
+        if curves := [curve for curve in curves if curve[1]]:
+            path = folder / f"{key.replace('_', '-')}.png"
+            draw_curves(path, curves, title, ylabel, log_scale=ylabel == "perplexity")
+            yield title, path
 
 
-def _commands(names: list[str], summaries: list[Summary]) -> list[str]:
-    commands = [(name, summary.run.command()) for name, summary in zip(names, summaries)]
-    kept = [f"# {name}\n{command}" for name, command in commands if command]
-    return ["## Commands\n\n```bash\n" + "\n".join(kept) + "\n```"] if kept else []
+def _draw_metrics(
+    models: Sequence[Model], folder: Path, split: str, columns: Sequence[Column]
+) -> Iterator[tuple[str, Path]]:
+    """Draw every metric by language, modality or task, and the seeds of the main metrics."""
+    for what, splits in evaluations(models).items():
+        for name in splits:
+            for metric in part_metrics([record for model in models for record in model.records(what, name)]):
+                values = {model.name: model.part_values(what, name, metric) for model in models}
+                path = folder / _file_name(f"{what} {metric} {name}")
+                title = f"{what.capitalize()} by part: {SHORT.get(metric, metric)}, {name} split"
+                draw_bars(path, values, title, metric)
+                yield title, path
+    for column in columns:
+        values = {model.name: seeds for model in models if (seeds := column.values(model))}
+        if column.split == split and any(len(seeds) > 1 for seeds in values.values()):
+            path = folder / _file_name(f"seeds {column.title}")
+            title = f"{column.title.capitalize()}: mean, standard deviation, seeds"
+            draw_seeds(path, values, title, column.metric)
+            yield title, path
+
+
+def _file_name(words: str) -> str:
+    return words.replace(" ", "-").replace("/", "-per-") + ".png"

@@ -1,196 +1,220 @@
-"""A trained run on disk: a folder with checkpoints, fairseq's log file and the outputs of ``fairseq-eval-lm``.
+"""Trained runs on disk, several seeds of a model together; only their text files are read, never a checkpoint.
 
-Names: ``train.log`` (``fairseq-train --log-format json --log-file``), ``eval-valid.json`` and ``eval-test.json``
-(``mhmoe evaluate --json``) or, without them, ``.log`` (what ``fairseq-eval-lm`` printed), ``checkpoint_best.pt`` or
-``checkpoint_last.pt``, and ``manifest.json``, a copy of the data's at the time of training (without it the data folder
-that the checkpoint names is looked at).
+A run's folder holds ``train.log`` (``fairseq-train --log-format json --log-file``), ``record-SPLIT.json`` (``mhmoe
+evaluate``, ``mhmoe zero-shot``), where experts were analysed ``routing-SPLIT.json`` (``mhmoe analyze``), and the
+command that trained it: ``command.sh``.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
-from argparse import Namespace
-from dataclasses import dataclass, field
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ...checkpoints.files import read_checkpoint
 from ...common.errors import UserError
-from ...common.files import read_json
-from ...data.identity import DataIdentity, identify_data, identify_manifest
-from ...evaluation.modality_scores import ModalityScores, read_modality_scores
-from ...evaluation.split_scores import Score, SplitScores, read_scores
-from ...models.options import BEiT3Options, LanguageModelOptions, MoEOptions
-from .run_logs import Evaluation, TrainingLog, read_evaluation, read_training_log
+from ...data.identity import identify_data
+from ...evaluation.records import Metric, Record, read_record
+from .run_logs import TrainingLog, read_training_log
 
-SPLITS = ("valid", "test")
-_CHECKPOINTS = ("checkpoint_best.pt", "checkpoint_last.pt")
-_EVALUATED_CHECKPOINT = re.compile(r"loading model\(s\) from (.+)")
+_SEED = re.compile(r"seed-(\d+)")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One trained model.
+    """One training, or what was measured of one checkpoint.
 
     Attributes:
-        path: its folder.
-        log: the training's records.
-        checkpoint: the evaluated one, else the best, else the last.
-        settings: the stored configuration by section, plain values.
-        data: what it was trained on.
-        evaluations: by split, those that exist.
-        languages: by split and language, from ``mhmoe evaluate``.
-        modalities: by split, from ``mhmoe evaluate``; empty of a language model.
+        path: the folder.
+        log: None if there is no ``train.log``.
+        records: what was evaluated.
+        routing: what ``mhmoe analyze`` measured.
     """
 
     path: Path
-    log: TrainingLog
-    checkpoint: Path
-    settings: dict[str, dict[str, Any]]
-    data: DataIdentity
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    languages: dict[str, dict[str, Score]] = field(default_factory=dict)
-    modalities: dict[str, ModalityScores] = field(default_factory=dict)
+    log: TrainingLog | None
+    records: list[Record]
+    routing: list[Record]
 
     @property
-    def name(self) -> str:
-        """The folder's name."""
+    def seed(self) -> str:
+        """``seed-N``, or the folder's own name; runs of two models with the same one are compared."""
         return self.path.name
 
-    @property
-    def options(self) -> MoEOptions:
-        """The model's options, as its building function takes them; newer flags at their default."""
-        kind = BEiT3Options if "encoder_layers" in self.settings["model"] else LanguageModelOptions
-        return kind.from_namespace(Namespace(**self.settings["model"]))
+    def metric(self, what: str, split: str, name: str) -> Metric | None:
+        """One metric of a whole split; None if it was not measured."""
+        for record in self.records:
+            if (record.what, record.split) == (what, split):
+                return record.metrics.get(name)
+        return None
 
-    def num_visual_tokens(self) -> int:
-        """Scores for masked patches; 0 of a model without them."""
-        head = read_checkpoint(self.checkpoint)["model"].get("image_head.weight")
-        return 0 if head is None else len(head)
+    def expert_record(self, split: str) -> Record | None:
+        """The record with expert loads that says most: of this split, with loads by part, of ``mhmoe analyze``."""
+        found = [record for record in (*self.routing, *self.records) if record.experts is not None]
+        found.sort(key=lambda record: (record.split != split, not record.experts.parts))
+        return found[0] if found else None
 
     def command(self) -> str | None:
-        """The command line that trained it, if it was kept: in command.txt, or as a list of words in command.json."""
-        text, words = self.path / "command.txt", self.path / "command.json"
-        if text.is_file():
-            return text.read_text(encoding="utf-8").partition("\n")[0].strip()
-        return shlex.join(read_json(words)) if words.is_file() else None
+        """The command line that trained the run; None if it was not kept."""
+        file = self.path / "command.sh"
+        if not file.is_file():
+            return None
+        lines = file.read_text(encoding="utf-8").splitlines()
+        return "\n".join(line for line in lines if line.strip() and not line.startswith("#"))
 
 
-def read_run(path: Path) -> Run:
-    """Read a run's folder.
+@dataclass(frozen=True)
+class Model:
+    """The runs of one model: its seeds, or its fine-tunings on several tasks."""
+
+    name: str
+    runs: list[Run]
+
+    def records(self, what: str, split: str) -> list[Record]:
+        """The records of one kind of evaluation, one for each seed that has it."""
+        return [record for run in self.runs for record in run.records if (record.what, record.split) == (what, split)]
+
+    def values(self, what: str, split: str, metric: str) -> list[float]:
+        """One metric of every seed that has it."""
+        found = (run.metric(what, split, metric) for run in self.runs)
+        return [measured.value for measured in found if measured is not None]
+
+    def part_values(self, what: str, split: str, metric: str) -> dict[str, list[float]]:
+        """Language, modality or task -> one metric of every seed that has it."""
+        found: dict[str, list[float]] = {}
+        for record in self.records(what, split):
+            for part, value in record.values(metric).items():
+                found.setdefault(part, []).append(value)
+        return found
+
+    def changes(self, reference: Model, what: str, split: str, metric: str) -> list[float]:
+        """Relative changes of a metric against the reference's runs with the same seeds."""
+        theirs = {run.seed: run.metric(what, split, metric) for run in reference.runs}
+        pairs = [(run.metric(what, split, metric), theirs.get(run.seed)) for run in self.runs]
+        return [ours.value / other.value - 1 for ours, other in pairs if ours is not None and other is not None]
+
+
+def read_model(name: str, folders: Iterable[Path]) -> Model:
+    """Read a model's runs.
 
     Raises:
-        UserError: naming what is missing or cannot be read.
+        UserError: naming what is missing or cannot be read, or two runs that measured the same without being seeds.
     """
+    model = Model(name, [_read_run(folder) for folder in folders])
+    measured: dict[tuple[str, str, str], Run] = {}
+    for run in model.runs:
+        for record in run.records:
+            other = measured.setdefault((run.seed, record.what, record.split), run)
+            if other is not run:
+                raise UserError(
+                    f"runs need different folder names: {other.path} and {run.path} are both {name} (several seeds: "
+                    f"{name}/seed-N)"
+                )
+    return model
+
+
+def _read_run(path: Path) -> Run:
     if not path.is_dir():
         raise UserError(f"run {path} does not exist")
-    log = read_training_log(path / "train.log")
-    scores = {split: _read_scores(file) for split in SPLITS if (file := path / f"eval-{split}.json").is_file()}
-    checkpoint = _find_checkpoint(path, [provenance["checkpoint"] for _, provenance in scores.values()])
-    settings = read_settings(checkpoint)
-    run = Run(path, log, checkpoint, settings, _data_of(path, settings))
-    for split in SPLITS:
-        if split in scores:
-            _keep(run, split, *scores[split])
-        elif (path / f"eval-{split}.log").exists():
-            run.evaluations[split] = read_evaluation(path / f"eval-{split}.log")
-    return run
+    log = path / "train.log"
+    records, routing = (
+        [read_record(file) for file in sorted(path.glob(f"{kind}-*.json"))] for kind in ("record", "routing")
+    )
+    if not records and not log.is_file():
+        raise UserError(f"run {path} has neither train.log nor record-SPLIT.json, which mhmoe evaluate writes")
+    return Run(path, read_training_log(log) if log.is_file() else None, records, routing)
 
 
-def _read_scores(file: Path) -> tuple[SplitScores | ModalityScores, dict[str, Any]]:
-    read = read_modality_scores if "modalities" in read_json(file) else read_scores
-    return read(file)
+def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict[str, list[Path]]:
+    """Model -> its run folders, in the order given.
 
+    Each path is a run, or a folder that holds some: MODEL/seed-N, TASK/MODEL, TASK/MODEL/seed-N, MODEL.
 
-def _keep(run: Run, split: str, found: SplitScores | ModalityScores, provenance: dict[str, Any]) -> None:
-    """Give a run what ``mhmoe evaluate`` wrote of a split.
+    Args:
+        names: only these models, in this order.
 
     Raises:
-        UserError: if that was of other data.
+        UserError: naming a path or a model that has no run.
     """
-    if provenance["data_digest"] != run.data.digest:
-        raise UserError(f"{run.path / f'eval-{split}.json'} was evaluated on other data than {run.path} was trained on")
-    total = found.total
-    if isinstance(found, SplitScores):
-        run.evaluations[split] = Evaluation(total.loss, total.perplexity, total.tokens)
-        run.languages[split] = found.languages
-    else:
-        run.evaluations[split] = Evaluation(total.loss, total.perplexity, total.targets)
-        run.modalities[split] = found
+    found: dict[str, dict[Path, None]] = {}
+    for path in paths:
+        runs = [path] if _is_run(path) else sorted(filter(_is_run, _folders_below(path)), key=_natural)
+        if not runs:
+            raise UserError(f"{path} has no run: a folder with train.log, or record-SPLIT.json of mhmoe evaluate")
+        for run in runs:
+            whole = run.resolve()
+            model = whole.parent if _SEED.fullmatch(whole.name) else whole
+            found.setdefault(model.name, {})[run] = None
+    for name in names or ():
+        if name not in found:
+            raise UserError(f"--names: no run of {name} (there are {', '.join(found)})")
+    return {name: list(found[name]) for name in names or found}
 
 
-def read_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The configuration stored in a checkpoint; its tensors are not read.
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and ((folder / "train.log").is_file() or any(folder.glob("record-*.json")))
+
+
+def _folders_below(path: Path) -> Iterator[Path]:
+    for depth in ("*", "*/*", "*/*/*"):
+        yield from path.glob(depth)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Sorts seed-2 before seed-10."""
+    return [(int(number or 0), word) for word, number in re.findall(r"(\D+)(\d*)", path.as_posix())]
+
+
+def require_one_data(models: Sequence[Model], folder: Path | None = None) -> None:
+    """Check that records of one kind are of the same data, and predict the same visual tokenizer's ids.
+
+    Args:
+        folder: also, that all are of the data in this folder.
 
     Raises:
-        UserError: if the file is missing, is no checkpoint, or holds none of our models.
+        UserError: naming the first two runs that do not compare.
     """
-    stored = read_checkpoint(checkpoint)
-    try:
-        settings = stored["cfg"]
-        model, _ = settings["model"], settings["task"]["data"]
-        model["encoder_layers" if "encoder_layers" in model else "decoder_layers"]
-        return settings
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of a mhmoe model") from error
-
-
-def require_data(runs: list[Run], data: DataIdentity, folder: Path) -> None:
-    """All runs were trained on ``data``.
-
-    Raises:
-        UserError: naming the first run that was not.
-    """
-    for run in runs:
-        if run.data.digest != data.digest:
+    first: dict[str, tuple[Run, Record]] = {}
+    expected = None if folder is None else identify_data(folder)
+    for run, record in _all_records(models):
+        if expected is not None and record.data.get("digest") != expected.digest:
             raise UserError(
-                f"{run.path} was trained on other data ({run.data.source}, hash {run.data.digest[:12]}) than --data "
-                f"{folder} ({data.source}, hash {data.digest[:12]}): perplexities of different data do not compare"
+                f"{run.path} was evaluated on other data ({_source(record)}) than --data {folder} ({expected.source}, "
+                f"hash {expected.digest[:12]}): their metrics do not compare"
             )
+        other_run, other = first.setdefault(record.what, (run, record))
+        for field, reason in (("digest", "other data"), ("visual_tokenizer", "another visual tokenizer")):
+            if record.data.get(field) != other.data.get(field):
+                raise UserError(
+                    f"{run.path} was evaluated on {reason} ({_source(record)}) than {other_run.path} "
+                    f"({_source(other)}): their metrics do not compare"
+                )
 
 
-def require_one_tokenizer(runs: list[Run]) -> None:
-    """All runs predict the same visual tokenizer's ids.
-
-    Raises:
-        UserError: naming the first run that does not.
-    """
-    digests = {run.path: read_checkpoint(run.checkpoint).get("task_state", {}).get("visual_tokenizer") for run in runs}
-    for path, digest in digests.items():
-        if digest != digests[runs[0].path]:
-            raise UserError(
-                f"{path} was trained with another visual tokenizer than {runs[0].path}: perplexities of their ids do "
-                "not compare"
-            )
+def _all_records(models: Sequence[Model]) -> Iterator[tuple[Run, Record]]:
+    for model in models:
+        for run in model.runs:
+            for record in run.records:
+                yield run, record
 
 
-def _find_checkpoint(path: Path, evaluated: list[str]) -> Path:
-    names = [*evaluated, *_evaluated_names(path), *_CHECKPOINTS]
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"run {path} has no checkpoint ({' or '.join(_CHECKPOINTS)})")
+def _source(record: Record) -> str:
+    return f"{record.data.get('source')}, hash {str(record.data.get('digest'))[:12]}"
 
 
-def _evaluated_names(path: Path) -> list[str]:
-    """File names of the checkpoints that the evaluation logs tell of."""
-    found = []
-    for log in (path / f"eval-{split}.log" for split in SPLITS):
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        match = _EVALUATED_CHECKPOINT.search(text)
-        if match is not None:
-            found.append(Path(match[1].strip()).name)
-    return found
+def evaluations(models: Sequence[Model]) -> Mapping[str, list[str]]:
+    """Kind of evaluation -> its splits, validation before test."""
+    found: dict[str, dict[str, None]] = {}
+    for _, record in _all_records(models):
+        found.setdefault(record.what, {})[record.split] = None
+    order = ("train", "valid", "test")
+    return {
+        what: sorted(splits, key=lambda split: order.index(split) if split in order else len(order))
+        for what, splits in found.items()
+    }
 
 
-def _data_of(path: Path, settings: dict[str, dict[str, Any]]) -> DataIdentity:
-    if (path / "manifest.json").is_file():
-        return identify_manifest(path / "manifest.json")
-    folder = Path(str(settings["task"]["data"]).split(":")[0])
-    if not folder.is_dir():
-        raise UserError(
-            f"cannot tell what {path} was trained on: its data folder {folder} is gone, and the run has no copy of its "
-            "manifest.json"
-        )
-    return identify_data(folder)
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); of a single value the deviation is None."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.analysis.reports.run_logs import read_evaluation, read_training_log
+from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
 
 
 def inner(updates: int, wps: float = 100, **more: object) -> str:
@@ -38,6 +38,11 @@ def test_a_record_written_twice_counts_once_and_the_last_wins(tmp_path: Path) ->
     assert [record["wps"] for record in log.inner] == [5, 3]
 
 
+def test_a_record_may_stand_behind_the_heading_of_a_log_line(tmp_path: Path) -> None:
+    heading = "2026-11-22 01:00:00 | INFO | train_inner | "
+    assert read_training_log(write(tmp_path, heading + inner(10), "[]")).num_updates == 10
+
+
 def test_a_line_cut_off_by_a_kill_is_ignored(tmp_path: Path) -> None:
     assert read_training_log(write(tmp_path, inner(10), inner(20)[:25])).num_updates == 10
 
@@ -64,27 +69,3 @@ def test_a_log_without_records_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_missing_log_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="train.log is missing"):
         read_training_log(tmp_path / "train.log")
-
-
-def test_evaluation_in_both_log_formats(tmp_path: Path) -> None:
-    path = tmp_path / "eval.log"
-    for prefix in ("INFO:fairseq_cli.eval_lm:", "2026-11-22 01:00:00 | INFO | fairseq_cli.eval_lm | "):
-        path.write_text(
-            f"{prefix}Evaluated 52,023 tokens in 9.0s (5810.47 tokens/s)\n"
-            f"{prefix}Loss (base 2): 10.4437, Perplexity: 1392.68\n"
-        )
-        evaluation = read_evaluation(path)
-        assert (evaluation.tokens, evaluation.loss, evaluation.perplexity) == (52023, 10.4437, 1392.68)
-
-
-def test_an_evaluation_that_failed_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "eval-test.log"
-    path.write_text("Traceback (most recent call last):\n")
-    with pytest.raises(ValueError, match="eval-test.log has no result of fairseq-eval-lm"):
-        read_evaluation(path)
-
-
-def test_an_evaluation_of_nothing_is_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, "Evaluated 0 tokens in 0.0s (0.00 tokens/s)", "Loss (base 2): 0.0000, Perplexity: 1.00")
-    with pytest.raises(ValueError, match="train.log: fairseq-eval-lm evaluated 0 tokens"):
-        read_evaluation(path)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3
 
-from mhmoe_fairseq.analysis.routing.expert_choices import distinct_experts, expert_layers, num_experts, recorded_choices
-from mhmoe_fairseq.analysis.routing.modality_routing import GROUPS, GroupCounts, ModalityRouting, group_positions
+from mhmoe_fairseq.analysis.routing.listening import distinct_experts, expert_layers, listening, num_experts
+from mhmoe_fairseq.analysis.routing.measure import GROUPS, PositionCounts, group_positions
+from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads, Metric, Record
 
 LENGTHS = [5, 2, 7]
 
@@ -27,7 +28,8 @@ def batch_of(kind, seed=0):
 @torch.no_grad()
 def test_choices_add_up_to_the_layers_loads(kind, experts):
     model = model_of(experts)
-    with recorded_choices(model) as calls:
+    calls = []
+    with listening(model, calls.append):
         _, extra = model(**batch_of(kind))
     (call,) = calls
     text = 0 if kind == "image" else max(LENGTHS)
@@ -50,7 +52,8 @@ def test_a_positions_choices_are_those_of_its_own_features():
     """What a batch's row chose is what the row chooses alone."""
     model = model_of()
     batch = batch_of("pair")
-    with recorded_choices(model) as calls:
+    calls = []
+    with listening(model, calls.append):
         model(**batch)
         for row, length in enumerate(LENGTHS):
             model(text_tokens=batch["text_tokens"][row : row + 1, :length], images=batch["images"][row : row + 1])
@@ -61,9 +64,10 @@ def test_a_positions_choices_are_those_of_its_own_features():
 
 
 @torch.no_grad()
-def test_nothing_is_recorded_outside():
+def test_nothing_is_heard_outside():
     model = model_of()
-    with recorded_choices(model) as calls:
+    calls = []
+    with listening(model, calls.append):
         pass
     model(**batch_of("text"))
     assert calls == []
@@ -77,48 +81,56 @@ def test_distinct_experts():
             assert int(counts[row, place]) == len(set(choices[row, place].flatten().tolist()))
 
 
+@pytest.mark.parametrize("experts", ["shared", "separate"])
 @torch.no_grad()
-def test_groups_against_counting_one_by_one():
-    model = model_of()
-    with recorded_choices(model) as calls:
+def test_groups_against_counting_one_by_one(experts):
+    model = model_of(experts)
+    calls, counts = [], PositionCounts(model)
+    with listening(model, lambda call: (calls.append(call), counts.add(call))):
         for kind in KINDS:
             model(**batch_of(kind))
-    counts = GroupCounts([0, 2], num_experts(model))
-    for call in calls:
-        counts.add(call)
-    routing = counts.routing(("a", "b", "valid"), 4)
-    assert routing.groups == list(GROUPS)
-    assert routing.positions == [3 * IMAGE_POSITIONS, sum(LENGTHS), 3 * IMAGE_POSITIONS, sum(LENGTHS)]
+    whole = ExpertLoads([LayerLoads(layer, [1.0] * 6) for layer in (0, 1, 2)])
+    routing = counts.added_to(Record("masked", "valid", {"loss": Metric(1.0, "bits/position")}, experts=whole))
+    assert list(routing.parts) == routing.experts.parts == list(GROUPS) and routing.experts.of(None) == whole
     image, text, pair = calls
     split = IMAGE_POSITIONS
     rows = {
-        "image": [(image, row, place) for row in range(3) for place in range(split)],
-        "text": [(text, row, place) for row in range(3) for place in range(LENGTHS[row])],
-        "image of pairs": [(pair, row, place) for row in range(3) for place in range(split)],
-        "text of pairs": [(pair, row, split + place) for row in range(3) for place in range(LENGTHS[row])],
+        "image": [(image, row, at) for row in range(3) for at in range(split)],
+        "text": [(text, row, at) for row in range(3) for at in range(LENGTHS[row])],
+        "image of pairs": [(pair, row, at) for row in range(3) for at in range(split)],
+        "text of pairs": [(pair, row, split + at) for row in range(3) for at in range(LENGTHS[row])],
     }
-    for group, name in enumerate(routing.groups):
-        for place, layer in enumerate([0, 2]):
-            load, distinct = [0] * 6, 0
-            for call, row, position in rows[name]:
+    for group in GROUPS:
+        assert routing.parts[group]["experts per position"].count == len(rows[group])
+        for layer, found in enumerate(routing.experts.of(group).layers):
+            assert found.pool == (None if experts == "shared" else group.split()[0])
+            load, distinct = [0] * 12, 0
+            for call, row, position in rows[group]:
                 chosen = call.choices[layer][row, position].flatten().tolist()
                 distinct += len(set(chosen))
                 for expert in chosen:
                     load[expert] += 1
-            assert routing.load[group][place] == load
-            assert routing.distinct[group][place] == pytest.approx(distinct / len(rows[name]))
+            first = 6 if experts == "separate" and found.pool == "text" else 0
+            assert found.loads == load[first : first + 6] and sum(load) == sum(found.loads)
+            means = routing.settings["experts_per_position"][group]
+            assert means[layer] == pytest.approx(distinct / len(rows[group]))
+    assert routing.settings["most_experts"] == 4
 
 
-def test_overlap_by_hand():
-    load = [[[8.0, 0.0]], [[2.0, 6.0]]]
-    routing = ModalityRouting("a", "b", "valid", [1], ["image", "text"], [4, 4], load, [[1.0], [1.5]], 2)
-    assert routing.overlap_LGG().tolist() == [[[1.0, 0.25], [0.25, 1.0]]]
+@torch.no_grad()
+def test_a_layer_that_does_not_tell_its_choices_is_refused_by_name():
+    model = model_of()
+    model.beit3.encoder.layers[1].moe_layer = torch.nn.Identity()
+    with pytest.raises(ValueError, match=r"layer 2 \(Identity\) does not tell which experts"):
+        with listening(model, print):
+            pass
 
 
 @torch.no_grad()
 def test_padding_belongs_to_no_group():
     model = model_of()
-    with recorded_choices(model) as calls:
+    calls = []
+    with listening(model, calls.append):
         model(**batch_of("pair"))
     masks = dict(group_positions(calls[0]))
     assert torch.equal(masks["image of pairs"] | masks["text of pairs"], calls[0].is_real)

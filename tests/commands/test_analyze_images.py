@@ -1,4 +1,4 @@
-"""``mhmoe analyze`` and ``mhmoe diversity`` on a really pre-trained, tiny model of images and text."""
+"""``mhmoe analyze`` on a really pre-trained, tiny model of images and text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from console import run_console
 from image_text_data import prepare_shapes
 from images_and_words import training_words
 
-from mhmoe_fairseq.analysis.routing.activation import load_for_evaluation
 from mhmoe_fairseq.analysis.routing.diversity import flat_patches, measure_diversity, shown
-from mhmoe_fairseq.commands.diversity import choose_images
+from mhmoe_fairseq.checkpoints.open import open_model
+from mhmoe_fairseq.commands.analyze import choose_images
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform
+from mhmoe_fairseq.evaluation.records import read_record
 
 
 @pytest.fixture(scope="module")
@@ -41,38 +42,30 @@ def test_analyze_counts_every_position_of_the_split(batch_size, run, data, tmp_p
     flags = ("--data", data, "--out", tmp_path)
     assert command("analyze", run / "checkpoint_last.pt", *flags, "--batch-size", batch_size) == 0
     output = capsys.readouterr().out
-    activation, modalities = (json.loads((tmp_path / f"{name}-valid.json").read_text())
-                              for name in ("activation", "modalities"))  # fmt: skip
-    assert modalities["groups"] == ["image", "text", "image of pairs", "text of pairs"]
+    record = read_record(tmp_path / "routing-valid.json")
+    assert list(record.parts) == record.experts.parts == ["image", "text", "image of pairs", "text of pairs"]
     heads, top_k = 2, 2
-    for group, positions in enumerate(modalities["positions"]):
-        assert [sum(load) for load in modalities["load"][group]] == [positions * heads * top_k] * 2
-    patches = 17 * sum(1 for _ in open(data / "image.valid.jsonl"))
-    assert modalities["positions"][0] == patches
-    by_group = torch.tensor(modalities["load"]).sum(0)
-    assert torch.equal(by_group, torch.tensor(activation["load"]))
-    assert activation["tokens"] == sum(modalities["positions"])
-    assert all(1 <= mean <= 4 for means in modalities["distinct"] for mean in means)
-    for file in ("activation-valid.png", "modalities-valid-load.png"):
+    for part, metrics in record.parts.items():
+        spread = metrics["experts per position"]
+        assert [sum(row.loads) for row in record.experts.of(part).layers] == [spread.count * heads * top_k] * 2
+        assert all(1 <= mean <= 4 for mean in record.settings["experts_per_position"][part])
+        assert f"| {part} " in output
+    assert record.parts["image"]["experts per position"].count == 17 * sum(1 for _ in open(data / "image.valid.jsonl"))
+    by_part = torch.tensor([[row.loads for row in record.experts.of(part).layers] for part in record.parts])
+    assert by_part.sum(0).tolist() == [row.loads for row in record.experts.of(None).layers]
+    for file in ("routing-valid.png", "routing-valid-load.png"):
         assert (tmp_path / file).read_bytes().startswith(b"\x89PNG")
-    assert f"{activation['tokens']} positions" in output and "| text of pairs " in output
+    assert "4 at most" in output and "in common" in output
 
 
-def test_analyze_agrees_with_mhmoe_evaluate_and_keeps_what_it_measured(run, data, tmp_path, capsys):
-    checkpoint = run / "checkpoint_last.pt"
-    assert command("evaluate", checkpoint, "--data", data, "--split", "test", "--json", tmp_path / "eval.json") == 0
-    flags = ("--data", data, "--split", "test", "--out", tmp_path, "--no-plots")
-    capsys.readouterr()
-    assert command("analyze", checkpoint, *flags) == 0
-    first = capsys.readouterr().out
+def test_analyze_agrees_with_mhmoe_evaluate(run, data, tmp_path):
+    checkpoint, flags = run / "checkpoint_last.pt", ("--data", data, "--split", "test")
+    assert command("evaluate", checkpoint, *flags, "--json", tmp_path / "eval.json") == 0
+    assert command("analyze", checkpoint, *flags, "--out", tmp_path, "--no-plots") == 0
     scores = json.loads((tmp_path / "eval.json").read_text())
-    activation = json.loads((tmp_path / "activation-test.json").read_text())
-    assert activation["load"] == scores["experts"]["load"]
-    assert activation["loss"] == pytest.approx(scores["total"]["loss"], abs=1e-3)
-    assert command("analyze", checkpoint, *flags) == 0
-    again = capsys.readouterr().out
-    assert "measuring" in first and "measuring" not in again
-    assert again.splitlines()[1:] == first.splitlines()[2:]
+    record = read_record(tmp_path / "routing-test.json")
+    assert [row.loads for row in record.experts.of(None).layers] == scores["experts"]["load"]
+    assert record.metrics["loss"].value == pytest.approx(scores["total"]["loss"], abs=1e-6)
 
 
 @torch.no_grad()
@@ -81,7 +74,8 @@ def test_diversity_counts_the_experts_of_every_patch(run, data):
     images = choose_images(data, "valid", 3)
     assert len(images) == 3
     measured = measure_diversity(run / "checkpoint_last.pt", data, images)
-    model, task = load_for_evaluation(run / "checkpoint_last.pt", data)
+    opened = open_model(run / "checkpoint_last.pt", data)
+    model, task = opened.model, opened.task
     transform = EvaluationTransform(task.args.img_size)
     inputs = {}
     for layer, module in enumerate(model.beit3.encoder.layers):
@@ -97,10 +91,10 @@ def test_diversity_counts_the_experts_of_every_patch(run, data):
     assert (measured.updates, measured.most) == (4, 4)
 
 
-def test_the_diversity_command_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
+def test_diversity_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
     files = [run / "checkpoint_last.pt", *sorted(run.glob("checkpoint_*_[24].pt"), reverse=True)]
     assert len(files) == 3
-    assert command("diversity", *files, "--data", data, "--images", 4, "--out", tmp_path) == 0
+    assert command("analyze", "--diversity", *files, "--data", data, "--images", 4, "--out", tmp_path) == 0
     record = json.loads((tmp_path / "diversity.json").read_text())
     assert [entry["updates"] for entry in record["checkpoints"]] == [2, 4]
     assert len(record["images"]) == 4 and all(name.startswith("images/") for name in record["images"])
@@ -118,7 +112,7 @@ def test_the_diversity_command_orders_checkpoints_and_draws(run, data, tmp_path,
 def test_single_images_and_no_plots(run, data, tmp_path):
     image = next((data / "images").glob("*.png"))
     flags = ("--data", data, "--image", image, "--out", tmp_path, "--no-plots")
-    assert command("diversity", run / "checkpoint_last.pt", *flags) == 0
+    assert command("analyze", "--diversity", run / "checkpoint_last.pt", *flags) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["diversity.json"]
 
 
@@ -146,6 +140,6 @@ def test_images_are_spread_over_the_split(data):
     ],
 )
 def test_bad_input_is_one_line(run, data, capsys, flags, message):
-    assert command("diversity", run / "checkpoint_last.pt", "--data", data, "--no-plots", *flags) == 2
+    assert command("analyze", "--diversity", run / "checkpoint_last.pt", "--data", data, "--no-plots", *flags) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and message in error[0]

@@ -1,0 +1,333 @@
+"""The tables of a report, made of records alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...common.errors import UserError
+from ...common.tables import MISSING, markdown_table, millions, number, percent
+from ...evaluation.records import ExpertLoads, Record
+from ..routing.loads import PartLoads
+from .paper import PaperTable
+from .routing import explanation, mean
+from .runs import Model, Run, evaluations, mean_and_deviation
+
+# Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
+# is shown of every split, the others of the report's own.
+HEADLINES = {
+    "perplexity": (("ppl", "perplexity"), ("bits/byte", "bits/byte")),
+    "masked": (("ppl", "perplexity"),),
+    "classification": (("accuracy", "accuracy"),),
+    "questions": (("questions", "accuracy"),),
+    "statements": (("statements", "accuracy"),),
+    "captions": (("CIDEr", "CIDEr"), ("BLEU-4", "BLEU-4"), ("METEOR", "METEOR"), ("SPICE", "SPICE")),
+    "image classification": (("classes", "top-1"),),
+    "retrieval": (("recall", "mean recall"),),
+    "zero-shot": (("accuracy", "accuracy"),),
+}
+DIGITS = {"bits/character": 4, "bits/byte": 4}
+SHORT = {"perplexity": "ppl", "bits/character": "bits/char", "accuracy": "right"}
+LOWER_IS_BETTER = ("perplexity", "loss", "bits/character", "bits/byte")
+PART_NAMES = {
+    "image": "patches of images", "text": "words of texts", "pair_image": "patches of pairs",
+    "pair_text": "words of pairs",
+}  # fmt: skip
+_COUNTED = {"perplexity": "tokens", "masked": "positions"}
+# Settings that a fair comparison keeps equal, by section of the stored configuration.
+COMPARED_SETTINGS = {
+    "optimization": ("max_update", "update_freq", "lr", "clip_norm"),
+    "dataset": ("batch_size", "max_tokens"),
+    "task": (
+        "tokens_per_sample", "sample_break_mode", "langs", "multilang_sampling_alpha", "mhmoe_language_token",
+        "modalities", "img_size", "patch_size", "max_text_length", "image_mask_prob", "text_mask_prob",
+        "pair_text_mask_prob",
+    ),
+    "common": ("seed",),
+    "model": ("dropout", "mhmoe_precision"),
+    "criterion": ("moe_gate_loss_wt", "masked_loss_average"),
+    "lr_scheduler": ("warmup_updates",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of one kind of evaluation on one split."""
+
+    title: str
+    what: str
+    split: str
+    metric: str
+
+    def values(self, model: Model) -> list[float]:
+        """The metric of every seed that has it."""
+        return model.values(self.what, self.split, self.metric)
+
+    def cell(self, model: Model) -> str:
+        """Mean and deviation over the seeds."""
+        return spread(self.values(model), DIGITS.get(self.metric, 2))
+
+
+def columns_of(models: Sequence[Model], split: str) -> list[Column]:
+    """The metrics that any model has, in the order of ``HEADLINES``."""
+    measured = evaluations(models)
+    columns = [
+        Column(f"{name} {title}", what, name, metric)
+        for what, headlines in HEADLINES.items()
+        for name in measured.get(what, ())
+        for title, metric in headlines
+        if metric == headlines[0][1] or name == split
+    ]
+    return [column for column in columns if any(column.values(model) for model in models)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """``12.34 ± 0.05``; the deviation only with two seeds or more."""
+    if not values:
+        return MISSING
+    middle, deviation = mean_and_deviation(values)
+    return f"{middle:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def same(values: Iterable[str]) -> str:
+    """The value that all share, or all different ones."""
+    return " / ".join(dict.fromkeys(values)) or MISSING
+
+
+def counts_of(model: Model) -> dict[str, Any]:
+    """Parameters and FLOPs as the model's first record has them."""
+    return next((record.model["counts"] for run in model.runs for record in run.records if record.model), {})
+
+
+def overview(models: Sequence[Model], columns: Sequence[Column], split: str, reference: str | None) -> str:
+    """A row for every model: sizes, costs, its metrics, its use of experts; then one for every way of guessing.
+
+    Raises:
+        UserError: if the reference is not among the models.
+    """
+    against = next((model for model in models if model.name == reference), None)
+    if reference is not None and against is None:
+        raise UserError(f"--reference ({reference}) must be one of {', '.join(model.name for model in models)}")
+    cells: dict[str, Callable[[Model], str]] = {
+        "model": lambda model: model.name,
+        "seeds": lambda model: str(len({run.seed for run in model.runs})),
+        **{title: lambda model, cell=cell: cell(counts_of(model)) for title, cell in _COUNTS.items()},
+        "tokens/s": lambda model: spread(_logged(model, lambda log: log.tokens_per_second()), 0),
+        "updates": lambda model: same(f"{updates:,}" for updates in _logged(model, lambda log: log.num_updates)),
+        **{column.title: column.cell for column in columns},
+        "active experts": lambda model: _mean_share(model, split, ExpertLoads.active),
+        "effective experts": lambda model: _mean_share(model, split, ExpertLoads.effective),
+    }
+    main = next((column for column in columns if column.split == split), None)
+    if against is not None and main is not None:
+        cells[f"{main.title} against {reference}"] = lambda model: _change(model, against, main)
+    rows = [[cell(model) for cell in cells.values()] for model in models]
+    rows += [_guess_row(name, values, columns, list(cells)) for name, values in guesses(models, columns).items()]
+    kept = [index for index, title in enumerate(cells) if _tells(title, [row[index] for row in rows[: len(models)]])]
+    titles = list(cells)
+    return markdown_table([titles[index] for index in kept], [[row[index] for index in kept] for row in rows])
+
+
+_COUNTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "heads": lambda counts: str(counts.get("heads") or MISSING),
+    "experts x width": lambda counts: (
+        f"{counts['experts']} x {counts['expert_width']:,}" if counts.get("experts") else MISSING
+    ),
+    "parameters": lambda counts: millions(counts.get("parameters")),
+    "active": lambda counts: millions(counts.get("active")),
+    "MFLOPs/token": lambda counts: number(counts["flops_per_token"] / 1e6) if counts else MISSING,
+}
+
+
+def _tells(title: str, cells: Sequence[str]) -> bool:
+    """Whether a column says anything: not of seeds where every model has one, nor of what no model has."""
+    return set(cells) != {"1"} if title == "seeds" else title == "model" or set(cells) != {MISSING}
+
+
+def _logged(model: Model, ask: Callable[[Any], Any]) -> list[Any]:
+    found = (ask(run.log) for run in model.runs if run.log is not None)
+    return [value for value in found if value is not None]
+
+
+def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:
+    """Mean over MoE layers and seeds."""
+    found = [record.experts for run in model.runs if (record := run.expert_record(split)) is not None]
+    return percent(mean([share for experts in found for share in shares(experts.of(None))]))
+
+
+def _change(model: Model, reference: Model, column: Column) -> str:
+    changes = model.changes(reference, column.what, column.split, column.metric)
+    if model is reference or not changes:
+        return MISSING
+    middle, deviation = mean_and_deviation(changes)
+    return f"{100 * middle:+.1f} %" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+
+
+def guesses(models: Sequence[Model], columns: Sequence[Column]) -> dict[str, dict[str, float]]:
+    """Way of guessing -> title of a column -> what it reaches there, as the first model that has it says."""
+    found: dict[str, dict[str, float]] = {}
+    for column in columns:
+        for model in models:
+            for record in model.records(column.what, column.split):
+                metric = record.metrics.get(column.metric)
+                for name, value in (metric.baselines if metric else {}).items():
+                    found.setdefault(name, {}).setdefault(column.title, value)
+    return found
+
+
+def _guess_row(name: str, values: dict[str, float], columns: Sequence[Column], titles: Sequence[str]) -> list[str]:
+    cells = {column.title: number(values.get(column.title), DIGITS.get(column.metric, 2)) for column in columns}
+    return [f"*{name}*", *(cells.get(title, MISSING) for title in titles[1:])]
+
+
+def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
+    """A line for each score that can be guessed: by how much each model is above the best way of guessing."""
+    lines = []
+    by_guess = guesses(models, columns)
+    for column in columns:
+        known = [values[column.title] for values in by_guess.values() if column.title in values]
+        if column.metric in LOWER_IS_BETTER or not known:
+            continue
+        best = max(known)
+        measured = {model.name: column.values(model) for model in models}
+        gains = {name: round(mean_and_deviation(values)[0] - best, 2) for name, values in measured.items() if values}
+        margin = _margin(models, column, best)
+        failed = ", ".join(name for name, gain in gains.items() if gain <= margin)
+        lines.append(
+            f"- {column.title} ({best:.2f}{f', two standard errors {margin:.2f}' if margin else ''}): "
+            + ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items())
+            + (f"; **not clearly above it: {failed}**" if failed else "")
+        )
+    return "\n".join(["Above the best way of guessing without looking, by points:", "", *lines]) if lines else ""
+
+
+def _margin(models: Sequence[Model], column: Column, best: float) -> float:
+    """Two standard errors of a share of right answers, in points; 0 of another metric, or an unknown count."""
+    for model in models:
+        for record in model.records(column.what, column.split):
+            metric = record.metrics.get(column.metric)
+            if metric is not None and metric.unit == "%" and metric.count and 0 <= best <= 100:
+                return 2 * math.sqrt(best * (100 - best) / metric.count)
+    return 0.0
+
+
+def parts_section(models: Sequence[Model], what: str, split: str) -> str:
+    """A table of languages, modalities or tasks by models; empty where no record has parts."""
+    records = [record for model in models for record in model.records(what, split)]
+    parts = list(dict.fromkeys(part for record in records for part in record.parts))
+    if not parts:
+        return ""
+    metrics = part_metrics(records)
+    header = ["", _COUNTED.get(what, "examples")]
+    rows = [[PART_NAMES.get(part, part), _count(records, part)] for part in parts]
+    rows.append(["all", _count(records, None)])
+    for metric in metrics:
+        measured = [(model, model.part_values(what, split, metric)) for model in models]
+        kept = [(model, values) for model, values in measured if values]
+        digits = DIGITS.get(metric, 2)
+        header += [f"{model.name}, {SHORT.get(metric, metric)}" for model, _ in kept]
+        for row, part in zip(rows, [*parts, None]):
+            row += [
+                spread(model.values(what, split, metric) if part is None else values.get(part, []), digits)
+                for model, values in kept
+            ]
+        for name in dict.fromkeys(name for record in records for name in _baselines(record, None, metric)):
+            header.append(f"{name}, {SHORT.get(metric, metric)}")
+            for row, part in zip(rows, [*parts, None]):
+                known = (_baselines(record, part, metric).get(name) for record in records)
+                row.append(number(next((value for value in known if value is not None), None), digits))
+    return f"## {what.capitalize()} by part, {split} split\n\n{markdown_table(header, rows)}"
+
+
+def part_metrics(records: Sequence[Record]) -> list[str]:
+    """The metrics that parts have, but the loss, which perplexity says too."""
+    found = (name for record in records for part in record.parts.values() for name in part)
+    return [name for name in dict.fromkeys(found) if name != "loss"]
+
+
+def _metrics_of(record: Record, part: str | None) -> Mapping[str, Any]:
+    return record.metrics if part is None else record.parts.get(part, {})
+
+
+def _baselines(record: Record, part: str | None, metric: str) -> Mapping[str, float]:
+    found = _metrics_of(record, part).get(metric)
+    return {} if found is None else found.baselines
+
+
+def _count(records: Sequence[Record], part: str | None) -> str:
+    counted = (metric.count for record in records for metric in _metrics_of(record, part).values())
+    return same(f"{count:,}" for count in counted if count is not None)
+
+
+def routing_section(models: Sequence[Model], split: str) -> str:
+    """A row for every model whose first run has expert loads by part: what they share, how well they are told apart."""
+    found = {model.name: model.runs[0].expert_record(split) for model in models}
+    found = {name: record for name, record in found.items() if record is not None and record.experts.parts}
+    if not found:
+        return ""
+    rows = []
+    for name, record in found.items():
+        guessed = record.metrics.get("language guessed right")
+        shared = mean(PartLoads.of(record.experts).mean_overlap())
+        rows.append([name, percent(shared), MISSING if guessed is None else percent(guessed.value / 100)])
+    table = markdown_table(["model", "load in common", "language guessed right"], rows)
+    told = dict.fromkeys(explanation(record) for record in found.values())
+    return "\n\n".join(["## Parts in routing", table, *told])
+
+
+def differing_settings(models: Sequence[Model]) -> str:
+    """A table of the compared settings, and updates done, that are not the same for all models."""
+    differing: dict[str, list[str]] = {}
+    updates = [same(str(updates) for updates in _logged(model, lambda log: log.num_updates)) for model in models]
+    if len(set(updates)) > 1:
+        differing["updates done"] = updates
+    for section, names in COMPARED_SETTINGS.items():
+        for name in names:
+            values = [same(_setting(run, section, name) for run in model.runs if run.records) for model in models]
+            if len(set(values)) > 1:
+                differing["--" + name.replace("_", "-")] = values
+    if not differing:
+        return "All models share data order (seed), updates, batch, learning rate, dropout and context."
+    rows = [[flag, *values] for flag, values in differing.items()]
+    table = markdown_table(["setting", *(model.name for model in models)], rows)
+    return f"## Settings that differ\n\n{table}"
+
+
+def _setting(run: Run, section: str, name: str) -> str:
+    value = (run.records[0].model.get("settings", {}).get(section) or {}).get(name)
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Sequence[Column], split: str) -> str:
+    """The paper's own table, a row for each of its models, with ours below where we have the model."""
+    if paper is None:
+        return ""
+    numbers = {
+        name: values if isinstance(values, Mapping) else {paper.metric: values} for name, values in paper.values.items()
+    }
+    titles = list(dict.fromkeys(title for values in numbers.values() for title in values))
+    by_name = {model.name: model for model in models}
+    rows = []
+    for name, values in numbers.items():
+        rows.append([f"{name}, paper", *(f"{values[title]:,}" if title in values else MISSING for title in titles)])
+        if name in by_name:
+            ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in titles]
+            rows.append([f"{name}, ours", *map(spread, ours)])
+    told = (
+        f"{paper.title}. {paper.note} Ours: {split} split, other data and another scale: the paper's numbers show an "
+        "order to look for, not values to reach."
+    )
+    return f"## What the paper reports, beside ours\n\n{told}\n\n{markdown_table(['', *titles], rows)}"
+
+
+def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], split: str) -> list[float]:
+    """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
+    for column in columns:
+        if column.title == title or (column.metric, column.split) == (title, split):
+            return column.values(model)
+    measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
+    measured.sort(key=lambda names: names[1] != split)
+    found = (model.part_values(what, name, metric).get(title) for what, name in measured)
+    return next((values for values in found if values), [])

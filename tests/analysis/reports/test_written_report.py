@@ -1,0 +1,232 @@
+"""Reports of runs whose records hold metrics chosen by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from written_runs import loads, make_record, text_metrics, write_run
+
+from mhmoe_fairseq.analysis.reports import PaperTable, write_report
+from mhmoe_fairseq.analysis.reports.runs import find_runs
+from mhmoe_fairseq.evaluation.records import Metric
+
+PNG = b"\x89PNG"
+
+
+def report(paths: Path | list[Path], out: Path, **how: object) -> str:
+    return write_report(find_runs(paths if isinstance(paths, list) else [paths]), out, **how)
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The rows of every Markdown table as column -> cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE):
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+        found.append([dict(zip(lines[0], line)) for line in lines[2:]])
+    return found
+
+
+def row_of(text: str, name: str, table: int = 0) -> dict[str, str]:
+    (row,) = [row for row in tables(text)[table] if next(iter(row.values())) == name]
+    return row
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A dense model and one with experts, evaluated on both splits."""
+    experts = loads((1, None, [100.0, 100, 0, 0]), (3, None, [397.0, 1, 1, 1]))
+    for split, value in (("valid", 21.0), ("test", 20.0)):
+        record = make_record(text_metrics(value, bits_per_byte=1.25), split=split)
+        write_run(tmp_path / "runs" / "dense", record, command="fairseq-train DATA \\\n    --arch dense_lm_tiny")
+        record = make_record(text_metrics(value / 2, bits_per_byte=1.0), split=split, model="mhmoe", experts=experts)
+        write_run(tmp_path / "runs" / "mhmoe", record)
+    return tmp_path / "runs"
+
+
+def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    text = report(runs, tmp_path / "out" / "report.md", say=said.append)
+    assert row_of(text, "dense") == {
+        "model": "dense", "heads": "–", "experts x width": "–", "parameters": "2.00M", "active": "2.00M",
+        "MFLOPs/token": "4.10", "tokens/s": "800", "updates": "8", "valid ppl": "21.00", "test ppl": "20.00",
+        "test bits/byte": "1.2500", "active experts": "–", "effective experts": "–",
+    }  # fmt: skip
+    row = row_of(text, "mhmoe")
+    assert (row["heads"], row["experts x width"], row["test ppl"]) == ("2", "4 x 1,024", "10.00")
+    assert row["active experts"] == "75.0 %"  # half of the first layer's, all of the second's
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert set(plots) == {f"report-plots/{name}.png" for name in ("valid-ppl", "gate-loss", "expert-activation")}
+    assert all((tmp_path / "out" / plot).read_bytes().startswith(PNG) for plot in plots)
+    assert "sentences, SHA-256 `000" in text and "commit c0ffee" in text
+    assert "# dense, dense\nfairseq-train DATA \\\n    --arch dense_lm_tiny\n```" in text
+    assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == f"{text}\n"
+    assert "tokens/s" in said[0] and said[1] == f"report: {tmp_path / 'out' / 'report.md'}"
+
+
+def test_what_was_not_measured_is_a_dash(runs: Path, tmp_path: Path) -> None:
+    (runs / "dense" / "record-test.json").unlink()
+    (runs / "mhmoe" / "train.log").unlink()
+    text = report(runs, tmp_path / "report.md", plots=False)
+    assert row_of(text, "dense")["test ppl"] == "–" and row_of(text, "dense")["valid ppl"] == "21.00"
+    assert row_of(text, "mhmoe")["updates"] == "–"
+
+
+def test_settings_that_differ_are_listed(runs: Path, tmp_path: Path) -> None:
+    assert "All models share data order" in report(runs, tmp_path / "report.md", plots=False)
+    record = make_record(text_metrics(20.0))
+    record.model["settings"]["optimization"]["lr"] = [0.5]
+    write_run(runs / "dense", record, updates=10)
+    text = report(runs, tmp_path / "report.md", plots=False)
+    assert row_of(text, "--lr", table=1) == {"setting": "--lr", "dense": "0.5", "mhmoe": "0.002"}
+    assert row_of(text, "updates done", table=1)["dense"] == "10"
+
+
+def seeds(folder: Path, model: str, metrics: dict[int, dict[str, Metric]], **fields: object) -> None:
+    for seed, measured in metrics.items():
+        write_run(folder / model / f"seed-{seed}", make_record(measured, model=model, **fields))
+
+
+def test_seeds_give_mean_sample_deviation_and_changes_against_the_same_seed(tmp_path: Path) -> None:
+    seeds(tmp_path, "dense", {n: text_metrics(value) for n, value in ((1, 20.0), (2, 10.0), (4, 40.0))})
+    seeds(tmp_path, "mhmoe", {n: text_metrics(value) for n, value in ((10, 1.0), (2, 11.0), (1, 16.0))})
+    text = report(tmp_path, tmp_path / "report.md", reference="dense")
+    dense, mhmoe = row_of(text, "dense"), row_of(text, "mhmoe")
+    assert (dense["seeds"], dense["test ppl"]) == ("3", "23.33 ± 15.28")
+    assert mhmoe["test ppl"] == "9.33 ± 7.64"
+    assert (mhmoe["test ppl against dense"], dense["test ppl against dense"]) == ("-5.0 % ± 21.2", "–")
+    assert "Mean ± sample standard deviation" in text and (tmp_path / "report-plots/seeds-test-ppl.png").is_file()
+    with pytest.raises(ValueError, match=r"--reference \(xmoe\) must be one of dense, mhmoe"):
+        report(tmp_path, tmp_path / "report.md", reference="xmoe")
+
+
+def test_parts_have_a_table_and_bars(tmp_path: Path) -> None:
+    for model, factor in (("dense", 1.0), ("mhmoe", 0.5)):
+        measured = {
+            seed: {"perplexity": Metric(8.0 * factor * seed, "perplexity", count=60)} for seed in (1, 2)
+        }  # fmt: skip
+        parts = {
+            name: {
+                "loss": Metric(3.0, "bits/token"),
+                "perplexity": Metric(factor * value, "perplexity", count=30),
+                "bits/character": Metric(factor, "bits/character"),
+            }
+            for name, value in (("de", 4.0), ("zh", 16.0))
+        }
+        seeds(tmp_path, model, measured, parts=parts, experts=_language_loads() if model == "mhmoe" else None)
+    text = report(tmp_path, tmp_path / "report.md")
+    assert row_of(text, "zh", table=1) == {
+        "": "zh", "tokens": "30", "dense, ppl": "16.00 ± 0.00", "mhmoe, ppl": "8.00 ± 0.00",
+        "dense, bits/char": "1.0000 ± 0.0000", "mhmoe, bits/char": "0.5000 ± 0.0000",
+    }  # fmt: skip
+    assert row_of(text, "all", table=1)["dense, ppl"] == "12.00 ± 5.66"
+    assert row_of(text, "mhmoe", table=2) == {
+        "model": "mhmoe", "load in common": "25.0 %", "language guessed right": "–",
+    }  # fmt: skip
+    plots = {path.name for path in (tmp_path / "report-plots").iterdir()}
+    assert plots >= {"perplexity-perplexity-test.png", "perplexity-bits-per-character-test.png",
+                     "routing-mhmoe-load.png"}  # fmt: skip
+
+
+def _language_loads():
+    return loads((1, None, [10.0, 6.0]), (1, "de", [8.0, 0.0]), (1, "zh", [2.0, 6.0]))
+
+
+def test_routing_that_was_analysed_tells_languages_apart(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mhmoe", make_record(text_metrics(20.0), experts=_language_loads()))
+    measured = make_record(
+        {"loss": Metric(4.0, "bits/token", count=60), "language guessed right": Metric(80.0, "%")}, "routing",
+        experts=_language_loads(), settings={"guesses": [[[3, 1], [1, 3]]] * 2, "piece_tokens": 16},
+    )  # fmt: skip
+    (run / "routing-test.json").write_text((run / "record-test.json").read_text())
+    from mhmoe_fairseq.evaluation.records import write_record
+
+    write_record(run / "routing-test.json", measured)
+    text = report(run, tmp_path / "report.md")
+    assert row_of(text, "mhmoe", table=1)["language guessed right"] == "80.0 %"
+    assert "chance is 50.0 %" in text and (tmp_path / "report-plots" / "routing-mhmoe-overlap.png").is_file()
+
+
+def test_masked_positions_stand_beside_a_guess_without_context(tmp_path: Path) -> None:
+    def metrics(perplexity: float, guessed: float) -> dict[str, Metric]:
+        return {
+            "perplexity": Metric(perplexity, "perplexity", count=90, baselines={"without context": guessed}),
+            "accuracy": Metric(30.0, "%", count=90, baselines={"without context": 10.0}),
+        }
+
+    parts = {"image": metrics(50.0, 60.0), "pair_text": metrics(9.0, 8.0)}
+    write_run(tmp_path / "mhmoe", make_record(metrics(30.0, 40.0), "masked", "mhmoe", parts=parts))
+    text = report(tmp_path, tmp_path / "report.md", plots=False)
+    assert row_of(text, "words of pairs", table=1) == {
+        "": "words of pairs", "positions": "90", "mhmoe, ppl": "9.00", "without context, ppl": "8.00",
+        "mhmoe, right": "30.00", "without context, right": "10.00",
+    }  # fmt: skip
+    assert row_of(text, "all", table=1)["without context, ppl"] == "40.00"
+    assert row_of(text, "*without context*")["test ppl"] == "40.00"
+    assert "the same masks for every model" in text and "Above the best way" not in text
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """Models fine-tuned on questions and captions; the second was captioned without training captions."""
+    for name, score in (("dense", 41.25), ("mhmoe", 43.5), ("params", 37.5), ("flops", 40.0)):
+        answers = {"accuracy": Metric(score, "%", count=1210, baselines={"question only": 37.5, "most frequent": 20.0})}
+        write_run(tmp_path / "runs/vqa" / name, make_record(answers, "questions", settings={"derived": True}))
+    captions = {"CIDEr": Metric(25.0, "CIDEr", count=142, baselines={"one caption for all": 5.5})}
+    write_run(
+        tmp_path / "runs/captioning/dense", make_record(captions, "captions", absent={"METEOR": "there is no Java"})
+    )
+    write_run(tmp_path / "runs/captioning/mhmoe", make_record({"CIDEr": Metric(30.0, "CIDEr")}, "captions"))
+    return tmp_path / "runs"
+
+
+def test_fine_tuned_models_stand_beside_guessing(tasks: Path, tmp_path: Path) -> None:
+    text = report(tasks, tmp_path / "report.md", plots=False)
+    rows = [{name: cell for name, cell in row.items() if name in ("model", "test questions", "test CIDEr")}
+            for row in tables(text)[0]]  # fmt: skip
+    assert [list(row.values()) for row in rows] == [
+        ["dense", "41.25", "25.00"], ["mhmoe", "43.50", "30.00"], ["flops", "40.00", "–"], ["params", "37.50", "–"],
+        ["*question only*", "37.50", "–"], ["*most frequent*", "20.00", "–"], ["*one caption for all*", "–", "5.50"],
+    ]  # fmt: skip
+    assert (
+        "- test questions (37.50, two standard errors 2.78): dense +3.75, mhmoe +6.00, flops +2.50, params +0.00; "
+        "**not clearly above it: flops, params**\n" in text
+    )
+    assert "- test CIDEr (5.50): dense +19.50, mhmoe +24.50\n" in text
+    assert "METEOR is absent: there is no Java." in text and "neither VQAv2 nor NLVR2" in text
+
+
+def test_the_last_table_is_the_papers_with_ours_beside_it(runs: Path, tmp_path: Path) -> None:
+    paper = PaperTable("P1, table 5", "perplexity", {"dense": 16.23, "xmoe": 14.8}, note="250k updates.")
+    text = report(runs, tmp_path / "report.md", plots=False, paper=paper)
+    assert [list(row.values()) for row in tables(text)[-1]] == [
+        ["dense, paper", "16.23"], ["dense, ours", "20.00"], ["xmoe, paper", "14.8"]
+    ]  # fmt: skip
+    assert "P1, table 5. 250k updates. Ours: test split" in text
+    several = PaperTable("P", "accuracy", {"dense": {"valid ppl": 3.0, "de": 33.0}})
+    parts = {"de": {"accuracy": Metric(40.0, "%")}}
+    write_run(runs / "dense", make_record({"accuracy": Metric(41.0, "%")}, "zero-shot", split="xnli", parts=parts))
+    text = report(runs, tmp_path / "report.md", plots=False, paper=several)
+    assert [list(row.values()) for row in tables(text)[-1]] == [
+        ["dense, paper", "3.0", "33.0"], ["dense, ours", "21.00", "40.00"]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, reason", [("digest", "other data"), ("visual_tokenizer", "another visual tokenizer")])
+def test_runs_of_other_data_are_refused(runs: Path, tmp_path: Path, field: str, reason: str) -> None:
+    record = make_record(text_metrics(20.0))
+    write_run(runs / "xmoe", dataclasses.replace(record, data={**record.data, field: "1" * 64}))
+    with pytest.raises(ValueError, match=rf"xmoe was evaluated on {reason} .* than .*dense .*do not compare"):
+        report(runs, tmp_path / "report.md")
+    assert not (tmp_path / "report.md").exists()
+
+
+def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "other" / "dense", make_record(text_metrics(20.0)))
+    with pytest.raises(ValueError, match="runs need different folder names: .* are both dense"):
+        report([runs, tmp_path / "other"], tmp_path / "report.md")
+    assert list(find_runs([runs], ["mhmoe", "dense"])) == ["mhmoe", "dense"]
+    with pytest.raises(ValueError, match=r"--names: no run of xmoe \(there are dense, mhmoe\)"):
+        find_runs([runs], ["xmoe"])
