@@ -27,9 +27,10 @@ def register() -> None:
     with compat.logging_as_found():
         compat.apply()
         from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
+        from .commands.refusals import refuse_in_one_line
 
         training.save_atomically()
-        training.refuse_in_one_line()
+        refuse_in_one_line()
 
 
 if sys.modules.get("fairseq") is not None:

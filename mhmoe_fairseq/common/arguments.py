@@ -1,23 +1,21 @@
 """The parser of ``mhmoe``, and its types of arguments: numbers with their range, files and folders.
 
 A value that breaks its rule is refused while the command line is read, before any work. The message has the flag in
-front, so a type says only the value and the rule: ``--beam (0) must be at least 1``.
+front, so a type says only the value and the rule: ``--beam (0) must be at least 1, an integer below 2**31``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .errors import UserError
-
-# Sizes and counts end in 32-bit fields of one library or another.
-_LARGEST = 2**31 - 1
+from .ranges import SEED, Range
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -43,52 +41,32 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").replace(": (", " (", 1))
 
 
-def whole(at_least: int = 1, at_most: int = _LARGEST) -> Callable[[str], int]:
+def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:
+    """The number that ``text`` stands for, refused outside its range."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = text  # no number: outside every range
+    problem = allowed.problem(value)
+    if problem is not None:
+        raise _refused(text, problem)
+    return value
+
+
+def whole(at_least: int = 1, at_most: float = math.inf) -> Callable[[str], int]:
     """A type of whole numbers in a range."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise _refused(text, "must be a whole number") from None
-        if value < at_least:
-            raise _refused(text, f"must be at least {at_least}")
-        if value > at_most:
-            raise _refused(text, f"must be at most {at_most}")
-        return value
-
-    return read
+    return functools.partial(number, int, Range(at_least, at_most, integer=True))
 
 
-# Of PyTorch, NumPy, SentencePiece and Python's random, which takes -1 for 1.
-seed = whole(at_least=0, at_most=2**32 - 1)
+seed = functools.partial(number, int, SEED)
 
 
 def real(
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    at_least: float = -math.inf, at_most: float = math.inf, above: float | None = None, below: float | None = None
 ) -> Callable[[str], float]:
-    """A type of finite numbers in a range."""
-    bounds = (
-        ("at least", at_least, operator.ge), ("above", above, operator.gt),
-        ("at most", at_most, operator.le), ("below", below, operator.lt),
-    )  # fmt: skip
-    rules = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise _refused(text, "must be a number") from None
-        if not math.isfinite(value):
-            raise _refused(text, "must be finite")
-        if not all(holds(value, bound) for _, bound, holds in rules):
-            raise _refused(text, "must be " + " and ".join(f"{words} {bound:g}" for words, bound, _ in rules))
-        return value
-
-    return read
+    """A type of finite numbers in a range; ``above`` and ``below`` are bounds that lie outside."""
+    low, high = (at_least if above is None else above), (at_most if below is None else below)
+    return functools.partial(number, float, Range(low, high, open_low=above is not None, open_high=below is not None))
 
 
 def nonempty(text: str) -> str:
@@ -103,6 +81,15 @@ def plain_name(text: str) -> str:
     if os.sep in nonempty(text):
         raise _refused(text, "must be a name, not a path")
     return text
+
+
+def existing_path(text: str) -> Path:
+    """A file, pipe or folder that can be read."""
+    path = _path(text)
+    _require(text, path)
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise _refused(text, "must be readable: permission denied")
+    return path
 
 
 def existing_file(text: str) -> Path:
@@ -121,21 +108,12 @@ def existing_folder(text: str) -> Path:
     return path
 
 
-def existing_path(text: str) -> Path:
-    """A file or folder that can be read."""
-    path = _path(text)
-    _ask(text, path.stat)
-    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
-        raise _refused(text, "must be readable: permission denied")
-    return path
-
-
 def output_file(text: str) -> Path:
     """A file to write, there or not; its folder may be missing, too."""
     path = _path(text)
     if _exists(text, path) and not path.is_file():
         raise _refused(text, f"must be a file to write, not {'a folder' if path.is_dir() else 'a device'}")
-    _require_place(text, path.parent)
+    _require_writable(text, path.parent)
     return path
 
 
@@ -144,7 +122,7 @@ def output_folder(text: str) -> Path:
     path = _path(text)
     if _exists(text, path) and not path.is_dir():
         raise _refused(text, "must be a folder to write into, not a file")
-    _require_place(text, path)
+    _require_writable(text, path)
     return path
 
 
@@ -154,27 +132,30 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _exists(text: str, path: Path) -> bool:
+def _found(text: str, look: Callable[[], object]) -> bool:
+    """Whether ``look``, a path's ``stat`` or ``lstat``, finds anything."""
     try:
-        path.lstat()
+        look()
     except FileNotFoundError:
         return False
     except OSError as error:
         raise _refused(text, f"cannot be used: {error.strerror}") from None
-    _ask(text, path.stat)  # a link that leads nowhere would be followed by some writers and replaced by others
     return True
 
 
-def _ask(text: str, question: Callable[[], object]) -> None:
-    try:
-        question()
-    except FileNotFoundError:
-        raise _refused(text, "does not exist") from None
-    except OSError as error:
-        raise _refused(text, f"cannot be used: {error.strerror}") from None
+def _require(text: str, path: Path) -> None:
+    if not _found(text, path.stat):
+        raise _refused(text, "does not exist")
 
 
-def _require_place(text: str, folder: Path) -> None:
+def _exists(text: str, path: Path) -> bool:
+    if not _found(text, path.lstat):
+        return False
+    _require(text, path)  # a link that leads nowhere would be followed by some writers and replaced by others
+    return True
+
+
+def _require_writable(text: str, folder: Path) -> None:
     """Refuse a folder that can be neither made nor written to."""
     while not _exists(text, folder):
         folder = folder.parent

@@ -84,10 +84,15 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file atomically."""
+    with atomic_open(path) as stream:
+        stream.write(text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically as indented UTF-8 JSON."""
-    with atomic_open(path) as stream:
-        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:

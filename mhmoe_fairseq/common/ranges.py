@@ -72,91 +72,34 @@ FACTOR = Range(low=0, high=1, open_low=True)
 EXPONENT = Range(low=0, high=100)  # more would leave what a number holds
 COUNT = Range(low=0, integer=True)
 SIZE = Range(low=1, integer=True)
+SEED = Range(low=0, high=2**32 - 1, integer=True)  # what PyTorch, NumPy, SentencePiece and random all take
 
 # By the name of the flag, in whatever configuration it stands. A test goes through all of our configurations and the
 # groups of fairseq's that our tasks read, and fails where a number is missing here.
-FLAGS: dict[str, Range] = {
-    # transformer
-    "dropout": BELOW_ONE,
-    "attention_dropout": BELOW_ONE,
-    "activation_dropout": BELOW_ONE,
-    "drop_path_rate": BELOW_ONE,
-    "decoder_layers": SIZE,
-    "decoder_embed_dim": SIZE,
-    "decoder_ffn_embed_dim": SIZE,
-    "decoder_attention_heads": SIZE,
-    "encoder_layers": SIZE,
-    "encoder_embed_dim": SIZE,
-    "encoder_ffn_embed_dim": SIZE,
-    "encoder_attention_heads": SIZE,
-    "img_size": SIZE,
-    "patch_size": SIZE,
-    "max_text_length": Range(low=3, integer=True),  # <s>, a token and </s>
-    "max_target_positions": SIZE,
-    "tokens_per_sample": SIZE,
-    # MoE layers
-    "moe_freq": COUNT,
-    "moe_expert_count": SIZE,
-    "moe_top_k": SIZE,
-    "moe_ffn_dim": SIZE,
-    "moe_eval_capacity_token_fraction": ANY,  # 0 or below: the training rule
-    "mhmoe_heads_number": SIZE,
-    "mhmoe_capacity_factor": POSITIVE,
-    "mhmoe_router_dim": SIZE,
-    "mhmoe_router_temperature": POSITIVE,
-    "mhmoe_expert_parallel_size": SIZE,
-    "mhmoe_projection_layers": COUNT,
-    "mhmoe_shared_expert_dim": COUNT,
-    # criterions
-    "moe_gate_loss_wt": NOT_NEGATIVE,
-    "mhmoe_z_loss_wt": NOT_NEGATIVE,
-    "label_smoothing": BELOW_ONE,
-    "drop_worst_ratio": BELOW_ONE,
-    "drop_worst_after": COUNT,
-    # tasks
-    "multilang_sampling_alpha": EXPONENT,
-    "num_classes": Range(low=2, integer=True),
-    "mhmoe_head_dropout": BELOW_ONE,
-    "layer_decay": FACTOR,
-    "head_lr_multiplier": POSITIVE,
-    "image_mask_prob": INSIDE,
-    "text_mask_prob": INSIDE,
-    "pair_text_mask_prob": INSIDE,
-    "caption_mask_prob": INSIDE,
-    "caption_beam": SIZE,
-    "caption_length_penalty": EXPONENT,
-    "caption_max_len": Range(low=2, integer=True),  # a word and the end
-    "sentencepiece_alpha": NOT_NEGATIVE,
-    # fairseq's
-    "seed": Range(low=0, high=2**32 - 1, integer=True),
-    "batch_size": SIZE,
-    "batch_size_valid": SIZE,
-    "data_buffer_size": COUNT,
-    "output_dictionary_size": ANY_INTEGER,
-    "model_parallel_size": SIZE,
-    "lr": NOT_NEGATIVE,
-    "adam_betas": BELOW_ONE,
-    "adam_eps": NOT_NEGATIVE,
-    "weight_decay": NOT_NEGATIVE,
-    "clip_norm": NOT_NEGATIVE,
-    "update_freq": SIZE,
-    "max_epoch": COUNT,
-    "max_update": NOT_NEGATIVE,
-    "stop_time_hours": NOT_NEGATIVE,
-    "stop_min_lr": ANY,
-    "warmup_updates": NOT_NEGATIVE,
-    "warmup_init_lr": ANY,
-    "force_anneal": COUNT,
-    "lr_shrink": NOT_NEGATIVE,
-    "min_lr": ANY,
-    "max_lr": NOT_NEGATIVE,
-    "t_mult": POSITIVE,
-    "lr_period_updates": ANY,
-    "end_learning_rate": NOT_NEGATIVE,
-    "power": NOT_NEGATIVE,
-    "total_num_update": NOT_NEGATIVE,
-    "ema_decay": SHARE,
+_FLAGS_BY_RANGE = {
+    BELOW_ONE: """dropout attention_dropout activation_dropout drop_path_rate label_smoothing drop_worst_ratio
+        mhmoe_head_dropout adam_betas""",
+    SIZE: """decoder_layers decoder_embed_dim decoder_ffn_embed_dim decoder_attention_heads encoder_layers
+        encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads img_size patch_size max_target_positions
+        tokens_per_sample moe_expert_count moe_top_k moe_ffn_dim mhmoe_heads_number mhmoe_router_dim
+        mhmoe_expert_parallel_size caption_beam batch_size batch_size_valid model_parallel_size update_freq""",
+    COUNT: """moe_freq mhmoe_projection_layers mhmoe_shared_expert_dim drop_worst_after data_buffer_size max_epoch
+        force_anneal""",
+    # moe_eval_capacity_token_fraction: 0 or below means the training rule
+    ANY: "moe_eval_capacity_token_fraction stop_min_lr warmup_init_lr min_lr lr_period_updates",
+    ANY_INTEGER: "output_dictionary_size",
+    POSITIVE: "mhmoe_capacity_factor mhmoe_router_temperature head_lr_multiplier t_mult",
+    NOT_NEGATIVE: """moe_gate_loss_wt mhmoe_z_loss_wt sentencepiece_alpha lr adam_eps weight_decay clip_norm max_update
+        stop_time_hours warmup_updates lr_shrink max_lr end_learning_rate power total_num_update""",
+    EXPONENT: "multilang_sampling_alpha caption_length_penalty",
+    INSIDE: "image_mask_prob text_mask_prob pair_text_mask_prob caption_mask_prob",
+    FACTOR: "layer_decay",
+    SHARE: "ema_decay",
+    SEED: "seed",
+    Range(low=2, integer=True): "num_classes caption_max_len",  # the latter a word and the end
+    Range(low=3, integer=True): "max_text_length",  # <s>, a token and </s>
 }
+FLAGS = {name: allowed for allowed, names in _FLAGS_BY_RANGE.items() for name in names.split()}
 
 
 def flag(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
-from .messages import refuse_in_one_line
 from .optimizer import MHMoEAdam
 from .pretrained import check_pretrained
 from .resuming import ResumableEpochBatchIterator
@@ -16,6 +15,5 @@ __all__ = [
     "TrainingFlags",
     "check_pretrained",
     "prepare_sharded_model",
-    "refuse_in_one_line",
     "save_atomically",
 ]

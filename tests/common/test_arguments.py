@@ -34,24 +34,21 @@ def test_whole_numbers() -> None:
     assert [whole()("1"), whole(at_least=0)("0"), whole(2, 3)("3"), seed("0"), seed(str(2**32 - 1))] == [
         1, 0, 3, 0, 2**32 - 1
     ]  # fmt: skip
-    assert refusal(whole(), "0") == "(0) must be at least 1"
-    assert refusal(whole(2, 3), "4") == "(4) must be at most 3"
-    assert refusal(seed, "-1") == "(-1) must be at least 0"
-    for text in ("", "x", "1.0", "nan", "1e3"):
-        assert refusal(whole(), text) == f"({text}) must be a whole number"
-    assert refusal(whole(), "9" * 20) == f"({'9' * 20}) must be at most {2**31 - 1}"
+    assert refusal(whole(2, 3), "4") == "(4) must be in [2, 3], an integer"
+    assert refusal(seed, "-1") == f"(-1) must be in [0, {2**32 - 1}], an integer"
+    for text in ("0", "", "x", "1.0", "nan", "1e3", "9" * 20):
+        assert refusal(whole(), text) == f"({text}) must be at least 1, an integer below 2**31"
 
 
 def test_real_numbers() -> None:
     share = real(at_least=0, below=1)
-    assert [share("0"), share("0.99"), real()("-1e300"), real(above=0, at_most=1)("1")] == [0, 0.99, -1e300, 1]
+    assert [share("0"), share("0.99"), real()("-1e30"), real(above=0, at_most=1)("1")] == [0, 0.99, -1e30, 1]
     for text in ("-0.1", "1"):
-        assert refusal(share, text) == f"({text}) must be at least 0 and below 1"
+        assert refusal(share, text) == f"({text}) must be in [0, 1)"
     for text in ("0", "1.01"):
-        assert refusal(real(above=0, at_most=1), text) == f"({text}) must be above 0 and at most 1"
-    for text in ("nan", "inf", "-inf", "1e999"):
-        assert refusal(real(), text) == f"({text}) must be finite"
-    assert refusal(real(), "") == "() must be a number"
+        assert refusal(real(above=0, at_most=1), text) == f"({text}) must be in (0, 1]"
+    for text in ("nan", "inf", "-inf", "1e999", ""):
+        assert refusal(real(), text) == f"({text}) must be a finite number"
 
 
 def test_words_and_names() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ def kind_of(action: argparse.Action) -> str:
         return "switch"
     if action.choices is not None:
         return "choice"
-    if action.type in (int, float):
-        return "whole" if action.type is int else "real"
+    kind = action.type.args[0] if isinstance(action.type, functools.partial) else action.type
+    if kind in (int, float):
+        return "whole" if kind is int else "real"
     name = getattr(action.type, "__qualname__", "text").split(".")[0]
     return name if name in NEVER else "text"

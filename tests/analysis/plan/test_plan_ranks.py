@@ -188,7 +188,7 @@ def test_precision_and_recomputing_reach_the_dense_model_too(tmp_path: Path) -> 
         (["--ranks", "8", "--ep", "3"], r"--mhmoe-expert-parallel-size \(3\) must divide the number of experts \(8\)"),
         (["--ranks", "4", "--ep", "8"], r"--mhmoe-expert-parallel-size \(8\) must divide --ranks \(4\)"),
         (["--ep", "8"], "needs --ranks"),
-        (["--ranks", "8", "--network", "0"], r"--network \(0\) must be above 0"),
+        (["--ranks", "8", "--network", "0"], r"--network \(0\) must be positive"),
         (["--ranks", "8", "--tokens-per-rank", "0"], r"--tokens-per-rank \(0\) must be at least 1"),
     ],
 )
