@@ -217,3 +217,13 @@ def test_no_two_test_files_have_one_name():
     """pytest imports them by their names alone, and ends with an error at the second."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
+
+
+def test_contributings_tree_names_every_folder():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("```\n")[2].partition("```")[0].splitlines()
+    named = {line.split()[0].rstrip("/") for line in tree}
+    packages = {part_of(path) + (".py" if path.parent == PACKAGE else "") for path in python_files(PACKAGE)}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    folders = {name.partition("/")[0] for name in listed if "/" in name and not name.startswith(".")}
+    assert packages - {"__init__.py", "__main__.py"} | folders == named
