@@ -13,7 +13,7 @@ from ..common.files import read_json
 from ..data.datasets import DatasetSettings, ImageTextDataset
 from ..data.images.transforms import EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index, read_index
-from ..training.layer_decay import scale_learning_rates
+from ..training.optimizer import scale_learning_rates
 from .classes import require_same_classes
 from .image_text_task import ImageTextTask, ImageTextTaskConfig
 

@@ -1,10 +1,9 @@
 """fairseq's side of training on several processes: launching, failures, optimizer, saving, resuming."""
 
+from .batches import ResumableEpochBatchIterator
 from .checks import TrainingFlags
 from .expert_state import prepare_sharded_model
 from .optimizer import MHMoEAdam
-from .pretrained import check_pretrained
-from .resuming import ResumableEpochBatchIterator
 from .saving import save_atomically
 from .task import ParallelTask
 
@@ -13,7 +12,6 @@ __all__ = [
     "ParallelTask",
     "ResumableEpochBatchIterator",
     "TrainingFlags",
-    "check_pretrained",
     "prepare_sharded_model",
     "save_atomically",
 ]

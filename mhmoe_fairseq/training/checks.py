@@ -1,8 +1,7 @@
 """Training with stock fairseq: flags and combinations that would go wrong are refused, with what to give."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -38,6 +37,11 @@ class TrainingFlags(FairseqDataclass):
     fp16: bool = II("common.fp16")
     memory_efficient_fp16: bool = II("common.memory_efficient_fp16")
     fp16_no_flatten_grads: bool = II("common.fp16_no_flatten_grads")
+    seed: int = II("common.seed")
+    tpu: bool = II("common.tpu")
+    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
+    restore_file: str = II("checkpoint.restore_file")
+    reset_optimizer: bool = II("checkpoint.reset_optimizer")
 
 
 def check_training_numbers(flags: TrainingFlags) -> None:
@@ -60,44 +64,45 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
     Raises:
         UserError: naming the flag, its value, the rule and the reason.
     """
-    problem = next(problems(flags), None)
-    if problem is not None:
+    for problem in problems(flags):
         raise UserError(
             f"{problem}. (Experts are spread over {expert_parallel_size} ranks. Where every rank holds them all, with "
             "--mhmoe-expert-parallel-size 1, this is not needed.)"
         )
 
 
-def problems(flags: TrainingFlags) -> Iterator[str]:
+def problems(flags: TrainingFlags) -> list[str]:
     """Every flag that does not go with experts on several ranks: its name, its value, the rule and the reason."""
-    name = optimizer_name(flags)
-    if name != OPTIMIZER:
-        yield (
-            f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of "
-            "all ranks"
-        )
-    if getattr(flags.optimizer_config, "fp16_adam_stats", False):
-        yield "--fp16-adam-stats must be off: each rank scales its statistics by itself, and a checkpoint has one scale"
-    if flags.ddp_backend not in _DDP_BACKENDS:
-        yield (
-            f"--ddp-backend ({flags.ddp_backend}) must be legacy_ddp: other backends average the gradients of "
-            "different experts"
-        )
-    if flags.zero_sharding != "none":
-        yield f"--zero-sharding ({flags.zero_sharding}) must be none: it gives every rank's parameters to other ranks"
-    if flags.use_bmuf:
-        yield "--use-bmuf must be off: it averages the parameters of different experts"
-    if flags.model_parallel_size > 1:
-        yield f"--model-parallel-size ({flags.model_parallel_size}) must be 1: experts are shared out over all ranks"
-    if flags.store_ema:
-        yield "--store-ema must be off: the moving average of rank 0 would be saved with its own experts only"
-    if flags.no_save_optimizer_state:
-        yield "--no-save-optimizer-state must be off: fairseq then does not collect the experts of other ranks either"
-    if flags.fp16 and not (flags.memory_efficient_fp16 or flags.fp16_no_flatten_grads):
-        yield (
-            "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16: in one flat tensor experts cannot be "
-            "told from the rest"
-        )
+    name, backend, zero = optimizer_name(flags), flags.ddp_backend, flags.zero_sharding
+    rules = {
+        f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of all "
+        "ranks": name == OPTIMIZER,
+        "--fp16-adam-stats must be off: each rank scales its statistics by itself, and a checkpoint has one scale": (
+            not getattr(flags.optimizer_config, "fp16_adam_stats", False)
+        ),
+        f"--ddp-backend ({backend}) must be legacy_ddp: other backends average the gradients of different experts": (
+            backend in _DDP_BACKENDS
+        ),
+        f"--zero-sharding ({zero}) must be none: it gives every rank's parameters to other ranks": zero == "none",
+        "--use-bmuf must be off: it averages the parameters of different experts": not flags.use_bmuf,
+        f"--model-parallel-size ({flags.model_parallel_size}) must be 1: experts are shared out over all ranks": (
+            flags.model_parallel_size == 1
+        ),
+        "--store-ema must be off: the moving average of rank 0 would be saved with its own experts only": (
+            not flags.store_ema
+        ),
+        "--no-save-optimizer-state must be off: fairseq then does not collect the experts of other ranks either": (
+            not flags.no_save_optimizer_state
+        ),
+        "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16: in one flat tensor experts cannot be told "
+        "from the rest": not flattens_gradients(flags),
+    }
+    return [problem for problem, holds in rules.items() if not holds]
+
+
+def flattens_gradients(flags: TrainingFlags) -> bool:
+    """Whether fairseq makes one flat tensor of all gradients, as ``--fp16`` does unless it is told otherwise."""
+    return flags.fp16 and not (flags.memory_efficient_fp16 or flags.fp16_no_flatten_grads)
 
 
 def refuse_ddp_without_gpus(flags: TrainingFlags) -> None:

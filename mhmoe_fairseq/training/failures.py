@@ -1,4 +1,7 @@
-"""One rank's failure ends all of them, soon and with the reason.
+"""Processes that should not train, and ranks that fail.
+
+Processes that nobody connected, or whose folder another training writes to, are stopped before the first update. One
+rank's failure ends all of them, soon and with the reason:
 
 ======================================  ==============================================================
 What happens to a rank                  How the others end
@@ -23,13 +26,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..common.errors import UserError
+from ..common.files import refuse_path_separator
+from ..common.locks import hold_folder
+from .checks import TrainingFlags
 from .watch import Watch, start_watch
 
 logger = logging.getLogger(__name__)
@@ -37,6 +44,61 @@ logger = logging.getLogger(__name__)
 WATCH_VARIABLE, TRANSFER_VARIABLE = "MHMOE_WATCH_SECONDS", "MHMOE_TRANSFER_SECONDS"
 # What torch says when the process at the other end is the one to blame.
 _BROKEN_CONNECTION = re.compile(r"by peer|Broken pipe|[Tt]imed? ?out|ncclRemoteError|Connection refused")
+
+# What tells how many processes were started, who sets it, and what makes fairseq connect them. torch reads the rank
+# from torchrun's environment where fairseq names -1.
+_LAUNCHERS = {
+    "WORLD_SIZE": (
+        "torchrun",
+        "distributed_training.distributed_world_size={n} distributed_training.distributed_rank=-1 "
+        "distributed_training.distributed_init_method=env:// distributed_training.distributed_no_spawn=true "
+        "to fairseq-hydra-train, or --distributed-world-size {n} --distributed-rank -1 "
+        "--distributed-init-method env:// --distributed-no-spawn to fairseq-train",
+    ),
+    "SLURM_STEP_NUM_TASKS": ("srun", "--distributed-world-size {n} --distributed-port PORT to fairseq-train"),
+}
+
+
+def require_process_group() -> None:
+    """Stop if this process is one of several that fairseq did not connect; to be called before a model is trained.
+
+    Each would train on all the data and overwrite the others' checkpoints, without a word. It happens where fairseq
+    does not read the launcher's environment: under ``srun`` without the flags that the message names, and under
+    ``torchrun`` with ``fairseq-hydra-train``, which loads this package after it has looked, when
+    ``compat.follow_launchers`` comes too late.
+
+    Raises:
+        UserError: with the flags that connect the processes.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return
+    for variable, (launcher, flags) in _LAUNCHERS.items():
+        started = os.environ.get(variable, "1")
+        if started.isdecimal() and int(started) > 1:
+            raise UserError(
+                f"{variable} ({started}): {launcher} started {started} processes, but fairseq has not connected them, "
+                "so each would train alone and overwrite the others' checkpoints. "
+                f"Add {flags.format(n=started)}. If each is meant to train alone, with a --save-dir of its own, "
+                f"unset {variable}"
+            )
+
+
+def hold_save_dir(flags: TrainingFlags) -> None:
+    """Keep other trainings out of the checkpoints' folder while this one runs; to be called before a model is trained.
+
+    Two runs would mix their checkpoints without a word, until one fails over a file that the other has renamed. fairseq
+    has made the folder by now; where there is none, nothing is trained.
+
+    Raises:
+        UserError: if no command could open the checkpoints there, or another training, of this machine or of one that
+            shares its files, saves there.
+    """
+    folder = Path(flags.save_dir)
+    if flags.no_save:
+        return
+    refuse_path_separator(folder, "--save-dir")
+    if folder.is_dir() and (not dist.is_initialized() or dist.get_rank() == 0):
+        hold_folder(folder, "--save-dir")
 
 
 def guard_ranks(groups: Iterable[dist.ProcessGroup]) -> None:
@@ -75,17 +137,22 @@ def seconds(variable: str, default: float) -> float:
 
 def tell_the_others(watch: Watch) -> None:
     """Let an error that ends this process end the others too, and say here which rank broke a connection."""
-    stock = sys.excepthook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def tell(stock: Callable[[], None], error: BaseException, trace: TracebackType | None) -> None:
         try:
-            stock(kind, error, trace)  # may end this process with a status of its own
+            stock()  # may end this process with a status of its own
         finally:
             # A board that cannot be reached has nothing to add to the error.
             with contextlib.suppress(RuntimeError):
                 explain(watch, error)
 
-    sys.excepthook = hook
+    _on_uncaught(tell)
+
+
+def _on_uncaught(tell: Callable[[Callable[[], None], BaseException, TracebackType | None], None]) -> None:
+    """Let ``tell`` handle the errors that end this process; it is given what stood there before, and calls it."""
+    stock = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: tell(lambda: stock(kind, error, trace), error, trace)
 
 
 def explain(watch: Watch, error: BaseException) -> None:

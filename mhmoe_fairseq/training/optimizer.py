@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,11 +14,17 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from .checks import OPTIMIZER
+from ..common.ranges import check_flag
+from .checks import OPTIMIZER, TrainingFlags, flattens_gradients, optimizer_name
 from .expert_state import ExpertState, shards_of
-from .parameter_notes import notes_of
+from .parameter_notes import notes_of, take_note
+
+logger = logging.getLogger(__name__)
 
 _SCALE = "lr_scale"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)\w*embed\w*\.")
+HEADS = "heads."
 
 
 @register_optimizer(OPTIMIZER, dataclass=FairseqAdamConfig)
@@ -28,7 +36,7 @@ class MHMoEAdam(FairseqAdam):
     state of all. It works below ``FP16Optimizer`` (with ``--fp16-no-flatten-grads``), ``MemoryEfficientFP16Optimizer``
     and ``AMPOptimizer`` too.
 
-    Where parameters have factors of the learning rate (see :mod:`.layer_decay`) each factor has a parameter group,
+    Where parameters have factors of the learning rate (``scale_learning_rates``) each factor has a parameter group,
     whose ``lr_scale`` it is.
     """
 
@@ -118,3 +126,55 @@ def _listed(scales: list[float]) -> str:
 # Checkpoints name the class of their optimizer, and fairseq resumes them with a class of that name only. Both Adams
 # are the same one: what was saved with --optimizer adam goes on with mhmoe_adam, and the other way round.
 MHMoEAdam.__name__ = FairseqAdam.__name__
+
+
+def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: float, head_multiplier: float) -> None:
+    """Note the factor of the learning rate on every parameter of a model that will be trained.
+
+    With n layers the embeddings learn with ``layer_decay ** (n + 1)`` of the learning rate, layer i (from 0) with
+    ``layer_decay ** (n - i)``, what comes after the layers with all of it, and the heads with ``head_multiplier``
+    times that. Both are 1 where nothing is to change.
+
+    Args:
+        model: with its heads under ``heads``.
+        flags: the task's configuration.
+
+    Raises:
+        UserError: naming the flag, its value and the rule.
+    """
+    check_flag("layer_decay", layer_decay)
+    check_flag("head_lr_multiplier", head_multiplier)
+    if layer_decay == 1 and head_multiplier == 1:
+        return
+    _refuse_unable(flags, "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier")
+    parameters = dict(model.named_parameters())
+    num_layers = 1 + max((int(layer.group(1)) for layer in map(_LAYER.search, parameters) if layer), default=-1)
+    for name, parameter in parameters.items():
+        take_note(parameter, lr_scale=learning_rate_scale(name, num_layers, layer_decay, head_multiplier))
+    logger.info(
+        f"factors of --lr: {layer_decay ** (num_layers + 1):.3g} in the embeddings, {layer_decay**num_layers:.3g} in "
+        f"the first of {num_layers} layers, {head_multiplier:g} in the head"
+    )
+
+
+def learning_rate_scale(name: str, num_layers: int, layer_decay: float, head_multiplier: float) -> float:
+    """Return the factor for the parameter of a name; see ``scale_learning_rates``."""
+    if name.startswith(HEADS):
+        return head_multiplier
+    layer = _LAYER.search(name)  # before embeddings: an X-MoE router has expert embeddings
+    if layer:
+        return layer_decay ** (num_layers - int(layer.group(1)))
+    return layer_decay ** (num_layers + 1) if _EMBEDDING.search(name) else 1.0
+
+
+def _refuse_unable(flags: TrainingFlags, flag: str) -> None:
+    """Learning rates by parameter need an optimizer that has parameter groups, and parameters that stay apart."""
+    name = optimizer_name(flags)
+    if name != OPTIMIZER:
+        raise UserError(f"{flag}: --optimizer ({name}) must be {OPTIMIZER}: others have one learning rate for all")
+    if flattens_gradients(flags):
+        raise UserError(f"{flag}: --fp16 needs --fp16-no-flatten-grads: one flat tensor has one learning rate")
+    if flags.zero_sharding != "none":
+        raise UserError(f"{flag}: --zero-sharding ({flags.zero_sharding}) must be none: it forms groups of its own")
+    if flags.ddp_backend == "fully_sharded":
+        raise UserError(f"{flag}: --ddp-backend fully_sharded makes one flat tensor, which has one learning rate")

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from ..moe.uncounted import taken_for_padding
 from ..parallel import sharded_experts
+from .batches import ResumableEpochBatchIterator, is_filler, without_figures
 from .checks import check_training_numbers, refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
-from .failures import guard_ranks, no_lone_recovery
-from .fillers import is_filler, without_figures
-from .launching import hold_save_dir, require_process_group
+from .failures import guard_ranks, hold_save_dir, no_lone_recovery, require_process_group
 from .nonfinite import is_looking_for_nan, report_nonfinite
-from .resuming import ResumableEpochBatchIterator
+from .router_updates import RouterUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,7 @@ class ParallelTask(FairseqTask):
     has_spread_experts = False
     num_updates = 0
     _has_experts = False
+    _router_updates = RouterUpdates()
     _has_reported = False
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
@@ -64,6 +64,7 @@ class ParallelTask(FairseqTask):
         prepare_sharded_model(model, self.args)
         if self.is_training:
             self._guard(model)
+            self._router_updates = RouterUpdates(model)
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
             logger.warning(
@@ -118,6 +119,7 @@ class ParallelTask(FairseqTask):
     ) -> tuple[Tensor, Any, dict]:
         """fairseq's forward and backward pass of one batch."""
         self.num_updates = update_num
+        self._router_updates.begin_batch()
         filler = is_filler(sample)
         with taken_for_padding(model, filler), no_lone_recovery(self.has_spread_experts):
             outcome = super().train_step(
@@ -126,6 +128,11 @@ class ParallelTask(FairseqTask):
         if is_looking_for_nan():
             report_nonfinite(model, outcome[0], "the update whose gradient is not finite")
         return without_figures(outcome) if filler else outcome
+
+    def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
+        """fairseq's hook for an update of the parameters, after which routers may act."""
+        with self._router_updates.after(optimizer):
+            super().optimizer_step(optimizer, model, update_num)
 
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
         """fairseq's hook before a validation."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.training import prepare_sharded_model
-from mhmoe_fairseq.training.layer_decay import scale_learning_rates
+from mhmoe_fairseq.training.optimizer import scale_learning_rates
 
 LAYER = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=2, expert_ffn_dim=6, router="xmoe")
 DECAY, HEAD, LR, BETAS, EPS, WEIGHT_DECAY = 0.5, 3.0, 0.01, (0.9, 0.98), 1e-6, 0.1

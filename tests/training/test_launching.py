@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mhmoe_fairseq.training.launching import require_process_group
+from mhmoe_fairseq.training.failures import require_process_group
 
 
 @pytest.fixture(autouse=True)

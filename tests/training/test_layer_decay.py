@@ -9,7 +9,7 @@ import torch
 from decayed_models import BETAS, EPS, FACTORS, HEAD, LR, WEIGHT_DECAY, build, inputs, settings, step
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
-from mhmoe_fairseq.training.layer_decay import learning_rate_scale
+from mhmoe_fairseq.training.optimizer import learning_rate_scale
 
 
 def factor(name):

@@ -1,0 +1,100 @@
+"""Routers that act after an update are told the loads of its batches, of all ranks, and of no skipped one."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from fairseq.tasks import FairseqTask
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.router import LinearRouter
+from mhmoe_fairseq.training import ParallelTask
+from mhmoe_fairseq.training.router_updates import RouterUpdates
+
+
+class Listening(LinearRouter):
+    """Keeps what it is told."""
+
+    def after_update(self, load_E):
+        self.told = [*getattr(self, "told", []), load_E.tolist()]
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=1, expert_ffn_dim=8, router="linear")
+        self.layer = MHMoELayer(config)
+        self.layer.router.__class__ = Listening
+        self.recomputes = False
+
+    def forward(self, x):
+        layer = self.layer
+        return (checkpoint(layer, x, use_reentrant=False) if self.recomputes else layer(x)).hidden
+
+    def set_num_updates(self, number):
+        pass
+
+
+class Task(ParallelTask, FairseqTask):
+    """A task of this package with nothing of its own."""
+
+
+def batches(count, seed=0):
+    return torch.randn(count, 3, 8, generator=torch.Generator().manual_seed(seed)).unbind()
+
+
+def told_of(updates, recomputes=False, steps=None):
+    """What the router is told in a training whose updates are lists of batches; a step may be left out, or not made."""
+    model, task = Model(), Task(Namespace())
+    model.recomputes = recomputes
+    task._router_updates = RouterUpdates(model)
+    optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
+    for number, update in enumerate(updates):
+        model.zero_grad()
+        for x in update:
+            task.train_step({"x": x}, model, lambda m, s: (m(s["x"]).sum(), 1, {}), optimizer, number)
+        if steps is None or steps[number]:
+            task.optimizer_step(optimizer, model, number)
+    return getattr(model.layer.router, "told", [])
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_loads_are_of_all_batches_of_an_update_and_of_no_other(recomputes):
+    one, two, three = batches(3)
+    told = told_of([[one, two], [three]], recomputes)
+    assert [sum(loads) for loads in told] == [12, 6]  # 3 tokens of 2 sub-tokens in each batch
+    assert told_of([[three]]) == told[1:]
+
+
+def test_a_skipped_update_is_forgotten():
+    one, two = batches(2)
+    assert told_of([[one], [two]], steps=[False, True]) == told_of([[two]])
+
+
+def test_a_step_that_amp_leaves_out_tells_nothing():
+    model = Model()
+    updates, scales = RouterUpdates(model), [8.0, 4.0, 4.0, 4.0]
+    optimizer = AMPOptimizer.__new__(AMPOptimizer)
+    optimizer._grad_scaler = SimpleNamespace(get_scale=lambda: scales.pop(0))
+    for count in (0, 1):
+        updates.begin_batch()
+        with updates.after(optimizer):
+            pass
+        assert len(getattr(model.layer.router, "told", [])) == count
+
+
+def on_rank(share):
+    return told_of([[batch] for batch in batches(4)[dist.get_rank() :: 2]] if share else [])
+
+
+def test_loads_are_of_all_ranks(workers2):
+    first, second, third, fourth = batches(4)
+    assert workers2.run(on_rank, True) == [told_of([[first, second], [third, fourth]])] * 2
