@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..analysis.reports import PaperTable, write_report
+from ..analysis.reports.runs import find_runs
 from ..common.arguments import existing_folder, output_file, plain_name
 from ..common.console import quiet, say
+from ..common.errors import UserError
+from ..experiments import EXPERIMENTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,18 +42,27 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: for missing or unreadable runs, runs of other data, or missing matplotlib.
     """
-    from ..analysis.reports import write_report
-    from ..analysis.reports.runs import find_runs
-
     with quiet():
         write_report(
             find_runs(args.runs, args.names),
             args.out,
             split=args.split,
             reference=args.reference,
-            paper=None,
+            paper=None if args.paper is None else paper_table(args.paper),
             data=args.data,
             plots=not args.no_plots,
             say=say,
         )
     return 0
+
+
+def paper_table(name: str) -> PaperTable:
+    """The paper's own table of an experiment.
+
+    Raises:
+        UserError: no experiment of that name has one.
+    """
+    tables = {name: experiment.paper for name, experiment in EXPERIMENTS.items() if experiment.paper is not None}
+    if name not in tables:
+        raise UserError(f"--paper ({name}) must be one of {', '.join(tables)}")
+    return tables[name]

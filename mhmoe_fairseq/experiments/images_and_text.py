@@ -87,6 +87,7 @@ TABLE_4 = PaperTable(
     "score",
     {model: dict(zip(_TABLE_4_COLUMNS, row)) for model, row in _TABLE_4_ROWS.items()},
     "percent, and scores times 100; VQAv2, NLVR2 and COCO: other data than ours unless you prepared them",
+    dict(zip(_TABLE_4_COLUMNS, ("valid questions", "test questions", "valid statements", "test statements", "BLEU-4"))),
 )
 _MODELS = dict.fromkeys(("cpu", "paper"), TABLE_1_MODELS["cpu"])
 _FOLDER = "masked_multimodal"

@@ -75,4 +75,7 @@ def test_without_matplotlib_the_error_names_the_install_line(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert report(run, "--out", tmp_path / "report.md") == 2
     assert "pip install 'mhmoe-fairseq[plots]'" in error_of(capsys)
-    assert report(run, "--out", tmp_path / "report.md", "--no-plots") == 0
+    assert report(run, "--out", tmp_path / "report.md", "--no-plots", "--paper", "table5") == 0
+    assert "| xmoe, paper | 14.82 |" in re.sub(" +", " ", (tmp_path / "report.md").read_text())
+    assert report(run, "--no-plots", "--paper", "table99") == 2
+    assert "--paper (table99) must be one of " in error_of(capsys)

@@ -15,9 +15,12 @@ class PaperTable:
         metric: its name in our records, such as ``perplexity``.
         values: model -> the metric; or column -> the metric for tables with several columns.
         note: what the numbers are of.
+        columns: the paper's column -> the column of our table of models that stands beside it; a language, another part
+            or a metric of our records needs no entry.
     """
 
     title: str
     metric: str
     values: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
     note: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)

@@ -46,21 +46,6 @@ TABLE_11_MULTIMODAL = {
     "mhmoe": {8: ParameterRow(195, 310, 505), 32: ParameterRow(195, 1014, 1209)},
 }
 
-# P1 table 1, English: validation perplexity at 250k updates, by number of experts.
-TABLE_1_ENGLISH = {
-    8: {"dense": 16.23, "xmoe": 14.82, "mhmoe": 12.72},
-    32: {"dense": 16.23, "xmoe": 11.96, "mhmoe": 10.28},
-}
-# P1 table 1, multilingual, the same.
-TABLE_1_MULTILINGUAL = {
-    8: {"dense": 8.56, "xmoe": 7.19, "mhmoe": 6.26},
-    32: {"dense": 8.56, "xmoe": 6.02, "mhmoe": 5.09},
-}
-# P1 table 1, masked multimodal modelling, the same.
-TABLE_1_MULTIMODAL = {
-    8: {"dense": 17.95, "xmoe": 16.34, "mhmoe": 14.73},
-    32: {"dense": 17.95, "xmoe": 12.68, "mhmoe": 10.87},
-}
 # P1 table 3, XNLI zero-shot: accuracy in percent and its average, by model and number of experts.
 _TABLE_3_COLUMNS = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")
 _TABLE_3_ROWS = {
@@ -71,14 +56,3 @@ _TABLE_3_ROWS = {
     "MH-MoE 32": (35.8, 35.6, 34.1, 40.7, 33.9, 36.7, 34.4, 36.3, 34.3, 36.0, 34.1, 34.3, 35.2, 33.6, 35.3),
 }
 TABLE_3 = {model: dict(zip(_TABLE_3_COLUMNS, row)) for model, row in _TABLE_3_ROWS.items()}
-# P1 figure 5: share of active experts with 32 experts.
-FIGURE_5_ACTIVE = {"smoe": 0.0833, "mhmoe": 0.9071}
-# P1 table 4, 8 experts: percent, and scores times 100.
-TABLE_4_COLUMNS = (
-    "VQAv2 test-dev", "VQAv2 test-std", "NLVR2 dev", "NLVR2 test-P", "COCO BLEU-4", "METEOR", "CIDEr", "SPICE"
-)  # fmt: skip
-TABLE_4 = {
-    "dense": (65.9, 66.0, 73.8, 74.2, 35.9, 29.3, 120.5, 19.6),
-    "X-MoE": (68.4, 69.7, 75.5, 76.1, 38.1, 30.2, 122.9, 21.3),
-    "MH-MoE": (70.1, 71.4, 77.0, 77.8, 39.7, 33.1, 124.1, 23.0),
-}

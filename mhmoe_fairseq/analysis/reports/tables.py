@@ -313,7 +313,8 @@ def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Se
     for name, values in numbers.items():
         rows.append([f"{name}, paper", *(f"{values[title]:,}" if title in values else MISSING for title in titles)])
         if name in by_name:
-            ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in titles]
+            wanted = [paper.columns.get(title, title) for title in titles]
+            ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in wanted]
             rows.append([f"{name}, ours", *map(spread, ours)])
     told = (
         f"{paper.title}. {paper.note} Ours: {split} split, other data and another scale: the paper's numbers show an "

@@ -205,7 +205,7 @@ def test_the_last_table_is_the_papers_with_ours_beside_it(runs: Path, tmp_path: 
         ["dense, paper", "16.23"], ["dense, ours", "20.00"], ["xmoe, paper", "14.8"]
     ]  # fmt: skip
     assert "P1, table 5. 250k updates. Ours: test split" in text
-    several = PaperTable("P", "accuracy", {"dense": {"valid ppl": 3.0, "de": 33.0}})
+    several = PaperTable("P", "accuracy", {"dense": {"held out": 3.0, "de": 33.0}}, columns={"held out": "valid ppl"})
     parts = {"de": {"accuracy": Metric(40.0, "%")}}
     write_run(runs / "dense", make_record({"accuracy": Metric(41.0, "%")}, "zero-shot", split="xnli", parts=parts))
     text = report(runs, tmp_path / "report.md", plots=False, paper=several)
