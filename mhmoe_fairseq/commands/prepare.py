@@ -3,27 +3,298 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Callable, NamedTuple
 
-from . import prepare_classification, prepare_english, prepare_image_text, prepare_multilingual
+from ..common.arguments import existing_file, existing_folder, nonempty, output_folder, real, seed, whole
+from ..common.console import say
+from ..common.errors import UserError
+from ..common.files import require_files
+from ..data.documents import DEDUP_CHOICES
+from ..data.languages import PAPER_LANGUAGES, parse_languages
+from ..data.sentencepiece_vocabulary import MODELS, check_vocab_size
+from ..data.tiktoken_vocabulary import TOKENIZERS, check_tokenizer
+from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES
+from ..prepare.splits import SPLITS
 
-PREPARERS = {
-    "english": (prepare_english, "English text for language modelling"),
-    "multilingual": (prepare_multilingual, "text in many languages for language modelling"),
-    "classification": (prepare_classification, "labelled sentences or pairs, such as XNLI's, for fine-tuning"),
-    "image-text": (prepare_image_text, "images with captions and questions, for masked multimodal models"),
-}
+
+class Kind(NamedTuple):
+    """A sub-command: what it makes, in a phrase and in a sentence, its flags, and what runs it."""
+
+    summary: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the kinds of corpora as sub-commands of ``parser``."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for name, (module, summary) in PREPARERS.items():
-        kind = kinds.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
-        module.add_arguments(kind)
+    for name, kind in KINDS.items():
+        sub = kinds.add_parser(
+            name, help=kind.summary, description=kind.description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        sub.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the data")
+        sub.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
+        kind.add_arguments(sub)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the chosen kind."""
-    return PREPARERS[args.kind][0].run(args)
+    """Prepares the data; raises ``UserError`` for anything the user can mend."""
+    KINDS[args.kind].run(args)
+    return 0
+
+
+def _add_corpus_arguments(
+    parser: argparse.ArgumentParser, *, held_out: str, default: float, lowest: dict[str, float], drawn: str
+) -> None:
+    """Adds the flags of everything that is fetched and divided.
+
+    Args:
+        held_out: what a share is a share of.
+        default, lowest: the held-out shares, and a bound as :func:`real` takes it.
+        drawn: what the seed decides.
+    """
+    parser.add_argument(
+        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+    )
+    parser.add_argument("--seed", type=seed, default=1, help=f"decides {drawn}")
+    for split in ("valid", "test"):
+        parser.add_argument(
+            f"--{split}-fraction", type=real(**lowest, below=1), default=default, help=f"share of the {held_out}"
+        )
+
+
+def _add_vocabulary_arguments(group: argparse._ArgumentGroup, vocab_size: int) -> None:
+    group.add_argument("--vocab-size", type=whole(), default=vocab_size, metavar="N", help="SentencePiece's pieces")
+    group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
+
+
+def _add_text_vocabulary_arguments(parser: argparse.ArgumentParser, lines: int) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("vocabulary")
+    group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
+    group.add_argument(
+        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
+    )
+    _add_vocabulary_arguments(group, vocab_size=8000)
+    group.add_argument(
+        "--tokenizer-lines", type=whole(), default=lines, metavar="N", help="learn pieces from at most about N lines"
+    )
+    return group
+
+
+def _cache_dir(args: argparse.Namespace) -> Path:
+    return args.cache_dir or args.dest.absolute().parent / ".mhmoe-downloads"
+
+
+def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
+    ENGLISH_SOURCES.add_arguments(parser)
+    _add_corpus_arguments(
+        parser, held_out="bytes; 0 for none", default=0.05, lowest={"at_least": 0},
+        drawn="which documents are held out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dedup", choices=DEDUP_CHOICES, default="lines",
+        help="what is kept only where it occurs first in the whole corpus, before the split",
+    )  # fmt: skip
+    _add_text_vocabulary_arguments(parser, lines=2_000_000)
+
+
+def _prepare_english(args: argparse.Namespace) -> None:
+    from ..prepare.english import EnglishPreparation, EnglishSettings
+
+    source, settings = ENGLISH_SOURCES.build(args), EnglishSettings.from_flags(args)
+    check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
+    say(f"source: {source.name}; {source.unit}; licence: {source.licence}")
+    EnglishPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+
+
+def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--langs", type=nonempty, default=",".join(PAPER_LANGUAGES), metavar="CODES",
+        help="languages, with commas in between",
+    )  # fmt: skip
+    MULTILINGUAL_SOURCES.add_arguments(parser)
+    _add_corpus_arguments(
+        parser, held_out="keys; 0 for none", default=0.05, lowest={"at_least": 0},
+        drawn="what is held out, and what a cap leaves out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-mb-per-language", type=real(at_least=0), default=2.0, metavar="MB",
+        help="leave out whole keys, the same ones in all languages, above this size; 0 for no limit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--line-filter", choices=("auto", "on", "off"), default="auto",
+        help="drop short lines, lines in another script, and untranslated English; auto: for debian-docs only",
+    )  # fmt: skip
+    _add_text_vocabulary_arguments(parser, lines=120_000).add_argument(
+        "--vocab-sampling-alpha", type=real(at_least=0), default=0.5, metavar="A",
+        help="languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike",
+    )  # fmt: skip
+
+
+def _prepare_multilingual(args: argparse.Namespace) -> None:
+    from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings, check_alpha
+
+    source = MULTILINGUAL_SOURCES.build(args)
+    settings = MultilingualSettings.from_flags(
+        args,
+        languages=parse_languages(args.langs),
+        filter_lines=source.filter_lines if args.line_filter == "auto" else args.line_filter == "on",
+        max_mb_per_language=args.max_mb_per_language or None,
+    )
+    check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
+    check_alpha(args.vocab_sampling_alpha)
+    say(f"source: {source.name}; languages: {', '.join(settings.languages)}")
+    MultilingualPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+
+
+def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
+    IMAGE_SOURCES.add_arguments(parser)
+    _add_corpus_arguments(
+        parser, held_out="things that the images show", default=0.1, lowest={"above": 0},
+        drawn="what is held out, derived and fitted",
+    )  # fmt: skip
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--langs", type=nonempty, default="en", metavar="CODES", help="of captions, with commas in between"
+    )
+    _add_vocabulary_arguments(text, vocab_size=2000)
+    text.add_argument(
+        "--text-data", type=existing_folder, metavar="DIR",
+        help="text without images: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
+    )  # fmt: skip
+    codes = parser.add_argument_group("visual tokenizer")
+    codes.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
+    codes.add_argument("--image-size", type=whole(), default=64, metavar="PIXELS", help="side of the images it takes")
+    codes.add_argument("--patch-size", type=whole(), default=16, metavar="PIXELS", help="side of a patch")
+    codes.add_argument("--visual-vocab-size", type=whole(), default=512, metavar="N", help="number of codes")
+    derived = parser.add_argument_group("derived questions and statements")
+    derived.add_argument("--no-derived", action="store_true", help="make none")
+    derived.add_argument(
+        "--min-answer-count", type=whole(), default=3, metavar="N", help="rarer answers are no classes"
+    )
+    derived.add_argument("--statements", type=whole(), default=10_000, metavar="N", help="of the training part")
+
+
+def _prepare_image_text(args: argparse.Namespace) -> None:
+    from ..prepare.image_text.beit3_folder import Completion, CompletionSettings
+    from ..prepare.image_text.derived import DerivedSettings
+    from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
+    from ..prepare.sources.images.folder import Beit3Folder
+    from ..prepare.visual_tokenizers.fitting import FitSettings
+
+    source = IMAGE_SOURCES.build(args)
+    check_vocab_size(args.vocab_size)
+    tokenizer = FitSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
+    tokenizer.check("--visual-vocab-size")
+    settings = ImageTextSettings.from_flags(
+        args,
+        languages=_codes(args.langs),
+        text_data=_text_folder(args.text_data),
+        derived=None if args.no_derived else DerivedSettings(args.min_answer_count, args.statements),
+        tokenizer=None if args.no_visual_tokenizer else tokenizer,
+    )
+    if isinstance(source, Beit3Folder):
+        if args.dest.resolve() != source.folder.resolve():
+            raise UserError(
+                f"--dest {args.dest}: must be {source.folder} itself, where the missing files are put: the images are "
+                "not copied"
+            )
+        completion = Completion(source.folder, CompletionSettings(settings.text_data, settings.tokenizer), say)
+        say(f"done: {source.folder}, {len(completion.run()['made'])} files made here")
+        return
+    say(f"source: {source.name}; licence: {source.licence}")
+    ImageTextPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+
+
+def _codes(langs: str) -> tuple[str, ...]:
+    """Returns the languages of ``--langs``; ``UserError`` when there is none."""
+    codes = tuple(dict.fromkeys(code.strip() for code in langs.split(",") if code.strip()))
+    if not codes:
+        raise UserError(f"--langs {langs!r}: must name at least one language")
+    return codes
+
+
+def _text_folder(folder: Path | None) -> Path | None:
+    """Returns the folder with train.txt, valid.txt and test.txt, which is text/ in a prepared folder."""
+    if folder is None:
+        return None
+    inner = folder / "text" if (folder / "text").is_dir() else folder
+    require_files([inner / f"{split}.txt" for split in SPLITS], "--text-data")
+    return inner
+
+
+def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
+    for split, purpose in (("train", "to train on"), ("valid", "to validate on"), ("test", "to test on")):
+        parser.add_argument(
+            f"--{split}", nargs="+", default=[], required=split == "train", metavar="LANG=FILE",
+            help=f"files {purpose}, by language: JSON lines (.jsonl, .json) or TSV with a header (.tsv), .gz too",
+        )  # fmt: skip
+    parser.add_argument(
+        "--data", type=existing_folder, required=True, metavar="DIR",
+        help="prepared data of the language model: its dict.txt and sentencepiece.model are used",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiktoken-ranks", type=existing_file, metavar="FILE",
+        help="rank file, for a language model that was trained with one",
+    )  # fmt: skip
+    fields = parser.add_argument_group("fields")
+    fields.add_argument(
+        "--text-fields", type=nonempty, nargs="+", default=["premise", "hypothesis"], metavar="NAME",
+        help="fields of the text: one for single sentences, two for pairs (XNLI's own files: sentence1 sentence2)",
+    )  # fmt: skip
+    fields.add_argument(
+        "--label-field", type=nonempty, default="label", metavar="NAME", help="field of the label (XNLI: gold_label)"
+    )
+    fields.add_argument(
+        "--language-field", type=nonempty, metavar="NAME",
+        help="field of the language's code, for files that hold several: only LANG's examples are read, and those of "
+        "files for one language that do not have it (XNLI: language)",
+    )  # fmt: skip
+    fields.add_argument(
+        "--labels", type=nonempty, nargs="+", metavar="NAME[=OTHER]",
+        help="classes in the order of their ids, each with other spellings of its label, such as "
+        "'entailment neutral contradiction=contradictory'; if not given, all labels of the training files, sorted",
+    )  # fmt: skip
+    fields.add_argument(
+        "--skip-labels", type=nonempty, nargs="+", default=[], metavar="LABEL",
+        help="leave out examples with these labels, such as MNLI's '-'; any other unknown label is an error",
+    )  # fmt: skip
+
+
+def _prepare_classification(args: argparse.Namespace) -> None:
+    from ..prepare import classification as made
+
+    files = [made.labelled_file(split, word) for split in SPLITS for word in getattr(args, split)]
+    made.check_files(files, several_languages=args.language_field is not None)
+    settings = made.ClassificationSettings.from_flags(args)
+    source = made.LabelledText(files, made.open_language_model_text(args.data, args.tiktoken_ranks))
+    made.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)
+
+
+KINDS = {
+    "english": Kind(
+        "English text for language modelling",
+        "Fetch, clean, split by document, learn a vocabulary on the training part, and binarise for fairseq.",
+        _add_english_arguments, _prepare_english,
+    ),
+    "multilingual": Kind(
+        "text in many languages for language modelling",
+        "Fetch or read text in many languages, clean it, hold out the same keys in all of them, learn one vocabulary "
+        "on the training parts, and binarise every language for fairseq.",
+        _add_multilingual_arguments, _prepare_multilingual,
+    ),
+    "classification": Kind(
+        "labelled sentences or pairs, such as XNLI's, for fine-tuning",
+        "Read labelled sentences or pairs (XNLI, MNLI, ...), encode them as a language model does, and binarise them.",
+        _add_classification_arguments, _prepare_classification,
+    ),
+    "image-text": Kind(
+        "images with captions and questions, for masked multimodal models",
+        "Fetch or read images with captions, divide them, learn a vocabulary and a visual tokenizer on the training "
+        "part, and write everything that masked multimodal pre-training and fine-tuning read, in BEiT-3's formats.",
+        _add_image_text_arguments, _prepare_image_text,
+    ),
+}  # fmt: skip

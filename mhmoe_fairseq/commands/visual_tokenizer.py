@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.arguments import existing_file, existing_folder, output_file, real, seed, whole
+from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import atomic_path, write_json
-from ..prepare.image_text.console import say
 
 if TYPE_CHECKING:
     from ..data.visual_tokenizers import VisualTokenizer

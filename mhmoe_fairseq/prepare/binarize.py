@@ -7,10 +7,11 @@ boundary. Every byte of the text file, line ends included, is thus covered by th
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -39,29 +40,36 @@ class SplitCounts:
         return {**asdict(self), "bytes_per_token": round(self.bytes / self.tokens, 4) if self.tokens else 0.0}
 
 
+@contextlib.contextmanager
+def dataset_writer(prefix: Path, vocab_size: int) -> Iterator[Callable[[Sequence[int]], None]]:
+    """Gives a function that adds a line of ids to ``prefix.bin`` and ``prefix.idx``, which appear at the end."""
+    import torch
+    from fairseq.data import indexed_dataset
+
+    with atomic_path(prefix.with_suffix(".idx")) as index, atomic_path(prefix.with_suffix(".bin")) as data:
+        builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=vocab_size)
+        yield lambda ids: builder.add_item(torch.from_numpy(np.asarray(ids, dtype=np.int64)))
+        builder.finalize(str(index))
+
+
 def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCounts, np.ndarray]:
     """Writes ``prefix.bin`` and ``prefix.idx``, each atomically.
 
     Returns:
         the counts, and the occurrences of every dictionary index: (len(symbols) + 4,) int64.
     """
-    import torch
-    from fairseq.data import indexed_dataset
-
     vocab_size = len(vocabulary.symbols) + NUM_SPECIALS
     occurrences = np.zeros(vocab_size, dtype=np.int64)
     counts = SplitCounts(bytes=text.stat().st_size, documents=1)
-    with atomic_path(prefix.with_suffix(".idx")) as index, atomic_path(prefix.with_suffix(".bin")) as data:
-        builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=vocab_size)
-        with tqdm(desc=f"binarise {prefix.name}", total=counts.bytes, unit="B", unit_scale=True, disable=None) as bar:
-            for lines in _batches(text):
-                items = [np.array([*ids, _EOS], dtype=np.int64) for ids in vocabulary.encode_lines(lines)]
-                for line, item in zip(lines, items):
-                    builder.add_item(torch.from_numpy(item))
-                    _count(counts, line)
-                    bar.update(len(line.encode()) + 1)
-                occurrences += np.bincount(np.concatenate(items), minlength=vocab_size)
-        builder.finalize(str(index))
+    bar = tqdm(desc=f"binarise {prefix.name}", total=counts.bytes, unit="B", unit_scale=True, disable=None)
+    with dataset_writer(prefix, vocab_size) as add, bar:
+        for lines in _batches(text):
+            items = [np.array([*ids, _EOS], dtype=np.int64) for ids in vocabulary.encode_lines(lines)]
+            for line, item in zip(lines, items):
+                add(item)
+                _count(counts, line)
+                bar.update(len(line.encode()) + 1)
+            occurrences += np.bincount(np.concatenate(items), minlength=vocab_size)
     counts.tokens = int(occurrences.sum())
     counts.unknown_tokens = int(occurrences[_UNK])
     return counts, occurrences
@@ -74,6 +82,12 @@ def count_text(text: Path) -> SplitCounts:
         for line in lines:
             _count(counts, line)
     return counts
+
+
+def iter_lines(text: Path) -> Iterator[str]:
+    """Yields the lines of a text file that are not empty."""
+    with open(text, encoding="utf-8", newline="\n") as stream:
+        yield from (line.rstrip("\n") for line in stream if line != "\n")
 
 
 def _batches(text: Path) -> Iterator[list[str]]:

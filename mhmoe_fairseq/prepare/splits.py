@@ -1,8 +1,10 @@
-"""Which document goes to which part: by document, by a fixed seed, measured in bytes."""
+"""Which document goes to which part: drawn by a fixed seed and measured in bytes, or by a hash of a unit's name."""
 
 from __future__ import annotations
 
+import hashlib
 import random
+from dataclasses import dataclass
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 from ..common.errors import UserError
@@ -19,45 +21,40 @@ class DocumentSize(NamedTuple):
     split: Optional[str] = None
 
 
-def check_fractions(valid_fraction: float, test_fraction: float) -> None:
-    """``UserError`` unless both shares are in [0, 1) and leave something to train on."""
-    for flag, value in (("--valid-fraction", valid_fraction), ("--test-fraction", test_fraction)):
-        if not 0 <= value < 1:
-            raise UserError(f"{flag} {value:g}: must be at least 0 and below 1")
-    if valid_fraction + test_fraction >= 1:
-        raise UserError(
-            f"--valid-fraction {valid_fraction:g} and --test-fraction {test_fraction:g}: their sum must be below 1, "
-            "the rest is the training part"
-        )
+def check_shares(shares: Mapping[str, float]) -> None:
+    """``UserError`` unless the held-out shares are in [0, 1) and leave something to train on."""
+    held_out = {split: share for split, share in shares.items() if split != "train"}
+    for split, share in held_out.items():
+        if not 0 <= share < 1:
+            raise UserError(f"--{split}-fraction {share:g}: must be at least 0 and below 1")
+    if sum(held_out.values()) >= 1:
+        flags = " and ".join(f"--{split}-fraction {share:g}" for split, share in held_out.items())
+        raise UserError(f"{flags}: their sum must be below 1, the rest is the training part")
 
 
-def unlike_shares(sizes: Mapping[str, int], *, valid_fraction: float, test_fraction: float) -> Optional[str]:
-    """A sentence about parts that are far from their shares, or None: documents are never divided between parts.
+def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Optional[str]:
+    """Returns a sentence about parts far from their shares, if any: documents are never divided between parts.
 
     Args:
         sizes: bytes of every part.
     """
     total = sum(sizes.values())
-    asked = {"valid": valid_fraction, "test": test_fraction}
-    asked["train"] = 1 - valid_fraction - test_fraction
     found = {split: size / total for split, size in sizes.items()} if total else {}
-    if all(found[split] <= _FAR * asked[split] + _SLACK and _FAR * found[split] >= asked[split] - _SLACK
-           for split in found):  # fmt: skip
+    if all(share <= _FAR * shares[split] + _SLACK and _FAR * share >= shares[split] - _SLACK
+           for split, share in found.items()):  # fmt: skip
         return None
-    parts = ", ".join(f"{split} {share:.1%} for {asked[split]:.1%}" for split, share in found.items())
+    parts = ", ".join(f"{split} {share:.1%} for {shares[split]:.1%}" for split, share in found.items())
     return (
         f"the parts are far from their shares of the bytes ({parts}), since documents are never divided between them: "
         "give more or shorter documents, or say with --document-separator where they end"
     )
 
 
-def assign_splits(
-    sizes: Sequence[DocumentSize], *, valid_fraction: float, test_fraction: float, seed: int
-) -> list[str]:
+def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], seed: int) -> list[str]:
     """Assigns every document to ``train``, ``valid`` or ``test``.
 
     Documents are visited in an order drawn from ``seed``; a held-out part takes them until it has its share of the
-    bytes. Splits prescribed by the source are kept as they are, and then no fraction applies.
+    bytes. Splits prescribed by the source are kept as they are, and then no share applies.
 
     Raises:
         UserError: no documents, or fewer documents than parts.
@@ -69,8 +66,7 @@ def assign_splits(
         if "train" not in prescribed:
             raise UserError("--source: its training part is empty after cleaning")
         return prescribed
-    shares = {"test": test_fraction, "valid": valid_fraction}
-    wanted = [split for split, share in shares.items() if share > 0]
+    wanted = [split for split in ("test", "valid") if shares[split] > 0]
     if len(sizes) <= len(wanted):
         raise UserError(
             f"--source: {len(sizes)} document(s) cannot be split by document into train, {' and '.join(wanted[::-1])}: "
@@ -100,3 +96,33 @@ def _fill(sizes: Sequence[DocumentSize], free: list[int], target: float, reserve
             taken.append(index)
             filled += sizes[index].num_bytes
     return taken or [min(free, key=lambda index: sizes[index].num_bytes)]
+
+
+def position(seed: int, purpose: str, name: str) -> float:
+    """Returns a number in [0, 1), uniform over names, drawn from ``seed`` for one ``purpose``."""
+    digest = hashlib.blake2b(f"{seed}\n{purpose}\n{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+@dataclass(frozen=True)
+class UnitSplits:
+    """The split of every unit: the same one in every language, whichever languages are prepared.
+
+    Args:
+        shares: of the units, by split.
+    """
+
+    seed: int
+    shares: Mapping[str, float]
+
+    @property
+    def present(self) -> list[str]:
+        """The splits that have a share."""
+        return [split for split in SPLITS if self.shares[split] > 0]
+
+    def split_of(self, unit: str) -> str:
+        """Returns ``train``, ``valid`` or ``test``."""
+        drawn = position(self.seed, "split", unit)
+        if drawn < self.shares["test"]:
+            return "test"
+        return "valid" if drawn < self.shares["test"] + self.shares["valid"] else "train"

@@ -8,6 +8,7 @@ finished stages, so that the same command continues where it was killed.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -27,13 +28,13 @@ class Workspace:
 
     Args:
         dest: the folder.
-        settings: flag name without dashes -> JSON value; two preparations with equal settings make equal data.
+        settings: flag name without dashes -> value; two preparations with equal settings make equal data.
     """
 
     def __init__(self, dest: Path, settings: Mapping[str, Any]):
         self.dest = dest
         self.partial = dest / _PARTIAL
-        self.settings = dict(settings)
+        self.settings = json.loads(json.dumps(settings))  # as the manifest has them
         self._stages: dict[str, Any] = {}
 
     def begin(self, *, overwrite: bool, say: Callable[[str], None]) -> str:
@@ -156,31 +157,6 @@ def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspac
         raise UserError(f"--dest {dest}: is a file, must be a folder")
     with exclusive_lock(dest / LOCK, "--dest"):
         yield Workspace(dest, settings)
-
-
-def prepare_folder(
-    dest: Path,
-    settings: Mapping[str, Any],
-    make: Callable[[Workspace], dict[str, Any]],
-    *,
-    overwrite: bool,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Prepares ``dest`` with ``make``, unless that was done before with equal settings; returns the manifest.
-
-    Raises:
-        UserError: other settings already in ``dest``, another run holds it, or what ``make`` raises.
-    """
-    with open_workspace(dest, settings) as workspace:
-        state = workspace.begin(overwrite=overwrite, say=say)
-        if state == "complete":
-            say(f"{dest}: already prepared with these settings, nothing to do")
-            return read_json(dest / MANIFEST)
-        if state == "resumed":
-            say(f"{dest}: continuing an unfinished preparation")
-        manifest = make(workspace)
-    say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
-    return manifest
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:

@@ -14,6 +14,7 @@ from trained_model import sentences
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from mhmoe_fairseq.data.vocabulary import build_dictionary, save_dictionary
+from mhmoe_fairseq.prepare.classification import ClassificationPreparation
 
 CODES = ("en", "de", "zh")
 
@@ -172,9 +173,7 @@ def test_done_once_and_again_with_other_settings(run, files, tmp_path):
 
 
 def test_a_killed_run_is_continued(run, files, tmp_path, monkeypatch):
-    from mhmoe_fairseq.prepare.classification import pipeline
-
-    real, calls = pipeline.Preparation._binarise, []
+    real, calls = ClassificationPreparation._binarise_file, []
 
     def killed_at_the_second(self, file, *rest):
         calls.append(file.name)
@@ -182,7 +181,7 @@ def test_a_killed_run_is_continued(run, files, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(self, file, *rest)
 
-    monkeypatch.setattr(pipeline.Preparation, "_binarise", killed_at_the_second)
+    monkeypatch.setattr(ClassificationPreparation, "_binarise_file", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         run("--train", files["en"], "--valid", files["de"])
     assert not (tmp_path / "data" / "manifest.json").exists()

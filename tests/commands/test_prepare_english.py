@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.files import read_json
-from mhmoe_fairseq.prepare.english import PrepareSettings, prepare
-from mhmoe_fairseq.prepare.sources.local_files import TextSource
+from mhmoe_fairseq.prepare.english import EnglishPreparation, EnglishSettings
+from mhmoe_fairseq.prepare.sources.own_text import text_documents, text_source
 
 SMALL = ["--vocab-size", "300", "--valid-fraction", "0.1", "--test-fraction", "0.1"]
 
@@ -151,11 +152,11 @@ def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus, byt
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--source", "bible"], "--source bible: must be one of web-bible, brown"),
-        (["--source", "text"], "--source text: needs at least one file after it"),
-        (["--source", "brown", "x.txt"], "--source brown: takes no files, but got x.txt"),
+        (["--source", "bible"], "--source bible: must be one of brown, docstrings, "),
+        (["--source", "text"], "--source text: needs at least one file after it, got none"),
+        (["--source", "brown", "x.txt"], "--source brown: takes nothing after it, got x.txt"),
         (["--source", "text", "missing.txt"], "--source text: no such file: missing.txt"),
-        (["--source", "torchscale-shards", "missing"], "--source torchscale-shards missing: must be one folder"),
+        (["--source", "torchscale-shards", "missing"], "--source torchscale-shards: no such file: missing/json/v"),
         (["--vocab-size", "12"], "--vocab-size 12: must be at least 261"),
         (["--valid-fraction", "2"], "--valid-fraction (2) must be at least 0 and below 1"),
         (["--tokenizer-lines", "0"], "--tokenizer-lines (0) must be at least 1"),
@@ -195,38 +196,31 @@ def test_bad_text_is_one_line_and_leaves_earlier_data_usable(
     assert "nothing to do" in run(capsys, "--source", "text", text_corpus, "--dest", dest, *SMALL)[1]
 
 
-class CountingSource(TextSource):
-    """A text source that counts how often it is read."""
-
-    opened = 0
-
-    def open(self, cache_dir, say):
-        type(self).opened += 1
-        return super().open(cache_dir, say)
-
-
 @pytest.mark.parametrize("stop_at", ["clean:", "split:", "vocabulary:", "train:", "test:"])
 def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, text_corpus, stop_at):
-    source = CountingSource((text_corpus,))
-    settings = PrepareSettings(vocab_size=300, valid_fraction=0.1, test_fraction=0.1)
+    read = []
+
+    def counted(path):
+        read.append(path)
+        return text_documents(path, "blank-line")
+
+    source = replace(text_source((text_corpus,)), read=counted)
+    settings = EnglishSettings(vocab_size=300, valid_fraction=0.1, test_fraction=0.1)
 
     def prepare_into(dest, say):
-        prepare(
-            source, settings, dest, cache_dir=tmp_path, overwrite=False, identity={"vocab_size": 300}, say=say
-        )  # fmt: skip
+        EnglishPreparation(source, settings, tmp_path, say).run(dest)
 
     def interrupt(line):
         if line.startswith(stop_at):
             raise KeyboardInterrupt
 
-    CountingSource.opened = 0
     with pytest.raises(KeyboardInterrupt):
         prepare_into(tmp_path / "d", interrupt)
     assert [path.name for path in (tmp_path / "d").iterdir() if not path.name.startswith(".")] == []
     said: list[str] = []
     prepare_into(tmp_path / "d", said.append)
     assert "continuing an unfinished preparation" in said[0]
-    assert CountingSource.opened == (2 if stop_at == "clean:" else 1)
+    assert len(read) == (2 if stop_at == "clean:" else 1)
     prepare_into(tmp_path / "straight", said.append)
     assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
 

@@ -10,7 +10,7 @@ import pytest
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
-from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualSettings, prepare_multilingual
+from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
 from mhmoe_fairseq.prepare.sources.debian_docs.source import DebianDocs
 from mhmoe_fairseq.prepare.sources.language_folders import jsonl_folder, text_folder
 
@@ -244,7 +244,7 @@ def test_an_interrupted_extraction_continues(tmp_path, apt, make_deb, make_catal
     source = DebianDocs(("mediawiki", "emoji", "lo-ui"))
 
     def prepare_into(dest, say):
-        prepare_multilingual(source, settings, dest, cache_dir=cache, overwrite=False, say=say)
+        MultilingualPreparation(source, settings, cache, say).run(dest)
 
     def interrupt(line):
         if line.startswith("extract: emoji"):
@@ -280,7 +280,7 @@ def test_a_known_package_that_cannot_be_fetched_is_an_error(capsys, tmp_path, ap
         (["--source", "wiki"], "--source wiki: must be one of debian-docs, text, jsonl"),
         (["--source", "text"], "--source text: needs one folder after it, got none"),
         (["--source", "text", "a", "b"], "--source text: needs one folder after it, got a b"),
-        (["--source", "debian-docs", "a"], "--source debian-docs: takes no folder, got a"),
+        (["--source", "debian-docs", "a"], "--source debian-docs: takes nothing after it, got a"),
         (["--source", "text", "missing"], "--source text missing: no such folder"),
         (["--debian-families", "kde"], "--debian-families kde: must be one of mediawiki, "),
         (["--max-mb-per-language", "-1"], "--max-mb-per-language (-1) must be at least 0"),
@@ -332,7 +332,7 @@ def test_empty_parts_are_named_before_the_vocabulary(capsys, tmp_path, content, 
 def test_bad_json_lines(capsys, tmp_path):
     (tmp_path / "de.jsonl").write_text('{"text": "a", "key": [1]}\n')
     status, _, err = run(capsys, "--source", "jsonl", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *SMALL)
-    assert status == 2 and "de.jsonl:1: the key in 'key' must be a string or a number (--jsonl-key-field)" in err
+    assert status == 2 and "de.jsonl:1: the key in 'key' must be text or a number (--jsonl-key-field)" in err
 
 
 def test_other_settings_are_refused_until_overwrite(capsys, tmp_path, jsonl):
@@ -356,7 +356,7 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, jsonl,
 
     def prepare_into(dest, say):
         source = jsonl_folder(jsonl, "text", "key")
-        prepare_multilingual(source, settings, dest, cache_dir=tmp_path, overwrite=False, say=say)
+        MultilingualPreparation(source, settings, tmp_path, say).run(dest)
 
     def interrupt(line):
         if line.startswith(stop_at):

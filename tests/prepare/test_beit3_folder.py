@@ -12,8 +12,7 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.multimodal.index import read_index
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.prepare.image_text.beit3_folder import Completion, CompletionSettings
-from mhmoe_fairseq.prepare.image_text.piece_vocabulary import PieceVocabulary
+from mhmoe_fairseq.prepare.image_text.beit3_folder import Completion, CompletionSettings, PieceVocabulary
 from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
 TOKENIZER = FitSettings(vocab_size=8, patch_size=8, image_size=32, max_patches=500, iterations=3)

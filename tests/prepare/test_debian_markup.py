@@ -3,10 +3,14 @@
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.debian_docs.emoji import annotation_lines
-from mhmoe_fairseq.prepare.sources.debian_docs.gettext_catalogue import read_catalogue
-from mhmoe_fairseq.prepare.sources.debian_docs.manual_pages import paragraphs
-from mhmoe_fairseq.prepare.sources.debian_docs.markup import blocks, message_text, wiki_text
+from mhmoe_fairseq.prepare.sources.debian_docs.formats import (  # fmt: skip
+    annotation_lines,
+    blocks,
+    manual_paragraphs,
+    message_text,
+    read_catalogue,
+    wiki_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,7 @@ After an empty line.
 
 
 def test_paragraphs_of_a_manual_page():
-    assert list(paragraphs(PAGE)) == [
+    assert list(manual_paragraphs(PAGE)) == [
         "ls - list",
         "List information about the files— all “of” them. See stat (2) for more.",
         "-a, --all",
@@ -120,4 +124,4 @@ def test_paragraphs_of_a_manual_page():
 
 @pytest.mark.parametrize("page", [".so man1/other.1\n", ".Dd May 1\n.Sh NAME\nmdoc is another language\n"])
 def test_pages_that_are_left_out(page):
-    assert list(paragraphs(page)) == []
+    assert list(manual_paragraphs(page)) == []

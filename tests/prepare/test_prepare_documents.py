@@ -8,8 +8,14 @@ from hypothesis import strategies as st
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.documents import Cleaner, Document, clean_line
-from mhmoe_fairseq.prepare.corpus import iter_lines, read_sizes, write_corpus, write_splits
-from mhmoe_fairseq.prepare.splits import DocumentSize, assign_splits, check_fractions, unlike_shares
+from mhmoe_fairseq.prepare.base import CorpusSettings
+from mhmoe_fairseq.prepare.binarize import iter_lines
+from mhmoe_fairseq.prepare.english import read_sizes, write_corpus, write_splits
+from mhmoe_fairseq.prepare.splits import DocumentSize, assign_splits, unlike_shares
+
+
+def shares(valid, test):
+    return CorpusSettings(valid_fraction=valid, test_fraction=test).shares
 
 
 @pytest.mark.parametrize(
@@ -67,8 +73,8 @@ def test_dedup_of_documents_and_none():
 )
 def test_every_wanted_part_gets_documents_and_held_out_parts_stay_near_their_share(sizes, valid, test, seed):
     documents = [DocumentSize(size) for size in sizes]
-    assigned = assign_splits(documents, valid_fraction=valid, test_fraction=test, seed=seed)
-    assert assigned == assign_splits(documents, valid_fraction=valid, test_fraction=test, seed=seed)
+    assigned = assign_splits(documents, shares(valid, test), seed)
+    assert assigned == assign_splits(documents, shares(valid, test), seed)
     assert assigned.count("train") >= 1
     for split, share in (("valid", valid), ("test", test)):
         inside = [size for size, name in zip(sizes, assigned) if name == split]
@@ -78,7 +84,7 @@ def test_every_wanted_part_gets_documents_and_held_out_parts_stay_near_their_sha
 
 def test_another_seed_holds_out_other_documents():
     documents = [DocumentSize(100)] * 200
-    splits = [assign_splits(documents, valid_fraction=0.1, test_fraction=0.1, seed=seed) for seed in (1, 2)]
+    splits = [assign_splits(documents, shares(0.1, 0.1), seed) for seed in (1, 2)]
     assert splits[0] != splits[1]
     assert [splits[0].count(name) for name in ("train", "valid", "test")] == [160, 20, 20]
 
@@ -86,7 +92,7 @@ def test_another_seed_holds_out_other_documents():
 def test_shares_are_of_bytes_and_of_the_part_they_are_named_after():
     """Half of the documents are a hundred times as long as the others."""
     documents = [DocumentSize(10_000 if index % 2 else 100) for index in range(4000)]
-    assigned = assign_splits(documents, valid_fraction=0.3, test_fraction=0.05, seed=3)
+    assigned = assign_splits(documents, shares(0.3, 0.05), 3)
     total = sum(size.num_bytes for size in documents)
     for split, share in (("valid", 0.3), ("test", 0.05)):
         inside = [size.num_bytes for size, name in zip(documents, assigned) if name == split]
@@ -96,25 +102,25 @@ def test_shares_are_of_bytes_and_of_the_part_they_are_named_after():
 
 def test_too_few_documents_and_no_documents():
     with pytest.raises(UserError, match="2 document\\(s\\) cannot be split by document into train, valid and test"):
-        assign_splits([DocumentSize(10)] * 2, valid_fraction=0.1, test_fraction=0.1, seed=1)
+        assign_splits([DocumentSize(10)] * 2, shares(0.1, 0.1), 1)
     with pytest.raises(UserError, match="--source: the corpus is empty after cleaning"):
-        assign_splits([], valid_fraction=0.1, test_fraction=0.1, seed=1)
+        assign_splits([], shares(0.1, 0.1), 1)
     with pytest.raises(UserError, match="training part is empty"):
-        assign_splits([DocumentSize(10, "valid")], valid_fraction=0.1, test_fraction=0.1, seed=1)
+        assign_splits([DocumentSize(10, "valid")], shares(0.1, 0.1), 1)
 
 
 def test_parts_far_from_their_shares_are_told_of():
-    fractions = {"valid_fraction": 0.05, "test_fraction": 0.05}
-    assert unlike_shares({"train": 900, "valid": 55, "test": 45}, **fractions) is None
-    assert unlike_shares({"train": 96, "valid": 0, "test": 4}, valid_fraction=0, test_fraction=0.05) is None
-    told = unlike_shares({"train": 1, "valid": 1, "test": 60}, **fractions)
+    wanted = shares(0.05, 0.05)
+    assert unlike_shares({"train": 900, "valid": 55, "test": 45}, wanted) is None
+    assert unlike_shares({"train": 96, "valid": 0, "test": 4}, shares(0, 0.05)) is None
+    told = unlike_shares({"train": 1, "valid": 1, "test": 60}, wanted)
     assert "train 1.6% for 90.0%, valid 1.6% for 5.0%, test 96.8% for 5.0%" in told and "--document-separator" in told
-    assert "valid 0.1% for 5.0%" in unlike_shares({"train": 998, "valid": 1, "test": 1}, **fractions)
+    assert "valid 0.1% for 5.0%" in unlike_shares({"train": 998, "valid": 1, "test": 1}, wanted)
 
 
 def test_splits_of_the_source_are_kept():
     sizes = [DocumentSize(1, "valid"), DocumentSize(1, "train"), DocumentSize(1, "train")]
-    assert assign_splits(sizes, valid_fraction=0.5, test_fraction=0.4, seed=1) == ["valid", "train", "train"]
+    assert assign_splits(sizes, shares(0.5, 0.4), 1) == ["valid", "train", "train"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_splits_of_the_source_are_kept():
 )
 def test_impossible_fractions(valid, test, message):
     with pytest.raises(UserError, match=message):
-        check_fractions(valid, test)
+        shares(valid, test)
 
 
 def test_split_files_have_an_empty_line_between_documents(tmp_path):

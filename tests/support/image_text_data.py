@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
 from mhmoe_fairseq.prepare.image_text.images import OpenedImages, Sentence, SourceImage
-from mhmoe_fairseq.prepare.image_text.pipeline import ImageTextSettings, prepare_image_text
+from mhmoe_fairseq.prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
 from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210), "yellow": (240, 210, 50)}
@@ -100,10 +100,12 @@ def shape_settings(**changes: object) -> ImageTextSettings:
     return ImageTextSettings(**{**settings, **changes})
 
 
+def shapes_preparation(source: Shapes, say: Callable[[str], None] = str, **changes: object) -> ImageTextPreparation:
+    """A preparation with :func:`shape_settings`."""
+    return ImageTextPreparation(source, shape_settings(**changes), Path(), say)
+
+
 def prepare_shapes(dest: Path, source: Shapes | None = None, **changes: object) -> Path:
     """Prepares the shapes with :func:`shape_settings`; the folder."""
-    prepare_image_text(
-        source or Shapes(), shape_settings(**changes), dest, cache_dir=dest.parent, overwrite=False,
-        say=lambda line: None,
-    )  # fmt: skip
+    shapes_preparation(source or Shapes(), **changes).run(dest)
     return dest

@@ -7,7 +7,6 @@ tokenizer, and a manifest.
 
 from __future__ import annotations
 
-import datetime
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,19 +31,49 @@ from ...data.multimodal.answers import ANSWERS_FILE, read_answers
 from ...data.multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
 from ..archives import Say
-from ..binarize import binarize
-from ..english import MODEL_FILE, tool_versions
+from ..base import DICTIONARY, MODEL_FILE, manifest_head, tool_versions
+from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
 from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
 from ..workspace import MANIFEST
-from .piece_vocabulary import PieceVocabulary
 from .pipeline import KIND, MASK
 
-_DICTIONARY = "dict.txt"
 _UPSTREAM_MODEL = "beit3.spm"
 _SOURCE = "beit3-index"
-_EOS = 2
+_EOS, _UNK = 2, 3
+
+
+class PieceVocabulary:
+    """A SentencePiece model of anyone's making in fairseq's order: its pieces from dictionary index 4 on.
+
+    For BEiT-3's ``beit3.spm`` (``<unk>`` 0, ``<s>`` 1, ``</s>`` 2) these are the ids of the tokenizer that unilm's
+    scripts use; a ``<mask>`` after the last piece makes them whole.
+
+    Raises:
+        UserError: the file is not a SentencePiece model.
+    """
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{path}: not a SentencePiece model ({' '.join(str(error).split())})") from error
+        size = self._model.vocab_size()
+        plain = [index for index in range(size) if not (self._model.is_control(index) or self._model.is_unknown(index))]
+        self.symbols = [self._model.id_to_piece(index) for index in plain]
+        self._ids = np.full(size, _UNK)
+        self._ids[plain] = np.arange(NUM_SPECIALS, NUM_SPECIALS + len(plain))
+
+    def encode_lines(self, lines: list[str]) -> list[list[int]]:
+        """Dictionary indices of each line, without an end mark."""
+        return [self._ids[ids].tolist() for ids in self._model.encode(lines, num_threads=1)]
+
+    def describe(self) -> dict[str, object]:
+        """Its size."""
+        return {"kind": "sentencepiece", "pieces": self._model.vocab_size()}
 
 
 @dataclass(frozen=True)
@@ -98,7 +127,7 @@ class Completion:
         """The dictionary, written first where it is missing."""
         from fairseq.data import Dictionary
 
-        path = self._folder / _DICTIONARY
+        path = self._folder / DICTIONARY
         if not path.is_file():
             self._write_dictionary(path)
         symbols = Dictionary.load(str(path)).symbols
@@ -110,14 +139,14 @@ class Completion:
         upstream, model = self._folder / _UPSTREAM_MODEL, self._folder / MODEL_FILE
         if not model.is_file():
             if not upstream.is_file():
-                raise UserError(f"{self._folder}: has neither {_DICTIONARY} nor {_UPSTREAM_MODEL} nor {MODEL_FILE}")
+                raise UserError(f"{self._folder}: has neither {DICTIONARY} nor {_UPSTREAM_MODEL} nor {MODEL_FILE}")
             with atomic_path(model) as temporary:
                 shutil.copyfile(upstream, temporary)
             self._note(MODEL_FILE)
         symbols = PieceVocabulary(model).symbols
         counts = np.zeros(NUM_SPECIALS + len(symbols), dtype=np.int64)
         save_dictionary(build_dictionary(symbols, counts, [MASK], multiple=1), path)
-        self._note(_DICTIONARY)
+        self._note(DICTIONARY)
 
     def _note(self, name: str) -> None:
         self.made.append(name)
@@ -215,16 +244,11 @@ class Completion:
 
     def _copy_captions(self, split: str, prefix: Path) -> None:
         """The ids of the captions, each text once, as lines of text."""
-        import torch
-        from fairseq.data import indexed_dataset
-
         index = self._read("pair", split)
         lines = dict.fromkeys(tuple(index["text_segment"][row].tolist()) for row in range(len(index)))
-        with atomic_path(prefix.with_suffix(".idx")) as idx, atomic_path(prefix.with_suffix(".bin")) as data:
-            builder = indexed_dataset.make_builder(str(data), impl="mmap", vocab_size=len(self._symbols))
+        with dataset_writer(prefix, len(self._symbols)) as add:
             for ids in lines:
-                builder.add_item(torch.tensor([*ids, _EOS]))
-            builder.finalize(str(idx))
+                add([*ids, _EOS])
 
     def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
         settings = self._settings.tokenizer
@@ -240,9 +264,7 @@ class Completion:
         earlier = read_json(path) if path.is_file() else {}
         made = [*earlier.get("made", []), *(name for name in self.made if name not in earlier.get("made", []))]
         manifest = {
-            "format": 1,
-            "kind": KIND,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **manifest_head(KIND),
             "source": {"name": _SOURCE, "licence": "the user's own data: their terms are the user's to know"},
             "indexes": counts,
             "made": made,
@@ -250,7 +272,7 @@ class Completion:
             "tools": tool_versions(),
             "files": {
                 name: {"bytes": (self._folder / name).stat().st_size, "sha256": sha256_of(self._folder / name)}
-                for name in sorted({_DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
+                for name in sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
             },
         }
         write_json(path, manifest)

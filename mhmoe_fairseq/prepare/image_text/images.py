@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
-from ...common.files import atomic_open
+from ...common.files import atomic_open, json_line, read_json_lines
 from ..archives import Say
 
 IMAGES = "images"
 CATALOGUE, SENTENCES = "images.jsonl", "sentences.jsonl"
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "grey", "pink")
+_COLOUR = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class SourceImage:
         path: relative to the prepared folder, ``images/...``; it names the image everywhere.
         captions: language -> captions; cleaned lines.
         unit: images of one unit, such as one drawing in several skin tones, go to the same part.
-        family: units of one family differ in something that captions name; empty where nothing is known. Only of a
+        family: units of one family differ in something that captions name; empty where nothing is known. Only for a
             family that training has seen too, a held-out image's caption can be put together.
         group: coarse kind; empty if unknown.
         subgroup: finer kind; empty if unknown.
@@ -63,43 +65,41 @@ class ImageSource(Protocol):
     ``folder / "images"``.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def licence(self) -> str: ...
+    name: str
+    licence: str
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages: ...
 
 
+def colour_facts(text: str) -> dict[str, str]:
+    """Returns ``{"colour": name}`` where an English text names exactly one colour, otherwise nothing."""
+    found = set(_COLOUR.findall(text.lower()))
+    return {"colour": found.pop()} if len(found) == 1 else {}
+
+
+def kinds_by_folder(name: str) -> dict[str, str]:
+    """Returns an image's first two folders as its ``group`` and ``subgroup``."""
+    return dict(zip(("group", "subgroup"), (*PurePosixPath(name).parts[:-1], "", "")))
+
+
 def caption_sentences(images: Iterable[SourceImage]) -> Iterator[Sentence]:
-    """Every caption once as a line of text, for sources that have no other text."""
+    """Yields every caption as a line of text, for sources that have no other text."""
     for image in images:
         for language, captions in image.captions.items():
-            for caption in captions:
-                yield Sentence(image.unit, language, caption)
+            yield from (Sentence(image.unit, language, caption) for caption in captions)
 
 
 def write_catalogue(folder: Path, opened: OpenedImages) -> None:
     """Writes images and sentences, one JSON object per line, each file atomically."""
-    _write_lines(folder / SENTENCES, [sentence._asdict() for sentence in opened.sentences])
-    _write_lines(folder / CATALOGUE, [asdict(image) for image in opened.images])
+    for name, rows in ((SENTENCES, map(Sentence._asdict, opened.sentences)), (CATALOGUE, map(asdict, opened.images))):
+        with atomic_open(folder / name) as stream:
+            stream.writelines(map(json_line, rows))
 
 
 def read_catalogue(folder: Path) -> tuple[list[SourceImage], list[Sentence]]:
-    """What :func:`write_catalogue` wrote, in the same order."""
-    images = _read_lines(folder / CATALOGUE, lambda row: SourceImage(**{**row, "keywords": tuple(row["keywords"])}))
-    return images, _read_lines(folder / SENTENCES, lambda row: Sentence(**row))
-
-
-def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_open(path) as stream:
-        for row in rows:
-            stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-
-
-def _read_lines(path: Path, make: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    with open(path, encoding="utf-8") as stream:
-        return [make(json.loads(line)) for line in stream]
+    """Returns what :func:`write_catalogue` wrote, in the same order."""
+    rows = [row for _, row in read_json_lines(folder / CATALOGUE)]
+    images = [SourceImage(**{**row, "keywords": tuple(row["keywords"])}) for row in rows]
+    return images, [Sentence(**row) for _, row in read_json_lines(folder / SENTENCES)]

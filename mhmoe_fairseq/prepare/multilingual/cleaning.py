@@ -3,34 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Container, Iterable, Iterator, Mapping, Optional
 
 from ...common.files import atomic_open
 from ...data.documents import SeenTexts, clean_line
 from ...data.languages import Language
-from .assignment import Assignment, Cap
-from .filters import LineFilter
+from ..splits import UnitSplits, position
+from .lines import KEPT, judge
 from .passages import Passage, read_passages, write_passages
 
 # Held-out parts first: a line that occurs twice is dropped from the training part.
 _ORDER = ("test", "valid", "train")
+_NUM_STEPS = 1 << 12
 
 
-@dataclass(frozen=True)
-class CleaningSettings:
-    """How every language is cleaned.
+class Cap:
+    """Bounds the size of a corpus by leaving out whole units, in an order that is the same in every language."""
 
-    Args:
-        assignment: what is held out.
-        max_bytes: of a language's text; None for no limit.
-        filter_lines: whether lines in another script and untranslated English are removed.
-    """
+    def __init__(self, seed: int):
+        self._seed = seed
+        self._bytes = [0] * _NUM_STEPS
 
-    assignment: Assignment
-    max_bytes: Optional[float]
-    filter_lines: bool
+    def _step(self, unit: str) -> int:
+        return int(position(self._seed, "cap", unit) * _NUM_STEPS)
+
+    def count(self, unit: str, num_bytes: int) -> None:
+        """Notes text of a unit."""
+        self._bytes[self._step(unit)] += num_bytes
+
+    def limit(self, max_bytes: float) -> int:
+        """Returns how many steps of the order fit into ``max_bytes``; at least one."""
+        total = 0
+        for step, num_bytes in enumerate(self._bytes):
+            total += num_bytes
+            if total > max_bytes:
+                return max(step, 1)
+        return _NUM_STEPS
+
+    def admits(self, unit: str, limit: int) -> bool:
+        """Whether a unit is among the first ``limit`` steps."""
+        return self._step(unit) < limit
 
 
 class LanguageCorpus:
@@ -38,19 +51,26 @@ class LanguageCorpus:
 
     Args:
         folder: for the result, ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl``; scratch files beside them.
+        splits: what is held out.
+        max_bytes: of the language's text; None for no limit.
+        filter_lines: whether lines in another script and untranslated English are removed.
     """
 
-    def __init__(self, language: Language, settings: CleaningSettings, folder: Path):
+    def __init__(
+        self, language: Language, folder: Path, splits: UnitSplits, *, max_bytes: Optional[float], filter_lines: bool
+    ):
         self._language = language
-        self._settings = settings
         self._folder = folder
-        self._splits = [split for split in _ORDER if split in settings.assignment.splits]
-        self._cap = Cap(settings.assignment.seed)
+        self._split_of = splits.split_of
+        self._splits = [split for split in _ORDER if split in splits.present]
+        self._max_bytes = max_bytes
+        self._filter_lines = filter_lines
+        self._cap = Cap(splits.seed)
         self._lines: Counter[str] = Counter()
         self._bytes_by_family: Counter[str] = Counter()
 
     def outputs(self) -> list[str]:
-        """Files that :meth:`make` leaves, relative to ``folder``."""
+        """Returns the files that :meth:`make` leaves, relative to ``folder``."""
         code = self._language.code
         texts = [f"text/{code}/{split}.txt" for split in self._splits]
         return texts + [f"held-out/{code}/{split}.jsonl" for split in self._splits if split != "train"]
@@ -67,7 +87,7 @@ class LanguageCorpus:
         seen = SeenTexts()
         for split in self._splits:
             write_passages(self._unique(split, seen), self._scratch(split))
-        limit = None if self._settings.max_bytes is None else self._cap.limit(self._settings.max_bytes)
+        limit = None if self._max_bytes is None else self._cap.limit(self._max_bytes)
         for split in self._splits:
             self._write(split, limit)
             self._scratch(split).unlink()
@@ -81,16 +101,15 @@ class LanguageCorpus:
         self, passages: Iterable[tuple[str, Passage]], english: Mapping[str, Container[str]]
     ) -> Iterator[Passage]:
         """Yields the passages with what is left of their lines, their names made unique over all families."""
-        filters: dict[str, LineFilter] = {}
         for family, passage in passages:
             lines = [line for line in map(clean_line, passage.lines) if line]
             self._lines["lines_read"] += len(passage.lines)
             self._lines["empty_lines"] += len(passage.lines) - len(lines)
             kept = lines
-            if self._settings.filter_lines:
-                if family not in filters:
-                    filters[family] = LineFilter(self._language, english.get(family, ()), self._lines)
-                kept = [line for line in lines if filters[family].keep(line)]
+            if self._filter_lines:
+                verdicts = [judge(line, self._language, english.get(family, ())) for line in lines]
+                self._lines.update(verdicts)
+                kept = [line for line, verdict in zip(lines, verdicts) if verdict == KEPT]
             if kept:
                 complete = passage.key is not None and len(kept) == len(lines)
                 key = f"{family}:{passage.key}" if complete else None
@@ -99,7 +118,7 @@ class LanguageCorpus:
     def _unique(self, split: str, seen: SeenTexts) -> Iterator[Passage]:
         """Yields the passages of one part with the lines that were in none before."""
         for passage in read_passages(self._scratch("clean")):
-            if self._settings.assignment.split_of(passage.unit) != split:
+            if self._split_of(passage.unit) != split:
                 continue
             lines = [line for line in passage.lines if seen.add(line)]
             self._lines["duplicate_lines"] += len(passage.lines) - len(lines)
@@ -131,7 +150,7 @@ def _num_bytes(passage: Passage) -> int:
 
 
 def english_lines(passages: Iterable[tuple[str, Passage]]) -> dict[str, SeenTexts]:
-    """The cleaned lines of every family."""
+    """Returns the cleaned lines of every family."""
     lines: dict[str, SeenTexts] = {}
     for family, passage in passages:
         seen = lines.setdefault(family, SeenTexts())

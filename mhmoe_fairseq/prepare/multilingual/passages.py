@@ -1,13 +1,18 @@
-"""Passages: the pieces of text that the sources of many languages yield, and their files between two stages."""
+"""Passages: the pieces of text that sources of many languages yield, their files, and those that are translations."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
 
-from ...common.files import atomic_open
+from ...common.files import atomic_open, json_line
+from ..archives import Say
+
+Stage = Callable[[str, list[str], Callable[[], Any]], Any]
 
 
 class Passage(NamedTuple):
@@ -26,9 +31,46 @@ class Passage(NamedTuple):
     key: Optional[str] = None
 
 
+@dataclass(frozen=True)
+class MultilingualCorpus:
+    """A source that is ready to be read.
+
+    Args:
+        provenance: what the manifest says about it.
+        sources: language -> where its text is from.
+        missing: language -> what it lacks -> why.
+        passages: from a language's code to ``(family, passage)`` pairs in a fixed order.
+        has_english: whether ``passages("en")`` is the English text of the same families.
+    """
+
+    provenance: dict[str, Any]
+    sources: Mapping[str, Sequence[str]]
+    missing: Mapping[str, Mapping[str, str]]
+    passages: Callable[[str], Iterator[tuple[str, Passage]]]
+    has_english: bool
+
+
+class MultilingualSource(Protocol):
+    """A corpus in many languages by name.
+
+    ``filter_lines`` says whether lines in other scripts and untranslated English are removed unless the user says
+    otherwise. ``identity`` is what makes two preparations differ; it checks what can be checked without fetching.
+    ``open`` fetches what is needed; it may keep files in ``folder``, made by stages that are not repeated.
+    """
+
+    name: str
+    filter_lines: bool
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
+
+    def open(
+        self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
+    ) -> MultilingualCorpus: ...
+
+
 @contextlib.contextmanager
 def open_passages(path: Path) -> Iterator[Callable[[Passage], None]]:
-    """A function that writes a passage, as one JSON list a line, to ``path``, which appears at the end."""
+    """Gives a function that writes a passage, as one JSON list a line, to ``path``, which appears at the end."""
     with atomic_open(path) as stream:
 
         def write(passage: Passage) -> None:
@@ -46,7 +88,29 @@ def write_passages(passages: Iterable[Passage], path: Path) -> None:
 
 
 def read_passages(path: Path) -> Iterator[Passage]:
-    """What :func:`write_passages` wrote, in order."""
+    """Yields what :func:`write_passages` wrote, in order."""
     with open(path, encoding="utf-8", newline="\n") as stream:
         for line in stream:
             yield Passage(*json.loads(line))
+
+
+def write_aligned(held_out: Path, split: str, languages: Sequence[str], target: Path) -> Counter[str]:
+    """Writes ``{"key": ..., "text": {"en": ..., "de": ...}}`` for every key that two languages or more have.
+
+    Args:
+        held_out: folder with ``CODE/SPLIT.jsonl`` passages that have keys.
+
+    Returns:
+        how many keys there are (``keys``), and how many each language has.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for code in languages:
+        for passage in read_passages(held_out / code / f"{split}.jsonl"):
+            texts.setdefault(str(passage.key), {}).setdefault(code, " ".join(passage.lines))
+    counts: Counter[str] = Counter()
+    with atomic_open(target) as stream:
+        for key in sorted(texts):
+            if len(texts[key]) > 1:
+                counts.update(["keys", *texts[key]])
+                stream.write(json_line({"key": key, "text": texts[key]}))
+    return counts

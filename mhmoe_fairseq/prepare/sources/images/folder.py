@@ -19,9 +19,15 @@ from ....common.errors import UserError
 from ....common.files import read_json_lines, read_utf8_lines, sha256_of
 from ....data.documents import clean_line
 from ...archives import Say
-from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences
-from ..left_out import LeftOut, group_left_out, say_left_out, walk_files
-from .wording import colour_facts
+from ...image_text.images import (  # fmt: skip
+    IMAGES,
+    OpenedImages,
+    SourceImage,
+    caption_sentences,
+    colour_facts,
+    kinds_by_folder,
+)
+from ..base import IMAGE_SOURCES, ONE_FOLDER, tell_left_out, walk_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _JSONL, _TSV = "captions.jsonl", "captions.tsv"
@@ -38,7 +44,7 @@ class FolderSource:
     licence: str = "the user's own images: their terms are the user's to know"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Names and sizes of the images, and hashes of the captions: what a copy of the folder has too.
+        """Returns names and sizes of the images, and hashes of the captions: what a copy of the folder has too.
 
         Images are not read for it, so that one which is replaced by another of the same size goes unseen.
 
@@ -51,10 +57,10 @@ class FolderSource:
         captions = {text.name: sha256_of(text) for text in texts if text.is_file()}
         beside = {text: sha256_of(text) for file in files if (text := file.with_suffix(".txt")).is_file()}
         return {
-            "images": len(files),
+            "pictures": len(files),  # the names that finished folders know
             "bytes": sum(sizes.values()),
             "names_and_sizes": self._digest(sizes),
-            "captions": {**captions, "beside images": self._digest(beside)} if beside else captions,
+            "captions": {**captions, "beside pictures": self._digest(beside)} if beside else captions,
         }
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
@@ -64,8 +70,7 @@ class FolderSource:
             UserError: naming file and line of a caption that is no good, or of an image that is not there.
         """
         files = self._files()
-        left_out = self._left_out(files)
-        say_left_out(self.name, left_out, say)
+        left_out = tell_left_out(self.name, self._unread(files), say)
         captions = self._captions(languages[0])
         unread = Counter(code for found in captions.values() for code in found if code not in languages)
         images = []
@@ -95,11 +100,11 @@ class FolderSource:
             raise UserError(f"--source folder {self.folder}: has no image ({', '.join(SUFFIXES)})")
         return files
 
-    def _left_out(self, files: Sequence[Path]) -> LeftOut:
-        """What is in the folder beside images and captions."""
+    def _unread(self, files: Sequence[Path]) -> Iterator[tuple[str, str]]:
+        """Yields what is in the folder beside images and captions, with the reason why it is not read."""
         read = {*files, *(file.with_suffix(".txt") for file in files), self.folder / _JSONL, self.folder / _TSV}
         others = (file for file in walk_files(self.folder) if file not in read)
-        return group_left_out((file.relative_to(self.folder).as_posix(), _why_not(file)) for file in others)
+        return ((file.relative_to(self.folder).as_posix(), _why_not(file)) for file in others)
 
     def _digest(self, values: Mapping[Path, object]) -> str:
         """One hash over names relative to the folder, in their order, each with its value."""
@@ -114,7 +119,7 @@ class FolderSource:
         return found
 
     def _caption_lines(self, default_language: str) -> Iterator[tuple[str, str, str]]:
-        """SourceImage, language and caption."""
+        """Yields image, language and caption."""
         if (self.folder / _JSONL).is_file():
             yield from _json_captions(self.folder / _JSONL, default_language)
         if (self.folder / _TSV).is_file():
@@ -154,12 +159,24 @@ def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str
 
 
 def _image(name: str, unit: str, captions: dict[str, list[str]], languages: Sequence[str]) -> SourceImage:
-    folders = PurePosixPath(name).parts[:-1]
     return SourceImage(
         path=f"{IMAGES}/{name}",
         captions={language: captions[language] for language in languages if captions.get(language)},
         unit=unit,
-        group=folders[0] if folders else "",
-        subgroup=folders[1] if len(folders) > 1 else "",
+        **kinds_by_folder(name),
         facts=colour_facts(" ".join(captions.get("en", ()))),
     )
+
+
+@dataclass(frozen=True)
+class Beit3Folder:
+    """A folder of unilm's BEiT-3 scripts, which is completed in place (see :mod:`~...image_text.beit3_folder`)."""
+
+    folder: Path
+
+
+IMAGE_SOURCES.add("folder", lambda args, folder: FolderSource(folder), ONE_FOLDER, "(images and captions)")
+IMAGE_SOURCES.add(
+    "beit3-index", lambda args, folder: Beit3Folder(folder), ONE_FOLDER,
+    "(a folder of unilm's scripts, checked and completed in place)",
+)  # fmt: skip

@@ -11,9 +11,16 @@ from pathlib import Path, PurePosixPath
 from typing import Iterator, Sequence
 
 from ....data.documents import clean_line
-from ...archives import Archive, Say, fetch, iter_tar_members, read_deb_data
-from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences
-from .wording import colour_facts
+from ...archives import Archive, Say, fetch, iter_deb_members
+from ...image_text.images import (  # fmt: skip
+    IMAGES,
+    OpenedImages,
+    SourceImage,
+    caption_sentences,
+    colour_facts,
+    kinds_by_folder,
+)
+from ..base import IMAGE_SOURCES
 
 STAMPS = Archive(
     "apt-get", "tuxpaint-stamps-default", None, "tuxpaint-stamps-default_*.deb",
@@ -32,7 +39,7 @@ class TuxPaintSource:
     licence: str = "GPL-2 (Tux Paint stamps; see the package's copyright file)"
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """The package; its version is what the Debian suite has, and only recorded."""
+        """Returns the package; its version is what the Debian suite has, and only recorded."""
         return {"package": STAMPS.package}
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
@@ -42,7 +49,7 @@ class TuxPaintSource:
             UserError: the package cannot be fetched or read.
         """
         fetched = fetch(STAMPS, cache_dir, say)
-        members = dict(iter_tar_members(fetched.path, _is_wanted, read_deb_data(fetched.path)))
+        members = dict(iter_deb_members(fetched.path, _is_wanted))
         images = []
         for name, content in members.items():
             if name.endswith(".png") and (image := _image(name, content, members, languages)) is not None:
@@ -61,26 +68,24 @@ def _is_wanted(member: str) -> bool:
 
 
 def _image(name: str, content: bytes, members: dict[str, bytes], languages: Sequence[str]) -> SourceImage | None:
-    """The stamp with its captions; None where it has none."""
+    """Returns the stamp with its captions; None where it has none."""
     texts = dict(_captions(members.get(name.removesuffix(".png") + ".txt", b"")))
     captions = {language: [texts[language]] for language in languages if language in texts}
     if not captions:
         return None
     path = PurePosixPath(name.removeprefix(_ROOT))
-    folders = path.parts[:-1]
     return SourceImage(
         path=f"{IMAGES}/{path}",
         captions=captions,
         unit=hashlib.sha256(content).hexdigest()[:16],
-        group=folders[0] if folders else "",
-        subgroup=folders[1] if len(folders) > 1 else "",
-        keywords=tuple(dict.fromkeys(folder.replace("_", " ") for folder in folders)),
+        **kinds_by_folder(str(path)),
+        keywords=tuple(dict.fromkeys(folder.replace("_", " ") for folder in path.parts[:-1])),
         facts=colour_facts(texts.get("en", "")),
     )
 
 
 def _captions(content: bytes) -> Iterator[tuple[str, str]]:
-    """Language and caption: English on the first line, then ``de.utf8=...``."""
+    """Yields language and caption: English on the first line, then ``de.utf8=...``."""
     lines = content.decode("utf-8", "replace").splitlines()
     for number, line in enumerate(lines):
         key, _, text = line.partition("=")
@@ -91,3 +96,6 @@ def _captions(content: bytes) -> Iterator[tuple[str, str]]:
             continue
         if cleaned := clean_line(text):
             yield _REGIONS.get(code, code), cleaned
+
+
+IMAGE_SOURCES.add("tuxpaint", lambda args: TuxPaintSource())

