@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
-from ..models.options import ALL_OPTIONS, options_with
+from ..models.options import options_with
 from .files import SUFFIXES, read_checkpoint
 from .summary import fingerprint_of, weights_of
 
@@ -122,6 +122,6 @@ def _require_same_model(
 
 def _function_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Stored options of the model that decide what its weights stand for, not how they are trained or computed."""
-    free = [name for kind in ("training", "nothing") for name in options_with(*ALL_OPTIONS, affects=kind)]
+    free = [name for kind in ("training", "nothing") for name in options_with(affects=kind)]
     settings = (checkpoint.get("cfg") or {}).get("model") or {}
     return {name: value for name, value in settings.items() if name not in free and value is not None}

@@ -67,7 +67,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
 HEAVY = {
-    "plan", "evaluate", "probe", "import-official", "checkpoint",
+    "evaluate", "probe", "import-official", "checkpoint",
     "visual-tokenizer",
 }  # fmt: skip
 

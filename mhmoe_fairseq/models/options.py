@@ -297,14 +297,12 @@ class BEiT3Options(EncoderOptions, MoEOptions):
     max_text_length: int = option(None, stack=True, default=II("task.max_text_length"))
 
 
-ALL_OPTIONS = (LanguageModelOptions, BEiT3Options)
+def options_with(**known: Any) -> list[str]:
+    """Names of all models' options of which :func:`option` was told ``known``.
 
-
-def options_with(*kinds: type, **known: Any) -> list[str]:
-    """Names of the options of ``kinds`` of which :func:`option` was told all of ``known``.
-
-    >>> options_with(MoEOptions, needs="xmoe", affects="function")[:2]
-    ['mhmoe_router_preset', 'mhmoe_router_dim']
+    >>> options_with(needs="xmoe", layer="router_dim")
+    ['mhmoe_router_dim']
     """
+    kinds = (LanguageModelOptions, BEiT3Options)
     fields = {entry.name: entry.metadata for kind in kinds for entry in dataclasses.fields(kind) if entry.metadata}
     return [name for name, metadata in fields.items() if known.items() <= metadata.items()]

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from language_models import SMALL, small_dictionary, small_model
 
+from mhmoe_fairseq.analysis.plan.planning import PlanSettings, plan
 from mhmoe_fairseq.analysis.reports.paper_numbers import TABLE_11, TABLE_11_DENSE
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.commands.plan import PAPER_VOCAB_SIZE, plan
+from mhmoe_fairseq.commands.plan import PAPER_VOCAB_SIZE
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.counts import blank_dictionary, count_built, count_model
+from mhmoe_fairseq.models.counts import count_built, count_model
 
 EXPERTS = [8, 16, 32, 64, 128, 256]
 MILLION = 10**6
@@ -21,7 +22,7 @@ MILLION = 10**6
 
 @pytest.fixture(scope="module")
 def table_11() -> dict:
-    rows = plan("mhmoe_lm_base", EXPERTS, blank_dictionary(PAPER_VOCAB_SIZE), 1024, {})
+    rows = plan(PlanSettings("mhmoe_lm_base", PAPER_VOCAB_SIZE, tuple(EXPERTS)))
     return {(row.family, row.experts): row for row in rows}
 
 
@@ -130,7 +131,7 @@ def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> Non
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be a named architecture"),
+        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be one of dense_beit3_base"),
         (["--arch", "mhmoe_lm_huge"], "must be one of"),
         (["--heads", "5"], r"--mhmoe-heads-number \(5\) must divide --decoder-embed-dim \(768\)"),
         (["--experts", "0"], r"--experts \(0\) must be at least 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -43,19 +42,6 @@ class Cluster:
                 raise UserError(f"{flag} must be above 0")
         if self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
             raise UserError(f"--ranks-per-node ({self.ranks_per_node}) must divide --ranks ({self.ranks})")
-
-    def expert_parallel_size(self, asked: int | None, num_experts: int) -> int:
-        """Ranks that share one bank of experts: as asked, or as many as possible, as in training.
-
-        Raises:
-            UserError: if it does not divide the experts and the ranks.
-        """
-        if asked is None:
-            return math.gcd(num_experts, self.ranks)
-        for what, number in (("the number of experts", num_experts), ("--ranks", self.ranks)):
-            if asked < 1 or number % asked:
-                raise UserError(f"--mhmoe-expert-parallel-size ({asked}) must divide {what} ({number})")
-        return asked
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,13 @@ from kept_tensors import kept_bytes_of, loss_of
 from language_models import small_dictionary
 from torch import nn
 
-from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, kept_bytes, peak_bytes
-from mhmoe_fairseq.analysis.plan.model_shape import shape_of
+from mhmoe_fairseq.analysis.plan.activation_memory import (
+    Computation,
+    activation_bytes,
+    kept_bytes,
+    peak_bytes,
+    shape_of,
+)
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import build_language_model
 from mhmoe_fairseq.moe.cpu import loop as _expert_loop

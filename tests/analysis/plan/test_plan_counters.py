@@ -9,9 +9,8 @@ import torch
 from language_models import small_dictionary
 from plan_ranks import LENGTH, ROWS, measure, options_of
 
-from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, kept_bytes
+from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, kept_bytes, shape_of
 from mhmoe_fairseq.analysis.plan.cluster import Cluster, exchange
-from mhmoe_fairseq.analysis.plan.model_shape import shape_of
 from mhmoe_fairseq.models.counts import build_on_meta
 
 TOKENS = ROWS * LENGTH

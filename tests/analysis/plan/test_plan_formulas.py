@@ -11,11 +11,15 @@ from typing import Any
 import pytest
 from language_models import small_dictionary, small_model
 
-from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, peak_bytes
+from mhmoe_fairseq.analysis.plan.activation_memory import (
+    Computation,
+    ModelShape,
+    activation_bytes,
+    peak_bytes,
+    shape_of,
+)
 from mhmoe_fairseq.analysis.plan.cluster import Cluster
-from mhmoe_fairseq.analysis.plan.many_ranks import describe_ranks, plan_ranks
-from mhmoe_fairseq.analysis.plan.model_shape import ModelShape, shape_of
-from mhmoe_fairseq.analysis.plan.rank_memory import rank_parameters, rounded_weight_bytes
+from mhmoe_fairseq.analysis.plan.ranks import describe_ranks, plan_ranks, rank_parameters, rounded_weight_bytes
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.tables import byte_size, duration
 from mhmoe_fairseq.models.counts import ModelCounts, count_built

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from trained_model import TrainedModel
 
 from mhmoe_fairseq.analysis.plan.cluster import Cluster, all_reduce_seconds, exchange
-from mhmoe_fairseq.analysis.plan.rank_memory import PRECISIONS, SAVED_BYTES, largest_expert_bytes, rank_parameters
+from mhmoe_fairseq.analysis.plan.ranks import PRECISIONS, SAVED_BYTES, largest_expert_bytes, rank_parameters
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.counts import count_built
 from mhmoe_fairseq.moe import MHMoEConfig

@@ -9,17 +9,76 @@ from typing import Any
 
 from ...common.tables import MISSING, byte_size, duration, markdown_table, millions
 from ...models.counts import ModelCounts
-from .activation_memory import Computation, activation_bytes, peak_bytes
+from .activation_memory import Computation, ModelShape, activation_bytes, peak_bytes
 from .cluster import Cluster, Exchange, all_reduce_seconds, exchange
-from .model_shape import ModelShape
-from .rank_memory import (
-    PRECISIONS,
-    SAVED_BYTES,
-    RankParameters,
-    largest_expert_bytes,
-    rank_parameters,
-    rounded_weight_bytes,
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per parameter of fairseq's ways to train.
+
+    Attributes:
+        flags: what is typed.
+        weights: in the model.
+        gradients: of the weights.
+        optimizer: copies of weights and gradients in fp32, and Adam's two moments.
+        host: in rank 0's memory while it saves: the checkpoint, and half weights until they are made fp32.
+    """
+
+    flags: str
+    weights: int
+    gradients: int
+    optimizer: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On a rank, while training."""
+        return self.weights + self.gradients + self.optimizer
+
+
+# fairseq's checkpoints hold weights and Adam's moments in fp32, whatever was trained in.
+SAVED_BYTES = 12
+# Adam's moments are in fp32 in all of them. fp16 that is flattened is refused at more than one rank per bank.
+PRECISIONS = (
+    Precision("fp32, --mhmoe-precision", weights=4, gradients=4, optimizer=8, host=12),
+    Precision("--fp16 --fp16-no-flatten-grads", weights=2, gradients=2, optimizer=16, host=14),
+    Precision("--memory-efficient-fp16", weights=2, gradients=2, optimizer=8, host=14),
 )
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters on one rank: the dense part whole, its share of the experts."""
+
+    dense: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.dense + self.expert
+
+
+def rank_parameters(counts: ModelCounts, size: int) -> RankParameters:
+    """With ``size`` ranks that share the experts."""
+    return RankParameters(counts.non_expert, counts.expert // size)
+
+
+def rounded_weight_bytes(shape: ModelShape, parameters: RankParameters) -> int:
+    """Copies of the weights in the half type that autocast keeps for the backward pass; one layer's if recomputed."""
+    if not shape.half:
+        return 0
+    if not shape.recompute:
+        return 2 * parameters.total
+    return 2 * (parameters.dense // shape.layers + parameters.expert // max(shape.moe_layers, 1))
+
+
+def largest_expert_bytes(counts: ModelCounts, size: int) -> int:
+    """The largest expert tensor of a rank, in fp32: what saving may add to its device's memory."""
+    if counts.moe is None:
+        return 0
+    return 4 * (counts.moe.num_experts // size) * counts.moe.expert_ffn_dim * counts.moe.subtoken_dim
 
 
 @dataclass(frozen=True)
@@ -63,6 +122,10 @@ class RankPlan:
         """All transfers of all layers in one micro-batch."""
         return 0.0 if self.traffic is None else self.moe_layers * self.traffic.transfers * self.traffic.seconds
 
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {**dataclasses.asdict(self), "exchange_seconds": self.exchange_seconds}
+
 
 def plan_ranks(
     name: str, counts: ModelCounts, shape: ModelShape, cluster: Cluster, size: int, *, cpu: bool = False
@@ -73,8 +136,7 @@ def plan_ranks(
     parameters = rank_parameters(counts, size)
     traffic = None
     if counts.moe is not None:
-        element = 2 if shape.half else 4
-        traffic = exchange(counts.moe, cluster, size, element=element, recompute=shape.recompute)
+        traffic = exchange(counts.moe, cluster, size, element=shape.element, recompute=shape.recompute)
     flops = cluster.tokens * counts.flops_per_token * (4 if shape.recompute else 3)
     replicas = cluster.ranks // size
     return RankPlan(
@@ -101,41 +163,28 @@ def plan_ranks(
 def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, recompute: bool) -> str:
     """Tables, one column for each model, and how to read them."""
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
-    kind = "2 bytes a number" if half else "4 bytes a number"
-    recomputing = ", --checkpoint-activations" if recompute else ""
     nodes_in_words = "1 node" if nodes == 1 else f"{nodes:,} nodes"
-    lines = [
+    routed = [plan for plan in plans if plan.traffic is not None]
+    paragraphs = [
         f"{cluster.ranks:,} ranks on {nodes_in_words}, {cluster.tokens:,} tokens per rank and micro-batch, "
-        f"{kind}{recomputing};",
+        f"{2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
-        "",
         _table("memory", plans, _memory(plans, cluster)),
-        "",
-        "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.",
-        "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file with weights and",
+        "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.\n"
+        "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file with weights and\n"
         "moments in fp32, as fairseq writes it. largest expert tensor: what a save may add to a rank's device memory.",
     ]
-    routed = [plan for plan in plans if plan.traffic is not None]
     if routed:
-        lines += [
-            "",
+        paragraphs += [
             _table("all-to-all of one MoE layer, one direction", routed, _traffic(routed)),
-            "",
-            "rows: sub-tokens x K, exactly (dropless routing), those for the rank's own experts included. off rank,",
+            "rows: sub-tokens x K, exactly (dropless routing), those for the rank's own experts included. off rank,\n"
             "off node: expected if all experts are chosen equally often. time: by bandwidth alone.",
         ]
-    lines += [
-        "",
+    paragraphs += [
         _table("time of one micro-batch", plans, _times(plans)),
-        "",
         "gradients: their sum over all ranks, experts' over their replicas, in fp32, once per update.",
     ]
-    return "\n".join(lines)
-
-
-def as_json(plan: RankPlan) -> dict[str, Any]:
-    """The figures as plain data."""
-    return {**dataclasses.asdict(plan), "exchange_seconds": plan.exchange_seconds}
+    return "\n\n".join(paragraphs)
 
 
 def _table(title: str, plans: Sequence[RankPlan], rows: dict[str, list[str]]) -> str:

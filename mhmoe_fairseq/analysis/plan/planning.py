@@ -1,0 +1,115 @@
+"""What a training needs before it starts: an architecture and its baselines, counted without memory for weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...checkpoints.parts import count_parts
+from ...common.ranges import flag
+from ...models.architectures import Architecture, architecture_options, named_architecture
+from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
+from ...models.flags import expert_parallel_size, moe_config
+from ...models.options import LanguageModelOptions, MoEOptions, options_with
+from .activation_memory import shape_of
+from .cluster import Cluster
+from .ranks import RankPlan, plan_ranks
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What is planned.
+
+    Args:
+        arch: a named architecture; its baselines come with it.
+        vocab_size: entries of the dictionary.
+        experts: numbers of experts.
+        flags: the model's, by name.
+        tokens_per_sample: tokens per block, for attention's FLOPs.
+        num_visual_tokens: BEiT-3's scores for masked patches.
+        cluster: the machines; None to leave out memory, traffic and time.
+        cpu: activation memory as on CPUs.
+    """
+
+    arch: str
+    vocab_size: int
+    experts: tuple[int, ...] = (8,)
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    tokens_per_sample: int = 1024
+    num_visual_tokens: int = 0
+    cluster: Cluster | None = None
+    cpu: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """``arch`` in its parts."""
+        return named_architecture(self.arch)
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One model: its family, the experts asked for, its counts, also by part of the model.
+
+    With a cluster ``ranks`` is its plan there, and ``note`` says so if a budget's experts had to be rounded for it.
+    """
+
+    family: str
+    experts: int | None
+    counts: ModelCounts
+    parts: dict[str, int]
+    ranks: RankPlan | None = None
+    note: str | None = None
+
+
+def plan(settings: PlanSettings) -> list[PlanRow]:
+    """Count the architecture and its baselines (dense, and the one-head reference) for every number of experts.
+
+    Raises:
+        UserError: for an unknown architecture, or anything that building the model refuses.
+    """
+    architecture, dictionary = settings.architecture, blank_dictionary(settings.vocab_size)
+    families = {"dense": ["dense"], "mhmoe": ["dense", "xmoe", "mhmoe"]}.get(
+        architecture.family, ["dense", architecture.family]
+    )
+    rows = []
+    for family in families:
+        for experts in [None] if family == "dense" else settings.experts:
+            options, size, note = _options(settings, family, experts)
+            model = build_on_meta(options, dictionary, settings.num_visual_tokens)
+            counts, ranks = count_built(model, context_of(options)), None
+            if settings.cluster is not None:
+                label = family if experts is None or len(settings.experts) == 1 else f"{family} {experts:,}"
+                ranks = plan_ranks(label, counts, shape_of(model), settings.cluster, size, cpu=settings.cpu)
+            rows.append(PlanRow(family, experts, counts, count_parts(model), ranks, note))
+    return rows
+
+
+def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[MoEOptions, int, str | None]:
+    """A model's options, how many ranks share its experts, and how a budget's experts were rounded for them."""
+    name = settings.architecture.of_family(family).name
+    flags = dict(settings.flags if name == settings.arch else _flags_of(family, settings.flags))
+    asked, size, note = flags.pop("mhmoe_expert_parallel_size", None), 1, None
+    if experts is not None:
+        flags["moe_expert_count"] = experts
+        if settings.cluster is not None:
+            size = expert_parallel_size(experts, asked, settings.cluster.ranks, "--ranks")
+    options = architecture_options(name, **flags)
+    moe = None if size == 1 else moe_config(options)
+    if moe is not None and moe.num_experts % size:
+        rounded = max(round(moe.num_experts / size), 1) * size
+        fixed = {"mhmoe_budget": "none", "moe_ffn_dim": moe.expert_ffn_dim, "moe_expert_count": rounded}
+        words = " ".join(f"{flag(name)} {value}" for name, value in fixed.items())
+        note = f"the budget's {moe.num_experts:,} experts are rounded to what {size:,} ranks can share: {words}"
+        options = architecture_options(name, **{**flags, **fixed})
+    if isinstance(options, LanguageModelOptions):
+        options.tokens_per_sample = settings.tokens_per_sample
+    return options, size, note
+
+
+def _flags_of(family: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that a baseline can have: none of MH-MoE's for the one-head reference, none of MoE's for dense."""
+    if family == "dense":
+        kept = [name for name in options_with(needs="") if name != "moe_freq"]
+        return {name: value for name, value in flags.items() if name in kept}
+    return {name: value for name, value in flags.items() if name not in options_with(needs="heads")}
