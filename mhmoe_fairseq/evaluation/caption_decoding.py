@@ -84,7 +84,7 @@ class Captioner:
             FileNotFoundError, ValueError: naming the index or image that is missing or broken.
         """
         index = read_index(self.task.folder, "captioning", split, NAME)
-        settings = self.task.dataset_settings(split, seed=0)
+        settings = self.task.dataset_settings(split)
         dataset = CaptionDataset(index, settings, self.transform)
         batches = self.task.get_batch_iterator(
             dataset, max_sentences=batch_size, required_batch_size_multiple=1

@@ -15,7 +15,7 @@ from torch import nn
 from ..checkpoints.open import open_model, read_settings
 from ..common.errors import UserError
 from ..models.language_model import find_checkpoint
-from ..tasks.image_text_finetuning import HeadTask
+from ..tasks.finetuning import HeadTask
 
 
 @dataclass(frozen=True)

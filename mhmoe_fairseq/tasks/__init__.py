@@ -13,8 +13,7 @@ from . import (
     nlvr2,
     retrieval,
     sentence_classification,
-    sentencepiece_bpe,
-    tiktoken_bpe,
+    tokenizers,
     vqa,
 )
 
@@ -27,7 +26,6 @@ __all__ = [
     "nlvr2",
     "retrieval",
     "sentence_classification",
-    "sentencepiece_bpe",
-    "tiktoken_bpe",
+    "tokenizers",
     "vqa",
 ]

@@ -1,31 +1,29 @@
 """Fine-tuning on image captions as BEiT-3 does, with CIDEr of decoded captions at every validation."""
 
 import functools
-import logging
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
-from typing import Any, Optional
+from typing import Any, Mapping, Optional, Sequence
 
+import numpy as np
 import torch
-from fairseq.data import Dictionary
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from fairseq.distributed import utils as distributed_utils
 from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..data.datasets import CaptionDataset
-from ..data.multimodal.index import read_index
-from ..metrics.captions import read_ground_truth, tokenize
+from ..data.datasets import CaptionDataset, DatasetSettings
+from ..data.datasets.labelled import Transform
+from ..data.multimodal.collate import Sample, pad_key
+from ..data.multimodal.index import Index, read_index
+from ..data.multimodal.masking import mask_text
+from ..metrics.captions import CiderD, read_ground_truth, tokenize
 from ..models.captions import CaptionSearch, Specials, search_captions
-from .image_text_finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
-from .referenced_captions import ReferencedCaptions
-from .sentencepiece_bpe import WholeSentencepieceBPE
-
-logger = logging.getLogger(__name__)
+from .finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
+from .tokenizers import WholeSentencepieceBPE
 
 NAME = "coco_captioning"  # of the index files
 GROUND_TRUTH = {"valid": "coco_karpathy_val_gt.json", "test": "coco_karpathy_test_gt.json"}
-_VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
 
 
 @dataclass
@@ -60,8 +58,8 @@ class CaptioningTask(ImageTextFineTuning):
         search: how validation decodes.
     """
 
-    def __init__(self, args: Any, dictionary: Dictionary) -> None:
-        super().__init__(args, dictionary)
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
         self.search = self.build_search(args.caption_beam, args.caption_length_penalty, args.caption_max_len)
 
     def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:
@@ -109,21 +107,13 @@ class CaptioningTask(ImageTextFineTuning):
             FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
         """
         index = read_index(self.folder, "captioning", split, NAME, vocabulary_size=len(self.dictionary))
-        fraction, transform = self.args.caption_mask_prob, self.build_transform(split)
+        read = index, self.dataset_settings(split), self.build_transform(split), self.args.caption_mask_prob
         if split == "train":
-            settings = self.dataset_settings(split, self.args.seed)
-            self.datasets[split] = CaptionDataset(index, settings, transform, fraction)
+            self.datasets[split] = CaptionDataset(*read)
             return
         references = read_ground_truth(self.folder / GROUND_TRUTH[split])
-        self.datasets[split] = ReferencedCaptions(
-            index,
-            self.dataset_settings(split, _VALIDATION_SEED),
-            transform,
-            fraction,
-            split,
-            references,
-            {image: self.encode(captions[0]) for image, captions in references.items()},
-        )
+        ids = {image: self.encode(captions[0]) for image, captions in references.items()}
+        self.datasets[split] = ReferencedCaptions(*read, split, references, ids)
 
     def write_captions(self, model: nn.Module, images: Tensor, search: CaptionSearch | None = None) -> list[str]:
         """A caption for each of ``(B, 3, H, W)`` images.
@@ -153,3 +143,60 @@ class CaptioningTask(ImageTextFineTuning):
         log["cider_sum"] = sum(cider.score(row, tokenize(caption)) for row, caption in zip(rows, captions))
         log["captions"] = len(captions)
         return loss, sample_size, log
+
+
+class ReferencedCaptions(CaptionDataset):
+    """A split's images, each once, with its first reference masked as in training, always alike.
+
+    A batch has ``text_targets`` as in training, and ``split``.
+
+    Args:
+        index, settings, transform, fraction: as of :class:`CaptionDataset`; not for training.
+        split: its name.
+        references: captions by image id.
+        ids: the first caption of each image, by image id, in the dictionary's ids without specials.
+
+    Attributes:
+        cider: scores a caption of the image of a row, which batches have as ``id``.
+
+    Raises:
+        ValueError: if an image has no reference.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        settings: DatasetSettings,
+        transform: Transform,
+        fraction: float,
+        split: str,
+        references: Mapping[int, Sequence[str]],
+        ids: Mapping[int, Sequence[int]],
+    ) -> None:
+        super().__init__(index, settings, transform, fraction)
+        self.split = split
+        images = [int(index["image_id"][row]) for row in self._rows]
+        unknown = [image for image in images if image not in references]
+        if unknown:
+            raise UserError(
+                f"{index.files[0]}: {len(unknown)} of {len(images)} images have no reference caption, first image_id "
+                f"{unknown[0]}"
+            )
+        self._texts = [settings.text(ids[image]) for image in images]
+        self.sizes = self.sizes + np.array([len(text) for text in self._texts], dtype=np.int32)
+        self.cider = CiderD([[tokenize(caption) for caption in references[image]] for image in images])
+
+    def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
+        """``image``, ``image_id``, ``text`` and ``text_targets``."""
+        sample = super().make_sample(row, rng)
+        text, dictionary = self._texts[row], self.settings.dictionary
+        sample["text"], sample["text_targets"] = mask_text(text, self._fraction, dictionary, rng, masks_end=True)
+        return sample
+
+    def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
+        """Add the keys."""
+        super().add_targets(batch, samples)
+        pad = self.settings.dictionary.pad()
+        batch["text_targets"] = pad_key(samples, "text_targets", pad)
+        batch["ntokens"] = int(batch["text_targets"].ne(pad).sum())
+        batch["split"] = self.split

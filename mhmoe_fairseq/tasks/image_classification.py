@@ -4,17 +4,14 @@ from dataclasses import dataclass, field  # fairseq reads the field types: no po
 from pathlib import Path
 from typing import Any, Optional
 
-from fairseq.data import Dictionary
 from fairseq.tasks import register_task
-from torch import nn
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..data.datasets import DatasetSettings, LabelledImages
+from ..data.datasets import LabelledImages
 from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
-from ..data.multimodal.index import Index
 from ..models.heads import ImageClassificationHead
-from .image_text_finetuning import ClassifierConfig, ClassTask
+from .finetuning import ClassifierConfig, HeadTask
 
 CLASSES_FILE = "imagenet.classes.json"
 _LEAST_CROP, _CENTRAL = 0.08, 0.875
@@ -37,7 +34,7 @@ class ImageClassificationTaskConfig(ClassifierConfig):
 
 
 @register_task("mhmoe_image_classification", dataclass=ImageClassificationTaskConfig)
-class ImageClassificationTask(ClassTask):
+class ImageClassificationTask(HeadTask):
     """Classes of images.
 
     The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split where there is
@@ -47,21 +44,13 @@ class ImageClassificationTask(ClassTask):
     --maximize-best-checkpoint-metric``.
     """
 
-    head_name = "image_classification"
-    index_task = "imagenet"
+    head_name, head_type = "image_classification", ImageClassificationHead
+    index_task, dataset_type = "imagenet", LabelledImages
 
-    def __init__(self, args: Any, dictionary: Dictionary) -> None:
-        super().__init__(args, dictionary)
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
         self.classes = read_class_names(self.folder, args.num_classes)
         self.classes_source = str(self.folder / CLASSES_FILE)
-
-    def build_head(self, embed_dim: int) -> nn.Module:
-        """The head of a model of that width."""
-        return ImageClassificationHead(embed_dim, len(self.classes), self.args.center_features)
-
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> LabelledImages:
-        """The images of an index."""
-        return LabelledImages(index, settings, transform, len(self.classes))
 
     def build_transform(self, split: str) -> Any:
         """What is done to a split's images: nothing random but in training."""

@@ -13,8 +13,6 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..common.errors import UserError
-from ..common.ranges import check_flags
-from ..compat import refuse_tpu
 from ..data.binarised import check_folder, check_split
 from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ..training import ParallelTask, TrainingFlags
@@ -34,30 +32,27 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
     """
 
     @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> MHMoELanguageModelingTask:
-        """Load the dictionary.
+    def check_args(cls, args: Any) -> None:
+        """Refuse flags before anything is loaded, and shards that have other dictionaries than the first.
 
         Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            UserError: if no data are given, shards disagree on the dictionary, a block has no token, or a TPU is
-                asked for.
+            FileNotFoundError: if the first shard's folder or its dictionary is missing.
+            UserError: naming the flag or file, its value and the rule.
         """
-        refuse_tpu(args.tpu)
         if args.tokens_per_sample < 1:
             raise UserError(
                 f"--tokens-per-sample ({args.tokens_per_sample}) must be at least 1; fairseq-eval-lm takes "
                 "--context-window off what is given, so that must be less"
             )
-        check_flags(args)
+        super().check_args(args)
         if not args.data:
             raise UserError("no data folder given: name one, or several shards as a:b:c")
-        folders = data_folders(args)
-        check_folder(folders[0])
-        words = (folders[0] / "dict.txt").read_bytes()
-        for shard in folders[1:]:
+        first, *others = data_folders(args)
+        check_folder(first)
+        words = (first / "dict.txt").read_bytes()
+        for shard in others:
             if (shard / "dict.txt").is_file() and (shard / "dict.txt").read_bytes() != words:
-                raise UserError(f"{shard}/dict.txt differs from {folders[0]}/dict.txt: shards share one dictionary")
-        return super().setup_task(args, **kwargs)
+                raise UserError(f"{shard}/dict.txt differs from {first}/dict.txt: shards share one dictionary")
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; the training split of all shards is checked at once, before training starts.

@@ -21,12 +21,10 @@ from ..data.datasets.modalities import EvaluationModalities, TrainingModalities
 from ..data.images.transforms import EvaluationViews, PretrainingViews
 from ..data.multimodal.index import read_index
 from ..data.visual_tokenizers import VisualTokenizer, load_visual_tokenizer
-from .image_text_task import ImageTextTask, ImageTextTaskConfig
+from .base import ImageTextTask, ImageTextTaskConfig
 from .starting_checkpoint import resumed_checkpoint
 
 logger = logging.getLogger(__name__)
-
-_VALIDATION_SEED = 0  # of held-out masks, whatever --seed: runs with several seeds are compared
 
 
 @dataclass
@@ -59,26 +57,14 @@ class MaskedMultimodalTask(ImageTextTask):
     It is no part of checkpoints, but a digest of it is: a run cannot go on with another one.
     """
 
-    @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> "MaskedMultimodalTask":
-        """Load the dictionary.
-
-        Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: naming the flag or file, its value and the rule.
-        """
-        modalities = read_modalities(args.modalities)
-        if args.visual_tokenizer and modalities == ("text",):
+    def __init__(self, args: Any) -> None:
+        self.modalities = read_modalities(args.modalities)
+        if args.visual_tokenizer and self.modalities == ("text",):
             raise UserError(
                 f"--visual-tokenizer ({args.visual_tokenizer}) is for patches, and --modalities ({args.modalities}) "
                 "has no images: leave one of the two flags out"
             )
-        return super().setup_task(args, **kwargs)
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """Those of ``--modalities``."""
-        return read_modalities(self.args.modalities)
+        super().__init__(args)
 
     @property
     def has_images(self) -> bool:
@@ -97,16 +83,19 @@ class MaskedMultimodalTask(ImageTextTask):
         Raises:
             UserError: if there is none, or its grid is not the model's.
         """
-        path = Path(self.args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
-        tokenizer = load_visual_tokenizer(path)
+        tokenizer = load_visual_tokenizer(self._tokenizer_file)
         if tokenizer.token_shape != self.grid:
             rows, columns = tokenizer.token_shape
             raise UserError(
-                f"--visual-tokenizer {path} gives {rows} x {columns} ids for an image, but --img-size "
+                f"--visual-tokenizer {self._tokenizer_file} gives {rows} x {columns} ids for an image, but --img-size "
                 f"({self.args.img_size}) and --patch-size ({self.args.patch_size}) make {self.grid[0]} x "
                 f"{self.grid[1]} patches: both grids must be the same"
             )
         return tokenizer
+
+    @property
+    def _tokenizer_file(self) -> Path:
+        return Path(self.args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
 
     def image_targets(self, batch: dict[str, Any]) -> Tensor:
         """``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is, in float32."""
@@ -135,14 +124,12 @@ class MaskedMultimodalTask(ImageTextTask):
         parts = {name: self._read(name, split) for name in self.modalities}
         counts = ", ".join(f"{len(part):,} of {name}" for name, part in parts.items())
         logger.info(f"{split}: {counts}")
-        if split == "train":
-            self.datasets[split] = TrainingModalities(parts, self.args.seed)
-        else:
-            self.datasets[split] = EvaluationModalities(parts)
+        is_training = split == "train"
+        self.datasets[split] = TrainingModalities(parts, self.args.seed) if is_training else EvaluationModalities(parts)
 
     def _read(self, modality: str, split: str) -> FairseqDataset:
         """One modality of a split, its files checked."""
-        settings = self.dataset_settings(split, seed=self.args.seed if split == "train" else _VALIDATION_SEED)
+        settings = self.dataset_settings(split)
         if modality == "text":
             prefix = self.folder / "text" / split
             check_split(prefix, len(self.dictionary))
@@ -172,7 +159,7 @@ class MaskedMultimodalTask(ImageTextTask):
         saved = state_dict.get("visual_tokenizer")
         if saved is not None and self.has_images and saved != self._tokenizer_digest:
             raise UserError(
-                f"--visual-tokenizer ({self.args.visual_tokenizer or self.folder / 'visual_tokenizer.pt'}) is not the "
+                f"--visual-tokenizer ({self._tokenizer_file}) is not the "
                 "one that the checkpoint was trained with: its ids mean other patches"
             )
 

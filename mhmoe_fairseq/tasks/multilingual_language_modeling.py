@@ -2,24 +2,33 @@
 
 import copy
 import functools
+import itertools
 import logging
+import math
 import os
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
 from typing import Any
 
-from fairseq.data import MonolingualDataset
+import torch
+from fairseq import utils
+from fairseq.data import Dictionary, MonolingualDataset
+from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..common.files import read_json, sha256_of
 from ..criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
-from .language_metrics import language_sums, log_languages
+from ..data.languages import language_symbol
 from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelingTask, data_folders
-from .languages_data import characters_of, check_languages, check_words, find_languages, language_symbols
 
 logger = logging.getLogger(__name__)
+
+_CHECKED_BLOCKS = 20
+_PRIORITY = 700  # of languages' metrics: behind what a validation logs without languages
 
 
 @dataclass
@@ -58,16 +67,15 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
     """
 
     @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> "MHMoEMultilingualLanguageModelingTask":
-        """Load the dictionary.
+    def check_args(cls, args: Any) -> None:
+        """Refuse flags before anything is loaded.
 
         Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: naming the flag, its value and the rule.
+            UserError: naming the flag, its value and the rule.
         """
         if args.mhmoe_language_token and args.add_bos_token:
             raise UserError("--mhmoe-language-token and --add-bos-token exclude each other: both begin a block")
-        return super().setup_task(args, **kwargs)
+        super().check_args(args)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model; for training, look for the languages first.
@@ -183,3 +191,164 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         return LanguageContextDataset(
             dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
         )
+
+
+# ---------------------------------------------------------------------- the folder of the data
+
+
+def find_languages(folder: Path, langs: str) -> list[str]:
+    """The languages of ``--langs``, else every folder with a training set; sorted.
+
+    Raises:
+        UserError: naming a language that is given twice or has no folder, or saying that there is none at all.
+    """
+    available = sorted(path.parent.name for path in folder.glob("*/*.idx"))
+    if not langs:
+        found = sorted(path.parent.name for path in folder.glob("*/train.idx"))
+        if not found:
+            raise UserError(f"{folder} has no language: no folder in it, such as {folder}/de, has a train.idx")
+        return found
+    asked = [language.strip() for language in langs.split(",")]
+    for language in asked:
+        if asked.count(language) > 1:
+            raise UserError(f"--langs ({langs}) names {language} twice")
+        if language not in available:
+            there = ", ".join(dict.fromkeys(available)) or "none"
+            raise UserError(f"--langs ({langs}): {folder} has no binarised text of {language!r}; it has {there}")
+    return sorted(asked)
+
+
+def check_languages(folder: Path, languages: list[str], dictionary: Path) -> None:
+    """The languages' files are their own, and of the dictionary.
+
+    Args:
+        folder: the data, or one shard of them.
+        dictionary: the file that is read.
+
+    Raises:
+        UserError: naming two languages with the same text, or another dictionary.
+    """
+    for split in ("train", "valid", "test"):
+        texts = {language: folder / language / f"{split}.bin" for language in languages}
+        texts = {language: path for language, path in texts.items() if path.is_file()}
+        for one, other in itertools.combinations(texts, 2):
+            if _have_same_content(texts[one], texts[other]):
+                raise UserError(f"{texts[one]} and {texts[other]} are the same text: {one} and {other} need their own")
+    used = sha256_of(dictionary)
+    for language in languages:
+        own = folder / language / "dict.txt"
+        if own.is_file() and sha256_of(own) != used:
+            raise UserError(f"{own} differs from {dictionary}: all languages share one dictionary")
+    recorded = _manifest(folder).get("files", {}).get("dict.txt", {}).get("sha256", used)
+    if recorded != used:
+        raise UserError(f"{dictionary} is not the dictionary that {folder} was binarised with, says its manifest.json")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _have_same_content(one: Path, other: Path) -> bool:
+    if one.samefile(other):
+        return True
+    size = one.stat().st_size
+    return size > 0 and size == other.stat().st_size and sha256_of(one) == sha256_of(other)
+
+
+def check_words(part: MonolingualDataset, dictionary: Dictionary, name: str) -> None:
+    """A language is in the dictionary's words: of unknown ones, a model would learn to predict ``<unk>``.
+
+    Raises:
+        UserError: if most words of its first blocks are unknown.
+    """
+    words = torch.cat([part[block]["target"] for block in range(min(len(part), _CHECKED_BLOCKS))])
+    unknown = words.eq(dictionary.unk()).float().mean().item()
+    if unknown > 0.5:
+        raise UserError(f"{name}: {unknown:.0%} of its words are unknown; dict.txt is a dictionary of other languages")
+
+
+def language_symbols(dictionary: Dictionary, languages: list[str]) -> dict[str, int]:
+    """Language -> its symbol's number in the dictionary.
+
+    Raises:
+        UserError: naming a symbol that the dictionary lacks.
+    """
+    for language in languages:
+        if language_symbol(language) not in dictionary.indices:
+            raise UserError(
+                f"--mhmoe-language-token: dict.txt has no {language_symbol(language)}: prepare the data with "
+                "`mhmoe prepare multilingual`, whose dictionaries hold a symbol for every language"
+            )
+    return {language: dictionary.index(language_symbol(language)) for language in languages}
+
+
+def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str, float]:
+    """Language -> characters that ``tokens`` targets of its text stand for, as far as the manifest tells.
+
+    ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
+    language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
+    """
+    counts = _manifest(folder).get("languages", {})
+    found = {}
+    for language, evaluated in tokens.items():
+        counted = counts.get(language, {}).get("splits", {}).get(split)
+        if counted is None:
+            continue
+        left_out = counted["tokens"] - evaluated
+        if 0 <= left_out < max(counted["documents"], 1):
+            found[language] = float(counted["chars"] - left_out)
+    return found
+
+
+# ---------------------------------------------------------------------- metrics
+
+
+def language_sums(sample: dict[str, Any], losses: Tensor, num_languages: int, pad: int) -> dict[str, Tensor]:
+    """Additive sums for every language, ``(num_languages,)`` each.
+
+    Args:
+        sample: a batch with ``target``, ``(B, S)``, ``languages``, ``(B,)``, and perhaps ``characters``, ``(B,)``.
+        losses: cross entropy of every target in nats, 0 where padded; B * S values.
+    """
+    target, languages = sample["target"], sample["languages"]
+    rows = len(languages)  # --pad-to-fixed-bsz adds rows of padding behind them
+    by_row = {
+        "language_loss": losses.detach().view(target.shape)[:rows].sum(1, dtype=torch.float64),
+        "language_tokens": target[:rows].ne(pad).sum(1).double(),
+    }
+    if "characters" in sample:
+        by_row["language_characters"] = sample["characters"].double()
+    zeros = by_row["language_loss"].new_zeros(num_languages)
+    return {key: zeros.index_add(0, languages, values) for key, values in by_row.items()}
+
+
+def log_languages(languages: list[str], logging_outputs: list[dict[str, Any]]) -> None:
+    """Log ``ppl_de`` and, where characters are known, ``bpc_de`` of every language, and ``bpc`` of all together."""
+    if not any("language_loss" in log for log in logging_outputs):
+        return
+    # Hidden meters (leading underscore) add the sums up; figures come from the sums of the whole set.
+    for key in ("language_loss", "language_tokens", "language_characters"):
+        if any(key in log for log in logging_outputs):
+            metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
+    tokens = sum(log["language_tokens"] for log in logging_outputs if "language_tokens" in log)
+    has_characters = any("language_characters" in log for log in logging_outputs)
+    for number, language in enumerate(languages):
+        if tokens[number] > 0:
+            metrics.log_derived(f"ppl_{language}", functools.partial(_perplexity, number), _PRIORITY)
+            if has_characters:
+                metrics.log_derived(f"bpc_{language}", functools.partial(_bits_per_character, [number]), _PRIORITY)
+    if has_characters:
+        metrics.log_derived("bpc", functools.partial(_bits_per_character, range(len(languages))), _PRIORITY)
+
+
+def _perplexity(language: int, meters: Any) -> float:
+    nats, tokens = (float(meters[f"_language_{key}"].sum[language]) for key in ("loss", "tokens"))
+    return utils.get_perplexity(nats / tokens / math.log(2))
+
+
+def _bits_per_character(languages: range | list[int], meters: Any) -> float:
+    nats, characters = (
+        sum(float(meters[f"_language_{key}"].sum[language]) for language in languages) for key in ("loss", "characters")
+    )
+    return round(nats / characters / math.log(2), 4)

@@ -4,17 +4,16 @@ import functools
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from typing import Any, Optional
 
-from fairseq.data import Dictionary
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..data.datasets import DatasetSettings, RetrievalDataset
-from ..data.multimodal.index import NAMES, Index
+from ..data.datasets import RetrievalDataset
+from ..data.multimodal.index import NAMES
 from ..metrics.recall import RANKS, VectorMeter
 from ..models.heads import RetrievalHead
-from .image_text_finetuning import HeadTask, ImageTextFineTuningConfig
+from .finetuning import HeadTask, ImageTextFineTuningConfig
 
 
 @dataclass
@@ -39,22 +38,18 @@ class RetrievalTask(HeadTask):
     """
 
     head_name = "retrieval"
-    index_task = "retrieval"
+    index_task, dataset_type = "retrieval", RetrievalDataset
 
-    def __init__(self, args: Any, dictionary: Dictionary) -> None:
-        super().__init__(args, dictionary)
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
         names = NAMES[self.index_task]
         if args.retrieval_set not in (None, *names):
             raise UserError(f"--retrieval-set ({args.retrieval_set}) must be one of {', '.join(names)}")
         self.index_name = args.retrieval_set
 
     def build_head(self, embed_dim: int) -> nn.Module:
-        """The head of a model of that width."""
+        """Return a new head for a model of that width."""
         return RetrievalHead(embed_dim)
-
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> RetrievalDataset:
-        """The images and captions of an index."""
-        return RetrievalDataset(index, settings, transform)
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
         """The contrastive loss of a batch; recall over all batches so far, of all ranks, goes to fairseq's metrics."""

@@ -9,17 +9,15 @@ import numpy as np
 from fairseq.data import ConcatDataset, Dictionary, FairseqDataset, data_utils
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import LegacyFairseqTask, register_task
-from omegaconf import II, MISSING
+from omegaconf import MISSING
 
 from ..common.errors import UserError
-from ..common.ranges import check_flags
-from ..compat import refuse_tpu
 from ..data.binarised import check_split
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
 from ..training import ParallelTask, TrainingFlags
-from .classes import require_same_classes
+from .finetuning import require_same_classes
 from .starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -57,11 +55,6 @@ class SentenceClassificationTaskConfig(TrainingFlags):
         default=False,
         metadata={"help": "start an input of train_de, valid_de, ... with __de__ in place of </s>, as in pre-training"},
     )
-    # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
-    seed: int = II("common.seed")
-    tpu: bool = II("common.tpu")
-    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
-    restore_file: str = II("checkpoint.restore_file")
 
 
 @register_task("mhmoe_sentence_classification", dataclass=SentenceClassificationTaskConfig)
@@ -75,30 +68,17 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
     ``--finetune-from-model`` starts from a language model's checkpoint, to which the head is new.
     """
 
-    def __init__(self, args: Any, dictionary: Dictionary, classes: list[str]) -> None:
+    def __init__(self, args: Any) -> None:
         super().__init__(args)
-        self.dictionary = dictionary
-        self.classes = classes
-
-    @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> "SentenceClassificationTask":
-        """Load the dictionary and the names of the classes.
-
-        Raises:
-            FileNotFoundError: if the data folder or one of its dictionaries is missing.
-            ValueError: naming the flag, its value and the rule.
-        """
-        refuse_tpu(args.tpu)
-        check_flags(args)
-        name = args.classification_head_name
+        name, folder = args.classification_head_name, Path(args.data)
         if not name or "." in name:  # it becomes a part of the weights' names
             raise UserError(f"--classification-head-name ({name}) must be a name without a dot")
-        folder = Path(args.data)
-        dictionary = Dictionary.load(str(find_dictionary(folder)))
-        classes = read_classes(folder / LABELS / "dict.txt")
-        if args.num_classes is not None and args.num_classes != len(classes):
-            raise UserError(f"--num-classes ({args.num_classes}): {folder}/label/dict.txt has {len(classes)} classes")
-        return cls(args, dictionary, classes)
+        self.dictionary = Dictionary.load(str(find_dictionary(folder)))
+        self.classes = read_classes(folder / LABELS / "dict.txt")
+        if args.num_classes not in (None, len(self.classes)):
+            raise UserError(
+                f"--num-classes ({args.num_classes}): {folder}/label/dict.txt has {len(self.classes)} classes"
+            )
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with its head; for training, check the checkpoint that it will start from.
@@ -197,13 +177,10 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
 
     @property
     def source_dictionary(self) -> Dictionary:
-        """The language model's."""
-        return self.dictionary
-
-    @property
-    def target_dictionary(self) -> Dictionary:
         """The language model's, which the model ties its embeddings by; the classes are ``classes``."""
         return self.dictionary
+
+    target_dictionary = source_dictionary
 
     def _parts(self, split: str) -> list[str]:
         """``[split]``, or the splits that it stands for: ``valid`` for ``valid_de`` and ``valid_en``."""
@@ -233,30 +210,32 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
 
 
 def find_dictionary(folder: Path) -> Path:
-    """``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``.
+    """Return ``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``.
 
     Raises:
         FileNotFoundError: naming what is missing.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")
-    for file in (folder / "dict.txt", folder / FIRST / "dict.txt"):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"{folder}/dict.txt is missing: make the data with mhmoe prepare classification")
+    own = folder / "dict.txt"
+    return own if own.is_file() else _existing(folder / FIRST / "dict.txt", own)
 
 
 def read_classes(file: Path) -> list[str]:
-    """The names of the classes, by id, from fairseq's dictionary of labels.
+    """Return the names of the classes, by id, from fairseq's dictionary of labels.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it has fewer than two classes.
+        UserError: if it has fewer than two classes.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: make the data with mhmoe prepare classification")
-    dictionary = Dictionary.load(str(file))
+    dictionary = Dictionary.load(str(_existing(file, file)))
     classes = [symbol for symbol in dictionary.symbols[dictionary.nspecial :] if not symbol.startswith("madeupword")]
     if len(classes) < 2:
         raise UserError(f"{file} has {len(classes)} classes, and there must be at least two")
     return classes
+
+
+def _existing(file: Path, named: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{named} is missing: make the data with mhmoe prepare classification")
+    return file

@@ -2,19 +2,16 @@
 
 from typing import Any
 
-from fairseq.data import Dictionary
 from fairseq.tasks import register_task
-from torch import nn
 
-from ..data.datasets import DatasetSettings, VQADataset
+from ..data.datasets import VQADataset
 from ..data.multimodal.answers import ANSWERS_FILE, read_answers
-from ..data.multimodal.index import Index
 from ..models.heads import VQAHead
-from .image_text_finetuning import ClassifierConfig, ClassTask
+from .finetuning import ClassifierConfig, HeadTask
 
 
 @register_task("mhmoe_vqa", dataclass=ClassifierConfig)
-class VQATask(ClassTask):
+class VQATask(HeadTask):
     """Questions about images.
 
     The files are BEiT-3's: ``vqa.{train,trainable_val,rest_val,test}.jsonl`` and ``answer2label.txt``. Validation logs
@@ -22,19 +19,11 @@ class VQATask(ClassTask):
     --maximize-best-checkpoint-metric``.
     """
 
-    head_name = "vqa"
-    index_task = "vqa"
+    head_name, head_type = "vqa", VQAHead
+    index_task, dataset_type = "vqa", VQADataset
     may_be_derived = True
 
-    def __init__(self, args: Any, dictionary: Dictionary) -> None:
-        super().__init__(args, dictionary)
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
         self.classes = read_answers(self.folder)
         self.classes_source = str(self.folder / ANSWERS_FILE)
-
-    def build_head(self, embed_dim: int) -> nn.Module:
-        """The head of a model of that width."""
-        return VQAHead(embed_dim, len(self.classes), self.args.center_features)
-
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> VQADataset:
-        """The questions of an index."""
-        return VQADataset(index, settings, transform, len(self.classes))

@@ -13,6 +13,8 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import FairseqTask
 from torch import Tensor, nn
 
+from ..common.ranges import check_flags
+from ..compat import refuse_tpu
 from ..moe.uncounted import taken_for_padding
 from ..parallel import sharded_experts
 from .batches import ResumableEpochBatchIterator, is_filler, without_figures
@@ -46,6 +48,27 @@ class ParallelTask(FairseqTask):
     _has_experts = False
     _router_updates = RouterUpdates()
     _has_reported = False
+
+    @classmethod
+    def setup_task(cls, args: Any, **kwargs: Any) -> ParallelTask:
+        """Check the task's flags, and load what it needs before a model is built.
+
+        Raises:
+            FileNotFoundError: if the data folder or its dictionary is missing.
+            UserError: naming the flag or file, its value and the rule.
+        """
+        cls.check_args(args)
+        return super().setup_task(args, **kwargs)
+
+    @classmethod
+    def check_args(cls, args: Any) -> None:
+        """Refuse flags before anything is loaded; a task adds rules of its own.
+
+        Raises:
+            UserError: naming the flag, its value and the rule.
+        """
+        refuse_tpu(args.tpu)
+        check_flags(args)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.

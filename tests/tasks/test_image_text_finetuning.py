@@ -163,7 +163,7 @@ def test_a_split_without_labels_is_for_predictions_only(name: str, task: str, wi
     index = build(name, copied).read_index("valid")
     rows = [{**index.record(row), **without} for row in range(len(index))]
     write_index(index_files(copied, task, "valid")[0], task, rows)
-    with pytest.raises(UserError, match="has no labels to train on or to score by: only mhmoe predict reads it"):
+    with pytest.raises(UserError, match="has no labels to train on or to score by: only mhmoe evaluate reads it"):
         build(name, copied).load_dataset("valid")
     dataset = build(name, copied).read_split("valid")
     assert dataset.collater([dataset[0], dataset[1]])["targets"] is None

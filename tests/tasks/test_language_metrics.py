@@ -8,7 +8,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.tasks.language_metrics import language_sums, log_languages
+from mhmoe_fairseq.tasks.multilingual_language_modeling import language_sums, log_languages
 
 LOSSES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 0.0], [7.0, 8.0, 9.0], [0.0, 0.0, 0.0]])
 SAMPLE = {

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 from fairseq.data.encoders import build_bpe
 
-from mhmoe_fairseq.tasks.tiktoken_bpe import TiktokenBPE
+from mhmoe_fairseq.tasks.tokenizers import TiktokenBPE
 
 
 @pytest.fixture

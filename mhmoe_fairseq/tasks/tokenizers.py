@@ -1,15 +1,34 @@
-"""``--bpe mhmoe_tiktoken``: GPT-4's byte pairs from a local rank file; nothing is downloaded."""
+"""``--bpe mhmoe_sentencepiece``, without loss, and ``--bpe mhmoe_tiktoken``, GPT-4's byte pairs from a local file."""
 
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from typing import Any, Optional
 
 from fairseq.data.encoders import register_bpe
+from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 from fairseq.dataclass import FairseqDataclass
 
 from ..common.errors import UserError
 from ..data.tiktoken_vocabulary import TiktokenVocabulary
 
 _FLAG = "--mhmoe-tiktoken-ranks"
+
+
+@dataclass
+class WholeSentencepieceConfig(SentencepieceConfig):
+    """fairseq's own options, ``--sentencepiece-model`` first of all."""
+
+
+@register_bpe("mhmoe_sentencepiece", dataclass=WholeSentencepieceConfig)
+class WholeSentencepieceBPE(SentencepieceBPE):
+    """Text <-> pieces, without loss.
+
+    fairseq's ``sentencepiece`` encodes alike but joins pieces as strings, so that the byte pieces of a character
+    outside the vocabulary stay visible: "caf<0xC3><0xA9>".
+    """
+
+    def decode(self, pieces: str) -> str:
+        """Space-separated pieces to text; byte pieces become characters again."""
+        return self.sp.decode_pieces(pieces.split())
 
 
 @dataclass

@@ -1,26 +1,21 @@
 """What all tasks on images and text share: flags, the dictionary, the shapes, the checkpoint to start from."""
 
-import logging
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import LegacyFairseqTask
-from omegaconf import II, MISSING
+from omegaconf import MISSING
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..common.ranges import check_flags
-from ..compat import refuse_tpu
 from ..data.binarised import check_folder
 from ..data.datasets import DatasetSettings
 from ..data.multimodal.masking import mask_index
 from ..training import ParallelTask, TrainingFlags
 from .starting_checkpoint import check_resumed_sizes, check_starting_checkpoint
-
-logger = logging.getLogger(__name__)
 
 KIND = "image-text"  # in manifest.json
 
@@ -44,12 +39,6 @@ class ImageTextTaskConfig(TrainingFlags):
         default=False,
         metadata={"help": "in training, let another sample take the place of one whose image cannot be read"},
     )
-    # Without help these are no flags of ours: fairseq fills them from the common and the checkpoint options.
-    seed: int = II("common.seed")
-    tpu: bool = II("common.tpu")
-    finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
-    restore_file: str = II("checkpoint.restore_file")
-    reset_optimizer: bool = II("checkpoint.reset_optimizer")
 
 
 class ImageTextTask(ParallelTask, LegacyFairseqTask):
@@ -59,27 +48,19 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
 
     Args:
         args: an ``ImageTextTaskConfig`` or a subclass's.
-        dictionary: of the text, with ``<mask>``.
+
+    Raises:
+        FileNotFoundError: if the data folder or its dictionary is missing.
+        UserError: naming the flag or file, its value and the rule.
     """
 
     num_visual_tokens = 0
 
-    def __init__(self, args: Any, dictionary: Dictionary) -> None:
+    def __init__(self, args: Any) -> None:
         super().__init__(args)
-        self.dictionary = dictionary
-
-    @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> "ImageTextTask":
-        """Load the dictionary.
-
-        Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            ValueError: naming the flag or file, its value and the rule.
-        """
-        refuse_tpu(args.tpu)
-        check_flags(args)
-        check_shapes(args)
-        return cls(args, load_dictionary(Path(args.data)))
+        if args.img_size < args.patch_size or args.img_size % args.patch_size:
+            raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
+        self.dictionary = load_dictionary(self.folder)
 
     @property
     def folder(self) -> Path:
@@ -102,17 +83,12 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         """Of the text."""
         return self.dictionary
 
-    @property
-    def target_dictionary(self) -> Dictionary:
-        """Of the text."""
-        return self.dictionary
+    target_dictionary = source_dictionary
 
-    def dataset_settings(self, split: str, seed: int) -> DatasetSettings:
-        """What the data sets of a split are read by.
+    def dataset_settings(self, split: str) -> DatasetSettings:
+        """What the data sets of a split are read by: ``train`` has other orders, crops and masks in every epoch.
 
-        Args:
-            split: of which ``train`` has other orders, crops and masks in every epoch.
-            seed: of those.
+        Masks of held-out splits are the same whatever ``--seed``, since runs with several seeds are compared.
         """
         return DatasetSettings(
             folder=self.folder,
@@ -120,7 +96,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
             img_size=self.args.img_size,
             patch_size=self.args.patch_size,
             max_text_length=self.args.max_text_length,
-            seed=seed,
+            seed=self.args.seed if split == "train" else 0,
             training=split == "train",
             skip_bad_images=self.args.skip_bad_images,
         )
@@ -148,16 +124,6 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         Args:
             may_be_new: whether a checkpoint may lack them, as one of pre-training does.
         """
-
-
-def check_shapes(args: Any) -> None:
-    """The flags of :class:`ImageTextTaskConfig` go together.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
-    if args.img_size < args.patch_size or args.img_size % args.patch_size:
-        raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
 
 
 def load_dictionary(folder: Path) -> Dictionary:

@@ -1,6 +1,5 @@
-"""What fine-tuning tasks on images and text share: learning rates by layer, transforms, a head, a split's labels."""
+"""What fine-tuning tasks share: learning rates by layer, transforms, a head, a split's labels, names of classes."""
 
-import abc
 import logging
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from typing import Any
@@ -14,10 +13,11 @@ from ..data.datasets import DatasetSettings, ImageTextDataset
 from ..data.images.transforms import EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index, read_index
 from ..training.optimizer import scale_learning_rates
-from .classes import require_same_classes
-from .image_text_task import ImageTextTask, ImageTextTaskConfig
+from .base import ImageTextTask, ImageTextTaskConfig
 
 logger = logging.getLogger(__name__)
+
+_MOST_LISTED = 8
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ImageTextFineTuning(ImageTextTask):
         """Build the model with the task's heads; for training, with the layers' learning rates.
 
         Raises:
-            ValueError: as :class:`ImageTextTask`'s, and for bad or impossible learning rates.
+            UserError: as :class:`ImageTextTask`'s, and for bad or impossible learning rates.
         """
         model = super().build_model(args, from_checkpoint)
         if not from_checkpoint:
@@ -71,34 +71,45 @@ class ImageTextFineTuning(ImageTextTask):
         return EvaluationTransform(self.args.img_size)
 
 
-class HeadTask(ImageTextFineTuning, abc.ABC):
-    """A task with a head of its own, on the rows of an index.
-
-    A subclass gives the attributes, ``build_head`` and ``build_dataset``.
+class HeadTask(ImageTextFineTuning):
+    """Base of the tasks with a head of their own, on the rows of an index.
 
     Attributes:
         head_name: in the model and in checkpoints.
+        head_type: the head's class; made of the model's width, the number of ``classes`` if there are any, and
+            ``center``.
         index_task: whose index files it reads, see ``data.multimodal.index``.
         index_name: which of the data sets of that task; None for the only or first one.
+        dataset_type: the data set's class; made of an index, settings, a transform and, again, the number of classes.
         may_be_derived: whether ``mhmoe prepare`` derives such labels where the source has none.
+        classes: the classes' names by label, which checkpoints keep; None for a head without names.
+        classes_source: where they come from, for messages.
     """
 
     head_name = ""
+    head_type: type[nn.Module]
     index_task = ""
     index_name: str | None = None
+    dataset_type: type[ImageTextDataset]
     may_be_derived = False
+    classes: list[str] | None = None
+    classes_source = ""
 
-    @abc.abstractmethod
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return () if self.classes is None else (len(self.classes),)
+
     def build_head(self, embed_dim: int) -> nn.Module:
-        """The head of a model of that width."""
-
-    @abc.abstractmethod
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> ImageTextDataset:
-        """The data set of an index."""
+        """Return a new head for a model of that width."""
+        return self.head_type(embed_dim, *self._sizes, center=self.args.center_features)
 
     def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
         """Register the head."""
         model.register_head(self.head_name, self.build_head(model.beit3.settings.encoder_embed_dim), may_be_new)
+
+    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> ImageTextDataset:
+        """Return the data set of an index."""
+        return self.dataset_type(index, settings, transform, *self._sizes)
 
     @property
     def has_derived_labels(self) -> bool:
@@ -110,7 +121,7 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
         """The rows of a split, checked.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing or broken, and its line.
+            FileNotFoundError, UserError: naming the file that is missing or broken, and its line.
         """
         return read_index(self.folder, self.index_task, split, self.index_name, vocabulary_size=len(self.dictionary))
 
@@ -118,40 +129,27 @@ class HeadTask(ImageTextFineTuning, abc.ABC):
         """The samples of a split: whether they have labels is theirs to tell, with ``has_targets``.
 
         Raises:
-            FileNotFoundError, ValueError: as ``read_index``.
+            FileNotFoundError, UserError: as ``read_index``.
         """
-        settings = self.dataset_settings(split, self.args.seed)
-        return self.build_dataset(self.read_index(split), settings, self.build_transform(split))
+        return self.build_dataset(self.read_index(split), self.dataset_settings(split), self.build_transform(split))
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split with labels.
 
         Raises:
-            FileNotFoundError, ValueError: as ``read_index``, or because the split has no labels.
+            FileNotFoundError, UserError: as ``read_index``, or because the split has no labels.
         """
         dataset = self.read_split(split)
         if not getattr(dataset, "has_targets", True):
             raise UserError(
-                f"{dataset.index.files[0]} has no labels to train on or to score by: only mhmoe predict reads it"
+                f"{dataset.index.files[0]} has no labels to train on or to score by: only mhmoe evaluate reads it"
             )
         logger.info(f"{split}: {len(dataset):,} samples")
         self.datasets[split] = dataset
 
-
-class ClassTask(HeadTask):
-    """A task whose head has an output for each class; checkpoints keep the classes' names.
-
-    Attributes:
-        classes: their names, by label.
-        classes_source: where they come from, for messages.
-    """
-
-    classes: list[str]
-    classes_source = ""
-
     def state_dict(self) -> dict[str, Any]:
         """What checkpoints keep of the task: the names of the classes."""
-        return {"classes": self.classes}
+        return {} if self.classes is None else {"classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the checkpoint's classes with the data's.
@@ -159,4 +157,25 @@ class ClassTask(HeadTask):
         Raises:
             UserError: if they differ or come in another order.
         """
-        require_same_classes(self.classes_source, self.classes, state_dict.get("classes", self.classes))
+        if self.classes is not None:
+            require_same_classes(self.classes_source, self.classes, state_dict.get("classes", self.classes))
+
+
+def require_same_classes(source: str, classes: list[str], saved: list[str]) -> None:
+    """The data's classes are those that a checkpoint was trained with.
+
+    Args:
+        source: the file that names the data's.
+
+    Raises:
+        UserError: if they differ or come in another order.
+    """
+    if saved != classes:
+        raise UserError(
+            f"{source} has the classes {_listed(classes)}; the checkpoint's are {_listed(saved)}, in this order"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f", ... ({len(names):,})" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
