@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Validation and test perplexity of runs in OUT, and a report: examples/english_lm/eval.sh [NAME...]
-# Without names: dense, xmoe, mhmoe-params and mhmoe-flops. Use the SCALE of the training: it fixes the context.
+# Perplexity of a trained model: examples/english_lm/eval.sh [CHECKPOINT] [flags of fairseq-eval-lm]
+# mhmoe evaluate gives the same digits, and a record with the experts' loads that mhmoe report compares.
 set -euo pipefail
-# shellcheck source=examples/english_lm/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+DATA=${DATA:-data/web-bible} SPLIT=${SPLIT:-test} CHECKPOINT=${1:-outputs/mhmoe_lm/checkpoint_best.pt}
 
-(($#)) || set -- dense xmoe mhmoe-params mhmoe-flops
-compare "$OUT/report.md" "$@"
+fairseq-eval-lm "$DATA" --user-dir mhmoe_fairseq --task mhmoe_language_modeling --path "$CHECKPOINT" --cpu \
+    --gen-subset "$SPLIT" --tokens-per-sample 128 --sample-break-mode none --batch-size 32 \
+    --distributed-world-size 1 "${@:2}"

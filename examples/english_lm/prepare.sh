@@ -10,4 +10,4 @@ shift || true
 if [ "$#" -eq 0 ]; then
     set -- --source web-bible --vocab-size 4000
 fi
-exec "${MHMOE:-mhmoe}" prepare english --dest "$dest" "$@"
+exec mhmoe prepare english --dest "$dest" "$@"

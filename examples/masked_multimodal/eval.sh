@@ -1,9 +1,6 @@
 #!/usr/bin/env bash
-# Perplexity of masked patches and words of runs in OUT, and a report: eval.sh [NAME...]
-# Without names: dense, xmoe and mhmoe-params.
+# Perplexity of masked patches and words of a trained model: eval.sh [CHECKPOINT] [flags]
 set -euo pipefail
-# shellcheck source=examples/masked_multimodal/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+DATA=${DATA:-data/image-text} SPLIT=${SPLIT:-test} CHECKPOINT=${1:-outputs/mhmoe_beit3/checkpoint_best.pt}
 
-(($#)) || set -- dense xmoe mhmoe-params
-compare "$OUT/report.md" "$@"
+mhmoe evaluate "$CHECKPOINT" --data "$DATA" --split "$SPLIT" --cpu "${@:2}"

@@ -1,8 +1,17 @@
 #!/usr/bin/env bash
-# MH-MoE: HEADS heads (default 4) and the BUDGET (default params) of X-MoE with EXPERTS experts (default 8).
-# See common.sh and ../common.sh for the rest.
+# MH-MoE with X-MoE's parameters, or BUDGET=flops: its FLOPs and parameters. Its flags go to fairseq-train.
+# All models of the table, and the paper's settings: mhmoe reproduce table1-multimodal --scale paper --dry-run
 set -euo pipefail
-# shellcheck source=examples/masked_multimodal/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+DATA=${DATA:-data/image-text} OUT=${OUT:-outputs/mhmoe_beit3} UPDATES=${UPDATES:-600} SEED=${SEED:-1}
+EXPERTS=${EXPERTS:-8} HEADS=${HEADS:-4} BUDGET=${BUDGET:-params} INTERVAL=$(((UPDATES + 3) / 4))
 
-train_mhmoe "$@"
+fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_masked_multimodal --cpu \
+    --arch mhmoe_beit3_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count "$EXPERTS" \
+    --mhmoe-heads-number "$HEADS" --mhmoe-budget "$BUDGET" --dropout 0.1 \
+    --img-size 64 --patch-size 16 --max-text-length 32 --batch-size 16 --required-batch-size-multiple 1 \
+    --criterion mhmoe_masked_multimodal --moe-gate-loss-wt 0.01 --clip-norm 1.0 --update-freq 1 \
+    --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.05 --lr 2e-3 \
+    --lr-scheduler cosine --warmup-updates $((UPDATES / 10)) --max-update "$UPDATES" \
+    --validate-interval-updates "$INTERVAL" --save-interval-updates "$INTERVAL" --keep-interval-updates -1 \
+    --no-epoch-checkpoints --log-format json --log-interval 30 --num-workers 0 \
+    --seed "$SEED" --distributed-world-size 1 --save-dir "$OUT" --log-file "$OUT/train.log" "$@"

@@ -7,4 +7,4 @@ set -euo pipefail
 
 dest="${1:-data/image-text}"
 shift || true
-exec "${MHMOE:-mhmoe}" prepare image-text --dest "$dest" "$@"
+exec mhmoe prepare image-text --dest "$dest" "$@"

@@ -1,9 +1,6 @@
 #!/usr/bin/env bash
-# Perplexity and bits per character of runs in OUT, every language and all, and a report: eval.sh [NAME...]
-# Without names: dense, xmoe and mhmoe-params. LANGS=de,fr evaluates on these languages alone.
+# Perplexity and bits per character of a trained model, every language and all: eval.sh [CHECKPOINT] [flags]
 set -euo pipefail
-# shellcheck source=examples/multilingual_lm/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+DATA=${DATA:-data/multilingual} SPLIT=${SPLIT:-test} CHECKPOINT=${1:-outputs/mhmoe_multilingual/checkpoint_best.pt}
 
-(($#)) || set -- dense xmoe mhmoe-params
-compare "$OUT/report.md" "$@"
+mhmoe evaluate "$CHECKPOINT" --data "$DATA" --split "$SPLIT" --cpu "${@:2}"

@@ -7,4 +7,4 @@ set -euo pipefail
 
 dest="${1:-data/multilingual}"
 shift || true
-exec "${MHMOE:-mhmoe}" prepare multilingual --dest "$dest" "$@"
+exec mhmoe prepare multilingual --dest "$dest" "$@"

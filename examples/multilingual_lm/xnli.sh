@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# Zero-shot XNLI of runs in OUT, lm-evaluation-harness's prompts and metric, beside the paper's table 3:
-#   XNLI=DIR examples/multilingual_lm/xnli.sh [NAME...]       XNLI: your copy of the corpus, see `mhmoe xnli --help`
-# Without names: dense, xmoe and mhmoe-params. Needs the extra lm-eval. LANGS=de,fr: these languages alone; LIMIT=N: the
-# first N examples of each, for a trial.
+# Zero-shot XNLI of a trained model with lm-evaluation-harness's prompts and metric, beside the paper's table 3:
+#   XNLI=DIR examples/multilingual_lm/xnli.sh [CHECKPOINT] [flags of mhmoe zero-shot xnli, such as --limit 10]
+# XNLI is your copy of the corpus, see `mhmoe zero-shot xnli --help`; needs the extra lm-eval.
 set -euo pipefail
-# shellcheck source=examples/multilingual_lm/common.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+DATA=${DATA:-data/multilingual} CHECKPOINT=${1:-outputs/mhmoe_multilingual/checkpoint_best.pt}
 
-(($#)) || set -- dense xmoe mhmoe-params
-evaluate_xnli "$@"
+mhmoe zero-shot xnli --checkpoint "$CHECKPOINT" --data "$DATA" --xnli-dir "$XNLI" --cpu "${@:2}"

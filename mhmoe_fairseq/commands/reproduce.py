@@ -61,12 +61,7 @@ def run(args: argparse.Namespace) -> int:
         width = max(map(len, EXPERIMENTS))
         say("\n".join(f"{name:{width}}  {experiment.summary}" for name, experiment in EXPERIMENTS.items()))
         return 0
-    if args.name not in EXPERIMENTS:
-        raise UserError(f"NAME ({args.name or ''}) must be of {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[args.name]
-    if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
-        raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
-    for plan in _plans(experiment, args):
+    for plan in plans_of(args):
         if args.dry_run:
             for line in dry_run(plan):
                 say(line)
@@ -78,8 +73,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plans(experiment: Experiment, args: argparse.Namespace) -> Iterator[Plan]:
-    """One for the experiment, or for each of its parts."""
+def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
+    """Yields the plan of the experiment, or of each of its parts.
+
+    Raises:
+        UserError: for a bad name or combination.
+    """
+    if args.name not in EXPERIMENTS:
+        raise UserError(f"NAME ({args.name or ''}) must be of {', '.join(EXPERIMENTS)}")
+    experiment = EXPERIMENTS[args.name]
+    if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
+        raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
     models = tuple(args.models) or experiment.models.get(args.scale, ()) if experiment.parts else tuple(args.models)
     for part in (EXPERIMENTS[name] for name in experiment.parts or (experiment.name,)):
         nproc = args.nproc or MACHINES[args.scale].nproc

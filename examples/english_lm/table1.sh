@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The paper's table 1, English: dense, X-MoE and MH-MoE. Flags: mhmoe reproduce --help
+exec mhmoe reproduce table1 "$@"
