@@ -182,7 +182,7 @@ class Plan:
         name = "/".join(filter(None, (recipe.name, model, f"seed-{seed}")))
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
-        lr = self.best_lrs.get(model)
+        lr = self.best_lrs.get(model, self.lrs[0] if len(self.lrs) == 1 else None)
         return Run(name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice, lr, start)
 
     def start_of(self, recipe: Recipe) -> Recipe | None:

@@ -165,8 +165,7 @@ class Runner:
         if best:
             write_json(self.plan.out / "search.json", {"valid_loss_bits": losses, "best_lr": best})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
-        lrs = self.plan.lrs
-        return best or (dict.fromkeys(self.plan.names(), lrs[0]) if lrs else {})
+        return best
 
     def _finish(self, runs: list[Run]) -> None:
         """Trains and evaluates; a failure lets what is running end, and begins nothing more."""
