@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..analysis.reports.paper import PaperTable
+from ..analysis.reports import PaperTable
 from .language_models import COMMON, P1, TABLE_1_MODELS, table_1
 from .spec import Experiment, Recipe, Scale, Stage
 

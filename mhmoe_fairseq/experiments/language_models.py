@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..analysis.reports.paper import PaperTable
+from ..analysis.reports import PaperTable
 from ..common.errors import UserError
 from .spec import Experiment, Recipe, Scale, Stage
 

@@ -165,11 +165,7 @@ class Plan:
     def stages(self) -> Iterator[list[Run]]:
         """Yields the runs that may go on at the same time, what others start from first."""
         for stage in self.experiment.stages:
-            runs = self.runs(stage)
-            starts = {run.start.folder: run.start for run in runs if run.start is not None}
-            missing = [replace(run, splits=()) for run in starts.values() if not run.is_start()]
-            if missing:
-                yield missing
+            yield from _missing_starts(runs := self.runs(stage))
             yield runs
 
     def runs(self, stage: Stage) -> list[Run]:
@@ -252,6 +248,15 @@ class Plan:
             for run in self.runs(stage):
                 folders.setdefault(run.model, []).append(run.folder)
         return folders
+
+
+def _missing_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """What runs start from and is not there yet, and before it what that starts from; it is trained alone."""
+    starts = {run.start.folder: run.start for run in runs if run.start is not None and not run.start.is_start()}
+    if starts:
+        missing = [replace(run, splits=()) for run in starts.values()]
+        yield from _missing_starts(missing)
+        yield missing
 
 
 def _kept_checkpoints(folder: Path) -> Sequence[Path]:

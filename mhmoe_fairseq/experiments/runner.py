@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+from ..analysis.reports import write_report
 from ..analysis.reports.run_logs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json
@@ -131,13 +133,14 @@ class Runner:
             self._report(plan.experiment, plan.out / plan.experiment.report)
 
     def _report(self, experiment: Experiment, file: Path) -> None:
-        from ..analysis.reports import write_report  # draws plots
-
         reference = experiment.reference if experiment.reference in self.plan.names() else None
+        plots = find_spec("matplotlib") is not None
+        if not plots:
+            self._tell("no plots: matplotlib is not installed (extra plots)")
         write_report(
-            self.plan.reported(), file, split=SPLITS[-1], paper=experiment.paper, reference=reference, say=self.say
-        )
-        self._tell(f"written: {file}")
+            self.plan.reported(), file, split=SPLITS[-1], reference=reference, paper=experiment.paper, plots=plots,
+            say=self.say,
+        )  # fmt: skip
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")

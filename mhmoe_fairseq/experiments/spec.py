@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..analysis.reports.paper import PaperTable
+from ..analysis.reports import PaperTable
 from ..common.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent.parent

@@ -1,0 +1,200 @@
+"""The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
+from mhmoe_fairseq.experiments import runner
+from mhmoe_fairseq.experiments.runner import Progress, call, last_error
+
+
+def after(flag: str, words: list[str]) -> str:
+    return words[words.index(flag) + 1]
+
+
+class Commands:
+    """Stand-ins: a training writes a checkpoint and logs a loss that its learning rate decides, an evaluation a record.
+
+    Attributes:
+        called: the words of every command, in their order.
+        broken: a word of a command that fails.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.called, self.broken = folder, [], None
+
+    def __call__(self, words, threads, on_line, output=None) -> None:
+        self.called.append((words, threads))
+        if self.broken is not None and any(self.broken in word for word in words):
+            raise UserError("RuntimeError: broken")
+        if words[0] == "fairseq-train":
+            run, lr, last = Path(after("--save-dir", words)), float(after("--lr", words)), after("--max-update", words)
+            (run / "checkpoint_best.pt").write_text(" ".join(words))
+            (run / "checkpoint_1_2.pt").touch()
+            lines = [
+                json.dumps({"loss": "5.0", "wps": "100", "num_updates": str(int(last) // 2)}),
+                json.dumps({"valid_loss": str(abs(lr - 4e-3)), "valid_ppl": "32.0", "valid_num_updates": last}),
+            ]
+            (run / "train.log").write_text("\n".join(lines))
+            for line in lines:
+                on_line(f"2026 | INFO | train | {line}")
+        elif "evaluate" in words:
+            (Path(words[2]).parent / f"record-{after('--split', words)}.json").touch()
+
+    def trained(self) -> list[str]:
+        """The runs trained since the last call."""
+        words, self.called = [words for words, _ in self.called], []
+        folders = [Path(after("--save-dir", of)) for of in words if of[0] == "fairseq-train"]
+        return [path.relative_to(self.folder / "out").as_posix() for path in folders]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    found = Commands(tmp_path)
+    monkeypatch.setattr(runner, "call", found)
+    monkeypatch.setattr(runner, "write_report", lambda runs, out, **settings: out.write_text(f"{runs} {settings}"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    return found
+
+
+def reproduce(folder: Path, *words: str) -> int:
+    return mhmoe(["reproduce", words[0], "--data", str(folder / "data"), "--out", str(folder / "out"), *words[1:]])
+
+
+def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
+    models = ["--models", "dense", "xmoe"]
+    assert reproduce(tmp_path, "table1", *models) == 0
+    evaluated = [(Path(words[2]).parts[-3:], words[4], words[6]) for words, _ in commands.called if "evaluate" in words]
+    assert evaluated == [
+        ((model, "seed-1", "checkpoint_best.pt"), str(tmp_path / "data"), split)
+        for model in ("dense", "xmoe")
+        for split in ("valid", "test")
+    ]
+    assert commands.trained() == ["dense/seed-1", "xmoe/seed-1"]
+    said = capsys.readouterr().out
+    assert "dense/seed-1: training, 300 updates" in said and "update 150: loss 5.000 bits, 100 tokens/s" in said
+    assert "xmoe/seed-1, update 300: validation perplexity 32.00" in said
+    run = tmp_path / "out" / "dense" / "seed-1"
+    assert (run / "command.sh").read_text().splitlines()[1].startswith("fairseq-train ")
+    report = (tmp_path / "out" / "table1.md").read_text()
+    assert "16.23" in report and "xmoe" in report
+
+    assert reproduce(tmp_path, "table1", *models) == 0
+    assert commands.trained() == [] and capsys.readouterr().out.count("already finished") == 2
+    assert reproduce(tmp_path, "table5", "--models", "xmoe") == 0  # shares its runs
+    assert commands.trained() == []
+
+    # Cut off: the training goes on where it was. One that lacks a record is evaluated alone.
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**state, "finished": False}))
+    (tmp_path / "out" / "xmoe" / "seed-1" / "record-test.json").unlink()
+    assert reproduce(tmp_path, "table1", *models) == 0
+    assert len(commands.called) == 2 and commands.trained() == ["dense/seed-1"]
+    assert (run / "record-test.json").is_file() and "afresh" not in capsys.readouterr().out
+
+    (run / "left").touch()
+    assert reproduce(tmp_path, "table1", "--models", "dense", "--nproc", "2") == 0  # the same update, shared
+    assert commands.trained() == []
+    assert reproduce(tmp_path, "table1", *models, "--", "--lr", "1e-3") == 0
+    assert commands.trained() == ["dense/seed-1", "xmoe/seed-1"] and not (run / "left").exists()
+    assert "dense/seed-1: command, data or start have changed, starting afresh" in capsys.readouterr().out
+    (tmp_path / "data" / "manifest.json").write_text("{ }")
+    assert reproduce(tmp_path, "table1", "--models", "dense", "--", "--lr", "1e-3") == 0
+    assert commands.trained() == ["dense/seed-1"]
+
+
+def test_what_fine_tuning_starts_from_is_trained_first_and_then_taken_as_it_is(
+    commands: Commands, tmp_path: Path
+) -> None:
+    assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "4") == 0
+    assert commands.trained() == ["dense/seed-1", "vqa/dense/seed-1", "nlvr2/dense/seed-1"]
+    assert not list((tmp_path / "out" / "vqa").rglob("record-*"))  # nobody asked for its scores
+    assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "6") == 0
+    assert commands.trained() == ["nlvr2/dense/seed-1"]
+    (tmp_path / "out" / "vqa" / "dense" / "seed-1" / "checkpoint_best.pt").write_text("another")
+    assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "6") == 0
+    assert commands.trained() == ["nlvr2/dense/seed-1"]
+
+
+def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(commands: Commands, tmp_path: Path) -> None:
+    words = ["study", "--models", "dense", "--seeds", "1", "2", "--lrs", "8e-3", "5e-3", "1e-3"]
+    assert reproduce(tmp_path, *words) == 0
+    lrs = [after("--lr", words) for words, _ in commands.called if words[0] == "fairseq-train"]
+    assert lrs == ["8e-3", "5e-3", "1e-3", "5e-3", "5e-3"]
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3"}
+    assert not list((tmp_path / "out" / "search").rglob("*.pt"))
+    commands.trained()
+    assert reproduce(tmp_path, *words) == 0 and commands.trained() == []
+
+
+def test_runs_at_the_same_time_have_one_thread_each_and_a_failure_is_named(
+    commands: Commands, tmp_path: Path, capsys
+) -> None:
+    commands.broken = "xmoe_lm_tiny"
+    assert reproduce(tmp_path, "table1", "--jobs", "2") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mhmoe reproduce: error: training of xmoe/seed-1 failed: RuntimeError: broken (see ")
+    assert {threads for _, threads in commands.called} == {1}
+    commands.broken = None
+    assert reproduce(tmp_path, "table1", "--jobs", "2") == 0
+    capsys.readouterr()
+    assert reproduce(tmp_path, "table1", "--status") == 0
+    assert capsys.readouterr().out.count("finished |") == 3
+
+
+def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Commands, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "out" / "dense" / "seed-1"
+    run.mkdir(parents=True)
+    (run / "checkpoint_last.pt").touch()
+    assert reproduce(tmp_path, "table1") == 2
+    assert "holds checkpoints, but no run.json of mhmoe reproduce" in capsys.readouterr().err
+    (run / "checkpoint_last.pt").unlink()
+    (tmp_path / "data" / "manifest.json").unlink()
+    assert reproduce(tmp_path, "table1", "--scale", "paper") == 2
+    assert "holds no prepared data" in capsys.readouterr().err
+    assert reproduce(tmp_path, "table1", "--models", "dense") == 0
+    assert commands.called[0][0][:3] == ["mhmoe", "prepare", "english"]
+    (run / "run.json").write_text('{"finished": true}')
+    with exclusive_lock(run / LOCK, "--save-dir"):
+        assert reproduce(tmp_path, "table1", "--models", "dense") == 2
+    assert "another run is writing there" in capsys.readouterr().err and (run / "checkpoint_best.pt").exists()
+
+
+def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> None:
+    machine = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0"]
+    assert reproduce(tmp_path, "table1", "--models", "dense", *machine) == 0
+    assert [words[0] for words, _ in commands.called] == ["torchrun"]
+    assert not list((tmp_path / "out").rglob("run.json"))
+
+
+def test_a_command_that_fails_tells_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runner._MODULES, "mhmoe", "this")
+    said: list[str] = []
+    call(["mhmoe"], 3, said.append, tmp_path / "output")
+    assert any("Zen" in line for line in said) and "Zen" in (tmp_path / "output").read_text()
+    monkeypatch.setitem(runner._MODULES, "mhmoe", "no_such_module")
+    with pytest.raises(UserError, match="No module named no_such_module"):
+        call(["mhmoe"], None, said.append)
+    lines = [
+        "[rank1]: ValueError: a bad flag",
+        "RuntimeError: Connection closed by peer",
+        "x.ChildFailedError: 1",
+        "bye",
+    ]
+    assert last_error(lines) == "[rank1]: ValueError: a bad flag" and last_error(["bye", ""]) == "bye"
+    assert last_error(["fairseq-train: error: --lr", "bye"]) == "fairseq-train: error: --lr"
+
+
+def test_remaining_time_counts_what_this_call_did() -> None:
+    times = iter([0.0, 100.0, 200.0])
+    progress = Progress(total=400, clock=lambda: next(times))
+    assert progress.reach("resumed", 100) == ""  # earlier updates took no time of ours
+    assert progress.reach("resumed", 200) == "; about 3 min of training left"
+    assert progress.reach("other", 0) == "; about 7 min of training left"
