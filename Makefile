@@ -1,11 +1,16 @@
 # make help          what there is
 # PYTHON=python3.10  the interpreter to use (3.10, 3.11 or 3.12; default: the first that runs)
 # EXTRAS=...         optional packages, see setup.py (default: dev,plots,tensorboard)
+# DEMO_DIR, DEMO_UPDATES, DEMO_SOURCE, DEMO_VOCAB_SIZE
+#                    where the demo goes, its updates (240), corpus and vocabulary, as `mhmoe prepare english` takes them
 
 PYTHON ?= $(shell scripts/find_python.sh)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv/$(VERSION)
 EXTRAS ?= dev,plots,tensorboard
+DEMO_DIR ?= outputs/demo
+DEMO_SOURCE ?= web-bible
+DEMO_VOCAB_SIZE ?= 4000
 BIN := $(abspath $(VENV))/bin
 # Set-up runs once for each choice of extras, and again when what it installs has changed.
 STAMP := $(VENV)/.setup-$(EXTRAS)
@@ -34,7 +39,8 @@ $(STAMP): setup.py pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
 	@touch $@
 
 demo: $(STAMP)
-	PATH="$(BIN):$$PATH" bash scripts/demo.sh
+	PATH="$(BIN):$$PATH" mhmoe prepare english --source $(DEMO_SOURCE) --vocab-size $(DEMO_VOCAB_SIZE) --dest $(DEMO_DIR)/data
+	PATH="$(BIN):$$PATH" mhmoe reproduce demo --data $(DEMO_DIR)/data --out $(DEMO_DIR) $(if $(DEMO_UPDATES),--updates $(DEMO_UPDATES))
 
 test: $(STAMP)
 	$(PYTEST) $(TESTS)
