@@ -58,7 +58,7 @@ class ParallelTask(FairseqTask):
             UserError: naming the flag or file, its value and the rule.
         """
         cls.check_args(args)
-        return super().setup_task(args, **kwargs)
+        return super().setup_task(args)  # without fairseq's from_checkpoint, which is nothing to a task
 
     @classmethod
     def check_args(cls, args: Any) -> None:
