@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..common.ranges import flag
 from ..models.options import options_with
-from .files import SUFFIXES, read_checkpoint
+from .files import OPTIMIZER_STATE, SUFFIXES, read_checkpoint
 from .summary import fingerprint_of, weights_of
 
 _EPOCH = re.compile(r"checkpoint(\d+)\.pt")
@@ -52,6 +53,12 @@ def choose_inputs(inputs: list[Path], epochs: int | None, updates: int | None, u
     return [path for _, path in within[-count:]]
 
 
+class _Input(NamedTuple):
+    path: Path
+    checkpoint: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+
 def average(paths: list[Path]) -> dict[str, Any]:
     """The last file's checkpoint with the mean of all weights, without optimizer state.
 
@@ -61,18 +68,21 @@ def average(paths: list[Path]) -> dict[str, Any]:
         UserError: naming the file and what differs, if they are not checkpoints of one model, or a weight is not
             finite.
     """
-    checkpoints = [read_checkpoint(path) for path in paths]
-    states = [weights_of(checkpoint, path) for checkpoint, path in zip(checkpoints, paths)]
-    for path, checkpoint, state in zip(paths[1:], checkpoints[1:], states[1:]):
-        _require_same_model(path, checkpoint, state, paths[0], checkpoints[0], states[0])
+    inputs = []
+    for path in paths:
+        checkpoint = read_checkpoint(path)
+        inputs.append(_Input(path, checkpoint, weights_of(checkpoint, path)))
+    for other in inputs[1:]:
+        for difference in _differences(other, inputs[0]):
+            raise UserError(f"{other.path} is not the model of {paths[0]}: {difference}")
     shared: dict[tuple[Any, ...], Tensor] = {}
     means: OrderedDict[str, Tensor] = OrderedDict()
-    for name, value in states[-1].items():
+    for name, value in inputs[-1].weights.items():
         identity = (value.data_ptr(), value.shape) if value.numel() else (name,)
         if identity not in shared:  # tied weights stay tied
-            shared[identity] = _mean(name, [state[name] for state in states], paths)
+            shared[identity] = _mean(name, inputs)
         means[name] = shared[identity]
-    kept = {key: value for key, value in checkpoints[-1].items() if key not in ("model", "last_optimizer_state")}
+    kept = {name: value for name, value in inputs[-1].checkpoint.items() if name not in ("model", OPTIMIZER_STATE)}
     return {**kept, "model": means}
 
 
@@ -85,39 +95,34 @@ def _files(inputs: list[Path]) -> list[Path]:
     return inputs
 
 
-def _mean(name: str, values: list[Tensor], paths: list[Path]) -> Tensor:
-    if not values[0].is_floating_point():
-        if values[0].dim() == 0:  # counts what the model has seen: the last file's, as the rest of its progress
-            return values[-1]
-        for value, path in zip(values, paths):
-            if not torch.equal(value, values[0]):
-                raise UserError(f"{path} is not the model of {paths[0]}: {name}, which is no weight, differs")
-        return values[0]
-    total = torch.zeros_like(values[0], dtype=torch.float64)
-    for value, path in zip(values, paths):
-        if not torch.isfinite(value).all():
+def _mean(name: str, inputs: list[_Input]) -> Tensor:
+    first, last = inputs[0].weights[name], inputs[-1].weights[name]
+    if first.dim() == 0 and not first.is_floating_point():
+        return last  # counts what the model has seen: the last file's, as the rest of its progress
+    total = torch.zeros_like(first, dtype=torch.float64)
+    for path, _, weights in inputs:
+        value = weights[name]
+        if not value.is_floating_point():
+            if not torch.equal(value, first):
+                raise UserError(f"{path} is not the model of {inputs[0].path}: {name}, which is no weight, differs")
+        elif not torch.isfinite(value).all():
             raise UserError(f"{path}: {name} has values that are not finite")
         total += value
-    return total.div_(len(values)).to(values[0].dtype)
+    return total.div_(len(inputs)).to(first.dtype) if first.is_floating_point() else first
 
 
-def _require_same_model(
-    path: Path, checkpoint: Mapping[str, Any], state: Mapping[str, Tensor],
-    first_path: Path, first: Mapping[str, Any], first_state: Mapping[str, Tensor],
-) -> None:  # fmt: skip
-    if fingerprint_of(state) != fingerprint_of(first_state):
-        raise UserError(f"{path} is not the model of {first_path}: it has another dictionary")
-    ours, theirs = _function_settings(first), _function_settings(checkpoint)
+def _differences(other: _Input, first: _Input) -> Iterator[str]:
+    """Why ``other`` is no checkpoint of the model that ``first`` is of."""
+    if fingerprint_of(other.weights) != fingerprint_of(first.weights):
+        yield "it has another dictionary"
+    ours, theirs = _function_settings(first.checkpoint), _function_settings(other.checkpoint)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            flag = "--arch" if name == "_name" else f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{path} is not the model of {first_path}: {flag} is {theirs.get(name)} in it, {ours.get(name)} there"
-            )
-    for name in sorted(first_state.keys() | state.keys()):
-        shapes = [tuple(weights[name].shape) if name in weights else "missing" for weights in (state, first_state)]
+            yield f"{'--arch' if name == '_name' else flag(name)} is {theirs.get(name)} in it, {ours.get(name)} there"
+    for name in sorted(first.weights.keys() | other.weights.keys()):
+        shapes = [tuple(found[name].shape) if name in found else "missing" for found in (other.weights, first.weights)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{path} is not the model of {first_path}: {name} is {shapes[0]} in it, {shapes[1]} there")
+            yield f"{name} is {shapes[0]} in it, {shapes[1]} there"
 
 
 def _function_settings(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ mapped, not read, until they are used.
 
 A safetensors file of ours has the weights under their names in the model, the other tensors under their place in the
 checkpoint, and in its metadata ``format`` (pt), ``mhmoe_checkpoint`` (the version, 1), ``cfg`` (fairseq's
-configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.checkpoint_json`).
+configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.json`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..common.errors import UserError
 from ..common.files import atomic_path, refuse_path_separator
-from ..data.tensor_files import load_tensors, unreadable
+from ..data.tensor_files import load_tensors, unreadable, without_wrapper
 from .json import TensorTable, decode, encode
 
 SUFFIXES = (".pt", ".safetensors")
+OPTIMIZER_STATE = "last_optimizer_state"  # fairseq's name of that entry
 _VERSION = "1"
 
 
@@ -43,6 +44,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: no readable checkpoint (it holds a {type(checkpoint).__name__}, not a dictionary)")
     return checkpoint
+
+
+def read_trained(path: Path) -> dict[str, Any]:
+    """A ``.pt`` checkpoint with its configuration, its weights under the model's names; tensors are mapped, not read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        UserError: if it is no checkpoint of fairseq's.
+    """
+    loaded = load_tensors(path, mmap=True)
+    if not isinstance(loaded, dict) or not {"model", "cfg"} <= loaded.keys():
+        raise UserError(f"{path}: no readable checkpoint (it has no model and configuration of fairseq)")
+    return {**loaded, "model": without_wrapper(loaded["model"])}
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, *, overwrite: bool) -> None:

@@ -63,8 +63,10 @@ def encode(value: Any, table: TensorTable, place: tuple[str, ...] = ()) -> Any:
         items = [encode(item, table, (*place, str(index))) for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, Mapping) and type(value) in (dict, OrderedDict):
-        pairs = [(encode(key, table, (*place, "key")), encode(item, table, (*place, str(key)))) for key, item in
-                 value.items()]  # fmt: skip
+        pairs = [
+            (encode(key, table, (*place, "key")), encode(item, table, (*place, str(key))))
+            for key, item in value.items()
+        ]
         if type(value) is OrderedDict:
             return {"$ordered": pairs}
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)

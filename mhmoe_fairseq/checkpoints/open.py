@@ -20,7 +20,7 @@ from ..common.console import quiet
 from ..common.errors import UserError
 from ..data.identity import DataIdentity, identify_data
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
-from .read import read_checkpoint
+from .files import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file holds none of our models.
     """
-    settings = read_checkpoint(file)["cfg"]
+    settings = read_trained(file)["cfg"]
     try:
         model, _, _ = settings["model"], settings["task"]["data"], settings["task"]["_name"]
         model["encoder_layers" if "encoder_layers" in model else "decoder_layers"]

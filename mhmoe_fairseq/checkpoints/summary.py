@@ -1,64 +1,63 @@
-"""What a checkpoint holds, for ``mhmoe checkpoint inspect``."""
+"""What a checkpoint holds, for ``mhmoe checkpoint inspect``, and parameters by the part of the model."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..data.identity import identify_data, identify_manifest
 from ..data.tensor_files import without_wrapper
-from .parts import by_part
 
 _EXPERT_BANK = re.compile(r"(.*)\.experts\.fc1_weight")
 _FINGERPRINT = re.compile(r"(.*\.)?vocabulary_fingerprint")
+# The first pattern found in a name decides; a norm inside a part counts there.
+_PARTS = {
+    "task heads": r"^(heads|classification_heads)\.",
+    "experts": r"\.experts\.",
+    "shared experts": r"\.shared_expert\.",
+    "routers": r"\.router\.",
+    "head and merge projections": r"\.(head|merge)_projection\.",
+    "attention": r"\.self_attn\.",
+    "dense networks": r"\.ffn\.",
+    "text embedding": r"\.(text_embed|embed_tokens)\.",
+    "patch embedding": r"\.vision_embed\.",
+    "positions": r"\.embed_positions\.",
+    "text head": r"^text_head\.|\.output_projection\.",
+    "image head": r"^image_head\.",
+    "norms": r"norm",
+}
 
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """Figures of one file.
-
-    Attributes:
-        path, file_bytes: the file.
-        arch: its architecture by name; None if no configuration is stored.
-        updates, epoch, best: how far the training was, and its best validation loss.
-        world_size: ranks of the training that wrote it, if it tells.
-        settings: the stored options of the model that were given.
-        parameters: by part of the model; a weight that two names share is counted once.
-        experts: experts in each pool, by its name: an MoE layer's, or that of a modality in it.
-        dtypes: bytes of weights by dtype.
-        optimizer: its name; None if there is no state of it.
-        optimizer_tensors, optimizer_bytes: its state.
-        complete: every parameter has its state.
-        fingerprint: SHA-256 of the dictionary's symbols; None if there is none.
-        data, corpus: the stored data folder, and the hash of the corpus if that folder or a manifest is at hand.
-    """
+    """Figures of one file; None stands for what it does not tell."""
 
     path: Path
     file_bytes: int
-    arch: str | None
+    arch: str | None  # the architecture by name; None if no configuration is stored
     updates: int | None
     epoch: int | None
-    best: float | None
-    world_size: int | None
-    settings: dict[str, Any]
-    parameters: dict[str, int]
-    experts: dict[str, int]
-    dtypes: dict[str, int]
-    optimizer: str | None
+    best: float | None  # validation loss
+    world_size: int | None  # ranks of the training that wrote it
+    settings: dict[str, Any]  # the stored options of the model that were given
+    parameters: dict[str, int]  # by part of the model; a weight that two names share is counted once
+    experts: dict[str, int]  # experts in each pool, by its name: an MoE layer's, or a modality's in it
+    dtypes: dict[str, int]  # bytes of weights by dtype
+    optimizer: str | None  # its name; None if its state is not there
     optimizer_tensors: int
     optimizer_bytes: int
-    complete: bool
-    fingerprint: str | None
-    data: str | None
-    corpus: str | None
+    complete: bool  # every parameter has its state
+    fingerprint: str | None  # SHA-256 of the dictionary's symbols
+    data: str | None  # the stored data folder
+    corpus: str | None  # the corpus's hash, if that folder or a manifest is at hand
 
     @property
     def total(self) -> int:
@@ -101,6 +100,20 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
         data=data,
         corpus=_corpus(path, data),
     )
+
+
+def by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Sums of the sizes of named parameters by part; ``other`` is what no pattern fits."""
+    sums: dict[str, int] = {}
+    for name, size in sizes:
+        part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")
+        sums[part] = sums.get(part, 0) + size
+    return {part: sums[part] for part in (*_PARTS, "other") if part in sums}
+
+
+def count_parts(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model by part; they add up to all."""
+    return by_part((name, parameter.numel()) for name, parameter in model.named_parameters())
 
 
 def weights_of(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.average import average, choose_inputs
-from ..checkpoints.files import check_output, read_checkpoint, write_checkpoint
-from ..checkpoints.summary import CheckpointSummary, summarize
 from ..common.arguments import existing_file, existing_path, output_file, whole
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.tables import MISSING, byte_size, markdown_table
 
-_STATE = "last_optimizer_state"
+if TYPE_CHECKING:
+    from ..checkpoints.summary import CheckpointSummary
+
 _INSPECT = """\
 Prints architecture, progress, experts, parameters by part, dtypes, sizes, optimizer state, the dictionary's
 fingerprint and, where the data folder or its manifest is at hand, the hash of the corpus. Nothing in the file is run,
@@ -89,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    from ..checkpoints.files import read_checkpoint
+    from ..checkpoints.summary import summarize
+
     summaries = [summarize(path, read_checkpoint(path)) for path in args.checkpoint]
     say("\n\n".join(map(describe, summaries)))
     if args.json:
@@ -96,6 +98,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    from ..checkpoints.files import OPTIMIZER_STATE, check_output, read_checkpoint, write_checkpoint
+    from ..checkpoints.summary import summarize
+
     if args.source.suffix == args.target.suffix:
         raise UserError(f"{args.source} to {args.target}: one must be a .pt, the other a .safetensors file")
     check_output(args.target, overwrite=args.overwrite)
@@ -105,7 +110,7 @@ def _convert(args: argparse.Namespace) -> None:
             f"{args.source} has no configuration of fairseq, so no .pt that fairseq opens can be made of it: it was "
             "not written by mhmoe checkpoint convert"
         )
-    dropped = args.weights_only and checkpoint.pop(_STATE, None) is not None
+    dropped = args.weights_only and checkpoint.pop(OPTIMIZER_STATE, None) is not None
     summary = summarize(args.source, checkpoint)  # before anything is replaced: it finds what is no checkpoint
     write_checkpoint(checkpoint, args.target, overwrite=args.overwrite)
     say(f"{args.target}: {summary.total:,} parameters, {byte_size(args.target.stat().st_size)}")
@@ -113,6 +118,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _average(args: argparse.Namespace) -> None:
+    from ..checkpoints.average import average, choose_inputs
+    from ..checkpoints.files import check_output, write_checkpoint
+
     check_output(args.output, overwrite=args.overwrite)
     paths = choose_inputs(
         args.inputs, args.num_epoch_checkpoints, args.num_update_checkpoints, args.checkpoint_upper_bound

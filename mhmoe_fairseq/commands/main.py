@@ -66,10 +66,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
-HEAVY = {
-    "evaluate", "probe", "import-official", "checkpoint",
-    "visual-tokenizer",
-}  # fmt: skip
+HEAVY = {"evaluate", "probe", "import-official", "visual-tokenizer"}
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:

@@ -13,7 +13,7 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import ListDataset
 
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.files import read_trained
 from ..common.errors import UserError
 from ..common.files import read_json
 from ..data.classification.examples import Example
@@ -184,7 +184,7 @@ class Classifier:
 
 def _require_head(checkpoint: Path) -> None:
     """The checkpoint is of our task; a language model's would be evaluated with a random head."""
-    task = read_checkpoint(checkpoint)["cfg"]["task"]["_name"]
+    task = read_trained(checkpoint)["cfg"]["task"]["_name"]
     if task != TASK:
         raise UserError(
             f"{checkpoint}: was trained with task {task} and has no classification head: fine-tune it with "

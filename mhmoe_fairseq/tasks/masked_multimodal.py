@@ -12,7 +12,7 @@ from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
 from torch import Tensor
 
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.files import read_trained
 from ..common.errors import UserError
 from ..criterions.masked_multimodal import MODALITIES
 from ..data.binarised import check_split
@@ -112,7 +112,7 @@ class MaskedMultimodalTask(ImageTextTask):
         model = super().build_model(args, from_checkpoint)
         resumed = None if from_checkpoint else resumed_checkpoint(self.args)
         if resumed is not None:
-            self.load_state_dict(read_checkpoint(resumed).get("task_state") or {})
+            self.load_state_dict(read_trained(resumed).get("task_state") or {})
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:

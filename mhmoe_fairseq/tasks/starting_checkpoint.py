@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.files import read_trained
 from ..common.errors import UserError
 from ..models.beit3_checkpoints import resized_tables
 from ..parallel import sharded_experts
@@ -31,7 +31,7 @@ def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
     """
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():
-            check_pretrained(model, Path(name), read_checkpoint(Path(name))["model"], args.data)
+            check_pretrained(model, Path(name), read_trained(Path(name))["model"], args.data)
 
 
 def check_resumed_sizes(model: nn.Module, args: Any) -> None:
@@ -49,7 +49,7 @@ def check_resumed_sizes(model: nn.Module, args: Any) -> None:
     file = resumed_checkpoint(args)
     if file is None or args.reset_optimizer:
         return
-    saved = read_checkpoint(file)
+    saved = read_trained(file)
     if not saved.get("last_optimizer_state"):
         return
     new_run = f", or begin a new run with --finetune-from-model {file} and another --save-dir"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from beit3_models import FAMILIES, IMAGES, SMALL, beit3_dictionary, small_beit3
 
-from mhmoe_fairseq.checkpoints.parts import count_parts
+from mhmoe_fairseq.checkpoints.summary import count_parts
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.counts import build_on_meta, count_built

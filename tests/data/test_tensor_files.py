@@ -16,7 +16,6 @@ from fairseq import checkpoint_utils
 from safetensors.torch import save_file
 
 from mhmoe_fairseq.checkpoints import files as checkpoint_files
-from mhmoe_fairseq.checkpoints import read as _checkpoints
 from mhmoe_fairseq.checkpoints.official import files as _official_files
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import atomic_path
@@ -25,7 +24,7 @@ from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
 from mhmoe_fairseq.models.language_model import find_data
 
 READERS: dict[str, Callable[[Path], Any]] = {
-    "trained model": _checkpoints.read_checkpoint,
+    "trained model": checkpoint_files.read_trained,
     "mhmoe checkpoint": checkpoint_files.read_checkpoint,
     "official checkpoint": _official_files.read_checkpoint,
     "visual tokenizer": load_visual_tokenizer,
@@ -74,7 +73,7 @@ def test_the_names_of_a_wrapped_model_are_the_models_own(tmp_path: Path, monkeyp
     assert list(without_wrapper(wrapped)) == list(weights)
     assert without_wrapper(weights) is weights  # only where all names have it
     torch.save({"model": wrapped, "cfg": {"model": {}}}, tmp_path / "a.pt")
-    assert list(_checkpoints.read_checkpoint(tmp_path / "a.pt")["model"]) == list(weights)
+    assert list(checkpoint_files.read_trained(tmp_path / "a.pt")["model"]) == list(weights)
     monkeypatch.setattr(checkpoint_utils, "_upgrade_state_dict", lambda state: state)  # of what old fairseqs saved
     assert list(checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "a.pt"))["model"]) == list(weights)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...checkpoints.parts import count_parts
+from ...checkpoints.summary import count_parts
 from ...common.ranges import flag
 from ...models.architectures import Architecture, architecture_options, named_architecture
 from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built

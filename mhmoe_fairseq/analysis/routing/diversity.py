@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...checkpoints.files import read_trained
 from ...checkpoints.open import open_model
-from ...checkpoints.read import read_checkpoint
 from ...common.errors import UserError
 from ...common.files import sha256_of
 from ...data.images.reading import read_image
@@ -132,5 +132,5 @@ def flat_patches(images: Tensor, patch_size: int) -> Tensor:
 
 def num_updates(checkpoint: Path) -> int:
     """How many updates a checkpoint was trained for; 0 if it does not say."""
-    history = read_checkpoint(checkpoint).get("optimizer_history") or [{}]
+    history = read_trained(checkpoint).get("optimizer_history") or [{}]
     return int(history[-1].get("num_updates", 0))
