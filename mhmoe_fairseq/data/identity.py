@@ -12,9 +12,17 @@ from typing import Any
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of
 
+MANIFEST = "manifest.json"
 _SPLIT_FILES = ("train.bin", "valid.bin", "test.bin")
-# Of a folder of images and text: what pre-training reads, but the images themselves.
-_IMAGE_TEXT_FILES = ("image.*.jsonl", "pair.*.jsonl", *(f"text/{name}" for name in _SPLIT_FILES))
+# A folder of images and text: what pre-training reads, but the images themselves. The indexes tell it from a corpus.
+_INDEXES = ("image.*.jsonl", "pair.*.jsonl")
+_IMAGE_TEXT_FILES = (*_INDEXES, *(f"text/{name}" for name in _SPLIT_FILES))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What ``mhmoe prepare`` wrote down of a folder that it made; empty for another folder."""
+    path = folder / MANIFEST
+    return read_json(path) if path.is_file() else {}
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,8 @@ def identify_data(folder: Path) -> DataIdentity:
     Raises:
         UserError: if the folder holds no binarised data.
     """
-    if (folder / "manifest.json").is_file():
-        return identify_manifest(folder / "manifest.json")
+    if (folder / MANIFEST).is_file():
+        return identify_manifest(folder / MANIFEST)
     images = [path for pattern in _IMAGE_TEXT_FILES for path in folder.glob(pattern)]
     files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *images]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files if path.is_file()}
@@ -86,7 +94,7 @@ def _identity(hashes: dict[str, str], source: str, splits: dict[str, dict[str, i
 
 
 def _has_images(names: Iterable[str]) -> bool:
-    return any(fnmatch(name, pattern) for name in names for pattern in _IMAGE_TEXT_FILES[:2])
+    return any(fnmatch(name, pattern) for name in names for pattern in _INDEXES)
 
 
 def _digest(hashes: dict[str, str]) -> str:

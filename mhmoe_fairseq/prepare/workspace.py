@@ -17,8 +17,8 @@ from typing import Any, Callable, Iterator, Mapping
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
 from ..common.locks import LOCK, exclusive_lock
+from ..data.identity import MANIFEST
 
-MANIFEST = "manifest.json"
 _OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
 _PARTIAL, _PROGRESS = ".partial", "progress.json"
 

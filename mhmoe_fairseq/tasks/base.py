@@ -10,9 +10,9 @@ from fairseq.tasks import LegacyFairseqTask
 from omegaconf import MISSING
 
 from ..common.errors import UserError
-from ..common.files import read_json
 from ..data.binarised import check_folder
 from ..data.datasets import DatasetSettings
+from ..data.identity import MANIFEST, read_manifest
 from ..data.multimodal.masking import mask_index
 from ..training import ParallelTask, TrainingFlags
 from .starting_checkpoint import check_resumed_sizes, check_starting_checkpoint
@@ -134,10 +134,10 @@ def load_dictionary(folder: Path) -> Dictionary:
         UserError: if the folder was prepared for another task, or the dictionary has no ``<mask>``.
     """
     check_folder(folder)
-    manifest = folder / "manifest.json"
-    kind = read_json(manifest).get("kind", KIND) if manifest.is_file() else KIND
+    kind = read_manifest(folder).get("kind", KIND)
     if kind != KIND:
-        raise UserError(f"{manifest}: this folder holds {kind} data: images and text are made by mhmoe prepare {KIND}")
+        rule = f"images and text are made by mhmoe prepare {KIND}"
+        raise UserError(f"{folder / MANIFEST}: this folder holds {kind} data: {rule}")
     dictionary = Dictionary.load(str(folder / "dict.txt"))
     mask_index(dictionary)
     return dictionary

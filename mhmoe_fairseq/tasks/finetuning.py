@@ -8,8 +8,8 @@ from fairseq.models import BaseFairseqModel
 from torch import nn
 
 from ..common.errors import UserError
-from ..common.files import read_json
 from ..data.datasets import DatasetSettings, ImageTextDataset
+from ..data.identity import read_manifest
 from ..data.images.transforms import EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index, read_index
 from ..training.optimizer import scale_learning_rates
@@ -114,8 +114,7 @@ class HeadTask(ImageTextFineTuning):
     @property
     def has_derived_labels(self) -> bool:
         """Whether the manifest says that the labels are derived from the images' metadata."""
-        manifest = self.folder / "manifest.json"
-        return self.may_be_derived and manifest.is_file() and bool(read_json(manifest).get("derived"))
+        return self.may_be_derived and bool(read_manifest(self.folder).get("derived"))
 
     def read_index(self, split: str) -> Index:
         """The rows of a split, checked.

@@ -19,9 +19,10 @@ from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..common.files import read_json, sha256_of
+from ..common.files import sha256_of
 from ..criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
+from ..data.identity import read_manifest
 from ..data.languages import language_symbol
 from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelingTask, data_folders
 
@@ -239,14 +240,9 @@ def check_languages(folder: Path, languages: list[str], dictionary: Path) -> Non
         own = folder / language / "dict.txt"
         if own.is_file() and sha256_of(own) != used:
             raise UserError(f"{own} differs from {dictionary}: all languages share one dictionary")
-    recorded = _manifest(folder).get("files", {}).get("dict.txt", {}).get("sha256", used)
+    recorded = read_manifest(folder).get("files", {}).get("dict.txt", {}).get("sha256", used)
     if recorded != used:
         raise UserError(f"{dictionary} is not the dictionary that {folder} was binarised with, says its manifest.json")
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def _have_same_content(one: Path, other: Path) -> bool:
@@ -289,7 +285,7 @@ def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str,
     ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
     language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
     """
-    counts = _manifest(folder).get("languages", {})
+    counts = read_manifest(folder).get("languages", {})
     found = {}
     for language, evaluated in tokens.items():
         counted = counts.get(language, {}).get("splits", {}).get(split)

@@ -15,7 +15,7 @@ from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from fairseq.tasks import TASK_REGISTRY
 from multilingual_data import LANGUAGES, build_dictionary, pieces, write_languages
 
-from mhmoe_fairseq.data.datasets.language_sampling import sampled_blocks, sampled_counts, sampling_shares
+from mhmoe_fairseq.data.datasets.languages import sampled_blocks, sampled_counts, sampling_shares
 from mhmoe_fairseq.data.languages import language_symbol
 from mhmoe_fairseq.tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 

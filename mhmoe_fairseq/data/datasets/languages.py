@@ -1,7 +1,8 @@
-"""The blocks of several languages as one fairseq dataset."""
+"""The blocks of several languages as one fairseq dataset, and temperature sampling: how much of each an epoch holds."""
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,6 @@ import torch
 from fairseq.data import LMContextWindowDataset, MonolingualDataset
 
 from .batching import SizedRows, WholeBatches
-from .language_sampling import sampled_blocks, sampled_counts
 
 
 class LanguagesDataset(WholeBatches, SizedRows):
@@ -48,25 +48,25 @@ class LanguagesDataset(WholeBatches, SizedRows):
         self._ends = np.cumsum([len(part) for part in parts.values()])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        place = self.place_of(index)
-        language = self.languages[place]
-        sample = self.parts[language][int(index) - self.first_of(place)]
+        position = self.language_at(index)
+        language = self.languages[position]
+        sample = self.parts[language][int(index) - self.first_block(position)]
         if language in self.symbols:
             source = sample["source"].clone()
             source[0] = self.symbols[language]
             sample["source"] = source
-        sample = {**sample, "id": int(index), "language": self._numbers[place]}
+        sample = {**sample, "id": int(index), "language": self._numbers[position]}
         if self.characters:
             sample["characters"] = len(sample["target"]) * self._per_token[language]
         return sample
 
-    def place_of(self, index: int) -> int:
+    def language_at(self, index: int) -> int:
         """Which of ``languages`` a block belongs to."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
-    def first_of(self, place: int) -> int:
+    def first_block(self, position: int) -> int:
         """The number of a language's first block."""
-        return int(self._ends[place - 1]) if place else 0
+        return int(self._ends[position - 1]) if position else 0
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """One batch."""
@@ -116,8 +116,8 @@ class SampledLanguagesDataset(LanguagesDataset):
         """This epoch's blocks, some of them several times, by length and equally long ones in random order."""
         visit = (self.epoch - 1) // self.num_shards
         chosen = [
-            self.first_of(place) + sampled_blocks(len(part), self.counts[place], visit, self.seed, language)
-            for place, (language, part) in enumerate(self.parts.items())
+            self.first_block(position) + sampled_blocks(len(part), self.counts[position], visit, self.seed, language)
+            for position, (language, part) in enumerate(self.parts.items())
         ]
         indices = np.concatenate(chosen)
         order = np.random.default_rng([self.seed % 2**32, self.epoch]).permutation(len(indices))
@@ -134,9 +134,9 @@ class LanguageContextDataset(WholeBatches, LMContextWindowDataset):
 
     def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
         """Batches of ``indices``, which come in order, apart by language."""
-        places = np.array([self.dataset.place_of(index) for index in indices])
+        positions = np.array([self.dataset.language_at(index) for index in indices])
         batches: list[np.ndarray] = []
-        for run in np.split(indices, np.flatnonzero(np.diff(places)) + 1):
+        for run in np.split(indices, np.flatnonzero(np.diff(positions)) + 1):
             batches += super().batch_by_size(run, *args, **kwargs)
         return batches
 
@@ -147,3 +147,49 @@ class LanguageContextDataset(WholeBatches, LMContextWindowDataset):
             self.prev_tokens = np.empty([0])
             self._last_language = language
         return super().collater(samples)
+
+
+def sampling_shares(sizes: np.ndarray, alpha: float) -> np.ndarray:
+    """``p_l = (n_l / N)^alpha``, normalised (XLM's formula): alpha 1 keeps the sizes' shares, 0 makes all equal.
+
+    Args:
+        sizes: (L,) blocks of every language, all positive.
+    """
+    weights = (sizes / sizes.sum()) ** alpha
+    return weights / weights.sum()
+
+
+def sampled_counts(sizes: np.ndarray, alpha: float) -> np.ndarray:
+    """Blocks of every language in one epoch, ``(L,)``: their sum is that of ``sizes``, each within one of its share.
+
+    With alpha 1 they are ``sizes``: an epoch is then every block once.
+    """
+    total = int(sizes.sum())
+    wanted = sampling_shares(sizes, alpha) * total
+    counts = np.floor(wanted).astype(np.int64)
+    largest_remainders = np.argsort(counts - wanted, kind="stable")
+    counts[largest_remainders[: total - counts.sum()]] += 1
+    return counts
+
+
+def sampled_blocks(size: int, count: int, visit: int, seed: int, language: str) -> np.ndarray:
+    """The blocks of one language in an epoch, ``(count,)`` numbers below ``size``.
+
+    A language is an endless sequence of passes over its blocks, each in an order of its own; epochs take the next
+    ``count`` of it. So at any time all blocks of a language have been seen equally often, give or take one, and what
+    an epoch holds follows from its arguments alone.
+
+    Args:
+        visit: epochs before this one, of the same blocks.
+    """
+    start, end = visit * count, (visit + 1) * count
+    if start == end:
+        return np.empty(0, dtype=np.int64)
+    first, last = start // size, (end - 1) // size
+    passes = np.concatenate([_one_pass(size, number, seed, language) for number in range(first, last + 1)])
+    return passes[start - first * size : end - first * size]
+
+
+def _one_pass(size: int, number: int, seed: int, language: str) -> np.ndarray:
+    # crc32 and not hash(), which differs from process to process.
+    return np.random.default_rng([seed % 2**32, zlib.crc32(language.encode()), number]).permutation(size)

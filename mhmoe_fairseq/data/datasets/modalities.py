@@ -85,7 +85,7 @@ class TrainingModalities(ModalitiesDataset):
         self._prepare_orders()
         return np.arange(len(self))
 
-    def place_of(self, name: str, index: int) -> tuple[int, int]:
+    def visit_and_row(self, name: str, index: int) -> tuple[int, int]:
         """The visit, from 1, and the number of the sample of one modality that belongs to an item."""
         self._prepare_orders()
         visit = ((self.epoch - 1) * len(self) + index) // self.lengths[name]
@@ -94,7 +94,7 @@ class TrainingModalities(ModalitiesDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {}
         for name, part in self.parts.items():
-            visit, number = self.place_of(name, int(index))
+            visit, number = self.visit_and_row(name, int(index))
             part.set_epoch(visit)
             item[name] = part[number]
         return item
