@@ -21,7 +21,7 @@ from .tables import (
     differing_settings,
     overview,
     paper_section,
-    part_metrics,
+    part_columns,
     parts_section,
     routing_section,
 )
@@ -170,8 +170,8 @@ def _draw_metrics(
     """Draw every metric by language, modality or task, and the seeds of the main metrics."""
     for what, splits in evaluations(models).items():
         for name in splits:
-            for metric in part_metrics([record for model in models for record in model.records(what, name)]):
-                values = {model.name: model.part_values(what, name, metric) for model in models}
+            for metric, parts in part_columns(models, what, name).items():
+                values = {model.name: {part.title: part.values(model) for part in parts[:-1]} for model in models}
                 path = folder / _file_name(f"{what} {metric} {name}")
                 title = f"{what.capitalize()} by part: {SHORT.get(metric, metric)}, {name} split"
                 draw_bars(path, values, title, metric)

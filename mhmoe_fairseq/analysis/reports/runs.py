@@ -42,13 +42,6 @@ class Run:
         """``seed-N``, or the folder's own name; runs of two models with the same one are compared."""
         return self.path.name
 
-    def metric(self, what: str, split: str, name: str) -> Metric | None:
-        """One metric of a whole split; None if it was not measured."""
-        for record in self.records:
-            if (record.what, record.split) == (what, split):
-                return record.metrics.get(name)
-        return None
-
     def expert_record(self, split: str) -> Record | None:
         """The record with expert loads that says most: of this split, with loads by part, of ``mhmoe analyze``."""
         found = [record for record in (*self.routing, *self.records) if record.experts is not None]
@@ -75,24 +68,15 @@ class Model:
         """The records of one kind of evaluation, one for each seed that has it."""
         return [record for run in self.runs for record in run.records if (record.what, record.split) == (what, split)]
 
-    def values(self, what: str, split: str, metric: str) -> list[float]:
-        """One metric of every seed that has it."""
-        found = (run.metric(what, split, metric) for run in self.runs)
-        return [measured.value for measured in found if measured is not None]
-
-    def part_values(self, what: str, split: str, metric: str) -> dict[str, list[float]]:
-        """Language, modality or task -> one metric of every seed that has it."""
-        found: dict[str, list[float]] = {}
-        for record in self.records(what, split):
-            for part, value in record.values(metric).items():
-                found.setdefault(part, []).append(value)
+    def metrics(self, what: str, split: str, name: str, part: str | None = None) -> dict[str, Metric]:
+        """Seed -> one metric of the whole split, or of a language, modality or task, where it was measured."""
+        found = {}
+        for run in self.runs:
+            for record in run.records:
+                measured = record.metrics if part is None else record.parts.get(part, {})
+                if (record.what, record.split) == (what, split) and name in measured:
+                    found[run.seed] = measured[name]
         return found
-
-    def changes(self, reference: Model, what: str, split: str, metric: str) -> list[float]:
-        """Relative changes of a metric against the reference's runs with the same seeds."""
-        theirs = {run.seed: run.metric(what, split, metric) for run in reference.runs}
-        pairs = [(run.metric(what, split, metric), theirs.get(run.seed)) for run in self.runs]
-        return [ours.value / other.value - 1 for ours, other in pairs if ours is not None and other is not None]
 
 
 def read_model(name: str, folders: Iterable[Path]) -> Model:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.tables import MISSING, markdown_table, millions, number, percent
-from ...evaluation.records import ExpertLoads, Record
+from ...evaluation.records import ExpertLoads, Metric
 from ..routing.loads import PartLoads
 from .paper import PaperTable
 from .routing import explanation, mean
@@ -54,20 +54,44 @@ COMPARED_SETTINGS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of one kind of evaluation on one split."""
+    """One metric of one kind of evaluation on one split, of the whole split or of a part of it."""
 
     title: str
     what: str
     split: str
     metric: str
+    part: str | None = None
+
+    def measured(self, model: Model) -> dict[str, Metric]:
+        """Seed -> the metric, where it was measured."""
+        return model.metrics(self.what, self.split, self.metric, self.part)
 
     def values(self, model: Model) -> list[float]:
         """The metric of every seed that has it."""
-        return model.values(self.what, self.split, self.metric)
+        return [metric.value for metric in self.measured(model).values()]
 
     def cell(self, model: Model) -> str:
         """Mean and deviation over the seeds."""
-        return spread(self.values(model), DIGITS.get(self.metric, 2))
+        return spread(self.values(model), _digits(self))
+
+    def guesses(self, models: Iterable[Model]) -> dict[str, float]:
+        """Way of guessing -> what it reaches; the same for all models, so as the first that has it says."""
+        found: dict[str, float] = {}
+        for metric in self._all(models):
+            found = {**metric.baselines, **found}
+        return found
+
+    def counts(self, models: Iterable[Model]) -> list[int]:
+        """The numbers of examples or tokens that it was measured on."""
+        return list(dict.fromkeys(metric.count for metric in self._all(models) if metric.count))
+
+    def margin(self, models: Iterable[Model], share: float) -> float:
+        """Two standard errors of a share of right answers in percent; 0 of another metric, or an unknown count."""
+        counts = self.counts(models) if all(metric.unit == "%" for metric in self._all(models)) else []
+        return 2 * math.sqrt(share * (100 - share) / counts[0]) if counts else 0.0
+
+    def _all(self, models: Iterable[Model]) -> list[Metric]:
+        return [metric for model in models for metric in self.measured(model).values()]
 
 
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:
@@ -80,7 +104,7 @@ def columns_of(models: Sequence[Model], split: str) -> list[Column]:
         for title, metric in headlines
         if metric == headlines[0][1] or name == split
     ]
-    return [column for column in columns if any(column.values(model) for model in models)]
+    return [column for column in columns if any(map(column.values, models))]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -124,9 +148,12 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
     if against is not None and main is not None:
         cells[f"{main.title} against {reference}"] = lambda model: _change(model, against, main)
     rows = [[cell(model) for cell in cells.values()] for model in models]
-    rows += [_guess_row(name, values, columns, list(cells)) for name, values in guesses(models, columns).items()]
-    kept = [index for index, title in enumerate(cells) if _tells(title, [row[index] for row in rows[: len(models)]])]
     titles = list(cells)
+    kept = [index for index, title in enumerate(titles) if _tells(title, [row[index] for row in rows])]
+    guessed = {column.title: column.guesses(models) for column in columns}
+    for guess in dict.fromkeys(name for values in guessed.values() for name in values):
+        values = {column.title: number(guessed[column.title].get(guess), _digits(column)) for column in columns}
+        rows.append([f"*{guess}*", *(values.get(title, MISSING) for title in titles[1:])])
     return markdown_table([titles[index] for index in kept], [[row[index] for index in kept] for row in rows])
 
 
@@ -158,42 +185,29 @@ def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[f
 
 
 def _change(model: Model, reference: Model, column: Column) -> str:
-    changes = model.changes(reference, column.what, column.split, column.metric)
+    """Relative change against the reference's runs with the same seeds."""
+    changes = paired_changes(column.measured(model), column.measured(reference))
     if model is reference or not changes:
         return MISSING
     middle, deviation = mean_and_deviation(changes)
     return f"{100 * middle:+.1f} %" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 
 
-def guesses(models: Sequence[Model], columns: Sequence[Column]) -> dict[str, dict[str, float]]:
-    """Way of guessing -> title of a column -> what it reaches there, as the first model that has it says."""
-    found: dict[str, dict[str, float]] = {}
-    for column in columns:
-        for model in models:
-            for record in model.records(column.what, column.split):
-                metric = record.metrics.get(column.metric)
-                for name, value in (metric.baselines if metric else {}).items():
-                    found.setdefault(name, {}).setdefault(column.title, value)
-    return found
-
-
-def _guess_row(name: str, values: dict[str, float], columns: Sequence[Column], titles: Sequence[str]) -> list[str]:
-    cells = {column.title: number(values.get(column.title), DIGITS.get(column.metric, 2)) for column in columns}
-    return [f"*{name}*", *(cells.get(title, MISSING) for title in titles[1:])]
+def paired_changes(ours: Mapping[str, Metric], theirs: Mapping[str, Metric]) -> list[float]:
+    """Relative changes of a metric, seed by seed."""
+    return [metric.value / theirs[seed].value - 1 for seed, metric in ours.items() if seed in theirs]
 
 
 def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
     """A line for each score that can be guessed: by how much each model is above the best way of guessing."""
     lines = []
-    by_guess = guesses(models, columns)
     for column in columns:
-        known = [values[column.title] for values in by_guess.values() if column.title in values]
-        if column.metric in LOWER_IS_BETTER or not known:
+        best = max(column.guesses(models).values(), default=None)
+        if best is None or column.metric in LOWER_IS_BETTER:
             continue
-        best = max(known)
-        measured = {model.name: column.values(model) for model in models}
-        gains = {name: round(mean_and_deviation(values)[0] - best, 2) for name, values in measured.items() if values}
-        margin = _margin(models, column, best)
+        measured = {model.name: values for model in models if (values := column.values(model))}
+        gains = {name: round(mean_and_deviation(values)[0] - best, 2) for name, values in measured.items()}
+        margin = column.margin(models, best)
         failed = ", ".join(name for name, gain in gains.items() if gain <= margin)
         lines.append(
             f"- {column.title} ({best:.2f}{f', two standard errors {margin:.2f}' if margin else ''}): "
@@ -203,62 +217,39 @@ def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
     return "\n".join(["Above the best way of guessing without looking, by points:", "", *lines]) if lines else ""
 
 
-def _margin(models: Sequence[Model], column: Column, best: float) -> float:
-    """Two standard errors of a share of right answers, in points; 0 of another metric, or an unknown count."""
-    for model in models:
-        for record in model.records(column.what, column.split):
-            metric = record.metrics.get(column.metric)
-            if metric is not None and metric.unit == "%" and metric.count and 0 <= best <= 100:
-                return 2 * math.sqrt(best * (100 - best) / metric.count)
-    return 0.0
+def part_columns(models: Sequence[Model], what: str, split: str) -> dict[str, list[Column]]:
+    """Metric of languages, modalities or tasks -> a column for each of these, and last for the whole split.
+
+    The loss, which perplexity says too, is left out.
+    """
+    parts = [part for model in models for record in model.records(what, split) for part in record.parts.items()]
+    metrics = dict.fromkeys(metric for _, measured in parts for metric in measured if metric != "loss")
+    names = {**{name: PART_NAMES.get(name, name) for name, _ in parts}, None: "all"}
+    return {metric: [Column(title, what, split, metric, part) for part, title in names.items()] for metric in metrics}
 
 
 def parts_section(models: Sequence[Model], what: str, split: str) -> str:
     """A table of languages, modalities or tasks by models; empty where no record has parts."""
-    records = [record for model in models for record in model.records(what, split)]
-    parts = list(dict.fromkeys(part for record in records for part in record.parts))
-    if not parts:
+    by_metric = part_columns(models, what, split)
+    if not by_metric:
         return ""
-    metrics = part_metrics(records)
+    first = next(iter(by_metric.values()))
     header = ["", _COUNTED.get(what, "examples")]
-    rows = [[PART_NAMES.get(part, part), _count(records, part)] for part in parts]
-    rows.append(["all", _count(records, None)])
-    for metric in metrics:
-        measured = [(model, model.part_values(what, split, metric)) for model in models]
-        kept = [(model, values) for model, values in measured if values]
-        digits = DIGITS.get(metric, 2)
-        header += [f"{model.name}, {SHORT.get(metric, metric)}" for model, _ in kept]
-        for row, part in zip(rows, [*parts, None]):
-            row += [
-                spread(model.values(what, split, metric) if part is None else values.get(part, []), digits)
-                for model, values in kept
-            ]
-        for name in dict.fromkeys(name for record in records for name in _baselines(record, None, metric)):
-            header.append(f"{name}, {SHORT.get(metric, metric)}")
-            for row, part in zip(rows, [*parts, None]):
-                known = (_baselines(record, part, metric).get(name) for record in records)
-                row.append(number(next((value for value in known if value is not None), None), digits))
+    rows = [[column.title, same(f"{count:,}" for count in column.counts(models))] for column in first]
+    for metric, columns in by_metric.items():
+        for model in models:
+            if any(map(Column.values, columns, [model] * len(columns))):
+                header.append(f"{model.name}, {SHORT.get(metric, metric)}")
+                rows = [[*row, column.cell(model)] for row, column in zip(rows, columns)]
+        for guess in columns[-1].guesses(models):
+            header.append(f"{guess}, {SHORT.get(metric, metric)}")
+            known = (number(column.guesses(models).get(guess), _digits(column)) for column in columns)
+            rows = [[*row, cell] for row, cell in zip(rows, known)]
     return f"## {what.capitalize()} by part, {split} split\n\n{markdown_table(header, rows)}"
 
 
-def part_metrics(records: Sequence[Record]) -> list[str]:
-    """The metrics that parts have, but the loss, which perplexity says too."""
-    found = (name for record in records for part in record.parts.values() for name in part)
-    return [name for name in dict.fromkeys(found) if name != "loss"]
-
-
-def _metrics_of(record: Record, part: str | None) -> Mapping[str, Any]:
-    return record.metrics if part is None else record.parts.get(part, {})
-
-
-def _baselines(record: Record, part: str | None, metric: str) -> Mapping[str, float]:
-    found = _metrics_of(record, part).get(metric)
-    return {} if found is None else found.baselines
-
-
-def _count(records: Sequence[Record], part: str | None) -> str:
-    counted = (metric.count for record in records for metric in _metrics_of(record, part).values())
-    return same(f"{count:,}" for count in counted if count is not None)
+def _digits(column: Column) -> int:
+    return DIGITS.get(column.metric, 2)
 
 
 def routing_section(models: Sequence[Model], split: str) -> str:
@@ -325,10 +316,8 @@ def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Se
 
 def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], split: str) -> list[float]:
     """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
-    for column in columns:
-        if column.title == title or (column.metric, column.split) == (title, split):
-            return column.values(model)
     measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
     measured.sort(key=lambda names: names[1] != split)
-    found = (model.part_values(what, name, metric).get(title) for what, name in measured)
-    return next((values for values in found if values), [])
+    known = [column for column in columns if column.title == title or (column.metric, column.split) == (title, split)]
+    known += [Column(title, what, name, metric, title) for what, name in measured]
+    return next((values for column in known if (values := column.values(model))), [])

@@ -126,7 +126,7 @@ def test_parts_have_a_table_and_bars(tmp_path: Path) -> None:
         "model": "mhmoe", "load in common": "25.0 %", "language guessed right": "–",
     }  # fmt: skip
     plots = {path.name for path in (tmp_path / "report-plots").iterdir()}
-    assert plots >= {"perplexity-perplexity-test.png", "perplexity-bits-per-character-test.png",
+    assert plots >= {"perplexity-perplexity-test.png", "perplexity-bits-per-character-test.png", "seeds-test-ppl.png",
                      "routing-mhmoe-load.png"}  # fmt: skip
 
 
