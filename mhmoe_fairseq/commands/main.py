@@ -53,7 +53,7 @@ COMMANDS = {
     "xnli": ("mhmoe_fairseq.commands.xnli", "zero-shot XNLI in every language, from your copy of it"),
     "probe": ("mhmoe_fairseq.commands.probe", "cross-lingual probe from aligned held-out text, not XNLI"),
     "import-official": (
-        "mhmoe_fairseq.checkpoints.official.importing",
+        "mhmoe_fairseq.commands.import_official",
         "read MH-MoE layer weights of the official repository's checkpoints",
     ),
 }
@@ -66,7 +66,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
-HEAVY = {"evaluate", "probe", "import-official", "visual-tokenizer"}
+HEAVY = {"evaluate", "probe", "visual-tokenizer"}
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:

@@ -278,6 +278,22 @@ def test_the_checkpoint_itself_is_not_replaced(tmp_path, capsys):
     assert (tmp_path / "model.pt").read_bytes() == before
 
 
+def test_files_in_the_folder_are_replaced_only_when_told(tmp_path, data, capsys):
+    path = write(tmp_path / "official.pt", official_state(PUBLISHED, 44), PUBLISHED)
+    out = tmp_path / "out"
+    assert import_official(capsys, path, "--out", out, "--data", data)[0] == 0
+    (out / "dict.txt").write_text("another dictionary")
+    before = [(file, file.read_bytes()) for file in sorted(out.iterdir())]
+    for flags in ((), ("--data", data)):
+        status, _, err = import_official(capsys, path, "--out", out, *flags)
+        assert status == 2 and "model.pt exists: give --overwrite to replace it" in err
+    (out / "model.pt").unlink()
+    status, _, err = import_official(capsys, path, "--out", out, "--data", data)
+    assert status == 2 and "dict.txt exists" in err and (out / "dict.txt").read_bytes() == before[0][1]
+    assert import_official(capsys, path, "--out", out, "--data", data, "--overwrite")[0] == 0
+    assert (out / "dict.txt").read_bytes() == (data / "dict.txt").read_bytes()
+
+
 def test_bad_files_are_named(tmp_path, data, capsys):
     state = official_state(PUBLISHED, 44)
     write(tmp_path / "object.pt", state, PUBLISHED, extra_state=Unknown())

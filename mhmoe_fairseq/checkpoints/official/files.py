@@ -41,7 +41,7 @@ def read_official(path: Path) -> tuple[State, dict[str, Any]]:
         raise FileNotFoundError(f"no checkpoint {path}")
     match = _SHARD.fullmatch(path.name)
     if match is None:
-        checkpoint = read_checkpoint(path)
+        checkpoint = _read(path)
         return _weights(path, checkpoint), _settings(path, checkpoint)
     shards = sorted(path.parent.glob(f"{match['stem']}-rank-*.pt"), key=_rank)
     if not shards:
@@ -51,14 +51,14 @@ def read_official(path: Path) -> tuple[State, dict[str, Any]]:
             f"{path.parent}: of {match['stem']}-rank-*.pt only {[_rank(shard) for shard in shards]} are there"
         )
     shared_path = path.with_name(f"{match['stem']}-shared.pt")
-    first = read_checkpoint(shards[0])
+    first = _read(shards[0])
     settings = _settings(shards[0], first)
-    states = [_weights(shards[0], first), *(_weights(shard, read_checkpoint(shard)) for shard in shards[1:])]
-    shared = _weights(shared_path, read_checkpoint(shared_path)) if shared_path.is_file() else states[0]
+    states = [_weights(shards[0], first), *(_weights(shard, _read(shard)) for shard in shards[1:])]
+    shared = _weights(shared_path, _read(shared_path)) if shared_path.is_file() else states[0]
     return merge_ranks(shared, states, int(settings.get("moe_expert_count") or 0)), settings
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
     """A checkpoint file; only plain data, ``Namespace`` and omegaconf's containers are unpickled.
 
     Raises:

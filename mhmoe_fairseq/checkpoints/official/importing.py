@@ -1,15 +1,13 @@
-"""``mhmoe import-official``: checkpoints of the official MH-MoE repository become ours.
+"""Checkpoints of the official MH-MoE repository become ours.
 
-The source of the format is github.com/yushuiwx/MH-MoE; see ``_official_files`` (reading), ``_official_settings``
-(settings to flags) and ``_official_weights`` (names and orders of weights).
+The source of the format is github.com/yushuiwx/MH-MoE; see ``files`` (reading), ``settings`` (settings to flags) and
+``weights`` (names and orders of weights).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,13 @@ from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ...common.arguments import existing_file, existing_folder, output_folder
 from ...common.errors import UserError
 from ...common.files import atomic_path, refuse_path_separator
+from ...common.ranges import flag
 from ...data.tensor_files import save_tensors
 from ...models.architectures import architecture_options
 from ...models.bases import fingerprint
+from ...models.counts import blank_dictionary
 from ...models.flags import moe_config
 from ...models.language_model import build_language_model
 from ...models.options import LanguageModelOptions
@@ -37,54 +36,62 @@ _EXPERT_WEIGHT = ".experts.0.fc1.weight"
 _FINGERPRINT = "decoder.vocabulary_fingerprint"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of ``mhmoe import-official``."""
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", type=existing_file,
-        help="a whole checkpoint, or one of NAME-shared.pt, NAME-rank-0.pt, ...: all of them are then read",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", required=True, metavar="DIR", type=output_folder, help="folder for model.pt or moe_layers.pt"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", type=existing_folder,
-        help="folder with the model's dict.txt (and sentencepiece.model), copied beside model.pt",
-    )  # fmt: skip
-    parser.add_argument(
-        "--routing", choices=("capacity", "dropless"), default="capacity",
-        help="capacity, what the model was trained with, or dropless, where results do not depend on the batch",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers-only", action="store_true",
-        help="write only the MoE layers, for MHMoELayer in plain PyTorch: moe_layers.pt, {layer: {config, state}}",
-    )  # fmt: skip
+def import_official(
+    checkpoint: Path, out: Path, *, routing: str, data: Path | None = None, layers_only: bool = False,
+    overwrite: bool = False,
+) -> list[str]:  # fmt: skip
+    """Read, convert, check and write ``model.pt``, or only its MoE layers into ``moe_layers.pt``.
 
+    Args:
+        checkpoint: a whole one, or one of its files of a training on several ranks.
+        out: the folder to write to.
+        routing: ``capacity`` or ``dropless``.
+        data: folder with the model's ``dict.txt``, which is copied beside the model.
+        layers_only: write ``{layer: {config, state}}`` for ``MHMoELayer`` in plain PyTorch.
+        overwrite: replace files that are in ``out``.
 
-def run(args: argparse.Namespace) -> int:
-    """Reads, converts, checks and writes."""
-    path = args.out / ("moe_layers.pt" if args.layers_only else "model.pt")
-    refuse_path_separator(args.out, "--out")
-    if path.exists() and path.samefile(args.checkpoint):
-        raise UserError(f"--out {args.out}: {path.name} in it is the checkpoint to import, and would be replaced")
-    official, settings = read_official(args.checkpoint)
+    Returns:
+        what was written, and how to train on.
+
+    Raises:
+        UserError: naming the file and what is wrong, before anything is written.
+    """
+    refuse_path_separator(out, "--out")
+    path = out / ("moe_layers.pt" if layers_only else "model.pt")
+    if path.exists() and path.samefile(checkpoint):
+        raise UserError(f"--out {out}: {path.name} in it is the checkpoint to import, and would be replaced")
+    copies = {} if data is None or layers_only else _copies(data, out)
+    for target in (path, *copies):
+        if target.exists() and not overwrite:
+            raise UserError(f"{target} exists: give --overwrite to replace it")
+    official, settings = read_official(checkpoint)
     check_settings(settings, official)
-    if args.layers_only:
-        layers = convert_layers(official, settings, args.routing)
+    if layers_only:
+        layers = convert_layers(official, settings, routing)
         save_tensors({index: {"config": config, "state": state} for index, (config, state) in layers.items()}, path)
-        say(f"{path}: {len(layers)} MoE layers, {_count(*(state for _, state in layers.values())):,} parameters")
-        return 0
-    dictionary = None if args.data is None else load_dictionary(args.data, official)
-    checkpoint = convert_checkpoint(official, settings, args.routing, dictionary)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in ("dict.txt", "sentencepiece.model"):
-        if args.data is not None and (args.data / name).is_file():
-            with atomic_path(args.out / name) as copied:
-                shutil.copyfile(args.data / name, copied)
-    save_tensors(checkpoint, path)
-    model = checkpoint["cfg"]["model"]
-    say(f"{path}: {_count(checkpoint['model']):,} parameters, {model['decoder_layers']} layers, {describe(model)}")
-    say(f"to train on: fairseq-train ... --finetune-from-model {path} {command_line(model)}")
-    return 0
+        return [f"{path}: {len(layers)} MoE layers, {_count(*(state for _, state in layers.values())):,} parameters"]
+    dictionary = None if data is None else load_dictionary(data, official)
+    converted = convert_checkpoint(official, settings, routing, dictionary)
+    out.mkdir(parents=True, exist_ok=True)
+    for target, source in copies.items():
+        with atomic_path(target) as copied:
+            shutil.copyfile(source, copied)
+    save_tensors(converted, path)
+    model = converted["cfg"]["model"]
+    return [
+        f"{path}: {_count(converted['model']):,} parameters, {model['decoder_layers']} layers, {describe(model)}",
+        f"to train on: fairseq-train ... --finetune-from-model {path} {command_line(model)}",
+    ]
+
+
+def _copies(data: Path, out: Path) -> dict[Path, Path]:
+    """Where to copy the dictionary's files; none that is there already, byte by byte."""
+    files = {out / name: data / name for name in ("dict.txt", "sentencepiece.model") if (data / name).is_file()}
+    return {
+        target: source
+        for target, source in files.items()
+        if not target.is_file() or target.read_bytes() != source.read_bytes()
+    }
 
 
 def convert_layers(
@@ -185,14 +192,6 @@ def load_dictionary(data: Path, official: State) -> Dictionary:
     return dictionary
 
 
-def blank_dictionary(size: int) -> Dictionary:
-    """A dictionary of ``size`` meaningless words."""
-    dictionary = Dictionary()
-    for number in range(size - len(dictionary)):
-        dictionary.add_symbol(f"word{number}")
-    return dictionary
-
-
 def describe(model: Mapping[str, Any]) -> str:
     """The MoE layers in words."""
     if not model["moe_freq"]:
@@ -209,13 +208,8 @@ def command_line(model: Mapping[str, Any]) -> str:
     for field in dataclasses.fields(LanguageModelOptions):
         value = model[field.name]
         if value is not None and value is not False and field.metadata.get("help"):
-            words.append("--" + field.name.replace("_", "-") + ("" if value is True else f" {value}"))
+            words.append(flag(field.name) + ("" if value is True else f" {value}"))
     return " ".join(words)
-
-
-def say(line: str) -> None:
-    """One line for the user."""
-    sys.stdout.write(line + "\n")
 
 
 def _options(official: State, settings: Mapping[str, Any], routing: str) -> Any:

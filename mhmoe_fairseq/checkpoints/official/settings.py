@@ -9,31 +9,19 @@ TorchScale's gates.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ...common.errors import UserError
+from ...models.options import LanguageModelOptions
 
-_SAME = (
-    "decoder_layers",
-    "decoder_embed_dim",
-    "decoder_ffn_embed_dim",
-    "decoder_attention_heads",
-    "activation_fn",
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "no_bias",
-    "rms_norm",
-    "layernorm_embedding",
-    "no_scale_embedding",
-    "no_token_positional_embeddings",
-    "decoder_learned_pos",
-    "rotary_embed",
-    "moe_freq",
-    "tokens_per_sample",
-    "max_target_positions",
-)
+# The transformer's flags are spelled as here and mean the same.
+_SAME = [
+    entry.name
+    for entry in dataclasses.fields(LanguageModelOptions)
+    if entry.metadata and not entry.metadata["needs"] and entry.metadata["affects"] != "nothing"
+]
 # What must have one of these values, where it is stored at all: anything else changes the forward pass in a way that
 # our model has no counterpart for.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
