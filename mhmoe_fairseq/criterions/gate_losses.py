@@ -63,13 +63,14 @@ class GateLosses:
         Returns:
             the whole loss, and what to log of the MoE layers, all of it additive; nothing for a dense model.
         """
-        losses = [losses for losses in extra.get("l_aux", []) if losses is not None]
-        if not losses:
+        layers = [output for output in extra.get("moe", []) if output is not None]
+        if not layers:
             return loss, {}
-        balance, z = self._combine(torch.stack(losses))
+        balance = self._combine([layer.balance_loss for layer in layers])
+        z = self._combine([layer.z_loss for layer in layers])
         log: dict[str, Any] = {"gate_loss": balance.detach() * sample_size, "z_loss": z.detach() * sample_size}
-        log.update(_routing_log([stats for stats in extra["moe_stats"] if stats is not None]))
-        log.update(_traffic_log([traffic for traffic in extra["moe_traffic"] if traffic is not None]))
+        log.update(_routing_log([layer.stats for layer in layers]))
+        log.update(_traffic_log([layer.traffic for layer in layers if layer.traffic is not None]))
         return loss + sample_size * (self.gate_weight * balance + self.z_weight * z), log
 
     def add_all_to(
@@ -91,9 +92,9 @@ class GateLosses:
             total = {key: total.get(key, 0) + value * is_counted for key, value in log.items()}
         return loss, total
 
-    def _combine(self, losses: Tensor) -> Tensor:
-        """``(layers, 2) -> (2,)``."""
-        return losses.sum(0) if self.combine_by_sum else losses.mean(0)
+    def _combine(self, losses: list[Tensor]) -> Tensor:
+        """One loss of the layers'."""
+        return torch.stack(losses).sum() if self.combine_by_sum else torch.stack(losses).mean()
 
 
 def log_gate_losses(logging_outputs: list[dict[str, Any]], sample_size: float) -> None:

@@ -100,8 +100,8 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
 
         Returns:
             features ``(B, L, D)`` of ``[cls | patches, row by row | text]``, or the head's result; and ``extra``:
-            ``l_aux``, ``moe_stats`` and ``moe_traffic`` with one entry per layer as a decoder's, ``padding_mask`` (bool
-            ``(B, L)``, True where padded; None without a text) and ``image_positions``, how many of L are the image's.
+            ``moe`` with one entry per layer as a decoder's, ``padding_mask`` (bool ``(B, L)``, True where padded; None
+            without a text) and ``image_positions``, how many of L are the image's.
 
         Raises:
             ValueError: if neither text nor images are given, or their sizes are not the model's; when training in fp16

@@ -60,12 +60,9 @@ def count_built(model: nn.Module, context: int) -> ModelCounts:
     layers = [layer.moe_layer for layer in stack.layers if layer.is_moe_layer]
     moe = stack.args.moe if layers else None
     total = sum(parameter.numel() for parameter in model.parameters())
-    expert = used = moe_flops = 0
-    if moe is not None:
-        pools = 2 if getattr(stack.args, "separate_experts", False) else 1
-        expert = len(layers) * pools * moe.num_experts * moe.num_expert_params()
-        used = len(layers) * moe.top_k * moe.num_expert_params()
-        moe_flops = len(layers) * moe.flops_per_token()
+    counts = [layer.counts() for layer in layers]
+    expert = sum(layer.expert_params for layer in counts)
+    moe_flops = sum(layer.flops_per_token for layer in counts)
     bidirectional = isinstance(model, MHMoEBEiT3)
     width = stack.args.encoder_embed_dim if bidirectional else stack.embed_dim
     # Queries times keys, weights times values: each D multiply-adds for each visible token.
@@ -74,7 +71,7 @@ def count_built(model: nn.Module, context: int) -> ModelCounts:
     return ModelCounts(
         non_expert=total - expert,
         expert=expert,
-        active=total - expert + used,
+        active=total - sum(layer.params - layer.active_params for layer in counts),
         flops_per_token=2 * (_dense_weights(stack, layers) + attention) + moe_flops,
         context=context,
         moe_layers=len(layers),

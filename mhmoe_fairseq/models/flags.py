@@ -45,7 +45,7 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
     return DecoderSettings(
         **shared,
         parallel=parallel,
-        static_xmoe=shared["moe"] is not None and is_torchscale(options),
+        feed_forward="torchscale" if is_torchscale(options) else "moe",
         share_decoder_input_output_embed=not options.no_share_decoder_input_output_embed,
         max_target_positions=options.max_target_positions or options.tokens_per_sample,
         vocab_size=vocab_size,
@@ -54,9 +54,9 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
 
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
     """Everything a BEiT-3 encoder is built from; as ``decoder_settings``."""
-    separate = text(options.mhmoe_modality_experts) == "separate"
+    feed_forward = "separate" if text(options.mhmoe_modality_experts) == "separate" else "moe"
     shared = _shared_settings(options)
-    return EncoderSettings(**shared, parallel=parallel, separate_experts=separate, vocab_size=vocab_size)
+    return EncoderSettings(**shared, parallel=parallel, feed_forward=feed_forward, vocab_size=vocab_size)
 
 
 def moe_config(options: Any) -> MHMoEConfig | None:

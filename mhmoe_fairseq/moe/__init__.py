@@ -6,9 +6,9 @@
 >>> output.hidden.shape, output.balance_loss, output.stats.expert_load
 """
 
-from .config import BudgetGap, MHMoEConfig
+from .config import BudgetGap, LayerCounts, MHMoEConfig
 from .fields import ConfigError
 from .layer import MHMoELayer, MHMoEOutput
 from .stats import RoutingStats
 
-__all__ = ["BudgetGap", "ConfigError", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "RoutingStats"]
+__all__ = ["BudgetGap", "ConfigError", "LayerCounts", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "RoutingStats"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
 from .fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
@@ -91,14 +91,14 @@ class MHMoEConfig(RouterFields, GateFields):
         return wanted and self.num_projection_layers > 0
 
     @property
-    def split_heads(self) -> int:
-        """Sub-tokens per token: H, or 1 without splitting."""
+    def subtokens_per_token(self) -> int:
+        """H, or 1 without splitting."""
         return self.num_heads if self.split else 1
 
     @property
     def subtoken_dim(self) -> int:
         """Width of what an expert sees: d = D / H, or D without splitting."""
-        return self.embed_dim // self.split_heads
+        return self.embed_dim // self.subtokens_per_token
 
     @property
     def matrices_per_expert(self) -> int:
@@ -138,9 +138,14 @@ class MHMoEConfig(RouterFields, GateFields):
         """Parameters one sub-token uses: projections, router, shared expert and K experts."""
         return self._num_always_active_params() + self.top_k * self.num_expert_params()
 
+    def counts(self) -> LayerCounts:
+        """All counts together."""
+        experts = self.num_experts * self.num_expert_params()
+        return LayerCounts(self.num_params(), experts, self.num_active_params(), self.flops_per_token())
+
     def flops_per_token(self) -> int:
         """FLOPs of one token's forward pass, matrix products only (2 per multiply-add), H*K expert calls."""
-        h = self.split_heads
+        h = self.subtokens_per_token
         experts = h * self.top_k * self.matrices_per_expert * self.subtoken_dim * self.expert_ffn_dim
         router = h * ROUTERS[self.router].flops(self)
         projections = self._num_projection_matrices() * self.embed_dim**2
@@ -211,6 +216,22 @@ class MHMoEConfig(RouterFields, GateFields):
             params=self.num_params() / reference.num_params() - 1,
             flops=self.flops_per_token() / reference.flops_per_token() - 1,
         )
+
+
+class LayerCounts(NamedTuple):
+    """What a layer has and spends.
+
+    Attributes:
+        params: all parameters.
+        expert_params: parameters of all routed experts.
+        active_params: parameters that one sub-token uses.
+        flops_per_token: FLOPs of one token's forward pass, matrix products only (2 per multiply-add).
+    """
+
+    params: int
+    expert_params: int
+    active_params: int
+    flops_per_token: int
 
 
 @dataclass(frozen=True)

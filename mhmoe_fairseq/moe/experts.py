@@ -44,9 +44,6 @@ class ExpertFFN(nn.Module):
         config: sizes and activation.
         backend: one of ``BACKENDS``.
         parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
-
-    Attributes:
-        traffic: what the latest forward pass sent, overwritten by each; None while all experts are here.
     """
 
     def __init__(
@@ -59,7 +56,6 @@ class ExpertFFN(nn.Module):
         self.backend = backend
         self.parallel = parallel if parallel is not None and parallel.size > 1 else None
         self.local_experts = local_experts(self.parallel, config.num_experts)
-        self.traffic: Traffic | None = None
         e, f, d = len(self.local_experts), config.expert_ffn_dim, config.subtoken_dim
         bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
 
@@ -95,16 +91,15 @@ class ExpertFFN(nn.Module):
             nn.init.ones_(self.layernorm_weight)
             nn.init.zeros_(self.layernorm_bias)
 
-    def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
-        """Gate-weighted sum of the chosen experts' outputs: ``(N, d), (N, K) -> (N, d)``."""
+    def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> tuple[Tensor, Traffic | None]:
+        """Gate-weighted sum of the chosen experts' outputs, ``(N, d), (N, K) -> (N, d)``, and what was sent for it."""
         device = x_Nd.device.type
         x_Nd, weights = self._in_compute_dtype(x_Nd)
         local_ffn = functools.partial(self._local_ffn, weights)
         with without_autocast(device):
             if self.parallel is None:
-                return local_ffn(x_Nd, gates_NK, plan)
-            y_Nd, self.traffic = exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
-            return y_Nd
+                return local_ffn(x_Nd, gates_NK, plan), None
+            return exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
 
     def _local_ffn(self, weights: ExpertWeights, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
         dropout = self.config.activation_dropout if self.training else 0.0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MHMoEConfig
+from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .gate import build_gate
@@ -26,12 +26,18 @@ class MHMoEOutput(NamedTuple):
         balance_loss: scalar, unweighted (P1 equation 10).
         z_loss: scalar, unweighted.
         stats: detached routing counts.
+        traffic: what this process sent to the experts; None while all of them are here.
     """
 
     hidden: Tensor
     balance_loss: Tensor
     z_loss: Tensor
     stats: RoutingStats
+    traffic: Traffic | None = None
+
+    def without_hidden(self) -> MHMoEOutput:
+        """The same with an empty ``hidden``, so that a list over many layers holds no activations."""
+        return self._replace(hidden=self.hidden.new_empty(0))
 
 
 class MHMoELayer(nn.Module):
@@ -99,27 +105,29 @@ class MHMoELayer(nn.Module):
         if padding_mask is not None:
             mask_T = padding_mask.reshape(-1).bool()
             x_TD = x_TD.masked_fill(mask_T.unsqueeze(1), 0)  # 0 * NaN is NaN: never multiply by the mask
-            mask_N = repeat_mask(mask_T, self.config.split_heads)
+            mask_N = repeat_mask(mask_T, self.config.subtokens_per_token)
 
         heads_TD = x_TD if self.head_projection is None else self.head_projection(x_TD)
-        x_Nd = split_heads(heads_TD, self.config.split_heads)
-        y_Nd, balance_loss, z_loss, stats = self._route(x_Nd, mask_N)
+        x_Nd = split_heads(heads_TD, self.config.subtokens_per_token)
+        output = self._route(x_Nd, mask_N)
+        y_Nd = output.hidden
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
-        y_TD = merge_heads(y_Nd, self.config.split_heads)
+        y_TD = merge_heads(y_Nd, self.config.subtokens_per_token)
         if self.merge_projection is not None:
             y_TD = self.merge_projection(y_TD)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         y_TD = F.dropout(y_TD, self.config.dropout, self.training)
-        return MHMoEOutput(y_TD.view(x.shape), balance_loss, z_loss, stats)
+        return output._replace(hidden=y_TD.view(x.shape))
 
-    def _route(self, x_Nd: Tensor, mask_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor, RoutingStats]:
+    def _route(self, x_Nd: Tensor, mask_N: Tensor | None) -> MHMoEOutput:
+        """Steps 2 to 4, ``hidden`` being ``(N, d)``."""
         config = self.config
         logits_NE = self.router(x_Nd)
         assignment = self.gate(logits_NE, mask_N)
         plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
-        y_Nd = self.experts(x_Nd, assignment.gates_NK, plan)
+        y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
         sums = router_sums(
             logits_NE=logits_NE.to(assignment.probs_NE.dtype),
@@ -131,17 +139,16 @@ class MHMoELayer(nn.Module):
         if self.parallel is not None and config.balance_scope == "global":
             sums = unpack(self.parallel.sum(pack(sums)))
         stats = routing_stats(assignment, plan, mask_N)
-        return y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats
+        return MHMoEOutput(y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats, traffic)
 
     @property
     def drops_tokens(self) -> bool:
         """Whether experts may refuse tokens, so that a token's output depends on the others of its batch."""
         return self.gate.drops_tokens
 
-    @property
-    def traffic(self) -> Traffic | None:
-        """What the latest forward pass sent to experts on other processes; None while all experts are here."""
-        return self.experts.traffic
+    def counts(self) -> LayerCounts:
+        """Parameters and FLOPs of the whole layer, experts on other processes included."""
+        return self.config.counts()
 
     def _check_shapes(self, x: Tensor, padding_mask: Tensor | None) -> None:
         if x.size(-1) != self.config.embed_dim:

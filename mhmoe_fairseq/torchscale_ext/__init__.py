@@ -1,10 +1,8 @@
-"""The bridge to TorchScale: decoder and encoder layers with MH-MoE, attention, positions, flags -> configurations."""
+"""The bridge to TorchScale: decoders and encoders with MH-MoE layers, attention, positions, and their settings."""
 
 from .beit3 import MultiwayBEiT3
-from .decoder import MHMoEDecoder
-from .decoder_layer import MHMoEDecoderLayer
-from .encoder import MultiwayEncoder
-from .encoder_layer import MultiwayEncoderLayer
+from .decoder import MHMoEDecoder, MHMoEDecoderLayer
+from .encoder import MultiwayEncoder, MultiwayEncoderLayer
 from .settings import DecoderSettings, EncoderSettings
 
 __all__ = [

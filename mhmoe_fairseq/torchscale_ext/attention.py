@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchscale.component.multihead_attention import MultiheadAttention
 
-from .modules import build_norm, drop_biases
 from .positions import RotaryPositions
 from .settings import DecoderSettings
 
@@ -32,9 +31,8 @@ class SelfAttention(MultiheadAttention):
         if settings.rotary_embed:
             self.rotary = RotaryPositions(self.head_dim, settings.max_target_positions)
         if self.inner_attn_ln is not None and settings.rms_norm:
-            self.inner_attn_ln = build_norm(settings, self.embed_dim)
-        if settings.no_bias:
-            drop_biases(self)
+            self.inner_attn_ln = settings.build_norm(self.embed_dim)
+        settings.without_biases(self)
 
     def forward(
         self,

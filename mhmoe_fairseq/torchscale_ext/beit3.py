@@ -14,8 +14,7 @@ from torchscale.component.embedding import PositionalEmbedding, TextEmbedding, V
 
 from ..common.errors import UserError
 from .encoder import MultiwayEncoder
-from .multiway import Multiway
-from .multiway_attention import KeyValueCache, visible_keys
+from .multiway import KeyValueCache, Multiway, visible_keys
 from .settings import UNUSED_POSITIONS, EncoderSettings
 
 # BEiT's; TorchScale leaves mask and class token at zero and draws positions with deviation 1.
@@ -87,13 +86,13 @@ class MultiwayBEiT3(nn.Module):
         if not parts:
             raise ValueError("text_tokens or images: give one, or both")
         x = torch.cat(parts, dim=1)
-        split = 0 if images is None else parts[0].size(1)
+        image_length = 0 if images is None else parts[0].size(1)
         padding_mask = None
         if text_tokens is not None:
-            padding_mask = nn.functional.pad(text_tokens.eq(self.padding_index), (split, 0))
-        visible = visible_keys(attention, split, x.size(1), padding_mask, x.device)
-        x, extra = self.encoder(x, split, padding_mask, visible, caches, normalize_output)
-        return x, {**extra, "padding_mask": padding_mask, "image_positions": split}
+            padding_mask = nn.functional.pad(text_tokens.eq(self.padding_index), (image_length, 0))
+        visible = visible_keys(attention, image_length, x.size(1), padding_mask, x.device)
+        x, extra = self.encoder(x, image_length, padding_mask, visible, caches, normalize_output)
+        return x, {**extra, "padding_mask": padding_mask, "image_positions": image_length}
 
     def embed_images(self, images: Tensor, masked_patches: Tensor | None = None) -> Tensor:
         """``(B, 3, H, W) -> (B, 1 + patches, D)`` with positions, the class token first."""

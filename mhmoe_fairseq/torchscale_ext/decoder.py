@@ -1,18 +1,63 @@
-"""A TorchScale decoder built from MH-MoE decoder layers."""
+"""A TorchScale decoder and its layers, whose feed-forward part may be an MH-MoE layer."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchscale.architecture.decoder import Decoder
+from torchscale.architecture.decoder import Decoder, DecoderLayer
 
-from .decoder_layer import MHMoEDecoderLayer
-from .modules import build_norm
+from ..moe import MHMoEOutput
+from .attention import SelfAttention
+from .feed_forward import build_dense_ffn
 from .settings import DecoderSettings
+from .stack import MoELayerParts, pass_through, replace_norms
+
+
+class MHMoEDecoderLayer(MoELayerParts, DecoderLayer):
+    """Self-attention and a feed-forward part: a dense network or experts."""
+
+    def __init__(self, settings: DecoderSettings, depth: int, is_moe_layer: bool = False) -> None:
+        super().__init__(settings, depth, is_moe_layer=False)
+        self.finish(settings, is_moe_layer, lambda: settings.build_norm(self.embed_dim))
+
+    def build_self_attention(self, embed_dim: int, args: DecoderSettings) -> nn.Module:
+        """TorchScale's seam: our attention."""
+        return SelfAttention(args)
+
+    def build_ffn(self, embed_dim: int, args: DecoderSettings) -> nn.Module:
+        """TorchScale's seam: the dense feed-forward network."""
+        return build_dense_ffn(args, embed_dim, self.ffn_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        incremental_state: dict | None = None,
+        padding_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        is_first_step: bool = False,
+    ) -> tuple[Tensor, MHMoEOutput | None]:
+        """One layer, pre-norm or post-norm as the settings say.
+
+        Args:
+            x: ``(B, S, D)``; in incremental decoding S is 1, or the prefix's length at the first step.
+            incremental_state: this layer's own dictionary of past keys and values, or None.
+            padding_mask: bool ``(B, S)``, True = padded: such tokens are not routed to experts.
+            key_padding_mask: bool ``(B, all keys)``, True = never attended to. Right padding needs none: a causal
+                query sees no later key.
+            is_first_step: the incremental state is empty and the whole prefix comes at once.
+
+        Returns:
+            ``(B, S, D)``, and losses, statistics and traffic of the experts, or None for a dense layer.
+        """
+        attended, _ = self.self_attn(
+            self.before(self.self_attn_layer_norm, x),
+            incremental_state=incremental_state,
+            key_padding_mask=key_padding_mask,
+            is_causal=incremental_state is None or is_first_step,
+        )
+        x = self.after(self.self_attn_layer_norm, x, self.dropout_module(attended))
+        return self.feed_forward(x, padding_mask)
 
 
 class MHMoEDecoder(Decoder):
@@ -33,9 +78,7 @@ class MHMoEDecoder(Decoder):
         self, settings: DecoderSettings, embed_tokens: nn.Embedding, embed_positions: nn.Module | None, **kwargs: Any
     ) -> None:
         super().__init__(settings, embed_tokens, embed_positions, **kwargs)
-        for name in ("layer_norm", "layernorm_embedding"):
-            if getattr(self, name) is not None:
-                setattr(self, name, build_norm(settings, self.embed_dim))
+        replace_norms(self, ("layer_norm", "layernorm_embedding"), lambda: settings.build_norm(self.embed_dim))
 
     def build_decoder_layer(
         self, args: DecoderSettings, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
@@ -58,8 +101,8 @@ class MHMoEDecoder(Decoder):
 
         Args:
             prev_output_tokens: ``(B, S)``, padded on the right; in incremental decoding all tokens so far.
-            self_attn_padding_mask: bool ``(B, S)``, True = padded. By default the padding symbol's places, which the
-                MoE layers leave out and causal attention never reaches; one that is given is masked in attention
+            self_attn_padding_mask: bool ``(B, S)``, True = padded. By default the padding symbol's positions, which
+                the MoE layers leave out and causal attention never reaches; one that is given is masked in attention
                 too, as left padding needs.
             encoder_out: None; there is no encoder.
             incremental_state: a dictionary kept between steps: layer index -> past keys and values. With
@@ -69,9 +112,8 @@ class MHMoEDecoder(Decoder):
             token_embeddings: ``(B, S, D)`` in place of the embedding's.
 
         Returns:
-            ``(B, S, vocabulary)`` logits or ``(B, S, D)`` features, and ``extra`` with one entry per layer (None for
-            dense ones) in ``l_aux``, ``stack([balance, z])``, and ``moe_stats``, a ``RoutingStats``; under expert
-            parallelism in ``moe_traffic``, too, a ``Traffic``.
+            ``(B, S, vocabulary)`` logits or ``(B, S, D)`` features, and ``extra`` with one entry per layer in
+            ``moe``: an ``MHMoEOutput`` without its hidden part, None for a dense layer.
         """
         x, _ = self.forward_embedding(prev_output_tokens, token_embeddings, incremental_state)
         is_first_step = self.is_first_step(incremental_state)
@@ -80,20 +122,18 @@ class MHMoEDecoder(Decoder):
             padding_mask = prev_output_tokens.eq(self.embed_tokens.padding_idx)
         padding_mask = padding_mask[:, -x.size(1) :]  # incremental decoding: the mask spans all keys, x one token
 
-        inner_states, l_aux, moe_stats, moe_traffic = [x], [], [], []
+        inner_states, outputs = [x], []
         for index, layer in enumerate(self.layers):
-            layer_state = None if incremental_state is None else incremental_state.setdefault(index, {})
-            run = functools.partial(checkpoint, layer, use_reentrant=False) if self._recomputes() else layer
-            x, layer_aux = run(
+            x, output = pass_through(
+                self,
+                layer,
                 x,
-                incremental_state=layer_state,
+                incremental_state=None if incremental_state is None else incremental_state.setdefault(index, {}),
                 padding_mask=padding_mask,
                 key_padding_mask=self_attn_padding_mask,
                 is_first_step=is_first_step,
             )
-            l_aux.append(layer_aux)
-            moe_stats.append(layer.moe_stats if layer.is_moe_layer else None)
-            moe_traffic.append(layer.moe_traffic)
+            outputs.append(output)
             if return_all_hiddens:
                 inner_states.append(x)
 
@@ -101,12 +141,7 @@ class MHMoEDecoder(Decoder):
             x = self.layer_norm(x)
         if not features_only:
             x = self.output_layer(x)
-        extra = {"l_aux": l_aux, "moe_stats": moe_stats, "moe_traffic": moe_traffic}
-        return x, {"inner_states": inner_states, "attn": None, **extra}
-
-    def _recomputes(self) -> bool:
-        # torch's own checkpointing, not fairscale's: that one recomputes outside bf16 autocast.
-        return self.args.checkpoint_activations and self.training and torch.is_grad_enabled()
+        return x, {"inner_states": inner_states, "attn": None, "moe": outputs}
 
     def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
         """Follow beam search: row ``i`` of every cached tensor becomes row ``new_order[i]``."""

@@ -1,21 +1,57 @@
-"""TorchScale's BEiT-3 encoder built from MH-MoE encoder layers."""
+"""TorchScale's BEiT-3 encoder and its layers, whose feed-forward part may be an MH-MoE layer."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torchscale.architecture.encoder import Encoder
+from torchscale.architecture.encoder import Encoder, EncoderLayer
 
-from .encoder_layer import MultiwayEncoderLayer
-from .modules import build_norm
-from .multiway import Multiway, build_multiway
-from .multiway_attention import KeyValueCache
+from ..moe import MHMoEOutput
+from .feed_forward import build_dense_ffn
+from .multiway import KeyValueCache, Multiway, MultiwaySelfAttention, build_multiway
 from .settings import EncoderSettings
+from .stack import MoELayerParts, pass_through, replace_norms
+
+
+class MultiwayEncoderLayer(MoELayerParts, EncoderLayer):
+    """Attention, norms and dense networks with weights for each modality; experts shared by both, or for each."""
+
+    def __init__(self, settings: EncoderSettings, depth: int, is_moe_layer: bool = False) -> None:
+        super().__init__(settings, depth, is_moe_layer=False)
+        self.finish(settings, is_moe_layer, lambda: build_multiway(lambda: settings.build_norm(self.embed_dim)))
+
+    def build_self_attention(self, embed_dim: int, args: EncoderSettings) -> nn.Module:
+        """TorchScale's seam: our attention."""
+        return MultiwaySelfAttention(args)
+
+    def build_ffn(self, embed_dim: int, args: EncoderSettings) -> nn.Module:
+        """TorchScale's seam: a dense feed-forward network for each modality."""
+        return build_multiway(lambda: build_dense_ffn(args, embed_dim, self.ffn_dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        image_length: int,
+        padding_mask: Tensor | None = None,
+        visible: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, MHMoEOutput | None]:
+        """One layer, pre-norm or post-norm as the settings say.
+
+        Args:
+            x: ``(B, L, D)``, of which the first ``image_length`` positions are the image's.
+            padding_mask: bool ``(B, L)``, True = padded: such positions are not routed to experts.
+            visible, cache: as in ``MultiwaySelfAttention``.
+
+        Returns:
+            ``(B, L, D)``, and losses, statistics and traffic of the experts, or None for a dense layer.
+        """
+        norm = self.self_attn_layer_norm
+        attended = self.self_attn(self.before(norm, x, image_length), image_length, visible, cache)
+        x = self.after(norm, x, self.dropout_module(attended), image_length)
+        return self.feed_forward(x, padding_mask, image_length)
 
 
 class MultiwayEncoder(Encoder):
@@ -33,9 +69,9 @@ class MultiwayEncoder(Encoder):
 
     def __init__(self, settings: EncoderSettings, embed_positions: Multiway) -> None:
         super().__init__(settings, embed_tokens=None, embed_positions=embed_positions, output_projection=None)
-        for name in ("layer_norm", "layernorm_embedding"):
-            if getattr(self, name) is not None:
-                setattr(self, name, build_multiway(lambda: build_norm(settings, settings.encoder_embed_dim)))
+        width = settings.encoder_embed_dim
+        norms = ("layer_norm", "layernorm_embedding")
+        replace_norms(self, norms, lambda: build_multiway(lambda: settings.build_norm(width)))
 
     def build_encoder_layer(
         self, args: EncoderSettings, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
@@ -46,7 +82,7 @@ class MultiwayEncoder(Encoder):
     def forward(
         self,
         x: Tensor,
-        split: int,
+        image_length: int,
         padding_mask: Tensor | None = None,
         visible: Tensor | None = None,
         caches: Sequence[KeyValueCache] | None = None,
@@ -55,32 +91,25 @@ class MultiwayEncoder(Encoder):
         """Features of every position.
 
         Args:
-            x: ``(B, L, D)``, embedded with positions; the first ``split`` positions are the image's.
+            x: ``(B, L, D)``, embedded with positions; the first ``image_length`` positions are the image's.
             padding_mask: bool ``(B, L)``, True = padded.
             visible: as in ``MultiwaySelfAttention``.
             caches: one for each layer, extended.
             normalize_output: whether the final norm is applied, if there is one.
 
         Returns:
-            ``(B, L, D)``, and one entry per layer (None for dense ones) in ``l_aux``, ``stack([balance, z])``, and
-            ``moe_stats``, a ``RoutingStats``; under expert parallelism in ``moe_traffic``, too, a ``Traffic``.
+            ``(B, L, D)``, and ``extra`` with one entry per layer in ``moe``, as a decoder's.
         """
         if self.layernorm_embedding is not None:
-            x = self.layernorm_embedding(x, split)
+            x = self.layernorm_embedding(x, image_length)
         x = self.dropout_module(x)
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0)
-        extra: dict[str, Any] = {"l_aux": [], "moe_stats": [], "moe_traffic": []}
+        outputs = []
         for index, layer in enumerate(self.layers):
             cache = None if caches is None else caches[index]
-            run = functools.partial(checkpoint, layer, use_reentrant=False) if self._recomputes() else layer
-            x, l_aux = run(x, split, padding_mask, visible, cache)
-            extra["l_aux"].append(l_aux)
-            extra["moe_stats"].append(layer.moe_stats if layer.is_moe_layer else None)
-            extra["moe_traffic"].append(layer.moe_traffic)
+            x, output = pass_through(self, layer, x, image_length, padding_mask, visible, cache)
+            outputs.append(output)
         if self.layer_norm is not None and normalize_output:
-            x = self.layer_norm(x, split)
-        return x, extra
-
-    def _recomputes(self) -> bool:
-        return self.args.checkpoint_activations and self.training and torch.is_grad_enabled()
+            x = self.layer_norm(x, image_length)
+        return x, {"moe": outputs}

@@ -6,8 +6,9 @@ rules for ``subln`` and ``deepnorm``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import nn
 from torchscale.architecture.config import DecoderConfig, EncoderConfig
 
 from ..moe import MHMoEConfig
@@ -15,6 +16,7 @@ from ..moe.parallelism import ExpertParallelism
 
 # TorchScale's position tables leave their first rows unused, as fairseq's do.
 UNUSED_POSITIONS = 2
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class _LayerSettings:
@@ -22,6 +24,8 @@ class _LayerSettings:
 
     Args:
         moe: the MoE layers' configuration; None for a dense model.
+        feed_forward: which layer computes it, a name in ``feed_forward.FEED_FORWARDS``: ``"moe"``, for each modality
+            a pool of experts (``"separate"``, encoders only), or TorchScale's static layer (``"torchscale"``).
         parallel: the processes that the MoE layers extend over; None for one.
         rms_norm: RMSNorm in place of LayerNorm.
         no_bias: no bias in any linear map.
@@ -32,6 +36,7 @@ class _LayerSettings:
         self,
         *,
         moe: MHMoEConfig | None = None,
+        feed_forward: str = "moe",
         parallel: ExpertParallelism | None = None,
         rms_norm: bool = False,
         no_bias: bool = False,
@@ -39,23 +44,34 @@ class _LayerSettings:
     ) -> None:
         super().__init__(**torchscale)
         self.moe = moe
+        self.feed_forward = feed_forward
         self.parallel = parallel
         self.rms_norm = rms_norm
         self.no_bias = no_bias
+
+    def build_norm(self, dim: int) -> nn.Module:
+        """RMSNorm or LayerNorm over ``dim`` features."""
+        kind = nn.RMSNorm if self.rms_norm else nn.LayerNorm
+        return kind(dim, eps=self.layernorm_eps)
+
+    def without_biases(self, module: _Module) -> _Module:
+        """``module``; with ``no_bias`` without the bias of every linear map inside it, while norms keep theirs."""
+        for child in module.modules():
+            if self.no_bias and isinstance(child, nn.Linear):
+                child.register_parameter("bias", None)
+        return module
 
 
 class DecoderSettings(_LayerSettings, DecoderConfig):
     """TorchScale's decoder configuration with MH-MoE layers, rotary positions, RMSNorm and bias-free maps.
 
     Args:
-        static_xmoe: run TorchScale's own static routing in place of ours (a baseline).
         rotary_embed: rotate queries and keys by their position.
         more: of ``_LayerSettings`` and ``DecoderConfig``.
     """
 
-    def __init__(self, *, static_xmoe: bool = False, rotary_embed: bool = False, **more: Any) -> None:
+    def __init__(self, *, rotary_embed: bool = False, **more: Any) -> None:
         super().__init__(**more)
-        self.static_xmoe = static_xmoe
         self.rotary_embed = rotary_embed
 
 
@@ -63,13 +79,14 @@ class EncoderSettings(_LayerSettings, EncoderConfig):
     """TorchScale's configuration of BEiT-3, with MH-MoE layers, RMSNorm and bias-free maps.
 
     Args:
-        separate_experts: images and text have a pool of experts each.
         max_text_length: the longest text, in tokens.
         more: of ``_LayerSettings`` and ``EncoderConfig``.
     """
 
-    def __init__(self, *, separate_experts: bool = False, max_text_length: int = 64, **more: Any) -> None:
+    def __init__(self, *, max_text_length: int = 64, **more: Any) -> None:
         # Not multiway: TorchScale's own multiway modules are not used.
         super().__init__(no_output_layer=True, max_source_positions=max_text_length + UNUSED_POSITIONS, **more)
-        self.separate_experts = separate_experts
         self.max_text_length = max_text_length
+
+
+Settings = DecoderSettings | EncoderSettings

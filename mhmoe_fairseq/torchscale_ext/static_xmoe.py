@@ -18,7 +18,7 @@ from torchscale.component.xmoe.moe_layer import MOELayer
 from torchscale.component.xmoe.routing import Top1Gate, Top2Gate
 
 from ..common.errors import UserError
-from ..moe import MHMoEOutput, RoutingStats
+from ..moe import LayerCounts, MHMoEOutput, RoutingStats
 from .settings import DecoderSettings
 
 
@@ -97,11 +97,15 @@ class StaticXMoE(nn.Module):
                 normalize_gate_prob_before_dropping=moe.normalize_before_dropping,
                 **gate_options,
             )
-        self.top_k = moe.top_k
+        self.config = moe
         self.layer = MOELayer(gate, make_experts(names, moe.embed_dim, moe.expert_ffn_dim), names)
         for parameter in self.layer.experts.parameters():
             # The mark keeps a parameter out of fairseq's gradient norm; in one process all models clip alike.
             del parameter.expert
+
+    def counts(self) -> LayerCounts:
+        """The counts of our layer, which has the same parameters and makes the same choices."""
+        return self.config.counts()
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
         """Apply the layer to ``(B, S, D)``; ``padding_mask`` bool ``(B, S)``, True = padded."""
@@ -139,6 +143,7 @@ def check_supported(settings: DecoderSettings) -> None:
     """Refuse what TorchScale's layer has no counterpart for, naming the flag."""
     moe = settings.moe
     unsupported = {
+        f"--mhmoe-router {moe.router}": moe.router not in ("linear", "xmoe"),
         f"--mhmoe-heads-number {moe.num_heads}": moe.num_heads != 1,
         f"--moe-top-k {moe.top_k}": moe.top_k not in (1, 2),
         "--activation-fn silu (SwiGLU experts)": moe.activation == "swiglu",

@@ -21,22 +21,34 @@ def is_looking_for_nan() -> bool:
     return isinstance(sys.exc_info()[1], FloatingPointError)
 
 
-def report_nonfinite(model: nn.Module, loss: Tensor, what: str) -> None:
+def latest_routing(model: nn.Module) -> dict[nn.Module, RoutingStats]:
+    """What every layer with experts routed in its latest forward pass, kept up to date by a hook."""
+    latest: dict[nn.Module, RoutingStats] = {}
+    for layer in model.modules():
+        if getattr(layer, "is_moe_layer", False):
+            layer.moe_layer.register_forward_hook(
+                lambda experts, args, output, layer=layer: latest.update({layer: output.stats})
+            )
+    return latest
+
+
+def report_nonfinite(model: nn.Module, loss: Tensor, what: str, routing: dict[nn.Module, RoutingStats]) -> None:
     """Log one error with the loss and a line on every layer of ``model`` after a batch.
 
     Args:
         model: has done the batch, and its backward pass if it is about gradients.
         loss: of the batch.
         what: the batch, for the message.
+        routing: what its layers with experts routed, see ``latest_routing``.
     """
     rank = f"rank {dist.get_rank()}, " if dist.is_initialized() else ""
-    lines = "\n".join(f"  {name}: {', '.join(_facts(layer))}" for name, layer in _layers(model))
+    lines = "\n".join(f"  {name}: {', '.join(_facts(layer, routing.get(layer)))}" for name, layer in _layers(model))
     logger.error(f"{rank}{what}: loss {float(loss.detach().sum()):g}; layer by layer on this rank:\n{lines}")
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What gives routing counts, and the modules before and after: each parameter once."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "moe_stats")}
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "is_moe_layer")}
     for name, module in model.named_modules():
         has_own = any(True for _ in module.parameters(recurse=False))
         inside = any(name.startswith(f"{layer}.") for layer in layers)
@@ -44,12 +56,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name.removeprefix("module.").removeprefix("module."), module
 
 
-def _facts(layer: nn.Module) -> Iterator[str]:
+def _facts(layer: nn.Module, stats: RoutingStats | None) -> Iterator[str]:
     yield f"weights {_norm([p.detach() for p in layer.parameters()]):g}"
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
     if gradients:
         yield f"gnorm {_norm(gradients):g}"
-    stats: RoutingStats | None = getattr(layer, "moe_stats", None)
     if stats is not None:
         for pool in zip(*stats.by_pool()):
             yield from _routing_facts(RoutingStats(*pool))

@@ -21,7 +21,7 @@ from .batches import ResumableEpochBatchIterator, is_filler, without_figures
 from .checks import check_training_numbers, refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
 from .failures import guard_ranks, hold_save_dir, no_lone_recovery, require_process_group
-from .nonfinite import is_looking_for_nan, report_nonfinite
+from .nonfinite import is_looking_for_nan, latest_routing, report_nonfinite
 from .router_updates import RouterUpdates
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class ParallelTask(FairseqTask):
             hold_save_dir(self.args)
             require_process_group()
         model = super().build_model(args, from_checkpoint)
+        self._routing = latest_routing(model)
         prepare_sharded_model(model, self.args)
         if self.is_training:
             self._guard(model)
@@ -149,7 +150,7 @@ class ParallelTask(FairseqTask):
                 sample, model, criterion, optimizer, update_num, ignore_grad=ignore_grad or filler, **kwargs
             )
         if is_looking_for_nan():
-            report_nonfinite(model, outcome[0], "the update whose gradient is not finite")
+            report_nonfinite(model, outcome[0], "the update whose gradient is not finite", self._routing)
         return without_figures(outcome) if filler else outcome
 
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
@@ -170,7 +171,7 @@ class ParallelTask(FairseqTask):
             outcome = self.evaluate_batch(sample, model, criterion)
         if not self._has_reported and not torch.isfinite(outcome[0]).all():
             self._has_reported = True
-            report_nonfinite(model, outcome[0], "validation")
+            report_nonfinite(model, outcome[0], "validation", self._routing)
         return without_figures(outcome) if filler else outcome
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from beit3_models import beit3_batch, losses_of, small_beit3
+from beit3_models import beit3_batch, small_beit3
 from fairseq.logging import metrics
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions.captioning import CaptioningConfig, CaptioningCriterion, smoothed_divergence
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from beit3_models import beit3_batch, beit3_dictionary, losses_of, small_beit3
+from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from fairseq.logging import metrics
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions.classification import (
     ImageClassificationConfig,

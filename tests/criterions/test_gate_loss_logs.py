@@ -9,7 +9,7 @@ import torch
 from fairseq.logging import metrics
 
 from mhmoe_fairseq.criterions.gate_losses import GateLosses, log_gate_losses
-from mhmoe_fairseq.moe import RoutingStats
+from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.parallelism import Traffic
 
 
@@ -17,11 +17,12 @@ def extra_of(losses: list[tuple[float, float] | None], traffic: list[tuple[int, 
     """What a model returns: a dense layer for each None, else an MoE layer with its balance and z-loss."""
     count = torch.tensor(4.0)
     stats = RoutingStats(torch.tensor([3.0, 1.0]), count * 0, count, count)
-    return {
-        "l_aux": [None if pair is None else torch.tensor(pair) for pair in losses],
-        "moe_stats": [None if pair is None else stats for pair in losses],
-        "moe_traffic": [Traffic(*sent) for sent in traffic] or [None] * len(losses),
-    }
+    sent = [Traffic(*rows_and_bytes) for rows_and_bytes in traffic] or [None] * len(losses)
+    outputs = [
+        None if pair is None else MHMoEOutput(torch.empty(0), *torch.tensor(pair), stats, rows)
+        for pair, rows in zip(losses, sent, strict=True)
+    ]
+    return {"moe": outputs}
 
 
 def log_of(extra: dict[str, Any], sample_size: int) -> dict[str, Any]:

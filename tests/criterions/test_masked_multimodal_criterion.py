@@ -11,6 +11,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 from images_and_words import IMG_SIZE, PATCH_SIZE, write_images_and_words
+from moe_oracle import losses_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -100,7 +101,7 @@ def auxiliary(model: MHMoEBEiT3, batch: dict[str, Any], combine: str = "average"
     """Balance and z-loss: combined over the layers, mean of the calls."""
     calls = []
     for modality in (name for name in ("image", "text", "pair") if name in batch):
-        layers = torch.stack([losses for losses in model(**batch[modality]["net_input"])[1]["l_aux"]])
+        layers = losses_of(model(**batch[modality]["net_input"])[1])
         calls.append(layers.sum(0) if combine == "sum" else layers.mean(0))
     return tuple(torch.stack(calls).mean(0).tolist())
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fairseq.logging import metrics
 from language_models import FAMILIES, small_dictionary, small_model, token_rows
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
@@ -35,9 +36,9 @@ def cross_entropy(model, batch):
 @pytest.mark.parametrize("combine", ["sum", "average"])
 def test_loss_by_hand(combine):
     model, batch = small_model(decoder_layers=4).eval(), sample([9, 5])
-    losses = [layer for layer in model(**batch["net_input"])[1]["l_aux"] if layer is not None]
+    losses = losses_of(model(**batch["net_input"])[1])
     assert len(losses) == 2
-    balance, z = torch.stack(losses).sum(0) / (1 if combine == "sum" else 2)
+    balance, z = losses.sum(0) / (1 if combine == "sum" else 2)
     loss, sample_size, _ = criterion(0.3, combine, 0.07)(model, batch)
     assert sample_size == batch["ntokens"] == 8 + 4
     expected = cross_entropy(model, batch) + sample_size * (0.3 * balance + 0.07 * z)
@@ -48,7 +49,7 @@ def test_sentence_average_scales_the_auxiliary_losses():
     model, batch = small_model().eval(), sample([9, 5])
     loss, sample_size, log = criterion(0.3, sentence_avg=True)(model, batch)
     assert sample_size == 2
-    balance = model(**batch["net_input"])[1]["l_aux"][1][0]
+    balance = model(**batch["net_input"])[1]["moe"][1].balance_loss
     torch.testing.assert_close(loss, cross_entropy(model, batch) + 2 * 0.3 * balance)
 
 
@@ -117,7 +118,7 @@ def test_validation_figures_are_exact_whatever_the_batches(family):
     values = logged(*([log_of(model, batch)] for batch in batches))
 
     # By hand, from all tokens at once.
-    layers = [[model(**batch["net_input"])[1]["moe_stats"][i] for batch in batches] for i in (1, 3)]
+    layers = [[model(**batch["net_input"])[1]["moe"][i].stats for batch in batches] for i in (1, 3)]
     load = torch.stack([sum(stats.expert_load for stats in layer) for layer in layers])
     entropy = [sum(s.entropy for s in layer) / sum(s.num_subtokens for s in layer) for layer in layers]
     assert values["moe_active"] == pytest.approx(active_share(load).mean().item(), abs=1e-4)
@@ -141,7 +142,7 @@ def test_summed_logs_are_the_same():
 def test_gate_and_z_loss_are_means_per_target():
     model = small_model().eval()
     batches = [sample([9, 5], 1), sample([3], 2)]
-    losses = [model(**batch["net_input"])[1]["l_aux"][1] for batch in batches]
+    losses = [losses_of(model(**batch["net_input"])[1])[0] for batch in batches]
     values = logged(*([log_of(model, batch)] for batch in batches))
     expected = (12 * losses[0] + 2 * losses[1]) / 14
     assert values["gate_loss"] == pytest.approx(expected[0].item(), abs=1e-3)

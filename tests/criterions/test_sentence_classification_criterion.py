@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from fairseq.logging import metrics
 from language_models import small_dictionary, small_model, token_rows
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions.classification import SentenceClassificationConfig, SentenceClassificationCriterion
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
@@ -49,7 +50,7 @@ def logged(*batches_of_logs):
 def test_loss_by_hand(combine):
     model, batch = classifier(decoder_layers=4), sample([9, 5, 2], [0, 2, 1])
     logits, extra = outputs(model, batch)
-    losses = torch.stack([layer for layer in extra["l_aux"] if layer is not None])
+    losses = losses_of(extra)
     assert len(losses) == 2
     balance, z = losses.sum(0) / (1 if combine == "sum" else 2)
     loss, sample_size, _ = criterion(0.3, combine, 0.07)(model, batch)

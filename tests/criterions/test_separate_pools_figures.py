@@ -11,13 +11,18 @@ from fairseq.logging import metrics
 
 from mhmoe_fairseq.criterions.gate_losses import GateLosses, log_gate_losses
 from mhmoe_fairseq.evaluation.modality_scores import expert_counts
-from mhmoe_fairseq.moe import RoutingStats
+from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
 
 
 def model_of(**flags: Any) -> torch.nn.Module:
     flags = {"mhmoe_modality_experts": "separate", "moe_expert_count": 4, "encoder_layers": 4, **flags}
     return small_beit3(**flags).double().eval()
+
+
+@torch.no_grad()
+def outputs_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> list[MHMoEOutput]:
+    return [output for output in model(**beit3_batch(kind, lengths))[1]["moe"] if output is not None]
 
 
 @torch.no_grad()
@@ -46,9 +51,9 @@ def test_figures_are_means_over_the_pools_of_all_layers() -> None:
     model = model_of(moe_top_k=1, mhmoe_routing="capacity", moe_eval_capacity_token_fraction=0.05)
     values = logged(log_of(model, "pair", [9, 2, 1]))
     pools = [
-        RoutingStats(*(count[place] for count in layer.moe_stats))
-        for layer in (model.beit3.encoder.layers[1], model.beit3.encoder.layers[3])
-        for place in (0, 1)
+        RoutingStats(*(count[pool] for count in layer.stats))
+        for layer in outputs_of(model, "pair", [9, 2, 1])
+        for pool in (0, 1)
     ]
     expected = {
         "moe_active": [active_share(pool.expert_load) for pool in pools],
@@ -65,7 +70,7 @@ def test_a_pool_without_positions_is_in_no_figure() -> None:
     model = model_of(moe_top_k=4)
     values = logged(log_of(model, "image", [1, 1]))
     assert (values["moe_load_max"], values["moe_active"]) == (1, 1)
-    stats = model.beit3.encoder.layers[1].moe_stats, model.beit3.encoder.layers[3].moe_stats
+    stats = [layer.stats for layer in outputs_of(model, "image", [1, 1])]
     entropy = [float(layer.entropy[0] / layer.num_subtokens[0]) for layer in stats]
     assert values["moe_entropy"] == pytest.approx(sum(entropy) / 2, abs=1e-4)
 

@@ -21,7 +21,7 @@ def test_parts_add_up_to_the_whole_and_nothing_is_counted_outside() -> None:
     model(tokens)
     for part, rows in (("de", tokens), ("en", tokens[:1]), ("en", tokens[:, :3])):
         with counter.counting(part):
-            stats = model(rows)[1]["moe_stats"]
+            outputs = model(rows)[1]["moe"]
     loads = counter.loads
     moe = [index for index, layer in enumerate(layers) if layer.is_moe_layer]
     heads = layers[moe[0]].moe_layer.config.num_heads
@@ -30,7 +30,7 @@ def test_parts_add_up_to_the_whole_and_nothing_is_counted_outside() -> None:
         rows = loads.of(part).layers
         assert [row.layer for row in rows] == moe
         assert all(sum(row.loads) == positions * heads * 2 for row in rows)
-    last = stats[moe[-1]]
+    last = outputs[moe[-1]].stats
     assert 0 < loads.of("en").layers[-1].entropy <= torch.log(torch.tensor(float(len(last.expert_load))))
     for one, other, both in zip(loads.of("de").layers, loads.of("en").layers, loads.of().layers):
         assert [a + b for a, b in zip(one.loads, other.loads)] == both.loads
@@ -61,9 +61,9 @@ def test_tokens_that_are_dropped_and_models_without_experts() -> None:
     model = small_model("mhmoe_lm_tiny", mhmoe_routing="capacity", moe_eval_capacity_token_fraction=0.05).eval()
     counter = LoadCounter(model.decoder.layers)
     with counter.counting():
-        stats = model(torch.randint(4, 44, (2, 7)))[1]["moe_stats"]
+        outputs = model(torch.randint(4, 44, (2, 7)))[1]["moe"]
     [row, *_] = counter.loads.layers
-    assert counter.loads.parts == [] and row.dropped == stats[row.layer].dropped > 0
+    assert counter.loads.parts == [] and row.dropped == outputs[row.layer].stats.dropped > 0
     assert row.overflow == pytest.approx(float(row.dropped / sum(row.loads)))
     dense = small_model("dense_lm_tiny").eval()
     counter = LoadCounter(dense.decoder.layers)

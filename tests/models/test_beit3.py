@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
+from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, small_beit3
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
+from moe_oracle import losses_of
 from torch import nn
 
 from mhmoe_fairseq.models.architectures import architecture_options

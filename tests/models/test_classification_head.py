@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from language_models import FAMILIES, small_model, token_rows
+from moe_oracle import losses_of
 
 PAD = 1
 
@@ -46,16 +47,16 @@ def test_padding_changes_no_logit_and_routes_nowhere(family):
     together, extra = model(padded, classification_head_name="head")
     for row, length in enumerate(lengths):
         torch.testing.assert_close(together[row], logits(model, rows[row : row + 1, :length])[0], atol=1e-5, rtol=0)
-    for stats in extra["moe_stats"]:
-        if stats is not None:
+    for output in extra["moe"]:
+        if output is not None:
             heads = 4 if family == "mhmoe" else 1
-            assert stats.num_subtokens == sum(lengths) * heads
-            assert stats.expert_load.sum() == sum(lengths) * heads * 2
+            assert output.stats.num_subtokens == sum(lengths) * heads
+            assert output.stats.expert_load.sum() == sum(lengths) * heads * 2
 
 
 def test_auxiliary_losses_come_with_the_logits():
     _, extra = classifier()(token_rows([5, 5]), classification_head_name="head")
-    assert extra["l_aux"][0] is None and extra["l_aux"][1].requires_grad
+    assert extra["moe"][0] is None and losses_of(extra).requires_grad
 
 
 def test_the_language_model_is_as_before():

@@ -195,15 +195,17 @@ class Observed:
 
     def experts(self, name: str, module: nn.Module) -> Place:
         """Our experts' inner activation: again without dropout from the same input."""
-        before = self.flow.evaluated(name, module).out_of(name)
+        before, _ = self.flow.evaluated(name, module).out_of(name)
         rate, source = self.rates["activation_dropout"], self.flow.into(name)
-        return Place(f"{name}: inner activation", rate, source, before, self.flow.out_of(name))
+        return Place(f"{name}: inner activation", rate, source, before, self.flow.out_of(name)[0])
 
     def moe_layer(self, name: str, module: nn.Module) -> Place:
         """The output of an MH-MoE layer, once."""
         hidden = self.flow.out_of(name).hidden
-        last = "experts" if module.merge_projection is None else "merge_projection"
-        inner = self.flow.out_of(f"{name}.{last}")
+        if module.merge_projection is None:
+            inner, _ = self.flow.out_of(f"{name}.experts")
+        else:
+            inner = self.flow.out_of(f"{name}.merge_projection")
         return Place(f"{name}: output", self.rates["dropout"], inner, inner.view_as(hidden), hidden)
 
 

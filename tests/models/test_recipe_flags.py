@@ -9,7 +9,7 @@ from torch import nn
 
 from mhmoe_fairseq.models.language_model import build_language_model
 from mhmoe_fairseq.torchscale_ext.attention import SelfAttention
-from mhmoe_fairseq.torchscale_ext.modules import SwiGLUNetwork
+from mhmoe_fairseq.torchscale_ext.feed_forward import SwiGLUNetwork
 from mhmoe_fairseq.torchscale_ext.static_xmoe import StaticXMoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:hydra", "ignore:\n:UserWarning")
@@ -95,8 +95,8 @@ def test_moe_eval_capacity_token_fraction():
     # -1: the training rule, here 8 sub-tokens' share of 8 experts, so that a crowded expert drops some.
     dropped = [
         small_model(mhmoe_routing="capacity", moe_eval_capacity_token_fraction=fraction)
-        .eval()(token_rows([30]))[1]["moe_stats"][1]
-        .dropped.item()
+        .eval()(token_rows([30]))[1]["moe"][1]
+        .stats.dropped.item()
         for fraction in (-1.0, 1.0)
     ]
     assert dropped[0] > 0 and dropped[1] == 0

@@ -82,7 +82,7 @@ def run_rank(case: Case, parallel: DistributedExperts) -> Result:
         x.grad,
         gradients_of(layer),
         output.stats.expert_load,
-        layer.traffic,
+        output.traffic,
         (parallel.counter.calls, parallel.counter.rows, parallel.counter.bytes),
     )
 

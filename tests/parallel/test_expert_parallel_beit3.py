@@ -3,8 +3,9 @@
 
 import torch
 import torch.distributed as dist
-from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, losses_of, small_beit3
+from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, small_beit3
 from layer_cases import gradients_of, merge_gradients, merge_parameters
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from language_models import small_dictionary, small_model, token_rows
 from layer_cases import FIELDS, gradients_of, merge_gradients, merge_parameters
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 from mhmoe_fairseq.models.architectures import architecture_options
@@ -63,7 +64,7 @@ def gradients(flags, rows, parallel=None):
     for number, tokens in enumerate(rows):
         if rank in (None, number):
             logits, extra = model(tokens)
-            losses.append(logits.logsumexp(-1)[tokens.ne(1)].sum() + extra["l_aux"][1].sum())
+            losses.append(logits.logsumexp(-1)[tokens.ne(1)].sum() + losses_of(extra).sum())
     (sum(losses) / (len(rows) if parallel is None else 1)).backward()
     return gradients_of(model)
 
@@ -121,7 +122,7 @@ def half_layers(size, dtypes):
                 output = layer(x)
                 output.hidden.float().square().sum().backward()
             gradient = {"experts.fc1_weight": layer.experts.fc1_weight.grad.float()}
-            traffic = layer.traffic and layer.traffic.bytes / (layer.traffic.rows - own_rows(layer, output))
+            traffic = output.traffic and output.traffic.bytes / (output.traffic.rows - own_rows(layer, output))
             results.append((output.hidden.float().detach(), gradient, traffic))
     return results
 

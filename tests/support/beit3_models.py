@@ -59,8 +59,3 @@ def beit3_batch(kind: str, lengths: list[int], seed: int = 0, size: int = 8, mas
             row[:length] = torch.randint(4, 44, (length,), generator=generator)
         batch["text_tokens"] = rows
     return batch
-
-
-def losses_of(extra: dict[str, Any]) -> Tensor:
-    """The auxiliary losses of all MoE layers, ``(layers, 2)``."""
-    return torch.stack([losses for losses in extra["l_aux"] if losses is not None])

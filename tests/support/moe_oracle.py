@@ -55,7 +55,7 @@ def projection(modules, x):
 def forward(layer, x, padding_mask=None):
     """``(hidden, balance_loss, z_loss)`` of a dropless layer in evaluation; x is ``(T, D)``."""
     config = layer.config
-    heads, dim = config.split_heads, config.subtoken_dim
+    heads, dim = config.subtokens_per_token, config.subtoken_dim
     outputs, all_probs, all_chosen, z_terms = [], [], [], []
     for t in range(x.size(0)):
         padded = padding_mask is not None and bool(padding_mask[t])
@@ -100,3 +100,9 @@ def relative_error(a, b):
     a, b = a.detach(), b.detach()
     scale = b.abs().max()
     return float((a - b).abs().max() / scale) if scale > 0 else float((a - b).abs().max())
+
+
+def losses_of(extra):
+    """The auxiliary losses of a model's MoE layers, balance and z, ``(layers, 2)``; one row of zeros without any."""
+    losses = [torch.stack([output.balance_loss, output.z_loss]) for output in extra["moe"] if output is not None]
+    return torch.stack(losses) if losses else torch.zeros(1, 2)

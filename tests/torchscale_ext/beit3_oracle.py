@@ -7,6 +7,8 @@ import math
 import moe_oracle
 import torch
 
+from mhmoe_fairseq.torchscale_ext.feed_forward import SeparateExperts
+
 PAD = 1
 
 
@@ -91,7 +93,7 @@ def feed_forward(layer, states, padded, split):
     losses = []
     if not layer.is_moe_layer:
         outputs = {at: side(layer.ffn, at[1], split)(x) for at, x in normed.items()}
-    elif layer.separate_experts:
+    elif isinstance(layer.moe_layer, SeparateExperts):
         image = [at for at in places if at[1] < split]
         text = [at for at in places if at[1] >= split]
         outputs, total = {}, 0

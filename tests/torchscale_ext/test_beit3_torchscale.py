@@ -8,7 +8,7 @@ from torchscale.component.multihead_attention import MultiheadAttention
 from torchscale.component.multiway_network import set_split_position
 from torchscale.model.BEiT3 import BEiT3
 
-from mhmoe_fairseq.torchscale_ext.multiway_attention import KeyValueCache, MultiwaySelfAttention, visible_keys
+from mhmoe_fairseq.torchscale_ext.multiway import KeyValueCache, MultiwaySelfAttention, visible_keys
 from mhmoe_fairseq.torchscale_ext.settings import EncoderSettings
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # TorchScale's softmax is float32 whatever the input

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from language_models import FAMILIES, relative_error, small_model, token_rows
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.moe import MHMoELayer, RoutingStats
 
@@ -27,18 +28,18 @@ def test_every_second_layer_is_an_mhmoe_layer():
 def test_extras_have_one_entry_per_layer():
     model = small_model(decoder_layers=4)
     _, extra = model(token_rows([5, 5]))
-    assert [losses is None for losses in extra["l_aux"]] == [True, False, True, False]
-    assert extra["l_aux"][1].shape == (2,) and extra["l_aux"][1].requires_grad
-    assert isinstance(extra["moe_stats"][1], RoutingStats) and extra["moe_stats"][0] is None
-    assert extra["moe_stats"][1].num_subtokens == 2 * 5 * 4
+    assert [output is None for output in extra["moe"]] == [True, False, True, False]
+    assert losses_of(extra).requires_grad and extra["moe"][1].hidden.numel() == 0
+    assert isinstance(extra["moe"][1].stats, RoutingStats)
+    assert extra["moe"][1].stats.num_subtokens == 2 * 5 * 4
 
 
 def test_statistics_are_overwritten_not_added():
     model = small_model()
     for _ in range(3):
         _, extra = model(token_rows([6, 2]))
-    assert extra["moe_stats"][1].expert_load.sum() == (6 + 2) * 4 * 2  # real tokens * heads * top-k
-    assert not extra["moe_stats"][1].expert_load.requires_grad
+    assert extra["moe"][1].stats.expert_load.sum() == (6 + 2) * 4 * 2  # real tokens * heads * top-k
+    assert not extra["moe"][1].stats.expert_load.requires_grad
 
 
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
@@ -49,8 +50,8 @@ def test_padding_changes_neither_scores_nor_losses(routing):
     scores, extra = model(row)
     padded_scores, padded_extra = model(padded)
     torch.testing.assert_close(padded_scores[:, :5], scores, rtol=0, atol=1e-12)
-    torch.testing.assert_close(padded_extra["l_aux"][1], extra["l_aux"][1], rtol=0, atol=1e-12)
-    assert torch.equal(padded_extra["moe_stats"][1].expert_load, extra["moe_stats"][1].expert_load)
+    torch.testing.assert_close(losses_of(padded_extra), losses_of(extra), rtol=0, atol=1e-12)
+    assert torch.equal(padded_extra["moe"][1].stats.expert_load, extra["moe"][1].stats.expert_load)
 
 
 def test_left_padding_with_a_mask_equals_none():
@@ -71,9 +72,9 @@ def test_recomputed_activations_give_the_same_gradients(precision):
         model = small_model(checkpoint_activations=recompute, **flags).train()
         torch.manual_seed(1)
         logits, extra = model(tokens)
-        (logits.float().logsumexp(-1).sum() + extra["l_aux"][1].sum()).backward()
+        (logits.float().logsumexp(-1).sum() + losses_of(extra).sum()).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
-        assert extra["moe_stats"][1].expert_load.sum() == 11 * 4 * 2
+        assert extra["moe"][1].stats.expert_load.sum() == 11 * 4 * 2
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
@@ -119,7 +120,7 @@ def test_incremental_decoding_with_padded_rows():
     for length in range(1, 7):
         step, extra = model.decoder(tokens[:, :length], incremental_state=state)
         real = int(tokens[:, length - 1].ne(1).sum())
-        assert extra["moe_stats"][1].num_subtokens == real * 4
+        assert extra["moe"][1].stats.num_subtokens == real * 4
     torch.testing.assert_close(step[0, 0], model(tokens[:1])[0][0, -1], rtol=1e-6, atol=1e-6)
 
 

@@ -6,7 +6,8 @@ import random
 import beit3_oracle
 import pytest
 import torch
-from beit3_models import FAMILIES, IMAGE_POSITIONS, KINDS, beit3_batch, losses_of, small_beit3
+from beit3_models import FAMILIES, IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3
+from moe_oracle import losses_of
 
 from mhmoe_fairseq.moe import MHMoELayer, RoutingStats
 
@@ -64,8 +65,7 @@ def test_positions_one_by_one(arch, flags, kind, attention):
 
 def ours(model, batch, attention):
     features, extra = model(**batch, attention=attention)
-    moe = [losses for losses in extra["l_aux"] if losses is not None]
-    return real(extra, features), torch.stack(moe) if moe else torch.zeros(1, 2, dtype=torch.double)
+    return real(extra, features), losses_of(extra).double()
 
 
 def slow(model, batch, attention):
@@ -112,14 +112,14 @@ def test_padding_changes_nothing(kind, routing, experts, attention):
     padded, padded_extra = model(**longer, attention=attention)
     torch.testing.assert_close(real(padded_extra, padded), real(extra, features), rtol=0, atol=1e-5)
     torch.testing.assert_close(losses_of(padded_extra), losses_of(extra), rtol=0, atol=1e-5)
-    assert torch.equal(padded_extra["moe_stats"][1].expert_load, extra["moe_stats"][1].expert_load)
+    assert torch.equal(padded_extra["moe"][1].stats.expert_load, extra["moe"][1].stats.expert_load)
 
 
 def test_padding_is_never_routed():
     model = small_beit3()
     for kind, positions in (("image", 2 * IMAGE_POSITIONS), ("text", 8), ("pair", 2 * IMAGE_POSITIONS + 8)):
         _, extra = model.double()(**beit3_batch(kind, [5, 3]))
-        stats = extra["moe_stats"][1]
+        stats = extra["moe"][1].stats
         assert stats.num_subtokens == positions * 4  # heads
         assert stats.expert_load.sum() == positions * 4 * 2  # top-k
 
@@ -151,10 +151,9 @@ def test_a_batch_of_nothing_but_padding_is_finite():
 def test_extras_have_one_entry_per_layer():
     model = small_beit3(encoder_layers=4).double()
     _, extra = model(**beit3_batch("pair", [5, 3]))
-    assert [losses is None for losses in extra["l_aux"]] == [True, False, True, False]
-    assert extra["l_aux"][1].shape == (2,) and extra["l_aux"][1].requires_grad
-    assert isinstance(extra["moe_stats"][3], RoutingStats) and extra["moe_stats"][0] is None
-    assert extra["moe_traffic"] == [None] * 4
+    assert [output is None for output in extra["moe"]] == [True, False, True, False]
+    assert losses_of(extra).requires_grad and extra["moe"][1].hidden.numel() == 0
+    assert isinstance(extra["moe"][3].stats, RoutingStats) and extra["moe"][3].traffic is None
     assert extra["padding_mask"].tolist()[1] == [False] * (IMAGE_POSITIONS + 3) + [True] * 2
 
 
@@ -166,10 +165,10 @@ def test_one_pool_for_both_modalities_or_one_for_each():
     assert {"A.experts.fc1_weight", "B.experts.fc1_weight", "A.router.reduction.weight"} <= names
     for kind, idle in (("image", 1), ("text", 0)):
         _, extra = separate.double()(**beit3_batch(kind, [5, 3]))
-        assert extra["moe_stats"][1].expert_load.shape == (2, 8)
-        assert not extra["moe_stats"][1].expert_load[idle].any()
+        assert extra["moe"][1].stats.expert_load.shape == (2, 8)
+        assert not extra["moe"][1].stats.expert_load[idle].any()
     _, extra = separate(**beit3_batch("pair", [5, 3]))
-    load = extra["moe_stats"][1].expert_load
+    load = extra["moe"][1].stats.expert_load
     assert load[0].sum() == 2 * IMAGE_POSITIONS * 8 and load[1].sum() == 8 * 8
 
 

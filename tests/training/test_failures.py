@@ -20,7 +20,7 @@ from workers import TRAIN_FLAGS
 
 from mhmoe_fairseq.training import watch as watch_module
 from mhmoe_fairseq.training.failures import guard_ranks, no_lone_recovery
-from mhmoe_fairseq.training.nonfinite import report_nonfinite
+from mhmoe_fairseq.training.nonfinite import latest_routing, report_nonfinite
 from mhmoe_fairseq.training.watch import Board, Watch
 
 MODEL = (
@@ -220,15 +220,16 @@ def test_with_spread_experts_fairseq_does_not_recognise_a_full_gpu(workers2) -> 
 def test_the_report_names_layers_loads_and_norms(caplog: pytest.LogCaptureFixture) -> None:
     model = small_model(moe_expert_count=4)
     rows = token_rows([5, 3])
+    routing = latest_routing(model)
     model(rows)[0].sum().backward()
     with torch.no_grad():
         model.decoder.layers[1].moe_layer.router.reduction.weight[0, 0] = float("inf")
     model(rows)
     with caplog.at_level(logging.ERROR):
-        report_nonfinite(model, torch.tensor(float("inf")), "validation")
+        report_nonfinite(model, torch.tensor(float("inf")), "validation", routing)
     lines = caplog.messages[0].splitlines()
     assert lines[0] == "validation: loss inf; layer by layer on this rank:"
-    loads = model.decoder.layers[1].moe_stats.expert_load.tolist()
+    loads = routing[model.decoder.layers[1]].expert_load.tolist()
     moe = next(line for line in lines if line.startswith("  decoder.layers.1:"))
     assert "weights inf" in moe and moe.endswith(f"expert loads {' '.join(f'{load:.0f}' for load in loads)}")
     dense = next(line for line in lines if line.startswith("  decoder.layers.0:"))
@@ -242,10 +243,11 @@ def test_the_report_names_layers_loads_and_norms(caplog: pytest.LogCaptureFixtur
 
 def test_the_report_has_the_loads_of_both_modalities_experts(caplog: pytest.LogCaptureFixture) -> None:
     model = small_beit3(mhmoe_modality_experts="separate").double()
+    routing = latest_routing(model)
     model(**beit3_batch("pair", [5, 3]))
     with caplog.at_level(logging.ERROR):
-        report_nonfinite(model, torch.tensor(float("inf")), "validation")
+        report_nonfinite(model, torch.tensor(float("inf")), "validation", routing)
     line = next(line for line in caplog.messages[0].splitlines() if line.startswith("  beit3.encoder.layers.1:"))
-    for loads in model.beit3.encoder.layers[1].moe_stats.expert_load.tolist():
+    for loads in routing[model.beit3.encoder.layers[1]].expert_load.tolist():
         assert f"expert loads {' '.join(f'{load:.0f}' for load in loads)}" in line
     assert line.count("router entropy") == line.count("largest load over mean") == 2

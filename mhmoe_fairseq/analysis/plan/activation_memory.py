@@ -163,7 +163,7 @@ def _moe_gradients(shape: ModelShape, computation: Computation) -> int:
     """Rows' gradients; a loop over pieces needs no more, autograd holds those of two inner activations."""
     if shape.moe is None:
         return 0
-    rows = shape.moe.split_heads * shape.moe.top_k
+    rows = shape.moe.subtokens_per_token * shape.moe.top_k
     width = 0 if computation.backend == "loop" else shape.moe.expert_ffn_dim
     return 2 * rows * (shape.moe.subtoken_dim + width) * shape.element
 
@@ -202,7 +202,7 @@ def _moe(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
 
 
 def _router(shape: ModelShape, moe: MHMoEConfig) -> int:
-    h, k, e, a = moe.split_heads, moe.top_k, moe.num_experts, shape.element
+    h, k, e, a = moe.subtokens_per_token, moe.top_k, moe.num_experts, shape.element
     gate = _FP32 if moe.gating_fp32 else a
     inputs = shape.embed_dim * a  # the experts' input, too
     if shape.half and (moe.gating_fp32 or not moe.has_head_projection):
@@ -221,7 +221,7 @@ def _experts(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> i
 
     As many rows are taken to come as go, and a loop keeps them once more as they come back.
     """
-    rows, a, is_loop = moe.split_heads * moe.top_k, shape.element, computation.backend == "loop"
+    rows, a, is_loop = moe.subtokens_per_token * moe.top_k, shape.element, computation.backend == "loop"
     moved = rows * moe.subtoken_dim * a
     order = rows * (_FP32 + 2 * _INDEX)
     here = moved + order if is_loop else 2 * moved + rows * (1 + 3 * _INDEX + a)
@@ -230,7 +230,7 @@ def _experts(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> i
 
 
 def _hidden(shape: ModelShape, moe: MHMoEConfig, computation: Computation) -> int:
-    rows, a, gated = moe.split_heads * moe.top_k, shape.element, moe.activation == "swiglu"
+    rows, a, gated = moe.subtokens_per_token * moe.top_k, shape.element, moe.activation == "swiglu"
     if computation.backend == "loop":  # pre-activations alone, the rest is computed again
         norm = _NORM * rows if moe.expert_layernorm else 0
         return rows * moe.expert_ffn_dim * a * (2 if gated else 1) + norm

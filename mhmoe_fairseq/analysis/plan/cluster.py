@@ -95,7 +95,7 @@ def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, rec
         element: bytes of a number, in the type that is computed in.
         recompute: the forward pass runs once more in the backward pass.
     """
-    rows = cluster.tokens * moe.split_heads * moe.top_k
+    rows = cluster.tokens * moe.subtokens_per_token * moe.top_k
     row_bytes = moe.subtoken_dim * element
     sent = rows * row_bytes
     inside, outside = _shares(cluster, size)

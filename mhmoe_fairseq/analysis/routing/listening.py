@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...common.errors import UserError
 from ...moe import MHMoELayer
 from ...moe.gate import Assignment
-from ...torchscale_ext.multiway_experts import SeparateExperts
+from ...torchscale_ext.feed_forward import SeparateExperts
 
 IMAGE, TEXT, PAIR = "image", "text", "pair"
 
@@ -66,7 +66,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
     handles = [model.register_forward_hook(end_call)]
     for index, pools in layers.items():
         for pool in pools:
-            hook = functools.partial(_call_with_output, functools.partial(note, index, pool.config.split_heads))
+            hook = functools.partial(_call_with_output, functools.partial(note, index, pool.config.subtokens_per_token))
             handles.append(pool.gate.register_forward_hook(hook))
     try:
         yield
@@ -127,7 +127,7 @@ def num_experts(model: nn.Module) -> int:
 def most_distinct(model: nn.Module) -> int:
     """To how many different experts the sub-tokens of one position can go."""
     config = pools_of(model, expert_layers(model)[0])[0].config
-    return min(config.num_experts, config.split_heads * config.top_k)
+    return min(config.num_experts, config.subtokens_per_token * config.top_k)
 
 
 def distinct_experts(choices: Tensor, experts: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from moe_oracle import losses_of
 from torch import Tensor, nn
 
 
@@ -35,4 +36,4 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     logits, extra = model(tokens)
     log_probs = model.get_normalized_probs((logits, None), log_probs=True)
     loss = F.nll_loss(log_probs.reshape(-1, log_probs.size(-1)), tokens.reshape(-1), reduction="sum")
-    return loss + sum(losses.sum() for losses in extra["l_aux"] if losses is not None)
+    return loss + losses_of(extra).sum()

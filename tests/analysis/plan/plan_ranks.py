@@ -46,7 +46,10 @@ def measure(arch: str, size: int, flags: dict[str, Any]) -> Measured:
     parallel.counter = TrafficCounter()
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(4, 44, (ROWS, LENGTH), generator=generator)
+    layers = [layer.moe_layer for layer in model.decoder.layers if layer.is_moe_layer]
+    latest = {}  # a layer's latest call may be a recomputation
+    for layer in layers:
+        layer.register_forward_hook(lambda layer, x, output: latest.update({layer: output}))
     kept = kept_bytes_of(model, tokens, backward=True)
-    layers = [layer for layer in model.decoder.layers if layer.is_moe_layer]
-    traffic = [(layer.moe_traffic.rows, layer.moe_traffic.bytes) for layer in layers]
-    return Measured(parallel.counter, traffic, [layer.moe_stats.expert_load for layer in layers], kept)
+    outputs = [latest[layer] for layer in layers]
+    return Measured(parallel.counter, [tuple(o.traffic) for o in outputs], [o.stats.expert_load for o in outputs], kept)

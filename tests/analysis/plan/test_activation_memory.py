@@ -75,7 +75,7 @@ def test_the_plan_is_what_autograd_keeps(arch: str, backend: str, flags: dict[st
     tokens = torch.randint(4, WORDS, (ROWS, LENGTH))
     measured = kept_bytes_of(model, tokens) / tokens.numel()
     if backend == "loop" and shape.moe is not None:  # the order of the rows, held in the plan and not by autograd
-        measured += shape.moe_layers * shape.moe.split_heads * shape.moe.top_k * 2 * 8
+        measured += shape.moe_layers * shape.moe.subtokens_per_token * shape.moe.top_k * 2 * 8
     assert planned == pytest.approx(measured, rel=TOLERANCE[flags.get("mhmoe_precision", "fp32")])
 
 

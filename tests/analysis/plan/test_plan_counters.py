@@ -60,7 +60,7 @@ def test_activation_memory_of_a_rank(workers2: Any, arch: str, flags: dict[str, 
     shape = shape_of(build_on_meta(options_of(arch, flags), small_dictionary()))
     planned = kept_bytes(shape, activation_bytes(shape, Computation("loop", exchanged=True, cpu=True)))
     measured = sum(one.kept for one in workers2.run(measure, arch, 2, flags)) / 2 / TOKENS
-    measured += shape.moe_layers * shape.moe.split_heads * shape.moe.top_k * 2 * 8  # the order of the rows
+    measured += shape.moe_layers * shape.moe.subtokens_per_token * shape.moe.top_k * 2 * 8  # the order of the rows
     assert planned == pytest.approx(measured, rel=0.05)
 
 

@@ -40,7 +40,7 @@ def test_choices_add_up_to_the_layers_loads(kind, experts):
     for layer, choices in call.choices.items():
         assert choices.shape == (*call.is_real.shape, 2, 2)
         load = torch.bincount(choices[call.is_real].flatten(), minlength=num_experts(model))
-        assert torch.equal(load, extra["moe_stats"][layer].expert_load.flatten().long())
+        assert torch.equal(load, extra["moe"][layer].stats.expert_load.flatten().long())
     if experts == "separate":
         is_image = torch.arange(call.is_real.size(1)) < call.image_positions
         assert all(bool((choices[:, is_image] < 6).all()) for choices in call.choices.values())
