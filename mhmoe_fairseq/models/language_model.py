@@ -84,7 +84,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
             raise UserError("--output-dictionary-size is not supported: input and output share one dictionary")
         settings = decoder_settings(args, len(task.source_dictionary))
         if isinstance(task, ParallelTask) and task.is_training:
-            moe = None if settings.static_xmoe else settings.moe
+            moe = None if settings.feed_forward == "torchscale" else settings.moe
             settings.parallel = training_parallelism(moe, args.mhmoe_expert_parallel_size)
         return cls(LanguageModelDecoder(args, settings, task.source_dictionary))
 
