@@ -64,7 +64,7 @@ def training_flags(name: str, scale: str, model: str) -> Flags:
 def hydra_files() -> Iterator[tuple[Path, str]]:
     """Yields path and text of each file of the demo."""
     folder = EXAMPLES / "english_lm" / "hydra"
-    for model in EXPERIMENTS["demo"].models["cpu"]:
+    for model in EXPERIMENTS["demo"].models:
         flags = training_flags("demo", "cpu", model)
         fields = {flag[2:].replace("-", "_"): value for flag, value in flags.items()}
         text = _HEAD
@@ -98,7 +98,7 @@ def table(what: str, name: str) -> str:
         return head + markdown_table(
             ["model", *columns], [[model, *(str(row[column]) for column in columns)] for model, row in rows.items()]
         )
-    model = next(model for model in ("mhmoe-params", "official-h4") if model in EXPERIMENTS[name].models["cpu"])
+    model = next(model for model in ("mhmoe-params", "official-h4") if model in EXPERIMENTS[name].models)
     cpu, paper = (training_flags(name, scale, model) for scale in ("cpu", "paper"))
     different = [flag for flag in {**cpu, **paper} if cpu.get(flag) != paper.get(flag)]
     cells = [[f"`{flag}`", *(_cell(flags.get(flag)) for flags in (cpu, paper))] for flag in different]

@@ -15,6 +15,7 @@ from ..experiments.plan import Plan
 from ..experiments.runner import Runner, describe, dry_run
 from ..experiments.spec import MACHINES, Choice, Experiment, Processes, Recipe, parse_flags
 
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 # Architectures' last words; the scale's is one of them.
 SIZES = ("tiny", "small", "base")
 
@@ -69,7 +70,11 @@ def run(args: argparse.Namespace) -> int:
             say(markdown_table(["run", "state", "updates"], list(describe(plan))))
         else:
             threads = args.threads or (1 if args.jobs > 1 else None)
-            Runner(plan, say, args.jobs, threads).work()
+            try:
+                Runner(plan, say, args.jobs, threads).work()
+            except KeyboardInterrupt:
+                say("interrupted: the same command goes on from here")
+                return INTERRUPTED
     return 0
 
 
@@ -84,7 +89,7 @@ def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
     experiment = EXPERIMENTS[args.name]
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
-    models = tuple(args.models) or experiment.models.get(args.scale, ()) if experiment.parts else tuple(args.models)
+    models = tuple(args.models) or (experiment.models if experiment.parts and args.scale == "cpu" else ())
     for part in (EXPERIMENTS[name] for name in experiment.parts or (experiment.name,)):
         nproc = args.nproc or MACHINES[args.scale].nproc
         choice = Choice(

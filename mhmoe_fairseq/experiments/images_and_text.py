@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..analysis.reports import PaperTable
-from .language_models import COMMON, P1, TABLE_1_MODELS, table_1
+from .language_models import COMMON, FIVE, P1, THREE, table_1
 from .spec import Experiment, Recipe, Scale, Stage
 
 # A sample is an image, a text and a pair of both. At paper scale images are decoded in processes of their own.
@@ -89,32 +89,31 @@ TABLE_4 = PaperTable(
     "percent, and scores times 100; VQAv2, NLVR2 and COCO: other data than ours unless you prepared them",
     dict(zip(_TABLE_4_COLUMNS, ("valid questions", "test questions", "valid statements", "test statements", "BLEU-4"))),
 )
-_MODELS = dict.fromkeys(("cpu", "paper"), TABLE_1_MODELS["cpu"])
 _FOLDER = "masked_multimodal"
 
 
 def _fine_tuned(recipe: Recipe, of: str) -> Experiment:
-    return Experiment(recipe.name.replace("_", "-"), f"fine-tuned {of}", _FOLDER, (Stage(recipe),), _MODELS)
+    return Experiment(recipe.name.replace("_", "-"), f"fine-tuned {of}", _FOLDER, (Stage(recipe),), THREE)
 
 
 EXPERIMENTS = (
     Experiment(
         "table1-multimodal", "perplexity of masked patches and words, dense, X-MoE and MH-MoE", _FOLDER,
-        (Stage(PRETRAINING),), TABLE_1_MODELS, paper=TABLE_1, reference="xmoe",
+        (Stage(PRETRAINING),), THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe",
     ),
     Experiment(
         "table4", "fine-tuned on questions, statements and captions", _FOLDER,
         # Captions are the slowest to score.
-        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), _MODELS, paper=TABLE_4,
+        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4,
     ),
     Experiment(
         "figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
-        (Stage(PRETRAINING, ("mhmoe-*",)),), {"cpu": ("mhmoe-params",), "paper": ("mhmoe-params-kept",)},
+        (Stage(PRETRAINING, ("mhmoe-*",)),), ("mhmoe-params",), paper_models=("mhmoe-params-kept",),
         after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
     ),
     Experiment(
         "multimodal", "everything: tables 1 and 4, figure 8; at CPU scale MH-MoE has X-MoE's FLOPs, too", _FOLDER,
-        models={"cpu": ("dense", "xmoe", "mhmoe-flops"), "paper": ()},
+        models=("dense", "xmoe", "mhmoe-flops"),
         parts=("table1-multimodal", "table4", "figure8"),
     ),
     _fine_tuned(VQA, "to answer questions about images"),
@@ -124,7 +123,7 @@ EXPERIMENTS = (
     _fine_tuned(RETRIEVAL, "to find images by texts and texts by images"),
     Experiment(
         "study-multimodal", "RESULTS.md: images and text, learning rates searched, three seeds", "study-multimodal",
-        (Stage(PRETRAINING),), _MODELS, seeds=(1, 2, 3), lrs=("1e-3", "2e-3", "4e-3"), search_updates=150, updates=400,
+        (Stage(PRETRAINING),), THREE, seeds=(1, 2, 3), lrs=("1e-3", "2e-3", "4e-3"), search_updates=150, updates=400,
         paper=TABLE_1, reference="xmoe",
     ),
 )  # fmt: skip

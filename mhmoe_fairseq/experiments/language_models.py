@@ -84,52 +84,40 @@ CLASSIFICATION = Recipe(
     start={"cpu": MULTILINGUAL, "paper": MULTILINGUAL},
     data_flags=_validation_split,
 )
-TABLE_1_MODELS = {
-    "cpu": ("dense", "xmoe", "mhmoe-params"),
-    "paper": ("dense", "xmoe", "mhmoe-params", "xmoe-e32", "mhmoe-params-e32"),
-}
+THREE = ("dense", "xmoe", "mhmoe-params")  # 8 experts; the paper's table 1 has 32 too
+FIVE = (*THREE, "xmoe-e32", "mhmoe-params-e32")
 ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
 OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours"
 
 
+def perplexities(title: str, models: str, *values: float) -> PaperTable:
+    """Returns a table with one perplexity for each model."""
+    return PaperTable(
+        f"{P1}, {title}", "perplexity", dict(zip(models.split(), values)), f"validation perplexity; {OTHER_CORPUS}"
+    )
+
+
 def table_1(title: str, *values: float) -> PaperTable:
     """Returns a block of the paper's table 1 from its five numbers: dense, then with 8 and with 32 experts."""
-    perplexities = dict(zip(TABLE_1_MODELS["paper"], values))
-    return PaperTable(f"{P1}, table 1, {title}", "perplexity", perplexities, f"validation perplexity; {OTHER_CORPUS}")
+    return perplexities(f"table 1, {title}", " ".join(FIVE), *values)
 
 
 TABLE_1 = table_1("English", 16.23, 14.82, 12.72, 11.96, 10.28)
 TABLE_1_MULTILINGUAL = table_1("multilingual", 8.56, 7.19, 6.26, 6.02, 5.09)
-
-
-def _perplexities(table: int, of: str, values: dict[str, float]) -> PaperTable:
-    return PaperTable(f"{P1}, table {table}: {of}", "perplexity", values, f"validation perplexity; {OTHER_CORPUS}")
-
-
-_HEADS = {"xmoe": 14.82, "mhmoe-params-h2": 12.87, "mhmoe-params": 12.72, "mhmoe-params-h6": 12.41}
-TABLE_5 = _perplexities(5, "number of heads", _HEADS | {"mhmoe-params-h8": 12.95, "mhmoe-params-h12": 13.28})
-TABLE_6 = _perplexities(
-    6,
-    "components",
-    {
-        "dense": 16.23,
-        "dense-projections": 16.40,
-        "xmoe": 14.82,
-        "xmoe-projections": 14.77,
-        "mhmoe-params-no-splitting": 14.77,
-        "mhmoe-params-no-projections": 13.97,
-        "mhmoe-params": 12.72,
-    },
+TABLE_5 = perplexities(
+    "table 5: number of heads",
+    "xmoe mhmoe-params-h2 mhmoe-params mhmoe-params-h6 mhmoe-params-h8 mhmoe-params-h12",
+    *(14.82, 12.87, 12.72, 12.41, 12.95, 13.28),
 )
-TABLE_7 = _perplexities(
-    7,
-    "layers in each projection",
-    {
-        "mhmoe-params-no-projections": 13.97,
-        "mhmoe-params": 12.72,
-        "mhmoe-params-projections-2": 12.66,
-        "mhmoe-params-projections-3": 12.87,
-    },
+TABLE_6 = perplexities(
+    "table 6: components",
+    "dense dense-projections xmoe xmoe-projections mhmoe-params-no-splitting mhmoe-params-no-projections mhmoe-params",
+    *(16.23, 16.40, 14.82, 14.77, 14.77, 13.97, 12.72),
+)
+TABLE_7 = perplexities(
+    "table 7: layers in each projection",
+    "mhmoe-params-no-projections mhmoe-params mhmoe-params-projections-2 mhmoe-params-projections-3",
+    *(13.97, 12.72, 12.66, 12.87),
 )
 _LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")
 _XNLI = {
@@ -147,35 +135,27 @@ TABLE_3 = PaperTable(
 )
 
 
-def _of_both_scales(*models: str) -> dict[str, tuple[str, ...]]:
-    return dict.fromkeys(("cpu", "paper"), models)
-
-
 EXPERIMENTS = (
     Experiment(
         "demo", "the three models on real text, MH-MoE under both budgets: 12 minutes on 2 cores", "demo",
-        ENGLISH_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-params", "mhmoe-flops"), updates=240, paper=TABLE_1,
+        ENGLISH_STAGE, (*THREE, "mhmoe-flops"), updates=240, paper=TABLE_1,
     ),
     Experiment(
         "table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
-        ENGLISH_STAGE, TABLE_1_MODELS, paper=TABLE_1, reference="xmoe",
+        ENGLISH_STAGE, THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe",
     ),
     Experiment(
         "table5", "number of heads", "english_lm",
-        ENGLISH_STAGE,
-        {
-            "cpu": ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
-            "paper": tuple(TABLE_5.values),
-        },
-        paper=TABLE_5, reference="xmoe",
+        ENGLISH_STAGE, ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
+        paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe",
     ),
     Experiment(
         "table6", "what projections and splitting are worth", "english_lm",
-        ENGLISH_STAGE, _of_both_scales(*TABLE_6.values), paper=TABLE_6, reference="xmoe",
+        ENGLISH_STAGE, tuple(TABLE_6.values), paper=TABLE_6, reference="xmoe",
     ),
     Experiment(
         "table7", "0 to 3 layers in each projection", "english_lm",
-        ENGLISH_STAGE, _of_both_scales(*TABLE_7.values), paper=TABLE_7,
+        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7,
     ),
     Experiment(
         "table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
@@ -183,30 +163,30 @@ EXPERIMENTS = (
     ),
     Experiment(
         "official", "the official repository's recipe, its number of heads made explicit", "english_lm",
-        (Stage(OFFICIAL),), _of_both_scales("official-h4"),
+        (Stage(OFFICIAL),), ("official-h4",),
     ),
     Experiment(
         "study", "RESULTS.md: English, learning rates searched, three seeds", "study",
-        ENGLISH_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
+        ENGLISH_STAGE, ("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
         seeds=(1, 2, 3), lrs=("2e-3", "4e-3", "8e-3", "1.6e-2"), paper=TABLE_1, reference="xmoe",
     ),
     Experiment(
         "table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
-        MULTILINGUAL_STAGE, TABLE_1_MODELS, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
+        MULTILINGUAL_STAGE, THREE, paper_models=FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
     ),
     Experiment(
         "table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
-        "multilingual_lm", MULTILINGUAL_STAGE, TABLE_1_MODELS,
+        "multilingual_lm", MULTILINGUAL_STAGE, THREE, paper_models=FIVE,
         after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
         paper=TABLE_3,
     ),
     Experiment(
         "classification", "fine-tuned to classify in one language, tested in all; needs --data", "multilingual_lm",
-        (Stage(CLASSIFICATION),), _of_both_scales("dense", "xmoe", "mhmoe-params"),
+        (Stage(CLASSIFICATION),), THREE,
     ),
     Experiment(
         "study-multilingual", "RESULTS.md: 14 languages, three seeds", "study-multilingual",
-        MULTILINGUAL_STAGE, _of_both_scales("dense", "xmoe", "mhmoe-params"),
+        MULTILINGUAL_STAGE, THREE,
         seeds=(1, 2, 3), updates=200, validations=1, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
     ),
 )  # fmt: skip

@@ -105,9 +105,10 @@ class Run:
         kept = self.kept()
         if kept is None:
             return "missing"
-        if {key: kept.get(key) for key in ("command", "data", "start")} != self.identity():
+        is_finished = kept.pop("finished")
+        if kept != self.identity():
             return "changed"
-        if not kept["finished"]:
+        if not is_finished:
             return "cut off"
         return "finished" if all(self.record(split).is_file() for split in self.splits) else "trained"
 
@@ -145,9 +146,9 @@ class Plan:
         Raises:
             UserError: a name or pattern fits no model.
         """
+        own = self.experiment.models
         if not self.models:
-            return list(self.experiment.models.get(self.choice.scale, ()))
-        own = [name for names in self.experiment.models.values() for name in names]
+            return list(self.choice.scale == "paper" and self.experiment.paper_models or own)
         chosen: list[str] = []
         for pattern in self.models:
             fitting = [name for name in dict.fromkeys([*own, *MODELS]) if fnmatch(name, pattern)]

@@ -179,13 +179,10 @@ class Runner:
             if states[run.name] == "finished":
                 self._tell(f"{run.name}: already finished")
         todo = [run for run in runs if states[run.name] != "finished"]
-        if self.jobs == 1:
-            for run in todo:
-                self._finish_one(run, states[run.name], progress)
-            return
+        if self.jobs > 1:  # the last model of a table is the largest: it starts first
+            todo.reverse()
         with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
-            # The last model of a table is the largest: it starts first.
-            waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in reversed(todo)]
+            waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in todo]
             try:
                 concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
             finally:

@@ -39,11 +39,6 @@ def parse_flags(text: str | Sequence[str]) -> Flags:
     return flags
 
 
-def words_of(flags: Flags) -> list[str]:
-    """Returns the words of a command line that gives these flags."""
-    return [word for flag, value in flags.items() for word in (flag, *value)]
-
-
 @dataclass(frozen=True)
 class Machine:
     """What belongs to a scale whatever is trained.
@@ -124,11 +119,6 @@ class Model:
     flags: str = ""
     paper_flags: str = ""
 
-    def settings(self, family: str, size: str, scale: str) -> Flags:
-        """Returns the model's flags at a scale."""
-        arch = {"--arch": (f"{self.kind}_{family}_{size}",)}
-        return arch | parse_flags(self.flags) | parse_flags(self.paper_flags if scale == "paper" else "")
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -149,7 +139,8 @@ class Experiment:
     Attributes:
         folder: default folder of the runs below ``outputs``; experiments of one folder share their runs.
         stages: trainings, one after the other.
-        models: names, by scale.
+        models: names; of ``parts`` at CPU scale, where they take the place of theirs.
+        paper_models: names at paper scale, where they are others.
         seeds: of the trainings; the first is the search's.
         lrs: learning rates of a search for every model; empty: the recipe's.
         search_updates: updates of one training of the search.
@@ -164,7 +155,8 @@ class Experiment:
     summary: str
     folder: str
     stages: tuple[Stage, ...] = ()
-    models: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+    paper_models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1,)
     lrs: tuple[str, ...] = ()
     search_updates: int = 100
@@ -255,27 +247,6 @@ class Choice:
     flags: Flags = field(default_factory=dict)
 
 
-def training_flags(recipe: Recipe, model: Model, choice: Choice, data: Path) -> Flags:
-    """Returns all flags of one training but those of its processes, seed and folder."""
-    machine, scale = MACHINES[choice.scale], recipe.scales[choice.scale]
-    updates = choice.updates or scale.updates
-    interval = -(-updates // (choice.validations or scale.validations))
-    warmup = scale.warmup
-    if warmup is None:
-        warmup = updates // 10 if updates < 25_000 else 10_000
-    flags = parse_flags(machine.flags) | parse_flags(recipe.flags) | parse_flags(scale.flags)
-    if flags["--lr-scheduler"] == ("polynomial_decay",):
-        flags |= parse_flags(f"--total-num-update {updates}")
-    flags |= parse_flags(
-        f"--warmup-updates {warmup} --max-update {updates} --validate-interval-updates {interval} "
-        f"--save-interval-updates {interval} --log-interval {-(-interval // 5)}"
-    )
-    if recipe.data_flags is not None:
-        flags |= parse_flags(recipe.data_flags(data))
-    own = model.settings(recipe.family, choice.size or machine.size, choice.scale)
-    return {"--user-dir": (str(PACKAGE),)} | flags | own
-
-
 def training_command(
     recipe: Recipe, model: Model, choice: Choice, data: Path, folder: Path, more: Flags, alone: bool = False
 ) -> list[str]:
@@ -286,9 +257,25 @@ def training_command(
         more: such as ``--seed``; the user's flags win over them.
         alone: in one process, however many it is shared by: what a run is told from another by.
     """
-    scale = recipe.scales[choice.scale]
+    machine, scale = MACHINES[choice.scale], recipe.scales[choice.scale]
     processes = Processes() if alone else choice.processes
-    flags = training_flags(recipe, model, choice, data)
-    flags |= processes.share(scale.samples, choice.batch or scale.batch, MACHINES[choice.scale].backend)
-    flags |= more | choice.flags | {"--save-dir": (str(folder),), "--log-file": (str(folder / "train.log"),)}
-    return [*processes.launcher(), str(data), *words_of(flags)]
+    updates = choice.updates or scale.updates
+    interval = -(-updates // (choice.validations or scale.validations))
+    warmup = scale.warmup or (updates // 10 if updates < 25_000 else 10_000)
+    of_data = "" if recipe.data_flags is None else recipe.data_flags(data)
+    flags = {
+        **parse_flags(f"{machine.flags} {recipe.flags} {scale.flags} {of_data}"),
+        **parse_flags(f"--warmup-updates {warmup} --max-update {updates} --log-interval {-(-interval // 5)}"),
+        **parse_flags(f"--validate-interval-updates {interval} --save-interval-updates {interval}"),
+        "--arch": (f"{model.kind}_{recipe.family}_{choice.size or machine.size}",),
+        **parse_flags(f"{model.flags} {model.paper_flags if choice.scale == 'paper' else ''}"),
+        **processes.share(scale.samples, choice.batch or scale.batch, machine.backend),
+        **more,
+        **choice.flags,
+        "--save-dir": (str(folder),),
+        "--log-file": (str(folder / "train.log"),),
+    }
+    if "polynomial_decay" in flags["--lr-scheduler"]:
+        flags.setdefault("--total-num-update", flags["--max-update"])
+    words = [word for flag, value in flags.items() for word in (flag, *value)]
+    return [*processes.launcher(), str(data), "--user-dir", str(PACKAGE), *words]

@@ -68,7 +68,7 @@ def test_every_command_is_accepted(name: str, scale: str) -> None:
 
 def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -> None:
     for experiment in EXPERIMENTS.values():
-        assert {name for names in experiment.models.values() for name in names} <= set(MODELS)
+        assert {*experiment.models, *experiment.paper_models} <= set(MODELS)
         assert experiment.paper is None or set(experiment.paper.values) <= set(MODELS)
     reports = [(experiment.folder, experiment.report) for experiment in EXPERIMENTS.values()]
     assert len(set(reports)) == len(reports)
