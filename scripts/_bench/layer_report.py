@@ -19,24 +19,9 @@ MEMORY_LIMIT = 0.8
 MIXTRAL_SPEEDUP = 1.8
 LINEARITY = 1.05
 METHOD = """\
-- Time: forward and backward of one layer, gradients starting from None, no optimiser. Two contenders take turns in
-  one process; each duel has {pairs} pairs after one warm-up, every other pair in the opposite order. A ratio is the
-  median over the pairs of (ours / rival); the milliseconds are medians.
-- GEMM bound: the layer's matrix products alone (both projections, the experts, forward and both backward products) as
-  `torch.mm` into preallocated outputs, every expert with an equal share of the rows.
-- Plain loop: select rows, linear, GELU, linear, weight, `index_add` for each expert; autograd does the rest.
-- TorchScale: its own `MOELayer` with `Top2Gate` (X-MoE router, capacity, policy "all") on the same sub-tokens, in a
-  gloo group of one process. It drops what exceeds its capacity; ours drops nothing. Its memory grows with T squared: no
-  run beyond T=4096.
-- Hugging Face: `MixtralSparseMoeBlock` on the same sub-tokens. Its experts are SwiGLU (three matrices, no biases) with
-  an inner width of 2F/3, hence equal FLOPs; its router is linear and it computes no balance loss. The rows "SwiGLU"
-  give our layer that very function: same weights, same output.
-- Every contender has both D x D projections. All but the bound and Hugging Face's block compute a balance loss and
-  propagate its gradient.
-- Memory: one contender in a fresh process, counted from the state just before its first full-size step (weights and
-  input exist, gradients do not). "Tensors" is the largest sum of live tensor storages, followed operator by operator:
-  exact and repeatable. "Resident" is the growth of the process's peak resident set, C library and maths library
-  included. A memory target is met only if both measures meet it.
+Forward and backward of one layer, gradients starting from None, no optimiser; {pairs} pairs a duel after one warm-up. A
+ratio is the median over the pairs of (ours / rival); the milliseconds are medians. What the contenders compute, and how
+memory is measured: docs/benchmarks/README.md. The rows "SwiGLU" give our layer the function of Hugging Face's block.
 """
 
 
