@@ -179,7 +179,7 @@ def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_image_text(args: argparse.Namespace) -> None:
-    from ..prepare.image_text.beit3_folder import Completion, CompletionSettings
+    from ..prepare.image_text.beit3_folder import Completion
     from ..prepare.image_text.derived import DerivedSettings
     from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
     from ..prepare.sources.images.folder import Beit3Folder
@@ -202,7 +202,7 @@ def _prepare_image_text(args: argparse.Namespace) -> None:
                 f"--dest {args.dest}: must be {source.folder} itself, where the missing files are put: the images are "
                 "not copied"
             )
-        completion = Completion(source.folder, CompletionSettings(settings.text_data, settings.tokenizer), say)
+        completion = Completion(source.folder, say, settings.text_data, settings.tokenizer)
         say(f"done: {source.folder}, {len(completion.run()['made'])} files made here")
         return
     say(f"source: {source.name}; licence: {source.licence}")

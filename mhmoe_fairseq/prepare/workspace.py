@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
@@ -122,9 +122,7 @@ class Workspace:
 
         Files of an earlier preparation that this one does not have (another tokenizer's model) are removed.
         """
-        files = {
-            name: {"bytes": self._size(name), "sha256": sha256_of(self.partial / name)} for name in sorted(outputs)
-        }
+        files = describe_files(self.partial, sorted(outputs))
         complete = {**manifest, "settings": self.settings, "files": files}
         write_json(self.partial / MANIFEST, complete)
         self._save_progress(publishing=True)
@@ -147,6 +145,11 @@ class Workspace:
                         os.replace(self.partial / name, self.dest / name)
                 os.replace(self.partial / MANIFEST, self.dest / MANIFEST)
         shutil.rmtree(self.partial)
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Returns size and hash of each file, as manifests have them."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
 @contextlib.contextmanager

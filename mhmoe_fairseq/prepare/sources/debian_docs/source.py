@@ -16,7 +16,7 @@ from ....common.arguments import nonempty
 from ....common.errors import UserError
 from ...archives import Archive, FetchedArchive, Say, fetch
 from ...multilingual.passages import MultilingualCorpus, Passage, Stage, open_passages, read_passages
-from ..base import MULTILINGUAL_SOURCES
+from ..base import MULTILINGUAL_SOURCES, SourceKind
 from .families import FAMILIES, Family
 
 _INSTEAD = "choose other families (--debian-families)"
@@ -133,10 +133,8 @@ def _build(args: argparse.Namespace) -> DebianDocs:
     return DebianDocs(tuple(family for family in FAMILIES if family in args.debian_families))
 
 
-MULTILINGUAL_SOURCES.add(
-    "debian-docs", _build,
-    debian_families={
-        "type": nonempty, "nargs": "+", "default": list(FAMILIES), "metavar": "NAME",
-        "help": f"for debian-docs: which of {', '.join(FAMILIES)}",
-    },
-)  # fmt: skip
+_NAMES = {
+    "type": nonempty, "nargs": "+", "default": list(FAMILIES), "metavar": "NAME",
+    "help": f"for debian-docs: which of {', '.join(FAMILIES)}",
+}  # fmt: skip
+MULTILINGUAL_SOURCES["debian-docs"] = SourceKind(_build, flags={"--debian-families": _NAMES})

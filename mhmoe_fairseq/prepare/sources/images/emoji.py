@@ -17,7 +17,7 @@ from ....common.errors import UserError
 from ....data.documents import clean_line
 from ...archives import Archive, FetchedArchive, Say, fetch, iter_tar_members
 from ...image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts
-from ..base import IMAGE_SOURCES
+from ..base import IMAGE_SOURCES, SourceKind
 
 _INSTEAD = "choose another source (folder DIR needs no download)"
 
@@ -101,7 +101,7 @@ def _is_wanted(member: str) -> bool:
 
 
 def _entries(contents: dict[str, bytes], origin: str) -> Iterator[Entry]:
-    """Every emoji that has an image, its skin tones after it."""
+    """Yields every emoji that has an image, its skin tones after it."""
     try:
         rows: list[dict[str, Any]] = json.loads(contents[_INDEX])
         for row in rows:
@@ -116,43 +116,25 @@ def _entries(contents: dict[str, bytes], origin: str) -> Iterator[Entry]:
 
 
 def _image(entry: Entry, names: Mapping[str, Names], languages: Sequence[str]) -> SourceImage | None:
-    """The image with its captions; None where a language has no name for it."""
+    """Returns the image with its captions; None where a language has no name for it."""
     named = {language: _find(names[language], entry.characters) for language in languages}
     english = _find(names["en"], entry.characters)
     captions = {language: [annotation.name] for language, annotation in named.items() if annotation is not None}
     if english is None or len(captions) < len(languages):
         return None
+    codes = [code for code in entry.base.lower().split("-") if chr(int(code, 16)) not in {_VARIATION, *_TONES}]
+    # The name without person, colour and size: ``woman firefighter`` and ``firefighter`` are one family.
+    family = " ".join(_VARIED.sub(" ", english.name.split(":")[0]).split()) or entry.subgroup
     return SourceImage(
-        path=f"{IMAGES}/{entry.image}",
-        captions=captions,
-        unit=_unit(entry.base),
-        family=_family(english.name, entry.subgroup),
-        group=entry.group,
-        subgroup=entry.subgroup,
-        keywords=english.keywords,
-        facts=_facts(english.name, entry),
-    )
+        f"{IMAGES}/{entry.image}", captions, "-".join(codes), family=family, group=entry.group,
+        subgroup=entry.subgroup, keywords=english.keywords, facts=_facts(english.name),
+    )  # fmt: skip
 
 
-def _unit(unified: str) -> str:
-    """Code points in lower-case hexadecimal, without tones and variation selectors."""
-    codes = [code for code in unified.lower().split("-") if chr(int(code, 16)) not in {_VARIATION, *_TONES}]
-    return "-".join(codes)
-
-
-def _family(name: str, subgroup: str) -> str:
-    """What the name says without person, colour and size; ``woman firefighter`` and ``firefighter`` are one."""
-    kind = " ".join(_VARIED.sub(" ", name.split(":")[0]).split())
-    return kind or subgroup
-
-
-def _facts(name: str, entry: Entry) -> dict[str, str]:
-    facts = {}
+def _facts(name: str) -> dict[str, str]:
     title, _, details = name.partition(": ")
-    if person := _PERSON.match(title):
-        facts["person"] = person[1]
-    else:
-        facts |= colour_facts(title)
+    person = _PERSON.match(title)
+    facts = {"person": person[1]} if person else colour_facts(title)
     tones = [part for part in details.split(", ") if part.endswith(" skin tone")]
     if len(tones) == 1:
         facts["tone"] = tones[0].removesuffix(" skin tone")
@@ -160,13 +142,14 @@ def _facts(name: str, entry: Entry) -> dict[str, str]:
 
 
 def _sentences(names: Names, language: str) -> Iterator[Sentence]:
-    """``name: keyword, keyword`` of every character, those without an image too; each skin tone would repeat it."""
+    """Yields ``name: keyword, keyword`` of every character, also without an image; skin tones would repeat it."""
     for characters, annotation in names.items():
         if _TONES.isdisjoint(characters):
             unit = "-".join(f"{ord(character):04x}" for character in characters if character != _VARIATION)
             others = [keyword for keyword in annotation.keywords if keyword != annotation.name]
             text = f"{annotation.name}: {', '.join(others)}" if others else annotation.name
             yield Sentence(unit, language, text)
+
 
 def _find(names: Names, characters: str) -> Annotation | None:
     """Returns the annotation of a character sequence, written with or without variation selectors."""
@@ -204,4 +187,4 @@ def _parse(content: bytes, key: str, origin: str) -> dict[str, Annotation]:
         raise UserError(f"{origin}: not CLDR's annotations ({error})") from error
 
 
-IMAGE_SOURCES.add("emoji", lambda args: EmojiSource())
+IMAGE_SOURCES["emoji"] = SourceKind(lambda args: EmojiSource())

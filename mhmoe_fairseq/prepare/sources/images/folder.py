@@ -19,15 +19,8 @@ from ....common.errors import UserError
 from ....common.files import read_json_lines, read_utf8_lines, sha256_of
 from ....data.documents import clean_line
 from ...archives import Say
-from ...image_text.images import (  # fmt: skip
-    IMAGES,
-    OpenedImages,
-    SourceImage,
-    caption_sentences,
-    colour_facts,
-    kinds_by_folder,
-)
-from ..base import IMAGE_SOURCES, ONE_FOLDER, tell_left_out, walk_files
+from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences, colour_facts, kinds_by_folder
+from ..base import IMAGE_SOURCES, ONE_FOLDER, SourceKind, tell_left_out, walk_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _JSONL, _TSV = "captions.jsonl", "captions.tsv"
@@ -51,16 +44,17 @@ class FolderSource:
         Raises:
             UserError: no such folder, or no image in it.
         """
-        files = self._files()
-        sizes = {file: file.stat().st_size for file in files}
+        sizes = {file: file.stat().st_size for file in self._files()}
         texts = [self.folder / name for name in (_JSONL, _TSV)]
         captions = {text.name: sha256_of(text) for text in texts if text.is_file()}
-        beside = {text: sha256_of(text) for file in files if (text := file.with_suffix(".txt")).is_file()}
-        return {
-            "pictures": len(files),  # the names that finished folders know
+        beside = {text: sha256_of(text) for file in sizes if (text := file.with_suffix(".txt")).is_file()}
+        if beside:
+            captions["beside pictures"] = self._digest(beside)
+        return {  # by the names that finished folders know
+            "pictures": len(sizes),
             "bytes": sum(sizes.values()),
             "names_and_sizes": self._digest(sizes),
-            "captions": {**captions, "beside pictures": self._digest(beside)} if beside else captions,
+            "captions": captions,
         }
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
@@ -75,11 +69,18 @@ class FolderSource:
         unread = Counter(code for found in captions.values() for code in found if code not in languages)
         images = []
         for file in files:
-            name = file.relative_to(self.folder).as_posix()
+            name = self._name(file)
             target = folder / IMAGES / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-            images.append(_image(name, sha256_of(file)[:16], captions.pop(name, {}), languages))
+            found = captions.pop(name, {})
+            images.append(
+                SourceImage(
+                    f"{IMAGES}/{name}", {language: found[language] for language in languages if found.get(language)},
+                    unit=sha256_of(file)[:16], facts=colour_facts(" ".join(found.get("en", ()))),
+                    **kinds_by_folder(name),
+                )
+            )  # fmt: skip
         if captions:
             raise UserError(f"--source folder {self.folder}: a caption is for {min(captions)}, which is not there")
         captioned = sum(bool(image.captions) for image in images)
@@ -92,6 +93,9 @@ class FolderSource:
         }  # fmt: skip
         return OpenedImages(provenance, images, list(caption_sentences(images)))
 
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
+
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
             raise UserError(f"--source folder {self.folder}: no such folder")
@@ -101,14 +105,24 @@ class FolderSource:
         return files
 
     def _unread(self, files: Sequence[Path]) -> Iterator[tuple[str, str]]:
-        """Yields what is in the folder beside images and captions, with the reason why it is not read."""
+        """Yields what is neither an image nor captions, with the reason."""
         read = {*files, *(file.with_suffix(".txt") for file in files), self.folder / _JSONL, self.folder / _TSV}
-        others = (file for file in walk_files(self.folder) if file not in read)
-        return ((file.relative_to(self.folder).as_posix(), _why_not(file)) for file in others)
+        for file in walk_files(self.folder):
+            if file in read:
+                continue
+            if file.suffix.lower() in SUFFIXES:
+                reason = "a link that leads nowhere"
+            elif file.name in (_JSONL, _TSV):
+                reason = "captions are read at the top of the folder"
+            elif file.suffix == ".txt":
+                reason = "beside no image of that name"
+            else:
+                reason = f"not one of {', '.join(SUFFIXES)}"
+            yield self._name(file), reason
 
     def _digest(self, values: Mapping[Path, object]) -> str:
-        """One hash over names relative to the folder, in their order, each with its value."""
-        named = sorted((file.relative_to(self.folder).as_posix(), value) for file, value in values.items())
+        """Returns one hash over names relative to the folder, in their order, each with its value."""
+        named = sorted((self._name(file), value) for file, value in values.items())
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
     def _captions(self, default_language: str) -> Captions:
@@ -131,41 +145,19 @@ class FolderSource:
         for file in self._files():
             beside = file.with_suffix(".txt")
             if beside.is_file():
-                for line in read_utf8_lines(beside):
-                    yield file.relative_to(self.folder).as_posix(), default_language, line
-
-
-def _why_not(file: Path) -> str:
-    """Why a file is neither an image nor captions."""
-    if file.suffix.lower() in SUFFIXES:
-        return "a link that leads nowhere"
-    if file.name in (_JSONL, _TSV):
-        return "captions are read at the top of the folder"
-    if file.suffix == ".txt":
-        return "beside no image of that name"
-    return f"not one of {', '.join(SUFFIXES)}"
+                yield from ((self._name(file), default_language, line) for line in read_utf8_lines(beside))
 
 
 def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str, str]]:
-    for place, record in read_json_lines(path):
+    for location, record in read_json_lines(path):
         texts = record.get("caption") if isinstance(record, dict) else None
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{place}: needs an object with 'image', and 'caption': a text or a list of texts")
+            raise UserError(f"{location}: needs an object with 'image', and 'caption': a text or a list of texts")
         if not isinstance(record.get("image"), str):
-            raise UserError(f"{place}: needs the image's path in the field 'image'")
+            raise UserError(f"{location}: needs the image's path in the field 'image'")
         for text in texts:
             yield record["image"], str(record.get("language", default_language)), text
-
-
-def _image(name: str, unit: str, captions: dict[str, list[str]], languages: Sequence[str]) -> SourceImage:
-    return SourceImage(
-        path=f"{IMAGES}/{name}",
-        captions={language: captions[language] for language in languages if captions.get(language)},
-        unit=unit,
-        **kinds_by_folder(name),
-        facts=colour_facts(" ".join(captions.get("en", ()))),
-    )
 
 
 @dataclass(frozen=True)
@@ -175,8 +167,8 @@ class Beit3Folder:
     folder: Path
 
 
-IMAGE_SOURCES.add("folder", lambda args, folder: FolderSource(folder), ONE_FOLDER, "(images and captions)")
-IMAGE_SOURCES.add(
-    "beit3-index", lambda args, folder: Beit3Folder(folder), ONE_FOLDER,
+IMAGE_SOURCES["folder"] = SourceKind(lambda args, folder: FolderSource(folder), ONE_FOLDER, "(images and captions)")
+IMAGE_SOURCES["beit3-index"] = SourceKind(
+    lambda args, folder: Beit3Folder(folder), ONE_FOLDER,
     "(a folder of unilm's scripts, checked and completed in place)",
 )  # fmt: skip

@@ -12,15 +12,8 @@ from typing import Iterator, Sequence
 
 from ....data.documents import clean_line
 from ...archives import Archive, Say, fetch, iter_deb_members
-from ...image_text.images import (  # fmt: skip
-    IMAGES,
-    OpenedImages,
-    SourceImage,
-    caption_sentences,
-    colour_facts,
-    kinds_by_folder,
-)
-from ..base import IMAGE_SOURCES
+from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences, colour_facts, kinds_by_folder
+from ..base import IMAGE_SOURCES, SourceKind
 
 STAMPS = Archive(
     "apt-get", "tuxpaint-stamps-default", None, "tuxpaint-stamps-default_*.deb",
@@ -50,15 +43,23 @@ class TuxPaintSource:
         """
         fetched = fetch(STAMPS, cache_dir, say)
         members = dict(iter_deb_members(fetched.path, _is_wanted))
+        drawings = {name.removesuffix(".png"): content for name, content in members.items() if name.endswith(".png")}
         images = []
-        for name, content in members.items():
-            if name.endswith(".png") and (image := _image(name, content, members, languages)) is not None:
-                target = folder / image.path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(content)
-                images.append(image)
-        drawings = sum(name.endswith(".png") for name in members)
-        provenance = {**fetched.provenance(), "without_caption": drawings - len(images)}
+        for stem, content in drawings.items():
+            texts = dict(_captions(members.get(f"{stem}.txt", b"")))
+            captions = {language: [texts[language]] for language in languages if language in texts}
+            if not captions:
+                continue
+            path = PurePosixPath(f"{stem}.png").relative_to(_ROOT)
+            image = SourceImage(
+                f"{IMAGES}/{path}", captions, unit=hashlib.sha256(content).hexdigest()[:16],
+                **kinds_by_folder(str(path)), facts=colour_facts(texts.get("en", "")),
+                keywords=tuple(dict.fromkeys(folder.replace("_", " ") for folder in path.parts[:-1])),
+            )  # fmt: skip
+            (folder / image.path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / image.path).write_bytes(content)
+            images.append(image)
+        provenance = {**fetched.provenance(), "without_caption": len(drawings) - len(images)}
         return OpenedImages(provenance, images, list(caption_sentences(images)))
 
 
@@ -67,27 +68,9 @@ def _is_wanted(member: str) -> bool:
     return member.startswith(_ROOT) and suffix in ("png", "txt") and not stem.endswith(_VARIANTS)
 
 
-def _image(name: str, content: bytes, members: dict[str, bytes], languages: Sequence[str]) -> SourceImage | None:
-    """Returns the stamp with its captions; None where it has none."""
-    texts = dict(_captions(members.get(name.removesuffix(".png") + ".txt", b"")))
-    captions = {language: [texts[language]] for language in languages if language in texts}
-    if not captions:
-        return None
-    path = PurePosixPath(name.removeprefix(_ROOT))
-    return SourceImage(
-        path=f"{IMAGES}/{path}",
-        captions=captions,
-        unit=hashlib.sha256(content).hexdigest()[:16],
-        **kinds_by_folder(str(path)),
-        keywords=tuple(dict.fromkeys(folder.replace("_", " ") for folder in path.parts[:-1])),
-        facts=colour_facts(texts.get("en", "")),
-    )
-
-
 def _captions(content: bytes) -> Iterator[tuple[str, str]]:
     """Yields language and caption: English on the first line, then ``de.utf8=...``."""
-    lines = content.decode("utf-8", "replace").splitlines()
-    for number, line in enumerate(lines):
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines()):
         key, _, text = line.partition("=")
         code, is_utf8, _ = key.partition(".utf8")
         if number == 0:
@@ -98,4 +81,4 @@ def _captions(content: bytes) -> Iterator[tuple[str, str]]:
             yield _REGIONS.get(code, code), cleaned
 
 
-IMAGE_SOURCES.add("tuxpaint", lambda args: TuxPaintSource())
+IMAGE_SOURCES["tuxpaint"] = SourceKind(lambda args: TuxPaintSource())
