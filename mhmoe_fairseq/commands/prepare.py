@@ -270,7 +270,7 @@ def _prepare_classification(args: argparse.Namespace) -> None:
     files = [made.labelled_file(split, word) for split in SPLITS for word in getattr(args, split)]
     made.check_files(files, several_languages=args.language_field is not None)
     settings = made.ClassificationSettings.from_flags(args)
-    source = made.LabelledText(files, made.open_language_model_text(args.data, args.tiktoken_ranks))
+    source = made.open_labelled_text(files, args.data, args.tiktoken_ranks)
     made.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)
 
 

@@ -78,28 +78,35 @@ def check_files(files: Sequence[LabelledFile], several_languages: bool) -> None:
 
 
 @dataclass(frozen=True)
-class LanguageModelText:
-    """What turns text into the ids that a language model knows.
+class LabelledText:
+    """What is prepared: labelled files, and what turns text into the ids that a language model knows.
 
     Args:
+        files: the labelled files.
         folder: prepared data of the language model.
         vocabulary: its tokenizer.
-        files: those that the fine-tuning data copy, by name.
+        copied: the language model's files that the fine-tuning data copy, by name.
         tiktoken_ranks: its rank file, if it has one.
     """
 
+    files: Sequence[LabelledFile]
     folder: Path
     vocabulary: Vocabulary
-    files: tuple[str, ...]
+    copied: tuple[str, ...]
     tiktoken_ranks: Optional[Path] = None
 
     def identity(self) -> dict[str, Any]:
-        """Returns the hashes of the files by flag."""
-        ranks = {} if self.tiktoken_ranks is None else {"tiktoken_ranks": sha256_of(self.tiktoken_ranks)}
-        return {"data": {name: sha256_of(self.folder / name) for name in self.files}, **ranks}
+        """Returns names, sizes and hashes of the files by flag."""
+        identity: dict[str, Any] = {split: {} for split in SPLITS}
+        for file in self.files:
+            identity[file.split][file.language] = fingerprint(file.path)
+        identity["data"] = {name: sha256_of(self.folder / name) for name in self.copied}
+        if self.tiktoken_ranks is not None:
+            identity["tiktoken_ranks"] = sha256_of(self.tiktoken_ranks)
+        return identity
 
 
-def open_language_model_text(folder: Path, tiktoken_ranks: Optional[Path] = None) -> LanguageModelText:
+def open_labelled_text(files: Sequence[LabelledFile], folder: Path, tiktoken_ranks: Optional[Path]) -> LabelledText:
     """Opens the dictionary and the tokenizer in ``folder`` and compares them.
 
     Args:
@@ -116,8 +123,8 @@ def open_language_model_text(folder: Path, tiktoken_ranks: Optional[Path] = None
         raise UserError(f"--data {folder}: has no {MODEL_FILE}; of a model with tiktoken give --tiktoken-ranks FILE")
     vocabulary = (SentencePieceVocabulary if tiktoken_ranks is None else TiktokenDictionaryVocabulary)(tokenizer)
     _compare(dictionary, tokenizer, vocabulary)
-    files = (DICTIONARY, MODEL_FILE) if tiktoken_ranks is None else (DICTIONARY,)
-    return LanguageModelText(folder, vocabulary, files, tiktoken_ranks)
+    copied = (DICTIONARY, MODEL_FILE) if tiktoken_ranks is None else (DICTIONARY,)
+    return LabelledText(files, folder, vocabulary, copied, tiktoken_ranks)
 
 
 def _compare(file: Path, tokenizer: Path, vocabulary: Vocabulary) -> None:
@@ -131,14 +138,6 @@ def _compare(file: Path, tokenizer: Path, vocabulary: Vocabulary) -> None:
             raise UserError(
                 f"{file}:{index + 1}: {found} where {tokenizer} has {symbol!r}: the dictionary is another model's"
             )
-
-
-@dataclass(frozen=True)
-class LabelledText:
-    """What is prepared: labelled files, and the language model's text."""
-
-    files: Sequence[LabelledFile]
-    language_model: LanguageModelText
 
 
 @dataclass(frozen=True)
@@ -180,21 +179,18 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag that decide the prepared data."""
-        files: dict[str, dict[str, Any]] = {split: {} for split in SPLITS}
-        for file in self.source.files:
-            files[file.split][file.language] = fingerprint(file.path)
-        return {**files, **self.source.language_model.identity(), **self.settings.identity()}
+        return {**self.source.identity(), **self.settings.identity()}
 
     def make(self) -> dict[str, Any]:
         """Reads and checks every file, then binarises each; returns the manifest."""
-        text, settings = self.source.language_model, self.settings
+        text, settings = self.source, self.settings
         spellings = self.stage("labels", [_LABEL_DICTIONARY], self._check_all)
         labels = Labels(
             tuple(map(tuple, spellings)), frozenset(settings.skip_labels), settings.label_field,
             are_ordered=settings.labels is not None,
         )  # fmt: skip
-        self.stage("language model", list(text.files), self._copy_language_model)
-        outputs, splits = [_LABEL_DICTIONARY, *text.files], {}
+        self.stage("language model", list(text.copied), self._copy_language_model)
+        outputs, splits = [_LABEL_DICTIONARY, *text.copied], {}
         for file in self.source.files:
             made = [f"{folder}/{file.name}.{end}" for folder in (*self._folders, "label") for end in ("bin", "idx")]
             splits[file.name] = self.stage(f"binarise {file.name}", made, partial(self._binarise_file, file, labels))
@@ -242,13 +238,13 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
         return read_examples(file.path, self.settings.fields, file.language, is_shared=is_shared, others=others)
 
     def _copy_language_model(self) -> None:
-        for name in self.source.language_model.files:
+        for name in self.source.copied:
             with atomic_path(self.partial / name) as temporary:
-                shutil.copyfile(self.source.language_model.folder / name, temporary)
+                shutil.copyfile(self.source.folder / name, temporary)
 
     def _binarise_file(self, file: LabelledFile, labels: Labels) -> dict[str, Any]:
         prefixes = [self.partial / folder / file.name for folder in self._folders]
-        vocab_size = len(self.source.language_model.vocabulary.symbols) + NUM_SPECIALS
+        vocab_size = len(self.source.vocabulary.symbols) + NUM_SPECIALS
         lengths: list[int] = []
         classes, others = Counter[str](), Counter[str]()
         skipped = 0
@@ -282,4 +278,4 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
     def _encode(self, examples: list[Example]) -> Iterator[tuple[list[int], ...]]:
         """The ids of each example's one or two sentences, without end marks."""
         columns = zip(*(example.texts for example in examples))
-        return zip(*(self.source.language_model.vocabulary.encode_lines(list(column)) for column in columns))
+        return zip(*(self.source.vocabulary.encode_lines(list(column)) for column in columns))

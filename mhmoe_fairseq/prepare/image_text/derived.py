@@ -222,8 +222,8 @@ def _yes_or_no(
 def answer_vocabulary(questions: Iterable[Question], min_count: int) -> list[str]:
     """Returns answers that occur at least ``min_count`` times in training, the most frequent first."""
     counts = Counter(question.answer for question in questions)
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [answer for answer, count in ranked if count >= min_count]
+    return [answer for answer in sorted(counts, key=lambda answer: (-counts[answer], answer))
+            if counts[answer] >= min_count]  # fmt: skip
 
 
 def question_only_baseline(train: Sequence[Question], held_out: Sequence[Question]) -> dict[str, float]:
@@ -241,12 +241,14 @@ def question_only_baseline(train: Sequence[Question], held_out: Sequence[Questio
     def guess(counts: Counter[str]) -> Optional[str]:
         return min(counts, key=lambda answer: (-counts[answer], answer), default=None)
 
-    form_right = sum(guess(by_form[question.form]) == question.answer for question in held_out)
-    text_right = sum(
-        guess(by_text.get(question.text) or by_form[question.form]) == question.answer for question in held_out
-    )
-    total = max(1, len(held_out))
-    return {"by_form": round(100 * form_right / total, 2), "by_question": round(100 * text_right / total, 2)}
+    def accuracy(counts_for: Callable[[Question], Counter[str]]) -> float:
+        right = sum(guess(counts_for(question)) == question.answer for question in held_out)
+        return round(100 * right / max(1, len(held_out)), 2)
+
+    return {
+        "by_form": accuracy(lambda question: by_form[question.form]),
+        "by_question": accuracy(lambda question: by_text.get(question.text) or by_form[question.form]),
+    }
 
 
 class Form(NamedTuple):
@@ -272,24 +274,16 @@ def _word(image: SourceImage, generator: random.Random) -> str:
 
 
 _FORMS = {
-    "both": Form(
-        "both pictures are of the kind {}", _kind, lambda left, right, kind: left.group == right.group == kind
-    ),
+    "both": Form("both pictures are of the kind {}", _kind, lambda a, b, kind: a.group == b.group == kind),
     "exactly one": Form(
-        "exactly one picture is of the kind {}", _kind,
-        lambda left, right, kind: (left.group == kind) != (right.group == kind),
+        "exactly one picture is of the kind {}", _kind, lambda a, b, kind: (a.group == kind) != (b.group == kind)
     ),
-    "none": Form(
-        "no picture is of the kind {}", _kind, lambda left, right, kind: kind not in (left.group, right.group)
-    ),
-    "only left": Form(
-        "only the left picture is of the kind {}", _kind,
-        lambda left, right, kind: left.group == kind and right.group != kind,
-    ),
-    "same": Form("both pictures are of the same kind", _kind, lambda left, right, kind: left.group == right.group),
+    "none": Form("no picture is of the kind {}", _kind, lambda a, b, kind: kind not in (a.group, b.group)),
+    "only left": Form("only the left picture is of the kind {}", _kind, lambda a, b, kind: a.group == kind != b.group),
+    "same": Form("both pictures are of the same kind", _kind, lambda a, b, kind: a.group == b.group),
     "word": Form(
         "the word {} fits one of the pictures", _word,
-        lambda left, right, word: word in (*left.keywords, left.group, *right.keywords, right.group),
+        lambda a, b, word: word in (*a.keywords, a.group, *b.keywords, b.group),
     ),
 }  # fmt: skip
 
@@ -320,9 +314,8 @@ def derive_statements(images: Sequence[SourceImage], count: int, seed: int, key:
             continue
         for index, (pair, is_true) in enumerate(zip(pairs, (True, False))):
             left, right = (image.path for image in pair)
-            made.append(
-                Statement(left, right, name, form.text.format(value), is_true, f"{key}-{number}-{index}-0")
-            )  # fmt: skip
+            text, identifier = form.text.format(value), f"{key}-{number}-{index}-0"
+            made.append(Statement(left, right, name, text, is_true, identifier))
     generator.shuffle(made)
     return made
 
