@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import mhmoe_fairseq
 
-pytest_plugins = ["evaluated_runs", "harness_tasks", "small_corpora"]
+pytest_plugins = ["evaluated_runs", "harness_tasks", "preparing", "small_corpora"]
 
 mhmoe_fairseq.register()
 

@@ -1,5 +1,6 @@
 """``mhmoe prepare english`` from the command line to data that fairseq loads."""
 
+import functools
 import json
 import os
 import resource
@@ -10,8 +11,8 @@ import time
 from dataclasses import replace
 
 import pytest
+from preparing import hashes, prepare_interrupted
 
-from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.prepare.english import EnglishPreparation, EnglishSettings
 from mhmoe_fairseq.prepare.sources.own_text import text_documents, text_source
@@ -19,24 +20,19 @@ from mhmoe_fairseq.prepare.sources.own_text import text_documents, text_source
 SMALL = ["--vocab-size", "300", "--valid-fraction", "0.1", "--test-fraction", "0.1"]
 
 
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of ``mhmoe prepare english ARGUMENTS``."""
-    status = main(["prepare", "english", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+@pytest.fixture
+def run(mhmoe_prepare):
+    """``mhmoe prepare english``, see ``mhmoe_prepare``."""
+    return functools.partial(mhmoe_prepare, "english")
 
 
 def command(*arguments):
     return [sys.executable, "-m", "mhmoe_fairseq", "prepare", "english", *map(str, arguments)]
 
 
-def hashes(dest):
-    return {name: entry["sha256"] for name, entry in read_json(dest / "manifest.json")["files"].items()}
-
-
-def test_text_to_data_once(capsys, tmp_path, text_corpus):
+def test_text_to_data_once(run, tmp_path, text_corpus):
     dest = tmp_path / "data"
-    status, out, err = run(capsys, "--source", "text", text_corpus, "--dest", dest, *SMALL)
+    status, out, err = run("--source", "text", text_corpus, "--dest", dest, *SMALL)
     assert (status, err) == (0, "")
     assert "split: train 32, valid 4, test 4 documents (seed 1)" in out
     assert sorted(path.name for path in dest.iterdir() if not path.name.startswith(".")) == [
@@ -53,16 +49,16 @@ def test_text_to_data_once(capsys, tmp_path, text_corpus):
     assert manifest["source"]["inputs"][0]["name"] == "corpus.txt"
     assert {"python", "numpy", "torch", "sentencepiece"} <= manifest["tools"].keys()
     before = hashes(dest)
-    status, out, _ = run(capsys, "--source", "text", text_corpus, "--dest", dest, *SMALL)
+    status, out, _ = run("--source", "text", text_corpus, "--dest", dest, *SMALL)
     assert status == 0 and f"{dest}: already prepared with these settings, nothing to do" in out
     assert hashes(dest) == before
 
 
-def test_no_line_is_in_two_parts_and_none_is_lost(capsys, tmp_path, sentences):
+def test_no_line_is_in_two_parts_and_none_is_lost(run, tmp_path, sentences):
     lines = sentences(200)
     documents = ["\n".join(lines[start : start + 20]) for start in range(0, 200, 5)]  # neighbours share lines
     (tmp_path / "a.txt").write_text("\n\n".join(documents))
-    assert run(capsys, "--source", "text", tmp_path / "a.txt", "--dest", tmp_path / "d", *SMALL)[0] == 0
+    assert run("--source", "text", tmp_path / "a.txt", "--dest", tmp_path / "d", *SMALL)[0] == 0
     parts = {
         split: [line for line in (tmp_path / "d" / "text" / f"{split}.txt").read_text().splitlines() if line]
         for split in ("train", "valid", "test")
@@ -72,14 +68,14 @@ def test_no_line_is_in_two_parts_and_none_is_lost(capsys, tmp_path, sentences):
     assert min(map(len, parts.values())) > 0
 
 
-def test_the_vocabulary_sees_the_training_part_only(capsys, tmp_path, sentences):
+def test_the_vocabulary_sees_the_training_part_only(run, tmp_path, sentences):
     rows = [{"text": "\n".join(sentences(6, seed=number))} for number in range(40)]
     rows += [{"text": "\n".join(f"zyxwv{number} zyxwvut zyxwvut zyxwvut" for number in range(9))}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pieces, larger = {}, [*SMALL, "--vocab-size", "360"]
     for seed in range(12):
         dest = tmp_path / str(seed)
-        assert run(capsys, "--source", "jsonl", tmp_path / "a.jsonl", "--dest", dest, "--seed", seed, *larger)[0] == 0
+        assert run("--source", "jsonl", tmp_path / "a.jsonl", "--dest", dest, "--seed", seed, *larger)[0] == 0
         held_out = "zyxwvut" not in (dest / "text" / "train.txt").read_text()
         pieces[held_out] = [line for line in (dest / "dict.txt").read_text().splitlines() if "zyx" in line]
         if len(pieces) == 2:
@@ -87,35 +83,35 @@ def test_the_vocabulary_sees_the_training_part_only(capsys, tmp_path, sentences)
     assert pieces[False] and not pieces[True]
 
 
-def test_equal_settings_give_equal_bytes_and_another_seed_does_not(capsys, tmp_path, text_corpus):
+def test_equal_settings_give_equal_bytes_and_another_seed_does_not(run, tmp_path, text_corpus):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run(capsys, "--source", "text", text_corpus, "--dest", tmp_path / name, "--seed", seed, *SMALL)
+        run("--source", "text", text_corpus, "--dest", tmp_path / name, "--seed", seed, *SMALL)
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
     assert hashes(tmp_path / "a")["text/valid.txt"] != hashes(tmp_path / "c")["text/valid.txt"]
 
 
-def test_other_settings_are_refused_until_overwrite(capsys, tmp_path, text_corpus):
+def test_other_settings_are_refused_until_overwrite(run, tmp_path, text_corpus):
     base = ["--source", "text", text_corpus, "--dest", tmp_path / "d"]
-    run(capsys, *base, *SMALL)
+    run(*base, *SMALL)
     before = hashes(tmp_path / "d")
-    status, _, err = run(capsys, *base, *SMALL, "--seed", 3)
+    status, _, err = run(*base, *SMALL, "--seed", 3)
     assert status == 2 and "holds data made with another --seed (1, now 3)" in err and err.count("\n") == 1
     text_corpus.write_text(text_corpus.read_text() + "\nOne more line.\n")
-    status, _, err = run(capsys, *base, *SMALL)
+    status, _, err = run(*base, *SMALL)
     assert status == 2 and "another --source inputs" in err
     assert hashes(tmp_path / "d") == before
-    assert run(capsys, *base, *SMALL, "--seed", 3, "--overwrite")[0] == 0
+    assert run(*base, *SMALL, "--seed", 3, "--overwrite")[0] == 0
     assert hashes(tmp_path / "d") != before
 
 
-def test_without_held_out_parts(capsys, tmp_path, text_corpus):
+def test_without_held_out_parts(run, tmp_path, text_corpus):
     arguments = ["--vocab-size", "300", "--valid-fraction", "0", "--test-fraction", "0", "--tokenizer-model", "bpe"]
-    status, out, _ = run(capsys, "--source", "text", text_corpus, "--dest", tmp_path / "d", *arguments)
+    status, out, _ = run("--source", "text", text_corpus, "--dest", tmp_path / "d", *arguments)
     assert status == 0 and "split: train 40 documents" in out
     assert list(read_json(tmp_path / "d" / "manifest.json")["splits"]) == ["train"]
 
 
-def test_torchscale_shards_keep_their_parts(capsys, tmp_path, sentences):
+def test_torchscale_shards_keep_their_parts(run, tmp_path, sentences):
     lines = sentences(120)
     (tmp_path / "json").mkdir()
     (tmp_path / "shard").mkdir()
@@ -124,14 +120,14 @@ def test_torchscale_shards_keep_their_parts(capsys, tmp_path, sentences):
     for split, shard in (("train", "shard/t.txt"), ("valid", "shard/v.txt")):
         (tmp_path / "json" / f"{split}.json").write_text(json.dumps([{"source": [shard], "weight": 1.0}]))
     dest = tmp_path / "d"
-    status, out, err = run(capsys, "--source", "torchscale-shards", tmp_path, "--dest", dest, "--vocab-size", 300)
+    status, out, err = run("--source", "torchscale-shards", tmp_path, "--dest", dest, "--vocab-size", 300)
     assert status == 0, err
     assert "split: train 2, valid 1 documents (as the source has them)" in out
     assert (dest / "text" / "valid.txt").read_text().splitlines() == lines[100:]
     assert (dest / "text" / "train.txt").read_text().replace("\n\n", "\n").splitlines() == lines[:100]
 
 
-def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus, byte_ranks):
+def test_tiktoken_ranks_become_the_dictionary(run, tmp_path, text_corpus, byte_ranks):
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
     from fairseq.data import Dictionary, data_utils
 
@@ -139,7 +135,7 @@ def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus, byt
 
     dest = tmp_path / "d"
     arguments = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
-    assert run(capsys, "--source", "text", text_corpus, "--dest", dest, *arguments)[0] == 0
+    assert run("--source", "text", text_corpus, "--dest", dest, *arguments)[0] == 0
     dictionary = Dictionary.load(str(dest / "dict.txt"))
     dataset = data_utils.load_indexed_dataset(str(dest / "valid"), dictionary, "mmap")
     words = dictionary.string(dataset[0]).split()
@@ -147,30 +143,6 @@ def test_tiktoken_ranks_become_the_dictionary(capsys, tmp_path, text_corpus, byt
     assert TiktokenVocabulary(byte_ranks).decode(map(int, words)) == first
     assert words[0] == "257" and len(dictionary) == 264
     assert not (dest / "sentencepiece.model").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--source", "bible"], "--source bible: must be one of brown, docstrings, "),
-        (["--source", "text"], "--source text: needs at least one file after it, got none"),
-        (["--source", "brown", "x.txt"], "--source brown: takes nothing after it, got x.txt"),
-        (["--source", "text", "missing.txt"], "--source text: no such file: missing.txt"),
-        (["--source", "torchscale-shards", "missing"], "--source torchscale-shards: no such file: missing/json/v"),
-        (["--vocab-size", "12"], "--vocab-size 12: must be at least 261"),
-        (["--valid-fraction", "2"], "--valid-fraction (2) must be at least 0 and below 1"),
-        (["--tokenizer-lines", "0"], "--tokenizer-lines (0) must be at least 1"),
-        (["--tokenizer", "tiktoken"], "--tokenizer tiktoken: needs --tiktoken-ranks FILE"),
-        (["--tiktoken-ranks", __file__], "--tiktoken-ranks: has no meaning without --tokenizer tiktoken"),
-        (["--tokenizer", "tiktoken", "--tiktoken-ranks", "r"], "--tiktoken-ranks (r) does not exist"),
-        (["--source", "docstrings", "--docstring-packages", "no-such-one"], "--docstring-packages: no-such-one is not"),
-    ],
-)
-def test_bad_flags_are_one_line_before_any_work(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    status, _, err = run(capsys, "--dest", tmp_path / "d", *arguments)
-    assert status == 2 and message in err and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -184,16 +156,16 @@ def test_bad_flags_are_one_line_before_any_work(capsys, tmp_path, monkeypatch, a
     ],
 )
 def test_bad_text_is_one_line_and_leaves_earlier_data_usable(
-    capsys, tmp_path, text_corpus, content, arguments, message
+    run, tmp_path, text_corpus, content, arguments, message
 ):
     dest, bad = tmp_path / "d", tmp_path / "a.txt"
-    run(capsys, "--source", "text", text_corpus, "--dest", dest, *SMALL)
+    run("--source", "text", text_corpus, "--dest", dest, *SMALL)
     before = hashes(dest)
     bad.write_bytes(content)
-    status, _, err = run(capsys, "--source", "text", bad, "--dest", dest, "--overwrite", *arguments)
+    status, _, err = run("--source", "text", bad, "--dest", dest, "--overwrite", *arguments)
     assert status == 2 and message in err and err.count("\n") == 1
     assert hashes(dest) == before
-    assert "nothing to do" in run(capsys, "--source", "text", text_corpus, "--dest", dest, *SMALL)[1]
+    assert "nothing to do" in run("--source", "text", text_corpus, "--dest", dest, *SMALL)[1]
 
 
 @pytest.mark.parametrize("stop_at", ["clean:", "split:", "vocabulary:", "train:", "test:"])
@@ -207,25 +179,12 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, text_c
     source = replace(text_source((text_corpus,)), read=counted)
     settings = EnglishSettings(vocab_size=300, valid_fraction=0.1, test_fraction=0.1)
 
-    def prepare_into(dest, say):
-        EnglishPreparation(source, settings, tmp_path, say).run(dest)
-
-    def interrupt(line):
-        if line.startswith(stop_at):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(tmp_path / "d", interrupt)
-    assert [path.name for path in (tmp_path / "d").iterdir() if not path.name.startswith(".")] == []
-    said: list[str] = []
-    prepare_into(tmp_path / "d", said.append)
-    assert "continuing an unfinished preparation" in said[0]
-    assert len(read) == (2 if stop_at == "clean:" else 1)
-    prepare_into(tmp_path / "straight", said.append)
-    assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
+    preparation = EnglishPreparation(source, settings, tmp_path, print)
+    prepare_interrupted(preparation, tmp_path / "d", stop_at)
+    assert len(read) == (3 if stop_at == "clean:" else 2)
 
 
-def test_a_full_disk_is_one_line_and_the_next_run_continues(tmp_path, text_corpus, capsys):
+def test_a_full_disk_is_one_line_and_the_next_run_continues(tmp_path, text_corpus, run):
     dest = tmp_path / "d"
     arguments = ["--source", "text", text_corpus, "--dest", dest, *SMALL]
     limit = text_corpus.stat().st_size * 3 // 4  # the kernel refuses to let any file grow beyond this
@@ -238,11 +197,11 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(tmp_path, text_corpu
     assert "cannot be written (file too large): free some space" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert [path.name for path in dest.iterdir() if not path.name.startswith(".")] == []
-    assert run(capsys, *arguments)[0] == 0
+    assert run(*arguments)[0] == 0
 
 
 @pytest.mark.slow
-def test_a_killed_process_continues(tmp_path, sentences, capsys):
+def test_a_killed_process_continues(tmp_path, sentences, run):
     corpus = tmp_path / "a.txt"
     lines = sentences(20_000)
     corpus.write_text("\n\n".join("\n".join(lines[start : start + 50]) for start in range(0, len(lines), 50)))
@@ -256,9 +215,9 @@ def test_a_killed_process_continues(tmp_path, sentences, capsys):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "d" / "manifest.json").exists()
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run(*arguments)
     assert (status, err) == (0, "")
     assert "continuing an unfinished preparation" in out and "clean:" not in out
     straight = ["--source", "text", corpus, "--dest", tmp_path / "e", "--vocab-size", "400"]
-    assert run(capsys, *straight)[0] == 0
+    assert run(*straight)[0] == 0
     assert hashes(tmp_path / "d") == hashes(tmp_path / "e")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 from fairseq.data import Dictionary, data_utils
 from image_text_data import CODES, COLOURS, Shapes, prepare_shapes, shape_settings, shapes_preparation
+from preparing import hashes
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.errors import UserError
@@ -38,10 +39,6 @@ def text_of(folder, ids):
 
 def paths(row):
     return {row[name] for name in ("image_path", "image2_path") if name in row}
-
-
-def hashes(folder):
-    return {name: entry["sha256"] for name, entry in read_json(folder / "manifest.json")["files"].items()}
 
 
 def test_every_index_can_be_read_and_no_image_is_in_two_parts(folder):
@@ -245,30 +242,6 @@ def test_a_source_without_text_for_a_part_says_so(tmp_path):
         prepare_shapes(tmp_path / "data", Silent())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--source", "coco"], "--source coco: must be one of emoji, folder, beit3-index, tuxpaint"),
-        (["--source", "folder"], "--source folder: needs one folder after it, got none"),
-        (["--source", "emoji", "x"], "--source emoji: takes nothing after it, got x"),
-        (["--valid-fraction", "0"], "--valid-fraction (0) must be above 0 and below 1"),
-        (["--test-fraction", "1"], "--test-fraction (1) must be above 0 and below 1"),
-        (["--vocab-size", "100"], "--vocab-size 100: must be at least 261"),
-        (["--visual-vocab-size", "1"], "--visual-vocab-size 1: must be at least 2"),
-        (["--image-size", "60"], "--image-size 60: must be a multiple of --patch-size 16"),
-        (["--langs", ","], "--langs ',': must name at least one language"),
-        (["--statements", "0"], "--statements (0) must be at least 1"),
-        (["--min-answer-count", "0"], "--min-answer-count (0) must be at least 1"),
-        (["--text-data", "nowhere"], "--text-data (nowhere) does not exist"),
-        (["--source", "folder", "nowhere"], "--source folder nowhere: no such folder"),
-    ],
-)
-def test_bad_flags_are_one_line(capsys, tmp_path, arguments, message):
-    status = main(["prepare", "image-text", "--dest", str(tmp_path / "data"), *arguments])
-    err = capsys.readouterr().err
-    assert status == 2 and message in err and err.count("\n") == 1
-
-
 def test_a_folder_of_ones_own_from_the_command_line(capsys, tmp_path, folder):
     images = tmp_path / "images"
     for name in ("bar", "circle", "square"):
@@ -288,11 +261,3 @@ def test_a_folder_of_ones_own_from_the_command_line(capsys, tmp_path, folder):
     assert len(rows) == 2 * len({row["image_path"] for row in rows})
     assert index_files(tmp_path / "data", "imagenet", "train")[0].is_file()
     assert "kind" in read_json(tmp_path / "data" / "manifest.json")
-
-
-def test_settings_tell_preparations_apart():
-    one, two = shape_settings(), shape_settings(vocab_size=310)
-    assert one.identity() == shape_settings().identity()
-    assert one.identity() != two.identity()
-    finer = replace(one, tokenizer=replace(one.tokenizer, patch_size=4))
-    assert one.identity() != finer.identity()

@@ -1,13 +1,14 @@
 """``mhmoe prepare multilingual`` from the command line to a folder that fairseq loads."""
 
+import functools
 import gzip
 import json
 import random
 import stat
 
 import pytest
+from preparing import hashes, prepare_interrupted, visible
 
-from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
 from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
@@ -44,19 +45,10 @@ def jsonl(tmp_path):
     return folder
 
 
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of ``mhmoe prepare multilingual ARGUMENTS``."""
-    status = main(["prepare", "multilingual", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def hashes(dest):
-    return {name: entry["sha256"] for name, entry in read_json(dest / "manifest.json")["files"].items()}
-
-
-def visible(dest):
-    return sorted(path.name for path in dest.iterdir() if not path.name.startswith("."))
+@pytest.fixture
+def run(mhmoe_prepare):
+    """``mhmoe prepare multilingual``, see ``mhmoe_prepare``."""
+    return functools.partial(mhmoe_prepare, "multilingual")
 
 
 @pytest.mark.parametrize("name", ["text", "jsonl"])
@@ -79,14 +71,14 @@ def test_all_files_of_a_language_are_read_and_the_others_named(tmp_path, name):
     assert said == [f"left out: {name}: {', '.join(names)}: {reason}"]
 
 
-def test_json_lines_to_data_that_fairseq_loads(capsys, tmp_path, jsonl):
+def test_json_lines_to_data_that_fairseq_loads(run, tmp_path, jsonl):
     from fairseq.data import Dictionary, data_utils
 
     from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary
 
     dest = tmp_path / "data"
     arguments = ["--source", "jsonl", jsonl, "--langs", "de,en,ru,th", "--dest", dest, *SMALL]
-    status, out, err = run(capsys, *arguments)
+    status, out, err = run(*arguments)
     assert (status, err) == (0, "")
     names = "aligned de dict.txt en manifest.json ru sentencepiece.model spot_check.json text th"
     assert visible(dest) == names.split()
@@ -110,10 +102,10 @@ def test_json_lines_to_data_that_fairseq_loads(capsys, tmp_path, jsonl):
         for one in manifest["languages"].values()
     )
     before = hashes(dest)
-    assert "nothing to do" in run(capsys, *arguments)[1] and hashes(dest) == before
+    assert "nothing to do" in run(*arguments)[1] and hashes(dest) == before
 
 
-def test_tiktoken_ranks_serve_all_languages(capsys, tmp_path, jsonl, byte_ranks):
+def test_tiktoken_ranks_serve_all_languages(run, tmp_path, jsonl, byte_ranks):
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
     from fairseq.data import Dictionary, data_utils
 
@@ -122,7 +114,7 @@ def test_tiktoken_ranks_serve_all_languages(capsys, tmp_path, jsonl, byte_ranks)
     dest = tmp_path / "data"
     arguments = ["--source", "jsonl", jsonl, "--langs", "de,th", "--dest", dest]
     tokenizer = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
-    status, out, err = run(capsys, *arguments, *tokenizer)
+    status, out, err = run(*arguments, *tokenizer)
     assert (status, err) == (0, "") and "vocabulary:" not in out
     assert visible(dest) == "aligned de dict.txt manifest.json spot_check.json text th".split()
     dictionary = Dictionary.load(str(dest / "dict.txt"))
@@ -131,13 +123,13 @@ def test_tiktoken_ranks_serve_all_languages(capsys, tmp_path, jsonl, byte_ranks)
         dataset = data_utils.load_indexed_dataset(str(dest / code / "valid"), dictionary, "mmap")
         text = (dest / "text" / code / "valid.txt").read_text(encoding="utf-8").splitlines()
         assert TiktokenVocabulary(byte_ranks).decode(map(int, dictionary.string(dataset[0]).split())) == text[0]
-    assert "nothing to do" in run(capsys, *arguments, *tokenizer)[1]
-    assert "tiktoken_ranks" in run(capsys, *arguments, *SMALL)[2]
+    assert "nothing to do" in run(*arguments, *tokenizer)[1]
+    assert "tiktoken_ranks" in run(*arguments, *SMALL)[2]
 
 
-def test_aligned_text_is_held_out_and_the_same_in_all_languages(capsys, tmp_path, jsonl):
+def test_aligned_text_is_held_out_and_the_same_in_all_languages(run, tmp_path, jsonl):
     dest = tmp_path / "data"
-    assert run(capsys, "--source", "jsonl", jsonl, "--langs", "de,en,ru,th", "--dest", dest, *SMALL)[0] == 0
+    assert run("--source", "jsonl", jsonl, "--langs", "de,en,ru,th", "--dest", dest, *SMALL)[0] == 0
     for split in ("valid", "test"):
         rows = [json.loads(line) for line in (dest / "aligned" / f"{split}.jsonl").read_text().splitlines()]
         assert rows and {len(row["text"]) for row in rows} == {3, 4}
@@ -151,16 +143,16 @@ def test_aligned_text_is_held_out_and_the_same_in_all_languages(capsys, tmp_path
         assert recorded["keys"] == len(rows) == recorded["de"] > recorded["th"] > 0
 
 
-def test_a_language_is_the_same_whichever_others_are_prepared(capsys, tmp_path, jsonl):
+def test_a_language_is_the_same_whichever_others_are_prepared(run, tmp_path, jsonl):
     for name, langs in (("all", "de,en,ru,th"), ("two", "th,de")):
         arguments = ["--source", "jsonl", jsonl, "--langs", langs, "--dest", tmp_path / name, *SMALL]
-        assert run(capsys, *arguments)[0] == 0
+        assert run(*arguments)[0] == 0
     for split in ("train", "valid", "test"):
         name = f"text/de/{split}.txt"
         assert (tmp_path / "all" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_plain_text_is_split_by_document_and_not_aligned(capsys, tmp_path):
+def test_plain_text_is_split_by_document_and_not_aligned(run, tmp_path):
     source, dest = tmp_path / "text", tmp_path / "data"
     (source / "ru").mkdir(parents=True)
     for name, start in (("a.txt", 0), ("b.txt", 60)):
@@ -168,7 +160,7 @@ def test_plain_text_is_split_by_document_and_not_aligned(capsys, tmp_path):
         (source / "ru" / name).write_text("\n\n".join(documents), encoding="utf-8")
     (source / "de.txt").write_text("\n\n".join(sentence("de", number) for number in range(120)), encoding="utf-8")
     arguments = ["--source", "text", source, "--langs", "ru,de", "--dest", dest, *SMALL]
-    assert run(capsys, *arguments, "--max-mb-per-language", 0.006)[0] == 0
+    assert run(*arguments, "--max-mb-per-language", 0.006)[0] == 0
     manifest = read_json(dest / "manifest.json")
     assert "aligned" not in visible(dest) and manifest["aligned"].startswith("none: no text has a key")
     assert manifest["languages"]["ru"]["sources"] == ["a.txt", "b.txt"]
@@ -177,7 +169,7 @@ def test_plain_text_is_split_by_document_and_not_aligned(capsys, tmp_path):
     assert manifest["languages"]["ru"]["cleaning"]["lines"].keys() == {
         "lines_read", "empty_lines", "duplicate_lines", "lines_beyond_the_cap",
     }  # fmt: skip
-    status, _, _ = run(capsys, *arguments, "--line-filter", "on", "--overwrite")
+    status, _, _ = run(*arguments, "--line-filter", "on", "--overwrite")
     assert status == 0
     assert read_json(dest / "manifest.json")["languages"]["ru"]["cleaning"]["lines"]["short_lines"] == 120
 
@@ -209,11 +201,11 @@ def apt(tmp_path, monkeypatch):
     return folder
 
 
-def test_debian_packages_and_what_is_missing(capsys, tmp_path, apt, make_deb, make_catalogue):
+def test_debian_packages_and_what_is_missing(run, tmp_path, apt, make_deb, make_catalogue):
     cache, dest = write_debian_packages(make_deb, make_catalogue), tmp_path / "data"
     arguments = ["--langs", "de,ru", "--cache-dir", cache, "--dest", dest, *SMALL]
     families = ["--debian-families", "mediawiki", "emoji", "lo-ui", "manpages", "d-i-guide"]
-    status, out, err = run(capsys, *arguments, *families)
+    status, out, err = run(*arguments, *families)
     assert (status, err) == (0, "")
     assert "missing: ru has no lo-ui: not in this suite: libreoffice-l10n-ru" in out
     assert "missing: de has no manpages: not in this suite: manpages-de" in out
@@ -241,62 +233,22 @@ def test_an_interrupted_extraction_continues(tmp_path, apt, make_deb, make_catal
     settings = MultilingualSettings(
         languages=("de", "ru"), filter_lines=True, vocab_size=380, valid_fraction=0.1, test_fraction=0.1
     )
-    source = DebianDocs(("mediawiki", "emoji", "lo-ui"))
-
-    def prepare_into(dest, say):
-        MultilingualPreparation(source, settings, cache, say).run(dest)
-
-    def interrupt(line):
-        if line.startswith("extract: emoji"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(tmp_path / "d", interrupt)
-    said: list[str] = []
-    prepare_into(tmp_path / "d", said.append)
+    preparation = MultilingualPreparation(DebianDocs(("mediawiki", "emoji", "lo-ui")), settings, cache, print)
+    said = prepare_interrupted(preparation, tmp_path / "d", "extract: emoji")
     assert [line.split()[1] for line in said if line.startswith("extract:")] == ["emoji", "lo-ui"]
-    prepare_into(tmp_path / "straight", said.append)
-    assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
 
 
-def test_no_package_at_all(capsys, tmp_path, apt):
-    status, _, err = run(capsys, "--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")
+def test_no_package_at_all(run, tmp_path, apt):
+    status, _, err = run("--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")
     assert status == 2 and err.count("\n") == 1
     assert "--source debian-docs: apt knows none of the packages; run apt-get update first" in err
 
 
-def test_a_known_package_that_cannot_be_fetched_is_an_error(capsys, tmp_path, apt):
+def test_a_known_package_that_cannot_be_fetched_is_an_error(run, tmp_path, apt):
     (apt / "apt-cache").write_text("#!/bin/sh\necho Package: $4\n")
-    status, _, err = run(capsys, "--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")
+    status, _, err = run("--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")
     assert status == 2 and err.count("\n") == 1
     assert "apt-get could not fetch mediawiki" in err and "choose other families (--debian-families)" in err
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["--langs", "de,xx"], "--langs xx: no such language; known are ar, bg"),
-        (["--langs", "de,de"], "--langs de: given twice"),
-        (["--source", "wiki"], "--source wiki: must be one of debian-docs, text, jsonl"),
-        (["--source", "text"], "--source text: needs one folder after it, got none"),
-        (["--source", "text", "a", "b"], "--source text: needs one folder after it, got a b"),
-        (["--source", "debian-docs", "a"], "--source debian-docs: takes nothing after it, got a"),
-        (["--source", "text", "missing"], "--source text missing: no such folder"),
-        (["--debian-families", "kde"], "--debian-families kde: must be one of mediawiki, "),
-        (["--max-mb-per-language", "-1"], "--max-mb-per-language (-1) must be at least 0"),
-        (["--vocab-sampling-alpha", "2"], "--vocab-sampling-alpha 2: must be between 0"),
-        (["--vocab-size", "12"], "--vocab-size 12: must be at least 261"),
-        (["--tokenizer", "tiktoken"], "--tokenizer tiktoken: needs --tiktoken-ranks FILE"),
-        (["--tiktoken-ranks", __file__], "--tiktoken-ranks: has no meaning without --tokenizer tiktoken"),
-        (["--tokenizer-lines", "0"], "--tokenizer-lines (0) must be at least 1"),
-        (["--valid-fraction", "0.6", "--test-fraction", "0.5"], "their sum must be below 1"),
-    ],
-)
-def test_bad_flags_are_one_line_before_any_work(capsys, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    status, _, err = run(capsys, "--dest", tmp_path / "d", *arguments)
-    assert status == 2 and message in err and err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -307,10 +259,10 @@ def test_bad_flags_are_one_line_before_any_work(capsys, tmp_path, monkeypatch, a
         ({"de.txt": b"eins\n", "ru.txt": b"\xd0\xb4\xd0\n"}, "ru.txt: invalid UTF-8 at byte 2"),
     ],
 )
-def test_bad_folders_are_one_line_before_any_work(capsys, tmp_path, files, message):
+def test_bad_folders_are_one_line_before_any_work(run, tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    status, _, err = run(capsys, "--source", "text", tmp_path, "--langs", "de,ru", "--dest", tmp_path / "d", *SMALL)
+    status, _, err = run("--source", "text", tmp_path, "--langs", "de,ru", "--dest", tmp_path / "d", *SMALL)
     assert status == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "d").exists()
 
@@ -322,29 +274,29 @@ def test_bad_folders_are_one_line_before_any_work(capsys, tmp_path, files, messa
         ("", "--langs de: its training part is empty after cleaning; documents are never divided"),
     ],
 )
-def test_empty_parts_are_named_before_the_vocabulary(capsys, tmp_path, content, message):
+def test_empty_parts_are_named_before_the_vocabulary(run, tmp_path, content, message):
     (tmp_path / "de.txt").write_text(content)
     flags = ["--valid-fraction", 0.001 if content else 0, "--test-fraction", 0, "--vocab-size", 300]
-    status, out, err = run(capsys, "--source", "text", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *flags)
+    status, out, err = run("--source", "text", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *flags)
     assert status == 2 and message in err and err.count("\n") == 1 and "vocabulary:" not in out
 
 
-def test_bad_json_lines(capsys, tmp_path):
+def test_bad_json_lines(run, tmp_path):
     (tmp_path / "de.jsonl").write_text('{"text": "a", "key": [1]}\n')
-    status, _, err = run(capsys, "--source", "jsonl", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *SMALL)
+    status, _, err = run("--source", "jsonl", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *SMALL)
     assert status == 2 and "de.jsonl:1: the key in 'key' must be text or a number (--jsonl-key-field)" in err
 
 
-def test_other_settings_are_refused_until_overwrite(capsys, tmp_path, jsonl):
+def test_other_settings_are_refused_until_overwrite(run, tmp_path, jsonl):
     base = ["--source", "jsonl", jsonl, "--dest", tmp_path / "d", *SMALL]
-    assert run(capsys, *base, "--langs", "de,en,ru")[0] == 0
+    assert run(*base, "--langs", "de,en,ru")[0] == 0
     before = hashes(tmp_path / "d")
-    status, _, err = run(capsys, *base, "--langs", "de,en")
+    status, _, err = run(*base, "--langs", "de,en")
     assert status == 2 and "holds data made with another --source inputs" in err and err.count("\n") == 1
-    status, _, err = run(capsys, *base, "--langs", "de,en,ru", "--vocab-sampling-alpha", 1)
+    status, _, err = run(*base, "--langs", "de,en,ru", "--vocab-sampling-alpha", 1)
     assert status == 2 and "another --vocab-sampling-alpha (0.5, now 1.0)" in err
     assert hashes(tmp_path / "d") == before
-    assert run(capsys, *base, "--langs", "de,en", "--overwrite")[0] == 0
+    assert run(*base, "--langs", "de,en", "--overwrite")[0] == 0
     assert "ru/train.bin" not in hashes(tmp_path / "d") and not (tmp_path / "d" / "ru" / "train.idx").exists()
 
 
@@ -354,33 +306,18 @@ def test_an_interrupted_preparation_continues_and_ends_the_same(tmp_path, jsonl,
         languages=("de", "en"), filter_lines=False, vocab_size=360, valid_fraction=0.1, test_fraction=0.1
     )
 
-    def prepare_into(dest, say):
-        source = jsonl_folder(jsonl, "text", "key")
-        MultilingualPreparation(source, settings, tmp_path, say).run(dest)
-
-    def interrupt(line):
-        if line.startswith(stop_at):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(tmp_path / "d", interrupt)
-    assert visible(tmp_path / "d") == []
-    said: list[str] = []
-    prepare_into(tmp_path / "d", said.append)
-    assert "continuing an unfinished preparation" in said[0]
-    assert ("clean: de" in " ".join(said)) is False
-    prepare_into(tmp_path / "straight", said.append)
-    assert hashes(tmp_path / "d") == hashes(tmp_path / "straight")
+    preparation = MultilingualPreparation(jsonl_folder(jsonl, "text", "key"), settings, tmp_path, print)
+    assert "clean: de" not in " ".join(prepare_interrupted(preparation, tmp_path / "d", stop_at))
 
 
-def test_one_huge_document_is_told_of_and_a_held_out_one_explained(capsys, tmp_path):
+def test_one_huge_document_is_told_of_and_a_held_out_one_explained(run, tmp_path):
     huge = "\n".join(sentence("de", number) for number in range(300))
     (tmp_path / "de.txt").write_text("\n\n".join([huge, *(sentence("de", number) for number in range(300, 330))]))
     arguments = ["--source", "text", tmp_path, "--langs", "de", "--dest", tmp_path / "d", "--vocab-size", 300]
     arguments += ["--valid-fraction", 0]
-    status, out, err = run(capsys, *arguments, "--test-fraction", 0.3)
+    status, out, err = run(*arguments, "--test-fraction", 0.3)
     assert (status, err) == (0, "") and "warning: de: the parts are far from their shares of the bytes (train " in out
     (tmp_path / "de.txt").write_text(huge)
-    status, _, err = run(capsys, *arguments, "--test-fraction", 0.999, "--overwrite")
+    status, _, err = run(*arguments, "--test-fraction", 0.999, "--overwrite")
     assert status == 2 and "empty after cleaning, all of its text is held out (test); documents are never" in err
     assert "--document-separator" in err and err.count("\n") == 1

@@ -3,14 +3,7 @@
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.debian_docs.formats import (  # fmt: skip
-    annotation_lines,
-    blocks,
-    manual_paragraphs,
-    message_text,
-    read_catalogue,
-    wiki_text,
-)
+from mhmoe_fairseq.prepare.sources.debian_docs import formats
 
 
 @pytest.mark.parametrize(
@@ -27,7 +20,7 @@ from mhmoe_fairseq.prepare.sources.debian_docs.formats import (  # fmt: skip
     ],
 )
 def test_wiki_text(message, lines):
-    assert wiki_text(message) == lines
+    assert formats.wiki_text(message) == lines
 
 
 @pytest.mark.parametrize(
@@ -43,7 +36,7 @@ def test_wiki_text(message, lines):
     ],
 )
 def test_messages_of_programs(message, text):
-    assert message_text(message) == text
+    assert formats.message_text(message) == text
 
 
 def test_blocks_of_html():
@@ -51,7 +44,7 @@ def test_blocks_of_html():
     <h1 id="hd_1">A <em>heading</em></h1><p id="par_1">First
     line &amp; more</p><pre><code>no(code);</code></pre><ul><li>One<li>Two</ul><!-- <p>no</p> -->
     <script>if (a < b) no();</script>a &lt; b</body></html>"""
-    assert [tuple(block) for block in blocks(page)] == [
+    assert [tuple(block) for block in formats.blocks(page)] == [
         ("hd_1", "A heading"), ("par_1", "First line & more"), ("", "One"), ("", "Two"), ("", "a < b"),
     ]  # fmt: skip
 
@@ -60,27 +53,27 @@ def test_blocks_of_mallard():
     page = """<page><info><credit type="author"><name>Somebody</name></credit><desc>Short <app>Orca</app> note.</desc>
     </info><title>Title</title><p>Press <key>A</key>.</p><screen>no</screen>
     <media type="image" src="x"/><p>End</p></page>"""
-    assert [block.text for block in blocks(page)] == ["Short Orca note.", "Title", "Press A.", "End"]
+    assert [block.text for block in formats.blocks(page)] == ["Short Orca note.", "Title", "Press A.", "End"]
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_catalogue(make_catalogue, order):
     content = make_catalogue({"dialog|ok\x04_Fine": "_Gut", "one\0many": "eins\0viele"}, order)
-    messages = [tuple(message) for message in read_catalogue(content, "x.mo")]
+    messages = [tuple(message) for message in formats.read_catalogue(content, "x.mo")]
     assert sorted(messages) == [("", "many", "viele"), ("dialog|ok", "_Fine", "_Gut")]
 
 
 @pytest.mark.parametrize("content", [b"", b"no catalogue", b"\xde\x12\x04\x95\0\0\0\0\xff\0\0\0\xff\0\0\0"])
 def test_a_damaged_catalogue_is_named(content):
     with pytest.raises(UserError, match=r"^x\.mo: not a gettext catalogue"):
-        list(read_catalogue(content, "x.mo"))
+        list(formats.read_catalogue(content, "x.mo"))
 
 
 def test_emoji_names_with_their_keywords():
     xml = """<annotations><annotation cp="🐤">bird | chick | pet</annotation>
     <annotation cp="🐤" type="tts">chick</annotation><annotation cp="👍🏽" type="tts">thumbs &amp; tone</annotation>
     <annotation cp="x">keywords | only</annotation></annotations>"""
-    assert list(annotation_lines(xml)) == [("1f424", "chick: bird, pet"), ("1f44d-1f3fd", "thumbs & tone")]
+    assert list(formats.annotation_lines(xml)) == [("1f424", "chick: bird, pet"), ("1f44d-1f3fd", "thumbs & tone")]
 
 
 PAGE = r"""'\" t
@@ -113,7 +106,7 @@ After an empty line.
 
 
 def test_paragraphs_of_a_manual_page():
-    assert list(manual_paragraphs(PAGE)) == [
+    assert list(formats.manual_paragraphs(PAGE)) == [
         "ls - list",
         "List information about the files— all “of” them. See stat (2) for more.",
         "-a, --all",
@@ -124,4 +117,4 @@ def test_paragraphs_of_a_manual_page():
 
 @pytest.mark.parametrize("page", [".so man1/other.1\n", ".Dd May 1\n.Sh NAME\nmdoc is another language\n"])
 def test_pages_that_are_left_out(page):
-    assert list(manual_paragraphs(page)) == []
+    assert list(formats.manual_paragraphs(page)) == []

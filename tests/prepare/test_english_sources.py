@@ -7,16 +7,10 @@ import zipfile
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.prepare.sources import own_text
 from mhmoe_fairseq.prepare.sources.brown import brown_documents, detokenise
 from mhmoe_fairseq.prepare.sources.docstrings import DocstringSource, docstring_documents
 from mhmoe_fairseq.prepare.sources.linux_doc import linux_documents
-from mhmoe_fairseq.prepare.sources.own_text import (  # fmt: skip
-    jsonl_documents,
-    jsonl_source,
-    shard_source,
-    text_documents,
-    text_source,
-)
 from mhmoe_fairseq.prepare.sources.web_bible import web_bible_documents
 
 
@@ -113,7 +107,7 @@ def test_docstring_versions_are_the_identity_and_a_missing_package_is_named():
 def test_text_separators(tmp_path, separator, expected):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n<doc>\r\n\r\nthree")
-    assert [document.lines for document in text_documents(path, separator)] == expected
+    assert [document.lines for document in own_text.text_documents(path, separator)] == expected
 
 
 def test_text_identity_follows_the_content_not_the_place(tmp_path):
@@ -121,18 +115,18 @@ def test_text_identity_follows_the_content_not_the_place(tmp_path):
     for path in (first, second):
         path.parent.mkdir()
         path.write_text("same\n")
-    assert text_source((first,)).identity() == text_source((second,)).identity()
+    assert own_text.text_source((first,)).identity() == own_text.text_source((second,)).identity()
     second.write_text("new!\n")
-    assert text_source((first,)).identity() != text_source((second,)).identity()
+    assert own_text.text_source((first,)).identity() != own_text.text_source((second,)).identity()
     with pytest.raises(UserError, match="--source text: no such file: .*missing.txt"):
-        text_source((tmp_path / "missing.txt",)).identity()
+        own_text.text_source((tmp_path / "missing.txt",)).identity()
 
 
 def test_jsonl_reads_the_field_also_from_gzip(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     rows = [{"body": "One.\nTwo.", "id": 1}, {"body": "Drei – größer."}]
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"))
-    source = jsonl_source((path,), "body")
+    source = own_text.jsonl_source((path,), "body")
     assert [document.lines for document in source.open(tmp_path, print).documents] == [
         ["One.", "Two."],
         ["Drei – größer."],
@@ -153,7 +147,7 @@ def test_unreadable_jsonl_line_is_named(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n")
     with pytest.raises(UserError, match=f"a.jsonl:2: .*{message}"):
-        list(jsonl_documents(path, "text"))
+        list(own_text.jsonl_documents(path, "text"))
 
 
 def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
@@ -171,7 +165,7 @@ def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
 
 
 def test_torchscale_shards_keep_their_splits_and_read_held_out_text_first(tmp_path):
-    source = shard_source(make_shards(tmp_path))
+    source = own_text.shard_source(make_shards(tmp_path))
     documents = [(document.split, document.lines) for document in source.open(tmp_path, print).documents]
     assert documents == [
         ("valid", ["Held out line."]),
@@ -187,10 +181,10 @@ def test_torchscale_shards_name_what_is_wrong(tmp_path):
     folder = make_shards(tmp_path / "data")
     (folder / "shard/train/00001.txt").unlink()
     with pytest.raises(UserError, match="--source torchscale-shards: no such file: .*train/00001.txt"):
-        shard_source(folder).identity()
+        own_text.shard_source(folder).identity()
     (folder / "json/train.json").write_text('{"source": []}')
     with pytest.raises(UserError, match="train.json: must be a list of objects, each with a list of shard paths"):
-        shard_source(folder).identity()
+        own_text.shard_source(folder).identity()
     (folder / "json/train.json").write_text("[\n{,}]")
     with pytest.raises(UserError, match="train.json:2: not valid JSON"):
-        shard_source(folder).identity()
+        own_text.shard_source(folder).identity()

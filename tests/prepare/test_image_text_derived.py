@@ -5,13 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.image_text.derived import (  # fmt: skip
-    Question,
-    answer_vocabulary,
-    derive_questions,
-    derive_statements,
-    question_only_baseline,
-)
+from mhmoe_fairseq.prepare.image_text import derived
 from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage
 from mhmoe_fairseq.prepare.image_text.units import assign_units, has_known_caption, words_of
 
@@ -61,7 +55,7 @@ def holds(question):
 
 
 def test_every_answer_is_what_the_metadata_say():
-    questions = derive_questions(list(IMAGES.values()), seed=1, key="train")
+    questions = derived.derive_questions(list(IMAGES.values()), seed=1, key="train")
     assert {question.form for question in questions} == {
         "group", "subgroup", "person", "colour", "tone", "is group", "is colour", "fits",
     }  # fmt: skip
@@ -73,7 +67,7 @@ def test_every_answer_is_what_the_metadata_say():
 
 
 def test_the_words_of_a_yes_or_no_question_tell_nothing():
-    questions = derive_questions(list(IMAGES.values()), seed=1, key="train")
+    questions = derived.derive_questions(list(IMAGES.values()), seed=1, key="train")
     answers = defaultdict(Counter)
     for question in questions:
         if question.answer in ("yes", "no"):
@@ -84,29 +78,30 @@ def test_the_words_of_a_yes_or_no_question_tell_nothing():
 
 def test_equal_seeds_give_equal_questions():
     images = list(IMAGES.values())
-    assert derive_questions(images, 1, "train") == derive_questions(images, 1, "train")
-    assert derive_questions(images, 1, "train") != derive_questions(images, 2, "train")
-    assert derive_statements(images, 60, 1, "train") == derive_statements(images, 60, 1, "train")
-    assert derive_statements(images, 60, 1, "train") != derive_statements(images, 60, 2, "train")
+    assert derived.derive_questions(images, 1, "train") == derived.derive_questions(images, 1, "train")
+    assert derived.derive_questions(images, 1, "train") != derived.derive_questions(images, 2, "train")
+    assert derived.derive_statements(images, 60, 1, "train") == derived.derive_statements(images, 60, 1, "train")
+    assert derived.derive_statements(images, 60, 1, "train") != derived.derive_statements(images, 60, 2, "train")
 
 
 def test_rare_answers_are_no_classes():
-    questions = [Question("a", "f", "q", answer) for answer in ["cat"] * 3 + ["dog"] * 3 + ["owl"] * 5 + ["ant"]]
-    assert answer_vocabulary(questions, 3) == ["owl", "cat", "dog"]
+    answers = ["cat"] * 3 + ["dog"] * 3 + ["owl"] * 5 + ["ant"]
+    questions = [derived.Question("a", "f", "q", answer) for answer in answers]
+    assert derived.answer_vocabulary(questions, 3) == ["owl", "cat", "dog"]
 
 
 def test_the_baseline_without_images_by_hand():
     train = [
-        Question("a", "kind", "what?", "food"), Question("b", "kind", "what?", "food"),
-        Question("c", "kind", "what?", "flag"), Question("d", "is", "is it x?", "yes"),
-        Question("e", "is", "is it y?", "no"), Question("f", "is", "is it y?", "no"),
+        derived.Question("a", "kind", "what?", "food"), derived.Question("b", "kind", "what?", "food"),
+        derived.Question("c", "kind", "what?", "flag"), derived.Question("d", "is", "is it x?", "yes"),
+        derived.Question("e", "is", "is it y?", "no"), derived.Question("f", "is", "is it y?", "no"),
     ]  # fmt: skip
     held_out = [
-        Question("g", "kind", "what?", "food"), Question("h", "kind", "what?", "flag"),
-        Question("i", "is", "is it x?", "yes"), Question("j", "is", "is it z?", "no"),
+        derived.Question("g", "kind", "what?", "food"), derived.Question("h", "kind", "what?", "flag"),
+        derived.Question("i", "is", "is it x?", "yes"), derived.Question("j", "is", "is it z?", "no"),
     ]  # fmt: skip
     # By form "no" is the most frequent of "is", so that i is wrong; by words i is right, and z is answered by form.
-    assert question_only_baseline(train, held_out) == {"by_form": 50.0, "by_question": 75.0}
+    assert derived.question_only_baseline(train, held_out) == {"by_form": 50.0, "by_question": 75.0}
 
 
 def is_true(statement):
@@ -121,7 +116,7 @@ def is_true(statement):
 
 
 def test_statements_are_true_and_false_in_turn():
-    statements = derive_statements(list(IMAGES.values()), 240, seed=3, key="train")
+    statements = derived.derive_statements(list(IMAGES.values()), 240, seed=3, key="train")
     assert len(statements) == 240
     assert Counter(statement.form for statement in statements) == dict.fromkeys(
         ("both", "exactly one", "none", "only left", "same", "word"), 40
@@ -137,7 +132,7 @@ def test_statements_are_true_and_false_in_turn():
 
 def test_images_of_too_few_kinds_give_no_statements():
     images = [image for image in IMAGES.values() if image.group in GROUPS[:2]]
-    assert derive_statements(images, 60, 1, "train") == []
+    assert derived.derive_statements(images, 60, 1, "train") == []
 
 
 def family_of(number):

