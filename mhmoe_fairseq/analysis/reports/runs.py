@@ -167,7 +167,8 @@ def require_one_data(models: Sequence[Model], folder: Path | None = None) -> Non
                 f"{run.path} was evaluated on other data ({_source(record)}) than --data {folder} ({expected.source}, "
                 f"hash {expected.digest[:12]}): their metrics do not compare"
             )
-        other_run, other = first.setdefault(record.what, (run, record))
+        kind = record.split if record.what == "zero-shot" else record.what  # zero-shot tasks have data of their own
+        other_run, other = first.setdefault(kind, (run, record))
         for field, reason in (("digest", "other data"), ("visual_tokenizer", "another visual tokenizer")):
             if record.data.get(field) != other.data.get(field):
                 raise UserError(

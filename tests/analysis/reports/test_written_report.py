@@ -221,6 +221,10 @@ def test_runs_of_other_data_are_refused(runs: Path, tmp_path: Path, field: str, 
     with pytest.raises(ValueError, match=rf"xmoe was evaluated on {reason} .* than .*dense .*do not compare"):
         report(runs, tmp_path / "report.md")
     assert not (tmp_path / "report.md").exists()
+    zero_shot = [make_record({"accuracy": Metric(40.0, "%")}, "zero-shot", split=name, data={"digest": name})
+                 for name in ("xnli", "probe")]  # fmt: skip
+    text = report(write_run(tmp_path / "other" / "dense", *zero_shot), tmp_path / "report.md", plots=False)
+    assert row_of(text, "dense")["xnli accuracy"] == row_of(text, "dense")["probe accuracy"] == "40.00"
 
 
 def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:
