@@ -69,7 +69,7 @@ def test_models_with_different_numbers_of_experts_share_a_plot(tmp_path: Path) -
     "flags, message",
     [
         (["--split", "holdout"], "holdout.idx is missing"),
-        (["--threshold", "2"], "--threshold (2) must be at least 0 and at most 1"),
+        (["--threshold", "2"], "--threshold (2) must be in [0, 1]"),
         (["--batch-size", "0"], "--batch-size (0) must be at least 1"),
         (["--images", "3"], "--images needs --diversity"),
         (["--diversity", "--threshold", "0.1"], "--threshold has no meaning with --diversity"),
