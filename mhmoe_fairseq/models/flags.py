@@ -20,6 +20,7 @@ from ..moe import MHMoEConfig
 from ..moe.fields import ConfigError
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
+from ..torchscale_ext.static_xmoe import check_supported
 from .options import BEiT3Options, LanguageModelOptions, MoEOptions
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,10 @@ def _moe_config(options: Any) -> MHMoEConfig | None:
         raise UserError(f"--moe-freq ({options.moe_freq}) must be 0 or at most {layers}")
     _check_moe(options)
     with _flags_for_fields(options):
-        return _with_budget(options)
+        moe = _with_budget(options)
+        if is_torchscale(options):
+            check_supported(moe)
+        return moe
 
 
 def _with_budget(options: Any) -> MHMoEConfig:
@@ -220,13 +224,15 @@ def _check_moe(options: Any) -> None:
 
 @contextlib.contextmanager
 def _flags_for_fields(options: Any) -> Iterator[None]:
-    """A field that a layer's configuration refuses is called by its flag."""
+    """A field that a layer's configuration refuses is called by its flag, with the flag's value where it is given."""
     try:
         yield
     except ConfigError as error:
-        flags = {"budget": "mhmoe_budget", **{entry.metadata["layer"]: entry.name for entry in _entries(options)}}
-        message = error.message(lambda field: flag(flags[field]) if field in flags else field)
-        raise UserError(message) from error
+        entries = {entry.metadata["layer"]: entry for entry in _entries(options)}
+        flags = {"budget": "mhmoe_budget", **{layer: entry.name for layer, entry in entries.items()}}
+        given = _value(options, entries[error.field]) if error.field in entries else None
+        named = ConfigError(error.field, given or error.value, error.rule)
+        raise UserError(named.message(lambda field: flag(flags[field]) if field in flags else field)) from error
 
 
 # ---------------------------------------------------------------------- helpers

@@ -83,6 +83,11 @@ class Router(nn.Module):
         """FLOPs of routing one sub-token, matrix products only (2 per multiply-add)."""
         raise NotImplementedError
 
+    @staticmethod
+    def num_kept(config: RouterFields) -> int:
+        """How many numbers of a sub-token are kept for the backward pass, beside its features and its logits."""
+        raise NotImplementedError
+
     def scores(self, x_Nd: Tensor) -> Tensor:
         """The logits, in the dtype of ``x_Nd``: ``(N, d) -> (N, E)``."""
         raise NotImplementedError
@@ -120,6 +125,11 @@ class LinearRouter(Router):
     def flops(config: RouterFields) -> int:
         """One product."""
         return 2 * config.subtoken_dim * config.num_experts
+
+    @staticmethod
+    def num_kept(config: RouterFields) -> int:
+        """Nothing more."""
+        return 0
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s default."""
@@ -161,6 +171,11 @@ class XMoERouter(Router):
     def flops(config: RouterFields) -> int:
         """The projection and the product with the expert embeddings."""
         return 2 * (config.subtoken_dim + config.num_experts) * config.router_dim
+
+    @staticmethod
+    def num_kept(config: RouterFields) -> int:
+        """The projection, before and after it is normalised."""
+        return config.router_dim * (2 if config.router_normalize == "both" else 1)
 
     def reset_parameters(self) -> None:
         """Orthogonal expert embeddings of equal norm, the temperature's initial value; the reduction has its own."""

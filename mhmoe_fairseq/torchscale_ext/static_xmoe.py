@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torchscale.component.xmoe.moe_layer import MOELayer
 from torchscale.component.xmoe.routing import Top1Gate, Top2Gate
 
 from ..common.errors import UserError
-from ..moe import LayerCounts, MHMoEOutput, RoutingStats
+from ..moe import ConfigError, LayerCounts, MHMoEConfig, MHMoEOutput, RoutingStats
 from .settings import DecoderSettings
 
 
@@ -70,7 +71,7 @@ class StaticXMoE(nn.Module):
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        check_supported(settings)
+        check_supported(settings.moe)
         ensure_single_process_group()
         moe = settings.moe
         names = SimpleNamespace(
@@ -139,28 +140,25 @@ class StaticXMoE(nn.Module):
                 self.layer.gate.wg.copy_(before)
 
 
-def check_supported(settings: DecoderSettings) -> None:
-    """Refuse what TorchScale's layer has no counterpart for, naming the flag."""
-    moe = settings.moe
-    unsupported = {
-        f"--mhmoe-router {moe.router}": moe.router not in ("linear", "xmoe"),
-        f"--mhmoe-heads-number {moe.num_heads}": moe.num_heads != 1,
-        f"--moe-top-k {moe.top_k}": moe.top_k not in (1, 2),
-        "--activation-fn silu (SwiGLU experts)": moe.activation == "swiglu",
-        "--no-bias": not moe.expert_bias,
-        "--mhmoe-head-projection or --mhmoe-merge-projection": moe.has_head_projection or moe.has_merge_projection,
-        "--mhmoe-subtoken-residual": moe.subtoken_residual,
-        "--mhmoe-shared-expert-dim": moe.shared_expert_dim > 0,
-        "--mhmoe-router-dim (TorchScale's is 16)": moe.router == "xmoe" and moe.router_dim != 16,
-        "--mhmoe-router-normalize both": moe.router_normalize != "expert",
-        "--mhmoe-router-temperature": moe.router_temperature is not None,
-        "--mhmoe-capacity-factor": moe.capacity_factor != 1.0,
-        "--mhmoe-balance-assignment topk": moe.balance_assignment != "top1",
-        "--mhmoe-normalize-gates off": not moe.normalize_gates,
+def check_supported(moe: MHMoEConfig) -> None:
+    """Refuse, with a ``ConfigError``, what TorchScale's layer has no counterpart for."""
+    possible: dict[str, tuple[Any, ...]] = {
+        "router": ("linear", "xmoe"),
+        "num_heads": (1,),
+        "top_k": (1, 2),
+        "activation": ("gelu", "relu"),
+        "expert_bias": (True,),
+        "subtoken_residual": (False,),
+        "shared_expert_dim": (0,),
+        "router_dim": (16,) if moe.router == "xmoe" else (moe.router_dim,),
+        "router_normalize": ("expert",),
+        "router_temperature": (None,),
+        "capacity_factor": (1.0,),
+        "balance_assignment": ("top1",),
+        "normalize_gates": (True,),
     }
-    for flag, present in unsupported.items():
-        if present:
-            raise UserError(
-                f"--mhmoe-routing torchscale cannot be combined with {flag}: "
-                "TorchScale's own layer has no such option; use --mhmoe-routing capacity"
-            )
+    refused = [field for field, values in possible.items() if getattr(moe, field) not in values]
+    refused += [f"{part}_projection" for part in ("head", "merge") if getattr(moe, f"has_{part}_projection")]
+    if refused:
+        rule = "cannot be combined with {routing} torchscale: TorchScale's own layer has no such option; use {routing} "
+        raise ConfigError(refused[0], getattr(moe, refused[0]), rule + "capacity")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...moe import MHMoEConfig
+from ...moe.router import ROUTERS
 
 _FP32 = 4
 _INDEX = 8  # int64
@@ -207,9 +208,7 @@ def _router(shape: ModelShape, moe: MHMoEConfig) -> int:
     inputs = shape.embed_dim * a  # the experts' input, too
     if shape.half and (moe.gating_fp32 or not moe.has_head_projection):
         inputs += shape.embed_dim * gate
-    reduced = 0
-    if moe.router == "xmoe":
-        reduced = h * moe.router_dim * gate * (2 if moe.router_normalize == "both" else 1)
+    reduced = h * ROUTERS[moe.router].num_kept(moe) * gate
     probabilities = h * e * 2 * _FP32  # the softmax, and the logits for the z-loss
     gates = h * k * (_INDEX + 1) + (h * (k + 2) * _FP32 if moe.normalize_gates and k > 1 else 0)
     z_loss = h * (_FP32 + 1)
