@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -34,24 +35,32 @@ _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+
 _CONSEQUENCES = ("ChildFailedError", "by peer")
 
 
-def call(words: list[str], threads: int | None, on_line: Callable[[str], None], output: Path | None = None) -> None:
-    """Runs one command; every line goes to ``on_line``, and into ``output``.
+def call(
+    words: list[str],
+    threads: int | None,
+    on_line: Callable[[str], None],
+    output: Path | None = None,
+    running: list[subprocess.Popen[str]] | None = None,
+) -> None:
+    """Runs one command; every line goes to ``on_line``, and into ``output``; its process is added to ``running``.
 
     Raises:
         UserError: it failed; says its last error.
     """
     env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
-    lines: list[str] = []
+    lines: deque[str] = deque(maxlen=200)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True, errors="replace"
     )
+    if running is not None:
+        running.append(process)
     with open(output or os.devnull, "a", encoding="utf-8") as kept:
         try:
             for line in process.stdout or ():
                 kept.write(line)
                 kept.flush()
-                lines = [*lines[-200:], line.rstrip("\n")]
+                lines.append(line.rstrip("\n"))
                 on_line(lines[-1])
         except BaseException:
             process.terminate()
@@ -62,10 +71,11 @@ def call(words: list[str], threads: int | None, on_line: Callable[[str], None], 
         raise UserError(last_error(lines))
 
 
-def last_error(lines: list[str]) -> str:
+def last_error(lines: Iterable[str]) -> str:
     """Returns the last line that tells an error of a command's own, or its last line."""
-    errors = [line for line in lines if _ERROR.match(line) and not any(word in line for word in _CONSEQUENCES)]
-    return (errors or [line for line in lines if line.strip()] or ["it ended without a word"])[-1]
+    told = [line for line in lines if line.strip()]
+    errors = [line for line in told if _ERROR.match(line) and not any(word in line for word in _CONSEQUENCES)]
+    return (errors or told or ["it ended without a word"])[-1]
 
 
 @dataclass
@@ -110,6 +120,7 @@ class Runner:
     say: Callable[[str], None]
     jobs: int = 1
     threads: int | None = None
+    running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def work(self) -> None:
         """Prepares, searches, trains, evaluates, follows up and reports.
@@ -185,6 +196,10 @@ class Runner:
             waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in todo]
             try:
                 concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                for process in self.running:
+                    process.terminate()
+                raise
             finally:
                 for job in waiting:
                     job.cancel()
@@ -234,7 +249,7 @@ class Runner:
 
     def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
         try:
-            call(words, self.threads, on_line, output)
+            call(words, self.threads, on_line, output, self.running)
         except UserError as error:
             raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
 

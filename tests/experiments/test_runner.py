@@ -29,7 +29,7 @@ class Commands:
     def __init__(self, folder: Path) -> None:
         self.folder, self.called, self.broken = folder, [], None
 
-    def __call__(self, words, threads, on_line, output=None) -> None:
+    def __call__(self, words, threads, on_line, output=None, running=None) -> None:
         self.called.append((words, threads))
         if self.broken is not None and any(self.broken in word for word in words):
             raise UserError("RuntimeError: broken")
