@@ -35,7 +35,7 @@ def test_every_model_has_a_file(repository):
 )
 def test_two_updates(repository, trained_model, tmp_path, model):
     log = hydra_train(repository, tmp_path, trained_model.data, model)
-    assert '"num_updates": "2"' in log
+    assert 'num_updates": "2"' in log
     state = torch.load(tmp_path / "saved" / "checkpoint_last.pt", weights_only=True)
     config = state["cfg"]
     assert {name: config["model"][name] for name in MODELS[model]} == MODELS[model]
