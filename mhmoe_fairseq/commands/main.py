@@ -66,7 +66,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
-HEAVY = {"evaluate", "probe", "visual-tokenizer"}
+HEAVY = {"evaluate", "probe"}
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:

@@ -183,11 +183,11 @@ def _prepare_image_text(args: argparse.Namespace) -> None:
     from ..prepare.image_text.derived import DerivedSettings
     from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
     from ..prepare.sources.images.folder import Beit3Folder
-    from ..prepare.visual_tokenizers.fitting import FitSettings
+    from ..prepare.visual_tokenizers.settings import KMeansSettings
 
     source = IMAGE_SOURCES.build(args)
     check_vocab_size(args.vocab_size)
-    tokenizer = FitSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
+    tokenizer = KMeansSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
     tokenizer.check("--visual-vocab-size")
     settings = ImageTextSettings.from_flags(
         args,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,12 @@ from ..common.arguments import existing_file, existing_folder, output_file, real
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import atomic_path, write_json
+from ..prepare.visual_tokenizers.settings import FILE, FitSettings, KMeansSettings, VQVAESettings
 
 if TYPE_CHECKING:
     from ..data.visual_tokenizers import VisualTokenizer
 
-KINDS = ("patch-kmeans", "vqvae")
+KINDS: dict[str, type[FitSettings]] = {"patch-kmeans": KMeansSettings, "vqvae": VQVAESettings}
 _SHOWN = 12
 _FIT = """\
 Only the training images of a prepared folder are used. Writes FILE, beside it FILE.png with held-out images over
@@ -56,37 +58,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
-    from ..prepare.visual_tokenizers.fitting import FILE, FitSettings
-    from ..prepare.visual_tokenizers.vqvae_training import VQVAESettings
-
-    kmeans, vqvae = FitSettings(), VQVAESettings()
+    kmeans, vqvae = (settings() for settings in KINDS.values())
+    shown = "(default: %(default)s)"
     fit.add_argument("data", type=existing_folder, metavar="DATA", help="folder of mhmoe prepare image-text")
-    fit.add_argument("--kind", choices=KINDS, default=KINDS[0], help="(default: %(default)s)")
+    fit.add_argument("--kind", choices=tuple(KINDS), default="patch-kmeans", help=shown)
     fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {FILE} in DATA)")
     fit.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    numbers = {
-        "--vocab-size": (kmeans.vocab_size, "number of codes"),
-        "--patch-size": (kmeans.patch_size, "side of a patch in pixels"),
-        "--image-size": (kmeans.image_size, "side of the images that it takes; both sizes give the grid of ids"),
-        "--max-patches": (kmeans.max_patches, "patch-kmeans: about how many patches are used"),
-        "--iterations": (kmeans.iterations, "patch-kmeans: of Lloyd's algorithm"),
-        "--updates": (vqvae.updates, "vqvae: steps"),
-        "--batch-size": (vqvae.batch_size, "vqvae: images in a step"),
-    }
-    for flag, (value, text) in numbers.items():
-        fit.add_argument(flag, type=whole(), default=value, metavar="N", help=f"{text} (default: %(default)s)")
+    for name, settings, kind, text in (
+        ("vocab_size", kmeans, whole(), "number of codes"),
+        ("patch_size", kmeans, whole(), "side of a patch in pixels"),
+        ("image_size", kmeans, whole(), "side of the images that it takes; both sizes give the grid of ids"),
+        ("max_patches", kmeans, whole(), "patch-kmeans: about how many patches are used"),
+        ("iterations", kmeans, whole(), "patch-kmeans: of Lloyd's algorithm"),
+        ("updates", vqvae, whole(), "vqvae: steps"),
+        ("batch_size", vqvae, whole(), "vqvae: images in a step"),
+        ("seed", kmeans, seed, "of everything that is drawn"),
+    ):
+        flag, default = f"--{name.replace('_', '-')}", getattr(settings, name)
+        fit.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} {shown}")
     fit.add_argument(
-        "--seed", type=seed, default=kmeans.seed, metavar="N",
-        help="of everything that is drawn (default: %(default)s)",
+        "--lr", dest="learning_rate", type=real(above=0, below=1), default=vqvae.learning_rate, metavar="RATE",
+        help=f"vqvae: at the start {shown}",
     )  # fmt: skip
-    fit.add_argument(
-        "--lr",
-        type=real(above=0),
-        default=vqvae.learning_rate,
-        metavar="RATE",
-        help="vqvae: at the start (default: %(default)s)",
-    )
-    fit.add_argument("--device", default=vqvae.device, help="vqvae: where to train (default: %(default)s)")
+    fit.add_argument("--device", default=vqvae.device, help=f"vqvae: where to train {shown}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,30 +94,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from ..prepare.visual_tokenizers.fitting import FILE, FitSettings, fit_kmeans
-    from ..prepare.visual_tokenizers.vqvae_training import VQVAESettings, fit_vqvae
+    from ..prepare.visual_tokenizers.kmeans import fit_kmeans
+    from ..prepare.visual_tokenizers.vqvae import fit_vqvae
 
     output = args.output or args.data / FILE
     if output.exists() and not args.overwrite:
         raise UserError(f"--output {output}: is there already; name another file, or add --overwrite to replace it")
-    sizes = {name: getattr(args, name) for name in ("vocab_size", "patch_size", "image_size", "seed")}
-    if args.kind == "vqvae":
-        vqvae = VQVAESettings(
-            **sizes, updates=args.updates, batch_size=args.batch_size, learning_rate=args.lr, device=args.device
-        )
-        tokenizer: VisualTokenizer = fit_vqvae(args.data, vqvae, say)
-    else:
-        kmeans = FitSettings(**sizes, max_patches=args.max_patches, iterations=args.iterations)
-        tokenizer = fit_kmeans(args.data, kmeans, say)
+    kind, given = KINDS[args.kind], vars(args)
+    settings = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+    tokenizer: VisualTokenizer = {"patch-kmeans": fit_kmeans, "vqvae": fit_vqvae}[args.kind](args.data, settings, say)
     tokenizer.save(output)
     write_json(output.with_name(output.name + ".json"), describe(tokenizer))
     _draw_comparison(tokenizer, args.data, output.with_name(output.name + ".png"), args.seed)
     for split in ("train", "valid"):
         if split in tokenizer.provenance:
-            figures = ", ".join(
-                f"{name.replace('_', ' ')} {value}" for name, value in tokenizer.provenance[split].items()
-            )
-            say(f"{split}: {figures}")
+            measured = tokenizer.provenance[split].items()
+            say(f"{split}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in measured))
     say(f"done: {output}")
 
 
@@ -132,7 +118,7 @@ def _draw_comparison(tokenizer: VisualTokenizer, data: Path, path: Path, seed: i
     from torchvision.transforms.functional import to_pil_image
 
     from ..data.multimodal.index import index_files
-    from ..prepare.visual_tokenizers.fitting import comparison, whole_images
+    from ..prepare.visual_tokenizers.samples import comparison, whole_images
 
     split = next(split for split in ("valid", "train") if index_files(data, "image", split)[0].is_file())
     images = whole_images(data, split, tokenizer.image_size, _SHOWN, seed)
@@ -146,7 +132,7 @@ def describe(tokenizer: VisualTokenizer) -> dict[str, object]:
         "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "patch_size": tokenizer.patch_size,
         "image_size": tokenizer.image_size, "token_shape": list(tokenizer.token_shape),
         "parameters": sum(value.numel() for value in tokenizer.state_dict().values()),
-        "settings": tokenizer.settings(), "provenance": tokenizer.provenance,
+        "settings": tokenizer.settings, "provenance": tokenizer.provenance,
     }  # fmt: skip
 
 

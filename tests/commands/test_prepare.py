@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 from image_text_data import shape_settings
+from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
 from mhmoe_fairseq.data.documents import Document
 from mhmoe_fairseq.prepare.classification import ClassificationSettings
@@ -11,7 +12,6 @@ from mhmoe_fairseq.prepare.english import EnglishSettings
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
 from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualSettings
 from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, OpenedSource, Source, SourceKind
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_the_manifest_says_what_is_derived(folder):
 
 def test_only_training_images_make_the_codes(folder, tmp_path):
     """The codes are the same when every held-out image is another one."""
-    from mhmoe_fairseq.prepare.visual_tokenizers.fitting import fit_kmeans
+    from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_kmeans
 
     settings = shape_settings().tokenizer
     before = fit_kmeans(folder, settings, say=print)

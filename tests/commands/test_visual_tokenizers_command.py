@@ -9,7 +9,7 @@ from PIL import Image
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import whole_images
+from mhmoe_fairseq.prepare.visual_tokenizers.samples import whole_images
 
 SMALL = ["--vocab-size", "12", "--patch-size", "8", "--image-size", "32"]
 
@@ -79,13 +79,13 @@ def test_info_and_encode(run, shapes, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocab-size", "1"], "--vocab-size 1: must be at least 2"),
+        (["--vocab-size", "1"], "--vocab-size (1) must be at least 2"),
         (["--image-size", "30"], "--image-size 30: must be a multiple of --patch-size 8"),
         (["--iterations", "0"], "--iterations (0) must be at least 1"),
         (["--max-patches", "0"], "--max-patches (0) must be at least 1"),
         (["--vocab-size", "5000"], "5000 codes (--vocab-size, in mhmoe prepare --visual-vocab-size): more than the"),
         (["--kind", "vqvae", "--updates", "0"], "--updates (0) must be at least 1"),
-        (["--kind", "vqvae", "--lr", "2"], "--lr 2: must be above 0 and below 1"),
+        (["--kind", "vqvae", "--lr", "2"], "--lr (2) must be in (0, 1)"),
         (["--kind", "vqvae", "--device", "nothing"], "--device nothing: PyTorch cannot use it here"),
     ],
 )

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.data.visual_tokenizers import PatchKMeans, fit_patch_kmeans, load_visual_tokenizer
+from mhmoe_fairseq.data.visual_tokenizers import PatchKMeans, load_visual_tokenizer
 from mhmoe_fairseq.data.visual_tokenizers.base import check_range, from_patches, nearest, to_patches
+from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_patch_kmeans
 from mhmoe_fairseq.prepare.visual_tokenizers.samples import measure
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 
 def random_images(count=6, size=16, seed=0):
@@ -15,7 +17,7 @@ def random_images(count=6, size=16, seed=0):
 
 def fit(images, vocab_size=8, **changes):
     settings = {"patch_size": 4, "image_size": images.shape[-1], "seed": 1, "iterations": 6, **changes}
-    return fit_patch_kmeans(to_patches(images, 4).flatten(0, 1), vocab_size=vocab_size, **settings)
+    return fit_patch_kmeans(to_patches(images, 4).flatten(0, 1), KMeansSettings(vocab_size, **settings))
 
 
 def test_patches_are_row_by_row_and_go_back():
@@ -53,9 +55,7 @@ def test_the_error_falls_with_every_step_until_nothing_moves():
     centres = torch.rand(8, 48, generator=generator)
     patches = (centres.repeat(40, 1) + 0.01 * torch.randn(320, 48, generator=generator)).clamp(0, 1)
     said = []
-    fitted = fit_patch_kmeans(
-        patches, vocab_size=8, patch_size=4, image_size=8, seed=2, iterations=30, say=said.append
-    )  # fmt: skip
+    fitted = fit_patch_kmeans(patches, KMeansSettings(8, 4, 8, seed=2, iterations=30), said.append)
     errors = [float(line.split("mean squared error ")[1].split(",")[0]) for line in said]
     assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] and len(errors) < 30
     final = torch.cdist(patches, fitted.centroids + fitted.mean).min(1).values.square().mean() / 48
@@ -66,9 +66,7 @@ def test_the_error_falls_with_every_step_until_nothing_moves():
 def test_codes_that_die_are_put_elsewhere():
     black, white = torch.zeros(300, 48), torch.ones(300, 48)
     rare = torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
-    fitted = fit_patch_kmeans(
-        torch.cat([black, white, rare]), vocab_size=10, patch_size=4, image_size=8, seed=1, iterations=20
-    )  # fmt: skip
+    fitted = fit_patch_kmeans(torch.cat([black, white, rare]), KMeansSettings(10, 4, 8, seed=1, iterations=20))
     ids = nearest(torch.cat([black, white, rare]) - fitted.mean, fitted.centroids)
     assert len(ids.unique()) == 10
 
@@ -146,8 +144,8 @@ def test_half_precision_and_autocast_change_no_id():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((1, 4, 16), "--vocab-size 1: must be at least 2"),
-        ((8, 0, 16), "--patch-size 0: must be at least 1"),
+        ((1, 4, 16), "--vocab-size .1. must be at least 2"),
+        ((8, 0, 16), "--patch-size .0. must be at least 1"),
         ((8, 5, 16), "--image-size 16: must be a multiple of --patch-size 5"),
     ],
 )

@@ -13,9 +13,9 @@ from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.multimodal.index import read_index
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
 from mhmoe_fairseq.prepare.image_text.beit3_folder import Completion, PieceVocabulary
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
-TOKENIZER = FitSettings(vocab_size=8, patch_size=8, image_size=32, max_patches=500, iterations=3)
+TOKENIZER = KMeansSettings(vocab_size=8, patch_size=8, image_size=32, max_patches=500, iterations=3)
 CAPTIONS = ["a red bar", "a blue circle", "two circles", "one bar beside a circle"]
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
 from mhmoe_fairseq.prepare.image_text.images import OpenedImages, Sentence, SourceImage
 from mhmoe_fairseq.prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210), "yellow": (240, 210, 50)}
 SHAPES = ("circle", "square", "bar")
@@ -95,7 +95,7 @@ def shape_settings(**changes: object) -> ImageTextSettings:
     """Settings that suit two dozen images."""
     settings = {
         "vocab_size": 300, "valid_fraction": 0.25, "test_fraction": 0.25, "derived": DerivedSettings(1, 60),
-        "tokenizer": FitSettings(CODES, PATCH_SIZE, IMG_SIZE, max_patches=2000, iterations=4),
+        "tokenizer": KMeansSettings(CODES, PATCH_SIZE, IMG_SIZE, max_patches=2000, iterations=4),
     }  # fmt: skip
     return ImageTextSettings(**{**settings, **changes})
 

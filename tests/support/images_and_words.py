@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_tensor
 
 from mhmoe_fairseq.data.multimodal.index import write_index
-from mhmoe_fairseq.data.visual_tokenizers import fit_patch_kmeans
 from mhmoe_fairseq.data.visual_tokenizers.base import to_patches
+from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_patch_kmeans
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 COLOURS = {
     "red": (210, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 210), "yellow": (230, 210, 40),
@@ -66,10 +67,8 @@ def write_tokenizer(path: Path, folder: Path, seed: int = 1, image_size: int = I
     images = torch.stack([to_tensor(image.resize((image_size, image_size))) for image in opened])
     patches = to_patches(images, PATCH_SIZE).flatten(0, 1)
     patches = patches + 0.01 * torch.rand(patches.shape, generator=torch.Generator().manual_seed(seed))
-    fitted = fit_patch_kmeans(
-        patches.clamp(0, 1), vocab_size=CODES, patch_size=PATCH_SIZE, image_size=image_size, seed=seed, iterations=5
-    )
-    fitted.save(path)
+    settings = KMeansSettings(CODES, PATCH_SIZE, image_size, seed, iterations=5)
+    fit_patch_kmeans(patches.clamp(0, 1), settings).save(path)
 
 
 def sentence(generator: random.Random) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...common.errors import UserError
+from ...common.ranges import SIZE, Range
 from ..tensor_files import save_tensors
 
 FORMAT = 1
@@ -24,6 +25,7 @@ class VisualTokenizer(nn.Module, ABC):
         patch_size: side of a patch in pixels.
         image_size: side of the square images that :meth:`encode` takes; a multiple of ``patch_size``.
         provenance: how it was made (JSON values), for people to read.
+        settings: what else the constructor of its kind takes (JSON values).
 
     Raises:
         UserError: a size that is not positive, or an image that is not whole patches.
@@ -32,13 +34,13 @@ class VisualTokenizer(nn.Module, ABC):
     kind: ClassVar[str]
     can_decode: ClassVar[bool] = True
 
-    def __init__(self, vocab_size: int, patch_size: int, image_size: int, provenance: Optional[dict[str, Any]] = None):
+    def __init__(
+        self, vocab_size: int, patch_size: int, image_size: int, provenance: dict[str, Any] | None, **settings: Any
+    ) -> None:
         super().__init__()
         check_sizes(vocab_size, patch_size, image_size)
-        self.vocab_size = vocab_size
-        self.patch_size = patch_size
-        self.image_size = image_size
-        self.provenance = dict(provenance or {})
+        self.vocab_size, self.patch_size, self.image_size = vocab_size, patch_size, image_size
+        self.provenance, self.settings = dict(provenance or {}), settings
 
     @property
     def token_shape(self) -> tuple[int, int]:
@@ -83,10 +85,6 @@ class VisualTokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Images of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
 
-    def settings(self) -> dict[str, Any]:
-        """Further arguments of the constructor, as JSON values."""
-        return {}
-
     def save(self, path: Path) -> None:
         """Writes plain tensors and values to ``path``, atomically."""
         content = {
@@ -95,7 +93,7 @@ class VisualTokenizer(nn.Module, ABC):
             "vocab_size": self.vocab_size,
             "patch_size": self.patch_size,
             "image_size": self.image_size,
-            "settings": self.settings(),
+            "settings": self.settings,
             "state": {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
             "provenance": self.provenance,
         }
@@ -108,9 +106,10 @@ class VisualTokenizer(nn.Module, ABC):
 
 def check_sizes(vocab_size: int, patch_size: int, image_size: int, vocab_flag: str = "--vocab-size") -> None:
     """``UserError`` that names the flag of a bad size."""
-    for flag, value, least in ((vocab_flag, vocab_size, 2), ("--patch-size", patch_size, 1)):
-        if value < least:
-            raise UserError(f"{flag} {value}: must be at least {least}")
+    codes = Range(low=2, integer=True)
+    for flag, value, allowed in ((vocab_flag, vocab_size, codes), ("--patch-size", patch_size, SIZE)):
+        if problem := allowed.problem(value):
+            raise UserError(f"{flag} ({value}) {problem}")
     if image_size < patch_size or image_size % patch_size:
         raise UserError(f"--image-size {image_size}: must be a multiple of --patch-size {patch_size}")
 
@@ -135,9 +134,7 @@ def to_patches(images: Tensor, patch_size: int) -> Tensor:
 
 def from_patches(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
     """The inverse of :func:`to_patches` for square images."""
-    return torch.nn.functional.fold(
-        patches.transpose(1, 2), (image_size, image_size), patch_size, stride=patch_size
-    )  # fmt: skip
+    return torch.nn.functional.fold(patches.transpose(1, 2), (image_size, image_size), patch_size, stride=patch_size)
 
 
 def nearest(vectors: Tensor, codes: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ whatever the batch holds (theirs looks at the largest value).
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,35 +107,20 @@ class VQKD(VisualTokenizer):
     can_decode = False
 
     def __init__(
-        self,
-        vocab_size: int,
-        patch_size: int,
-        image_size: int,
-        provenance: Optional[dict[str, Any]] = None,
-        *,
-        width: int,
-        inner_width: int,
-        depth: int,
-        code_width: int,
-        final_norm: str = "fc_norm",
-        scaled: bool = False,
-    ):
-        super().__init__(vocab_size, patch_size, image_size, provenance)
+        self, vocab_size: int, patch_size: int, image_size: int, provenance: dict[str, Any] | None = None, *,
+        width: int, inner_width: int, depth: int, code_width: int, final_norm: str = "fc_norm", scaled: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            vocab_size, patch_size, image_size, provenance, width=width, inner_width=inner_width, depth=depth,
+            code_width=code_width, final_norm=final_norm, scaled=scaled,
+        )  # fmt: skip
         if final_norm not in ("fc_norm", "norm"):
             raise ValueError(f"final_norm {final_norm!r}: must be fc_norm or norm")
-        self._settings = {
-            "width": width, "inner_width": inner_width, "depth": depth, "code_width": code_width,
-            "final_norm": final_norm, "scaled": scaled,
-        }  # fmt: skip
         rows, columns = self.token_shape
         self.encoder = _Encoder(width, inner_width, depth, patch_size, rows * columns, final_norm, scaled)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_width))
         self.quantize = nn.ModuleDict({"embedding": nn.Embedding(vocab_size, code_width)})
         self.requires_grad_(False)
-
-    def settings(self) -> dict[str, Any]:
-        """Further arguments of the constructor."""
-        return dict(self._settings)
 
     def _encode(self, images: Tensor) -> Tensor:
         features = self.encode_task_layer(self.encoder(images * 255 / 127.5 - 1))
@@ -150,12 +137,12 @@ def is_vqkd_checkpoint(content: Mapping[str, Any]) -> bool:
     return _CODES in _weights(content)
 
 
-def read_vqkd(content: Mapping[str, Any], place: str) -> VQKD:
+def read_vqkd(content: Mapping[str, Any], path: Path) -> VQKD:
     """The tokenizer out of a checkpoint with ``model`` or ``state_dict``; decoder and teacher are passed over.
 
     Args:
         content: what the file holds.
-        place: names it in errors.
+        path: that file, for errors.
 
     Raises:
         UserError: a tensor is missing, of another shape, or of a layout that BEiT v2 did not release.
@@ -169,7 +156,7 @@ def read_vqkd(content: Mapping[str, Any], place: str) -> VQKD:
         tokenizer.load_state_dict({name: value.float() for name, value in kept.items()})
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{place}: not the layout of BEiT v2's VQ-KD checkpoints ({reason})") from error
+        raise UserError(f"{path}: not the layout of BEiT v2's VQ-KD checkpoints ({reason})") from error
     return tokenizer.eval()
 
 

@@ -7,7 +7,7 @@ chose them (exponential moving average), and those that nothing chooses are put 
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +42,12 @@ class VQVAE(VisualTokenizer):
     codes: Tensor
 
     def __init__(
-        self,
-        vocab_size: int,
-        patch_size: int,
-        image_size: int,
-        provenance: Optional[dict[str, Any]] = None,
-        *,
-        width: int = 64,
-        code_width: int = 16,
-        depth: int = 2,
-    ):
-        super().__init__(vocab_size, patch_size, image_size, provenance)
-        self._settings = {"width": width, "code_width": code_width, "depth": depth}
+        self, vocab_size: int, patch_size: int, image_size: int, provenance: dict[str, Any] | None = None, *,
+        width: int = 64, code_width: int = 16, depth: int = 2,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            vocab_size, patch_size, image_size, provenance, width=width, code_width=code_width, depth=depth
+        )
         pixels = 3 * patch_size**2
         self.to_features = nn.Linear(pixels, width)
         self.encoder = nn.Sequential(*(_Mixing(width) for _ in range(depth)))
@@ -62,10 +56,6 @@ class VQVAE(VisualTokenizer):
         self.decoder = nn.Sequential(*(_Mixing(width) for _ in range(depth)))
         self.to_pixels = nn.Linear(width, pixels)
         self.register_buffer("codes", F.normalize(torch.randn(vocab_size, code_width), dim=1))
-
-    def settings(self) -> dict[str, Any]:
-        """Further arguments of the constructor."""
-        return dict(self._settings)
 
     def vectors(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) in [0, 1] -> (B, N, code_width), each of length one."""

@@ -33,8 +33,9 @@ from ..archives import Say
 from ..base import DICTIONARY, MODEL_FILE, manifest_head, tool_versions
 from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
-from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
-from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
+from ..visual_tokenizers.kmeans import fit_kmeans
+from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
+from ..visual_tokenizers.settings import KMeansSettings
 from ..workspace import MANIFEST, describe_files
 from .pipeline import KIND, MASK
 
@@ -84,7 +85,7 @@ class Completion:
     """
 
     def __init__(
-        self, folder: Path, say: Say, text_data: Optional[Path] = None, tokenizer: Optional[FitSettings] = None
+        self, folder: Path, say: Say, text_data: Optional[Path] = None, tokenizer: Optional[KMeansSettings] = None
     ):
         self._folder = folder
         self._say = say

@@ -13,8 +13,9 @@ from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, 
 from ...data.documents import clean_line
 from ..base import DICTIONARY, MODEL_FILE, CorpusSettings, Preparation, binary_files
 from ..splits import SPLITS
-from ..visual_tokenizers.fitting import FILE as TOKENIZER_FILE
-from ..visual_tokenizers.fitting import FitSettings, fit_kmeans
+from ..visual_tokenizers.kmeans import fit_kmeans
+from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
+from ..visual_tokenizers.settings import KMeansSettings
 from .derived import Derivation, DerivedSettings
 from .images import CATALOGUE, SENTENCES, Sentence, SourceImage, read_catalogue, write_catalogue
 from .indexes import IndexWriter, by_part
@@ -41,7 +42,7 @@ class ImageTextSettings(CorpusSettings):
     test_fraction: float = 0.1
     text_data: Optional[Path] = None
     derived: Optional[DerivedSettings] = DerivedSettings()
-    tokenizer: Optional[FitSettings] = FitSettings()
+    tokenizer: Optional[KMeansSettings] = KMeansSettings()
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag, the languages as ``langs``, texts as their hashes."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ...common.errors import UserError
+from ...common.files import sha256_of
 from ...data.images.reading import ImageError, read_image
 from ...data.images.transforms import EvaluationViews, PretrainingViews
 from ...data.multimodal.index import index_files, read_index
 from ...data.visual_tokenizers.base import VisualTokenizer, to_patches
+from .settings import KMeansSettings
 
-_MAX_IMAGES = 8192
+_MAX_IMAGES, _MEASURED = 8192, 512
 
 
 def image_files(folder: Path, split: str) -> list[Path]:
@@ -56,27 +59,23 @@ def choose(files: Sequence[Path], most: int, rng: np.random.Generator) -> list[P
     """At most ``most`` files, drawn without replacement, in their order."""
     if len(files) <= most:
         return list(files)
-    return [files[place] for place in sorted(rng.choice(len(files), most, replace=False))]
+    return [files[index] for index in sorted(rng.choice(len(files), most, replace=False))]
 
 
-def sample_patches(
-    files: Sequence[Path], *, image_size: int, patch_size: int, max_patches: int, seed: int
-) -> tuple[Tensor, dict[str, Any]]:
-    """About ``max_patches`` patches, as many of each image, half of them from random crops.
+def sample_patches(files: Sequence[Path], settings: KMeansSettings) -> tuple[Tensor, dict[str, Any]]:
+    """About ``settings.max_patches`` patches, as many of each image, half of them from random crops.
 
     Returns:
         (R, 3 * patch_size ** 2) in [0, 1], and what was sampled, for the tokenizer's provenance.
     """
-    if max_patches < 1:
-        raise UserError(f"--max-patches {max_patches}: must be at least 1")
-    rng = np.random.default_rng(seed)
+    rng, max_patches = np.random.default_rng(settings.seed), settings.max_patches
     chosen = choose(files, min(_MAX_IMAGES, max_patches), rng)
-    views, unreadable = read_views(chosen, image_size, rng, crops=1)
-    patches = to_patches(views.flatten(0, 1), patch_size).unflatten(0, views.shape[:2]).flatten(1, 2)
+    views, unreadable = read_views(chosen, settings.image_size, rng, crops=1)
+    patches = to_patches(views.flatten(0, 1), settings.patch_size).unflatten(0, views.shape[:2]).flatten(1, 2)
     each = min(patches.shape[1], max(1, max_patches // len(patches)))
     kept = torch.from_numpy(rng.random(patches.shape[:2])).topk(each, dim=1).indices
     sampled = patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2])).flatten(0, 1)
-    return sampled, {"images": len(views), "unreadable": unreadable, "patches": len(sampled), "seed": seed}
+    return sampled, {"images": len(views), "unreadable": unreadable, "patches": len(sampled), "seed": settings.seed}
 
 
 def measure(tokenizer: VisualTokenizer, images: Tensor) -> dict[str, float]:
@@ -97,3 +96,25 @@ def measure(tokenizer: VisualTokenizer, images: Tensor) -> dict[str, float]:
         error = sum(float((tokenizer.decode(part) - block).square().sum()) for part, block in blocks)
         found["mean_squared_error"] = round(error / images.numel(), 6)
     return found
+
+
+def measured_on(folder: Path, tokenizer: VisualTokenizer, seed: int) -> dict[str, object]:
+    """Hash of the training index, and the figures of :func:`measure` on training and held-out images."""
+    record: dict[str, object] = {"image_index_sha256": sha256_of(index_files(folder, "image", "train")[0])}
+    for split in ("train", "valid"):
+        if index_files(folder, "image", split)[0].is_file():
+            record[split] = measure(tokenizer, whole_images(folder, split, tokenizer.image_size, _MEASURED, seed))
+    return record
+
+
+def whole_images(folder: Path, split: str, image_size: int, most: int, seed: int) -> Tensor:
+    """At most ``most`` images of a part, drawn by ``seed``: (B, 3, image_size, image_size) in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    views, _ = read_views(choose(image_files(folder, split), most, rng), image_size, rng)
+    return views[:, 0]
+
+
+def comparison(tokenizer: VisualTokenizer, images: Tensor) -> Tensor:
+    """Images over what their ids decode to, as one image: (3, 2 * S, B * S) in [0, 1]."""
+    decoded = tokenizer.decode(tokenizer.encode(images)).cpu()
+    return torch.cat([torch.cat(list(row), dim=2) for row in (images, decoded)], dim=1)

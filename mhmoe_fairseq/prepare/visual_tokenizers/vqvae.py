@@ -1,72 +1,24 @@
-"""Training of the small convolutional tokenizer."""
+"""Training of the small convolutional tokenizer, :class:`~mhmoe_fairseq.data.visual_tokenizers.VQVAE`."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...common.errors import UserError
-from ...data.visual_tokenizers.base import check_sizes
-from ...data.visual_tokenizers.vqvae import VQVAE
-from .fitting import measured_on
-from .samples import choose, image_files, read_views
+from ...data.visual_tokenizers import VQVAE
+from .samples import choose, image_files, measured_on, read_views
+from .settings import VQVAESettings
 
-Say = Callable[[str], None]
 _KEPT_IMAGES = 4096
 _DEAD_SHARE = 0.03  # of the uniform load: codes below it move onto vectors of the batch
 _REPORTS = 10
-
-
-@dataclass(frozen=True)
-class VQVAESettings:
-    """How it is trained.
-
-    Args:
-        vocab_size: number of codes.
-        patch_size: side of a patch in pixels.
-        image_size: side of the images it takes.
-        seed: of weights, order and crops.
-        updates: steps of AdamW.
-        batch_size: images in a step.
-        learning_rate: at the start; it falls to zero by a cosine.
-        decay: of the codes' moving average.
-        commitment: weight of the vectors' distance from their codes, beside the error of the images.
-        crops: random crops of each training image, made before the first step.
-        device: where it is trained.
-    """
-
-    vocab_size: int = 512
-    patch_size: int = 16
-    image_size: int = 64
-    seed: int = 1
-    updates: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    decay: float = 0.95
-    commitment: float = 0.25
-    crops: int = 1
-    device: str = "cpu"
-
-    def check(self) -> None:
-        """``UserError`` that names the flag of a bad value."""
-        check_sizes(self.vocab_size, self.patch_size, self.image_size)
-        for flag, value in (("--updates", self.updates), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{flag} {value}: must be at least 1")
-        if not 0 < self.learning_rate < 1:
-            raise UserError(f"--lr {self.learning_rate:g}: must be above 0 and below 1")
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--device {self.device}: PyTorch cannot use it here ({reason})") from error
 
 
 class Trainer:
@@ -116,7 +68,7 @@ class Trainer:
         return torch.randint(count, (self._settings.batch_size,), generator=self._generator)
 
 
-def fit_vqvae(folder: Path, settings: VQVAESettings, say: Say) -> VQVAE:
+def fit_vqvae(folder: Path, settings: VQVAESettings, say: Callable[[str], None]) -> VQVAE:
     """Trains on the images in ``image.train.jsonl`` of a prepared folder.
 
     Raises:
@@ -136,13 +88,8 @@ def fit_vqvae(folder: Path, settings: VQVAESettings, say: Say) -> VQVAE:
             errors = []
     fitted = trainer.model.cpu().eval()
     fitted.requires_grad_(False)
-    fitted.provenance = _provenance(settings, len(views), unreadable) | measured_on(folder, fitted, settings.seed)
+    stored = ("vocab_size", "patch_size", "image_size")  # with the model
+    trained = {name: value for name, value in asdict(settings).items() if name not in (*stored, "device")}
+    fitted.provenance = {"images": len(views), "unreadable": unreadable, **trained}
+    fitted.provenance |= measured_on(folder, fitted, settings.seed)
     return fitted
-
-
-def _provenance(settings: VQVAESettings, images: int, unreadable: int) -> dict[str, Any]:
-    return {
-        "images": images, "unreadable": unreadable, "seed": settings.seed, "updates": settings.updates,
-        "batch_size": settings.batch_size, "learning_rate": settings.learning_rate, "decay": settings.decay,
-        "commitment": settings.commitment, "crops": settings.crops,
-    }  # fmt: skip

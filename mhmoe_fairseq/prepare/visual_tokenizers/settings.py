@@ -1,0 +1,69 @@
+"""How a visual tokenizer is fitted: what ``mhmoe visual-tokenizer fit`` and ``mhmoe prepare image-text`` ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...common.errors import UserError
+from ...common.ranges import INSIDE, SIZE
+
+FILE = "visual_tokenizer.pt"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What every kind takes."""
+
+    vocab_size: int = 512  # number of codes
+    patch_size: int = 16  # side of a patch in pixels
+    image_size: int = 64  # side of the images it takes
+    seed: int = 1  # of everything that is drawn
+
+    def check(self, vocab_flag: str = "--vocab-size") -> None:
+        """``UserError`` that names the flag of a bad value."""
+        from ...data.visual_tokenizers.base import check_sizes
+
+        check_sizes(self.vocab_size, self.patch_size, self.image_size, vocab_flag)
+
+
+@dataclass(frozen=True)
+class KMeansSettings(FitSettings):
+    """Codes that are mean patches."""
+
+    max_patches: int = 60_000  # about how many patches k-means sees
+    iterations: int = 15
+
+    def check(self, vocab_flag: str = "--vocab-size") -> None:
+        """``UserError`` that names the flag of a bad value."""
+        super().check(vocab_flag)
+        for flag, value in (("--max-patches", self.max_patches), ("--iterations", self.iterations)):
+            if problem := SIZE.problem(value):
+                raise UserError(f"{flag} ({value}) {problem}")
+
+
+@dataclass(frozen=True)
+class VQVAESettings(FitSettings):
+    """The small convolutional network."""
+
+    updates: int = 1000  # steps of AdamW
+    batch_size: int = 32  # images in a step
+    learning_rate: float = 2e-3  # at the start; it falls to zero by a cosine
+    decay: float = 0.95  # of the codes' moving average
+    commitment: float = 0.25  # weight of the vectors' distance from their codes, beside the error of the images
+    crops: int = 1  # random crops of each training image, made before the first step
+    device: str = "cpu"
+
+    def check(self, vocab_flag: str = "--vocab-size") -> None:
+        """``UserError`` that names the flag of a bad value; a device that PyTorch cannot use is one."""
+        import torch
+
+        super().check(vocab_flag)
+        numbers = (("--updates", SIZE, self.updates), ("--batch-size", SIZE, self.batch_size))
+        for flag, allowed, value in (*numbers, ("--lr", INSIDE, self.learning_rate)):
+            if problem := allowed.problem(value):
+                raise UserError(f"{flag} ({value}) {problem}")
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--device {self.device}: PyTorch cannot use it here ({reason})") from error
