@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 from image_text_data import shape_settings
-from mhmoe_fairseq.prepare.visual_tokenizers.fitting import FitSettings
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 from mhmoe_fairseq.data.documents import Document
 from mhmoe_fairseq.prepare.classification import ClassificationSettings
@@ -87,7 +87,7 @@ def test_a_new_source_is_one_entry(mhmoe_prepare, tmp_path, monkeypatch, sentenc
 
 OTHERS = {
     str: "other", int: 7, float: 0.125, bool: True, tuple: ("ru",), list: ["other"], DerivedSettings: None,
-    FitSettings: None, type(None): ("a", "b"),
+    KMeansSettings: None, type(None): ("a", "b"),
 }  # fmt: skip
 SETTINGS = (
     EnglishSettings(),
