@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 
 import pytest
 from image_text_data import shape_settings
-from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 from mhmoe_fairseq.data.documents import Document
 from mhmoe_fairseq.prepare.classification import ClassificationSettings
@@ -12,6 +11,7 @@ from mhmoe_fairseq.prepare.english import EnglishSettings
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
 from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualSettings
 from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, OpenedSource, Source, SourceKind
+from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, OpenedSource, So
         ("image-text", "--valid-fraction 0", "--valid-fraction (0) must be in (0, 1)"),
         ("image-text", "--test-fraction 1", "--test-fraction (1) must be in (0, 1)"),
         ("image-text", "--vocab-size 100", "--vocab-size 100: must be at least 261"),
-        ("image-text", "--visual-vocab-size 1", "--visual-vocab-size 1: must be at least 2"),
+        ("image-text", "--visual-vocab-size 1", "--visual-vocab-size (1) must be at least 2"),
         ("image-text", "--image-size 60", "--image-size 60: must be a multiple of --patch-size 16"),
         ("image-text", "--langs ,", "--langs ',': must name at least one language"),
         ("image-text", "--statements 0", "--statements (0) must be at least 1"),
