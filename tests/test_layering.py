@@ -227,3 +227,43 @@ def test_contributings_tree_names_every_folder():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     folders = {name.partition("/")[0] for name in listed if "/" in name and not name.startswith(".")}
     assert packages - {"__init__.py", "__main__.py"} | folders == named
+
+
+def imported_at_once(path: Path, name: str, known: set[str]) -> set[str]:
+    """Modules of ``known`` that a module imports before its functions run, those for type checkers among them."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found, nodes = set(), [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= (names & known) or {module}
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return found & known - {name}
+
+
+def import_cycle(*folders: Path) -> list[str]:
+    """The modules of a cycle, or of what leads to one; empty where there is none."""
+    paths = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in folders
+        for path in python_files(folder)
+    }
+    imports = {name: imported_at_once(path, name, set(paths)) for name, path in paths.items()}
+    while leaves := {name for name, imported in imports.items() if not imported & set(imports)}:
+        imports = {name: imported for name, imported in imports.items() if name not in leaves}
+    return sorted(imports)
+
+
+def test_no_modules_import_each_other(tmp_path: Path) -> None:
+    assert import_cycle(PACKAGE, ROOT / "scripts") == []
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import b\n")
+    (tmp_path / "p" / "b.py").write_text("from .a import x\n")
+    (tmp_path / "p" / "c.py").write_text("def late():\n    from . import c\n")
+    assert import_cycle(tmp_path / "p") == ["p.a", "p.b"]

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from .rows import DistributedExperts
-
 
 @dataclass(frozen=True)
 class RankGroups:
@@ -56,15 +54,3 @@ def _group(ranks: range) -> dist.ProcessGroup:
     group = dist.new_group(list(ranks), use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup), "this process is a member"
     return group
-
-
-def expert_parallelism(size: int) -> DistributedExperts:
-    """What ``MHMoELayer(parallel=...)`` takes, for experts on ``size`` processes each.
-
-    Every process of the world must call it, with the same size. With size 1 all experts stay on every process; the
-    object then serves ``balance_scope="global"`` alone.
-
-    Raises:
-        ValueError: if ``size`` does not divide the number of processes.
-    """
-    return DistributedExperts(rank_groups(size))

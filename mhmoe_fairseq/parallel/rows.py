@@ -7,16 +7,14 @@ backward in the reverse order of the forward, which is the same on all processes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .groups import RankGroups, rank_groups
 from .sharding import shard_experts
-
-if TYPE_CHECKING:
-    from .groups import RankGroups
 
 
 @dataclass
@@ -87,6 +85,18 @@ class DistributedExperts:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel processes, on each of them; its gradient is the sum of their gradients."""
         return _AllReduceSum.apply(values)
+
+
+def expert_parallelism(size: int) -> DistributedExperts:
+    """What ``MHMoELayer(parallel=...)`` takes, for experts on ``size`` processes each.
+
+    Every process of the world must call it, with the same size. With size 1 all experts stay on every process; the
+    object then serves ``balance_scope="global"`` alone.
+
+    Raises:
+        ValueError: if ``size`` does not divide the number of processes.
+    """
+    return DistributedExperts(rank_groups(size))
 
 
 class RowExchange:

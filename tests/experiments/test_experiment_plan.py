@@ -146,8 +146,8 @@ def test_tables_5_6_and_7_vary_heads_components_and_projections() -> None:
     moe = {name: counts(words).moe for name, words in trainings("table6", "--scale", "paper").items()}
     assert moe.pop("dense") is None
     parts = {
-        name: (config.num_experts > 1, config.split_heads > 1, config.has_head_projection, config.has_merge_projection)
-        for name, config in moe.items()
+        name: (c.num_experts > 1, c.subtokens_per_token > 1, c.has_head_projection, c.has_merge_projection)
+        for name, c in moe.items()
     }
     assert parts == {
         "dense-projections": (False, False, True, True),
