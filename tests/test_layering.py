@@ -249,9 +249,10 @@ def imported_at_once(path: Path, name: str, known: set[str]) -> set[str]:
 
 def import_cycle(*folders: Path) -> list[str]:
     """The modules of a cycle, or of what leads to one; empty where there is none."""
+    roots = {folder: folder.parent if (folder / "__init__.py").exists() else folder for folder in folders}
     paths = {
-        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path
-        for folder in folders
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder, root in roots.items()
         for path in python_files(folder)
     }
     imports = {name: imported_at_once(path, name, set(paths)) for name, path in paths.items()}
@@ -263,6 +264,7 @@ def import_cycle(*folders: Path) -> list[str]:
 def test_no_modules_import_each_other(tmp_path: Path) -> None:
     assert import_cycle(PACKAGE, ROOT / "scripts") == []
     (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "__init__.py").touch()
     (tmp_path / "p" / "a.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import b\n")
     (tmp_path / "p" / "b.py").write_text("from .a import x\n")
     (tmp_path / "p" / "c.py").write_text("def late():\n    from . import c\n")
