@@ -86,7 +86,7 @@ class Router(nn.Module):
     @staticmethod
     def num_kept(config: RouterFields) -> int:
         """How many numbers of a sub-token are kept for the backward pass, beside its features and its logits."""
-        raise NotImplementedError
+        raise ConfigError("router", config.router, "does not say how much it keeps for its backward pass")
 
     def scores(self, x_Nd: Tensor) -> Tensor:
         """The logits, in the dtype of ``x_Nd``: ``(N, d) -> (N, E)``."""
