@@ -41,7 +41,7 @@ _HEAD = """# @package _group_
 #       common.user_dir="$(mhmoe user-dir)" task.data=data/web-bible checkpoint.save_dir=outputs/mhmoe
 #
 # model= is dense, xmoe, mhmoe_params or mhmoe_flops. A field that stands in no file is added with a plus:
-# +model.mhmoe_heads_number=2. The plugin's own groups, such as criterion=moe_cross_entropy, do not exist before it is
+# +model.decoder_layers=2. The plugin's own groups, such as criterion=moe_cross_entropy, do not exist before it is
 # imported: set _name, as below.
 
 hydra:

@@ -40,7 +40,7 @@ def test_two_updates(repository, trained_model, tmp_path, model):
     config = state["cfg"]
     assert {name: config["model"][name] for name in MODELS[model]} == MODELS[model]
     assert config["criterion"]["_name"] == "moe_cross_entropy" and config["criterion"]["moe_gate_loss_wt"] == 0.01
-    assert list(config["optimizer"]["adam_betas"]) == [0.9, 0.98] or config["optimizer"]["adam_betas"] == "(0.9,0.98)"
+    assert list(config["optimizer"]["adam_betas"]) == [0.9, 0.98] or config["optimizer"]["adam_betas"] == "(0.9, 0.98)"
     assert config["task"]["tokens_per_sample"] == 128 and config["optimization"]["max_update"] == 2
     experts = [name for name in state["model"] if "experts.fc1_weight" in name]
     assert len(experts) == (0 if model == "dense" else 2)
@@ -48,7 +48,7 @@ def test_two_updates(repository, trained_model, tmp_path, model):
 
 
 def test_fields_reach_the_model(repository, trained_model, tmp_path):
-    overrides = ("+model.decoder_layers=2", "+model.mhmoe_heads_number=2", "+model.mhmoe_precision=bf16")
+    overrides = ("+model.decoder_layers=2", "model.mhmoe_heads_number=2", "+model.mhmoe_precision=bf16")
     hydra_train(repository, tmp_path, trained_model.data, "mhmoe_params", *overrides)
     state = torch.load(tmp_path / "saved" / "checkpoint_last.pt", weights_only=True)
     assert state["cfg"]["model"]["mhmoe_precision"] == "bf16"
