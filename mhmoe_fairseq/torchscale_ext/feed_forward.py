@@ -82,7 +82,8 @@ class SeparateExperts(nn.Module):
     def counts(self) -> LayerCounts:
         """Both layers' parameters; a position uses the experts of one, and everything else of both."""
         one = self.config.counts()
-        return LayerCounts(2 * one.params, 2 * one.expert_params, one.params + one.active_params, one.flops_per_token)
+        active = one.params - one.expert_params + one.active_params
+        return LayerCounts(2 * one.params, 2 * one.expert_params, active, one.flops_per_token)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, image_length: int = 0) -> MHMoEOutput:
         """Apply the pools.
