@@ -6,9 +6,9 @@ Parameters and FLOPs; with ``--ranks`` the memory, traffic and time of a trainin
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..analysis.plan.table_11 import P1, PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES, paper_row
 from ..common.arguments import ArgumentParser, output_file, real, whole
 from ..common.console import say
 from ..common.errors import UserError
@@ -19,40 +19,12 @@ if TYPE_CHECKING:
     from ..analysis.plan.cluster import Cluster
     from ..analysis.plan.planning import PlanRow, PlanSettings
 
-# GPT-4's vocabulary, which P1's table 11 fits; BEiT-3's; codes of BEiT v2's visual tokenizer.
-PAPER_VOCAB_SIZE = 100_277
-BEIT3_VOCAB_SIZE = 64_010
-PAPER_VISUAL_TOKENS = 8192
 _SHORT_FLAGS = {"--heads": "mhmoe_heads_number", "--top-k": "moe_top_k", "--ep": "mhmoe_expert_parallel_size"}
 # Of the decoder or the encoder, as the architecture has one or the other.
 _SHORT_SIZES = {"--layers": "layers", "--embed-dim": "embed_dim", "--ffn-dim": "ffn_embed_dim"}
 _IMAGE_FLAGS = {
     "img_size": "side of an image", "patch_size": "side of a patch", "max_text_length": "longest text, in tokens",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Paper:
-    """P1's table 11 about models of a kind: sums in millions, the second by family and experts.
-
-    Attributes:
-        vocab_size: of P1's model.
-        embedding: what the text's embedding shares with the output.
-    """
-
-    vocab_size: int
-    dense: int
-    sparse: dict[str, dict[int, Any]]
-    embedding: str
-
-
-def _paper(kind: str) -> Paper:
-    from ..analysis.reports import paper_numbers as numbers
-
-    if kind == "lm":
-        return Paper(PAPER_VOCAB_SIZE, numbers.TABLE_11_DENSE, numbers.TABLE_11, "tied embedding")
-    dense, sparse = numbers.TABLE_11_MULTIMODAL_DENSE, numbers.TABLE_11_MULTIMODAL
-    return Paper(BEIT3_VOCAB_SIZE, dense, sparse, "text head of its own")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +136,7 @@ def _settings(args: argparse.Namespace) -> PlanSettings:
         raise UserError("--experts and --moe-expert-count both set the number of experts: give one")
     return PlanSettings(
         arch=args.arch,
-        vocab_size=args.vocab_size or _paper(kind).vocab_size,
+        vocab_size=args.vocab_size or PAPER_VOCAB_SIZES[kind],
         experts=tuple(args.experts or [args.moe_expert_count or 8]),
         flags=_model_flags(args, kind),
         tokens_per_sample=args.tokens_per_sample,
@@ -203,30 +175,9 @@ def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, False)}
 
 
-def paper_row(row: PlanRow, settings: PlanSettings) -> Any:
-    """P1's millions for the same settings, ``non_expert``, ``expert`` and ``total``; None for other settings."""
-    from ..analysis.reports.paper_numbers import ParameterRow
-    from ..models.architectures import KINDS
-
-    architecture = settings.architecture
-    paper = _paper(architecture.kind)
-    same = {  # flags that say the same leave the paper's numbers in place
-        "mhmoe_heads_number": 4, "moe_top_k": 2, "mhmoe_budget": "params", "img_size": 224, "patch_size": 16,
-        f"{KINDS[architecture.kind].stack}_ffn_embed_dim": 3072,
-    }  # fmt: skip
-    is_same = (architecture.size, settings.vocab_size) == ("base", paper.vocab_size)
-    if not is_same or not settings.flags.items() <= same.items() or settings.num_visual_tokens != PAPER_VISUAL_TOKENS:
-        return None
-    if row.family == "dense":
-        return ParameterRow(paper.dense, 0, paper.dense)
-    return paper.sparse.get(row.family, {}).get(row.experts)
-
-
 def describe(rows: list[PlanRow], settings: PlanSettings) -> str:
     """The tables and how to read them."""
-    from ..analysis.reports.paper_numbers import P1
-
-    kind, context = settings.architecture.kind, rows[0].counts.context
+    kind = settings.architecture.kind
     papers = [paper_row(row, settings) for row in rows]
     header = ["model", "experts", "expert width", "non-expert", "expert", "sum", "active", "MFLOPs/token"]
     cells = [_cells(row) for row in rows]
@@ -234,19 +185,21 @@ def describe(rows: list[PlanRow], settings: PlanSettings) -> str:
         header += ["paper: non-expert", "expert", "sum"]
         for line, paper in zip(cells, papers):
             line += [MISSING] * 3 if paper is None else [f"{value:,}M" for value in paper]
-    flops = {
-        "lm": f"MFLOPs/token: forward pass, matrix products only, causal attention within {context:,} tokens.",
-        "beit3": "MFLOPs/token: one position's forward pass through the encoder, matrix products only, attention over "
-        f"{context:,} positions.",
-    }
+    embedding, flops = {
+        "lm": ("tied embedding", "forward pass, matrix products only, causal attention within {:,} tokens."),
+        "beit3": (
+            "text head of its own",
+            "one position's forward pass through the encoder, matrix products only, attention over {:,} positions.",
+        ),
+    }[kind]
     lines = [
-        f"{settings.arch}, vocabulary {settings.vocab_size:,}, {_paper(kind).embedding}; parameters counted on the "
-        "model's own modules",
+        f"{settings.arch}, vocabulary {settings.vocab_size:,}, {embedding}; parameters counted on the model's own "
+        "modules",
         "",
         markdown_table(header, cells),
         "",
         "sum: all parameters. active: without the experts that a sub-token's K choices leave out.",
-        flops[kind],
+        f"MFLOPs/token: {flops.format(rows[0].counts.context)}",
         *(f"{row.family}: {row.note}" for row in rows if row.note),
     ]
     if any(papers):

@@ -76,9 +76,7 @@ class TransformerOptions(FairseqDataclass):
         "dropout on the embedding, on attention's and on feed-forward networks' output",
         layer="dropout", stack=True, affects="training",
     )  # fmt: skip
-    attention_dropout: Optional[float] = option(
-        "dropout on the attention weights", stack=True, affects="training"
-    )  # fmt: skip
+    attention_dropout: Optional[float] = option("dropout on the attention weights", stack=True, affects="training")
     activation_dropout: Optional[float] = option(
         "dropout on the inner activation of feed-forward networks and experts",
         layer="activation_dropout", stack=True, affects="training",

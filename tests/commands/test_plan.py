@@ -10,9 +10,8 @@ import pytest
 from language_models import SMALL, small_dictionary, small_model
 
 from mhmoe_fairseq.analysis.plan.planning import PlanSettings, plan
-from mhmoe_fairseq.analysis.reports.paper_numbers import TABLE_11, TABLE_11_DENSE
+from mhmoe_fairseq.analysis.plan.table_11 import PAPER_VOCAB_SIZES, TABLE_11
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.commands.plan import PAPER_VOCAB_SIZE
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.counts import count_built, count_model
 
@@ -22,20 +21,20 @@ MILLION = 10**6
 
 @pytest.fixture(scope="module")
 def table_11() -> dict:
-    rows = plan(PlanSettings("mhmoe_lm_base", PAPER_VOCAB_SIZE, tuple(EXPERTS)))
+    rows = plan(PlanSettings("mhmoe_lm_base", PAPER_VOCAB_SIZES["lm"], tuple(EXPERTS)))
     return {(row.family, row.experts): row for row in rows}
 
 
 def test_dense_has_the_papers_162_million(table_11: dict) -> None:
     counts = table_11["dense", None].counts
     assert counts.total == 162_160_896
-    assert round(counts.total / MILLION) == TABLE_11_DENSE
+    assert round(counts.total / MILLION) == TABLE_11["lm", "dense"][None][2]
     assert counts.active == counts.total
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_every_xmoe_row_is_within_a_million_of_the_paper(table_11: dict, experts: int) -> None:
-    counts, paper = table_11["xmoe", experts].counts, TABLE_11["xmoe"][experts]
+    counts, paper = table_11["xmoe", experts].counts, TABLE_11["lm", "xmoe"][experts]
     for ours, printed in zip((counts.non_expert, counts.expert, counts.total), paper):
         assert abs(ours - printed * MILLION) < MILLION
 
@@ -44,7 +43,7 @@ def test_every_xmoe_row_is_within_a_million_of_the_paper(table_11: dict, experts
 def test_mhmoe_spends_at_most_xmoes_parameters_and_nearly_all_of_them(table_11: dict, experts: int) -> None:
     ours, reference = table_11["mhmoe", experts].counts, table_11["xmoe", experts].counts
     assert 0.995 * reference.total <= ours.total <= reference.total
-    assert round(ours.non_expert / MILLION) == TABLE_11["mhmoe"][experts].non_expert
+    assert round(ours.non_expert / MILLION) == TABLE_11["lm", "mhmoe"][experts][0]
     assert ours.moe.num_experts == reference.moe.num_experts == experts
 
 

@@ -5,46 +5,7 @@ P1: Multi-Head Mixture-of-Experts, arXiv 2404.15045.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 P1 = "P1 (arXiv 2404.15045)"
-
-
-class ParameterRow(NamedTuple):
-    """One row of P1's table 11 for one model, in millions."""
-
-    non_expert: int
-    expert: int
-    total: int
-
-
-# P1 table 11, English and multilingual language modelling.
-TABLE_11_DENSE = 162
-TABLE_11 = {
-    "xmoe": {
-        8: ParameterRow(134, 227, 361),
-        16: ParameterRow(134, 454, 588),
-        32: ParameterRow(134, 908, 1042),
-        64: ParameterRow(134, 1815, 1949),
-        128: ParameterRow(134, 3631, 3765),
-        256: ParameterRow(134, 7263, 7397),
-    },
-    "mhmoe": {
-        8: ParameterRow(141, 213, 354),
-        16: ParameterRow(141, 430, 571),
-        32: ParameterRow(141, 898, 1039),
-        64: ParameterRow(141, 1797, 1938),
-        128: ParameterRow(141, 3624, 3765),
-        256: ParameterRow(141, 7230, 7371),
-    },
-}
-
-# P1 table 11, masked multimodal modelling; its own text does not say how the rows come about.
-TABLE_11_MULTIMODAL_DENSE = 277
-TABLE_11_MULTIMODAL = {
-    "xmoe": {8: ParameterRow(191, 323, 514), 32: ParameterRow(191, 1037, 1228)},
-    "mhmoe": {8: ParameterRow(195, 310, 505), 32: ParameterRow(195, 1014, 1209)},
-}
 
 # P1 table 3, XNLI zero-shot: accuracy in percent and its average, by model and number of experts.
 _TABLE_3_COLUMNS = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")
