@@ -1,4 +1,4 @@
-"""``mhmoe checkpoint``: look into checkpoints, convert them to safetensors and back, average them."""
+"""``mhmoe checkpoint``: look into checkpoints, convert, average and import them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..common.arguments import existing_file, existing_path, output_file, whole
+from ..common.arguments import (
+    add_action,
+    existing_file,
+    existing_folder,
+    existing_path,
+    output_file,
+    output_folder,
+    whole,
+)
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import write_json
@@ -43,25 +51,18 @@ dictionary. The result has no optimizer state: evaluate it or fine-tune from it.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe checkpoint inspect|convert|average``."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="inspect|convert|average")
-
-    def action(name: str, summary: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(
-            name, help=summary, description=f"{summary.capitalize()}.\n\n{text}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-
-    inspect = action("inspect", "say what a checkpoint holds", _INSPECT)
+    """Flags of ``mhmoe checkpoint inspect|convert|average|import-official``."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
+    inspect = add_action(actions, "inspect", "say what a checkpoint holds", _INSPECT)
     inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
     inspect.add_argument("--json", type=output_file, metavar="FILE", help="write the figures there, too")
 
-    convert = action("convert", "turn a .pt into a .safetensors file or back", _CONVERT)
+    convert = add_action(actions, "convert", "turn a .pt into a .safetensors file or back", _CONVERT)
     convert.add_argument("source", type=existing_file, metavar="FROM", help="the file to read")
     convert.add_argument("target", type=output_file, metavar="TO", help="the file to write")
     convert.add_argument("--weights-only", action="store_true", help="leave the optimizer state out")
 
-    mean = action("average", "average the weights of several checkpoints", _AVERAGE)
+    mean = add_action(actions, "average", "average the weights of several checkpoints", _AVERAGE)
     mean.add_argument(
         "--inputs", type=existing_path, nargs="+", required=True, metavar="PATH", help="files, or one folder"
     )
@@ -75,6 +76,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mean.add_argument("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
     for writer in (convert, mean):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_import_arguments(add_action(actions, "import-official", "import a checkpoint of the official MH-MoE"))
+
+
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=existing_file,
+        help="a whole checkpoint, or one of NAME-shared.pt, NAME-rank-0.pt, ...: all of them are then read",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", type=output_folder, help="folder for model.pt or moe_layers.pt"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", type=existing_folder,
+        help="folder with the model's dict.txt (and sentencepiece.model), copied beside model.pt",
+    )  # fmt: skip
+    parser.add_argument(
+        "--routing", choices=("capacity", "dropless"), default="capacity",
+        help="capacity, what the model was trained with, or dropless, where results do not depend on the batch",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers-only", action="store_true",
+        help="write only the MoE layers, for MHMoELayer in plain PyTorch: moe_layers.pt, {layer: {config, state}}",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace files of these names in --out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: naming the file or flag, and what is wrong with it.
     """
-    {"inspect": _inspect, "convert": _convert, "average": _average}[args.action](args)
+    _ACTIONS[args.action](args)
     return 0
 
 
@@ -129,6 +154,20 @@ def _average(args: argparse.Namespace) -> None:
     say(f"{args.output}: the mean of {len(paths)} checkpoints, without optimizer state")
     for path in paths:
         say(f"  {path}")
+
+
+def _import_official(args: argparse.Namespace) -> None:
+    from ..checkpoints.official.importing import import_official
+
+    lines = import_official(
+        args.checkpoint, args.out, routing=args.routing, data=args.data, layers_only=args.layers_only,
+        overwrite=args.overwrite,
+    )  # fmt: skip
+    for line in lines:
+        say(line)
+
+
+_ACTIONS = {"inspect": _inspect, "convert": _convert, "average": _average, "import-official": _import_official}
 
 
 def _what_is_kept(summary: CheckpointSummary, dropped: bool) -> str:

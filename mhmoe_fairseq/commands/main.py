@@ -7,7 +7,6 @@ imports neither PyTorch nor fairseq, so that ``--help`` comes at once.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import logging
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 
 from .. import register
-from ..common.arguments import ArgumentParser
+from ..common.arguments import ArgumentParser, add_action
 from ..common.errors import USER_ERRORS, UserError
 
 _SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
@@ -38,7 +37,7 @@ COMMANDS = {
         "mhmoe_fairseq.commands.analyze",
         "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
     ),
-    "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert and average checkpoints"),
+    "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert, average and import checkpoints"),
     "generate": ("mhmoe_fairseq.commands.generate", "continue a prompt with a trained language model"),
     "classify": ("mhmoe_fairseq.commands.classify", "accuracy by language of a fine-tuned model"),
     "caption": ("mhmoe_fairseq.commands.caption", "captions of images, and their scores"),
@@ -52,15 +51,12 @@ COMMANDS = {
     ),
     "xnli": ("mhmoe_fairseq.commands.xnli", "zero-shot XNLI in every language, from your copy of it"),
     "probe": ("mhmoe_fairseq.commands.probe", "cross-lingual probe from aligned held-out text, not XNLI"),
-    "import-official": (
-        "mhmoe_fairseq.commands.import_official",
-        "read MH-MoE layer weights of the official repository's checkpoints",
-    ),
 }
 # Former names, and the words that take their place. A call by a former name says the new one and then runs it.
 ALIASES: dict[str, tuple[str, ...]] = {
     "diversity": ("analyze", "--diversity"),
     "report-tasks": ("report",),
+    "import-official": ("checkpoint", "import-official"),
 }
 
 # What needs neither fairseq nor our models; everything else finds them registered.
@@ -75,12 +71,7 @@ def build_parser(command: str | None = None) -> ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
     for name, (module, summary) in COMMANDS.items():
-        sub = subparsers.add_parser(
-            name,
-            help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        sub = add_action(subparsers, name, summary)
         if name == command:
             if name in HEAVY:
                 register()

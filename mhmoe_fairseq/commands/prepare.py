@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from ..common.arguments import existing_file, existing_folder, nonempty, output_folder, real, seed, whole
+from ..common.arguments import add_action, existing_file, existing_folder, nonempty, output_folder, real, seed, whole
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import require_files
@@ -31,10 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the kinds of corpora as sub-commands of ``parser``."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, kind in KINDS.items():
-        sub = kinds.add_parser(
-            name, help=kind.summary, description=kind.description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )  # fmt: skip
+        sub = add_action(kinds, name, kind.summary, kind.description)
         sub.add_argument("--dest", type=output_folder, required=True, metavar="DIR", help="folder for the data")
         sub.add_argument("--overwrite", action="store_true", help="replace data made with other settings")
         kind.add_arguments(sub)

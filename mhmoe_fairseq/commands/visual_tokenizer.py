@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.arguments import existing_file, existing_folder, output_file, real, seed, whole
+from ..common.arguments import add_action, existing_file, existing_folder, output_file, real, seed, whole
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import atomic_path, write_json
@@ -42,26 +42,18 @@ One line of JSON per image: its file and the rows of ids.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe visual-tokenizer fit|info|encode``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="fit|info|encode")
-
-    def action(name: str, summary: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(
-            name, help=summary, description=f"{summary.capitalize()}.\n\n{text}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-
-    _add_fit_arguments(action("fit", "fit a visual tokenizer to the training images of a prepared folder", _FIT))
-    info = action("info", "say what a file holds", _INFO)
+    _add_fit_arguments(add_action(actions, "fit", "fit one to a prepared folder's training images", _FIT))
+    info = add_action(actions, "info", "say what a file holds", _INFO)
     info.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
-    encode = action("encode", "show the ids of images", _ENCODE)
+    encode = add_action(actions, "encode", "show the ids of images", _ENCODE)
     encode.add_argument("file", type=existing_file, metavar="FILE", help="a visual tokenizer")
     encode.add_argument("images", type=existing_file, nargs="+", metavar="IMAGE", help="any that Pillow reads")
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
     kmeans, vqvae = (settings() for settings in KINDS.values())
-    shown = "(default: %(default)s)"
     fit.add_argument("data", type=existing_folder, metavar="DATA", help="folder of mhmoe prepare image-text")
-    fit.add_argument("--kind", choices=tuple(KINDS), default="patch-kmeans", help=shown)
+    fit.add_argument("--kind", choices=tuple(KINDS), default="patch-kmeans", help="what is fitted")
     fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {FILE} in DATA)")
     fit.add_argument("--overwrite", action="store_true", help="replace an existing file")
     for name, settings, kind, text in (
@@ -75,12 +67,12 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
         ("seed", kmeans, seed, "of everything that is drawn"),
     ):
         flag, default = f"--{name.replace('_', '-')}", getattr(settings, name)
-        fit.add_argument(flag, type=kind, default=default, metavar="N", help=f"{text} {shown}")
+        fit.add_argument(flag, type=kind, default=default, metavar="N", help=text)
     fit.add_argument(
         "--lr", dest="learning_rate", type=real(above=0, below=1), default=vqvae.learning_rate, metavar="RATE",
-        help=f"vqvae: at the start {shown}",
+        help="vqvae: at the start",
     )  # fmt: skip
-    fit.add_argument("--device", default=vqvae.device, help=f"vqvae: where to train {shown}")
+    fit.add_argument("--device", default=vqvae.device, help="vqvae: where to train")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -41,6 +41,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument ").replace(": (", " (", 1))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Descriptions as they are written; defaults behind the help of what has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False) or "(default:" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_action(actions: Any, name: str, summary: str, examples: str = "") -> argparse.ArgumentParser:
+    """The parser of one more sub-command of ``actions``; its help ends with ``examples`` as they are written."""
+    text = f"{summary[0].upper()}{summary[1:]}.\n\n{examples}".strip()
+    return actions.add_parser(name, help=summary, description=text, formatter_class=HelpFormatter)
+
+
 def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:
     """The number that ``text`` stands for, refused outside its range."""
     try:

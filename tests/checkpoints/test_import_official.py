@@ -36,7 +36,7 @@ def write(path, state, settings, **more):
 
 
 def import_official(capsys, *arguments):
-    status = main(["import-official", *map(str, arguments)])
+    status = main(["checkpoint", "import-official", *map(str, arguments)])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

@@ -50,8 +50,8 @@ def write_untrained_fixtures(root: Path) -> None:
     small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
     settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
     torch.save({"args": None, "cfg": settings, "model": official_state(PUBLISHED, 44)}, root / "official.pt")
-    out = ["import-official", root / "official.pt", "--out", root / "imported", "--data", root / "dictionary"]
-    assert mhmoe([*map(str, out)]) == 0
+    words = ("import-official", root / "official.pt", "--out", root / "imported", "--data", root / "dictionary")
+    assert mhmoe(["checkpoint", *map(str, words)]) == 0
 
 
 def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
@@ -87,7 +87,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         ("checkpoint", "average"): {
             "--inputs": [f"{root}/imported/model.pt", f"{root}/imported/model.pt"], "--output": ["mean.pt"],
         },
-        ("import-official",): {
+        ("checkpoint", "import-official"): {
             "checkpoint": [f"{root}/official.pt"], "--out": ["out"], "--data": [f"{root}/dictionary"],
         },
     }  # fmt: skip
