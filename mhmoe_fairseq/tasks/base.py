@@ -49,6 +49,9 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
     Args:
         args: an ``ImageTextTaskConfig`` or a subclass's.
 
+    Attributes:
+        grid: rows and columns of patches.
+
     Raises:
         FileNotFoundError: if the data folder or its dictionary is missing.
         UserError: naming the flag or file, its value and the rule.
@@ -58,20 +61,13 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
-        if args.img_size < args.patch_size or args.img_size % args.patch_size:
-            raise UserError(f"--img-size ({args.img_size}) must be a multiple of --patch-size ({args.patch_size})")
         self.dictionary = load_dictionary(self.folder)
+        self.grid = self.dataset_settings("train").grid
 
     @property
     def folder(self) -> Path:
         """The data."""
         return Path(self.args.data)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.args.img_size // self.args.patch_size
-        return side, side
 
     @property
     def mask_index(self) -> int:
@@ -105,7 +101,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         """Build the model with the task's heads; for training, check the checkpoint that it will start from.
 
         Raises:
-            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary,
+            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary,
                 or of other sizes if it is resumed with its optimizer.
         """
         model = super().build_model(args, from_checkpoint)

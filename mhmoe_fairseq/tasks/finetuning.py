@@ -5,6 +5,7 @@ from dataclasses import dataclass, field  # fairseq reads the field types: no po
 from typing import Any
 
 from fairseq.models import BaseFairseqModel
+from fairseq.tasks import FairseqTask
 from torch import nn
 
 from ..common.errors import UserError
@@ -50,6 +51,40 @@ class ClassifierConfig(ImageTextFineTuningConfig):
     )
 
 
+class NamesClasses(FairseqTask):
+    """Stands in front of a task whose checkpoints keep the names of its classes.
+
+    Attributes:
+        classes: the names by label; None for a task without names.
+        classes_source: the file that they come from, for messages.
+    """
+
+    classes: list[str] | None = None
+    classes_source = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What checkpoints keep of the task: the names of the classes."""
+        return {} if self.classes is None else {"classes": self.classes}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare the checkpoint's classes with the data's.
+
+        Raises:
+            UserError: if they differ or come in another order.
+        """
+        saved = state_dict.get("classes", self.classes)
+        if saved != self.classes:
+            names, others = _listed(self.classes or []), _listed(saved)
+            raise UserError(
+                f"{self.classes_source} has the classes {names}; the checkpoint's are {others}, in this order"
+            )
+
+
+def _listed(names: list[str]) -> str:
+    more = f", ... ({len(names):,})" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more
+
+
 class ImageTextFineTuning(ImageTextTask):
     """Base of the fine-tuning tasks: the start from a pre-trained model, and how its layers learn."""
 
@@ -71,7 +106,7 @@ class ImageTextFineTuning(ImageTextTask):
         return EvaluationTransform(self.args.img_size)
 
 
-class HeadTask(ImageTextFineTuning):
+class HeadTask(NamesClasses, ImageTextFineTuning):
     """Base of the tasks with a head of their own, on the rows of an index.
 
     Attributes:
@@ -82,8 +117,6 @@ class HeadTask(ImageTextFineTuning):
         index_name: which of the data sets of that task; None for the only or first one.
         dataset_type: the data set's class; made of an index, settings, a transform and, again, the number of classes.
         may_be_derived: whether ``mhmoe prepare`` derives such labels where the source has none.
-        classes: the classes' names by label, which checkpoints keep; None for a head without names.
-        classes_source: where they come from, for messages.
     """
 
     head_name = ""
@@ -92,8 +125,6 @@ class HeadTask(ImageTextFineTuning):
     index_name: str | None = None
     dataset_type: type[ImageTextDataset]
     may_be_derived = False
-    classes: list[str] | None = None
-    classes_source = ""
 
     @property
     def _sizes(self) -> tuple[int, ...]:
@@ -145,36 +176,3 @@ class HeadTask(ImageTextFineTuning):
             )
         logger.info(f"{split}: {len(dataset):,} samples")
         self.datasets[split] = dataset
-
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: the names of the classes."""
-        return {} if self.classes is None else {"classes": self.classes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the checkpoint's classes with the data's.
-
-        Raises:
-            UserError: if they differ or come in another order.
-        """
-        if self.classes is not None:
-            require_same_classes(self.classes_source, self.classes, state_dict.get("classes", self.classes))
-
-
-def require_same_classes(source: str, classes: list[str], saved: list[str]) -> None:
-    """The data's classes are those that a checkpoint was trained with.
-
-    Args:
-        source: the file that names the data's.
-
-    Raises:
-        UserError: if they differ or come in another order.
-    """
-    if saved != classes:
-        raise UserError(
-            f"{source} has the classes {_listed(classes)}; the checkpoint's are {_listed(saved)}, in this order"
-        )
-
-
-def _listed(names: list[str]) -> str:
-    more = f", ... ({len(names):,})" if len(names) > _MOST_LISTED else ""
-    return ", ".join(names[:_MOST_LISTED]) + more

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fairseq import utils
-from fairseq.data import Dictionary, MonolingualDataset
+from fairseq.data import MonolingualDataset
 from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
@@ -29,6 +29,7 @@ from .language_modeling import MHMoELanguageModelingConfig, MHMoELanguageModelin
 logger = logging.getLogger(__name__)
 
 _CHECKED_BLOCKS = 20
+_SUMS = ("language_loss", "language_tokens", "language_characters")
 _PRIORITY = 700  # of languages' metrics: behind what a validation logs without languages
 
 
@@ -69,11 +70,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
 
     @classmethod
     def check_args(cls, args: Any) -> None:
-        """Refuse flags before anything is loaded.
-
-        Raises:
-            UserError: naming the flag, its value and the rule.
-        """
+        """Refuse flags before anything is loaded, with a ``UserError`` that names flag, value and rule."""
         if args.mhmoe_language_token and args.add_bos_token:
             raise UserError("--mhmoe-language-token and --add-bos-token exclude each other: both begin a block")
         super().check_args(args)
@@ -99,7 +96,17 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
 
     @functools.cached_property
     def _symbols(self) -> dict[str, int]:
-        return language_symbols(self.dictionary, self.languages) if self.args.mhmoe_language_token else {}
+        """Language -> its symbol's index in the dictionary; empty without ``--mhmoe-language-token``."""
+        symbols = {language: language_symbol(language) for language in self.languages}
+        if not self.args.mhmoe_language_token:
+            return {}
+        for symbol in symbols.values():
+            if symbol not in self.dictionary.indices:
+                raise UserError(
+                    f"--mhmoe-language-token: dict.txt has no {symbol}: prepare the data with "
+                    "`mhmoe prepare multilingual`, whose dictionaries hold a symbol for every language"
+                )
+        return {language: self.dictionary.index(symbol) for language, symbol in symbols.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint says of the task."""
@@ -126,17 +133,13 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         base, chosen = self.split_of(split)
         parts = {language: self._load_part(language, base, epoch, combine, **kwargs) for language in chosen}
         numbers = {language: number for number, language in enumerate(self.languages)}
-        if split == "train":
-            self.datasets[split] = SampledLanguagesDataset(
-                parts,
-                numbers,
-                self._symbols,
-                alpha=self.args.multilang_sampling_alpha,
-                seed=self.args.seed,
-                num_shards=len(data_folders(self.args)),
-            )
-        else:
+        if split != "train":
             self.datasets[split] = LanguagesDataset(parts, numbers, self._symbols, self._characters(base, parts))
+            return
+        alpha, shards = self.args.multilang_sampling_alpha, len(data_folders(self.args))
+        self.datasets[split] = SampledLanguagesDataset(
+            parts, numbers, self._symbols, alpha=alpha, seed=self.args.seed, num_shards=shards
+        )
 
     def split_of(self, split: str) -> tuple[str, list[str]]:
         """The files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``.
@@ -162,17 +165,34 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         task = MHMoELanguageModelingTask(settings, self.dictionary, self.output_dictionary, self.targets)
         task.load_dataset(split, *args, **kwargs)
         part = task.dataset(split)
-        check_words(part, self.dictionary, f"{split} of {language}")
+        words = torch.cat([part[block]["target"] for block in range(min(len(part), _CHECKED_BLOCKS))])
+        unknown = words.eq(self.dictionary.unk()).float().mean().item()
+        if unknown > 0.5:  # a model would learn to predict <unk>
+            raise UserError(
+                f"{split} of {language}: {unknown:.0%} of its words are unknown; dict.txt is a dictionary of other "
+                "languages"
+            )
         return part
 
     def _characters(self, split: str, parts: dict[str, MonolingualDataset]) -> dict[str, float]:
+        """Language -> characters that the targets of its text stand for, as far as the manifest tells.
+
+        ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
+        language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
+        """
         folder = data_folders(self.args)[0]
-        characters = characters_of(folder, split, {name: int(part.sizes.sum()) for name, part in parts.items()})
-        unknown = [language for language in parts if language not in characters]
+        counts = read_manifest(folder).get("languages", {})
+        found = {}
+        for language, part in parts.items():
+            counted = counts.get(language, {}).get("splits", {}).get(split)
+            left_out = counted["tokens"] - int(part.sizes.sum()) if counted else -1
+            if counted and 0 <= left_out < max(counted["documents"], 1):
+                found[language] = float(counted["chars"] - left_out)
+        unknown = ", ".join(language for language in parts if language not in found)
         if unknown:
-            reason = f"{folder / 'manifest.json'} does not tell the characters of {', '.join(unknown)}"
+            reason = f"{folder / 'manifest.json'} does not tell the characters of {unknown}"
             logger.info(f"{split}: no bits per character, since {reason}")
-        return characters
+        return found
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
         """One batch of a validation, its loss summed for every language too if the criterion is ours."""
@@ -192,9 +212,6 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         return LanguageContextDataset(
             dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
         )
-
-
-# ---------------------------------------------------------------------- the folder of the data
 
 
 def find_languages(folder: Path, langs: str) -> list[str]:
@@ -252,54 +269,6 @@ def _have_same_content(one: Path, other: Path) -> bool:
     return size > 0 and size == other.stat().st_size and sha256_of(one) == sha256_of(other)
 
 
-def check_words(part: MonolingualDataset, dictionary: Dictionary, name: str) -> None:
-    """A language is in the dictionary's words: of unknown ones, a model would learn to predict ``<unk>``.
-
-    Raises:
-        UserError: if most words of its first blocks are unknown.
-    """
-    words = torch.cat([part[block]["target"] for block in range(min(len(part), _CHECKED_BLOCKS))])
-    unknown = words.eq(dictionary.unk()).float().mean().item()
-    if unknown > 0.5:
-        raise UserError(f"{name}: {unknown:.0%} of its words are unknown; dict.txt is a dictionary of other languages")
-
-
-def language_symbols(dictionary: Dictionary, languages: list[str]) -> dict[str, int]:
-    """Language -> its symbol's number in the dictionary.
-
-    Raises:
-        UserError: naming a symbol that the dictionary lacks.
-    """
-    for language in languages:
-        if language_symbol(language) not in dictionary.indices:
-            raise UserError(
-                f"--mhmoe-language-token: dict.txt has no {language_symbol(language)}: prepare the data with "
-                "`mhmoe prepare multilingual`, whose dictionaries hold a symbol for every language"
-            )
-    return {language: dictionary.index(language_symbol(language)) for language in languages}
-
-
-def characters_of(folder: Path, split: str, tokens: dict[str, int]) -> dict[str, float]:
-    """Language -> characters that ``tokens`` targets of its text stand for, as far as the manifest tells.
-
-    ``--sample-break-mode complete_doc`` leaves out the end mark of each empty line, one token and one character. A
-    language whose number of tokens cannot be explained so is left out: its text is not the manifest's.
-    """
-    counts = read_manifest(folder).get("languages", {})
-    found = {}
-    for language, evaluated in tokens.items():
-        counted = counts.get(language, {}).get("splits", {}).get(split)
-        if counted is None:
-            continue
-        left_out = counted["tokens"] - evaluated
-        if 0 <= left_out < max(counted["documents"], 1):
-            found[language] = float(counted["chars"] - left_out)
-    return found
-
-
-# ---------------------------------------------------------------------- metrics
-
-
 def language_sums(sample: dict[str, Any], losses: Tensor, num_languages: int, pad: int) -> dict[str, Tensor]:
     """Additive sums for every language, ``(num_languages,)`` each.
 
@@ -321,20 +290,17 @@ def language_sums(sample: dict[str, Any], losses: Tensor, num_languages: int, pa
 
 def log_languages(languages: list[str], logging_outputs: list[dict[str, Any]]) -> None:
     """Log ``ppl_de`` and, where characters are known, ``bpc_de`` of every language, and ``bpc`` of all together."""
-    if not any("language_loss" in log for log in logging_outputs):
-        return
-    # Hidden meters (leading underscore) add the sums up; figures come from the sums of the whole set.
-    for key in ("language_loss", "language_tokens", "language_characters"):
-        if any(key in log for log in logging_outputs):
-            metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
+    # Hidden meters (leading underscore) add the sums up; metrics come from the sums of the whole set.
+    keys = [key for key in _SUMS if any(key in log for log in logging_outputs)]
+    for key in keys:
+        metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
     tokens = sum(log["language_tokens"] for log in logging_outputs if "language_tokens" in log)
-    has_characters = any("language_characters" in log for log in logging_outputs)
-    for number, language in enumerate(languages):
-        if tokens[number] > 0:
-            metrics.log_derived(f"ppl_{language}", functools.partial(_perplexity, number), _PRIORITY)
-            if has_characters:
-                metrics.log_derived(f"bpc_{language}", functools.partial(_bits_per_character, [number]), _PRIORITY)
-    if has_characters:
+    for index, language in enumerate(languages if keys else []):
+        if tokens[index] > 0:
+            metrics.log_derived(f"ppl_{language}", functools.partial(_perplexity, index), _PRIORITY)
+            if "language_characters" in keys:
+                metrics.log_derived(f"bpc_{language}", functools.partial(_bits_per_character, [index]), _PRIORITY)
+    if "language_characters" in keys:
         metrics.log_derived("bpc", functools.partial(_bits_per_character, range(len(languages))), _PRIORITY)
 
 

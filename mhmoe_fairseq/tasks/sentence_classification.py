@@ -17,7 +17,7 @@ from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.languages import language_symbol
 from ..data.vocabulary import NUM_SPECIALS
 from ..training import ParallelTask, TrainingFlags
-from .finetuning import require_same_classes
+from .finetuning import NamesClasses
 from .starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class SentenceClassificationTaskConfig(TrainingFlags):
 
 
 @register_task("mhmoe_sentence_classification", dataclass=SentenceClassificationTaskConfig)
-class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
+class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
     """Classification of sentences or pairs, with a head on the last token of a causal language model.
 
     The data have the layout of fairseq's ``sentence_prediction``: ``input0/``, ``input1/`` for pairs, ``label/``, each
@@ -74,17 +74,18 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         if not name or "." in name:  # it becomes a part of the weights' names
             raise UserError(f"--classification-head-name ({name}) must be a name without a dot")
         self.dictionary = Dictionary.load(str(find_dictionary(folder)))
+        self.classes_source = str(folder / LABELS / "dict.txt")
         self.classes = read_classes(folder / LABELS / "dict.txt")
         if args.num_classes not in (None, len(self.classes)):
             raise UserError(
-                f"--num-classes ({args.num_classes}): {folder}/label/dict.txt has {len(self.classes)} classes"
+                f"--num-classes ({args.num_classes}): {self.classes_source} has {len(self.classes)} classes"
             )
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with its head; for training, check the checkpoint that it will start from.
 
         Raises:
-            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
+            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
         """
         model = super().build_model(args, from_checkpoint)
         if not hasattr(model, "register_classification_head"):
@@ -112,7 +113,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         """The examples of a split, checked.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, truncated, too short or of another
+            FileNotFoundError, UserError: naming the file that is missing, truncated, too short or of another
                 dictionary.
         """
         parts = self._parts(split)
@@ -135,21 +136,9 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
         """fairseq's hook for prompts to continue.
 
         Raises:
-            ValueError: always: what a fine-tuned model would write after them means nothing.
+            UserError: always: what a fine-tuned model would write after them means nothing.
         """
         raise UserError("the model was fine-tuned to classify: continue text with the language model that it came from")
-
-    def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: the names of the classes."""
-        return {"classes": self.classes}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the checkpoint's classes with the data's.
-
-        Raises:
-            ValueError: if they differ or come in another order.
-        """
-        require_same_classes(f"{self.args.data}/label/dict.txt", self.classes, state_dict.get("classes", self.classes))
 
     def first_token(self, split: str) -> int:
         """The first token of every input: ``</s>``, after which pre-training's lines start, or a language's symbol.
@@ -158,7 +147,7 @@ class SentenceClassificationTask(ParallelTask, LegacyFairseqTask):
             split: with ``--mhmoe-language-token`` of a name such as ``valid_de``.
 
         Raises:
-            ValueError: if it names no language, or the dictionary has no symbol for it.
+            UserError: if it names no language, or the dictionary has no symbol for it.
         """
         if not self.args.mhmoe_language_token:
             return self.dictionary.eos()

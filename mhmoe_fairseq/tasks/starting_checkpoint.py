@@ -27,7 +27,7 @@ def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
         args: the task's flags.
 
     Raises:
-        ValueError: as ``check_pretrained``.
+        UserError: as ``check_pretrained``.
     """
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():
@@ -80,33 +80,23 @@ def check_pretrained(model: nn.Module, checkpoint: Path, state: Mapping[str, Ten
         data: the data folder, for messages.
 
     Raises:
-        ValueError: naming the checkpoint and the first thing that differs.
+        UserError: naming the checkpoint and the first thing that differs.
     """
     for name, fingerprint in model.named_buffers():
         owner, found, _ = name.rpartition(_FINGERPRINT)
         if found and name in state and not torch.equal(state[name], fingerprint.cpu()):
-            words = f"{state[owner + _embedding(model, owner)].size(0):,} words, "
+            embedding = state[owner + model.get_submodule(owner.rstrip(".")).embedding_name]
             raise UserError(
-                f"{checkpoint}: its dictionary ({words}other symbols or another order) is not that of {data}: prepare "
-                "the data with --data naming the folder that the pre-trained model was trained on"
+                f"{checkpoint}: its dictionary ({embedding.size(0):,} words, other symbols or another order) is not "
+                f"that of {data}: prepare the data with --data naming the folder that the pre-trained model was "
+                "trained on"
             )
-    difference = next(_differences(model, _fitted(model, checkpoint, state)), None)
-    if difference is not None:
-        raise UserError(f"{checkpoint}: {difference}: give --arch and the model's flags as in its training")
-
-
-def _embedding(model: nn.Module, owner: str) -> str:
-    """The name of the embedding's weight within the module that keeps the fingerprint."""
-    return str(model.get_submodule(owner.rstrip(".")).embedding_name)
-
-
-def _fitted(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not hasattr(model, "fitted_state"):
-        return state
     try:
-        return model.fitted_state(state)
+        fitted = model.fitted_state(state) if hasattr(model, "fitted_state") else state
     except ValueError as error:
         raise UserError(f"{checkpoint}: {error}") from error
+    for difference in _differences(model, fitted):
+        raise UserError(f"{checkpoint}: {difference}: give --arch and the model's flags as in its training")
 
 
 def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
