@@ -10,7 +10,6 @@ from fairseq.criterions import FairseqCriterion
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..common.ranges import check_flags
 from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
 
 Outcome = tuple[Tensor, Any, dict[str, Any]]  # the loss, what it is later divided by, what to log
@@ -30,9 +29,8 @@ class MoECriterion(FairseqCriterion):
 
     def __init__(self, task: Any, cfg: GateLossConfig) -> None:
         super().__init__(task)
-        check_flags(cfg)
         self.cfg = cfg
-        self.gate_losses = GateLosses(cfg.moe_gate_loss_wt, cfg.moe_gate_loss_combine_method, cfg.mhmoe_z_loss_wt)
+        self.gate_losses = GateLosses(cfg)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -81,7 +79,7 @@ class RowCriterion(MoECriterion):
         }
         if not reduce:
             return losses, rows, log
-        loss, gate_log = self.gate_losses.add_all_to(losses.sum(), extras, rows)
+        loss, gate_log = self.gate_losses.add_to(losses.sum(), extras, rows)
         return loss, rows, {**log, **gate_log}
 
     @classmethod

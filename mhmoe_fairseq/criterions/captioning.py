@@ -68,7 +68,7 @@ class CaptioningCriterion(MoECriterion):
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
         }
-        loss, log = self.gate_losses.add_to(kept.sum(), extra, sample_size)
+        loss, log = self.gate_losses.add_to(kept.sum(), [extra], sample_size)
         return loss, sample_size, {**logging_output, **log}
 
     def _without_worst(self, divergences: Tensor, is_training: bool) -> Tensor:

@@ -115,7 +115,7 @@ class MaskedMultimodalCriterion(MoECriterion):
             "num_replaced": num_replaced,
             **_part_log(parts),
         }
-        loss, log = self.gate_losses.add_all_to(self._combine(parts, sample_size), extras, sample_size, counted)
+        loss, log = self.gate_losses.add_to(self._combine(parts, sample_size), extras, sample_size, counted)
         return loss, sample_size, {**logging_output, **log}
 
     def _parts(

@@ -44,7 +44,7 @@ class MoECrossEntropyCriterion(MoECriterion):
             "nsentences": sample["target"].size(0),
             "sample_size": sample_size,
         }
-        loss, log = self.gate_losses.add_to(cross_entropy, extra, sample_size)
+        loss, log = self.gate_losses.add_to(cross_entropy, [extra], sample_size)
         return loss if reduce else cross_entropy, sample_size, {**logging_output, **log}
 
     def _cross_entropy(self, model: nn.Module, logits: Tensor, sample: dict[str, Any], reduce: bool) -> Tensor:

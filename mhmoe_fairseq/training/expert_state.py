@@ -62,7 +62,10 @@ class ExpertState:
         self._handled_at_start = sys.exc_info()[1]
         groups = next(iter(shards.values())).groups
         self._num_ranks = groups.size
-        self._cpu_group = _gloo_group(dist.get_process_group_ranks(groups.experts))
+        # Every bank makes one, though only the first's is used: torch names a group that its members make alone by the
+        # number of groups that they have, which must be one number on all ranks.
+        ranks = dist.get_process_group_ranks(groups.experts)
+        self._cpu_group = dist.new_group(ranks, GATHER_TIMEOUT, "gloo", use_local_synchronization=True)
         optimizer.consolidate_state_dict = self.gather  # type: ignore[attr-defined]
         optimizer.register_state_dict_post_hook(self._put_whole)
         optimizer.register_load_state_dict_pre_hook(self._take_part)
@@ -88,7 +91,8 @@ class ExpertState:
             if weight is not None:
                 shard.provide(weight)
             state = self._optimizer.state.get(parameter, {})
-            whole = {key: self._on_rank_0(value) for key, value in state.items() if _is_like(value, parameter)}
+            tensors = {key: value for key, value in state.items() if getattr(value, "shape", None) == parameter.shape}
+            whole = {key: self._on_rank_0(value) for key, value in tensors.items()}
             self._whole[index] = {key: value for key, value in whole.items() if value is not None}
 
     def _let_states_be_built(self) -> None:
@@ -130,13 +134,3 @@ class ExpertState:
                 key: shard.part(value).clone() if torch.is_tensor(value) and value.dim() > 0 else value
                 for key, value in state[index].items()
             }
-
-
-def _gloo_group(ranks: list[int]) -> dist.ProcessGroup:
-    # Every bank makes one, though only the first's is used: torch names a group that its members make alone by the
-    # number of groups that they have, which must be one number on all ranks.
-    return dist.new_group(ranks, timeout=GATHER_TIMEOUT, backend="gloo", use_local_synchronization=True)
-
-
-def _is_like(value: Any, parameter: nn.Parameter) -> bool:
-    return torch.is_tensor(value) and value.shape == parameter.shape

@@ -15,12 +15,7 @@ from ..parallel import ShardedParameter
 
 
 class ParameterNotes(NamedTuple):
-    """The notes.
-
-    Args:
-        shard: what the parameter is a part of, if experts are shared out over ranks.
-        lr_scale: factor of the learning rate.
-    """
+    """What the parameter is a part of, if experts are shared out over ranks, and the factor of its learning rate."""
 
     shard: ShardedParameter | None = None
     lr_scale: float = 1.0

@@ -9,7 +9,7 @@ import torch
 from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.gate_losses import GateLosses, log_gate_losses
+from mhmoe_fairseq.criterions.gate_losses import GateLossConfig, GateLosses, log_gate_losses
 from mhmoe_fairseq.evaluation.modality_scores import expert_counts
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
@@ -28,7 +28,7 @@ def outputs_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> list[MH
 @torch.no_grad()
 def log_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> dict[str, Any]:
     extra = model(**beit3_batch(kind, lengths))[1]
-    return GateLosses(0.01, "average", 0.0).add_to(torch.zeros(()), extra, 1)[1]
+    return GateLosses(GateLossConfig()).add_to(torch.zeros(()), [extra], 1)[1]
 
 
 def logged(*logs: dict[str, Any]) -> dict[str, float]:
