@@ -19,6 +19,7 @@ from torch import nn
 from ..common.console import quiet
 from ..common.errors import UserError
 from ..data.identity import DataIdentity, identify_data
+from ..models.counts import stack_of_layers
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
 from .files import read_trained
 
@@ -62,9 +63,19 @@ class Opened:
         return next(self.model.parameters()).device
 
     @property
+    def precision(self) -> str:
+        """What it computes in: ``fp32``, ``bf16`` or ``fp16``."""
+        return (self.model if hasattr(self.model, "beit3") else self.model.decoder).precision
+
+    @property
     def layers(self) -> Sequence[nn.Module]:
         """The decoder's or encoder's layers; ``layer.moe_layer`` exists where ``layer.is_moe_layer``."""
-        return self.model.beit3.encoder.layers if hasattr(self.model, "beit3") else self.model.decoder.layers
+        return stack_of_layers(self.model).layers
+
+    @classmethod
+    def of_text_model(cls, hub: GeneratorHubInterface, file: Path) -> Opened:
+        """What ``open_text_model`` opened from a file."""
+        return cls(hub.models[0], hub.task, read_settings(file), file)
 
     def batches(self, dataset: Any, batch_size: int, num_workers: int = 0) -> Iterator[dict[str, Any]]:
         """Every example of a data set once, in its order, on the model's device.

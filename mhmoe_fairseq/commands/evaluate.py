@@ -1,128 +1,166 @@
-"""``mhmoe evaluate``: a checkpoint's perplexity on a split, by language or by what is masked, and the total."""
+"""``mhmoe evaluate``: how good a checkpoint is on a split, by the measures of the task that it was trained with."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..checkpoints.open import open_model, read_settings
-from ..common.arguments import existing_file, existing_folder, nonempty, output_file, plain_name, whole
+from ..common.arguments import (
+    existing_file,
+    existing_folder,
+    existing_path,
+    nonempty,
+    output_file,
+    plain_name,
+    real,
+    whole,
+)
 from ..common.console import quiet, say
 from ..common.errors import UserError
-from ..common.files import sha256_of
-from ..common.tables import markdown_table, number, percent
-from ..data.identity import identify_data
-from ..evaluation.modality_scores import ModalityScores, score_modalities, together, write_modality_scores
-from ..evaluation.perplexity import score_split
-from ..evaluation.split_scores import SplitScores, write_scores
-from ..tasks.masked_multimodal import MaskedMultimodalTask
+from ..common.tables import MISSING, markdown_table, number
+
+if TYPE_CHECKING:
+    from ..evaluation.records import Metric, Record
+
+DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
+_PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
+_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "image")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe evaluate``."""
+    """Flags of ``mhmoe evaluate``; one without a meaning for the checkpoint's task is refused."""
     parser.add_argument(
-        "checkpoint", type=existing_file, metavar="CHECKPOINT", help="checkpoint file of a pre-trained model"
-    )
-    parser.add_argument("--data", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare")
-    parser.add_argument(
-        "--split", type=plain_name, default="test", help="valid, test, or one language's, such as test_de"
+        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
     )
     parser.add_argument(
-        "--langs", type=nonempty, metavar="CODES", help="evaluate on these of the languages, with commas in between"
+        "--data", type=existing_folder, metavar="DIR", help="folder of mhmoe prepare; that of the training if not given"
     )
     parser.add_argument(
+        "--split", type=plain_name, default="test",
+        help="train, valid, test, one language's, such as test_de, or of questions test-dev",
+    )  # fmt: skip
+    parser.add_argument(
+        "--record", "--json", "--scores", type=output_file, metavar="FILE",
+        help="where the record is written; record-SPLIT.json beside the checkpoint if not given",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", "--predictions", type=output_file, metavar="FILE",
+        help="write the predictions: of sentences a JSON object a line, of questions JSON as VQAv2's server takes it, "
+        "of statements NLVR2's CSV, of images' classes a CSV, captions as COCO's server takes them",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=whole(), metavar="N", help="most examples, or blocks, per batch (32)")
+    parser.add_argument(
+        "--max-tokens", type=whole(), metavar="N", help="most tokens per batch of text (36000; of sentences 4096)"
+    )
+    parser.add_argument("--num-workers", type=whole(at_least=0), metavar="N", help="processes that decode images (0)")
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    text = parser.add_argument_group("text in several languages")
+    text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
+    masked = parser.add_argument_group("masked images")
+    masked.add_argument(
         "--visual-tokenizer", type=existing_file, metavar="FILE",
         help="that of the training, where it is no longer where it was then",
     )  # fmt: skip
-    parser.add_argument("--max-tokens", type=whole(), default=36000, metavar="N", help="most tokens per batch of text")
-    parser.add_argument(
-        "--batch-size",
-        type=whole(),
-        default=32,
-        metavar="N",
-        help="most blocks, or samples of each modality, per batch",
+    _add_sentence_arguments(parser.add_argument_group("classes of sentences"))
+    captions = parser.add_argument_group("captions")
+    captions.add_argument(
+        "--beam", type=whole(), metavar="B", help="hypotheses that are kept, 1 is greedy; the training's"
     )
-    parser.add_argument(
-        "--json", type=output_file, metavar="FILE",
-        help="write the figures there, too; mhmoe report reads eval-SPLIT.json in a run's folder",
+    add_caption_arguments(captions)
+    captions.add_argument(
+        "--no-java", action="store_const", const=True, help="leave out METEOR and SPICE even if they can be had"
+    )
+    captions.add_argument("--image", nargs="+", help=argparse.SUPPRESS)
+
+
+def _add_sentence_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--splits", type=plain_name, nargs="+", metavar="NAME", help="several splits in place of one")
+    group.add_argument(
+        "--input", nargs="+", metavar="LANG=FILE",
+        help="files of texts by language, as for mhmoe prepare classification, in place of a split",
     )  # fmt: skip
+    group.add_argument(
+        "--text-fields", type=nonempty, nargs="+", metavar="NAME",
+        help="of --input: fields of the text; the training's if not given",
+    )  # fmt: skip
+    group.add_argument(
+        "--label-field", type=nonempty, metavar="NAME",
+        help="of --input: field of the label; without it there is no accuracy",
+    )  # fmt: skip
+    group.add_argument(
+        "--language-field", type=nonempty, metavar="NAME", help="of --input: field of the language's code"
+    )
+
+
+def add_caption_arguments(group: argparse._ArgumentGroup) -> None:
+    """The flags of a search for captions besides ``--beam``."""
+    group.add_argument(
+        "--length-penalty", type=real(), metavar="P",
+        help="captions are compared by log-probability over their length to the power P; the training's",
+    )  # fmt: skip
+    group.add_argument("--max-len", type=whole(), metavar="N", help="most tokens of a caption; the training's")
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print and write.
 
     Raises:
-        ValueError, OSError: for a bad flag, checkpoint or data folder, before the evaluation.
+        UserError, OSError: for a bad flag, checkpoint or data folder, before the evaluation.
     """
-    settings = read_settings(args.checkpoint)
-    overrides = {}
-    if args.langs is not None:
-        if "langs" not in settings["task"]:
-            raise UserError(f"--langs: {args.checkpoint} was trained on one text, not on several languages")
-        overrides["langs"] = args.langs
-    if args.visual_tokenizer is not None:
-        if "visual_tokenizer" not in settings["task"]:
-            raise UserError(f"--visual-tokenizer: {args.checkpoint} predicts no visual tokens")
-        overrides["visual_tokenizer"] = str(args.visual_tokenizer.resolve())
-    identity = identify_data(args.data)
+    if args.image is not None:
+        raise UserError("--image: mhmoe generate CHECKPOINT --image FILE captions single images")
+    from ..checkpoints.open import open_model, read_settings
+    from ..evaluation.evaluate import evaluate, split_options
+    from ..evaluation.records import record_file, write_record
+    from ..models.language_model import find_checkpoint
+
+    file = find_checkpoint(args.checkpoint, None)
+    options = {name: value for name, value in vars(args).items() if name not in _NOT_OPTIONS}
+    overrides, options = split_options(read_settings(file), options)
+    if args.record is None:
+        _require_place(record_file(file.parent, args.split))
     with quiet():
-        opened = open_model(args.checkpoint, args.data, overrides=overrides)
-        table, write = _score(args, opened.model, opened.task)
-    say(table)
-    if args.json is not None:
-        write(args.json, {
-            "checkpoint": args.checkpoint.name,
-            "checkpoint_sha256": sha256_of(args.checkpoint),
-            "data_digest": identity.digest,
-            "split": args.split,
-        })  # fmt: skip
-        say(f"written: {args.json}")
+        opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides)
+        record = evaluate(opened, args.split, **options)
+    say(describe(record))
+    if record.metrics:
+        path = args.record or record_file(file.parent, record.split)
+        write_record(path, record)
+        say(f"written: {path}")
     return 0
 
 
-def _score(args: argparse.Namespace, model: Any, task: Any) -> tuple[str, Callable[[Path, dict[str, Any]], None]]:
-    """The figures as a table, and what writes them to a file together with their provenance."""
-    if isinstance(task, MaskedMultimodalTask):
-        modalities = score_modalities(model, task, args.split, args.batch_size)
-        tokenizer = task.state_dict()  # which visual tokenizer's ids were predicted
-        return describe_parts(modalities), lambda path, kept: write_modality_scores(path, modalities, kept | tokenizer)
-    scores = score_split(model, task, args.split, args.max_tokens, args.batch_size)
-    return describe(scores), lambda path, kept: write_scores(path, scores, kept)
+def _require_place(path: str) -> None:
+    try:
+        output_file(str(path))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--record {error}: give --record FILE") from None
 
 
-def describe(scores: SplitScores) -> str:
-    """A row for every language and one for the total."""
-    rows = [
-        [
-            name,
-            f"{score.tokens:,}",
-            number(score.loss, 4),
-            number(score.perplexity),
-            number(score.bits_per_character, 4),
-        ]
-        for name, score in {**scores.languages, "total": scores.total}.items()
-    ]
-    return markdown_table(["language", "tokens", "loss (bits/token)", "perplexity", "bits/character"], rows)
+def describe(record: Record) -> str:
+    """A table with a row for every part and one for all, then how it was measured, and what is absent."""
+    lines = []
+    if record.metrics:
+        rows = {**record.parts, f"{record.split}, all" if record.parts else record.split: record.metrics}
+        columns = dict.fromkeys(column for metrics in rows.values() for column in _cells(metrics))
+        table = [[name.replace("_", ", "), *(_cells(row).get(title, MISSING) for title in columns)]
+                 for name, row in rows.items()]  # fmt: skip
+        lines.append(markdown_table([_PARTS.get(record.what, "split"), *columns], table))
+    settings = dict(record.settings)
+    if settings.pop("derived", False):
+        lines.append(DERIVED)
+    lines += [f"{name}: {value}" for name, value in settings.items()]
+    lines += [f"{name}: absent, {reason}" for name, reason in record.absent.items()]
+    return "\n".join(lines)
 
 
-def describe_parts(scores: ModalityScores) -> str:
-    """A row for everything that is masked, and one for all together; beside it what a guess without context gets."""
-    guesses = scores.without_context
-    rows_of = {name: (part, guesses[name]) for name, part in scores.parts.items()}
-    rows_of["all"] = (scores.total, together(list(guesses.values())))
-    rows = [
-        [
-            name.replace("_", ", "),
-            f"{score.targets:,}",
-            number(score.loss, 4),
-            number(score.perplexity),
-            percent(score.accuracy),
-            number(guessed.perplexity),
-            percent(guessed.accuracy),
-        ]
-        for name, (score, guessed) in rows_of.items()
-    ]
-    header = ["masked", "positions", "loss (bits)", "perplexity", "right", "without context: perplexity", "right"]
-    return markdown_table(header, rows)
+def _cells(metrics: dict[str, Metric]) -> dict[str, str]:
+    """Column -> cell: how many were scored, the metrics, and beside each what guesses reach."""
+    counts = [metric.count for metric in metrics.values() if metric.count is not None]
+    cells = {"scored": f"{counts[0]:,}"} if counts else {}
+    for name, metric in metrics.items():
+        digits = 4 if metric.unit.startswith("bits") else 2
+        error = "" if metric.stderr is None else f" ± {number(metric.stderr, digits)}"
+        cells[name if metric.unit == name else f"{name} ({metric.unit})"] = number(metric.value, digits) + error
+        cells |= {f"{name}, {guess}": number(value, digits) for guess, value in metric.baselines.items()}
+    return cells

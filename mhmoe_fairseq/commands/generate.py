@@ -1,4 +1,4 @@
-"""``mhmoe generate``: continue prompts with a trained language model."""
+"""``mhmoe generate``: continue prompts with a trained language model, or caption images with a fine-tuned one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-from ..common.arguments import existing_file, existing_folder, existing_path, real, seed, whole
+from ..common.arguments import existing_file, existing_folder, existing_path, output_file, real, seed, whole
+from ..common.console import quiet, say
 from ..common.errors import UserError
+from .evaluate import add_caption_arguments
+
+_OF_TEXT, _OF_IMAGES = ("sampling", "top_k", "top_p", "json"), ("output", "length_penalty", "max_len")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,11 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a UTF-8 file with one prompt per line; - reads stdin",
     )
+    prompts.add_argument("--image", nargs="+", type=existing_file, metavar="FILE", help="images to caption")
     parser.add_argument(
         "--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included"
     )
     parser.add_argument(
-        "--beam", type=whole(), default=1, metavar="B", help="hypotheses kept by beam search; 1 is greedy"
+        "--beam",
+        type=whole(),
+        metavar="B",
+        help="hypotheses kept by beam search; 1 is greedy, and what texts have if not given; captions, the training's",
     )
     parser.add_argument("--sampling", action="store_true", help="draw tokens in place of searching the best text")
     parser.add_argument("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
@@ -50,17 +58,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print a JSON object per prompt: prompt, text, score (mean log-probability in nats), tokens, token_scores",
     )  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    captions = parser.add_argument_group("captions of --image")
+    captions.add_argument("--output", type=output_file, metavar="FILE", help='write [{"image_path", "caption"}]')
+    add_caption_arguments(captions)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints one text, or JSON object, per prompt."""
+    """Prints one text, or JSON object, per prompt, or the caption of each image."""
+    for name in _OF_IMAGES if args.image is None else _OF_TEXT:
+        if getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')}: {'needs' if args.image is None else 'has no meaning with'} --image"
+            )
+    return _continue(args) if args.image is None else _caption(args)
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from ..checkpoints.open import open_model
+    from ..evaluation.captions import caption_images, find_search
+    from ..evaluation.images import write_objects
+
+    with quiet():
+        opened = open_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
+    search = find_search(opened, args.beam, args.length_penalty, args.max_len)
+    captions = []
+    for path, caption in zip(args.image, caption_images(opened, args.image, search, args.batch_size)):
+        say(f"{path}: {caption}")
+        captions.append({"image_path": str(path), "caption": caption})
+    if args.output is not None:
+        write_objects(args.output, captions)
+    return 0
+
+
+def _continue(args: argparse.Namespace) -> int:
     prompts = args.prompt if args.prompts_file is None else read_prompts(args.prompts_file)
     # Imported late, so that `mhmoe generate --help` is quick.
     from ..checkpoints.open import open_text_model
     from ..evaluation.generation import Search, continue_prompts
 
     search = Search(
-        beam=args.beam,
+        beam=args.beam or 1,
         max_len_b=args.max_len_b,
         sampling=args.sampling,
         temperature=args.temperature,
@@ -71,8 +108,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
         shown = json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text
-        sys.stdout.write(shown + "\n")
-        sys.stdout.flush()
+        say(shown)
     return 0
 
 

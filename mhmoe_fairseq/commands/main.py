@@ -31,7 +31,11 @@ COMMANDS = {
         "mhmoe_fairseq.commands.reproduce",
         "train, evaluate and report a table or figure of the papers, a study, or the demo",
     ),
-    "evaluate": ("mhmoe_fairseq.commands.evaluate", "perplexity of a checkpoint, every language and the total"),
+    "evaluate": ("mhmoe_fairseq.commands.evaluate", "measure a checkpoint on a split, by its task's own metrics"),
+    "zero-shot": (
+        "mhmoe_fairseq.commands.zero_shot",
+        "language models on tasks of lm-evaluation-harness, XNLI, or a cross-lingual probe",
+    ),
     "report": ("mhmoe_fairseq.commands.report", "compare trained models by their records: tables and plots"),
     "analyze": (
         "mhmoe_fairseq.commands.analyze",
@@ -39,21 +43,15 @@ COMMANDS = {
     ),
     "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert, average and import checkpoints"),
     "generate": ("mhmoe_fairseq.commands.generate", "continue a prompt with a trained language model"),
-    "classify": ("mhmoe_fairseq.commands.classify", "accuracy by language of a fine-tuned model"),
-    "caption": ("mhmoe_fairseq.commands.caption", "captions of images, and their scores"),
-    "predict": (
-        "mhmoe_fairseq.commands.predict",
-        "score a model that was fine-tuned on images, or write its predictions for submission",
-    ),
-    "lm-eval": (
-        "mhmoe_fairseq.commands.lm_eval",
-        "evaluate on tasks of lm-evaluation-harness, whose own command line this is",
-    ),
-    "xnli": ("mhmoe_fairseq.commands.xnli", "zero-shot XNLI in every language, from your copy of it"),
-    "probe": ("mhmoe_fairseq.commands.probe", "cross-lingual probe from aligned held-out text, not XNLI"),
 }
 # Former names, and the words that take their place. A call by a former name says the new one and then runs it.
 ALIASES: dict[str, tuple[str, ...]] = {
+    "caption": ("evaluate",),
+    "classify": ("evaluate",),
+    "predict": ("evaluate",),
+    "lm-eval": ("zero-shot", "lm-eval"),
+    "xnli": ("zero-shot", "xnli"),
+    "probe": ("zero-shot", "probe"),
     "diversity": ("analyze", "--diversity"),
     "report-tasks": ("report",),
     "import-official": ("checkpoint", "import-official"),
@@ -62,7 +60,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
 # Commands whose modules import torch or fairseq before they run: none is to be left here.
-HEAVY = {"evaluate", "probe"}
+HEAVY: set[str] = set()
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:

@@ -11,18 +11,19 @@ log-probability after it minus that at the begin of a text (pointwise mutual inf
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
 from ..common.files import read_json_lines
+from ..data.languages import get_language
+from .records import Metric, mean_percent
 from .scoring import Score, TextScorer
 
+_PIVOT = "en"
 _NEIGHBOURS = 20  # distractors are drawn from so many next shorter and next longer sentences
 
 
@@ -47,26 +48,6 @@ class Item(NamedTuple):
     context: str
     candidates: tuple[str, ...]
     answer: int
-
-
-@dataclass(frozen=True)
-class ProbeResult:
-    """Of one pair of languages.
-
-    Attributes:
-        items: number of questions.
-        by_length: right answers by log-probability per token.
-        by_pmi: right answers by pointwise mutual information.
-    """
-
-    items: int
-    by_length: int
-    by_pmi: int
-
-    def accuracy(self, correct: int) -> tuple[float, float]:
-        """Share of right answers and its standard error."""
-        share = correct / self.items
-        return share, math.sqrt(share * (1 - share) / self.items)
 
 
 def read_aligned(path: Path) -> list[Aligned]:
@@ -104,7 +85,7 @@ def make_items(
         source: the language of the contexts.
         target: that of the candidates.
         candidates: per question, the translation counted.
-        seed: of the choice of questions, distractors and places.
+        seed: of the choice of questions, distractors and their order.
         most: at most so many questions, drawn at random.
         min_characters: shorter sentences are left out.
 
@@ -129,13 +110,13 @@ def make_items(
     chosen = range(len(pool))
     if most is not None and most < len(pool):
         chosen = sorted(random.Random(f"{seed} {source} {target}").sample(chosen, most))
-    return [_item(pool, place, source, target, candidates, seed) for place in chosen]
+    return [_item(pool, index, source, target, candidates, seed) for index in chosen]
 
 
-def _item(pool: list[Aligned], place: int, source: str, target: str, candidates: int, seed: int) -> Item:
-    one = pool[place]
+def _item(pool: list[Aligned], index: int, source: str, target: str, candidates: int, seed: int) -> Item:
+    one = pool[index]
     reach = max(_NEIGHBOURS, candidates)
-    others = [*pool[max(0, place - reach) : place], *pool[place + 1 : place + 1 + reach]]
+    others = [*pool[max(0, index - reach) : index], *pool[index + 1 : index + 1 + reach]]
     # A distractor with the same context would be right, too.
     apart = [other for other in others if other.text[source] != one.text[source]]
     if len(apart) < candidates - 1:
@@ -177,13 +158,45 @@ def score_items(
 
 def probe(
     scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool | None = None
-) -> ProbeResult:
-    """Score the questions of a pair of languages and count right answers."""
+) -> dict[str, Metric]:
+    """Score the questions of a pair of languages: the share of right answers by each way to choose, in percent."""
     after, alone = score_items(scorer, items, source, target, language_symbols=language_symbols)
-    by_length = by_pmi = 0
+    by_length, by_pmi = [], []
     for item, scores, before in zip(items, after, alone):
         per_token = [score.log_prob / max(1, score.num_tokens) for score in scores]
         gain = [score.log_prob - other.log_prob for score, other in zip(scores, before)]
-        by_length += per_token.index(max(per_token)) == item.answer
-        by_pmi += gain.index(max(gain)) == item.answer
-    return ProbeResult(len(items), by_length, by_pmi)
+        by_length.append(per_token.index(max(per_token)) == item.answer)
+        by_pmi.append(gain.index(max(gain)) == item.answer)
+    chance = {"chance": 100 / len(items[0].candidates)}
+    return {"per token": mean_percent(by_length, chance), "PMI": mean_percent(by_pmi, chance)}
+
+
+def parse_pairs(text: str) -> list[tuple[str, str]]:
+    """``en-de,de-en`` as pairs.
+
+    Raises:
+        UserError: naming what is no pair of two different known languages, or given twice.
+    """
+    pairs = []
+    for part in text.split(","):
+        codes = tuple(part.strip().split("-"))
+        if len(codes) != 2 or codes[0] == codes[1]:
+            raise UserError(f"--pairs {part}: must be two different language codes with a hyphen, such as en-de")
+        for code in codes:
+            get_language(code, "--pairs")
+        if codes in pairs:
+            raise UserError(f"--pairs {part}: given twice")
+        pairs.append((codes[0], codes[1]))
+    return pairs
+
+
+def default_pairs(aligned: list[Aligned]) -> list[tuple[str, str]]:
+    """English and each other language of the text, both ways.
+
+    Raises:
+        UserError: there is no English, or nothing else.
+    """
+    codes = sorted({code for one in aligned if _PIVOT in one.text for code in one.text} - {_PIVOT})
+    if not codes:
+        raise UserError("the aligned text has no language beside English: name pairs with --pairs")
+    return [(_PIVOT, code) for code in codes] + [(code, _PIVOT) for code in codes]

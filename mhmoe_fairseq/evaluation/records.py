@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import math
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ class Metric:
     stderr: float | None = None
     count: int | None = None
     baselines: dict[str, float] = field(default_factory=dict)
+
+
+def mean_percent(scores: Sequence[float], baselines: dict[str, float] | None = None) -> Metric:
+    """The mean of scores from 0 to 1 in percent, with its standard error.
+
+    Args:
+        scores: of independent examples, at least one.
+        baselines: see :class:`Metric`.
+    """
+    mean = sum(scores) / len(scores)
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
+    return Metric(100 * mean, "%", 100 * deviation / math.sqrt(len(scores)), len(scores), baselines or {})
 
 
 @dataclass(frozen=True)

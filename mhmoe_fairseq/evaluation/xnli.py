@@ -1,36 +1,218 @@
-"""Zero-shot XNLI: the official prompts of lm-eval on a local copy, language by language."""
+"""Zero-shot XNLI: lm-eval's official prompts on the user's own copy of the data, language by language.
+
+A copy is one file per language, or the official files of all languages, ``xnli.dev.tsv``, ``xnli.test.tsv`` and their
+``.jsonl`` twins, with the fields ``language``, ``gold_label``, ``sentence1`` and ``sentence2``. Files per language may
+name these ``premise``, ``hypothesis`` and ``label``, as the data set that lm-eval downloads does, whose labels are 0, 1
+and 2.
+"""
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.open import was_trained_with
-from .xnli_files import LABELS
+from ..common.errors import UserError
+from ..common.files import atomic_open, read_utf8_lines, sha256_of
+from ..data.classification.examples import Fields, file_format, read_examples
+from ..data.classification.labels import Labels
+from ..data.languages import XNLI_LANGUAGES, get_language
+from .lm_eval_support import require_lm_eval
+from .records import Metric
 
 if TYPE_CHECKING:
-    from .lm_eval_adapter import MHMoEHarnessModel
+    from .lm_eval_model import MHMoEHarnessModel
+
+LABELS = ("entailment", "neutral", "contradiction")  # by id, as XNLI's and lm-eval's
+_SPELLINGS = (("entailment",), ("neutral",), ("contradiction", "contradictory"))
+SPLITS = {"validation": ("validation", "dev", "valid", "val"), "test": ("test",)}
+_SUFFIXES = tuple(suffix + packed for suffix in (".jsonl", ".tsv", ".json") for packed in ("", ".gz"))
+_SHARED = ("xnli.{split}", "{split}")
+_SINGLE = (
+    "{code}/{split}", "{split}/{code}", "xnli_{code}_{split}", "xnli_{split}_{code}", "xnli.{split}.{code}",
+    "{code}_{split}", "{split}_{code}", "{split}.{code}", "{code}.{split}", "xnli_{code}", "xnli.{code}", "{code}",
+)  # fmt: skip
+_PREMISE, _HYPOTHESIS, _LABEL = ("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("label", "gold_label")
+CHANCE = 100 / len(LABELS)
+# PyYAML reads a JSON string as YAML; the keys are those of lm-eval's task files.
+_TASK = """\
+include: {include}
+dataset_path: json
+dataset_name: null
+dataset_kwargs:
+  data_files:
+    {split}: {data}
+  cache_dir: {cache}
+training_split: null
+validation_split: {validation}
+test_split: {test}
+"""
+
+
+@dataclass(frozen=True)
+class XnliSet:
+    """The examples of one language.
+
+    Attributes:
+        code: the language.
+        path: the file they came from.
+        sha256: of that file.
+        examples: objects with ``premise``, ``hypothesis`` and ``label``, an index into ``LABELS``.
+        left_out: other files that could have held the language, and why they were not taken.
+    """
+
+    code: str
+    path: Path
+    sha256: str
+    examples: tuple[dict[str, str | int], ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> list[XnliSet]:
+    """The examples of every language asked for, or of all that are there.
+
+    Args:
+        folder: where the files are.
+        split: validation or test.
+        codes: languages; each must have examples.
+
+    Raises:
+        UserError: naming the file, the line and the field, or the language without a file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--xnli-dir {folder}: no such folder")
+    found = []
+    for code in codes or XNLI_LANGUAGES:
+        get_language(code)
+        own = _find(folder, _SINGLE, split, code)
+        files = [*own, *_find(folder, _SHARED, split, code)]
+        one = _first_with_examples(code, own, files)
+        if one is not None:
+            found.append(one)
+        elif codes is not None and not files:
+            raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
+        elif codes is not None or own:
+            raise UserError(f"{files[0]}: no example of {code}")
+    if not found:
+        raise UserError(f"--xnli-dir {folder}: no XNLI {split} file in it; {_expected(split, 'de')}")
+    _refuse_twins(found)
+    return found
+
+
+def _find(folder: Path, patterns: Sequence[str], split: str, code: str) -> list[Path]:
+    """The files that are there, the likeliest first."""
+    names = itertools.product(patterns, SPLITS[split], _SUFFIXES)
+    paths = (folder / (pattern.format(split=alias, code=code) + suffix) for pattern, alias, suffix in names)
+    return [path for path in dict.fromkeys(paths) if path.is_file()]
+
+
+def _first_with_examples(code: str, own: Sequence[Path], files: Sequence[Path]) -> XnliSet | None:
+    """The examples of the first file that has any.
+
+    Args:
+        own: files of this language alone.
+        files: these and the files of all languages.
+    """
+    left_out: dict[str, str] = {}
+    for path in files:
+        examples = tuple(_read(path, None if path in own else code))
+        if examples:
+            unread = {str(other): f"{path} is read" for other in files[files.index(path) + 1 :]}
+            return XnliSet(code, path, sha256_of(path), examples, {**left_out, **unread})
+        left_out[str(path)] = f"no example of {code} in it"
+    return None
+
+
+def _expected(split: str, code: str) -> str:
+    alias = SPLITS[split][min(1, len(SPLITS[split]) - 1)]
+    return f"looked for xnli.{alias}.tsv, xnli.{alias}.jsonl, {code}/{split}.jsonl, {code}.jsonl and the like"
+
+
+def _read(path: Path, code: str | None) -> Iterator[dict[str, str | int]]:
+    """Examples of a file: those of one language, or all if ``code`` is None."""
+    names = _field_names(path)
+    if not names:
+        return
+    premise, hypothesis, label = (
+        next((name for name in spellings if name in names), spellings[0])
+        for spellings in (_PREMISE, _HYPOTHESIS, _LABEL)
+    )
+    fields = Fields((premise, hypothesis), label, None if code is None else "language")
+    labels = Labels(_SPELLINGS, field=label)
+    for example in read_examples(path, fields, code or "", is_shared=code is not None):
+        yield {"premise": example.texts[0], "hypothesis": example.texts[1], "label": labels.find(example)}
+
+
+def _field_names(path: Path) -> list[str]:
+    """Of the first line that is not empty."""
+    first = next((line for line in read_utf8_lines(path) if line.strip()), "")
+    if file_format(path) == "TSV":
+        return first.split("\t")
+    try:
+        return list(json.loads(first)) if first else []
+    except (ValueError, TypeError):
+        return [""]  # reading the line says what is wrong with it
+
+
+def _refuse_twins(sets: list[XnliSet]) -> None:
+    for one, other in itertools.combinations(sets, 2):
+        if one.examples == other.examples:
+            raise UserError(f"{one.path} and {other.path}: the same examples for {one.code} and {other.code}")
+
+
+def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
+    """Write each language's examples, in the format that the packaged task reads, and its task.
+
+    ``mhmoe zero-shot lm-eval --include_path FOLDER`` finds the files, ``xnli_<code>.jsonl`` and ``xnli_<code>.yaml``.
+
+    Returns:
+        the tasks' names.
+
+    Raises:
+        UserError: lm-eval is not installed, or has no such task.
+    """
+    packaged = require_lm_eval() / "xnli"
+    folder = folder.resolve()
+    names = []
+    for one in sets:
+        name = f"xnli_{one.code}"
+        include = packaged / f"{name}.yaml"
+        if not include.is_file():
+            raise UserError(f"{include}: lm-eval has no task {name}; another version of it may")
+        data = folder / f"{name}.jsonl"
+        lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in one.examples)
+        text = _TASK.format(
+            include=json.dumps(str(include)),
+            split=split,
+            data=json.dumps(str(data)),
+            cache=json.dumps(str(folder / "cache")),
+            validation="validation" if split == "validation" else "null",
+            test="test" if split == "test" else "null",
+        )
+        for path, content in ((data, lines), (folder / f"{name}.yaml", text)):
+            with atomic_open(path) as stream:
+                stream.write(content.encode())
+        names.append(name)
+    return names
 
 
 @dataclass(frozen=True)
 class LanguageResult:
-    """Of one language.
+    """One language's answers.
 
     Attributes:
         code: the language.
-        accuracy: lm-eval's ``acc``.
-        stderr: lm-eval's standard error of it.
-        log_probs: of every example's three candidates, in the order of ``LABELS``.
+        accuracy: lm-eval's ``acc`` and its standard error, in percent.
+        log_probs: every example's three candidates, in the order of ``LABELS``.
         labels: the right answers.
     """
 
     code: str
-    accuracy: float
-    stderr: float
+    accuracy: Metric
     log_probs: list[list[float]]
     labels: list[int]
 
@@ -40,20 +222,8 @@ class LanguageResult:
         return {label: chosen.count(index) for index, label in enumerate(LABELS)}
 
 
-def stay_offline() -> None:
-    """Keep lm-eval and its data library off the network; call it before they are imported."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
-
 def evaluate_xnli(
-    model: MHMoEHarnessModel,
-    tasks: Path,
-    codes: Sequence[str],
-    *,
-    language_symbols: bool | None = None,
-    limit: int | None = None,
+    model: MHMoEHarnessModel, tasks: Path, codes: Sequence[str], *, language_symbols: bool, limit: int | None = None
 ) -> Iterator[LanguageResult]:
     """Evaluate one language after the other.
 
@@ -61,14 +231,12 @@ def evaluate_xnli(
         model: lm-eval's view of the model.
         tasks: folder of ``write_tasks``.
         codes: languages with a task there.
-        language_symbols: lead every text with its language's symbol (default: as the model was trained).
+        language_symbols: lead every text with its language's symbol.
         limit: score only so many examples of each.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    if language_symbols is None:
-        language_symbols = was_trained_with(model.hub, "mhmoe_language_token")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     for code in codes:
@@ -76,10 +244,10 @@ def evaluate_xnli(
         name = f"xnli_{code}"
         found = simple_evaluate(model=model, tasks=[name], task_manager=manager, limit=limit, log_samples=True)
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+        accuracy, stderr = (100 * float(found["results"][name][key]) for key in ("acc,none", "acc_stderr,none"))
         yield LanguageResult(
             code=code,
-            accuracy=float(found["results"][name]["acc,none"]),
-            stderr=float(found["results"][name]["acc_stderr,none"]),
+            accuracy=Metric(accuracy, "%", stderr, len(samples), {"chance": CHANCE}),
             log_probs=[[float(log_prob) for log_prob, _ in sample["filtered_resps"]] for sample in samples],
             labels=[int(sample["target"]) for sample in samples],
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--decoder-embed-dim", 32, "--decoder-attention-heads", 2, "--batch-size", 32, "--tokens-per-sample", 24,
     ]  # fmt: skip
     train(data, run, "mhmoe_lm_tiny", *MHMOE, *flags, max_update=6)
-    words = ["--data", data, "--split", "test", "--json", run / "eval-test.json"]
+    words = ["--data", data, "--split", "test", "--record", run / "kept.json"]
     assert main(["evaluate", str(run / "checkpoint_last.pt"), *map(str, words)]) == 0
     return run
 
@@ -45,14 +44,14 @@ def test_analysis_by_language(data: Path, run: Path, tmp_path: Path, capsys: pyt
     [whole] = record.experts.of(None).layers
     assert whole.layer == 1
     assert np.array([record.experts.of(part).layers[0].loads for part in LANGUAGES]).sum(0).tolist() == whole.loads
-    expected = json.loads((run / "eval-test.json").read_text())
+    expected = read_record(run / "kept.json")
     heads, top_k = 2, 2
     for language in LANGUAGES:
-        score, loss = expected["languages"][language], record.parts[language]["loss"]
-        assert (loss.count, loss.value) == (score["tokens"], pytest.approx(score["loss"], abs=1e-4))
-        assert sum(record.experts.of(language).layers[0].loads) == score["tokens"] * heads * top_k
-        assert re.search(rf"\| {language} +\| +{score['tokens']:,} \|", output)
-    assert record.metrics["loss"].value == pytest.approx(expected["total"]["loss"], abs=1e-4)
+        score, loss = expected.parts[language]["loss"], record.parts[language]["loss"]
+        assert (loss.count, loss.value) == (score.count, pytest.approx(score.value, abs=1e-4))
+        assert sum(record.experts.of(language).layers[0].loads) == score.count * heads * top_k
+        assert re.search(rf"\| {language} +\| +{score.count:,} \|", output)
+    assert record.metrics["loss"].value == pytest.approx(expected.metrics["loss"].value, abs=1e-4)
     assert 0 <= record.metrics["load in common"].value <= 100
     assert 0 <= record.metrics["language guessed right"].value <= 100
     tokens = np.array([record.parts[language]["loss"].count for language in LANGUAGES])

@@ -1,4 +1,4 @@
-"""Fine-tuning on captions through fairseq-train, and mhmoe caption with its result."""
+"""Fine-tuning on captions through fairseq-train, and mhmoe evaluate and generate with its result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from console import run_console
+from console import evaluation_record, run_console
 from image_text_data import COLOURS, SHAPES, SIZES, prepare_shapes
 from images_and_words import training_words
 
@@ -50,7 +50,11 @@ def training_captions(data):
 
 
 def caption(*arguments):
-    return main(["caption", *map(str, arguments)])
+    return main(["evaluate", *map(str, arguments)])
+
+
+def write(*arguments):
+    return main(["generate", *map(str, arguments)])
 
 
 def test_validation_selects_the_checkpoint_by_cider(run):
@@ -63,30 +67,30 @@ def test_validation_selects_the_checkpoint_by_cider(run):
 
 def test_captions_of_a_split_and_their_scores(run, data, tmp_path, capsys):
     folder, log = run
-    files = tmp_path / "captions.json", tmp_path / "scores.json"
-    flags = ("--split", "valid", "--output", files[0], "--scores", files[1], "--no-java", "--batch-size", 4)
-    assert caption(folder / "checkpoint_last.pt", *flags) == 0
-    written, scores = (json.loads(file.read_text()) for file in files)
+    flags = ("--split", "valid", "--output", tmp_path / "captions.json", "--no-java", "--batch-size", 4)
+    record = evaluation_record(tmp_path, folder / "checkpoint_last.pt", *flags)
+    written = json.loads((tmp_path / "captions.json").read_text())
     references = read_ground_truth(data / "coco_karpathy_val_gt.json")
-    assert [record["image_id"] for record in written] == list(references)
-    assert all(set(record) == {"image_id", "caption"} for record in written)
+    assert [row["image_id"] for row in written] == list(references)
+    assert all(set(row) == {"image_id", "caption"} for row in written)
     # What validation decoded and scored, batch by batch, is the same.
-    assert scores["cider"] == pytest.approx(float(validations(log)[-1]["valid_cider"]), abs=0.01)
-    assert scores["images"] == len(references) == 6 and scores["search"]["beam"] == 3
+    assert record.main == record.metrics["CIDEr"] and record.experts is None
+    assert record.main.value == pytest.approx(float(validations(log)[-1]["valid_cider"]), abs=0.01)
+    assert record.main.count == len(references) == 6 and record.settings["beam"] == 3
     known = {word for captions in references.values() for text in captions for word in text.split()}
-    assert {word for record in written for word in record["caption"].split()} & known
-    output = capsys.readouterr().out
-    assert "valid: 6 captions, beam 3" in output and f"CIDEr {scores['cider']:.2f}" in output
+    assert {word for row in written for word in row["caption"].split()} & known
+    output = re.sub(" +", " ", capsys.readouterr().out)
+    assert "\nbeam: 3\n" in output and f"| {record.main.value:.2f} |" in output
     assert "METEOR: absent, not asked for" in output
-    constant = scores["constant"]
-    assert constant["caption"] in training_captions(data)
-    assert f"without looking, the same caption for all, '{constant['caption']}': BLEU-1 " in output
+    constant = record.settings["one caption for all"]
+    assert constant in training_captions(data) and f"one caption for all: {constant}\n" in output
+    assert record.main.baselines["one caption for all"] >= 0 and len(record.metrics) == 6
 
 
 def test_single_images(run, data, tmp_path, capsys):
     images = sorted((data / "images").glob("*.png"))[:3]
     output = tmp_path / "captions.json"
-    assert caption(run[0], "--image", *images, "--beam", 1, "--batch-size", 2, "--output", output) == 0
+    assert write(run[0], "--image", *images, "--beam", 1, "--batch-size", 2, "--output", output) == 0
     lines = capsys.readouterr().out.splitlines()
     records = json.loads(output.read_text())
     assert lines == [f"{record['image_path']}: {record['caption']}" for record in records]
@@ -94,7 +98,7 @@ def test_single_images(run, data, tmp_path, capsys):
 
 
 def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr("mhmoe_fairseq.evaluation.caption_decoding.Captioner.caption_split")
+    monkeypatch.delattr("mhmoe_fairseq.evaluation.captions._caption_split")
     moved = tmp_path / "data"
     moved.mkdir()
     for file in data.iterdir():
@@ -124,7 +128,7 @@ def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path
     output = tmp_path / "captions.json"
     assert caption(run[0], "--data", moved, "--output", output) == 0
     assert len(json.loads(output.read_text())) == 6
-    assert "scores: absent, the data have no reference captions" in capsys.readouterr().out
+    assert "CIDEr: absent, the data have no reference captions of this split" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -133,24 +137,40 @@ def test_without_references_there_are_captions_but_no_scores(run, data, tmp_path
         (("--beam", "0"), "--beam (0) must be at least 1"),
         (("--max-len", "99"), "a caption of 99 tokens is too long: --max-text-length leaves 15"),
         (("--batch-size", "0"), "--batch-size (0) must be at least 1"),
-        (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
-        (("--image", "{data}/dict.txt"), "dict.txt: not an image"),
-        (("--image", "{data}/dict.txt", "--scores", "x.json"), "--scores: single images have no reference captions"),
+        (("--image", "{data}/dict.txt"), "--image: mhmoe generate CHECKPOINT --image FILE captions single images"),
+        (("--split", "train"), "--split train: must be one of valid, test"),
+        (("--max-tokens", "8"), "--max-tokens: has no meaning for a checkpoint of task mhmoe_captioning"),
         (("--data", "{data}/images"), "images/dict.txt"),
     ],
 )
 def test_bad_input_is_one_line(run, data, capsys, flags, message):
     assert caption(run[0], *(flag.format(data=data) for flag in flags)) == 2
     error = capsys.readouterr().err.splitlines()
-    assert len(error) == 1 and error[0].startswith("mhmoe caption: error: ") and message in error[0]
+    assert len(error) == 1 and error[0].startswith("mhmoe evaluate: error: ") and message in error[0]
 
 
-def test_a_checkpoint_of_another_task_is_refused(run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
+        (("--image", "{data}/dict.txt"), "dict.txt: not an image"),
+        (("--image", "{data}/dict.txt", "--sampling"), "--sampling: has no meaning with --image"),
+        (("--prompt", "a", "--max-len", "3"), "--max-len: needs --image"),
+    ],
+)
+def test_bad_input_for_single_images_is_one_line(run, data, capsys, flags, message):
+    assert write(run[0], *(flag.format(data=data) for flag in flags)) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and error[0].startswith("mhmoe generate: error: ") and message in error[0]
+
+
+def test_weights_that_a_model_lacks_are_named(run, data, tmp_path, capsys):
     checkpoint = torch.load(run[0] / "checkpoint_last.pt", weights_only=True)
     checkpoint["cfg"]["task"]["_name"] = "mhmoe_masked_multimodal"
     torch.save(checkpoint, tmp_path / "other.pt")
-    assert caption(tmp_path / "other.pt") == 2
-    assert "was trained with task mhmoe_masked_multimodal" in capsys.readouterr().err
+    assert write(tmp_path / "other.pt", "--image", next((data / "images").glob("*.png"))) == 2
+    error = capsys.readouterr().err
+    assert "other.pt: cannot be loaded" in error and '"image_head.weight", "image_head.bias"' in error
 
 
 def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):

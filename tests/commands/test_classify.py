@@ -1,4 +1,4 @@
-"""Fine-tuning a really trained language model, ``fairseq-validate`` on it, and ``mhmoe classify``."""
+"""Fine-tuning a really trained language model, ``fairseq-validate`` on it, and ``mhmoe evaluate``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 
 import pytest
 import torch
-from console import USER_DIR, run_console
+from console import USER_DIR, evaluation_record, run_console
 from labelled import training_words, write_task
 
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.evaluation.records import read_record
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,9 @@ def logged(log, subset):
 
 
 def classify(capsys, *arguments):
-    status = main(["classify", *map(str, arguments)])
+    status = main(["evaluate", *map(str, arguments)])
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def accuracies(out):
-    return {name: float(value) for name, value in re.findall(r"^(\w+): \d+ examples, accuracy ([\d.]+)", out, re.M)}
 
 
 def test_fine_tuning_learns_and_logs_each_subset(fine_tuned):
@@ -68,16 +65,19 @@ def test_classify_agrees_with_fairseq_validate(fine_tuned, capsys):
     validated = {name: float(logged(output, name)[0][f"{name}_accuracy"]) for name in ("valid_en", "valid_fr")}
     status, out, err = classify(capsys, checkpoint)
     assert (status, err) == (0, "")
-    assert accuracies(out) == validated
+    record = read_record(fine_tuned / "record-valid.json")  # there is no test split
+    assert {f"valid_{code}": round(value, 2) for code, value in record.values("accuracy").items()} == validated
     mean = sum(validated.values()) / 2
-    assert out.splitlines()[-1] == f"all 2 splits: 96 examples, accuracy {mean:.2f}, mean over splits {mean:.2f}"
+    assert record.main.count == 96 and record.main.value == pytest.approx(mean, abs=0.01)
+    assert record.metrics["mean over languages"].value == pytest.approx(mean, abs=0.01)
+    assert record.experts.parts == ["en", "fr"] and "| valid, all |" in out
 
 
 def test_predictions_do_not_depend_on_batches_or_preparation(fine_tuned, capsys, tmp_path):
     checkpoint = fine_tuned / "checkpoint_last.pt"
     classify(capsys, checkpoint, "--splits", "valid_fr", "--predictions", tmp_path / "one", "--max-tokens", 1)
-    texts = ("--input", f"fr={fine_tuned / 'two.jsonl'}", "--label-field", "label")
-    status, out, _ = classify(capsys, checkpoint, *texts, "--predictions", tmp_path / "two")
+    texts = ("--input", f"fr={fine_tuned / 'two.jsonl'}", "--label-field", "label", "--output", tmp_path / "two")
+    record = evaluation_record(tmp_path, checkpoint, *texts)
     one, two = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("one", "two"))
     rows = [json.loads(line) for line in (fine_tuned / "two.jsonl").read_text().splitlines()]
     assert [record["label"] for record in one] == [record["label"] for record in two] == [row["label"] for row in rows]
@@ -86,7 +86,7 @@ def test_predictions_do_not_depend_on_batches_or_preparation(fine_tuned, capsys,
         assert first["probabilities"] == pytest.approx(second["probabilities"], abs=1e-5)
         assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     right = sum(record["label"] == record["prediction"] for record in two)
-    assert status == 0 and accuracies(out) == {"input_fr": pytest.approx(100 * right / 48, abs=0.01)}
+    assert record.values("accuracy") == {"fr": pytest.approx(100 * right / 48)} and record.split == "input"
 
 
 def test_texts_without_labels(fine_tuned, capsys, tmp_path):
@@ -95,7 +95,7 @@ def test_texts_without_labels(fine_tuned, capsys, tmp_path):
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": long}) + "\n")
     arguments = ("--input", f"en={tmp_path / 'new.jsonl'}", "--predictions", tmp_path / "out.jsonl")
     status, out, _ = classify(capsys, fine_tuned, *arguments)
-    assert (status, out) == (0, "input_en: 2 examples (1 too long, cut)\n")
+    assert (status, out) == (0, "examples: 2\nexamples that were too long, cut: 1\n")
     record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
     assert record["label"] is None and record["prediction"] == "time"
 
@@ -106,7 +106,7 @@ def test_bad_input_is_one_line(fine_tuned, trained_model, capsys, tmp_path):
     (tmp_path / "broken.pt").write_bytes((fine_tuned / "checkpoint_last.pt").read_bytes()[:5000])
     pairs = ("--input", f"en={tmp_path / 'pairs.jsonl'}")
     for arguments, message in (
-        ((trained_model.checkpoint,), "was trained with task mhmoe_language_modeling and has no classification head"),
+        ((trained_model.checkpoint, *pairs), "--input: has no meaning for a checkpoint of task mhmoe_language_model"),
         ((tmp_path,), "no model.pt or checkpoint_best.pt or checkpoint_last.pt in"),
         ((tmp_path / "broken.pt",), "broken.pt: no readable checkpoint"),
         ((fine_tuned, "--data", tmp_path), f"{tmp_path}/dict.txt is missing"),
@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(fine_tuned, trained_model, capsys, tmp_path):
     ):
         status, out, err = classify(capsys, *arguments)
         assert status == 2 and out == "" and message in err, err
-        assert err.startswith("mhmoe classify: error: ") and err.count("\n") == 1, err
+        assert err.startswith("mhmoe evaluate: error: ") and err.count("\n") == 1, err
 
 
 def test_a_checkpoint_is_not_evaluated_with_classes_in_another_order(fine_tuned, capsys, tmp_path):

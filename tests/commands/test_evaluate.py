@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from console import evaluate, evaluated
 
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.data.identity import identify_data
+from mhmoe_fairseq.evaluation.records import read_record
 
 
 def test_one_text_has_a_total_only_which_is_fairseqs(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = runs.copy("mhmoe", tmp_path / "mhmoe")
-    words = [run / "checkpoint_last.pt", "--data", runs.data, "--json", run / "eval-test.json"]
-    assert main(["evaluate", *map(str, words)]) == 0
+    assert main(["evaluate", str(run / "checkpoint_last.pt"), "--data", str(runs.data)]) == 0
+    record = read_record(run / "record-test.json")
     printed = evaluated((runs.mhmoe / "eval-test.log").read_text())
-    total = json.loads((run / "eval-test.json").read_text())["total"]
-    assert (f"{total['loss']:.4f}", f"{total['perplexity']:.2f}", total["tokens"]) == (
+    loss, perplexity = (record.metrics[name] for name in ("loss", "perplexity"))
+    assert (f"{loss.value:.4f}", f"{perplexity.value:.2f}", loss.count) == (
         f"{printed.loss:.4f}", f"{printed.perplexity:.2f}", printed.tokens,
     )  # fmt: skip
-    assert capsys.readouterr().out.count("\n| ") == 1  # below the header
+    shown = capsys.readouterr().out
+    assert shown.count("\n| ") == 1  # below the header
+    assert "| perplexity | loss (bits/token) |" in shown and f"written: {run / 'record-test.json'}" in shown
+
+
+def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path) -> None:
+    run = runs.copy("mhmoe", tmp_path / "mhmoe")
+    assert main(["evaluate", str(run), "--split", "valid", "--record", str(tmp_path / "here.json"), "--cpu"]) == 0
+    record = read_record(tmp_path / "here.json")
+    assert (record.what, record.split, record.parts) == ("perplexity", "valid", {})
+    counts, weights = record.model["counts"], torch.load(run / "checkpoint_best.pt", weights_only=True)["model"]
+    moe = [name for name in weights if ".experts." in name]
+    assert counts["expert"] == sum(weights[name].numel() for name in moe) < counts["parameters"]
+    assert (counts["heads"], counts["experts"], counts["top_k"]) == (2, 8, 2)
+    assert record.model["arch"] == "mhmoe_lm_tiny" and record.model["settings"]["optimization"]["max_update"] == 8
+    assert record.checkpoint["updates"] == 8 and record.checkpoint["path"].endswith("checkpoint_best.pt")
+    assert record.data["digest"] == identify_data(runs.data).digest and record.data["kind"] == "text"
+    assert record.provenance["precision"] == "fp32" and record.provenance["device"] == "cpu"
+    tokens = record.metrics["loss"].count
+    assert all(sum(row.loads) == tokens * 2 * 2 for row in record.experts.layers) and record.experts.parts == []
 
 
 def test_languages_of_a_model_of_one_text(runs, capsys: pytest.CaptureFixture) -> None:
     words = [runs.dense / "checkpoint_last.pt", "--data", runs.data, "--langs", "de"]
     assert main(["evaluate", *map(str, words)]) == 2
-    assert "was trained on one text, not on several languages" in capsys.readouterr().err
+    assert "--langs: has no meaning for a checkpoint of task mhmoe_language_modeling" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

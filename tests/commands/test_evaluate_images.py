@@ -10,7 +10,7 @@ from console import run_console
 from images_and_words import training_words, write_images_and_words, write_tokenizer
 
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.evaluation.modality_scores import read_modality_scores
+from mhmoe_fairseq.evaluation.records import read_record
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,6 @@ def test_the_tokenizer_of_the_training_is_needed(data: Path, tmp_path: Path, cap
 def test_a_model_of_texts_only_has_one_part(data: Path, tmp_path: Path) -> None:
     flags = ["--modalities", "text", "--log-file", tmp_path / "train.log", "--disable-validation"]
     run_console("fairseq-train", *training_words(data, tmp_path, *flags, updates=1), cwd=data)
-    file = tmp_path / "eval-test.json"
-    assert main(["evaluate", str(tmp_path / "checkpoint_last.pt"), "--data", str(data), "--json", str(file)]) == 0
-    scores, _ = read_modality_scores(file)
-    assert list(scores.parts) == ["text"] and scores.total == scores.parts["text"]
+    assert main(["evaluate", str(tmp_path / "checkpoint_last.pt"), "--data", str(data)]) == 0
+    record = read_record(tmp_path / "record-test.json")
+    assert record.parts == {"text": record.metrics} and record.experts.parts == ["text"]

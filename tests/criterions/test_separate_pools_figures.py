@@ -10,7 +10,6 @@ from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3
 from fairseq.logging import metrics
 
 from mhmoe_fairseq.criterions.gate_losses import GateLossConfig, GateLosses, log_gate_losses
-from mhmoe_fairseq.evaluation.modality_scores import expert_counts
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
 
@@ -73,13 +72,3 @@ def test_a_pool_without_positions_is_in_no_figure() -> None:
     stats = [layer.stats for layer in outputs_of(model, "image", [1, 1])]
     entropy = [float(layer.entropy[0] / layer.num_subtokens[0]) for layer in stats]
     assert values["moe_entropy"] == pytest.approx(sum(entropy) / 2, abs=1e-4)
-
-
-def test_there_is_a_row_for_every_pool_in_use() -> None:
-    model = model_of(moe_top_k=4)
-    pairs, images = (log_of(model, kind, [2]) for kind in ("pair", "image"))
-    counts = expert_counts(pairs, [1, 3])
-    subtokens = 4.0  # heads
-    assert counts.layers == [1, 1, 3, 3] and counts.load == [[5 * subtokens] * 4, [2 * subtokens] * 4] * 2
-    used = expert_counts(images, [1, 3])
-    assert used.layers == [1, 3] and used.load == counts.load[::2] and len(used.entropy) == len(used.dropped) == 2

@@ -11,6 +11,7 @@ from multilingual_data import SENTENCES, write_languages
 
 from mhmoe_fairseq.checkpoints.open import open_text_model, was_trained_with
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
 pytestmark = pytest.mark.slow  # two trainings
@@ -71,7 +72,7 @@ def test_symbols_lead_only_where_asked_for(plain, with_symbols):
 
 def test_a_missing_language_is_told(with_symbols, caplog):
     pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
-    from mhmoe_fairseq.evaluation.lm_eval_adapter import MHMoEHarnessModel
+    from mhmoe_fairseq.evaluation.lm_eval_model import MHMoEHarnessModel
 
     MHMoEHarnessModel(checkpoint=str(with_symbols), lang="de")
     assert "lang=CODE is missing" not in caplog.text
@@ -86,8 +87,8 @@ def test_the_probe_uses_symbols_as_trained(plain, with_symbols, data, tmp_path):
     ):
         records = []
         for words in (flags, [symbols]):
-            out = tmp_path / "probe.json"
-            command = ["probe", "--checkpoint", folder, "--data", data, "--pairs", "de-zh,zh-en", "--out", out]
-            assert main([*map(str, command), *words, "--cpu", "--min-characters", "1"]) == 0
-            records.append(json.loads(out.read_text(encoding="utf-8"))["models"][0])
-        assert records[0] == records[1] and records[0]["pairs"]["de-zh"]["items"] == 6
+            file = tmp_path / "probe.json"
+            command = ["--checkpoint", folder, "--data", data, "--pairs", "de-zh,zh-en", "--record", file, *words]
+            assert main(["zero-shot", "probe", *map(str, command), "--cpu", "--min-characters", "1"]) == 0
+            records.append(read_record(file).parts)
+        assert records[0] == records[1] and records[0]["de-zh"]["PMI"].count == 6

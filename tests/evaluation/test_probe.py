@@ -9,7 +9,8 @@ import pytest
 from harness import direct_scores, line_ids
 
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.evaluation.probe import Aligned, Item, ProbeResult, make_items, probe, read_aligned, score_items
+from mhmoe_fairseq.evaluation.probe import Aligned, Item, make_items, probe, read_aligned, score_items
+from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.evaluation.scoring import Score, TextScorer
 
 _WORDS = "river farmer teacher engine garden letter winter captain window market forest doctor".split()
@@ -64,6 +65,11 @@ def test_bad_numbers(options, message):
         make_items(aligned_text(10), "en", "de", **options)
 
 
+def right(metrics: dict) -> dict[str, int]:
+    """Right answers, by the way to choose."""
+    return {way: round(metric.value * metric.count / 100) for way, metric in metrics.items()}
+
+
 def test_scores_and_choices_equal_direct_scoring(hub):
     items = make_items(aligned_text(30), "en", "de", candidates=3, most=6)
     scorer = TextScorer(hub)
@@ -82,7 +88,7 @@ def test_scores_and_choices_equal_direct_scoring(hub):
             gain.append(conditional - unconditional)
         by_length += max(per_token) == per_token[item.answer]
         by_pmi += max(gain) == gain[item.answer]
-    assert probe(scorer, items, "en", "de") == ProbeResult(6, by_length, by_pmi)
+    assert right(probe(scorer, items, "en", "de")) == {"per token": by_length, "PMI": by_pmi}
 
 
 def test_choices_by_length_and_by_gain(monkeypatch):
@@ -90,7 +96,7 @@ def test_choices_by_length_and_by_gain(monkeypatch):
     after, alone = [Score(-6.0, False, 6), Score(-3.0, False, 2)], [Score(-6.5, False, 6), Score(-9.0, False, 2)]
     monkeypatch.setattr("mhmoe_fairseq.evaluation.probe.score_items", lambda *_, **__: ([after], [alone]))
     item = Item("key", "context", ("long", "short"), answer=0)
-    assert probe(None, [item], "en", "de") == ProbeResult(1, by_length=1, by_pmi=0)
+    assert right(probe(None, [item], "en", "de")) == {"per token": 1, "PMI": 0}
 
 
 def test_no_distractor_is_another_translation_of_the_context():
@@ -99,10 +105,6 @@ def test_no_distractor_is_another_translation_of_the_context():
     for seed in range(10):
         for item in make_items([one, twin, *others], "en", "de", seed=seed):
             assert len({one.text["de"], twin.text["de"]} & set(item.candidates)) < 2 or item.context != one.text["en"]
-
-
-def test_accuracy_has_a_standard_error():
-    assert ProbeResult(100, 50, 25).accuracy(50) == (0.5, 0.05)
 
 
 @pytest.fixture
@@ -118,19 +120,19 @@ def data(trained_model, tmp_path):
 
 def test_the_command(trained_model, hub, data, capsys):
     flags = ["--checkpoint", str(trained_model.folder), "--data", str(data), "--cpu", "--max-items", "8"]
-    assert main(["probe", *flags, "--pairs", "en-de,de-en", "--out", str(data / "probe.json")]) == 0
+    words = [*flags, "--pairs", "en-de,de-en", "--record", str(data / "probe.json")]
+    assert main(["zero-shot", "probe", *words]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("Cross-lingual probe of our own, not XNLI") and "chance is 25.0" in out
-    record = json.loads((data / "probe.json").read_text(encoding="utf-8"))
-    [model] = record["models"]
-    assert list(model["pairs"]) == ["en-de", "de-en"] and record["chance"] == 0.25 and "not XNLI" in record["what"]
-    for pair, figures in model["pairs"].items():
-        assert figures["items"] == 8 and figures["pmi"]["accuracy"] == figures["pmi"]["correct"] / 8
+    assert "Cross-lingual probe of our own, not XNLI" in out and "chance is 25.0" in out
+    record = read_record(data / "probe.json")
+    assert list(record.parts) == ["en-de", "de-en"] and "not XNLI" in record.settings["what"]
+    for pair, metrics in record.parts.items():
+        assert metrics["PMI"].count == 8 and metrics["PMI"].baselines == {"chance": 25.0}
         [row] = [line for line in out.splitlines() if line.startswith(f"| {pair} ")]
-        assert f"{100 * figures['per_token']['accuracy']:.1f} ± {100 * figures['per_token']['stderr']:.1f}" in row
+        assert f"{metrics['per token'].value:.1f} ± {metrics['per token'].stderr:.1f}" in row
+    assert record.main.value == sum(record.values("per token").values()) / 2
     expected = make_items(read_aligned(data / "aligned" / "test.jsonl"), "en", "de", most=8)
-    scorer = TextScorer(hub)
-    assert probe(scorer, expected, "en", "de").by_pmi == model["pairs"]["en-de"]["pmi"]["correct"]
+    assert probe(TextScorer(hub), expected, "en", "de") == record.parts["en-de"]
 
 
 def test_bad_input_is_one_line(trained_model, data, capsys):
@@ -151,6 +153,6 @@ def test_bad_input_is_one_line(trained_model, data, capsys):
         (["--pairs", "en-de"], good, "no model.pt or checkpoint_best.pt or checkpoint_last.pt in "),
     ):
         aligned.write_text(text, encoding="utf-8")
-        assert main(["probe", *flags, *words]) == 2
+        assert main(["zero-shot", "probe", *flags, *words]) == 2
         err = capsys.readouterr().err
-        assert err.startswith("mhmoe probe: error: ") and message in err and err.count("\n") == 1, err
+        assert err.startswith("mhmoe zero-shot: error: ") and message in err and err.count("\n") == 1, err

@@ -12,6 +12,7 @@ from mhmoe_fairseq.evaluation.records import (
     Metric,
     Record,
     describe_origin,
+    mean_percent,
     read_record,
     record_file,
     write_record,
@@ -39,6 +40,12 @@ def test_a_record_survives_its_file(tmp_path):
 def test_parts_and_the_main_metric():
     assert RECORD.main.value == 12.5
     assert RECORD.values("perplexity") == {"de": 11.0}
+
+
+def test_a_mean_has_its_standard_error_in_percent():
+    metric = mean_percent([True] * 50 + [False] * 50, {"chance": 25.0})
+    assert metric == Metric(50.0, "%", 5.0, 100, {"chance": 25.0})
+    assert mean_percent([0.2, 0.4]).value == pytest.approx(30.0)
 
 
 def test_expert_loads_follow_the_layer_s_definitions():

@@ -7,17 +7,17 @@ import shutil
 
 import pytest
 from harness import direct_scores, line_ids
-from test_xnli_files import write_lines
+from test_xnli_data import write_lines
 
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.evaluation.xnli_files import read_xnli
+from mhmoe_fairseq.evaluation.records import read_record
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from mhmoe_fairseq.evaluation.lm_eval_support import require_lm_eval  # noqa: E402
-from mhmoe_fairseq.evaluation.xnli_tasks import write_tasks  # noqa: E402
+from mhmoe_fairseq.evaluation.xnli import read_xnli, write_tasks  # noqa: E402
 
 # The official prompts, as lm-eval's README gives them: premise, question word, label, hypothesis.
 PROMPTS = {
@@ -44,27 +44,30 @@ def xnli_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(trained_model, xnli_dir, tmp_path_factory):
-    """The command on two checkpoints: (its text, its folder)."""
+    """The command on two checkpoints: (its text, its folder, the second one's)."""
     out = tmp_path_factory.mktemp("out")
     twin = tmp_path_factory.mktemp("twin")
     shutil.copy(trained_model.checkpoint, twin / "model.pt")
     text: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhmoe_fairseq.commands.xnli.say", text.append)
+        patch.setattr("mhmoe_fairseq.commands.zero_shot.say", text.append)
         status = main([
-            "xnli", "--checkpoint", str(trained_model.folder), str(twin), "--data", str(trained_model.data),
+            "zero-shot", "xnli", "--checkpoint", str(trained_model.folder), str(twin),
+            "--data", str(trained_model.data),
             "--xnli-dir", str(xnli_dir), "--out", str(out), "--cpu",
         ])  # fmt: skip
     assert status == 0
-    return "\n".join(text), out
+    return "\n".join(text), out, twin
 
 
-def test_scores_equal_direct_scoring(result, hub):
-    _, out = result
-    models = json.loads((out / "results.json").read_text(encoding="utf-8"))["models"]
-    assert len({model["checkpoint_sha256"] for model in models}) == 1 and len({model["name"] for model in models}) == 2
+def test_scores_equal_direct_scoring(result, hub, trained_model):
+    _, out, twin = result
+    records = [read_record(folder / "record-zero-shot-xnli.json") for folder in (trained_model.folder, twin)]
+    assert records[0].checkpoint["sha256"] == records[1].checkpoint["sha256"]
+    names = sorted(path.name for path in (out / "scores").iterdir())
+    assert len(names) == 2
     for code, rows in EXAMPLES.items():
-        kept = json.loads((out / "scores" / models[0]["name"] / f"{code}.json").read_text(encoding="utf-8"))
+        kept = json.loads((out / "scores" / names[0] / f"{code}.json").read_text(encoding="utf-8"))
         right = 0
         for (premise, hypothesis, label), example in zip(rows, kept, strict=True):
             texts = [PROMPTS[code].format(premise=premise, label=word, hypothesis=hypothesis) for word in WORDS[code]]
@@ -74,14 +77,14 @@ def test_scores_equal_direct_scoring(result, hub):
             assert example["log_probs"] == pytest.approx(expected, rel=1e-6)
             assert example["label"] == label
             right += expected.index(max(expected)) == label
-        for model in models:
-            figures = model["languages"][code]
-            assert figures["accuracy"] == pytest.approx(right / len(rows)) and figures["examples"] == len(rows)
-            assert sum(figures["predicted"].values()) == len(rows)
+        for record in records:
+            accuracy = record.parts[code]["accuracy"]
+            assert accuracy.value == pytest.approx(100 * right / len(rows)) and accuracy.count == len(rows)
+            assert sum(record.settings["predicted"][code].values()) == len(rows)
 
 
 def test_the_table_has_ours_and_the_papers(result, trained_model):
-    text, out = result
+    text, _, _ = result
     lines = text.splitlines()
     [header] = [line for line in lines if line.startswith("| model")]
     assert header.split() == "| model | de | en | zh | avg |".split()
@@ -90,9 +93,9 @@ def test_the_table_has_ours_and_the_papers(result, trained_model):
     assert [cell.strip() for cell in paper["paper: MH-MoE 8"]] == ["33.2", "40.1", "33.5", "34.7"]
     assert [cell.strip() for cell in paper["paper: dense"]] == ["33.3", "35.1", "32.9", "33.5"]
     assert len(paper) == 5 and "chance 33.3" in text and "beside ours, not mixed" in text
-    record = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert set(record["files"]) == set(EXAMPLES) and record["split"] == "validation"
-    assert record["models"][0]["paper_languages_mean"] is None  # three languages are not the paper's fourteen
+    record = read_record(trained_model.folder / "record-zero-shot-xnli.json")
+    assert set(record.data["files"]) == set(EXAMPLES) and record.data["split"] == "validation"
+    assert list(record.metrics) == ["accuracy"]  # three languages are not the paper's fourteen
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

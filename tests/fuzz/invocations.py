@@ -125,12 +125,13 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
                        "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
-        ("classify",): {"checkpoint": [f"{root}/classifier"], "--predictions": ["p.jsonl"]},
-        ("caption",): {"checkpoint": [f"{root}/captioner"], "--split": ["valid"], "--no-java": [], "--max-len": ["4"]},
-        ("predict",): {"checkpoint": [f"{root}/vqa"], "--split": ["valid"]},
-        ("xnli",): {"--checkpoint": [f"{root}/multilingual"], "--xnli-dir": [f"{root}/xnli"], "--out": ["out"]},
-        ("probe",): {"--checkpoint": [f"{root}/multilingual"], "--data": [f"{root}/languages"], "--candidates": ["2"],
-                     "--max-items": ["3"]},
+        ("zero-shot", "xnli"): {
+            "--checkpoint": [f"{root}/multilingual"], "--xnli-dir": [f"{root}/xnli"], "--out": ["out"],
+        },
+        ("zero-shot", "probe"): {
+            "--checkpoint": [f"{root}/multilingual"], "--data": [f"{root}/languages"], "--candidates": ["2"],
+            "--max-items": ["3"],
+        },
     }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ CLASHES = {
     "--max-patches": "--vocab-size",
 }
 # Their own command lines are another program's.
-FOREIGN = {("lm-eval",)}
+FOREIGN = {("zero-shot", "lm-eval")}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Case:
         ]
 
     def _names(self) -> tuple[str, ...]:
-        """What the line may call it by; ``mhmoe xnli`` asks for its package before it looks at anything else."""
+        """What the line may call it by; XNLI asks for its package before it looks at anything else."""
         given = (self.value,) if self.option.kind not in ("whole", "real") and self.value else ()
         clash = (CLASHES[self.option.name],) if self.option.name in CLASHES else ()
         return (*self.option.shown, *given, *clash, "lm-eval is not installed")

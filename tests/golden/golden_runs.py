@@ -24,8 +24,7 @@ from images_and_words import SHAPES, write_images_and_words
 from multilingual_data import write_languages
 
 from mhmoe_fairseq.checkpoints.open import open_model, open_text_model
-from mhmoe_fairseq.evaluation.modality_scores import score_modalities
-from mhmoe_fairseq.evaluation.perplexity import score_split
+from mhmoe_fairseq.evaluation.evaluate import evaluate as evaluate_split
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 
 REFERENCES = Path(__file__).resolve().parent / "references"
@@ -136,12 +135,12 @@ def evaluate(kind: Kind, root: Path, checkpoint: Path) -> dict[str, Any]:
     releases differ.
     """
     opened = open_model(checkpoint, root / kind.data)
-    model, task = opened.model, opened.task
     if not kind.is_language_model:
-        scores = score_modalities(model, task, "test", batch_size=4)
-        return {"bits": {name: _digits(part.loss) for name, part in scores.parts.items()}}
-    scores = score_split(model, task, "test", max_tokens=None, batch_size=1)
-    bits = {name: _digits(score.loss) for name, score in {**scores.languages, "total": scores.total}.items()}
+        record = evaluate_split(opened, "test", batch_size=4)
+        return {"bits": {name: _digits(value) for name, value in record.values("loss").items()}}
+    record = evaluate_split(opened, "test", max_tokens=None, batch_size=1)
+    bits = {name: _digits(value) for name, value in record.values("loss").items()}
+    bits["total"] = _digits(record.metrics["loss"].value)
     scorer = TextScorer(open_text_model(checkpoint, root / kind.data))
     words = len(scorer.dictionary) - scorer.dictionary.nspecial
     tokens = [scorer.dictionary.nspecial + place**2 % words for place in range(_SCORED_TOKENS)]

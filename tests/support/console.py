@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 USER_DIR = Path(importlib.util.find_spec("mhmoe_fairseq").origin).parent
 ENTRY_POINTS = {
@@ -135,3 +135,12 @@ def write_corpus(folder: Path, words: int = 60) -> Path:
     prefixes = [part for split in ("train", "valid", "test") for part in (f"--{split}pref", folder / f"{split}.txt")]
     run_console("fairseq-preprocess", "--only-source", *prefixes, "--destdir", folder / "data", cwd=folder)
     return folder / "data"
+
+
+def evaluation_record(folder: Path, *words: object) -> Any:
+    """The record that ``mhmoe evaluate`` writes; ``folder`` keeps it."""
+    from mhmoe_fairseq.commands.main import main
+    from mhmoe_fairseq.evaluation.records import read_record
+
+    assert main(["evaluate", *map(str, words), "--record", str(folder / "record.json")]) == 0
+    return read_record(folder / "record.json")

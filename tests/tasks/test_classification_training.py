@@ -7,11 +7,9 @@ import re
 
 import pytest
 import torch
-from console import run_console
+from console import evaluation_record, run_console
 from labelled import training_words, write_task
 from language_models import FAMILIES
-
-from mhmoe_fairseq.commands.main import main
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +69,7 @@ def test_two_ranks_that_share_the_experts_do_what_one_does(data, trained_model, 
     for name, tensor in next(weights).items():
         if not name.endswith("k_proj.bias"):  # its gradient is rounding alone
             torch.testing.assert_close(state(tmp_path / "two")["model"][name], tensor, atol=2e-3, rtol=0)
-    assert main(["classify", str(tmp_path / "two"), "--splits", "valid_en"]) == 0
-    assert re.match(r"valid_en: 16 examples, accuracy [\d.]+", capsys.readouterr().out)
+    assert evaluation_record(tmp_path, tmp_path / "two", "--split", "valid_en").main.count == 16
 
 
 @pytest.mark.slow
@@ -80,8 +77,5 @@ def test_two_ranks_that_share_the_experts_do_what_one_does(data, trained_model, 
 def test_every_family_learns_from_scratch(data, tmp_path, family, capsys):
     flags = ("--arch", f"{family}_lm_tiny", "--moe-gate-loss-wt", 0.01)
     train(data, tmp_path / family, *flags, updates=80)
-    assert main(["classify", str(tmp_path / family), "--splits", "valid_fr"]) == 0
-    accuracy, majority = map(
-        float, re.search(r"accuracy ([\d.]+), majority class ([\d.]+)", capsys.readouterr().out).groups()
-    )
-    assert accuracy > majority
+    accuracy = evaluation_record(tmp_path, tmp_path / family, "--split", "valid_fr").metrics["accuracy"]
+    assert accuracy.value > accuracy.baselines["majority"]

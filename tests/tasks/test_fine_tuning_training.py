@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from beit3_models import FAMILIES
-from console import run_console
+from console import evaluation_record, run_console
 from fine_tuning_data import ANSWERS, TASKS, fine_tuning_words, write_fine_tuning_data
 from images_and_words import training_words
 
@@ -43,9 +43,9 @@ def validations(log: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in re.findall(r"(?:^|[ |:])valid[ |:]+(\{.*\})", log, re.MULTILINE)]
 
 
-def predict(capsys: pytest.CaptureFixture, *words: object, status: int = 0) -> str:
+def mhmoe_evaluate(capsys: pytest.CaptureFixture, *words: object, status: int = 0) -> str:
     capsys.readouterr()
-    assert main(["predict", *map(str, words)]) == status
+    assert main(["evaluate", *map(str, words)]) == status
     output = capsys.readouterr()
     return output.err if status else output.out
 
@@ -72,20 +72,21 @@ def test_a_score_stands_beside_what_needs_no_image(
     vqa: tuple[Path, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     folder, log = vqa
-    line = predict(capsys, folder, "--split", "valid", "--batch-size", 5, "--scores", tmp_path / "scores.json")
-    found = re.fullmatch(
-        r"valid: 48 questions, VQA score ([\d.]+), question only ([\d.]+), most frequent answer ([\d.]+)\n", line
-    )
-    score, by_question, most_frequent = map(float, found.groups())
-    assert score == max(float(figures["valid_vqa_score"]) for figures in validations(log))
+    record = evaluation_record(tmp_path, folder, "--split", "valid", "--batch-size", 5)
+    score = max(float(figures["valid_vqa_score"]) for figures in validations(log))
+    assert record.main.value == pytest.approx(score, abs=0.01)
     training, valid = (read_index(data, "vqa", split) for split in ("train", "valid"))
-    assert by_question == pytest.approx(100 * _mean_score(training, valid, by_text=True), abs=0.01)
-    assert most_frequent == pytest.approx(100 * _mean_score(training, valid, by_text=False), abs=0.01)
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["figures"] == {"VQA score": pytest.approx(score, abs=0.01)}
-    assert written["baselines"]["question only"] == pytest.approx(by_question, abs=0.01)
-    assert (written["task"], written["split"], written["count"], written["derived"]) == ("vqa", "valid", 48, False)
-    assert written["checkpoint_sha256"] == hashlib.sha256((folder / "checkpoint_best.pt").read_bytes()).hexdigest()
+    assert record.main.baselines == {
+        "question only": pytest.approx(100 * _mean_score(training, valid, by_text=True)),
+        "most frequent answer": pytest.approx(100 * _mean_score(training, valid, by_text=False)),
+    }
+    shown = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| split | scored | accuracy (%) | accuracy, question only | accuracy, most frequent answer |" in shown
+    assert f"| valid | 48 | {record.main.value:.2f} ± {record.main.stderr:.2f} |" in shown
+    assert (record.what, record.split, record.settings) == ("questions", "valid", {"examples": 48})
+    checkpoint = (folder / "checkpoint_best.pt").read_bytes()
+    assert record.checkpoint["sha256"] == hashlib.sha256(checkpoint).hexdigest()
+    assert record.data["kind"] == "image-text" and sum(record.experts.layers[0].loads) > 0
 
 
 def _mean_score(training: Any, valid: Any, by_text: bool) -> float:
@@ -108,13 +109,14 @@ def test_without_labels_there_is_a_submission(vqa: tuple[Path, str], data: Path,
     write_index(index_files(unlabelled, "vqa", "test")[0], "vqa", rows)
     (unlabelled / "manifest.json").write_text('{"kind": "image-text", "derived": {"note": "by templates"}}')
     words = (vqa[0], "--data", unlabelled)
-    assert "--split test has no labels to score by: give --output FILE" in predict(capsys, *words, status=2)
-    told = predict(capsys, *words, "--output", tmp_path / "submission.json")
-    assert told.startswith("test: 48 questions\nThese labels are derived from the images' metadata by templates")
+    assert "--split test has no labels to score by: give --output FILE" in mhmoe_evaluate(capsys, *words, status=2)
+    told = mhmoe_evaluate(capsys, *words, "--output", tmp_path / "submission.json")
+    assert told.startswith("These labels are derived from the images' metadata by templates")
+    assert "examples: 48\n" in told and "written" not in told and not list(vqa[0].glob("record-test.json"))
     submission = json.loads((tmp_path / "submission.json").read_text())
     assert [answer["question_id"] for answer in submission] == [row["qid"] for row in rows]
     assert {answer["answer"] for answer in submission} <= set(ANSWERS)
-    predict(capsys, vqa[0], "--output", tmp_path / "labelled.json")
+    mhmoe_evaluate(capsys, vqa[0], "--output", tmp_path / "labelled.json")
     assert json.loads((tmp_path / "labelled.json").read_text()) == submission
 
 
@@ -122,15 +124,13 @@ def test_statements(data: Path, pretrained: Path, tmp_path: Path, capsys) -> Non
     flags = ("--finetune-from-model", pretrained, "--lr", 0.003, "--no-flip", "--center-features")
     log = train("mhmoe_nlvr2", data, tmp_path / "run", *flags, updates=20)
     accuracies = [float(figures["valid_accuracy"]) for figures in validations(log)]
-    line = predict(capsys, tmp_path / "run", "--split", "valid", "--output", tmp_path / "out.csv")
-    found = re.match(
-        r"valid: (\d+) statements, accuracy ([\d.]+), consistency [\d.]+, statement only 50.00, most", line
-    )
+    record = evaluation_record(tmp_path, tmp_path / "run", "--split", "valid", "--output", tmp_path / "out.csv")
     index = read_index(data, "nlvr2", "valid")
-    assert int(found[1]) == len(index) and float(found[2]) == max(accuracies)
+    assert record.main.count == len(index) and record.main.value == pytest.approx(max(accuracies), abs=0.01)
+    assert record.main.baselines["statement only"] == 50.0 and "consistency" in record.metrics
     judged = dict(line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines())
     right = [judged[row["identifier"]] == str(bool(row["label"])) for row in map(index.record, range(len(index)))]
-    assert 100 * sum(right) / len(right) == pytest.approx(float(found[2]), abs=0.01)
+    assert 100 * sum(right) / len(right) == pytest.approx(record.main.value)
 
 
 @pytest.mark.slow
@@ -152,8 +152,9 @@ def test_what_cannot_start_is_told_at_once(data: Path, pretrained: Path, tmp_pat
     words = ("--finetune-from-model", pretrained, "--layer-decay", 0.8, "--optimizer", "adam")
     log = train("mhmoe_nlvr2", data, tmp_path / "run", *words, updates=1, check=False)
     assert "--layer-decay: --optimizer (adam) must be mhmoe_adam" in log
-    assert "was trained with task mhmoe_masked_multimodal, which predicts nothing" in predict(
-        capsys, pretrained, status=2
+    words = (pretrained, "--output", tmp_path / "out")
+    assert "--output: has no meaning for a checkpoint of task mhmoe_masked_multimodal" in mhmoe_evaluate(
+        capsys, *words, status=2
     )
 
 
@@ -164,9 +165,8 @@ def test_the_other_tasks_learn(task: str, data: Path, pretrained: Path, tmp_path
     flags = flags if task == "mhmoe_image_classification" else flags[:-2]
     log = train(task, data, tmp_path / "run", *flags, updates=120)
     best = max(float(figures[f"valid_{TASKS[task]}"]) for figures in validations(log))
-    line = predict(capsys, tmp_path / "run", "--split", "valid")
-    figure, chance = re.search(r"(?:top-1|mean recall) ([\d.]+)", line)[1], 35 if "top-1" in line else 45
-    assert float(figure) == pytest.approx(best, abs=0.01) and best > chance
+    record = evaluation_record(tmp_path, tmp_path / "run", "--split", "valid")
+    assert record.main.value == pytest.approx(best, abs=0.01) and best > (35 if "top-1" in record.metrics else 45)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_statements_are_learnt(data: Path, tmp_path: Path, capsys: pytest.Captur
     """Words have to be compared with images: for the first 200 updates nothing seems to happen."""
     flags = ("--lr", 0.001, "--warmup-updates", 50, "--no-flip")
     train("mhmoe_nlvr2", data, tmp_path / "run", *flags, updates=400)
-    assert float(re.search(r"accuracy ([\d.]+)", predict(capsys, tmp_path / "run", "--split", "valid"))[1]) > 65
+    assert evaluation_record(tmp_path, tmp_path / "run", "--split", "valid").main.value > 65
 
 
 @pytest.mark.slow
@@ -183,9 +183,8 @@ def test_every_family_learns_questions(family: str, data: Path, tmp_path: Path, 
     words = fine_tuning_words("mhmoe_vqa", data, tmp_path, "--lr", 0.003, "--no-flip", updates=80)
     arch = ("--arch", f"{family}_beit3_tiny")
     run_console("fairseq-train", *without_flags(words, *_FOREIGN[family]), *arch, cwd=data)
-    line = predict(capsys, tmp_path, "--split", "valid")
-    score, by_question = re.search(r"VQA score ([\d.]+), question only ([\d.]+)", line).groups()
-    assert float(score) > float(by_question) + 10
+    accuracy = evaluation_record(tmp_path, tmp_path, "--split", "valid").main
+    assert accuracy.value > accuracy.baselines["question only"] + 10
 
 
 _EXPERTS = ("--moe-freq", "--moe-expert-count", "--moe-ffn-dim", "--moe-top-k")
@@ -208,7 +207,7 @@ def test_a_higher_resolution_than_in_pre_training(data: Path, pretrained: Path, 
     flags = ("--finetune-from-model", pretrained, "--img-size", 48)
     log = train("mhmoe_vqa", data, tmp_path / "run", *flags, updates=4)
     assert "positions of 4x4 patches are resized to 6x6" in log
-    assert "48 questions" in predict(capsys, tmp_path / "run")
+    assert evaluation_record(tmp_path, tmp_path / "run").main.count == 48
 
 
 @pytest.mark.slow
@@ -222,8 +221,7 @@ def test_two_ranks_that_share_the_experts_and_have_unequal_batches(
     words = fine_tuning_words(task, data, tmp_path / "run", *flags, "--batch-size-valid", 9, updates=9)
     log = workers2.fairseq("fairseq-train", *words)[0]
     assert "2 of 2 processes share one bank of experts" in log
-    figure = "mean recall" if task == "mhmoe_retrieval" else "VQA score"
     best = max(float(figures[f"valid_{TASKS[task]}"]) for figures in validations(log))
-    line = predict(capsys, tmp_path / "run", "--split", "valid")
-    assert float(re.search(rf"{figure} ([\d.]+)", line)[1]) == pytest.approx(best, abs=0.01)
+    record = evaluation_record(tmp_path, tmp_path / "run", "--split", "valid")
+    assert record.main.value == pytest.approx(best, abs=0.01)
     workers2.fairseq("fairseq-train", *words[:-2], "--max-update", 12)

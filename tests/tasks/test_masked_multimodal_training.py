@@ -19,6 +19,7 @@ from mhmoe_fairseq.analysis.reports.run_logs import TrainingLog, read_training_l
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.masked_multimodal import PARTS
+from mhmoe_fairseq.evaluation.records import read_record
 
 
 @pytest.fixture(scope="module")
@@ -112,20 +113,21 @@ def test_fairseq_validate_and_mhmoe_evaluate_agree_with_the_training(data: Path,
     printed = run_console("fairseq-validate", *words, "--num-workers", 0, "--log-format", "json", cwd=data)
     (line,) = [line for line in printed.splitlines() if '"valid_ppl"' in line or ('"ppl"' in line and "{" in line)]
     record = json.loads(line[line.index("{") :])
-    file = run / "eval-valid.json"
-    words = [run / "checkpoint_last.pt", "--data", data, "--split", "valid", "--json", file, "--batch-size", 5]
+    words = [run / "checkpoint_last.pt", "--data", data, "--split", "valid", "--batch-size", 5]
     assert main(["evaluate", *map(str, words)]) == 0
-    scores = json.loads(file.read_text())
+    found = read_record(run / "record-valid.json")
     last = log.valid[-1]
     for part in PARTS:
-        perplexity = scores["modalities"][part]["perplexity"]
+        perplexity = found.parts[part]["perplexity"].value
         assert perplexity == pytest.approx(last[f"valid_{part}_ppl"], rel=3e-3)
         assert perplexity == pytest.approx(float(record.get(f"valid_{part}_ppl", record.get(f"{part}_ppl"))), rel=3e-3)
-    assert scores["total"]["perplexity"] == pytest.approx(last["valid_ppl"], rel=3e-3)
-    assert scores["total"]["targets"] == sum(score["targets"] for score in scores["modalities"].values())
-    guessed = scores["without_context"]["image"]
-    assert guessed["targets"] == scores["modalities"]["image"]["targets"] and 1 < guessed["perplexity"] < 12
-    assert scores["experts"]["layers"] == [1] and len(scores["experts"]["load"][0]) == 4
+    assert found.main.value == pytest.approx(last["valid_ppl"], rel=3e-3)
+    assert found.main.count == sum(metrics["perplexity"].count for metrics in found.parts.values())
+    assert 1 < found.parts["image"]["perplexity"].baselines["without context"] < 12
+    assert found.experts.parts == ["image", "text", "pair"] and found.data["visual_tokenizer"]
+    whole, *parts = found.experts.layers
+    assert {row.layer for row in found.experts.layers} == {1} and len(parts) == 3 and len(whole.loads) == 4
+    assert [sum(loads) for loads in zip(*(row.loads for row in parts))] == whole.loads
 
 
 # ---------------------------------------------------------------------- other ways to train

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from console import evaluate, evaluated, train
+from console import evaluate, evaluated, evaluation_record, train
 from multilingual_data import LANGUAGES, write_languages
 from workers import TRAIN_FLAGS, Workers
 
 from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.evaluation.records import Record
 
 TASK = ("--task", "mhmoe_multilingual_language_modeling")
 SAMPLED = (*TASK, "--multilang-sampling-alpha", 0.5)
@@ -49,12 +50,8 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def scores(data: Path, run: Path, split: str, *flags: object) -> dict:
-    output = run.parent / "scores.json"
-    checkpoint = run / "checkpoint_last.pt"
-    words = [checkpoint, "--data", data, "--split", split, "--json", output, *flags]
-    assert main(["evaluate", *map(str, words)]) == 0
-    return json.loads(output.read_text())
+def record(data: Path, run: Path, split: str, *flags: object) -> Record:
+    return evaluation_record(run.parent, run / "checkpoint_last.pt", "--data", data, "--split", split, *flags)
 
 
 def fairseq_score(data: Path, run: Path, split: str, *flags: object):
@@ -97,30 +94,28 @@ def token_count(data: Path, language: str, split: str) -> int:
 
 
 def test_one_launch_evaluates_every_language_as_fairseq_does(data: Path, run: Path, capsys) -> None:
-    found = scores(data, run, "test")
+    found = record(data, run, "test")
     table = capsys.readouterr().out
-    for split, score in {"test_de": found["languages"]["de"], "test": found["total"]}.items():
+    for split, metrics in {"test_de": found.parts["de"], "test": found.metrics}.items():
         printed = fairseq_score(data, run, split)
-        assert f"{score['loss']:.4f}" == f"{printed.loss:.4f}"
-        assert f"{score['perplexity']:.2f}" == f"{printed.perplexity:.2f}"
-        assert score["tokens"] == printed.tokens
+        assert f"{metrics['loss'].value:.4f}" == f"{printed.loss:.4f}"
+        assert f"{metrics['perplexity'].value:.2f}" == f"{printed.perplexity:.2f}"
+        assert metrics["loss"].count == printed.tokens
         assert f"| {printed.loss:.4f} |" in re.sub(" +", " ", table)
-    assert list(found["languages"]) == LANGUAGES
-    for language, score in found["languages"].items():
-        assert score["tokens"] == token_count(data, language, "test")
-        assert score["bits_per_character"] == pytest.approx(score["loss"])  # a token is a character here
-    parts = found["languages"].values()
-    weighted = sum(score["loss"] * score["tokens"] for score in parts) / sum(score["tokens"] for score in parts)
-    assert found["total"]["loss"] == pytest.approx(weighted)
+    assert list(found.parts) == found.experts.parts == LANGUAGES
+    for language, metrics in found.parts.items():
+        assert metrics["loss"].count == token_count(data, language, "test")
+        assert metrics["bits/character"].value == pytest.approx(metrics["loss"].value)  # a token is a character here
+    losses = [metrics["loss"] for metrics in found.parts.values()]
+    weighted = sum(loss.value * loss.count for loss in losses) / sum(loss.count for loss in losses)
+    assert found.metrics["loss"].value == pytest.approx(weighted)
 
 
 def test_a_subset_of_the_languages_is_evaluated_with_the_same_vocabulary(data: Path, run: Path) -> None:
-    whole, subset = scores(data, run, "test"), scores(data, run, "test", "--langs", "zh,el")
-    assert list(subset["languages"]) == ["el", "zh"]
-    for language in ("el", "zh"):
-        assert subset["languages"][language] == whole["languages"][language]
-    assert subset["total"]["tokens"] == sum(token_count(data, language, "test") for language in ("el", "zh"))
-    assert fairseq_score(data, run, "test", "--langs", "el,zh").tokens == subset["total"]["tokens"]
+    whole, subset = record(data, run, "test"), record(data, run, "test", "--langs", "zh,el")
+    assert subset.parts == {language: whole.parts[language] for language in ("el", "zh")}
+    assert subset.main.count == sum(token_count(data, language, "test") for language in ("el", "zh"))
+    assert fairseq_score(data, run, "test", "--langs", "el,zh").tokens == subset.main.count
 
 
 def test_one_language_is_evaluated_alone_and_without_a_manifest(data: Path, run: Path, tmp_path: Path) -> None:
@@ -129,10 +124,10 @@ def test_one_language_is_evaluated_alone_and_without_a_manifest(data: Path, run:
     for path in data.iterdir():
         if path.name != "manifest.json":
             (bare / path.name).symlink_to(path)
-    found = scores(bare, run, "test_en", "--batch-size", 5)
-    assert list(found["languages"]) == ["en"] and found["total"]["bits_per_character"] is None
-    assert found["total"]["loss"] == pytest.approx(scores(data, run, "test")["languages"]["en"]["loss"], abs=1e-5)
-    assert found["data_digest"] == scores(data, run, "test")["data_digest"]
+    found, whole = record(bare, run, "test_en", "--batch-size", 5), record(data, run, "test")
+    assert list(found.parts) == ["en"] and "bits/character" not in found.metrics
+    assert found.metrics["loss"].value == pytest.approx(whole.parts["en"]["loss"].value, abs=1e-5)
+    assert found.data["digest"] == whole.data["digest"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +186,8 @@ def test_two_ranks_with_spread_experts_train_as_one_process(data: Path, tmp_path
 
 def test_a_model_with_language_tokens_is_trained_and_evaluated(data: Path, tmp_path: Path) -> None:
     train_languages(data, tmp_path / "run", "--mhmoe-language-token", "--disable-validation", updates=1)
-    found = scores(data, tmp_path / "run", "test")["total"]
-    assert found["tokens"] == sum(token_count(data, language, "test") for language in LANGUAGES)
+    assert record(data, tmp_path / "run", "test").main.count == sum(
+        token_count(data, language, "test") for language in LANGUAGES
+    )
     with pytest.raises(AssertionError, match="the model was trained with --mhmoe-language-token: add the flag"):
         fairseq_score(data, tmp_path / "run", "test")

@@ -11,13 +11,9 @@ import torch
 
 from ...checkpoints.open import Opened, open_model
 from ...common.errors import UserError
-from ...common.files import sha256_of
+from ...evaluation.evaluate import evaluate
 from ...evaluation.expert_loads import LoadCounter
-from ...evaluation.modality_scores import score_modalities
-from ...evaluation.perplexity import score_split
 from ...evaluation.records import LayerLoads, Metric, Record
-from ...evaluation.split_scores import total_of
-from ...tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 from .listening import IMAGE, TEXT, RoutedCall, distinct_experts, listening, most_distinct, pools_of
 from .loads import PartLoads, accuracy, language_guesses
 
@@ -57,47 +53,11 @@ def measure_routing(
     if hasattr(opened.model, "beit3"):
         counts = PositionCounts(opened.model)
         with listening(opened.model, counts.add):
-            record = evaluate(opened, split, batch_size)
+            record = evaluate(opened, split, batch_size=batch_size)
         return counts.added_to(record)
-    record = evaluate(opened, split, batch_size) if kept is None else kept
+    record = evaluate(opened, split, max_tokens=None, batch_size=batch_size) if kept is None else kept
     record = dataclasses.replace(record, what="routing")
     return _with_guesses(record, opened, split) if record.experts.parts else record
-
-
-def evaluate(opened: Opened, split: str, batch_size: int) -> Record:
-    """The record of a split's loss and expert loads."""
-    counter, parts = LoadCounter(opened.layers), {}
-    if batch_size < 1:
-        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
-    if hasattr(opened.model, "beit3"):
-        with counter.counting():
-            total = score_modalities(opened.model, opened.task, split, batch_size).total
-        metrics = {"loss": Metric(total.loss, "bits/position", count=total.targets)}
-    else:
-        names = {None: split}
-        if isinstance(opened.task, MHMoEMultilingualLanguageModelingTask):
-            base, languages = opened.task.split_of(split)
-            names = {language: f"{base}_{language}" for language in languages}
-        scores = {}
-        for part, name in names.items():
-            with counter.counting(part):
-                scores[part] = score_split(opened.model, opened.task, name, None, batch_size).total
-        parts = {
-            part: {"loss": Metric(score.loss, "bits/token", count=score.tokens)}
-            for part, score in scores.items()
-            if part is not None
-        }
-        total = total_of(list(scores.values()))
-        metrics = {"loss": Metric(total.loss, "bits/token", count=total.tokens)}
-    return Record(
-        "routing",
-        split,
-        metrics,
-        parts,
-        counter.loads,
-        checkpoint={"sha256": sha256_of(opened.file)},
-        data={"digest": opened.identity.digest, "source": opened.identity.source},
-    )
 
 
 def _with_guesses(record: Record, opened: Opened, split: str) -> Record:

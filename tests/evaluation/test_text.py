@@ -1,4 +1,4 @@
-"""Perplexity of a split against scoring every target by hand, with and without ``--add-bos-token``."""
+"""Perplexity of a split against scoring every target by hand, and of several languages together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from fairseq.data import Dictionary
 from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder
 from language_models import small_dictionary, small_model
 
-from mhmoe_fairseq.evaluation.perplexity import score_split
+from mhmoe_fairseq.checkpoints.open import Opened
+from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
+from mhmoe_fairseq.evaluation.text import TextScore, evaluate_text, total_of
 from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
 
 BLOCK = 16
@@ -58,6 +60,25 @@ def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bo
         with torch.no_grad():
             log_probs = model(torch.tensor([source]))[0][0].log_softmax(-1)
         nats -= float(log_probs[-len(block) :].gather(1, torch.tensor(block)[:, None]).double().sum())
-    scores = score_split(model, task, "valid", None, batch_size=3)
-    assert scores.total.tokens == len(stream)
-    assert scores.total.loss == pytest.approx(nats / len(stream) / math.log(2), rel=1e-5)
+    opened = Opened(model, task, {"task": {"_name": "mhmoe_language_modeling"}}, data / "checkpoint.pt")
+    counter = LoadCounter(opened.layers)
+    metrics = evaluate_text(opened, "valid", counter, max_tokens=None, batch_size=3).metrics
+    assert {metric.count for metric in metrics.values()} == {len(stream)}
+    assert metrics["loss"].value == pytest.approx(nats / len(stream) / math.log(2), rel=1e-5)
+    assert metrics["perplexity"].value == 2 ** metrics["loss"].value
+    positions = len(stream) + (math.ceil(len(stream) / BLOCK) if add_bos_token else 0)
+    moe = next(layer.moe_layer.config for layer in opened.layers if layer.is_moe_layer)
+    assert {sum(row.loads) for row in counter.loads.layers} == {positions * moe.num_heads * moe.top_k}
+
+
+def test_metrics_of_a_text() -> None:
+    metrics = TextScore(tokens=30, loss=4.0, characters=60.0).metrics()
+    assert (metrics["perplexity"].value, metrics["bits/character"].value) == (16.0, 2.0)
+    assert "bits/character" not in TextScore(30, 4.0).metrics()
+
+
+def test_languages_count_by_their_tokens() -> None:
+    total = total_of([TextScore(30, 2.0, 60.0), TextScore(10, 6.0, 15.0)])
+    assert total == TextScore(40, pytest.approx(3.0), 75.0)
+    assert total.bits_per_character == pytest.approx(3.0 * 40 / 75)
+    assert total_of([TextScore(30, 2.0, 60.0), TextScore(10, 6.0)]).characters is None

@@ -12,15 +12,16 @@ import pytest
 import torch
 from harness import direct_scores, line_ids
 
-from mhmoe_fairseq.commands.lm_eval import complete
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.commands.zero_shot import complete
 from mhmoe_fairseq.evaluation.generation import Search, continue_prompts
+from mhmoe_fairseq.evaluation.records import read_record
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 
 from lm_eval.api.registry import get_model  # noqa: E402
 
-from mhmoe_fairseq.evaluation.lm_eval_adapter import MHMoEHarnessModel, read_generation_arguments  # noqa: E402
+from mhmoe_fairseq.evaluation.lm_eval_model import MHMoEHarnessModel, read_generation_arguments  # noqa: E402
 
 
 def requests(*arguments):
@@ -188,7 +189,7 @@ def test_tasks_of_every_kind(lm, trained_model, local_tasks):
 def test_lm_evals_command_line(lm, trained_model, local_tasks, capsys):
     """One task by its file, two by --include_path: figures are those of direct scoring."""
     status = main([
-        "lm-eval", "--tasks", f"{local_tasks / 'choice.yaml'},local_rolling,local_until", "--include_path",
+        "zero-shot", "lm-eval", "--tasks", f"{local_tasks / 'choice.yaml'},local_rolling,local_until", "--include_path",
         str(local_tasks), "--model_args", f"checkpoint={trained_model.checkpoint},data={trained_model.data}",
         "--batch_size", "auto", "--device", "cpu", "--output_path", str(local_tasks / "out"), "--log_samples",
     ])  # fmt: skip
@@ -198,6 +199,9 @@ def test_lm_evals_command_line(lm, trained_model, local_tasks, capsys):
     accuracy, perplexity, texts = expected_figures(lm, local_tasks)
     assert results["local_choice"]["acc,none"] == pytest.approx(accuracy)
     assert results["local_rolling"]["word_perplexity,none"] == pytest.approx(perplexity, rel=1e-6)
+    record = read_record(trained_model.folder / "record-zero-shot-lm-eval.json")
+    assert record.parts["local_choice"]["acc"].value == pytest.approx(accuracy) and record.provenance["command"]
+    assert set(record.parts) == {"local_choice", "local_rolling", "local_until"}
     [samples] = (local_tasks / "out").rglob("samples_local_until_*.jsonl")
     assert [json.loads(line)["resps"][0][0] for line in samples.read_text(encoding="utf-8").splitlines()] == texts
 
@@ -213,8 +217,8 @@ def test_errors_of_lm_evals_command_line_are_one_line(trained_model, local_tasks
             "lang de: the dictionary has no __de__",
         ),
     ):
-        assert main(["lm-eval", *words]) == 2
-        assert f"mhmoe lm-eval: error: {message}" in capsys.readouterr().err.splitlines()[-1]
+        assert main(["zero-shot", "lm-eval", *words]) == 2
+        assert f"mhmoe zero-shot: error: {message}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_our_model_is_the_default():
@@ -226,7 +230,7 @@ def test_our_model_is_the_default():
 
 def test_help_is_ours_and_lm_evals(capsys):
     with pytest.raises(SystemExit) as exit_status:
-        main(["lm-eval", "--help"])
+        main(["zero-shot", "lm-eval", "--help"])
     out = capsys.readouterr().out
     assert exit_status.value.code == 0
     assert "--model_args of mhmoe" in out and "lm-evaluation-harness" in out
@@ -234,11 +238,11 @@ def test_help_is_ours_and_lm_evals(capsys):
 
 def test_without_lm_eval(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "mhmoe_fairseq.evaluation.lm_eval_adapter")
+    monkeypatch.delitem(sys.modules, "mhmoe_fairseq.evaluation.lm_eval_model")
     install = 'lm-eval is not installed: pip install "mhmoe-fairseq[lm-eval]"'
     with pytest.raises(ValueError) as error:
-        importlib.import_module("mhmoe_fairseq.evaluation.lm_eval_adapter")
+        importlib.import_module("mhmoe_fairseq.evaluation.lm_eval_model")
     assert str(error.value) == install
     for words in (["lm-eval", "--tasks", "piqa"], ["xnli", "--checkpoint", "x", "--xnli-dir", "y"]):
-        assert main(words) == 2
+        assert main(["zero-shot", *words]) == 2
         assert capsys.readouterr().err == f"mhmoe {words[0]}: error: {install}\n"

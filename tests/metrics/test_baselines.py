@@ -2,7 +2,7 @@
 
 import pytest
 
-from mhmoe_fairseq.metrics.text_only import TextOnly
+from mhmoe_fairseq.metrics.baselines import TextOnly
 
 TRAINING = [
     ("what colour", {3: 1.0, 1: 0.3}),

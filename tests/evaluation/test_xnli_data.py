@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.commands.xnli import name_models
-from mhmoe_fairseq.evaluation.xnli_files import read_xnli
+from mhmoe_fairseq.commands.zero_shot import name_models
+from mhmoe_fairseq.evaluation.xnli import read_xnli
 
 ROWS = {
     "en": [
@@ -138,9 +138,9 @@ def test_broken_files_are_one_clear_line(tmp_path, name, rows, message, capsys):
     pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
     write_lines(tmp_path / name, rows)
     arguments = ["--checkpoint", "nowhere.pt", "--out", str(tmp_path / "out")]
-    assert main(["xnli", "--xnli-dir", str(tmp_path), "--langs", "de", *arguments]) == 2
+    assert main(["zero-shot", "xnli", "--xnli-dir", str(tmp_path), "--langs", "de", *arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("mhmoe xnli: error: ") and message in err and err.count("\n") == 1
+    assert err.startswith("mhmoe zero-shot: error: ") and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -173,5 +173,5 @@ def test_bad_flags(tmp_path, capsys):
         (["--checkpoint", "a.pt", "a.pt"], "--checkpoint: one is given twice in a.pt a.pt"),
         (["--out", str(tmp_path / "out")], "no model.pt or checkpoint_best.pt or checkpoint_last.pt in nowhere"),
     ):
-        assert main(["xnli", "--checkpoint", "nowhere", "--xnli-dir", str(tmp_path), *words]) == 2
+        assert main(["zero-shot", "xnli", "--checkpoint", "nowhere", "--xnli-dir", str(tmp_path), *words]) == 2
         assert message in capsys.readouterr().err

@@ -1,0 +1,223 @@
+"""Classes of sentences and pairs of sentences by a fine-tuned language model, language by language."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.data import ListDataset
+
+from ..checkpoints.open import Opened
+from ..common.errors import UserError
+from ..common.files import atomic_open, read_json, require_files
+from ..data.classification.examples import Example, Fields, read_examples
+from ..data.classification.labels import Labels, given_labels
+from ..data.datasets.sentence_pairs import LabelledSentences
+from ..data.languages import get_language
+from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
+from ..prepare.workspace import MANIFEST
+from ..tasks.sentence_classification import FIRST
+from .expert_loads import LoadCounter
+from .records import Metric, Record, mean_percent
+
+UNLABELLED = -1
+_INPUT = "input"  # the split's name where the examples are not prepared
+
+
+@dataclass(frozen=True)
+class Classified:
+    """Examples of one language in their order.
+
+    Attributes:
+        split: its name, such as ``test_de``.
+        classes: names, by id.
+        labels: ``(examples,)`` right classes, ``UNLABELLED`` where unknown.
+        probabilities: ``(examples, classes)`` float32.
+        num_cut: examples that were longer than the model's inputs may be.
+    """
+
+    split: str
+    classes: list[str]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    num_cut: int = 0
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """``(examples,)`` the most probable classes."""
+        return self.probabilities.argmax(axis=1)
+
+    def metrics(self) -> dict[str, Metric]:
+        """The accuracy, beside always answering the most frequent class; nothing unless every label is known."""
+        if (self.labels == UNLABELLED).any():
+            return {}
+        majority = 100 * float(np.bincount(self.labels).max()) / len(self.labels)
+        return {"accuracy": mean_percent((self.predictions == self.labels).tolist(), {"majority": majority})}
+
+    def predicted(self) -> Iterator[dict[str, Any]]:
+        """One JSON object per example: split, index, label, prediction, probabilities by class."""
+        for index, (label, prediction, row) in enumerate(zip(self.labels, self.predictions, self.probabilities)):
+            yield {
+                "split": self.split,
+                "index": index,
+                "label": None if label == UNLABELLED else self.classes[label],
+                "prediction": self.classes[prediction],
+                "probabilities": {name: round(float(value), 6) for name, value in zip(self.classes, row)},
+            }
+
+
+def evaluate_sentences(
+    opened: Opened,
+    split: str,
+    counter: LoadCounter,
+    *,
+    splits: Sequence[str] | None = None,
+    input: Sequence[str] | None = None,
+    text_fields: Sequence[str] | None = None,
+    label_field: str | None = None,
+    language_field: str | None = None,
+    output: Path | None = None,
+    max_tokens: int = 4096,
+) -> Record:
+    """Classify the prepared examples of a split, or others.
+
+    Args:
+        split: ``test`` for all of ``test_de``, ``test_en``, ...; one of these; or, where there is no ``test``,
+            the validation split.
+        splits: several splits in place of one.
+        input: ``LANG=FILE`` of texts that are not prepared, in place of a split.
+        text_fields, label_field, language_field: names in such files; the text's are by default the training's.
+        output: JSON lines file to write the predictions to.
+        max_tokens: of a batch, padding counted.
+
+    Raises:
+        UserError, FileNotFoundError: naming the flag, file, line or field, and the rule.
+    """
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least 1")
+    if input is None:
+        given = {"--text-fields": text_fields, "--label-field": label_field, "--language-field": language_field}
+        for flag in (flag for flag, value in given.items() if value is not None):
+            raise UserError(f"{flag} needs --input")
+        name, parts = ("+".join(splits), splits) if splits else _parts_of(opened, split)
+        datasets = {part: opened.task.read_split(part) for part in parts}
+    else:
+        name, fields = _INPUT, Fields(_text_fields(opened, text_fields), label_field, language_field)
+        datasets = dict(_encoded(opened, fields, word, input) for word in input)
+    results = {}
+    for part, dataset in datasets.items():
+        language = part.partition("_")[2]
+        with counter.counting(language or None):
+            results[language] = _classify(opened, part, dataset, max_tokens)
+    if output is not None:
+        with atomic_open(output) as stream:
+            for row in (row for result in results.values() for row in result.predicted()):
+                stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    by_language = {
+        language: metrics for language, result in results.items() if language and (metrics := result.metrics())
+    }
+    settings: dict[str, Any] = {"examples": sum(len(result.labels) for result in results.values())}
+    if cut := sum(result.num_cut for result in results.values()):
+        settings["examples that were too long, cut"] = cut
+    return Record("classification", name, _overall(list(results.values())), by_language, settings=settings)
+
+
+def _overall(results: list[Classified]) -> dict[str, Metric]:
+    """The accuracy over all examples and, where there are several languages, its mean over them, XNLI's average."""
+    labelled = [result for result in results if result.metrics()]
+    if not labelled:
+        return {}
+    joined = (np.concatenate([getattr(result, name) for result in labelled]) for name in ("labels", "probabilities"))
+    metrics = Classified("", labelled[0].classes, *joined).metrics()
+    if len(labelled) > 1:
+        accuracies = [result.metrics()["accuracy"].value for result in labelled]
+        metrics["mean over languages"] = Metric(sum(accuracies) / len(accuracies), "%", count=len(accuracies))
+    return metrics
+
+
+def _parts_of(opened: Opened, split: str) -> tuple[str, list[str]]:
+    """The split, ``valid`` where there is no ``test``, and the prepared files that it stands for."""
+    folder = opened.data / FIRST
+    for name in (split, "valid") if split == "test" else (split,):
+        found = sorted(file.stem for pattern in (name, f"{name}_*") for file in folder.glob(f"{pattern}.idx"))
+        if found:
+            return name, found
+    return split, [split]  # reading it says what is missing
+
+
+def _text_fields(opened: Opened, given: Sequence[str] | None) -> tuple[str, ...]:
+    if given is not None:
+        return tuple(given)
+    manifest = opened.data / MANIFEST
+    if not manifest.is_file():
+        raise UserError(f"--input: {manifest} is missing; give --text-fields")
+    return tuple(read_json(manifest)["fields"])
+
+
+def _encoded(opened: Opened, fields: Fields, word: str, words: Sequence[str]) -> tuple[str, LabelledSentences]:
+    """Name and examples of one ``LANG=FILE``, encoded with the ``sentencepiece.model`` of the data.
+
+    Args:
+        words: all of ``--input``.
+    """
+    code, _, name = word.partition("=")
+    if not name:
+        raise UserError(f"--input {word}: must be LANG=FILE, such as en={word}")
+    get_language(code, "--input")
+    require_files([Path(name)], "--input")
+    is_shared = sum(other.partition("=")[2] == name for other in words) > 1
+    examples = list(read_examples(Path(name), fields, code, is_shared=is_shared))
+    if not examples:
+        raise UserError(f"--input {word}: no example in it")
+    expected = len(opened.task.sentence_folders())
+    if len(fields.texts) != expected:
+        raise UserError(f"--text-fields: the model was trained with {expected} fields, here are {len(fields.texts)}")
+    vocabulary = SentencePieceVocabulary(opened.data / "sentencepiece.model")
+    dictionary = opened.task.dictionary
+    sentences = []
+    for texts in zip(*(example.texts for example in examples)):
+        encoded = [torch.tensor([*ids, dictionary.eos()]) for ids in vocabulary.encode_lines(list(texts))]
+        sentences.append(ListDataset(encoded, np.array([len(tokens) for tokens in encoded])))
+    split = f"{_INPUT}_{code}"
+    return split, LabelledSentences(
+        sentences,
+        _labels(opened, fields, examples),
+        np.full(len(examples), opened.task.first_token(split)),
+        longest=opened.task.max_positions(),
+        pad=dictionary.pad(),
+    )
+
+
+def _labels(opened: Opened, fields: Fields, examples: Sequence[Example]) -> np.ndarray:
+    """``(examples,)`` classes in the spellings of the data's ``--labels``; only with these a number stands for one."""
+    if fields.label is None:
+        return np.full(len(examples), UNLABELLED)
+    manifest = opened.data / MANIFEST
+    given = read_json(manifest).get("settings", {}).get("labels") if manifest.is_file() else None
+    if given is not None:
+        labels = given_labels(given, (), "label")
+    else:
+        labels = Labels(tuple((name,) for name in opened.task.classes), are_ordered=False)
+    return np.array([labels.find(example) for example in examples])
+
+
+def _classify(opened: Opened, split: str, dataset: LabelledSentences, max_tokens: int) -> Classified:
+    labels = np.empty(len(dataset), dtype=np.int64)
+    probabilities = np.empty((len(dataset), len(opened.task.classes)), dtype=np.float32)
+    head = opened.task.args.classification_head_name
+    most = max(max_tokens, int(dataset.sizes.max()))  # a longer example makes a batch of its own
+    for indices in dataset.batch_by_size(dataset.ordered_indices(), max_tokens=most):
+        batch = dataset.collater([dataset[index] for index in indices])
+        batch = utils.apply_to_sample(lambda tensor: tensor.to(opened.device), batch)
+        with torch.no_grad():
+            logits, _ = opened.model(**batch["net_input"], classification_head_name=head)
+        rows = batch["id"].cpu().numpy()
+        labels[rows] = batch["target"].cpu().numpy()
+        probabilities[rows] = logits.float().softmax(dim=1).cpu().numpy()
+    return Classified(split, opened.task.classes, labels, probabilities, dataset.num_cut)
