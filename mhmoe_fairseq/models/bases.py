@@ -20,6 +20,8 @@ from ..common.errors import UserError
 from ..moe import MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..parallel import expert_parallelism
+from ..torchscale_ext.settings import Settings
+from ..training import ParallelTask
 from .flags import expert_parallel_size
 
 logger = logging.getLogger(__name__)
@@ -95,18 +97,21 @@ def fingerprint(dictionary: Dictionary) -> list[int]:
     return list(struct.unpack("<4q", digest))
 
 
-def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertParallelism | None:
-    """Spread a layer's experts over the processes that torch.distributed knows of; None for one process.
+def spread_experts(settings: Settings, options: Any, task: Any) -> None:
+    """Set a model's ``parallel`` where a task of ours builds it for training; every process must call it alike.
 
-    Every process must call it, with the same arguments.
-
-    Args:
-        moe: the layer; None where no experts can be spread: of a dense model, and TorchScale's own.
-        asked: ``--mhmoe-expert-parallel-size``.
+    For evaluation, in one process, and of TorchScale's own layer, every process has all experts.
 
     Raises:
         UserError: as ``expert_parallel_size``.
     """
+    if isinstance(task, ParallelTask) and task.is_training:
+        moe = None if settings.feed_forward == "torchscale" else settings.moe
+        settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size)
+
+
+def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertParallelism | None:
+    """The processes that torch.distributed knows of, as ``--mhmoe-expert-parallel-size`` asks; None for one process."""
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     size = 1 if moe is None else expert_parallel_size(moe.num_experts, asked, world_size)
     if world_size == 1:

@@ -13,8 +13,7 @@ from ..compat import refuse_tpu
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
 from ..torchscale_ext.settings import EncoderSettings
-from ..training import ParallelTask
-from .bases import ComputePrecision, RemembersVocabulary, training_parallelism
+from .bases import ComputePrecision, RemembersVocabulary, spread_experts
 from .beit3_checkpoints import drop_other_heads, fit_state
 from .captions import MASK_SYMBOL, WritesCaptions
 from .flags import encoder_settings
@@ -57,10 +56,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> MHMoEBEiT3:
-        """Build from filled options.
-
-        Experts are spread over the processes where a task of ours builds for training; for evaluation every process
-        has all of them.
+        """Build from filled options, in training with the experts spread over the processes.
 
         Args:
             args: ``BEiT3Options``.
@@ -77,8 +73,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         if MASK_SYMBOL not in task.source_dictionary:
             raise UserError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
         settings = encoder_settings(args, len(task.source_dictionary))
-        if isinstance(task, ParallelTask) and task.is_training:
-            settings.parallel = training_parallelism(settings.moe, args.mhmoe_expert_parallel_size)
+        spread_experts(settings, args, task)
         return cls(args, settings, task.source_dictionary, task.num_visual_tokens)
 
     def forward(

@@ -18,8 +18,7 @@ from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from ..torchscale_ext.settings import DecoderSettings
-from ..training import ParallelTask
-from .bases import ComputePrecision, RemembersVocabulary, training_parallelism
+from .bases import ComputePrecision, RemembersVocabulary, spread_experts
 from .flags import decoder_settings
 from .heads import LastTokenHead
 from .options import MODEL_NAME, LanguageModelOptions
@@ -69,10 +68,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
-        """Build from filled options.
-
-        Experts are spread over the processes where a task of ours builds for training; for evaluation every process
-        has all of them.
+        """Build from filled options, in training with the experts spread over the processes.
 
         Raises:
             UserError: naming the flag, its value and the rule.
@@ -83,9 +79,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
         if len(task.target_dictionary) != len(task.source_dictionary):
             raise UserError("--output-dictionary-size is not supported: input and output share one dictionary")
         settings = decoder_settings(args, len(task.source_dictionary))
-        if isinstance(task, ParallelTask) and task.is_training:
-            moe = None if settings.feed_forward == "torchscale" else settings.moe
-            settings.parallel = training_parallelism(moe, args.mhmoe_expert_parallel_size)
+        spread_experts(settings, args, task)
         return cls(LanguageModelDecoder(args, settings, task.source_dictionary))
 
     def register_classification_head(

@@ -91,23 +91,18 @@ def convert_decoder(official: Mapping[str, Tensor], *, rotary_heads: int | None)
     unknown = []
     for name, value in official.items():
         match = _LAYER.fullmatch(name)
-        if _COMPUTED.fullmatch(name):
-            continue
-        if match is not None:
+        if match is not None and _is_known(match[2]):
             layers[match[1]][match[2]] = value
         elif _OUTSIDE.fullmatch(name):
             converted[name] = value
         elif name == _POSITIONS:
             converted[name] = value[_FIRST_POSITION:]
-        else:
+        elif not _COMPUTED.fullmatch(name):
             unknown.append(name)
-    for index, layer in layers.items():
-        unknown += [f"decoder.layers.{index}.{name}" for name in layer if not _is_known(name)]
     refuse_names(unknown)
     for index, layer in layers.items():
-        converted.update(
-            {f"decoder.layers.{index}.{name}": value for name, value in _layer(layer, rotary_heads).items()}
-        )
+        own = _layer(layer, rotary_heads)
+        converted.update({f"decoder.layers.{index}.{name}": value for name, value in own.items()})
     return {name: value.float() for name, value in converted.items()}
 
 
