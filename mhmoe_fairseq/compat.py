@@ -1,6 +1,6 @@
-"""What stock fairseq 0.12 needs to run on current NumPy, PyTorch and Python: the place where we patch.
+"""What stock fairseq 0.12 needs to run on current NumPy, PyTorch and Python, and every patch that we make at run time.
 
-``apply()`` runs once when the package is imported, before any model is registered. Each repair has a
+``apply()`` runs once when the package registers with fairseq, before any model is registered. Each repair has a
 test in ``tests/test_compat.py`` that also shows the unrepaired failure, so that it is noticed when a
 release makes the repair needless.
 
@@ -38,10 +38,20 @@ model's state by the decay: an error at   tensors once.
 the first update. Tied ones twice.
 ========================================  ==========================================================
 
-Owned elsewhere, because the cure is not a patch: fairseq-fixed drops the last batch of training and
-validation data unless ``--required-batch-size-multiple 1``, and forms other batches when a run resumes in a
-later epoch (our task corrects both); stock padding masks are longer than the input in incremental decoding
-(``torchscale_ext``); checkpoints are copied over the old ones byte by byte (``training.saving``).
+Other patches at run time, which live beside what they serve:
+
+========================================  ==========================================================
+``training/saving.py``                    ``PathManager.copy`` and ``torch_persistent_save``: fairseq
+                                          copies a checkpoint over the old one byte by byte.
+``training/failures.py`` and              ``sys.excepthook``: the rank that failed tells the others; a
+``commands/refusals.py``                  refusal of ours in a fairseq command is one line.
+``training/optimizer.py``                 ``__name__`` of our Adam is fairseq's, as checkpoints have it.
+``training/batches.py`` and               ``__class__`` of fairseq's batch iterator and dataset: it drops
+``data/datasets/batching.py``             the last batch unless ``--required-batch-size-multiple 1``, and
+                                          forms other batches when a run resumes in a later epoch.
+``torchscale_ext/static_xmoe.py``         ``torch.histc`` takes integers while TorchScale's layer runs.
+``commands/zero_shot.py``                 ``sys.argv`` while lm-eval's own command line runs.
+========================================  ==========================================================
 """
 
 from __future__ import annotations
@@ -140,8 +150,8 @@ def copy_integers_into_averages() -> None:
     @functools.wraps(stock_step)
     def step_once(self: typing.Any, new_model: torch.nn.Module, updates: int | None = None) -> None:
         # A tensor with two names, as a tied embedding has, is averaged under its first: fairseq would do it twice.
-        places = {value.data_ptr(): name for name, value in reversed(self.model.state_dict().items())}
-        firsts = {name: value for name, value in new_model.state_dict().items() if name in places.values()}
+        names = {value.data_ptr(): name for name, value in reversed(self.model.state_dict().items())}
+        firsts = {name: value for name, value in new_model.state_dict().items() if name in names.values()}
         stock_step(self, SimpleNamespace(state_dict=lambda: firsts), updates)
 
     EMA.__init__, EMA._step_internal = remember_integers, step_once

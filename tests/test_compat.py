@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -260,3 +261,10 @@ def test_slurms_tasks_are_connected(slurm: dict[str, str]) -> None:
 def test_one_slurm_task_on_a_node_without_gpu_is_refused(slurm: dict[str, str]) -> None:
     outcome = launched({**slurm, "SLURM_NTASKS_PER_NODE": "1"}, repaired=True)[2]
     assert "--distributed-world-size (4)" in outcome and "--ntasks-per-node" in outcome
+
+
+def test_every_patch_at_run_time_is_listed(repository: Path) -> None:
+    patched = re.compile(r"^\s+(sys\.(excepthook|argv)|PathManager\.\w+|torch\.\w+|\w+\.__class__) = (?!before)", re.M)
+    package = repository / "mhmoe_fairseq"
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if patched.search(path.read_text())}
+    assert found - {"commands/lm_eval.py"} <= set(re.findall(r"``(\w[\w/]+\.py)``", compat.__doc__)) | {"compat.py"}

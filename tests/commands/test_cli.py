@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-from mhmoe_fairseq.commands.main import COMMANDS, HEAVY, main
+from mhmoe_fairseq.commands import report
+from mhmoe_fairseq.commands.main import ALIASES, COMMANDS, HEAVY, main
+from mhmoe_fairseq.common.errors import UserError
 
 # The parser of each command, in a process of its own; prints which of them need what a help text should not wait for.
 PARSERS = """
@@ -59,3 +61,25 @@ def test_a_word_that_is_no_text_is_one_line(capsys, words, message):
     assert main(words) == 2
     err = capsys.readouterr().err
     assert err.startswith(message) and err.endswith(" is not\n") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("former", ALIASES)
+def test_a_former_name_says_todays_and_runs_it(capsys, former):
+    with pytest.raises(SystemExit) as end:
+        main([former, "--help"])
+    said = capsys.readouterr()
+    assert end.value.code == 0 and said.out.startswith(f"usage: mhmoe {ALIASES[former][0]}")
+    assert said.err == f"mhmoe {former} is now: mhmoe {' '.join(ALIASES[former])}\n"
+
+
+@pytest.mark.parametrize("error", [UserError("--flag (1) must be 2"), FileNotFoundError("no such file: x")])
+def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys, monkeypatch, tmp_path, error):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(report, "run", fail)
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"mhmoe report: error: {error}\n"
+    error = ValueError("ours")
+    with pytest.raises(ValueError, match="ours"):
+        main(["report", str(tmp_path)])
