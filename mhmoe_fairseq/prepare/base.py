@@ -15,14 +15,15 @@ from typing import Any, Callable, ClassVar, Generic, Iterable, Optional, TypeVar
 
 import numpy as np
 
-from ..common.files import read_json, sha256_of
+from ..common.files import sha256_of
+from ..data.identity import read_manifest
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from ..data.tiktoken_vocabulary import TiktokenDictionaryVocabulary
 from ..data.vocabulary import Vocabulary, build_dictionary, save_dictionary
 from .archives import Say
 from .binarize import binarize
 from .splits import check_shares
-from .workspace import MANIFEST, Workspace, open_workspace
+from .workspace import Workspace, open_workspace
 
 MODEL_FILE, DICTIONARY = "sentencepiece.model", "dict.txt"
 _TOOLS = ("mhmoe_fairseq", "fairseq", "fairseq-fixed", "sentencepiece", "tiktoken", "numpy", "torch")
@@ -127,7 +128,7 @@ class Preparation(ABC, Generic[SomeSettings]):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
                 self.say(f"{dest}: already prepared with these settings, nothing to do")
-                return read_json(dest / MANIFEST)
+                return read_manifest(dest)
             if state == "resumed":
                 self.say(f"{dest}: continuing an unfinished preparation")
             manifest = self.make()

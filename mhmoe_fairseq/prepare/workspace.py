@@ -17,7 +17,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
 from ..common.locks import LOCK, exclusive_lock
-from ..data.identity import MANIFEST
+from ..data.identity import MANIFEST, read_manifest
 
 _OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
 _PARTIAL, _PROGRESS = ".partial", "progress.json"
@@ -46,7 +46,8 @@ class Workspace:
             UserError: without ``overwrite``, the folder holds data of other settings, damaged data, or data that
                 was not made here.
         """
-        progress = self._read_progress()
+        path = self.partial / _PROGRESS
+        progress = read_json(path) if path.exists() else {}
         if progress.get("publishing"):
             self._move_outputs()
             progress = {}
@@ -63,25 +64,19 @@ class Workspace:
         self._save_progress()
         return "fresh"
 
-    def _read_progress(self) -> dict[str, Any]:
-        path = self.partial / _PROGRESS
-        return read_json(path) if path.exists() else {}
-
     def _save_progress(self, **extra: Any) -> None:
         write_json(self.partial / _PROGRESS, {"settings": self.settings, "stages": self._stages, **extra})
 
     def _holds_finished_data(self) -> bool:
         """Whether this very preparation is there and intact; ``UserError`` when something else or less is."""
-        path = self.dest / MANIFEST
-        if not path.exists():
-            foreign = [name for name in _OUTPUT_NAMES if (self.dest / name).exists()]
-            if foreign:
+        manifest = read_manifest(self.dest)
+        if not manifest:
+            if foreign := [name for name in _OUTPUT_NAMES if (self.dest / name).exists()]:
                 raise UserError(
                     f"--dest {self.dest}: holds {foreign[0]} but no {MANIFEST}, so it was not made here; choose "
                     "another --dest, or add --overwrite to replace it"
                 )
             return False
-        manifest = read_json(path)
         difference = _first_difference(manifest.get("settings", {}), self.settings)
         if difference:
             name, old, new = difference
@@ -90,32 +85,27 @@ class Workspace:
                 "or add --overwrite to replace it"
             )
         for name, recorded in manifest["files"].items():
-            self._refuse_damaged(self.dest / name, recorded["bytes"])
+            size, expected = _size(self.dest / name), recorded["bytes"]
+            if size != expected:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise UserError(
+                    f"{self.dest / name}: {found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again"
+                )
         return True
 
-    def _refuse_damaged(self, path: Path, expected: int) -> None:
-        size = path.stat().st_size if path.exists() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(f"{path}: {found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again")
-
     def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
-        """Result of ``make()``, from the record if an earlier run finished this stage and its outputs are intact.
+        """Returns the result of ``make()``, from the record if this stage was finished and its outputs are intact.
 
         Args:
             outputs: files that ``make`` writes, relative to ``partial``.
         """
         done = self._stages.get(name)
-        if done is not None and all(self._size(output) == size for output, size in done["outputs"].items()):
+        if done is not None and all(_size(self.partial / file) == size for file, size in done["outputs"].items()):
             return done["result"]
         result = make()
-        self._stages[name] = {"result": result, "outputs": {output: self._size(output) for output in outputs}}
+        self._stages[name] = {"result": result, "outputs": {file: _size(self.partial / file) for file in outputs}}
         self._save_progress()
         return result
-
-    def _size(self, output: str) -> int | None:
-        path = self.partial / output
-        return path.stat().st_size if path.exists() else None
 
     def publish(self, manifest: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Adds the files' sizes and hashes to ``manifest``, moves everything into ``dest`` and returns the manifest.
@@ -133,11 +123,9 @@ class Workspace:
         """Moves what is still in ``partial``; a run killed in between is finished by the next one."""
         if (self.partial / MANIFEST).exists():
             files = read_json(self.partial / MANIFEST)["files"]
-            old = self.dest / MANIFEST
-            if old.exists():
-                for name in read_json(old).get("files", {}).keys() - files.keys():
-                    (self.dest / name).unlink(missing_ok=True)
-                old.unlink()
+            for name in read_manifest(self.dest).get("files", {}).keys() - files.keys():
+                (self.dest / name).unlink(missing_ok=True)
+            (self.dest / MANIFEST).unlink(missing_ok=True)
             with explain_full_disk(self.dest):
                 for name in files:
                     (self.dest / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +133,10 @@ class Workspace:
                         os.replace(self.partial / name, self.dest / name)
                 os.replace(self.partial / MANIFEST, self.dest / MANIFEST)
         shutil.rmtree(self.partial)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -163,7 +155,7 @@ def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspac
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """Name and both values of the first setting that differs; inside ``source`` the part that differs is named."""
+    """Returns name and both values of the first setting that differs; inside ``source`` of the part that differs."""
     for name in [*new, *(old.keys() - new.keys())]:
         before, now = old.get(name), new.get(name)
         if before == now:

@@ -16,16 +16,10 @@ from typing import Any, Iterable, Iterator, Optional
 import numpy as np
 
 from ...common.errors import UserError
-from ...common.files import (  # fmt: skip
-    atomic_open,
-    atomic_path,
-    read_json,
-    read_utf8_lines,
-    refuse_path_separator,
-    write_json,
-)
+from ...common.files import atomic_open, atomic_path, read_utf8_lines, refuse_path_separator, write_json
 from ...common.locks import LOCK, exclusive_lock
 from ...data.documents import clean_line
+from ...data.identity import MANIFEST, read_manifest
 from ...data.multimodal.answers import ANSWERS_FILE, read_answers
 from ...data.multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
@@ -36,7 +30,7 @@ from ..splits import SPLITS
 from ..visual_tokenizers.kmeans import fit_kmeans
 from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.settings import KMeansSettings
-from ..workspace import MANIFEST, describe_files
+from ..workspace import describe_files
 from .pipeline import KIND, MASK
 
 _UPSTREAM_MODEL = "beit3.spm"
@@ -103,7 +97,7 @@ class Completion:
         if not self._folder.is_dir():
             raise UserError(f"{flag} {self._folder}: no such folder")
         refuse_path_separator(self._folder, flag)
-        source = self._earlier_manifest.get("source", {"name": _SOURCE}).get("name")
+        source = read_manifest(self._folder).get("source", {"name": _SOURCE}).get("name")
         if source != _SOURCE:
             raise UserError(f"{flag} {self._folder}: was made from {source}, there is nothing to complete")
         with exclusive_lock(self._folder / LOCK, flag):
@@ -112,11 +106,6 @@ class Completion:
                 for split in SPLITS:
                     make(split)
             return self._write_manifest(counts, self._fit_tokenizer())
-
-    @cached_property
-    def _earlier_manifest(self) -> dict[str, Any]:
-        path = self._folder / MANIFEST
-        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def _symbols(self) -> list[str]:
@@ -250,7 +239,7 @@ class Completion:
         return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
 
     def _write_manifest(self, counts: dict[str, int], tokenizer: Optional[dict[str, Any]]) -> dict[str, Any]:
-        earlier = self._earlier_manifest
+        earlier = read_manifest(self._folder)
         made = list(dict.fromkeys([*earlier.get("made", []), *self.made]))
         names = sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
         manifest = {
