@@ -14,8 +14,17 @@ from ..data.documents import DEDUP_CHOICES
 from ..data.languages import PAPER_LANGUAGES, parse_languages
 from ..data.sentencepiece_vocabulary import MODELS, check_vocab_size
 from ..data.tiktoken_vocabulary import TOKENIZERS, check_tokenizer
+from ..prepare import classification
+from ..prepare.base import CorpusSettings, TextSettings
+from ..prepare.english import EnglishPreparation, EnglishSettings
+from ..prepare.image_text.beit3_folder import Completion
+from ..prepare.image_text.derived import DerivedSettings
+from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
+from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings, check_alpha
 from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES
+from ..prepare.sources.images.folder import Beit3Folder
 from ..prepare.splits import SPLITS
+from ..prepare.visual_tokenizers.settings import KMeansSettings
 
 
 class Kind(NamedTuple):
@@ -44,40 +53,49 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_corpus_arguments(
-    parser: argparse.ArgumentParser, *, held_out: str, default: float, lowest: dict[str, float], drawn: str
+    parser: argparse.ArgumentParser, settings: type[CorpusSettings], *, held_out: str, drawn: str, **lowest: float
 ) -> None:
     """Adds the flags of everything that is fetched and divided.
 
     Args:
+        settings: hold the defaults.
         held_out: what a share is a share of.
-        default, lowest: the held-out shares, and a bound as :func:`real` takes it.
         drawn: what the seed decides.
+        lowest: a bound of the shares, see :func:`real`.
     """
     parser.add_argument(
         "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
     )
-    parser.add_argument("--seed", type=seed, default=1, help=f"decides {drawn}")
+    parser.add_argument("--seed", type=seed, default=settings.seed, help=f"decides {drawn}")
     for split in ("valid", "test"):
         parser.add_argument(
-            f"--{split}-fraction", type=real(**lowest, below=1), default=default, help=f"share of the {held_out}"
-        )
+            f"--{split}-fraction", type=real(**lowest, below=1), default=getattr(settings, f"{split}_fraction"),
+            help=f"share of the {held_out}",
+        )  # fmt: skip
 
 
-def _add_vocabulary_arguments(group: argparse._ArgumentGroup, vocab_size: int) -> None:
-    group.add_argument("--vocab-size", type=whole(), default=vocab_size, metavar="N", help="SentencePiece's pieces")
-    group.add_argument("--tokenizer-model", choices=MODELS, default="unigram", help="SentencePiece's model")
+def _add_vocabulary_arguments(group: argparse._ArgumentGroup, settings: type[CorpusSettings]) -> None:
+    group.add_argument(
+        "--vocab-size", type=whole(), default=settings.vocab_size, metavar="N", help="SentencePiece's pieces"
+    )
+    group.add_argument(
+        "--tokenizer-model", choices=MODELS, default=settings.tokenizer_model, help="SentencePiece's model"
+    )
 
 
-def _add_text_vocabulary_arguments(parser: argparse.ArgumentParser, lines: int) -> argparse._ArgumentGroup:
+def _add_text_vocabulary_arguments(
+    parser: argparse.ArgumentParser, settings: type[TextSettings]
+) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("vocabulary")
     group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
     group.add_argument(
         "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
     )
-    _add_vocabulary_arguments(group, vocab_size=8000)
+    _add_vocabulary_arguments(group, settings)
     group.add_argument(
-        "--tokenizer-lines", type=whole(), default=lines, metavar="N", help="learn pieces from at most about N lines"
-    )
+        "--tokenizer-lines", type=whole(), default=settings.tokenizer_lines, metavar="N",
+        help="learn pieces from at most about N lines",
+    )  # fmt: skip
     return group
 
 
@@ -88,19 +106,16 @@ def _cache_dir(args: argparse.Namespace) -> Path:
 def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
     ENGLISH_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, held_out="bytes; 0 for none", default=0.05, lowest={"at_least": 0},
-        drawn="which documents are held out",
-    )  # fmt: skip
+        parser, EnglishSettings, held_out="bytes; 0 for none", drawn="which documents are held out", at_least=0
+    )
     parser.add_argument(
-        "--dedup", choices=DEDUP_CHOICES, default="lines",
+        "--dedup", choices=DEDUP_CHOICES, default=EnglishSettings.dedup,
         help="what is kept only where it occurs first in the whole corpus, before the split",
     )  # fmt: skip
-    _add_text_vocabulary_arguments(parser, lines=2_000_000)
+    _add_text_vocabulary_arguments(parser, EnglishSettings)
 
 
 def _prepare_english(args: argparse.Namespace) -> None:
-    from ..prepare.english import EnglishPreparation, EnglishSettings
-
     source, settings = ENGLISH_SOURCES.build(args), EnglishSettings.from_flags(args)
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     say(f"source: {source.name}; {source.unit}; licence: {source.licence}")
@@ -114,26 +129,25 @@ def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     MULTILINGUAL_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, held_out="keys; 0 for none", default=0.05, lowest={"at_least": 0},
-        drawn="what is held out, and what a cap leaves out",
+        parser, MultilingualSettings, held_out="keys; 0 for none", drawn="what is held out, and what a cap leaves out",
+        at_least=0,
     )  # fmt: skip
     parser.add_argument(
-        "--max-mb-per-language", type=real(at_least=0), default=2.0, metavar="MB",
+        "--max-mb-per-language", type=real(at_least=0), default=MultilingualSettings.max_mb_per_language,
+        metavar="MB",
         help="leave out whole keys, the same ones in all languages, above this size; 0 for no limit",
     )  # fmt: skip
     parser.add_argument(
         "--line-filter", choices=("auto", "on", "off"), default="auto",
         help="drop short lines, lines in another script, and untranslated English; auto: for debian-docs only",
     )  # fmt: skip
-    _add_text_vocabulary_arguments(parser, lines=120_000).add_argument(
-        "--vocab-sampling-alpha", type=real(at_least=0), default=0.5, metavar="A",
+    _add_text_vocabulary_arguments(parser, MultilingualSettings).add_argument(
+        "--vocab-sampling-alpha", type=real(at_least=0), default=MultilingualSettings.vocab_sampling_alpha, metavar="A",
         help="languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike",
     )  # fmt: skip
 
 
 def _prepare_multilingual(args: argparse.Namespace) -> None:
-    from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings, check_alpha
-
     source = MULTILINGUAL_SOURCES.build(args)
     settings = MultilingualSettings.from_flags(
         args,
@@ -150,38 +164,36 @@ def _prepare_multilingual(args: argparse.Namespace) -> None:
 def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
     IMAGE_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, held_out="things that the images show", default=0.1, lowest={"above": 0},
-        drawn="what is held out, derived and fitted",
+        parser, ImageTextSettings, held_out="things that the images show", drawn="what is held out, derived and fitted",
+        above=0,
     )  # fmt: skip
     text = parser.add_argument_group("text")
     text.add_argument(
         "--langs", type=nonempty, default="en", metavar="CODES", help="of captions, with commas in between"
     )
-    _add_vocabulary_arguments(text, vocab_size=2000)
+    _add_vocabulary_arguments(text, ImageTextSettings)
     text.add_argument(
         "--text-data", type=existing_folder, metavar="DIR",
         help="text without images: a folder of mhmoe prepare english, or one with train.txt, valid.txt and test.txt",
     )  # fmt: skip
     codes = parser.add_argument_group("visual tokenizer")
     codes.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
-    codes.add_argument("--image-size", type=whole(), default=64, metavar="PIXELS", help="side of the images it takes")
-    codes.add_argument("--patch-size", type=whole(), default=16, metavar="PIXELS", help="side of a patch")
-    codes.add_argument("--visual-vocab-size", type=whole(), default=512, metavar="N", help="number of codes")
+    for flag, default, metavar, what in (
+        ("--image-size", KMeansSettings.image_size, "PIXELS", "side of the images it takes"),
+        ("--patch-size", KMeansSettings.patch_size, "PIXELS", "side of a patch"),
+        ("--visual-vocab-size", KMeansSettings.vocab_size, "N", "number of codes"),
+    ):
+        codes.add_argument(flag, type=whole(), default=default, metavar=metavar, help=what)
     derived = parser.add_argument_group("derived questions and statements")
     derived.add_argument("--no-derived", action="store_true", help="make none")
-    derived.add_argument(
-        "--min-answer-count", type=whole(), default=3, metavar="N", help="rarer answers are no classes"
-    )
-    derived.add_argument("--statements", type=whole(), default=10_000, metavar="N", help="of the training part")
+    for flag, default, what in (
+        ("--min-answer-count", DerivedSettings.min_answer_count, "rarer answers are no classes"),
+        ("--statements", DerivedSettings.statements, "of the training part"),
+    ):
+        derived.add_argument(flag, type=whole(), default=default, metavar="N", help=what)
 
 
 def _prepare_image_text(args: argparse.Namespace) -> None:
-    from ..prepare.image_text.beit3_folder import Completion
-    from ..prepare.image_text.derived import DerivedSettings
-    from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
-    from ..prepare.sources.images.folder import Beit3Folder
-    from ..prepare.visual_tokenizers.settings import KMeansSettings
-
     source = IMAGE_SOURCES.build(args)
     check_vocab_size(args.vocab_size)
     tokenizer = KMeansSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
@@ -262,13 +274,11 @@ def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_classification(args: argparse.Namespace) -> None:
-    from ..prepare import classification as made
-
-    files = [made.labelled_file(split, word) for split in SPLITS for word in getattr(args, split)]
-    made.check_files(files, several_languages=args.language_field is not None)
-    settings = made.ClassificationSettings.from_flags(args)
-    source = made.open_labelled_text(files, args.data, args.tiktoken_ranks)
-    made.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)
+    files = [classification.labelled_file(split, word) for split in SPLITS for word in getattr(args, split)]
+    classification.check_files(files, several_languages=args.language_field is not None)
+    settings = classification.ClassificationSettings.from_flags(args)
+    source = classification.open_labelled_text(files, args.data, args.tiktoken_ranks)
+    classification.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)
 
 
 KINDS = {

@@ -27,7 +27,6 @@ from ..archives import Say
 from ..base import DICTIONARY, MODEL_FILE, manifest_head, tool_versions
 from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
-from ..visual_tokenizers.kmeans import fit_kmeans
 from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.settings import KMeansSettings
 from ..workspace import describe_files
@@ -233,6 +232,8 @@ class Completion:
         settings, file = self._tokenizer, self._folder / TOKENIZER_FILE
         if settings is None or file.is_file() or not self._is_there("image", "train"):
             return None
+        from ..visual_tokenizers.kmeans import fit_kmeans  # which needs PyTorch
+
         fitted = fit_kmeans(self._folder, settings, say=lambda line: None)
         fitted.save(file)
         self._note(TOKENIZER_FILE)

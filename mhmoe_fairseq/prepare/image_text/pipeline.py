@@ -13,7 +13,6 @@ from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, 
 from ...data.documents import clean_line
 from ..base import DICTIONARY, MODEL_FILE, CorpusSettings, Preparation, binary_files
 from ..splits import SPLITS
-from ..visual_tokenizers.kmeans import fit_kmeans
 from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
 from ..visual_tokenizers.settings import KMeansSettings
 from .derived import Derivation, DerivedSettings
@@ -181,6 +180,8 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
         settings = self.settings.tokenizer
         if settings is None:
             return None
+        from ..visual_tokenizers.kmeans import fit_kmeans  # which needs PyTorch
+
         start = time.monotonic()
         fitted = fit_kmeans(self.partial, settings, say=lambda line: None)
         fitted.save(self.partial / TOKENIZER_FILE)
