@@ -16,8 +16,7 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.ranges import check_flag, check_flags, flag
-from ..moe import MHMoEConfig
-from ..moe.fields import ConfigError
+from ..moe import ConfigError, MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported

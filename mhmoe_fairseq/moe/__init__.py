@@ -3,11 +3,12 @@
 >>> from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 >>> layer = MHMoELayer(MHMoEConfig(embed_dim=64, num_heads=4, num_experts=8, top_k=2, expert_ffn_dim=256))
 >>> output = layer(torch.randn(2, 10, 64))
->>> output.hidden.shape, output.balance_loss, output.stats.expert_load
+>>> output.hidden.shape, output.stats.expert_load.sum()
+(torch.Size([2, 10, 64]), tensor(160.))
 """
 
+from ._fields import ConfigError
 from .config import BudgetGap, LayerCounts, MHMoEConfig
-from .fields import ConfigError
 from .layer import MHMoELayer, MHMoEOutput
 from .stats import RoutingStats
 

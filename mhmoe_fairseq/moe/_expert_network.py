@@ -1,11 +1,21 @@
-"""What an expert computes, in operations that autograd, torch.func and the compilers know."""
+"""What an expert computes, in operations that autograd, torch.func and the compilers know; and on an accelerator.
+
+No value is read back to the host.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Callable, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ._modes import in_forward_mode
+from .dispatch import DispatchPlan
+
+_ALIGNMENT_BYTES = 16  # grouped_mm: every row stride
 
 
 class ExpertWeights(NamedTuple):
@@ -46,3 +56,72 @@ def expert_network(
         scale, shift = per_row(weights.layernorm_weight), per_row(weights.layernorm_bias)
         inner = F.layer_norm(inner, inner.shape[-1:]) * scale + shift
     return linear(inner, weights.fc2_weight, weights.fc2_bias)
+
+
+def grouped_mm_supports(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
+    """Whether grouped_mm's accelerator kernel takes this (bfloat16, aligned rows, compute capability 8 or more)."""
+    if in_forward_mode():  # it has no tangents
+        return False
+    if dtype != torch.bfloat16 or any(width * dtype.itemsize % _ALIGNMENT_BYTES for width in widths):
+        return False
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
+
+
+def grouped_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
+    """Expert outputs of sorted rows through grouped_mm, ``(R, d) -> (R, d)``; 0 in rows of the virtual expert."""
+    expert_R = plan.expert_of_row()
+    real_R1 = (expert_R < weights.fc1_weight.size(0)).unsqueeze(1)
+    index_R = expert_R.clamp(max=weights.fc1_weight.size(0) - 1)
+
+    def clean(rows: Tensor) -> Tensor:
+        # grouped_mm leaves rows behind the last offset unwritten, in its backward too.
+        return rows if plan.all_real else torch.where(real_R1, rows, 0)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.grouped_mm(x, weight.transpose(1, 2), offs=plan.offsets_E)
+        return clean(y if bias is None else y + bias.index_select(0, index_R))
+
+    def per_row(stacked: Tensor) -> Tensor:
+        # Clean because of its gradient, a product with that of fc2's input.
+        return clean(stacked.index_select(0, index_R))
+
+    return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row)
+
+
+def blocked_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
+    """Expert outputs of sorted rows through batched products over equal blocks, ``(R, d) -> (R, d)``.
+
+    Every expert's rows are padded to whole blocks of ceil(R / E) rows; at most 2E blocks are needed whatever the
+    router did, so all shapes are known without looking.
+    """
+    num_experts, rows = weights.fc1_weight.size(0), x_Rd.size(0)
+    block = max(-(-rows // num_experts), 1)
+    num_blocks = num_experts + rows // block
+    blocks_E = torch.div(plan.load() + block - 1, block, rounding_mode="floor")
+    ends_E = blocks_E.cumsum(0)
+    numbers = torch.arange(num_blocks, device=x_Rd.device)
+    index_B = torch.searchsorted(ends_E, numbers, right=True).clamp(max=num_experts - 1)
+
+    expert_R = plan.expert_of_row()
+    shift_E = (ends_E - blocks_E) * block - (plan.offsets_E - plan.load())
+    slot_R = torch.arange(rows, device=x_Rd.device) + shift_E.index_select(0, expert_R.clamp(max=num_experts - 1))
+    spare = num_blocks * block  # the one slot behind the blocks takes all rows of the virtual expert
+    slot_R = torch.where(expert_R < num_experts, slot_R, spare)
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.bmm(x, weight.index_select(0, index_B).transpose(1, 2))
+        return y if bias is None else y + bias.index_select(0, index_B).unsqueeze(1)
+
+    def per_row(stacked: Tensor) -> Tensor:
+        return stacked.index_select(0, index_B).unsqueeze(1)
+
+    x_Sd = x_Rd.new_zeros(spare + 1, x_Rd.size(1)).index_copy(0, slot_R, x_Rd)
+    x_Bbd = x_Sd[:-1].view(num_blocks, block, -1)
+    y_Bbd = expert_network(x_Bbd, weights, activation, _dropout(dropout), linear, per_row)
+    return F.pad(y_Bbd.reshape(spare, -1), (0, 0, 0, 1)).index_select(0, slot_R)
+
+
+def _dropout(probability: float) -> Callable[[Tensor], Tensor]:
+    return functools.partial(F.dropout, p=probability, training=probability > 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
-from .fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
+from ._fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
 from .gate import GATES, GateFields
 from .router import ROUTERS, RouterFields
 
@@ -45,6 +45,13 @@ class MHMoEConfig(RouterFields, GateFields):
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
         balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
             processes' batches together (``"global"``), as one process would see them in one batch.
+
+    >>> config = MHMoEConfig(embed_dim=64, num_heads=4, num_experts=8, expert_ffn_dim=256, router="linear")
+    >>> config.subtoken_dim, config.num_params(), config.flops_per_token()
+    (16, 76160, 148480)
+    >>> one_head = MHMoEConfig(embed_dim=64, num_experts=8, expert_ffn_dim=256)
+    >>> MHMoEConfig.matching(one_head, budget="params", num_heads=4, multiple_of=1).expert_ffn_dim
+    973
     """
 
     embed_dim: Size
@@ -226,6 +233,9 @@ class LayerCounts(NamedTuple):
         expert_params: parameters of all routed experts.
         active_params: parameters that one sub-token uses.
         flops_per_token: FLOPs of one token's forward pass, matrix products only (2 per multiply-add).
+
+    >>> MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16, router="linear").counts()
+    LayerCounts(params=1152, expert_params=1120, active_params=592, flops_per_token=1088)
     """
 
     params: int
@@ -236,7 +246,12 @@ class LayerCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class BudgetGap:
-    """Relative differences in parameters and in FLOPs per token from a reference layer."""
+    """Relative differences in parameters and in FLOPs per token from a reference layer.
+
+    >>> config = MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16)
+    >>> config.budget_gap(config)
+    BudgetGap(params=0.0, flops=0.0)
+    """
 
     params: float
     flops: float
@@ -281,6 +296,10 @@ def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, ex
 
 
 def choices(field: str) -> tuple[str, ...]:
-    """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name."""
+    """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name.
+
+    >>> choices("router"), choices("balance_scope")
+    (('linear', 'xmoe'), ('rank', 'global'))
+    """
     registry = {"router": ROUTERS, "routing": GATES}.get(field)
     return declared_choices(MHMoEConfig, field) if registry is None else tuple(registry)

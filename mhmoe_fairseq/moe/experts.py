@@ -2,10 +2,10 @@
 
 Backends, the same function to rounding:
 
-``loop``     one slice of sorted rows per expert, hand-written backward (:mod:`._expert_loop`). For CPUs: the slice
+``loop``     one slice of sorted rows per expert, hand-written backward (:mod:`.cpu.loop`). For CPUs: the slice
              bounds are needed on the host, which costs nothing there.
-``grouped``  ``torch.nn.functional.grouped_mm`` over device-side offsets (:mod:`._expert_device`).
-``blocked``  batched products over equal blocks (:mod:`._expert_device`): any dtype and shape on a device, without
+``grouped``  ``torch.nn.functional.grouped_mm`` over device-side offsets (:mod:`._expert_network`).
+``blocked``  batched products over equal blocks (:mod:`._expert_network`): any dtype and shape on a device, without
              synchronisation, at up to twice the FLOPs.
 
 ``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel was measured at about twice a loop's time (torch 2.14);
@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._expert_device import blocked_ffn, grouped_ffn, grouped_mm_supports
-from ._expert_network import ExpertWeights
+from ._expert_network import ExpertWeights, blocked_ffn, grouped_ffn, grouped_mm_supports
 from ._modes import without_autocast
 from .config import MHMoEConfig
 from .cpu.loop import loop_ffn, loop_obstacle
@@ -44,6 +43,12 @@ class ExpertFFN(nn.Module):
         config: sizes and activation.
         backend: one of ``BACKENDS``.
         parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
+
+    >>> experts = ExpertFFN(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))
+    >>> plan = plan_dispatch(torch.tensor([[0], [3]]), num_experts=4, all_real=True)
+    >>> y, traffic = experts(torch.randn(2, 8), torch.ones(2, 1), plan)
+    >>> y.shape, traffic
+    (torch.Size([2, 8]), None)
     """
 
     def __init__(
@@ -137,7 +142,12 @@ class ExpertFFN(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """One FFN on whole tokens that every token passes (P2 table 2)."""
+    """One FFN on whole tokens that every token passes (P2 table 2).
+
+    >>> config = MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16, shared_expert_dim=32)
+    >>> SharedExpert(config)(torch.ones(3, 8)).shape
+    torch.Size([3, 8])
+    """
 
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.ranges import ANY
+from ._fields import ConfigError, Positive, Size, check_registered
 from .dispatch import sort_by_expert
-from .fields import ConfigError, Positive, Size, check_registered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,9 @@ class GateFields:
         second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
         capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
         eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
+
+    >>> GateFields(num_experts=4).routing
+    'dropless'
     """
 
     num_experts: Size
@@ -62,6 +65,9 @@ class Assignment(NamedTuple):
         choices_NK: the experts chosen before padding, policy and capacity took any away.
         kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
         dropped_NK: bool, lost for lack of capacity only; None: none.
+
+    >>> build_gate(GateFields(num_experts=4, top_k=1))(torch.eye(4)).choices_NK.flatten()
+    tensor([0, 1, 2, 3])
     """
 
     probs_NE: Tensor
@@ -79,6 +85,9 @@ class Gate(nn.Module):
 
     Attributes:
         drops_tokens: whether experts may refuse tokens, so that a token's output depends on the others of its batch.
+
+    >>> Gate(GateFields(num_experts=2))(torch.tensor([[3.0, 1.0]])).gates_NK
+    tensor([[0.8808, 0.1192]])
     """
 
     drops_tokens = False
@@ -142,7 +151,12 @@ class Gate(nn.Module):
 
 
 class CapacityGate(Gate):
-    """As GShard's and TorchScale's gates: an expert takes what comes first, and drops what is over its capacity."""
+    """As GShard's and TorchScale's gates: an expert takes what comes first, and drops what is over its capacity.
+
+    >>> gate = CapacityGate(GateFields(num_experts=2, top_k=1, routing="capacity"))
+    >>> gate(torch.tensor([[1.0, 0.0]] * 3)).kept_NK.flatten()  # 3 sub-tokens, 2 slots for each expert
+    tensor([ True,  True, False])
+    """
 
     drops_tokens = True
 
@@ -165,7 +179,11 @@ GATES: dict[str, type[Gate]] = {"dropless": Gate, "capacity": CapacityGate}
 
 
 def build_gate(config: GateFields) -> Gate:
-    """The gate that ``config.routing`` names."""
+    """The gate that ``config.routing`` names.
+
+    >>> build_gate(GateFields(num_experts=4, routing="capacity")).drops_tokens
+    True
+    """
     return GATES[config.routing](config)
 
 
@@ -174,6 +192,10 @@ def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor 
 
     The first choice is the argmax of the softmax, the following ones of the remaining logits: two different logits can
     round to one probability, and TorchScale chooses so. ``noise_NE`` is added for all choices but the first.
+
+    >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
+    >>> top_k_experts(logits, logits.softmax(1), 2)
+    tensor([[1, 2]])
     """
     chosen = [probs_NE.argmax(dim=1, keepdim=True)]
     rest = logits_NE.detach() if noise_NE is None else logits_NE.detach() + noise_NE
@@ -184,12 +206,20 @@ def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor 
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise (policy ``sampling``)."""
+    """Standard Gumbel noise (policy ``sampling``).
+
+    >>> gumbel_noise(torch.empty(2, 3)).shape
+    torch.Size([2, 3])
+    """
     return -torch.empty_like(like).exponential_().log()
 
 
 def normalized(gates_NK: Tensor) -> Tensor:
-    """Gate weights that sum to one per row."""
+    """Gate weights that sum to one per row.
+
+    >>> normalized(torch.tensor([[0.5, 0.3]]))
+    tensor([[0.6250, 0.3750]])
+    """
     return gates_NK / gates_NK.sum(1, keepdim=True).clamp(min=torch.finfo(gates_NK.dtype).eps)
 
 
@@ -198,6 +228,9 @@ def expert_capacity(config: GateFields, num_subtokens: Tensor, *, training: bool
     ``ceil(fraction * N)``; at least one.
 
     ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens), so that counting padding costs no synchronisation.
+
+    >>> expert_capacity(GateFields(num_experts=4, capacity_factor=1.25), torch.tensor(8), training=True)
+    tensor(5., dtype=torch.float64)
     """
     num = num_subtokens.to(torch.float64)
     if not training and config.eval_capacity_fraction > 0:
@@ -210,6 +243,9 @@ def slot_positions(experts_NK: Tensor, num_experts: int) -> Tensor:
 
     All first choices queue before all second ones, each in row order (GShard). Rows of the virtual expert get
     positions too; they mean nothing.
+
+    >>> slot_positions(torch.tensor([[0, 1], [0, 1], [1, 0]]), num_experts=2).tolist()
+    [[0, 1], [1, 2], [0, 2]]
     """
     n, k = experts_NK.shape
     flat_KN = experts_NK.t().reshape(-1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +10,33 @@ from .config import MHMoEConfig
 
 
 def split_heads(x_TD: Tensor, num_heads: int) -> Tensor:
-    """``(T, D) -> (N, d)``: the H sub-tokens of one token are consecutive rows."""
+    """Sub-tokens ``(N, d)`` of tokens ``(T, D)``: the H sub-tokens of one token are consecutive rows.
+
+    >>> split_heads(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), 2).tolist()
+    [[1, 2], [3, 4], [5, 6], [7, 8]]
+    """
     return x_TD.reshape(-1, x_TD.size(-1) // num_heads)
 
 
 def merge_heads(x_Nd: Tensor, num_heads: int) -> Tensor:
-    """``(N, d) -> (T, D)``: the inverse of :func:`split_heads`."""
+    """Tokens ``(T, D)`` of sub-tokens ``(N, d)``: the inverse of :func:`split_heads`.
+
+    >>> merge_heads(torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]]), 2).tolist()
+    [[1, 2, 3, 4], [5, 6, 7, 8]]
+    """
     return x_Nd.reshape(-1, x_Nd.size(-1) * num_heads)
 
 
-class ProjectionLayer(nn.Linear):
+def repeat_mask(padding_mask_T: Tensor, num_heads: int) -> Tensor:
+    """The mask ``(N,)`` of sub-tokens whose tokens have the mask ``(T,)``.
+
+    >>> repeat_mask(torch.tensor([False, True]), 2).tolist()
+    [False, False, True, True]
+    """
+    return torch.repeat_interleave(padding_mask_T, num_heads, output_size=padding_mask_T.size(0) * num_heads)
+
+
+class _ProjectionLayer(nn.Linear):
     """One square map of a projection; ``nn.Linear``'s initial values until ``scale`` says otherwise."""
 
     gain: float | None = None
@@ -45,16 +60,21 @@ class ProjectionLayer(nn.Linear):
 
 
 class Projection(nn.ModuleList):
-    """``num_layers`` square linear maps with ReLU between them (P1 table 7).
+    """``num_projection_layers`` square linear maps ``(..., D) -> (..., D)`` with ReLU between them (P1 table 7).
 
-    Xavier-uniform with ``gain`` (P1 appendix E: 1/sqrt(2) before the split, 1 after the merge);
-    ``zero_bias`` zeroes the bias, as the merge projection has it.
+    Args:
+        config: width, number of layers, biases.
+        gain: of the Xavier-uniform initial weights (P1 appendix E: 1/sqrt(2) before the split, 1 after the merge).
+        zero_bias: whether biases begin at zero, as the merge projection's do.
+
+    >>> Projection(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4), gain=1.0, zero_bias=True)[0].bias.any()
+    tensor(False)
     """
 
-    def __init__(self, dim: int, num_layers: int, *, bias: bool, gain: float, zero_bias: bool) -> None:
-        layers = [ProjectionLayer(dim, dim, bias=bias) for _ in range(num_layers)]
-        super().__init__(layers)
-        for layer in layers:  # after all were made, the order of random numbers that a seed stands for
+    def __init__(self, config: MHMoEConfig, *, gain: float, zero_bias: bool) -> None:
+        dim, bias = config.embed_dim, config.projection_bias
+        super().__init__(_ProjectionLayer(dim, dim, bias=bias) for _ in range(config.num_projection_layers))
+        for layer in self:  # after all were made, the order of random numbers that a seed stands for
             layer.scale(gain, zero_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,26 +82,3 @@ class Projection(nn.ModuleList):
         for index, linear in enumerate(self):
             x = linear(F.relu(x) if index else x)
         return x
-
-
-def head_projection(config: MHMoEConfig) -> Projection:
-    """The projection before the split."""
-    return Projection(
-        config.embed_dim,
-        config.num_projection_layers,
-        bias=config.projection_bias,
-        gain=1 / math.sqrt(2),
-        zero_bias=False,
-    )
-
-
-def merge_projection(config: MHMoEConfig) -> Projection:
-    """The projection after the merge."""
-    return Projection(
-        config.embed_dim, config.num_projection_layers, bias=config.projection_bias, gain=1.0, zero_bias=True
-    )
-
-
-def repeat_mask(padding_mask_T: Tensor, num_heads: int) -> Tensor:
-    """A token mask ``(T,)`` for its sub-tokens ``(N,)``."""
-    return torch.repeat_interleave(padding_mask_T, num_heads, output_size=padding_mask_T.size(0) * num_heads)

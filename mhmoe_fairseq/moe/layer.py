@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .gate import build_gate
-from .heads import head_projection, merge_heads, merge_projection, repeat_mask, split_heads
+from .heads import Projection, merge_heads, repeat_mask, split_heads
 from .losses import load_balancing_loss, pack, router_sums, router_z_loss, unpack
 from .parallelism import ExpertParallelism, Traffic
 from .router import build_router
@@ -27,6 +28,10 @@ class MHMoEOutput(NamedTuple):
         z_loss: scalar, unweighted.
         stats: detached routing counts.
         traffic: what this process sent to the experts; None while all of them are here.
+
+    >>> output = MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))(torch.randn(2, 3, 8))
+    >>> output.hidden.shape, output.stats.expert_load.sum(), output.without_hidden().hidden.shape
+    (torch.Size([2, 3, 8]), tensor(12.), torch.Size([0]))
     """
 
     hidden: Tensor
@@ -61,6 +66,12 @@ class MHMoELayer(nn.Module):
 
     Attributes:
         tells_padding: True, see ``uncounted.taken_for_padding``.
+
+    >>> layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, expert_ffn_dim=16))
+    >>> layer(torch.randn(2, 3, 8), padding_mask=torch.tensor([[False] * 3, [False, True, True]])).stats.num_subtokens
+    tensor(8.)
+    >>> layer.counts().params == sum(parameter.numel() for parameter in layer.parameters())
+    True
     """
 
     tells_padding = True
@@ -71,11 +82,14 @@ class MHMoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.parallel = parallel
-        self.head_projection = head_projection(config) if config.has_head_projection else None
+        self.head_projection, self.merge_projection = None, None
+        if config.has_head_projection:
+            self.head_projection = Projection(config, gain=1 / math.sqrt(2), zero_bias=False)
         self.router = build_router(config)
         self.gate = build_gate(config)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
-        self.merge_projection = merge_projection(config) if config.has_merge_projection else None
+        if config.has_merge_projection:
+            self.merge_projection = Projection(config, gain=1.0, zero_bias=True)
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
     def reset_parameters(self) -> None:
@@ -129,13 +143,7 @@ class MHMoELayer(nn.Module):
         plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
-        sums = router_sums(
-            logits_NE=logits_NE.to(assignment.probs_NE.dtype),
-            probs_NE=assignment.probs_NE,
-            experts_NK=assignment.choices_NK,
-            padding_mask_N=mask_N,
-            assignment=config.balance_assignment,
-        )
+        sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment)
         if self.parallel is not None and config.balance_scope == "global":
             sums = unpack(self.parallel.sum(pack(sums)))
         stats = routing_stats(assignment, plan, mask_N)

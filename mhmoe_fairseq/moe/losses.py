@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gate import Assignment
+
 
 class RouterSums(NamedTuple):
     """What the losses depend on.
@@ -20,6 +22,12 @@ class RouterSums(NamedTuple):
         probs_E: the router's full softmax, summed over real sub-tokens.
         z: squared log-partition, summed.
         num_real: real sub-tokens.
+
+    >>> sums = RouterSums(torch.tensor([2.0, 0.0]), torch.tensor([1.5, 0.5]), torch.tensor(3.0), torch.tensor(2.0))
+    >>> float(load_balancing_loss(sums)), float(router_z_loss(sums))
+    (1.5, 1.5)
+    >>> unpack(pack(sums)).chosen_E
+    tensor([2., 0.])
     """
 
     chosen_E: Tensor
@@ -29,25 +37,25 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(
-    *,
-    logits_NE: Tensor,
-    probs_NE: Tensor,
-    experts_NK: Tensor,
-    padding_mask_N: Tensor | None,
-    assignment: str = "top1",
+    logits_NE: Tensor, assignment: Assignment, padding_mask_N: Tensor | None, *, count: str = "top1"
 ) -> RouterSums:
-    """Sum over the real sub-tokens of a batch.
+    """Sums over the real sub-tokens of a batch.
 
     Args:
-        logits_NE: the router's output, in the dtype of ``probs_NE``.
-        probs_NE: its full softmax.
-        experts_NK: chosen experts, first choice first.
+        logits_NE: the router's output.
+        assignment: the gate's answer to it.
         padding_mask_N: True where padded.
-        assignment: count first choices (``"top1"``, GShard) or all choices divided by K (``"topk"``).
+        count: first choices (``"top1"``, GShard), or all choices divided by K (``"topk"``).
+
+    >>> gate = build_gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4, top_k=1))
+    >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
+    >>> router_sums(logits, gate(logits), torch.tensor([False, True])).probs_E
+    tensor([0.5000, 0.5000])
     """
-    counted_NK = experts_NK[:, :1] if assignment == "top1" else experts_NK
+    probs_NE, choices_NK = assignment.probs_NE, assignment.choices_NK
+    counted_NK = choices_NK[:, :1] if count == "top1" else choices_NK
     chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
-    z_N = torch.logsumexp(logits_NE, dim=1).square()
+    z_N = torch.logsumexp(logits_NE.to(probs_NE.dtype), dim=1).square()
     if padding_mask_N is None:
         return RouterSums(chosen_NE.sum(0), probs_NE.sum(0), z_N.sum(), z_N.new_full((), z_N.size(0)))
     mask_N1 = padding_mask_N.unsqueeze(1)
@@ -60,23 +68,41 @@ def router_sums(
 
 
 def load_balancing_loss(sums: RouterSums) -> Tensor:
-    """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform, 0 without sub-tokens."""
+    """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform, 0 without sub-tokens.
+
+    >>> even = torch.tensor([2.0, 2.0])
+    >>> load_balancing_loss(RouterSums(even, even, torch.tensor(0.0), torch.tensor(4.0)))
+    tensor(1.)
+    """
     num_real = sums.num_real.clamp(min=1)
     return sums.chosen_E.numel() * (sums.chosen_E / num_real * (sums.probs_E / num_real)).sum()
 
 
 def router_z_loss(sums: RouterSums) -> Tensor:
-    """Mean squared log-partition of the router's logits (ST-MoE)."""
+    """Mean squared log-partition of the router's logits (ST-MoE).
+
+    >>> even = torch.tensor([2.0, 2.0])
+    >>> router_z_loss(RouterSums(even, even, torch.tensor(8.0), torch.tensor(4.0)))
+    tensor(2.)
+    """
     return sums.z / sums.num_real.clamp(min=1)
 
 
 def pack(sums: RouterSums) -> Tensor:
-    """One vector ``(2 E + 2,)``, so that the sums travel in one message."""
+    """One vector ``(2 E + 2,)``, so that the sums travel in one message.
+
+    >>> pack(RouterSums(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor(4.0), torch.tensor(5.0)))
+    tensor([2., 3., 4., 5.])
+    """
     return torch.cat([sums.chosen_E, sums.probs_E, sums.z.view(1), sums.num_real.view(1)])
 
 
 def unpack(vector: Tensor) -> RouterSums:
-    """The inverse of ``pack``."""
+    """The inverse of ``pack``.
+
+    >>> unpack(torch.tensor([2.0, 3.0, 4.0, 5.0])).probs_E
+    tensor([3.])
+    """
     num_experts = vector.numel() // 2 - 1
     chosen_E, probs_E, z, num_real = vector.split([num_experts, num_experts, 1, 1])
     return RouterSums(chosen_E, probs_E, z.squeeze(0), num_real.squeeze(0))

@@ -22,6 +22,9 @@ class Traffic(NamedTuple):
     Attributes:
         rows: routed rows, those to its own experts included.
         bytes: of the rows that went to other processes.
+
+    >>> Traffic(rows=10, bytes=4096).rows
+    10
     """
 
     rows: int
@@ -74,6 +77,9 @@ def local_experts(parallel: ExpertParallelism | None, num_experts: int) -> range
 
     Raises:
         ValueError: if the processes cannot have equally many.
+
+    >>> local_experts(None, num_experts=4)
+    range(0, 4)
     """
     if parallel is None:
         return range(num_experts)
@@ -94,6 +100,15 @@ def exchanged_ffn(
 
     Rows of the virtual expert are not sent. ``local_ffn`` computes this process's experts on the received rows, each
     with gate weight 1: the weights stay with the sub-tokens.
+
+    >>> from types import SimpleNamespace
+    >>> here = SimpleNamespace(num_sent=2, num_received=2, received_Pe=torch.tensor([[1, 1]]), own_rows=2,
+    ...     dispatch=lambda x: x, collect=lambda y: y)  # a "process" that has all experts itself
+    >>> plan = plan_dispatch(torch.tensor([[1], [0]]), num_experts=2, all_real=True)
+    >>> doubled = lambda x_Nd, gates_NK, plan: 2 * x_Nd
+    >>> exchanged_ffn(SimpleNamespace(exchange=lambda load: here), torch.eye(2), torch.ones(2, 1), plan, doubled)
+    (tensor([[2., 0.],
+            [0., 2.]]), Traffic(rows=2, bytes=0))
     """
     exchange = parallel.exchange(plan.load())
     x_Sd = x_Nd.index_select(0, plan.source_R[: exchange.num_sent])
@@ -112,6 +127,9 @@ def plan_received(received_Pe: Tensor, num_received: int) -> DispatchPlan:
     """The plan for rows that arrive sorted by sender, then expert; one expert per row.
 
     Only the blocks (sender, expert) change places, so nothing needs sorting.
+
+    >>> plan_received(torch.tensor([[1, 1], [0, 2]]), num_received=4).offsets_E  # by sender and expert
+    tensor([1, 4], dtype=torch.int32)
     """
     by_sender = received_Pe.reshape(-1)
     by_expert = received_Pe.t().reshape(-1)

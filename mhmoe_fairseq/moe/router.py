@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.ranges import POSITIVE
+from ._fields import ConfigError, Size, check_registered
 from ._modes import without_autocast
-from .fields import ConfigError, Size, check_registered
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
 # since the forward pass normalises them.
@@ -34,6 +34,9 @@ class RouterFields:
         router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).
         router_temperature: initial value of a learnable temperature, or None for none.
         gating_fp32: run the router in float32 under mixed precision.
+
+    >>> RouterFields(num_experts=4).router
+    'xmoe'
     """
 
     num_experts: Size
@@ -59,6 +62,9 @@ class Router(nn.Module):
 
     ``gating_fp32`` routes half-precision inputs in float32 and without autocast: a rounded logit changes which expert
     is chosen, not just by how much.
+
+    >>> issubclass(ROUTERS["linear"], Router)
+    True
     """
 
     def __init__(self, config: RouterFields) -> None:
@@ -109,7 +115,11 @@ class Router(nn.Module):
 
 
 class LinearRouter(Router):
-    """GShard's router: logits ``x W^T`` without bias."""
+    """GShard's router: logits ``x W^T`` without bias.
+
+    >>> LinearRouter(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))(torch.randn(3, 8)).shape
+    torch.Size([3, 4])
+    """
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__(config)
@@ -146,6 +156,9 @@ class XMoERouter(Router):
     With ``router_normalize="expert"`` the projected sub-token is not normalised and there is no temperature:
     what TorchScale 0.3.0 computes. ``"both"`` with a temperature is the cosine router of the papers.
     The expert embeddings are normalised in the graph; no parameter is edited in forward.
+
+    >>> XMoERouter(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))(torch.randn(3, 8)).shape
+    torch.Size([3, 4])
     """
 
     def __init__(self, config: RouterFields) -> None:
@@ -202,5 +215,9 @@ ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "xmoe": XMoERouter}
 
 
 def build_router(config: RouterFields) -> Router:
-    """The router that ``config.router`` names."""
+    """The router that ``config.router`` names.
+
+    >>> type(build_router(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))).__name__
+    'XMoERouter'
+    """
     return ROUTERS[config.router](config)

@@ -21,6 +21,10 @@ class RoutingStats(NamedTuple):
         dropped: scalar, assignments dropped for lack of capacity.
         entropy: scalar, the router's softmax entropy in nats summed over real sub-tokens.
         num_subtokens: scalar, real (not padded) sub-tokens.
+
+    >>> stats = RoutingStats(torch.tensor([3.0, 1.0]), *torch.tensor([1.0, 2.0, 4.0]))
+    >>> stats.by_pool().expert_load.shape, overflow(stats)
+    (torch.Size([1, 2]), tensor(0.2500))
     """
 
     expert_load: Tensor
@@ -35,7 +39,13 @@ class RoutingStats(NamedTuple):
 
 
 def routing_stats(assignment: Assignment, plan: DispatchPlan, padding_mask_N: Tensor | None) -> RoutingStats:
-    """Counts of one forward pass, without graph and without host synchronisation."""
+    """Counts of one forward pass, without graph and without host synchronisation.
+
+    >>> gate, logits = build_gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=16, top_k=1)), torch.eye(2)
+    >>> plan = plan_dispatch(gate(logits).experts_NK, 2, all_real=True)
+    >>> routing_stats(gate(logits), plan, None).expert_load
+    tensor([1., 1.])
+    """
     with torch.no_grad():
         entropy_N = torch.special.entr(assignment.probs_NE.detach().float()).sum(1)
         if padding_mask_N is None:
@@ -51,22 +61,38 @@ def routing_stats(assignment: Assignment, plan: DispatchPlan, padding_mask_N: Te
 
 
 def active_share(load_E: Tensor, threshold: float = 0.01) -> Tensor:
-    """Share of experts with at least ``threshold`` of the uniform load; over dim -1."""
+    """Share of experts with at least ``threshold`` of the uniform load; over dim -1.
+
+    >>> active_share(torch.tensor([500.0, 500.0, 1.0, 0.0]))
+    tensor(0.5000)
+    """
     uniform = load_E.sum(-1, keepdim=True) / load_E.size(-1)
     return ((load_E >= threshold * uniform) & (load_E > 0)).float().mean(-1)
 
 
 def effective_share(load_E: Tensor) -> Tensor:
-    """``exp(entropy of the load) / E``: 1 when uniform, 1/E when one expert does everything."""
+    """``exp(entropy of the load) / E``: 1 when uniform, 1/E when one expert does everything.
+
+    >>> effective_share(torch.tensor([1.0, 1.0])), effective_share(torch.tensor([2.0, 0.0]))
+    (tensor(1.), tensor(0.5000))
+    """
     share = load_E / load_E.sum(-1, keepdim=True).clamp(min=1)
     return torch.special.entr(share).sum(-1).exp() / load_E.size(-1)
 
 
 def load_max_over_mean(load_E: Tensor) -> Tensor:
-    """Largest load over mean load: 1 when balanced, E when one expert does everything."""
+    """Largest load over mean load: 1 when balanced, E when one expert does everything.
+
+    >>> load_max_over_mean(torch.tensor([3.0, 1.0]))
+    tensor(1.5000)
+    """
     return load_E.max(-1).values / load_E.mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def overflow(stats: RoutingStats) -> Tensor:
-    """Share of assignments that were dropped for lack of capacity."""
+    """Share of assignments that were dropped for lack of capacity.
+
+    >>> overflow(RoutingStats(torch.tensor([3.0, 1.0]), *torch.tensor([1.0, 2.0, 4.0])))
+    tensor(0.2500)
+    """
     return stats.dropped / stats.expert_load.sum(-1).clamp(min=1)

@@ -21,6 +21,11 @@ def taken_for_padding(model: nn.Module, applies: bool = True) -> Iterator[None]:
         model: whose modules with a true ``tells_padding`` are called as ``(x, padding_mask)``, with ``x (..., D)``
             and the mask, bool, of its leading dimensions.
         applies: False to change nothing.
+
+    >>> layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))
+    >>> with taken_for_padding(layer):
+    ...     layer(torch.randn(2, 8)).stats.num_subtokens
+    tensor(0.)
     """
     modules = [module for module in model.modules() if getattr(module, "tells_padding", False)] if applies else []
     hooks = [module.register_forward_pre_hook(_all_padded, with_kwargs=True) for module in modules]

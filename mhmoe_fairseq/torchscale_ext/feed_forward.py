@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.feedforward_network import FeedForwardNetwork
 
-from ..moe import LayerCounts, MHMoELayer, MHMoEOutput, RoutingStats
-from ..moe.fields import check_registered
+from ..moe import ConfigError, LayerCounts, MHMoELayer, MHMoEOutput, RoutingStats
 from ..moe.parallelism import Traffic
 from .settings import Settings
 from .static_xmoe import StaticXMoE
@@ -126,6 +125,7 @@ def build_feed_forward(settings: Settings) -> nn.Module:
     Raises:
         ConfigError: for a name that is not registered.
     """
-    check_registered("feed_forward", settings.feed_forward, FEED_FORWARDS)
+    if settings.feed_forward not in FEED_FORWARDS:
+        raise ConfigError("feed_forward", settings.feed_forward, f"must be one of {', '.join(FEED_FORWARDS)}")
     assert settings.moe is not None, "moe_freq > 0 without an MHMoEConfig"
     return FEED_FORWARDS[settings.feed_forward](settings)

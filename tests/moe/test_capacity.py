@@ -29,10 +29,7 @@ def config(**changes):
 
 
 def balance_loss(logits, assignment, mask=None):
-    sums = router_sums(
-        logits_NE=logits, probs_NE=logits.softmax(1), experts_NK=assignment.choices_NK, padding_mask_N=mask
-    )
-    return load_balancing_loss(sums)
+    return load_balancing_loss(router_sums(logits, assignment, mask))
 
 
 def torchscale_gate(cfg, logits, *, training, mask=None, noise=None):
