@@ -19,9 +19,9 @@ from ..common.files import atomic_open, read_json, require_files
 from ..data.classification.examples import Example, Fields, read_examples
 from ..data.classification.labels import Labels, given_labels
 from ..data.datasets.sentence_pairs import LabelledSentences
+from ..data.identity import MANIFEST
 from ..data.languages import get_language
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
-from ..prepare.workspace import MANIFEST
 from ..tasks.sentence_classification import FIRST
 from .expert_loads import LoadCounter
 from .records import Metric, Record, mean_percent

@@ -87,7 +87,7 @@ class FetchedArchive:
     sha256: str
 
     def provenance(self) -> dict[str, object]:
-        """What the manifest records."""
+        """Returns what the manifest records."""
         version = self.archive.version or self.path.name.split("_")[1]
         return {
             "package": self.archive.package, "client": self.archive.client, "version": version,
@@ -181,7 +181,7 @@ def _download_tarball(registry: str, archive: Archive, target: Path) -> Path:
 
 
 def read_zip_member(path: Path, member: str) -> bytes:
-    """The bytes of one member of a wheel; ``UserError`` when the file is damaged or has no such member."""
+    """Returns the bytes of one member of a wheel; ``UserError`` when the file is damaged or has no such member."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.read(member)
@@ -227,7 +227,7 @@ def iter_deb_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator
 
 
 def read_deb_data(path: Path) -> bytes:
-    """The compressed ``data.tar`` inside a Debian package (an ``ar`` archive: 60-byte headers, even offsets)."""
+    """Returns the compressed ``data.tar`` of a Debian package (an ``ar`` archive: 60-byte headers, even offsets)."""
     content = path.read_bytes()
     position = 8
     if not content.startswith(b"!<arch>\n"):

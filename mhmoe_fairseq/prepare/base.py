@@ -71,7 +71,7 @@ class CorpusSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(CorpusSettings):
-    """The settings of preparations of text; with ``tiktoken_ranks`` those of SentencePiece have no meaning."""
+    """The settings of preparations of text; with ``tiktoken_ranks`` SentencePiece's have no meaning."""
 
     tokenizer_lines: int = 2_000_000
     tiktoken_ranks: Optional[Path] = None

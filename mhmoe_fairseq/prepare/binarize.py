@@ -36,7 +36,7 @@ class SplitCounts:
     unknown_tokens: int = 0
 
     def as_dict(self) -> dict[str, float]:
-        """The counts and the bytes per token."""
+        """Returns the counts and the bytes per token."""
         return {**asdict(self), "bytes_per_token": round(self.bytes / self.tokens, 4) if self.tokens else 0.0}
 
 
@@ -76,7 +76,7 @@ def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCou
 
 
 def count_text(text: Path) -> SplitCounts:
-    """The sizes of a text file, without tokens."""
+    """Counts the sizes of a text file, without tokens."""
     counts = SplitCounts(bytes=text.stat().st_size, documents=1)
     for lines in _batches(text):
         for line in lines:

@@ -128,7 +128,7 @@ def open_labelled_text(files: Sequence[LabelledFile], folder: Path, tiktoken_ran
 
 
 def _compare(file: Path, tokenizer: Path, vocabulary: Vocabulary) -> None:
-    """The dictionary starts with the tokenizer's symbols, in their order; others, such as languages', may follow."""
+    """``UserError`` unless the dictionary starts with the tokenizer's symbols; others, as languages', may follow."""
     from fairseq.data import Dictionary
 
     symbols = Dictionary.load(str(file)).symbols[NUM_SPECIALS:]
@@ -276,6 +276,6 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
         }  # fmt: skip
 
     def _encode(self, examples: list[Example]) -> Iterator[tuple[list[int], ...]]:
-        """The ids of each example's one or two sentences, without end marks."""
+        """Yields the ids of each example's one or two sentences, without end marks."""
         columns = zip(*(example.texts for example in examples))
         return zip(*(self.source.vocabulary.encode_lines(list(column)) for column in columns))

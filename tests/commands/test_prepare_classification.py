@@ -116,11 +116,8 @@ def test_the_official_files_hold_all_languages(run, tmp_path):
 
 
 def test_single_sentences_and_labels_from_the_training_file(run, tmp_path):
-    rows = [
-        {"text": "  the\u00a0river \n opens ", "kind": 2},
-        {"text": "a garden", "kind": 10},
-        {"text": "a", "kind": -1},
-    ]
+    kinds = {"  the\u00a0river \n opens ": 2, "a garden": 10, "a": -1}
+    rows = [{"text": text, "kind": kind} for text, kind in kinds.items()]
     train = write_jsonl(tmp_path / "train.jsonl", rows)
     status, out, err = run(
         "--train", f"en={train}", "--text-fields", "text", "--label-field", "kind", "--skip-labels=-1"

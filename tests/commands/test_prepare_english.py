@@ -40,11 +40,7 @@ def test_text_to_data_once(run, tmp_path, text_corpus):
         "train.bin", "train.idx", "valid.bin", "valid.idx",
     ]  # fmt: skip
     manifest = read_json(dest / "manifest.json")
-    assert {name: split["documents"] for name, split in manifest["splits"].items()} == {
-        "train": 32,
-        "valid": 4,
-        "test": 4,
-    }
+    assert [split["documents"] for split in manifest["splits"].values()] == [32, 4, 4]
     assert manifest["splits"]["train"]["unknown_tokens"] == 0
     assert manifest["source"]["inputs"][0]["name"] == "corpus.txt"
     assert {"python", "numpy", "torch", "sentencepiece"} <= manifest["tools"].keys()

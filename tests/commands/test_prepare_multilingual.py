@@ -267,6 +267,12 @@ def test_bad_folders_are_one_line_before_any_work(run, tmp_path, files, message)
     assert not (tmp_path / "d").exists()
 
 
+def test_bad_json_lines(run, tmp_path):
+    (tmp_path / "de.jsonl").write_text('{"text": "a", "key": [1]}\n')
+    err = run("--source", "jsonl", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *SMALL)[2]
+    assert "de.jsonl:1: the key in 'key' must be text or a number (--jsonl-key-field)" in err
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -279,12 +285,6 @@ def test_empty_parts_are_named_before_the_vocabulary(run, tmp_path, content, mes
     flags = ["--valid-fraction", 0.001 if content else 0, "--test-fraction", 0, "--vocab-size", 300]
     status, out, err = run("--source", "text", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *flags)
     assert status == 2 and message in err and err.count("\n") == 1 and "vocabulary:" not in out
-
-
-def test_bad_json_lines(run, tmp_path):
-    (tmp_path / "de.jsonl").write_text('{"text": "a", "key": [1]}\n')
-    status, _, err = run("--source", "jsonl", tmp_path, "--langs", "de", "--dest", tmp_path / "d", *SMALL)
-    assert status == 2 and "de.jsonl:1: the key in 'key' must be text or a number (--jsonl-key-field)" in err
 
 
 def test_other_settings_are_refused_until_overwrite(run, tmp_path, jsonl):

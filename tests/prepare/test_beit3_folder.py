@@ -42,7 +42,8 @@ def write_lines(path, rows):
 def upstream(tmp_path):
     """COCO captioning and retrieval, VQAv2 with several answers, NLVR2 without test labels."""
     folder = tmp_path / "beit3"
-    train_upstream_model(folder_of(folder) / "beit3.spm")
+    (folder / "val2014").mkdir(parents=True)
+    train_upstream_model(folder / "beit3.spm")
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "beit3.spm"))
     texts = [xlm_roberta_ids(model, caption) for caption in CAPTIONS]
     for number in range(8):
@@ -67,11 +68,6 @@ def upstream(tmp_path):
     write_lines(folder / "answer2label.txt", [{"answer": a, "label": n} for n, a in enumerate(("yes", "no", "red"))])
     two = {"image_path": images[0], "image2_path": images[1], "text_segment": texts[1], "identifier": "dev-1-0-0"}
     write_lines(folder / "nlvr2.dev.index.jsonl", [{**two, "label": 1}])
-    return folder
-
-
-def folder_of(folder):
-    (folder / "val2014").mkdir(parents=True)
     return folder
 
 

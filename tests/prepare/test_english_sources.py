@@ -21,11 +21,8 @@ def test_web_bible_chapters_and_verses(bible_wheel):
     assert documents[1].lines[0] == "Psalm 1"  # the heading moved from the end of the verse before it
     assert documents[1].lines[1].strip().startswith("Blessed is the man's way who doesn't")
     assert documents[1].lines[2].strip() == "but his delight is in Yahweh's law always."
-    assert [line.strip() for line in documents[2].lines] == [
-        "Psalm 2",
-        "A Psalm by David, of old.",
-        "Why do the nations rage?",
-    ]
+    psalm = ["Psalm 2", "A Psalm by David, of old.", "Why do the nations rage?"]
+    assert [line.strip() for line in documents[2].lines] == psalm
 
 
 @pytest.mark.parametrize(
@@ -127,10 +124,8 @@ def test_jsonl_reads_the_field_also_from_gzip(tmp_path):
     rows = [{"body": "One.\nTwo.", "id": 1}, {"body": "Drei – größer."}]
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"))
     source = own_text.jsonl_source((path,), "body")
-    assert [document.lines for document in source.open(tmp_path, print).documents] == [
-        ["One.", "Two."],
-        ["Drei – größer."],
-    ]
+    documents = source.open(tmp_path, print).documents
+    assert [document.lines for document in documents] == [["One.", "Two."], ["Drei – größer."]]
 
 
 @pytest.mark.parametrize(
@@ -167,13 +162,8 @@ def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
 def test_torchscale_shards_keep_their_splits_and_read_held_out_text_first(tmp_path):
     source = own_text.shard_source(make_shards(tmp_path))
     documents = [(document.split, document.lines) for document in source.open(tmp_path, print).documents]
-    assert documents == [
-        ("valid", ["Held out line."]),
-        ("valid", ["Another."]),
-        ("train", ["a1", "a2"]),
-        ("train", ["b1"]),
-        ("train", ["c1"]),
-    ]
+    held_out, train = [("valid", ["Held out line."]), ("valid", ["Another."])], [["a1", "a2"], ["b1"], ["c1"]]
+    assert documents == [*held_out, *(("train", lines) for lines in train)]
     assert [entry["name"] for entry in source.identity()["inputs"]] == ["00000.txt", "00000.txt", "00001.txt"]
 
 

@@ -52,16 +52,9 @@ def emoji_rows():
                 "subcategory": "person-role", "skin_variations": tones, "short_name": person,
             }
         )  # fmt: skip
-    others = (
-        ("1F1EC-1F1F7", "Flags"),
-        ("2764-FE0F", "Smileys & Emotion"),
-        ("1F3FB", "Component"),
-        ("1F600", "Smileys"),
-    )
-    for unified, category in others:
-        rows.append(
-            {"unified": unified, "image": f"{unified.lower()}.png", "category": category, "subcategory": "x"}
-        )  # fmt: skip
+    others = {"1F1EC-1F1F7": "Flags", "2764-FE0F": "Smileys & Emotion", "1F3FB": "Component", "1F600": "Smileys"}
+    for unified, category in others.items():
+        rows.append({"unified": unified, "image": f"{unified.lower()}.png", "category": category, "subcategory": "x"})
     return rows
 
 

@@ -74,7 +74,7 @@ class Completion:
 
     Args:
         text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt``; None for the captions themselves.
-        tokenizer: settings of the visual tokenizer; None for none.
+        tokenizer: settings of the visual tokenizer; without them no tokenizer is fitted.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Completion:
         self._note(file.name)
 
     def _make_pairs(self, split: str) -> None:
-        """From captioning, whose held-out parts have no captions, or retrieval."""
+        """Writes the pairs of captioning, whose held-out parts have no captions, or of retrieval."""
         sources = ("captioning", "retrieval") if split == "train" else ("retrieval",)
         source = next((task for task in sources if self._is_there(task, split)), None)
         if source is not None and not self._is_there("pair", split):
@@ -191,7 +191,7 @@ class Completion:
             self._write("pair", split, (index.record(row) for row in range(len(index))))
 
     def _make_images(self, split: str) -> None:
-        """ImageNet's images where they are there, and those of the pairs; each once."""
+        """Writes ImageNet's images where they are there, and the pairs'; each once."""
         sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
         if sources and not self._is_there("image", split):
             indexes = [self._read(task, split) for task in sources]

@@ -209,7 +209,7 @@ def _yes_or_no(
     values: Callable[[SourceImage], Sequence[Optional[str]]],
     generator: random.Random,
 ) -> Iterator[Question]:
-    """For every image one of its values, asked of it and of another image that has values, but not this one."""
+    """Yields for every image one of its values, asked of it and of another image that has values, but not this one."""
     candidates = [(image, own) for image in images if (own := set(filter(None, values(image))))]
     for image, own in candidates:
         value = generator.choice(sorted(own))

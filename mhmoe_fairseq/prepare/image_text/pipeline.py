@@ -31,8 +31,8 @@ class ImageTextSettings(CorpusSettings):
     Args:
         languages: of captions and sentences; captioning, retrieval and derived data are in the first.
         text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt`` in place of the source's sentences.
-        derived: of questions and statements; None for none.
-        tokenizer: of the visual tokenizer; None for none.
+        derived: how many questions and statements are derived; None to derive nothing.
+        tokenizer: how the visual tokenizer is fitted; None to fit none.
     """
 
     languages: tuple[str, ...] = ("en",)

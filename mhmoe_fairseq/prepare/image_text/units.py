@@ -122,8 +122,8 @@ def has_known_caption(image: SourceImage, language: str, families: set[str], wor
     True for every caption where the source knows of no families.
 
     Args:
-        families: those of training images.
-        words: those of training captions; see :func:`words_of`.
+        families: the families of training images.
+        words: the words of training captions; see :func:`words_of`.
     """
     captions = image.captions.get(language, [])
     if not image.family:

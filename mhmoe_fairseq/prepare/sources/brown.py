@@ -39,7 +39,7 @@ def _starts_closing(line: str) -> bool:
 
 
 def detokenise(line: str) -> str:
-    """``The/at jury/nn said/vbd ,/, ``/`` no/rb ''/'' ./.`` becomes ``The jury said, "no".``"""
+    """Returns ``The jury said, "no".`` for ``The/at jury/nn said/vbd ,/, ``/`` no/rb ''/'' ./.``"""
     sentence = ""
     previous = "("  # as after an opening bracket: no space before the first word
     in_quote = False

@@ -105,7 +105,7 @@ class LanguageFolder:
 
 
 def text_folder(folder: Path, separator: str) -> LanguageFolder:
-    """Plain text; a document is what stands between two ``separator`` lines. It has no key: nothing is aligned."""
+    """Returns a source of plain text, documents apart by ``separator`` lines. They have no key: nothing is aligned."""
 
     def read(path: Path, name: str) -> Iterator[Passage]:
         for number, document in enumerate(text_documents(path, separator), start=1):
@@ -115,7 +115,7 @@ def text_folder(folder: Path, separator: str) -> LanguageFolder:
 
 
 def jsonl_folder(folder: Path, field: str, key_field: str) -> LanguageFolder:
-    """JSON lines: one document an object; objects with the same key in several languages are translations."""
+    """Returns a source of JSON lines: an object is a document, one key in several languages a translation."""
 
     def read(path: Path, name: str) -> Iterator[Passage]:
         for number, (location, record) in enumerate(jsonl_records(path, field), start=1):

@@ -29,7 +29,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def linux_doc(package: str) -> PackagedSource:
-    """The kernel's documentation as Debian packages it (``linux-doc-6.1`` on Debian 12); its version moves."""
+    """Returns the kernel's documentation as Debian packages it (``linux-doc-6.1`` on Debian 12); its version moves."""
     return PackagedSource(
         name="linux-doc",
         licence="GPL-2 (mostly; see the package's copyright file)",

@@ -18,7 +18,7 @@ _MIN_LETTERS = 0.85
 
 
 def strip_inline_markup(text: str) -> str:
-    """reStructuredText roles, links, literals and emphasis become their text."""
+    """Replaces reStructuredText roles, links, literals and emphasis by their text."""
     text = _LINK.sub(r"\1", _ROLE.sub(r"\1", text))
     return _EMPHASIS.sub(r"\2", _QUOTES.sub(r"\1", text)).replace("::", ":")
 

@@ -42,12 +42,12 @@ def web_bible_documents(path: Path) -> Iterator[Document]:
 
 
 def _tidy(line: str) -> str:
-    """The package types apostrophes as backticks and marks words that the translators supplied with brackets."""
+    """Undoes backticks for apostrophes, and brackets around words that the translators supplied."""
     return line.replace("`", "'").replace("[", "").replace("]", "")
 
 
 def _parse(path: Path) -> tuple[str, dict[int, int], dict[int, int]]:
-    """The text and its verses' start and end offsets."""
+    """Returns the text and its verses' start and end offsets."""
     try:
         tree = ast.parse(read_zip_member(path, _MEMBER))
         calls = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]

@@ -96,7 +96,7 @@ class Family:
 
 
 def _wiki_messages(member: Member) -> Labelled:
-    """Document = message file, unit and key = message."""
+    """Yields the messages of a wiki: document = message file, unit and key = message."""
     try:
         messages = json.loads(member.content)
     except (ValueError, RecursionError) as error:
@@ -110,13 +110,13 @@ def _wiki_messages(member: Member) -> Labelled:
 
 
 def _emoji_names(member: Member) -> Labelled:
-    """Name and keywords in one line; unit and key = code points."""
+    """Yields name and keywords of every emoji in one line; unit and key = code points."""
     for code_points, line in annotation_lines(member.text):
         yield member.language, Passage("names", code_points, [line], code_points)
 
 
 def _catalogue(member: Member) -> Labelled:
-    """Translations, and the English messages of the German catalogue: unit = dialogue or message, key = message."""
+    """Yields translations, and English from the German catalogue: unit = dialogue or message, key = message."""
     for message in read_catalogue(member.content, f"{member.package}: {member.path}"):
         unit = f"{member.path}:{message.context.split('|')[0] or _digest(message.english)}"
         key = f"{unit}:{_digest(message.context + message.english)}"
@@ -130,7 +130,7 @@ def _digest(text: str) -> str:
 
 
 def _libreoffice_help(member: Member) -> Labelled:
-    """Document and unit = page, key = the paragraph's identifier."""
+    """Yields the paragraphs of a page of help: document and unit = page, key = the paragraph's identifier."""
     page = member.text
     body = page[page.find('id="DisplayArea"') : page.find('<div id="SearchFrame">')].partition(">")[2]
     for identifier, same in groupby(blocks(_HIDDEN_VARIANT.sub("", body)), key=lambda block: block.id):
@@ -140,7 +140,7 @@ def _libreoffice_help(member: Member) -> Labelled:
 
 
 def _manual_page(member: Member) -> Labelled:
-    """Document and unit = page; paragraphs only, their order differs between languages."""
+    """Yields one page: document and unit = page; paragraphs only, their order differs between languages."""
     least = _CHINESE_MIN_PARAGRAPH if member.language == "zh" else _MIN_PARAGRAPH
     try:
         page = member.content.decode()
@@ -152,13 +152,13 @@ def _manual_page(member: Member) -> Labelled:
 
 
 def _page(member: Member) -> Labelled:
-    """HTML or Mallard: document and unit = page."""
+    """Yields one page of HTML or Mallard: document and unit = page."""
     lines = [block.text for block in blocks(member.text)]
     yield member.language, Passage(member.path, member.path, lines)
 
 
 def _per_language(prefix: str, codes: str) -> dict[str, tuple[str, ...]]:
-    """``{"PREFIX-de": ("de",), ...}``; Debian writes simplified Chinese ``zh-cn`` and English ``en-us`` in places."""
+    """Returns ``{"PREFIX-de": ("de",), ...}``; Debian also has simplified Chinese as ``zh-cn`` and ``en-us``."""
     return {f"{prefix}-{code}": (code.split("-")[0],) for code in codes.split()}
 
 

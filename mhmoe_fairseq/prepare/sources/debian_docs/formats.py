@@ -72,12 +72,12 @@ def blocks(markup: str) -> Iterator[Block]:
 
 
 def plain(text: str) -> str:
-    """``text`` without tags, with entities resolved and single spaces."""
+    """Returns ``text`` without tags, with entities resolved and single spaces."""
     return " ".join(html.unescape(_TAG.sub("", text)).split())
 
 
 def message_text(text: str) -> str:
-    """A program's message as a reader sees it: no tags or accelerator marks; a placeholder becomes an ellipsis."""
+    """Returns a program's message as a reader sees it: no tags or accelerators; a placeholder becomes an ellipsis."""
     text = plain(text.replace("%PRODUCTNAME", "LibreOffice").replace("\\n", " "))
     text = _CJK_ACCELERATOR.sub("", text)
     for mark in _ACCELERATORS:
@@ -87,7 +87,7 @@ def message_text(text: str) -> str:
 
 
 def wiki_text(text: str) -> list[str]:
-    """Lines of a MediaWiki message without its markup: one form of each plural, a link's label, no tags."""
+    """Returns the lines of a MediaWiki message without its markup: one form of each plural, a link's label, no tags."""
     while (shorter := _BRACES.sub(_choose, text)) != text:
         text = shorter
     text = _WIKI_LINK.sub(lambda link: link[1].rsplit("|", 1)[-1].lstrip(":"), text)
@@ -98,7 +98,7 @@ def wiki_text(text: str) -> list[str]:
 
 
 def _choose(braces: re.Match[str]) -> str:
-    """What ``{{NAME:argument|form|form}}`` shows: the last plural, the first gender, the word of a grammar form."""
+    """Returns what ``{{NAME:argument|form|form}}`` shows: the last plural, the first gender, a grammar form's word."""
     name, _, rest = braces[1].partition(":")
     forms = [form for form in rest.split("|")[1:] if not re.match(r"^\d+=", form)]
     name = name.strip().upper()
@@ -189,7 +189,7 @@ def manual_paragraphs(page: str) -> Iterator[str]:
 
 
 def _macro(line: str) -> str:
-    """The request that a control line starts with (``.PP``), or an empty string."""
+    """Returns the request that a control line starts with (``.PP``), or an empty string."""
     if line.startswith((".\\\"", "'\\\"")):
         return line[:3]
     return "." + line[1:].split(maxsplit=1)[0] if line.startswith((".", "'")) and line[1:].strip() else ""
@@ -202,7 +202,7 @@ def _paragraph(words: list[str]) -> Iterator[str]:
 
 
 def _unescape(text: str) -> str:
-    """roff's escapes as characters; fonts and sizes are dropped."""
+    """Returns roff's escapes as characters; fonts and sizes are dropped."""
     return _SPECIAL.sub(_glyph, _FONT.sub("", text))
 
 
