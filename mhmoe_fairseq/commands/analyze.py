@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=real(at_least=0, at_most=1), metavar="SHARE",
         help=f"an expert is active from this share of the uniform load on (default: {ACTIVE_THRESHOLD})",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=whole(), metavar="N", help="blocks, or images, per batch (default: 32)")
+    parser.add_argument("--batch-size", type=whole(), metavar="N", help="blocks, or images, per batch")
     parser.add_argument(
         "--diversity", action="store_true",
         help="show to how many experts the patches of images go, a row for every checkpoint (P1's figures 8 and 10)",
@@ -92,7 +92,7 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
     with quiet():
         if record is None:
             kept = _read_kept(record_file(checkpoint.parent, args.split), origin)
-            record = measure_routing(checkpoint, args.data, args.split, args.batch_size or 32, kept, say)
+            record = measure_routing(checkpoint, args.data, args.split, args.batch_size, kept, say)
             write_record(file, record)
         files = [file]
         if not args.no_plots:

@@ -312,8 +312,9 @@ def _digest(files: Any) -> str:
 
 def describe_xnli(records: dict[str, Record], split: str, limit: int | None) -> str:
     """Ours and the paper's, in percent."""
-    from ..analysis.reports.paper_numbers import P1, TABLE_3
+    from ..experiments import EXPERIMENTS
 
+    paper = EXPERIMENTS["table3"].paper
     parts = {name: record.values("accuracy") for name, record in records.items()}
     first = next(iter(records.values()))
     counts = {metrics["accuracy"].count for metrics in first.parts.values()}
@@ -324,14 +325,14 @@ def describe_xnli(records: dict[str, Record], split: str, limit: int | None) -> 
         mean = record.metrics.get("mean of the paper's languages")
         cells = [f"{parts[name][code]:.1f}" for code in codes]
         rows.append([f"ours: {name}", *cells, MISSING if mean is None else f"{mean.value:.1f}"])
-    for name, values in TABLE_3.items():
+    for name, values in paper.values.items():
         cells = [f"{values[code]:.1f}" if code in values else MISSING for code in [*codes, "avg"]]
         rows.append([f"paper: {name}", *cells])
     trial = "" if limit is None else f"; a trial: --limit {limit}"
     return "\n".join([
         f"Zero-shot XNLI accuracy (%), {split}, {size} examples per language{trial}; chance 33.3; "
         "avg: mean of the paper's 14 languages.",
-        f"The paper's rows ({P1}, table 3) are other models on other training data: beside ours, not mixed with them.",
+        f"The paper's rows ({paper.title}) are other models on other training data: beside ours, not mixed with them.",
         "",
         markdown_table(["model", *codes, "avg"], rows),
     ])  # fmt: skip

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from console import evaluated
 from written_runs import make_record, text_metrics, write_run
 
 from mhmoe_fairseq.commands.main import main
@@ -35,6 +37,27 @@ def test_a_report_on_ten_runs_opens_no_checkpoint_and_no_data(tmp_path: Path, ca
     printed = capsys.readouterr().out
     assert "| 23.00 ± 1.58 |" in printed and printed.endswith(f"report: {out}\n")
     assert (tmp_path / "report-plots" / "seeds-test-ppl.png").is_file()
+
+
+def test_runs_that_were_really_trained_and_evaluated(runs, tmp_path: Path) -> None:
+    copies = [runs.copy(name, tmp_path / name) for name in ("dense", "mhmoe")]
+    for run in copies:
+        assert main(["evaluate", str(run / "checkpoint_last.pt"), "--data", str(runs.data), "--cpu"]) == 0
+    out = tmp_path / "report.md"
+    assert report(*copies, "--data", runs.data, "--out", out) == 0
+    text = re.sub(" +", " ", out.read_text(encoding="utf-8"))
+    header, dense, mhmoe = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+                            if line.startswith(("| model ", "| dense ", "| mhmoe ")))  # fmt: skip
+    dense, mhmoe = dict(zip(header, dense)), dict(zip(header, mhmoe))
+    weights = torch.load(copies[1] / "checkpoint_last.pt", weights_only=True)["model"]
+    weights.pop("decoder.output_projection.weight", None)  # the embedding, tied
+    size = sum(weight.numel() for weight in weights.values() if weight.is_floating_point())
+    assert (mhmoe["parameters"], mhmoe["heads"], mhmoe["updates"]) == (f"{size / 1e6:,.2f}M", "2", "8")
+    _, bits, perplexity = evaluated((runs.dense / "eval-test.log").read_text())
+    assert float(dense["test ppl"]) == pytest.approx(perplexity, abs=0.01)
+    assert float(dense["test bits/byte"]) < bits  # a token has more than a byte
+    assert dense["active experts"] == "–" and 0 < float(mhmoe["active experts"].rstrip(" %")) <= 100
+    assert "| --mhmoe" not in text and "All models share data order" in text
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,11 @@ def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str
         record: with expert loads.
         threshold: an expert is active from this share of the uniform load on.
     """
-    whole, loss = record.experts.of(None), record.metrics["loss"]
-    experts = len(whole.layers[0].loads)
+    whole, metric = record.experts.of(None), record.metrics.get("loss", record.main)
+    experts, counted = len(whole.layers[0].loads), metric.unit.partition("/")[2] or "example"
     head = (
-        f"{record.split}: {loss.count:,} {loss.unit.partition('/')[2]}s, {loss.value:.4f} {loss.unit}, "
-        f"{experts} experts; active: at least {threshold:.1%} of the uniform load; effective: exp(entropy of the load) "
-        f"/ {experts}"
+        f"{record.split}: {metric.count or 0:,} {counted}s, {metric.value:.4f} {metric.unit}, {experts} experts; "
+        f"active: at least {threshold:.1%} of the uniform load; effective: exp(entropy of the load) / {experts}"
     )
     tables = [head, _layer_table(whole, threshold)]
     if record.experts.parts:

@@ -11,9 +11,10 @@ import torch
 
 from ...checkpoints.open import Opened, open_model
 from ...common.errors import UserError
-from ...evaluation.evaluate import evaluate
+from ...evaluation.evaluate import evaluate, split_options
 from ...evaluation.expert_loads import LoadCounter
 from ...evaluation.records import LayerLoads, Metric, Record
+from ...tasks.masked_multimodal import MaskedMultimodalTask
 from .listening import IMAGE, TEXT, RoutedCall, distinct_experts, listening, most_distinct, pools_of
 from .loads import PartLoads, accuracy, language_guesses
 
@@ -27,37 +28,44 @@ def measure_routing(
     checkpoint: Path,
     data: Path,
     split: str,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     kept: Record | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Record:
     """Return the record of a split's routing, what="routing".
 
     Args:
-        checkpoint: a model with experts.
+        checkpoint: a model with experts, of any task that ``mhmoe evaluate`` knows.
         data: the prepared folder.
         split: such as ``valid``.
-        batch_size: blocks, or images, per batch.
+        batch_size: blocks, or images, per batch; None for the evaluation's own.
         kept: what ``mhmoe evaluate`` recorded of the same checkpoint, data and split: its loads are not counted again.
         say: is told what is measured.
 
     Raises:
         UserError: the model has no experts, or the split is none of the data's.
     """
-    if kept is not None and kept.what == "perplexity" and not kept.experts.parts:
+    if kept is not None and kept.what != "masked" and not _is_by_language(kept):
         return dataclasses.replace(kept, what="routing")
     opened = open_model(checkpoint, data)
     if not any(layer.is_moe_layer for layer in opened.layers):
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     say(f"measuring the experts of {checkpoint} on {split}")
-    if hasattr(opened.model, "beit3"):
+    _, options = split_options(opened.settings, {"batch_size": batch_size})
+    if isinstance(opened.task, MaskedMultimodalTask):
         counts = PositionCounts(opened.model)
         with listening(opened.model, counts.add):
-            record = evaluate(opened, split, batch_size=batch_size)
+            record = evaluate(opened, split, **options)
         return counts.added_to(record)
-    record = evaluate(opened, split, max_tokens=None, batch_size=batch_size) if kept is None else kept
-    record = dataclasses.replace(record, what="routing")
-    return _with_guesses(record, opened, split) if record.experts.parts else record
+    record = evaluate(opened, split, **options) if kept is None else kept
+    if _is_by_language(record):
+        record = _with_guesses(record, opened, split)
+    return dataclasses.replace(record, what="routing")
+
+
+def _is_by_language(record: Record) -> bool:
+    """Whether a record is of a language model's texts in several languages."""
+    return record.what == "perplexity" and bool(record.experts.parts)
 
 
 def _with_guesses(record: Record, opened: Opened, split: str) -> Record:
