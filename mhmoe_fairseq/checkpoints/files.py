@@ -3,7 +3,7 @@
 Nothing in a file is ever run: ``.pt`` is read with ``weights_only=True``, safetensors hold bytes and JSON. Tensors are
 mapped, not read, until they are used.
 
-A safetensors file of ours has the weights under their names in the model, the other tensors under their place in the
+A safetensors file of ours has the weights under their names in the model, the other tensors under their keys in the
 checkpoint, and in its metadata ``format`` (pt), ``mhmoe_checkpoint`` (the version, 1), ``cfg`` (fairseq's
 configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.json`).
 """
@@ -101,7 +101,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         parts = {name: json.loads(metadata[name]) for name in ("cfg", "checkpoint")}
         checkpoint = decode(parts["checkpoint"], tensors)
-        # The configuration's place among the other entries is kept.
+        # The configuration keeps its position among the entries.
         return {key: decode(parts["cfg"], tensors) if key == "cfg" else value for key, value in checkpoint.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {path}: its metadata are damaged ({error!r})") from error

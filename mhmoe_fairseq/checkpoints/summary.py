@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +105,9 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
 
 def by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
     """Sums of the sizes of named parameters by part; ``other`` is what no pattern fits."""
-    sums: dict[str, int] = {}
+    sums: Counter[str] = Counter()
     for name, size in sizes:
-        part = next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")
-        sums[part] = sums.get(part, 0) + size
+        sums[next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")] += size
     return {part: sums[part] for part in (*_PARTS, "other") if part in sums}
 
 
@@ -144,11 +144,10 @@ def _unique(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _by_dtype(weights: list[tuple[str, Tensor]]) -> dict[str, int]:
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for _, value in weights:
-        dtype = str(value.dtype).removeprefix("torch.")
-        sizes[dtype] = sizes.get(dtype, 0) + value.nbytes
-    return sizes
+        sizes[str(value.dtype).removeprefix("torch.")] += value.nbytes
+    return dict(sizes)
 
 
 def _is_complete(state: Mapping[str, Any], parameters: list[Tensor]) -> bool:

@@ -129,11 +129,11 @@ def with_new_name(argv: list[str]) -> list[str]:
 
 def _require_text(argv: list[str]) -> None:
     """``UserError`` if a word has bytes that are no text: neither tokenizers nor files of ours could take them."""
-    for place, word in enumerate(argv):
+    for index, word in enumerate(argv):
         try:
             word.encode()
         except UnicodeEncodeError as error:
-            before = argv[place - 1] if place and argv[place - 1].startswith("-") else "argument"
+            before = argv[index - 1] if index and argv[index - 1].startswith("-") else "argument"
             raise UserError(
                 f"{before} {ascii(word)}: must be UTF-8 text, byte 0x{ord(word[error.start]) & 0xFF:02x} is not"
             ) from error

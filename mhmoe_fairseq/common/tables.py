@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MISSING = "–"
-BITS_PER_BYTE = "test bits/byte"  # a column that tables of images lack
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -18,12 +17,6 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
-
-
-def without_column(header: list[str], rows: list[list[str]], name: str) -> tuple[list[str], list[list[str]]]:
-    """A table's header and rows without one of its columns."""
-    place = header.index(name)
-    return [*header[:place], *header[place + 1 :]], [[*row[:place], *row[place + 1 :]] for row in rows]
 
 
 def millions(value: float | None, digits: int = 2) -> str:
