@@ -81,8 +81,6 @@ class MHMoEConfig(RouterFields, GateFields):
         if self.num_projection_layers == 0 and (self.head_projection or self.merge_projection):
             raise ConfigError("num_projection_layers", 0, "is 0, but a projection is switched on")
 
-    # ------------------------------------------------------------------ derived sizes
-
     @property
     def has_head_projection(self) -> bool:
         """Whether a projection stands before the split."""
@@ -111,8 +109,6 @@ class MHMoEConfig(RouterFields, GateFields):
     def matrices_per_expert(self) -> int:
         """m in paper 2's budget rule: 3 for SwiGLU, else 2."""
         return 3 if self.activation == "swiglu" else 2
-
-    # ------------------------------------------------------------------ counting
 
     def num_expert_params(self) -> int:
         """Parameters of one routed expert."""
@@ -164,8 +160,6 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def _num_always_active_params(self) -> int:
         return self.num_projection_params() + self.num_router_params() + self.num_shared_expert_params()
-
-    # ------------------------------------------------------------------ budgets
 
     @classmethod
     def matching(

@@ -99,7 +99,7 @@ class Gate(nn.Module):
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:
-        """Choose experts and weights: probabilities, choices, who is refused, weights.
+        """Choose experts and weights, in four steps: choose, apply the policy, apply the capacity, weigh.
 
         Args:
             logits_NE: the router's output.
@@ -116,11 +116,8 @@ class Gate(nn.Module):
         normalize_first = config.normalize_before_dropping or not refuses
         if normalize_first:
             gates_NK = self._normalized(gates_NK)
-        chosen_NK = _without_padding(choices_NK, padding_mask_N)
-        if policy == "random":
-            sampled_NK = _sampled(gates_NK, noise)
-            chosen_NK = sampled_NK if chosen_NK is None else chosen_NK & sampled_NK
-        kept_NK, dropped_NK = self._within_capacity(choices_NK, chosen_NK, padding_mask_N)
+        chosen_NK = self._apply_policy(gates_NK, padding_mask_N, policy, noise)
+        kept_NK, dropped_NK = self._apply_capacity(choices_NK, chosen_NK, padding_mask_N)
         if kept_NK is None:
             return Assignment(probs_NE, choices_NK, gates_NK, choices_NK, None, None)
         gates_NK = gates_NK.masked_fill(~kept_NK, 0)
@@ -140,10 +137,22 @@ class Gate(nn.Module):
             gumbel = gumbel_noise(logits_NE) if noise is None else noise
         return top_k_experts(logits_NE, probs_NE, self.config.top_k, gumbel)
 
+    def _apply_policy(
+        self, gates_NK: Tensor, padding_mask_N: Tensor | None, policy: str, noise: Tensor | None
+    ) -> Tensor | None:
+        """Which choices are neither padding nor refused by the policy; None: all."""
+        real_NK = None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(gates_NK)
+        if policy != "random":
+            return real_NK
+        # GShard: the second expert is used with probability min(1, 2 g_2).
+        uniform = torch.rand_like(gates_NK[:, 1]) if noise is None else noise
+        used_NK = torch.stack([torch.ones_like(uniform, dtype=torch.bool), 2 * gates_NK[:, 1] > uniform], dim=1)
+        return used_NK if real_NK is None else real_NK & used_NK
+
     def _normalized(self, gates_NK: Tensor) -> Tensor:
         return normalized(gates_NK) if self.config.normalize_gates and self.config.top_k > 1 else gates_NK
 
-    def _within_capacity(
+    def _apply_capacity(
         self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which of the chosen assignments are kept (None: all), and which are dropped (None: none)."""
@@ -160,7 +169,7 @@ class CapacityGate(Gate):
 
     drops_tokens = True
 
-    def _within_capacity(
+    def _apply_capacity(
         self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         config = self.config
@@ -253,13 +262,3 @@ def slot_positions(experts_NK: Tensor, num_experts: int) -> Tensor:
     starts = torch.cat([offsets_E.new_zeros(1), offsets_E]).long()
     positions = torch.arange(n * k, device=flat_KN.device) - starts.index_select(0, flat_KN.index_select(0, order))
     return torch.empty_like(flat_KN).scatter_(0, order, positions).view(k, n).t()
-
-
-def _without_padding(choices_NK: Tensor, padding_mask_N: Tensor | None) -> Tensor | None:
-    return None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(choices_NK)
-
-
-def _sampled(gates_NK: Tensor, noise: Tensor | None) -> Tensor:
-    """GShard: the second expert is used with probability min(1, 2 g_2)."""
-    uniform = torch.rand_like(gates_NK[:, 1]) if noise is None else noise
-    return torch.stack([torch.ones_like(uniform, dtype=torch.bool), 2 * gates_NK[:, 1] > uniform], dim=1)

@@ -13,7 +13,7 @@ from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .gate import build_gate
 from .heads import Projection, merge_heads, repeat_mask, split_heads
-from .losses import load_balancing_loss, pack, router_sums, router_z_loss, unpack
+from .losses import load_balancing_loss, router_sums, router_z_loss
 from .parallelism import ExpertParallelism, Traffic
 from .router import build_router
 from .stats import RoutingStats, routing_stats
@@ -145,7 +145,7 @@ class MHMoELayer(nn.Module):
 
         sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment)
         if self.parallel is not None and config.balance_scope == "global":
-            sums = unpack(self.parallel.sum(pack(sums)))
+            sums = sums.over(self.parallel.sum)
         stats = routing_stats(assignment, plan, mask_N)
         return MHMoEOutput(y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats, traffic)
 

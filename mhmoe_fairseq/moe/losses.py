@@ -6,6 +6,7 @@ the whole.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,14 +27,20 @@ class RouterSums(NamedTuple):
     >>> sums = RouterSums(torch.tensor([2.0, 0.0]), torch.tensor([1.5, 0.5]), torch.tensor(3.0), torch.tensor(2.0))
     >>> float(load_balancing_loss(sums)), float(router_z_loss(sums))
     (1.5, 1.5)
-    >>> unpack(pack(sums)).chosen_E
-    tensor([2., 0.])
+    >>> sums.over(lambda vector: 2 * vector).chosen_E  # two processes with the same batch
+    tensor([4., 0.])
     """
 
     chosen_E: Tensor
     probs_E: Tensor
     z: Tensor
     num_real: Tensor
+
+    def over(self, add: Callable[[Tensor], Tensor]) -> RouterSums:
+        """The sums of all processes, whose vectors ``(2 E + 2,)`` ``add`` adds up in one message."""
+        total = add(torch.cat([self.chosen_E, self.probs_E, self.z.view(1), self.num_real.view(1)]))
+        chosen_E, probs_E, z, num_real = total.split([len(self.chosen_E), len(self.probs_E), 1, 1])
+        return RouterSums(chosen_E, probs_E, z.squeeze(0), num_real.squeeze(0))
 
 
 def router_sums(
@@ -86,23 +93,3 @@ def router_z_loss(sums: RouterSums) -> Tensor:
     tensor(2.)
     """
     return sums.z / sums.num_real.clamp(min=1)
-
-
-def pack(sums: RouterSums) -> Tensor:
-    """One vector ``(2 E + 2,)``, so that the sums travel in one message.
-
-    >>> pack(RouterSums(torch.tensor([2.0]), torch.tensor([3.0]), torch.tensor(4.0), torch.tensor(5.0)))
-    tensor([2., 3., 4., 5.])
-    """
-    return torch.cat([sums.chosen_E, sums.probs_E, sums.z.view(1), sums.num_real.view(1)])
-
-
-def unpack(vector: Tensor) -> RouterSums:
-    """The inverse of ``pack``.
-
-    >>> unpack(torch.tensor([2.0, 3.0, 4.0, 5.0])).probs_E
-    tensor([3.])
-    """
-    num_experts = vector.numel() // 2 - 1
-    chosen_E, probs_E, z, num_real = vector.split([num_experts, num_experts, 1, 1])
-    return RouterSums(chosen_E, probs_E, z.squeeze(0), num_real.squeeze(0))
