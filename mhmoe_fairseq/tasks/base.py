@@ -35,7 +35,7 @@ class ImageTextTaskConfig(TrainingFlags):
     max_text_length: int = field(
         default=64, metadata={"help": "most tokens of a text, <s> and </s> counted; longer ones are cut"}
     )
-    skip_bad_images: bool = field(
+    skip_bad_pictures: bool = field(  # the name that checkpoints store
         default=False,
         metadata={"help": "in training, let another sample take the place of one whose image cannot be read"},
     )
@@ -94,7 +94,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
             max_text_length=self.args.max_text_length,
             seed=self.args.seed if split == "train" else 0,
             training=split == "train",
-            skip_bad_images=self.args.skip_bad_images,
+            skip_bad_images=self.args.skip_bad_pictures,
         )
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:

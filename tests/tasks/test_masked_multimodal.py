@@ -224,7 +224,7 @@ def test_a_bad_image_is_refused_or_replaced(copied: Path) -> None:
     (copied / "images" / "train-3.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image.train.jsonl:4: .*train-3.png"):
         load(build(copied), "train")
-    replaced = [batch["image"]["num_replaced"] for batch in load(build(copied, skip_bad_images=True), "train")]
+    replaced = [batch["image"]["num_replaced"] for batch in load(build(copied, skip_bad_pictures=True), "train")]
     assert 2 <= sum(replaced) <= 3  # 24 items, 10 images
     Image.new("RGB", (IMG_SIZE, IMG_SIZE)).save(copied / "images" / "train-3.png")
     assert sum(batch["image"]["num_replaced"] for batch in load(build(copied), "train")) == 0
