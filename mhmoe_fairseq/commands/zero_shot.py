@@ -192,6 +192,8 @@ def _run_lm_eval(args: argparse.Namespace) -> int:
         sys.argv = ["lm-eval", *words]
         try:
             cli_evaluate()
+        except ValueError as error:  # lm-eval's word for a task or argument that there is not
+            raise UserError(str(error)) from error
         finally:
             sys.argv = before
         for path in set(folder.rglob("results_*.json")) - known:

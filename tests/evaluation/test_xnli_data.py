@@ -134,10 +134,10 @@ GOOD = {"premise": "a b", "hypothesis": "c d", "label": 1}
     ],
 )
 def test_broken_files_are_one_clear_line(tmp_path, name, rows, message, capsys):
-    """Through the command, with a checkpoint that does not exist: the files come first."""
+    """Through the command, with a folder without a checkpoint: the files come first."""
     pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
     write_lines(tmp_path / name, rows)
-    arguments = ["--checkpoint", "nowhere.pt", "--out", str(tmp_path / "out")]
+    arguments = ["--checkpoint", str(tmp_path), "--out", str(tmp_path / "out")]
     assert main(["zero-shot", "xnli", "--xnli-dir", str(tmp_path), "--langs", "de", *arguments]) == 2
     err = capsys.readouterr().err
     assert err.startswith("mhmoe zero-shot: error: ") and message in err and err.count("\n") == 1
@@ -169,9 +169,9 @@ def test_bad_flags(tmp_path, capsys):
         (["--langs", "de,xx"], "--langs xx: no such language"),
         (["--langs", "de,fr"], "--langs fr: no XNLI validation file for it in"),
         (["--limit", "0"], "--limit (0) must be at least 1"),
-        (["--xnli-dir", str(tmp_path / "none")], "none: no such folder"),
-        (["--checkpoint", "a.pt", "a.pt"], "--checkpoint: one is given twice in a.pt a.pt"),
-        (["--out", str(tmp_path / "out")], "no model.pt or checkpoint_best.pt or checkpoint_last.pt in nowhere"),
+        (["--xnli-dir", str(tmp_path / "none")], "none) does not exist"),
+        (["--checkpoint", str(tmp_path), str(tmp_path)], f"--checkpoint: one is given twice in {tmp_path} {tmp_path}"),
+        (["--out", str(tmp_path / "out")], f"no model.pt or checkpoint_best.pt or checkpoint_last.pt in {tmp_path}"),
     ):
-        assert main(["zero-shot", "xnli", "--checkpoint", "nowhere", "--xnli-dir", str(tmp_path), *words]) == 2
+        assert main(["zero-shot", "xnli", "--checkpoint", str(tmp_path), "--xnli-dir", str(tmp_path), *words]) == 2
         assert message in capsys.readouterr().err
