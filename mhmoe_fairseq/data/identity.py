@@ -17,6 +17,7 @@ _SPLIT_FILES = ("train.bin", "valid.bin", "test.bin")
 # A folder of images and text: what pre-training reads, but the images themselves. The indexes tell it from a corpus.
 _INDEXES = ("image.*.jsonl", "pair.*.jsonl")
 _IMAGE_TEXT_FILES = (*_INDEXES, *(f"text/{name}" for name in _SPLIT_FILES))
+_LABELLED_FILES = ("label/dict.txt", "label/*.bin", "input?/*.bin")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class DataIdentity:
-    """A binarised corpus, or images and text.
+    """A binarised corpus, labelled sentences, or images and text.
 
     Attributes:
         digest: SHA-256 over the hashes of the dictionary and of the splits' files, in the folder itself or in one for
@@ -59,8 +60,8 @@ def identify_data(folder: Path) -> DataIdentity:
     """
     if (folder / MANIFEST).is_file():
         return identify_manifest(folder / MANIFEST)
-    images = [path for pattern in _IMAGE_TEXT_FILES for path in folder.glob(pattern)]
-    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *images]
+    others = [path for pattern in (*_IMAGE_TEXT_FILES, *_LABELLED_FILES) for path in folder.glob(pattern)]
+    files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *others]
     hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in files if path.is_file()}
     if "dict.txt" not in hashes:
         raise UserError(f"--data ({folder}) has neither manifest.json nor dict.txt: it is no binarised data")
@@ -78,6 +79,8 @@ def identify_manifest(path: Path) -> DataIdentity:
         hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
         if _has_images(hashes):
             return _identity(hashes, _describe(manifest["source"]), {})
+        if _is_labelled(hashes):
+            return _identity(hashes, str(path.parent), {})
         texts = [manifest] if "splits" in manifest else manifest["languages"].values()
         splits: dict[str, dict[str, int]] = {}
         for name, counts in (item for text in texts for item in text["splits"].items()):
@@ -90,20 +93,25 @@ def identify_manifest(path: Path) -> DataIdentity:
 
 def _identity(hashes: dict[str, str], source: str, splits: dict[str, dict[str, int]]) -> DataIdentity:
     has_images = _has_images(hashes)
-    return DataIdentity(_digest(hashes), source, splits, () if has_images else _languages(hashes), has_images)
+    languages = () if has_images or _is_labelled(hashes) else _languages(hashes)
+    return DataIdentity(_digest(hashes), source, splits, languages, has_images)
 
 
 def _has_images(names: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for name in names for pattern in _INDEXES)
 
 
+def _is_labelled(names: Iterable[str]) -> bool:
+    return _LABELLED_FILES[0] in names
+
+
 def _digest(hashes: dict[str, str]) -> str:
     """Over the dictionary and the splits of the folder itself, then those of each language's folder."""
     folders = ["", *(f"{language}/" for language in _languages(hashes))]
     names = ["dict.txt", *(f"{folder}{name}" for folder in folders for name in _SPLIT_FILES)]
-    if _has_images(hashes):
-        matching = (name for name in hashes if any(fnmatch(name, pattern) for pattern in _IMAGE_TEXT_FILES))
-        names = ["dict.txt", *sorted(matching)]
+    others = _IMAGE_TEXT_FILES if _has_images(hashes) else _LABELLED_FILES if _is_labelled(hashes) else ()
+    if others:
+        names = ["dict.txt", *sorted(name for name in hashes if any(fnmatch(name, pattern) for pattern in others))]
     text = "".join(f"{name} {hashes[name]}\n" for name in names if name in hashes)
     return hashlib.sha256(text.encode()).hexdigest()
 

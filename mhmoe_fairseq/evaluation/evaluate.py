@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 from argparse import Namespace
@@ -15,6 +14,7 @@ from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..common.files import sha256_of
 from ..common.ranges import flag
+from ..data.identity import read_manifest
 from ..models.counts import context_of, count_built
 from ..models.options import BEiT3Options, LanguageModelOptions
 from .captions import evaluate_captions
@@ -119,9 +119,12 @@ def _describe_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def _describe_data(opened: Opened) -> dict[str, Any]:
-    data: dict[str, Any] = {"path": str(opened.data), "digest": None}
-    with contextlib.suppress(UserError):  # data of classification
-        identity = opened.identity
-        data |= {"digest": identity.digest, "source": identity.source, "languages": list(identity.languages)}
-        data["kind"] = "image-text" if identity.has_images else "multilingual" if identity.languages else "text"
-    return data
+    identity = opened.identity
+    kind = "image-text" if identity.has_images else "multilingual" if identity.languages else "text"
+    return {
+        "path": str(opened.data),
+        "digest": identity.digest,
+        "source": identity.source,
+        "kind": read_manifest(opened.data).get("kind", kind),
+        "languages": list(identity.languages),
+    }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
-from ..common.files import atomic_open
+from ..common.files import atomic_open, write_json
 from ..criterions.gate_losses import GateLossConfig
 from ..criterions.retrieval import RetrievalCriterion
 from ..data.datasets import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
@@ -50,7 +50,7 @@ def evaluate_images(
     Args:
         split: ``train``, ``valid`` or ``test``; of questions also ``test-dev``.
         output: file for the predictions: of questions JSON for VQAv2's evaluation server, of statements CSV for NLVR2's
-            own ``metrics.py``, of classes CSV with a header; retrieval has none.
+            own ``metrics.py``, of classes CSV with a header, of retrieval the metrics as a JSON object.
         batch_size: examples that the model sees together.
         num_workers: processes that decode images.
 
@@ -59,8 +59,6 @@ def evaluate_images(
     """
     task = opened.task
     what, predict = _PREDICT[task.index_task]
-    if output is not None and what == "retrieval":
-        raise UserError("--output: retrieval has no predictions of single examples")
     dataset = task.read_split(split)
     if output is None and not getattr(dataset, "has_targets", True):
         raise UserError(f"--split {split} has no labels to score by: give --output FILE for the predictions")
@@ -139,7 +137,7 @@ def _classify(opened: Opened, dataset: LabelledImages, batches: Batches, output:
     }
 
 
-def _retrieve(opened: Opened, dataset: RetrievalDataset, batches: Batches, output: None) -> Metrics:
+def _retrieve(opened: Opened, dataset: RetrievalDataset, batches: Batches, output: Path | None) -> Metrics:
     """Recall of the texts of an image and of the image of a text, and their mean."""
     criterion = RetrievalCriterion(opened.task, GateLossConfig())
     meter = VectorMeter()
@@ -150,6 +148,8 @@ def _retrieve(opened: Opened, dataset: RetrievalDataset, batches: Batches, outpu
     metrics = {"mean recall": Metric(found["mean_recall"], "%", count=len(dataset), baselines=chance)}
     for way in ("text", "image"):
         metrics |= {f"{way} R@{rank}": Metric(found[f"{way}_r{rank}"], "%", count=len(dataset)) for rank in RANKS}
+    if output is not None:
+        write_json(output, {name: metric.value for name, metric in metrics.items()})
     return metrics
 
 

@@ -1,7 +1,7 @@
 """Our language models for EleutherAI's lm-evaluation-harness, registered there as ``mhmoe``.
 
 Importing this module registers the model. lm-eval's own command line imports no third party's models, so
-``mhmoe lm-eval`` imports it first. How text becomes tokens, newlines above all, is told in ``scoring``; how a
+``mhmoe zero-shot lm-eval`` imports it first. How text becomes tokens, newlines above all, is told in ``scoring``; how a
 generation ends, in ``decoding``.
 
 Several processes: lm-eval takes every one for rank 0 of 1, so each scores all requests.

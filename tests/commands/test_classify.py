@@ -70,6 +70,7 @@ def test_classify_agrees_with_fairseq_validate(fine_tuned, capsys):
     mean = sum(validated.values()) / 2
     assert record.main.count == 96 and record.main.value == pytest.approx(mean, abs=0.01)
     assert record.metrics["mean over languages"].value == pytest.approx(mean, abs=0.01)
+    assert len(record.data["digest"]) == 64 and record.data["languages"] == []
     assert record.experts.parts == ["en", "fr"] and "| valid, all |" in out
 
 

@@ -39,7 +39,7 @@ def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path
     assert (counts["heads"], counts["experts"], counts["top_k"]) == (2, 8, 2)
     assert record.model["arch"] == "mhmoe_lm_tiny" and record.model["settings"]["optimization"]["max_update"] == 8
     assert record.checkpoint["updates"] == 8 and record.checkpoint["path"].endswith("checkpoint_best.pt")
-    assert record.data["digest"] == identify_data(runs.data).digest and record.data["kind"] == "text"
+    assert record.data["digest"] == identify_data(runs.data).digest and record.data["kind"] == "english"
     assert record.provenance["precision"] == "fp32" and record.provenance["device"] == "cpu"
     tokens = record.metrics["loss"].count
     assert all(sum(row.loads) == tokens * 2 * 2 for row in record.experts.layers) and record.experts.parts == []

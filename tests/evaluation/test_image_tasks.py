@@ -168,14 +168,13 @@ def test_retrieval_stands_beside_what_chance_finds(data: Path, tmp_path: Path) -
     several = [{**row, "image_id": min(row["image_id"], 20)} for row in rows]
     several = [{**row, "image_path": rows[row["image_id"]]["image_path"]} for row in several]
     write_index(index_files(tmp_path, "retrieval", "valid")[0], "retrieval", several)
-    found = evaluated("mhmoe_retrieval", tmp_path, "valid", batch_size=10).metrics
+    found = evaluated("mhmoe_retrieval", tmp_path, "valid", batch_size=10, output=tmp_path / "out.json").metrics
+    assert json.loads((tmp_path / "out.json").read_text()) == {name: metric.value for name, metric in found.items()}
     owned = list(Counter(row["image_id"] for row in several).values())
     assert found["mean recall"].count == len(rows) and max(owned) > 1
     assert found["mean recall"].baselines == {"chance": pytest.approx(chance_of_recall(owned))}
     ranked = [found[f"{way} R@{rank}"].value for way in ("text", "image") for rank in (1, 5, 10)]
     assert found["mean recall"].value == pytest.approx(sum(ranked) / 6) and ranked[0] <= ranked[1] <= ranked[2]
-    with pytest.raises(UserError, match="--output: retrieval has no predictions"):
-        evaluated("mhmoe_retrieval", tmp_path, "valid", output=tmp_path / "out")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
