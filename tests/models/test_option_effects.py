@@ -190,25 +190,19 @@ def test_a_flag_changes_what_it_should_and_no_more(stack, name):
         assert all(alike(one, other) for one, other in zip(after, expected))
 
 
-@pytest.mark.parametrize("stack", OWN)
-def test_every_field_has_an_entry(stack):
-    fields = {field.name for field in dataclasses.fields(OPTIONS[stack])}
-    assert fields - {"_name"} == {*SHARED, *OWN[stack]}
-    shared = {field.name for field in dataclasses.fields(MoEOptions)}
-    assert shared - {"_name"} == set(SHARED)
-
-
 # Seen here otherwise than said: rounding; training capacity in evaluation where the fraction is negative; one process;
 # rows as long as the limit.
 OTHERWISE = {
     "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "max_target_positions", "tokens_per_sample",
 }  # fmt: skip
+SAID = {"losses": "training", "gradients": "function", "inputs": "function"}
 
 
 @pytest.mark.parametrize("stack", OWN)
-def test_the_options_say_what_they_affect(stack):
-    kinds = {"losses": "training", "gradients": "function", "inputs": "function"}
-    for field in dataclasses.fields(OPTIONS[stack]):
-        if field.name not in OTHERWISE | {"_name"}:
-            kind = {**SHARED, **OWN[stack]}[field.name].kind
-            assert field.metadata["affects"] == kinds.get(kind, kind), field.name
+def test_every_field_has_an_entry_and_says_what_it_affects(stack):
+    effects = {**SHARED, **OWN[stack]}
+    fields = {field.name: field.metadata for field in dataclasses.fields(OPTIONS[stack]) if field.name != "_name"}
+    assert fields.keys() == effects.keys()
+    assert {field.name for field in dataclasses.fields(MoEOptions)} - {"_name"} == set(SHARED)
+    for name in fields.keys() - OTHERWISE:
+        assert fields[name]["affects"] == SAID.get(effects[name].kind, effects[name].kind), name
