@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from .. import register
 from ..common.arguments import ArgumentParser, add_action
@@ -20,29 +21,18 @@ from ..common.errors import USER_ERRORS, UserError
 
 _SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
 
+# By name, beside ``user-dir``: what a command is for. Its module has the name with an underscore for the hyphen.
 COMMANDS = {
-    "prepare": ("mhmoe_fairseq.commands.prepare", "make a binarised corpus from a source or your text"),
-    "visual-tokenizer": (
-        "mhmoe_fairseq.commands.visual_tokenizer",
-        "fit a visual tokenizer to training images, describe one, show ids",
-    ),
-    "plan": ("mhmoe_fairseq.commands.plan", "count what a training needs: parameters, FLOPs, memory, traffic"),
-    "reproduce": (
-        "mhmoe_fairseq.commands.reproduce",
-        "train, evaluate and report a table or figure of the papers, a study, or the demo",
-    ),
-    "evaluate": ("mhmoe_fairseq.commands.evaluate", "measure a checkpoint on a split, by its task's own metrics"),
-    "zero-shot": (
-        "mhmoe_fairseq.commands.zero_shot",
-        "language models on tasks of lm-evaluation-harness, XNLI, or a cross-lingual probe",
-    ),
-    "report": ("mhmoe_fairseq.commands.report", "compare trained models by their records: tables and plots"),
-    "analyze": (
-        "mhmoe_fairseq.commands.analyze",
-        "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
-    ),
-    "checkpoint": ("mhmoe_fairseq.commands.checkpoint", "inspect, convert, average and import checkpoints"),
-    "generate": ("mhmoe_fairseq.commands.generate", "continue a prompt with a trained language model"),
+    "prepare": "make a binarised corpus from a source or your text",
+    "visual-tokenizer": "fit a visual tokenizer to training images, describe one, show ids",
+    "plan": "count what a training needs: parameters, FLOPs, memory, traffic",
+    "reproduce": "train, evaluate and report a table or figure of the papers, a study, or the demo",
+    "evaluate": "measure a checkpoint on a split, by its task's own metrics",
+    "zero-shot": "language models on tasks of lm-evaluation-harness, XNLI, or a cross-lingual probe",
+    "report": "compare trained models by their records: tables and plots",
+    "analyze": "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
+    "checkpoint": "inspect, convert, average and import checkpoints",
+    "generate": "continue a prompt with a trained language model, or caption images",
 }
 # Former names, and the words that take their place. A call by a former name says the new one and then runs it.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -59,8 +49,6 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 # What needs neither fairseq nor our models; everything else finds them registered.
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
-# Commands whose modules import torch or fairseq before they run: none is to be left here.
-HEAVY: set[str] = set()
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:
@@ -68,13 +56,15 @@ def build_parser(command: str | None = None) -> ArgumentParser:
     parser = ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
-    for name, (module, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         sub = add_action(subparsers, name, summary)
         if name == command:
-            if name in HEAVY:
-                register()
-            importlib.import_module(module).add_arguments(sub)
+            _module(name).add_arguments(sub)
     return parser
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{command.replace('-', '_')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,11 +97,11 @@ def _run(argv: list[str]) -> int:
             return 0
         if args.command not in WITHOUT_FAIRSEQ:
             register()
-        module = importlib.import_module(COMMANDS[args.command][0])
-        if rest and not hasattr(module, "parse_rest"):
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        module = _module(args.command)
         if hasattr(module, "parse_rest"):
             module.parse_rest(args, rest)
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return module.run(args)
     except USER_ERRORS as error:
         print(f"mhmoe{f' {command}' if command in COMMANDS else ''}: error: {error}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,15 +9,14 @@ import sys
 import pytest
 
 from mhmoe_fairseq.commands import report
-from mhmoe_fairseq.commands.main import ALIASES, COMMANDS, HEAVY, main
+from mhmoe_fairseq.commands.main import ALIASES, COMMANDS, main
 from mhmoe_fairseq.common.errors import UserError
 
 # The parser of each command, in a process of its own; prints which of them need what a help text should not wait for.
 PARSERS = """
 import json, os, sys
 from mhmoe_fairseq.commands import main
-main.HEAVY = ()
-for command in main.COMMANDS:
+for command in (None, *main.COMMANDS):
     if os.fork() == 0:
         main.build_parser(command)
         found = {"torch", "fairseq", "torchscale"} & set(sys.modules)
@@ -31,8 +29,8 @@ for command in main.COMMANDS:
 
 def test_help_comes_without_torch_and_fairseq(repository):
     done = subprocess.run([sys.executable, "-c", PARSERS], cwd=repository, capture_output=True, text=True)
-    heavy = {json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')}
-    assert done.returncode == 0 and heavy == HEAVY & set(COMMANDS)
+    heavy = [line for line in done.stdout.splitlines() if line.startswith('"')]
+    assert done.returncode == 0 and not heavy and len(COMMANDS) + 1 <= 11  # with user-dir
 
 
 @pytest.mark.parametrize("words", [["user-dir"], ["--help"], ["plan", "--help"], ["plan", "--arch", "dense_lm_tiny"]])
@@ -63,7 +61,7 @@ def test_a_word_that_is_no_text_is_one_line(capsys, words, message):
     assert err.startswith(message) and err.endswith(" is not\n") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("former", ALIASES)
+@pytest.mark.parametrize("former", sorted(ALIASES.keys() - {"lm-eval"}))  # whose --help is another program's
 def test_a_former_name_says_todays_and_runs_it(capsys, former):
     with pytest.raises(SystemExit) as end:
         main([former, "--help"])
