@@ -274,8 +274,8 @@ def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare_classification(args: argparse.Namespace) -> None:
-    files = [classification.labelled_file(split, word) for split in SPLITS for word in getattr(args, split)]
-    classification.check_files(files, several_languages=args.language_field is not None)
+    words = {split: getattr(args, split) for split in SPLITS}
+    files = classification.labelled_files(words, several_languages=args.language_field is not None)
     settings = classification.ClassificationSettings.from_flags(args)
     source = classification.open_labelled_text(files, args.data, args.tiktoken_ranks)
     classification.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)

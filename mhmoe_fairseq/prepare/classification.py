@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from ..common.errors import UserError
 from ..common.files import atomic_path, require_files, sha256_of
@@ -48,33 +48,37 @@ class LabelledFile:
         return f"--{self.split} {self.language}={self.path}"
 
 
-def labelled_file(split: str, word: str) -> LabelledFile:
-    """Returns the file that ``--SPLIT LANG=FILE`` names.
+def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) -> list[LabelledFile]:
+    """Returns the files that ``--train``, ``--valid`` and ``--test`` name.
+
+    Args:
+        words: ``LANG=FILE`` by split.
+        several_languages: whether a file may hold several languages.
 
     Raises:
-        UserError: the word is not LANG=FILE, or names an unknown language or a file that is missing or no data.
+        UserError: a word that is not LANG=FILE, an unknown language, one given twice, a file that is missing, of
+            another format, or given for two languages or splits.
     """
-    code, separator, path = word.partition("=")
-    if not separator or not path:
-        raise UserError(f"--{split} {word}: must be LANG=FILE, such as en={word}")
-    get_language(code, f"--{split}")
-    require_files([Path(path)], f"--{split}")
-    file_format(Path(path))
-    return LabelledFile(split, code, Path(path))
-
-
-def check_files(files: Sequence[LabelledFile], several_languages: bool) -> None:
-    """``UserError`` when a split has two files for a language, or the same examples are named twice."""
-    for index, new in enumerate(files):
-        for old in files[:index]:
+    files: list[LabelledFile] = []
+    for split, word in [(part, word) for part in SPLITS for word in words[part]]:
+        code, separator, path = word.partition("=")
+        if not separator or not path:
+            raise UserError(f"--{split} {word}: must be LANG=FILE, such as en={word}")
+        get_language(code, f"--{split}")
+        new = LabelledFile(split, code, Path(path))
+        require_files([new.path], f"--{split}")
+        file_format(new.path)
+        for old in files:
             if old.name == new.name:
-                raise UserError(f"{new.flag}: --{new.split} has a file for {new.language} already, {old.path}")
-            same_examples = not several_languages or old.language == new.language
+                raise UserError(f"{new.flag}: --{split} has a file for {code} already, {old.path}")
+            same_examples = not several_languages or old.language == code
             if same_examples and old.path.resolve() == new.path.resolve():
                 raise UserError(
                     f"{new.flag}: is the file of --{old.split} {old.language}; of a file with several languages give "
                     "the --language-field"
                 )
+        files.append(new)
+    return files
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ SEPARATOR = {
     "help": "for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
 }  # fmt: skip
 FIELD = {"type": nonempty, "default": "text", "metavar": "NAME", "help": "field that holds a document's text"}
-Find = Callable[[], Sequence[tuple[Optional[str], Path]]]
 
 
 @dataclass(frozen=True)
@@ -28,25 +27,26 @@ class OwnText:
 
     Args:
         name, unit, options: see :class:`~.base.Source`.
-        find: returns the files in the order in which they are read, each with the split that it must go to, if any;
-            ``UserError`` names one that is missing.
+        files: in the order in which they are read, each with the split that it must go to, if any.
         read: from a file to its documents.
     """
 
     name: str
     unit: str
     options: Mapping[str, Any]
-    find: Find
+    files: Sequence[tuple[Optional[str], Path]]
     read: Callable[[Path], Iterator[Document]]
     licence: str = OWN_TEXT
 
     def identity(self) -> dict[str, object]:
         """Returns the files' names, sizes and hashes; ``UserError`` names one that is missing."""
-        return {"inputs": [fingerprint(path) for _, path in self.find()]}
+        paths = [path for _, path in self.files]
+        require_files(paths, f"--source {self.name}")
+        return {"inputs": list(map(fingerprint, paths))}
 
     def open(self, cache_dir: Path, say: Say) -> OpenedSource:
         """Returns the documents, file by file."""
-        documents = (document._replace(split=split) for split, path in self.find() for document in self.read(path))
+        documents = (document._replace(split=split) for split, path in self.files for document in self.read(path))
         return OpenedSource({"version": None, **self.identity()}, documents)
 
 
@@ -59,21 +59,14 @@ def text_source(files: Sequence[Path], separator: str = BLANK_LINE) -> OwnText:
     """
     read = partial(text_documents, separator=separator)
     unit = f"document separator = {separator}, line = line"
-    return OwnText("text", unit, {"document_separator": separator}, _given("text", files), read)
+    return OwnText("text", unit, {"document_separator": separator}, [(None, file) for file in files], read)
 
 
 def jsonl_source(files: Sequence[Path], field: str = "text") -> OwnText:
     """Returns a source of JSON lines: one object a line, the document in one of its fields."""
     unit = "document = JSON object, line = line of its text"
-    return OwnText("jsonl", unit, {"jsonl_field": field}, _given("jsonl", files), partial(jsonl_documents, field=field))
-
-
-def _given(name: str, files: Sequence[Path]) -> Find:
-    def find() -> list[tuple[Optional[str], Path]]:
-        require_files(list(files), f"--source {name}")
-        return [(None, file) for file in files]
-
-    return find
+    read = partial(jsonl_documents, field=field)
+    return OwnText("jsonl", unit, {"jsonl_field": field}, [(None, file) for file in files], read)
 
 
 def shard_source(folder: Path) -> OwnText:
@@ -83,21 +76,16 @@ def shard_source(folder: Path) -> OwnText:
     sentence a line and an empty line between documents. The splits are kept as they are; ``weight`` is ignored, because
     every shard is read once. Held-out splits are read first, so that a repeated line is dropped from the training part.
     """
-
-    def find() -> list[tuple[Optional[str], Path]]:
-        indexes = {split: folder / "json" / f"{split}.json" for split in ("test", "valid", "train")}
-        require_files([indexes["valid"], indexes["train"]], "--source torchscale-shards")
-        shards: list[tuple[Optional[str], Path]] = [
-            (split, folder / shard)
-            for split, index in indexes.items()
-            if index.exists()
-            for shard in _shard_names(index, read_json(index))
-        ]
-        require_files([path for _, path in shards], "--source torchscale-shards")
-        return shards
-
+    indexes = {split: folder / "json" / f"{split}.json" for split in ("test", "valid", "train")}
+    require_files([indexes["valid"], indexes["train"]], "--source torchscale-shards")
+    shards = [
+        (split, folder / shard)
+        for split, index in indexes.items()
+        if index.exists()
+        for shard in _shard_names(index, read_json(index))
+    ]
     unit = "document separator = blank-line, line = line"
-    return OwnText("torchscale-shards", unit, {}, find, partial(text_documents, separator=BLANK_LINE))
+    return OwnText("torchscale-shards", unit, {}, shards, partial(text_documents, separator=BLANK_LINE))
 
 
 def _shard_names(index: Path, entries: Any) -> list[str]:
