@@ -94,7 +94,7 @@ def table(what: str, name: str) -> str:
         paper = EXPERIMENTS[name].paper
         rows = {model: of if isinstance(of, dict) else {paper.metric: of} for model, of in paper.values.items()}
         columns = list(next(iter(rows.values())))
-        head = f"{paper.title} ({paper.note}):\n\n"
+        head = f"{paper.title}. {paper.note}\n\n"
         return head + markdown_table(
             ["model", *columns], [[model, *(str(row[column]) for column in columns)] for model, row in rows.items()]
         )

@@ -86,7 +86,7 @@ TABLE_4 = PaperTable(
     f"{P1}, table 4, 8 experts",
     "score",
     {model: dict(zip(_TABLE_4_COLUMNS, row)) for model, row in _TABLE_4_ROWS.items()},
-    "percent, and scores times 100; VQAv2, NLVR2 and COCO: other data than ours unless you prepared them",
+    "In percent, and scores times 100; VQAv2, NLVR2 and COCO: other data than ours unless you prepared them.",
     dict(zip(_TABLE_4_COLUMNS, ("valid questions", "test questions", "valid statements", "test statements", "BLEU-4"))),
 )
 _FOLDER = "masked_multimodal"

@@ -87,13 +87,13 @@ CLASSIFICATION = Recipe(
 THREE = ("dense", "xmoe", "mhmoe-params")  # 8 experts; the paper's table 1 has 32 too
 FIVE = (*THREE, "xmoe-e32", "mhmoe-params-e32")
 ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
-OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours"
+OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours."
 
 
 def perplexities(title: str, models: str, *values: float) -> PaperTable:
     """Returns a table with one perplexity for each model."""
     return PaperTable(
-        f"{P1}, {title}", "perplexity", dict(zip(models.split(), values)), f"validation perplexity; {OTHER_CORPUS}"
+        f"{P1}, {title}", "perplexity", dict(zip(models.split(), values)), f"Validation perplexity of {OTHER_CORPUS}"
     )
 
 
@@ -131,7 +131,7 @@ TABLE_3 = PaperTable(
     f"{P1}, table 3: zero-shot XNLI",
     "accuracy",
     {model: dict(zip(_LANGUAGES, row)) for model, row in _XNLI.items()},
-    "percent; avg: mean of the 14 languages; other models on other training data",
+    "In percent; avg: mean of the 14 languages; other models on other training data.",
 )
 
 

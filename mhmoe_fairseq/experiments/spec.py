@@ -264,10 +264,10 @@ def training_command(
     warmup = scale.warmup or (updates // 10 if updates < 25_000 else 10_000)
     of_data = "" if recipe.data_flags is None else recipe.data_flags(data)
     flags = {
+        "--arch": (f"{model.kind}_{recipe.family}_{choice.size or machine.size}",),
         **parse_flags(f"{machine.flags} {recipe.flags} {scale.flags} {of_data}"),
         **parse_flags(f"--warmup-updates {warmup} --max-update {updates} --log-interval {-(-interval // 5)}"),
         **parse_flags(f"--validate-interval-updates {interval} --save-interval-updates {interval}"),
-        "--arch": (f"{model.kind}_{recipe.family}_{choice.size or machine.size}",),
         **parse_flags(f"{model.flags} {model.paper_flags if choice.scale == 'paper' else ''}"),
         **processes.share(scale.samples, choice.batch or scale.batch, machine.backend),
         **more,

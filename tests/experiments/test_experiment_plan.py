@@ -56,8 +56,6 @@ def trainings(*words: str) -> dict[str, tuple[str, ...]]:
 def test_every_command_is_accepted(name: str, scale: str) -> None:
     assert commands(name, "--scale", scale)
     for command in commands(name, "--scale", scale):
-        if command[1] in ("evaluate", "zero-shot"):  # being merged
-            continue
         if unlaunched(command)[0] != "fairseq-train":
             assert parse_mhmoe(command)
         elif (args := parse(command)).arch.split("_")[1] == "lm" and "classification" not in args.task:
