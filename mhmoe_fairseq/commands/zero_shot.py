@@ -178,7 +178,7 @@ def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], Recor
 def _run_lm_eval(args: argparse.Namespace) -> int:
     """Hand over to lm-eval, and make a record of the results of one of our models."""
     if {"-h", "--help"} & set(args.words) and not set(args.words) & set(_OTHER_COMMANDS):
-        sys.stdout.write(_HELP)
+        say(_HELP.removesuffix("\n"))
     from ..evaluation.lm_eval_support import require_lm_eval
 
     require_lm_eval()

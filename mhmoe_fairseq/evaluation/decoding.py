@@ -29,7 +29,7 @@ class Ending:
         max_tokens: its most tokens.
 
     Raises:
-        ValueError: naming the argument, its value and the rule.
+        UserError: naming the argument, its value and the rule.
     """
 
     stops: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class StopDecoder:
             length, and random numbers are torch's, as lm-eval's ``--seed`` left them.
 
     Raises:
-        ValueError: if ``search`` has several beams.
+        UserError: if ``search`` has several beams.
     """
 
     def __init__(self, model: GeneratorHubInterface, search: Search) -> None:

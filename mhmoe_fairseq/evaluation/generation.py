@@ -35,7 +35,7 @@ class Search:
         seed: of the random numbers; without sampling none are drawn.
 
     Raises:
-        ValueError: naming the flag, its value and the rule.
+        UserError: naming the flag, its value and the rule.
     """
 
     beam: int = 1
@@ -105,7 +105,7 @@ def continue_prompts(
         prompts: one line of text each; an empty one starts from the end mark alone.
 
     Raises:
-        ValueError: naming the prompt that has line breaks, unknown words or no room for a continuation.
+        UserError: naming the prompt that has line breaks, unknown words or no room for a continuation.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size ({batch_size}) must be at least 1")

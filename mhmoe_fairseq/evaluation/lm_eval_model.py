@@ -57,7 +57,7 @@ class MHMoEHarnessModel(TemplateLM):
         unknown: arguments that do not exist, for a clear message.
 
     Raises:
-        ValueError, OSError: naming the argument, or the file, and the rule.
+        UserError, OSError: naming the argument, or the file, and the rule.
     """
 
     def __init__(

@@ -66,7 +66,7 @@ class TextScorer:
         clean: prepare lines as ``mhmoe prepare`` does; False takes them as they are.
 
     Raises:
-        ValueError: naming the argument, its value and the rule.
+        UserError: naming the argument, its value and the rule.
     """
 
     def __init__(

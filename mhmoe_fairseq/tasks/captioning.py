@@ -66,7 +66,7 @@ class CaptioningTask(ImageTextFineTuning):
         """How to decode; by default as many tokens as the model has positions for.
 
         Raises:
-            ValueError: naming the flag, its value and the rule.
+            UserError: naming the flag, its value and the rule.
         """
         most = self.args.max_text_length - 1  # <s> takes a place
         if max_len is not None and max_len > most:
@@ -104,7 +104,7 @@ class CaptioningTask(ImageTextFineTuning):
         """Check and load a split; one that is not for training with its reference captions.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
+            FileNotFoundError, UserError: naming the file that is missing, broken or of another dictionary.
         """
         index = read_index(self.folder, "captioning", split, NAME, vocabulary_size=len(self.dictionary))
         read = index, self.dataset_settings(split), self.build_transform(split), self.args.caption_mask_prob
@@ -160,7 +160,7 @@ class ReferencedCaptions(CaptionDataset):
         cider: scores a caption of the image of a row, which batches have as ``id``.
 
     Raises:
-        ValueError: if an image has no reference.
+        UserError: if an image has no reference.
     """
 
     def __init__(

@@ -58,7 +58,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
         """Check and load a split; the training split of all shards is checked at once, before training starts.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, truncated or of another dictionary.
+            FileNotFoundError, UserError: naming the file that is missing, truncated or of another dictionary.
         """
         folders = data_folders(self.args)
         current = folders[(epoch - 1) % len(folders)]

@@ -106,7 +106,7 @@ class MaskedMultimodalTask(ImageTextTask):
         """Build the model; for training, check the checkpoint that it will start from or go on with.
 
         Raises:
-            ValueError: for a model that is none of ours, bad flags, or a checkpoint of another model, dictionary or
+            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model, dictionary or
                 visual tokenizer.
         """
         model = super().build_model(args, from_checkpoint)
@@ -119,7 +119,7 @@ class MaskedMultimodalTask(ImageTextTask):
         """Check and load a split of every modality.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, broken or of another dictionary.
+            FileNotFoundError, UserError: naming the file that is missing, broken or of another dictionary.
         """
         parts = {name: self._read(name, split) for name in self.modalities}
         counts = ", ".join(f"{len(part):,} of {name}" for name, part in parts.items())

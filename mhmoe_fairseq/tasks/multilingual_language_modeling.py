@@ -79,7 +79,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         """Build the model; for training, look for the languages first.
 
         Raises:
-            ValueError: naming the flag or the language, its value and the rule.
+            UserError: naming the flag or the language, its value and the rule.
         """
         if not from_checkpoint:
             logger.info(f"{len(self.languages)} languages: {', '.join(self.languages)}")
@@ -128,7 +128,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         """Check and load a split of all languages, or, as ``valid_de``, of one.
 
         Raises:
-            FileNotFoundError, ValueError: naming the file that is missing, truncated, empty or of another dictionary.
+            FileNotFoundError, UserError: naming the file that is missing, truncated, empty or of another dictionary.
         """
         base, chosen = self.split_of(split)
         parts = {language: self._load_part(language, base, epoch, combine, **kwargs) for language in chosen}

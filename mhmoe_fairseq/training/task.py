@@ -74,7 +74,7 @@ class ParallelTask(FairseqTask):
         """Build the model: for training with its experts shared out over the ranks, from a checkpoint with all.
 
         Raises:
-            ValueError: naming the flag, its value and the rule; because another run is saving to the same folder; or
+            UserError: naming the flag, its value and the rule; because another run is saving to the same folder; or
                 for processes that train alone without meaning to.
         """
         self.is_training = not from_checkpoint

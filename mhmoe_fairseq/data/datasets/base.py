@@ -44,7 +44,7 @@ class DatasetSettings:
             and always in evaluation, a bad image is an error.
 
     Raises:
-        ValueError: naming the flags.
+        UserError: naming the flags.
     """
 
     folder: Path

@@ -26,7 +26,7 @@ class CaptionDataset(IndexedDataset):
         fraction: of a caption's tokens that are masked in training; ``</s>`` is one of them.
 
     Raises:
-        ValueError: in training, naming the first line whose text is null.
+        UserError: in training, naming the first line whose text is null.
     """
 
     stream = 7

@@ -49,7 +49,7 @@ class VQADataset(IndexedDataset):
         num_answers: of ``answer2label.txt``.
 
     Raises:
-        ValueError: naming the line whose answer that file does not have.
+        UserError: naming the line whose answer that file does not have.
     """
 
     stream = 4
@@ -87,7 +87,7 @@ class ImagePairs(IndexedDataset):
     a list of strings.
 
     Raises:
-        ValueError: naming the first line that lacks a label where others have one.
+        UserError: naming the first line that lacks a label where others have one.
     """
 
     stream = 5
@@ -125,7 +125,7 @@ class LabelledImages(IndexedDataset):
         num_classes: if given, classes must be below it.
 
     Raises:
-        ValueError: naming the line of a class that is not.
+        UserError: naming the line of a class that is not.
     """
 
     stream = 6

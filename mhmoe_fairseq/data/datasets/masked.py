@@ -111,7 +111,7 @@ class MaskedTexts(MaskedDataset):
         fraction: of the tokens that are masked.
 
     Raises:
-        ValueError: if there is no text.
+        UserError: if there is no text.
     """
 
     stream = 2

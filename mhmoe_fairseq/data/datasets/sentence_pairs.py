@@ -31,7 +31,7 @@ class LabelledSentences(SizedRows):
         seed: of the order of examples of one length, which is that of the training split; None keeps their order.
 
     Raises:
-        ValueError: if ``longest`` leaves no token of a sentence.
+        UserError: if ``longest`` leaves no token of a sentence.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ def read_ground_truth(path: Path) -> dict[int, list[str]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file and what is wrong in it.
+        UserError: naming the file and what is wrong in it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: it holds the captions that a model's are scored against")
