@@ -25,6 +25,16 @@ _SHORT_SIZES = {"--layers": "layers", "--embed-dim": "embed_dim", "--ffn-dim": "
 _IMAGE_FLAGS = {
     "img_size": "side of an image", "patch_size": "side of a patch", "max_text_length": "longest text, in tokens",
 }  # fmt: skip
+_CLUSTER_FLAGS = {
+    "--ranks": (whole(), None, "W", "processes, one for each device; --ep of them share experts"),
+    "--ranks-per-node": (whole(), 8, "N", "consecutive ranks on one machine"),
+    "--tokens-per-rank": (whole(), 4096, "T", "in one micro-batch, without padding"),
+    "--link": (real(above=0), 300, "GB/S", "gigabytes a second that a rank sends inside its node"),
+    "--network": (
+        real(above=0), 100, "GBIT/S", "gigabits a second that a node sends to all others, for all its ranks together"
+    ),
+    "--tflops": (real(above=0), None, "TFLOPS", "what a rank reaches in training; adds the time of computing"),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,32 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     short.add_argument(
         "--budget", dest="mhmoe_budget", choices=("none", "params", "flops"), help="the same as --mhmoe-budget"
     )
-    _add_cluster_arguments(parser.add_argument_group("many ranks: memory, all-to-all and time of a training on them"))
-
-
-def _add_cluster_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--ranks", type=whole(), metavar="W", help="processes, one for each device; --ep of them share experts"
-    )
-    group.add_argument(
-        "--ranks-per-node", type=whole(), default=8, metavar="N", help="consecutive ranks on one machine"
-    )
-    group.add_argument(
-        "--tokens-per-rank", type=whole(), default=4096, metavar="T", help="in one micro-batch, without padding"
-    )
-    group.add_argument(
-        "--link", type=real(above=0), default=300, metavar="GB/S",
-        help="gigabytes a second that a rank sends inside its node",
-    )  # fmt: skip
-    group.add_argument(
-        "--network", type=real(above=0), default=100, metavar="GBIT/S",
-        help="gigabits a second that a node sends to all others, for all its ranks together",
-    )  # fmt: skip
-    group.add_argument(
-        "--tflops", type=real(above=0), metavar="TFLOPS",
-        help="what a rank reaches in training; adds the time of computing",
-    )  # fmt: skip
-    group.add_argument("--cpu", action="store_true", help="activation memory as on CPUs, whose experts keep less")
+    ranks = parser.add_argument_group("many ranks: memory, all-to-all and time of a training on them")
+    for flag, (kind, default, metavar, text) in _CLUSTER_FLAGS.items():
+        ranks.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+    ranks.add_argument("--cpu", action="store_true", help="activation memory as on CPUs, whose experts keep less")
 
 
 def _model_parser() -> ArgumentParser:

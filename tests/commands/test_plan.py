@@ -127,6 +127,12 @@ def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> Non
     assert models[2:] == ["dense", "smoe"]
 
 
+def test_the_models_flags_are_listed_when_asked_for(capsys: pytest.CaptureFixture) -> None:
+    assert main(["plan", "--help-model"]) == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--moe-freq", "--decoder-layers", "--encoder-layers", "--mhmoe-router-preset"))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -137,6 +143,7 @@ def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> Non
         (["--experts", "8", "--moe-expert-count", "8"], "give one"),
         (["--vocab-size", "3"], r"--vocab-size \(3\)"),
         (["--arch", "dense_lm_base", "--heads", "2"], "--mhmoe-heads-number needs MoE layers"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(flags: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

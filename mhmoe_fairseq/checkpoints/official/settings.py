@@ -25,29 +25,19 @@ _SAME = [
 # What must have one of these values, where it is stored at all: anything else changes the forward pass in a way that
 # our model has no counterpart for.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
-    "weight_bits": (32,),
-    "input_bits": (32,),
-    "ffn_bits": (-1, 32),
-    "fc2_bits": (-1, 32),
-    "binary_attn": (False,),
-    "binary_query": (False,),
-    "binary_routing": (False,),
-    "use_quant_for_activation": (False,),
-    "quant_ffn_output": (False,),
-    "moe_lora_rank": (-1,),
-    "model_parallel_size": (1,),
-    "group_norm_size": (1,),
-    "multiway": (False,),
-    "decoder_normalize_before": (True,),
-    "deepnorm": (False,),
-    "xpos_rel_pos": (False,),
-    "sope_rel_pos": (False,),
-    "rel_pos_buckets": (0,),
-    "partial_rotary_factor": (1.0,),
-    "relu_squared": (False,),
-    "negative_slope": (-1.0,),
-    "nozero_rmsnorm": (False,),
-    "moe_batch_prioritized_routing": (False,),
+    name: values
+    for values, names in (
+        ((32,), "weight_bits input_bits"),
+        ((-1, 32), "ffn_bits fc2_bits"),
+        ((False,), "binary_attn binary_query binary_routing use_quant_for_activation quant_ffn_output"),
+        ((False,), "multiway deepnorm xpos_rel_pos sope_rel_pos relu_squared nozero_rmsnorm"),
+        ((False,), "moe_batch_prioritized_routing"),
+        ((True,), "decoder_normalize_before"),
+        ((-1,), "moe_lora_rank negative_slope"),
+        ((1,), "model_parallel_size group_norm_size partial_rotary_factor"),
+        ((0,), "rel_pos_buckets"),
+    )
+    for name in names.split()
 }
 # These quantisers change their input even at 32 bits.
 _SPARSIFIERS = ("absmax_per_token_sp", "absmax_per_token_relu", "absmax_per_token_relu2", "absmax_per_token_sparse_me")
