@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
-from .paper import PaperTable
+from .paper import PaperTable, paper_section
 from .plots import draw_bars, draw_curves, draw_seeds, require_matplotlib
 from .routing import draw_activation, draw_parts
 from .runs import Model, evaluations, read_model, require_one_data
@@ -20,7 +20,6 @@ from .tables import (
     counts_of,
     differing_settings,
     overview,
-    paper_section,
     part_columns,
     parts_section,
     routing_section,
@@ -115,8 +114,8 @@ def _notes(models: Sequence[Model], split: str) -> str:
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
         f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
-        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load on the {split} split, mean of "
-        "the MoE layers; effective experts: exp(entropy of the load) / number of experts.",
+        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load, mean of the MoE layers, on "
+        f"the {split} split or the one that was measured; effective experts: exp(entropy of the load) / number of experts.",
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]

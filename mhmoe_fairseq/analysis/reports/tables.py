@@ -11,7 +11,6 @@ from ...common.errors import UserError
 from ...common.tables import MISSING, markdown_table, millions, number, percent
 from ...evaluation.records import ExpertLoads, Metric
 from ..routing.loads import PartLoads
-from .paper import PaperTable
 from .routing import explanation, mean
 from .runs import Model, Run, evaluations, mean_and_deviation
 
@@ -289,35 +288,3 @@ def differing_settings(models: Sequence[Model]) -> str:
 def _setting(run: Run, section: str, name: str) -> str:
     value = (run.records[0].model.get("settings", {}).get(section) or {}).get(name)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Sequence[Column], split: str) -> str:
-    """The paper's own table, a row for each of its models, with ours below where we have the model."""
-    if paper is None:
-        return ""
-    numbers = {
-        name: values if isinstance(values, Mapping) else {paper.metric: values} for name, values in paper.values.items()
-    }
-    titles = list(dict.fromkeys(title for values in numbers.values() for title in values))
-    by_name = {model.name: model for model in models}
-    rows = []
-    for name, values in numbers.items():
-        rows.append([f"{name}, paper", *(f"{values[title]:,}" if title in values else MISSING for title in titles)])
-        if name in by_name:
-            wanted = [paper.columns.get(title, title) for title in titles]
-            ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in wanted]
-            rows.append([f"{name}, ours", *map(spread, ours)])
-    told = (
-        f"{paper.title}. {paper.note} Ours: {split} split, other data and another scale: the paper's numbers show an "
-        "order to look for, not values to reach."
-    )
-    return f"## What the paper reports, beside ours\n\n{told}\n\n{markdown_table(['', *titles], rows)}"
-
-
-def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], split: str) -> list[float]:
-    """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
-    measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
-    measured.sort(key=lambda names: names[1] != split)
-    known = [column for column in columns if column.title == title or (column.metric, column.split) == (title, split)]
-    known += [Column(title, what, name, metric, title) for what, name in measured]
-    return next((values for column in known if (values := column.values(model))), [])

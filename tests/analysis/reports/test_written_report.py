@@ -199,12 +199,12 @@ def test_fine_tuned_models_stand_beside_guessing(tasks: Path, tmp_path: Path) ->
 
 
 def test_the_last_table_is_the_papers_with_ours_beside_it(runs: Path, tmp_path: Path) -> None:
-    paper = PaperTable("P1, table 5", "perplexity", {"dense": 16.23, "xmoe": 14.8}, note="250k updates.")
+    paper = PaperTable("P1, table 5", "perplexity", {"dense": 16.23, "xmoe": 14.8}, note="250k updates")
     text = report(runs, tmp_path / "report.md", plots=False, paper=paper)
     assert [list(row.values()) for row in tables(text)[-1]] == [
         ["dense, paper", "16.23"], ["dense, ours", "20.00"], ["xmoe, paper", "14.8"]
     ]  # fmt: skip
-    assert "P1, table 5. 250k updates. Ours: test split" in text
+    assert "P1, table 5: 250k updates. Ours: test split." in text
     several = PaperTable("P", "accuracy", {"dense": {"held out": 3.0, "de": 33.0}}, columns={"held out": "valid ppl"})
     parts = {"de": {"accuracy": Metric(40.0, "%")}}
     write_run(runs / "dense", make_record({"accuracy": Metric(41.0, "%")}, "zero-shot", split="xnli", parts=parts))
