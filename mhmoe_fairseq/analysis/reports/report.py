@@ -114,8 +114,8 @@ def _notes(models: Sequence[Model], split: str) -> str:
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
         f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
-        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load, mean of the MoE layers, on "
-        f"the {split} split or the one that was measured; effective experts: exp(entropy of the load) / number of experts.",
+        f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
+        f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]

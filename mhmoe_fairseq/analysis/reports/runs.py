@@ -123,7 +123,8 @@ def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict
     """
     found: dict[str, dict[Path, None]] = {}
     for path in paths:
-        runs = [path] if _is_run(path) else sorted(filter(_is_run, _folders_below(path)), key=_natural)
+        below = (folder for depth in ("*", "*/*", "*/*/*") for folder in path.glob(depth))
+        runs = [path] if _is_run(path) else sorted(filter(_is_run, below), key=_natural)
         if not runs:
             raise UserError(f"{path} has no run: a folder with train.log, or record-SPLIT.json of mhmoe evaluate")
         for run in runs:
@@ -138,11 +139,6 @@ def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict
 
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "train.log").is_file() or any(folder.glob("record-*.json")))
-
-
-def _folders_below(path: Path) -> Iterator[Path]:
-    for depth in ("*", "*/*", "*/*/*"):
-        yield from path.glob(depth)
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

@@ -92,7 +92,7 @@ def measure_diversity(checkpoint: Path, data: Path, paths: Sequence[Path]) -> Pa
     if not layers:
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     images = prepare_images(paths, task.args.img_size)
-    experts, counts = num_experts(opened.model), []
+    experts, counts = num_experts(opened.model, layers[0]), []
 
     def count(call: RoutedCall) -> None:
         patches = [distinct_experts(call.choices[layer][:, 1:], experts) for layer in layers]

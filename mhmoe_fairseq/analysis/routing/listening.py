@@ -119,9 +119,9 @@ def pools_of(model: nn.Module, index: int) -> list[MHMoELayer]:
     return pools
 
 
-def num_experts(model: nn.Module) -> int:
+def num_experts(model: nn.Module, index: int) -> int:
     """How many experts a layer has, those of both modalities together where each has its own."""
-    return sum(pool.config.num_experts for pool in pools_of(model, expert_layers(model)[0]))
+    return sum(pool.config.num_experts for pool in pools_of(model, index))
 
 
 def most_distinct(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from ...evaluation.evaluate import evaluate, split_options
 from ...evaluation.expert_loads import LoadCounter
 from ...evaluation.records import LayerLoads, Metric, Record
 from ...tasks.masked_multimodal import MaskedMultimodalTask
-from .listening import IMAGE, TEXT, RoutedCall, distinct_experts, listening, most_distinct, pools_of
+from .listening import IMAGE, TEXT, RoutedCall, distinct_experts, listening, most_distinct, num_experts, pools_of
 from .loads import PartLoads, accuracy, language_guesses
 
 PIECES = 100  # of every language; the guess is made for every second
@@ -114,7 +114,7 @@ class PositionCounts:
         for group, selected in group_positions(call):
             self._positions[group] += int(selected.sum())
             for layer, choices in call.choices.items():
-                experts = sum(pool.config.num_experts for pool in pools_of(self._model, layer))
+                experts = num_experts(self._model, layer)
                 chosen = choices[selected].cpu()
                 load_E = torch.bincount(chosen.flatten(), minlength=experts)
                 loads, distinct = self._loads.setdefault(group, {}), self._distinct.setdefault(group, {})

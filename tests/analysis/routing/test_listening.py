@@ -39,7 +39,7 @@ def test_choices_add_up_to_the_layers_loads(kind, experts):
     assert expert_layers(model) == [0, 1, 2] == sorted(call.choices)
     for layer, choices in call.choices.items():
         assert choices.shape == (*call.is_real.shape, 2, 2)
-        load = torch.bincount(choices[call.is_real].flatten(), minlength=num_experts(model))
+        load = torch.bincount(choices[call.is_real].flatten(), minlength=num_experts(model, layer))
         assert torch.equal(load, extra["moe"][layer].stats.expert_load.flatten().long())
     if experts == "separate":
         is_image = torch.arange(call.is_real.size(1)) < call.image_positions
