@@ -68,7 +68,7 @@ class MaskedMultimodalCriterion(MoECriterion):
     - ``image_loss``, ``text_loss``, ``pair_image_loss``, ``pair_text_loss``: per masked patch or word; and with the
       same beginnings ``_ppl``, perplexity, and ``_accuracy``, in percent.
     - ``loss``: what training minimises: by default the mean of these.
-    - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is the figure of table 1.
+    - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is that of table 1.
 
     - ``replaced``: samples that stood for one with a bad image, where there are such.
 
@@ -87,7 +87,7 @@ class MaskedMultimodalCriterion(MoECriterion):
             model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
             sample: a sub-batch for each modality under its name, with the keys of ``MaskedDataset``. Where
                 ``counted`` is False a sub-batch is only there for its experts' calls, which all ranks make together,
-                and enters no figure.
+                and enters no metric.
             reduce: there is one loss for the batch either way.
 
         Returns:
@@ -123,11 +123,11 @@ class MaskedMultimodalCriterion(MoECriterion):
     ) -> dict[str, MaskedPart]:
         """The masked patches and the masked words of one sub-batch, each if its modality has them."""
         found = {}
-        for part, (places, targets) in masked_targets(self.task, modality, batch).items():
+        for part, (indices, targets) in masked_targets(self.task, modality, batch).items():
             if PARTS[part][1] == "patches":
-                logits = model.image_logits(_features_at(features, 1, image_positions, places))
+                logits = model.image_logits(_features_at(features, 1, image_positions, indices))
             else:
-                logits = model.text_logits(_features_at(features, image_positions, features.size(1), places))
+                logits = model.text_logits(_features_at(features, image_positions, features.size(1), indices))
             found[part] = masked_part(logits, targets)
         return found
 
@@ -157,7 +157,7 @@ class MaskedMultimodalCriterion(MoECriterion):
 
 
 def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is predicted in a sub-batch: part -> ``(M,)`` places in its flattened patches or words, and ``(M,)`` ids.
+    """What is predicted in a sub-batch: part -> ``(M,)`` indices in its flattened patches or words, and ``(M,)`` ids.
 
     Args:
         task: with ``image_targets``.
@@ -167,9 +167,9 @@ def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str,
     kept = slice(None) if batch.get("counted", True) else slice(0)
     found = {}
     for part, (_, kind) in ((part, of) for part, of in PARTS.items() if of[0] == modality):
-        places = batch["masked_patch_places" if kind == "patches" else "masked_token_places"][kept]
+        indices = batch["masked_patch_places" if kind == "patches" else "masked_token_places"][kept]
         targets = task.image_targets(batch) if kind == "patches" else batch["text_targets"]
-        found[part] = (places, targets.flatten().index_select(0, places))
+        found[part] = (indices, targets.flatten().index_select(0, indices))
     return found
 
 
@@ -194,13 +194,13 @@ def _part_log(parts: dict[str, MaskedPart]) -> dict[str, Tensor]:
     return {f"{name}_{key}": value.detach() for name, part in parts.items() for key, value in part._asdict().items()}
 
 
-def _features_at(features: Tensor, start: int, end: int, places: Tensor) -> Tensor:
-    """``(M, D)``: of ``features (B, L, D)`` at places in the flattened positions ``start`` to ``end`` of all rows.
+def _features_at(features: Tensor, start: int, end: int, indices: Tensor) -> Tensor:
+    """``(M, D)``: of ``features (B, L, D)`` at indices in the flattened positions ``start`` to ``end`` of all rows.
 
-    A mask as index would make the host wait for the number of its places.
+    A mask as index would make the host wait for the number of its indices.
     """
-    rows = places.div(end - start, rounding_mode="floor")
-    return features.flatten(0, 1).index_select(0, rows * features.size(1) + start + places % (end - start))
+    rows = indices.div(end - start, rounding_mode="floor")
+    return features.flatten(0, 1).index_select(0, rows * features.size(1) + start + indices % (end - start))
 
 
 def _objective(averages_parts: bool, meters: Any) -> float:

@@ -100,9 +100,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with the task's heads; for training, check the checkpoint that it will start from.
 
-        Raises:
-            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary,
-                or of other sizes if it is resumed with its optimizer.
+        A ``UserError`` names a model that is none of ours, a bad flag, or a checkpoint that does not fit.
         """
         model = super().build_model(args, from_checkpoint)
         if not hasattr(model, "register_head"):

@@ -63,11 +63,7 @@ class CaptioningTask(ImageTextFineTuning):
         self.search = self.build_search(args.caption_beam, args.caption_length_penalty, args.caption_max_len)
 
     def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:
-        """How to decode; by default as many tokens as the model has positions for.
-
-        Raises:
-            UserError: naming the flag, its value and the rule.
-        """
+        """Return how to decode, by default as many tokens as the model has positions for; more are refused."""
         most = self.args.max_text_length - 1  # <s> takes a place
         if max_len is not None and max_len > most:
             raise UserError(f"a caption of {max_len} tokens is too long: --max-text-length leaves {most} after <s>")
@@ -75,11 +71,7 @@ class CaptioningTask(ImageTextFineTuning):
 
     @functools.cached_property
     def tokenizer(self) -> WholeSentencepieceBPE:
-        """The data's ``sentencepiece.model``.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """The data's ``sentencepiece.model``, which must be there."""
         model = self.folder / "sentencepiece.model"
         if not model.is_file():
             raise FileNotFoundError(f"{model} is missing: it turns tokens into words")
@@ -101,11 +93,7 @@ class CaptioningTask(ImageTextFineTuning):
         return self.tokenizer.decode(" ".join(self.dictionary[token] for token in tokens))
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Check and load a split; one that is not for training with its reference captions.
-
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing, broken or of another dictionary.
-        """
+        """Check and load a split, with its reference captions if it is not for training; an error names the file."""
         index = read_index(self.folder, "captioning", split, NAME, vocabulary_size=len(self.dictionary))
         read = index, self.dataset_settings(split), self.build_transform(split), self.args.caption_mask_prob
         if split == "train":

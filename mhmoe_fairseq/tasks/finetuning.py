@@ -67,11 +67,7 @@ class NamesClasses(FairseqTask):
         return {} if self.classes is None else {"classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the checkpoint's classes with the data's.
-
-        Raises:
-            UserError: if they differ or come in another order.
-        """
+        """Compare the checkpoint's classes with the data's: a ``UserError`` says how they differ."""
         saved = state_dict.get("classes", self.classes)
         if saved != self.classes:
             names, others = _listed(self.classes or []), _listed(saved)
@@ -89,11 +85,7 @@ class ImageTextFineTuning(ImageTextTask):
     """Base of the fine-tuning tasks: the start from a pre-trained model, and how its layers learn."""
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
-        """Build the model with the task's heads; for training, with the layers' learning rates.
-
-        Raises:
-            UserError: as :class:`ImageTextTask`'s, and for bad or impossible learning rates.
-        """
+        """Build the model with the task's heads; for training, with the layers' learning rates."""
         model = super().build_model(args, from_checkpoint)
         if not from_checkpoint:
             scale_learning_rates(model, self.args, self.args.layer_decay, self.args.head_lr_multiplier)
@@ -148,27 +140,15 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
         return self.may_be_derived and bool(read_manifest(self.folder).get("derived"))
 
     def read_index(self, split: str) -> Index:
-        """The rows of a split, checked.
-
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing or broken, and its line.
-        """
+        """Return the rows of a split; an error names the file that is missing or broken, and its line."""
         return read_index(self.folder, self.index_task, split, self.index_name, vocabulary_size=len(self.dictionary))
 
     def read_split(self, split: str) -> ImageTextDataset:
-        """The samples of a split: whether they have labels is theirs to tell, with ``has_targets``.
-
-        Raises:
-            FileNotFoundError, UserError: as ``read_index``.
-        """
+        """Return the samples of a split: whether they have labels is theirs to tell, with ``has_targets``."""
         return self.build_dataset(self.read_index(split), self.dataset_settings(split), self.build_transform(split))
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Check and load a split with labels.
-
-        Raises:
-            FileNotFoundError, UserError: as ``read_index``, or because the split has no labels.
-        """
+        """Check and load a split; a ``UserError`` says that it has no labels."""
         dataset = self.read_split(split)
         if not getattr(dataset, "has_targets", True):
             raise UserError(

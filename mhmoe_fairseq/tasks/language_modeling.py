@@ -57,8 +57,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; the training split of all shards is checked at once, before training starts.
 
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing, truncated or of another dictionary.
+        An error names the file that is missing, truncated or of another dictionary.
         """
         folders = data_folders(self.args)
         current = folders[(epoch - 1) % len(folders)]
@@ -74,11 +73,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
         max_positions: Any = None,
         ignore_invalid_inputs: bool = False,
     ) -> np.ndarray:
-        """fairseq's choice of the blocks that a model can read, where some may be left out; else all or an error.
-
-        Raises:
-            UserError: as ``require_fitting_blocks``.
-        """
+        """fairseq's choice of the blocks, where some may be left out; else all, or a ``UserError`` for a long one."""
         is_split = isinstance(dataset, WholeBatches)  # and no prompt
         if is_split and not ignore_invalid_inputs and isinstance(max_positions, (int, float)):
             require_fitting_blocks(dataset.sizes, int(max_positions))
@@ -93,11 +88,7 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
         context_window: int = 0,
         **kwargs: Any,
     ) -> Any:
-        """Batches for ``fairseq-eval-lm`` with all of the blocks.
-
-        Raises:
-            UserError: as ``require_fitting_blocks``.
-        """
+        """Batches for ``fairseq-eval-lm`` with all of the blocks, or a ``UserError`` that names what does not fit."""
         require_fitting_blocks(dataset.sizes, max_positions, max_tokens, context_window)
         if context_window > 0:
             dataset = self.with_context(dataset, context_window)

@@ -78,11 +78,7 @@ class MaskedMultimodalTask(ImageTextTask):
 
     @functools.cached_property
     def visual_tokenizer(self) -> VisualTokenizer:
-        """That of ``--visual-tokenizer``, read when first needed.
-
-        Raises:
-            UserError: if there is none, or its grid is not the model's.
-        """
+        """That of ``--visual-tokenizer``, read when first needed; a ``UserError`` says that its grid is not ours."""
         tokenizer = load_visual_tokenizer(self._tokenizer_file)
         if tokenizer.token_shape != self.grid:
             rows, columns = tokenizer.token_shape
@@ -103,12 +99,7 @@ class MaskedMultimodalTask(ImageTextTask):
         return self.visual_tokenizer.to(images.device).encode(images.float() / 255)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
-        """Build the model; for training, check the checkpoint that it will start from or go on with.
-
-        Raises:
-            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model, dictionary or
-                visual tokenizer.
-        """
+        """Build the model; for training, check the checkpoint that it will start from or go on with."""
         model = super().build_model(args, from_checkpoint)
         resumed = None if from_checkpoint else resumed_checkpoint(self.args)
         if resumed is not None:
@@ -116,11 +107,7 @@ class MaskedMultimodalTask(ImageTextTask):
         return model
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Check and load a split of every modality.
-
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing, broken or of another dictionary.
-        """
+        """Check and load a split of every modality; an error names the file that is missing or broken."""
         parts = {name: self._read(name, split) for name in self.modalities}
         counts = ", ".join(f"{len(part):,} of {name}" for name, part in parts.items())
         logger.info(f"{split}: {counts}")
@@ -151,11 +138,7 @@ class MaskedMultimodalTask(ImageTextTask):
         return digest_of(self.visual_tokenizer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compare the checkpoint's visual tokenizer with this task's.
-
-        Raises:
-            UserError: if they differ: ids would mean other patches.
-        """
+        """Refuse another visual tokenizer than the checkpoint's, whose ids would mean other patches."""
         saved = state_dict.get("visual_tokenizer")
         if saved is not None and self.has_images and saved != self._tokenizer_digest:
             raise UserError(
@@ -165,11 +148,7 @@ class MaskedMultimodalTask(ImageTextTask):
 
 
 def read_modalities(text: str) -> tuple[str, ...]:
-    """The modalities of ``--modalities``, in our order.
-
-    Raises:
-        UserError: for one that there is not, or none.
-    """
+    """Return the modalities of ``--modalities``, in our order; a ``UserError`` tells which there are."""
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in MODALITIES]
     if unknown or len(set(names)) < len(names):

@@ -1,4 +1,4 @@
-"""Language modelling in several languages: temperature sampling, and figures for every language."""
+"""Language modelling in several languages: temperature sampling, and metrics of every language."""
 
 import copy
 import functools
@@ -76,11 +76,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         super().check_args(args)
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
-        """Build the model; for training, look for the languages first.
-
-        Raises:
-            UserError: naming the flag or the language, its value and the rule.
-        """
+        """Build the model; for training, look for the languages first."""
         if not from_checkpoint:
             logger.info(f"{len(self.languages)} languages: {', '.join(self.languages)}")
         return super().build_model(args, from_checkpoint)
@@ -113,11 +109,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         return {**super().state_dict(), "language_token": bool(self.args.mhmoe_language_token)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called when a checkpoint is opened for evaluation.
-
-        Raises:
-            UserError: if blocks would begin otherwise than in the model's training.
-        """
+        """Refuse a checkpoint whose model was trained on blocks that begin otherwise."""
         trained = state_dict.get("language_token", False)
         if trained != bool(self.args.mhmoe_language_token):
             used, flag = ("with", "add") if trained else ("without", "leave out")
@@ -125,11 +117,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         super().load_state_dict(state_dict)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
-        """Check and load a split of all languages, or, as ``valid_de``, of one.
-
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing, truncated, empty or of another dictionary.
-        """
+        """Check and load a split of all languages, or, as ``valid_de``, of one; an error names the file."""
         base, chosen = self.split_of(split)
         parts = {language: self._load_part(language, base, epoch, combine, **kwargs) for language in chosen}
         numbers = {language: number for number, language in enumerate(self.languages)}
@@ -142,11 +130,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         )
 
     def split_of(self, split: str) -> tuple[str, list[str]]:
-        """The files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``.
-
-        Raises:
-            UserError: if no language has such files.
-        """
+        """Return the files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``."""
         for language in self.languages:
             if split.endswith(f"_{language}"):
                 return split.removesuffix(f"_{language}"), [language]
@@ -203,7 +187,7 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         return losses.sum(), sample_size, {**log, **sums}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
-        """fairseq's and the criterion's figures, and each language's."""
+        """fairseq's and the criterion's metrics, and each language's."""
         super().reduce_metrics(logging_outputs, criterion)
         log_languages(self.languages, logging_outputs)
 

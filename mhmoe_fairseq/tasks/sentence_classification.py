@@ -84,8 +84,7 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with its head; for training, check the checkpoint that it will start from.
 
-        Raises:
-            UserError: for a model that is none of ours, bad flags, or a checkpoint of another model or dictionary.
+        A ``UserError`` names a model that is none of ours, a bad flag, or a checkpoint that does not fit.
         """
         model = super().build_model(args, from_checkpoint)
         if not hasattr(model, "register_classification_head"):
@@ -110,12 +109,7 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         self.datasets[split] = dataset
 
     def read_split(self, split: str) -> LabelledSentences:
-        """The examples of a split, checked.
-
-        Raises:
-            FileNotFoundError, UserError: naming the file that is missing, truncated, too short or of another
-                dictionary.
-        """
+        """Return the examples of a split; an error names the file that is missing, broken or of another dictionary."""
         parts = self._parts(split)
         labels = [self._check(part) for part in parts]
         return LabelledSentences(
@@ -133,11 +127,7 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         return [FIRST, SECOND] if has_pairs else [FIRST]
 
     def build_dataset_for_inference(self, *args: Any, **kwargs: Any) -> FairseqDataset:
-        """fairseq's hook for prompts to continue.
-
-        Raises:
-            UserError: always: what a fine-tuned model would write after them means nothing.
-        """
+        """Refuse prompts: what a fine-tuned model would write after them means nothing."""
         raise UserError("the model was fine-tuned to classify: continue text with the language model that it came from")
 
     def first_token(self, split: str) -> int:
@@ -199,11 +189,7 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
 
 
 def find_dictionary(folder: Path) -> Path:
-    """Return ``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``.
-
-    Raises:
-        FileNotFoundError: naming what is missing.
-    """
+    """Return ``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``; it must be there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")
     own = folder / "dict.txt"

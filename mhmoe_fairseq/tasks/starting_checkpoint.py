@@ -22,12 +22,7 @@ _HEADS = "classification_heads."
 def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
     """Compare the files of ``--finetune-from-model`` and ``--restore-file``, if there are any, with the model.
 
-    Args:
-        model: in training, with its heads.
-        args: the task's flags.
-
-    Raises:
-        UserError: as ``check_pretrained``.
+    It is in training, with its heads; ``args`` are the task's flags. Errors are those of ``check_pretrained``.
     """
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():

@@ -1,4 +1,4 @@
-"""The batches of a rank: fillers where it has run out of them, and the place where a resumed training continues.
+"""The batches of a rank: fillers where it has run out of them, and the position where a resumed training continues.
 
 fairseq deals an epoch's batches out to the ranks one after another. Where their number leaves a remainder some ranks
 get one batch less, and since the others wait for them in every exchange they compute a copy of an earlier one. fairseq
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _COUNTED = "counted"  # criterions read it too, of a batch and of its parts
 
 
+@dataclass(frozen=True)
 class FillingCollater:
     """A data set's collate function that makes a filler of no samples, where the data set's own makes nothing.
 
@@ -32,16 +34,15 @@ class FillingCollater:
         samples: numbers of the samples that make a filler.
     """
 
-    def __init__(self, dataset: FairseqDataset, collate: Callable[[list], Any], samples: Sequence[int]) -> None:
-        self._dataset = dataset
-        self._collate = collate
-        self._samples = samples
+    dataset: FairseqDataset
+    collate: Callable[[list], Any]
+    samples: Sequence[int]
 
     def __call__(self, samples: list[Any]) -> Any:
         """One batch."""
         if samples:
-            return self._collate(samples)
-        return {**self._collate([self._dataset[number] for number in self._samples]), _COUNTED: False}
+            return self.collate(samples)
+        return {**self.collate([self.dataset[number] for number in self.samples]), _COUNTED: False}
 
 
 def is_filler(sample: dict[str, Any]) -> bool:
@@ -49,7 +50,7 @@ def is_filler(sample: dict[str, Any]) -> bool:
     return not sample.get(_COUNTED, True)
 
 
-def without_figures(outcome: tuple[Tensor, Any, dict[str, Any]]) -> tuple[Tensor, Any, dict[str, Any]]:
+def without_metrics(outcome: tuple[Tensor, Any, dict[str, Any]]) -> tuple[Tensor, Any, dict[str, Any]]:
     """Loss, sample size and what is logged of a filler: the same keys as other ranks have, all zero."""
     loss, sample_size, log = outcome
     zeros = {key: torch.zeros_like(value) if torch.is_tensor(value) else 0 for key, value in log.items()}
@@ -60,8 +61,8 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
     """fairseq's iterator, whose saved position holds for any number of ranks.
 
     Rank r of W gets the batches r, r + W, r + 2W, ... of an epoch, and fairseq saves how many of *its own* batches a
-    rank has seen. On another number of ranks that count stands for another place. This state says beside it how many
-    ranks shared the epoch (``num_shards``), and the place is found again from the batches that all of them have seen.
+    rank has seen. On another number of ranks that count stands for another one. This state says beside it how many
+    ranks shared the epoch (``num_shards``), and the position is found again from the batches that all of them have seen.
     """
 
     @classmethod
@@ -83,7 +84,7 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved run stopped.
 
-        A place between two rounds of the new ranks is moved back to the round's start: up to W - 1 batches are seen
+        A position between two rounds of the new ranks is moved back to the round's start: up to W - 1 batches are seen
         again, none is left out. States of stock fairseq, which do not tell their number of ranks, count as this
         one's.
         """

@@ -45,11 +45,7 @@ class TrainingFlags(FairseqDataclass):
 
 
 def check_training_numbers(flags: TrainingFlags) -> None:
-    """Stop before training where a number of fairseq's own flags would end it later, or spoil it without a word.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
-    """
+    """Refuse, before training, a number of fairseq's own flags that would end it later, or spoil it without a word."""
     for group in ("optimization_config", "optimizer_config", "lr_scheduler_config", "criterion_config", "ema_config"):
         check_flags(getattr(flags, group, None))
 
@@ -106,11 +102,7 @@ def flattens_gradients(flags: TrainingFlags) -> bool:
 
 
 def refuse_ddp_without_gpus(flags: TrainingFlags) -> None:
-    """Stop before fairseq hands the number of a GPU that there is not to PyTorch's DistributedDataParallel.
-
-    Raises:
-        UserError: for several ranks on CPUs with fairseq's default backend.
-    """
+    """Refuse fairseq's default backend for ranks on CPUs: it would be given the number of a GPU that there is not."""
     is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
     if is_alone or flags.ddp_backend not in _GPU_BACKENDS:
         return

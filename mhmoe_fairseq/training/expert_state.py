@@ -25,12 +25,9 @@ GATHER_TIMEOUT = datetime.timedelta(seconds=120)
 
 
 def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
-    """Get a new model ready for fairseq's trainer, if its experts are shared out over ranks.
+    """Get a new model ready for fairseq's trainer, if its experts are shared out over ranks; unsafe flags are refused.
 
     The optimizer is given bare parameters; notes tell it which of them are parts of something larger.
-
-    Raises:
-        UserError: if the flags do not go with that; see ``checks``.
     """
     for shard in sharded_experts(model):
         refuse_unsafe_flags(flags, shard.groups.size)

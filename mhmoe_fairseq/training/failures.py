@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -106,9 +106,6 @@ def guard_ranks(groups: Iterable[dist.ProcessGroup]) -> None:
 
     Args:
         groups: the process groups of the training besides the default one.
-
-    Raises:
-        UserError: if an environment variable is no number of seconds.
     """
     limit, transfer = seconds(WATCH_VARIABLE, 60), seconds(TRANSFER_VARIABLE, 600)
     if transfer == 0:
@@ -124,11 +121,7 @@ def guard_ranks(groups: Iterable[dist.ProcessGroup]) -> None:
 
 
 def seconds(variable: str, default: float) -> float:
-    """An environment variable's value.
-
-    Raises:
-        UserError: if it is no number, or negative.
-    """
+    """Return an environment variable's value, a number of seconds; a ``UserError`` says that it is none."""
     text = os.environ.get(variable, str(default))
     if not re.fullmatch(r"\d+(\.\d*)?", text):
         raise UserError(f"{variable} ({text}) must be a number of seconds, 0 or more")
@@ -137,22 +130,17 @@ def seconds(variable: str, default: float) -> float:
 
 def tell_the_others(watch: Watch) -> None:
     """Let an error that ends this process end the others too, and say here which rank broke a connection."""
+    stock = sys.excepthook
 
-    def tell(stock: Callable[[], None], error: BaseException, trace: TracebackType | None) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         try:
-            stock()  # may end this process with a status of its own
+            stock(kind, error, trace)  # may end this process with a status of its own
         finally:
             # A board that cannot be reached has nothing to add to the error.
             with contextlib.suppress(RuntimeError):
                 explain(watch, error)
 
-    _on_uncaught(tell)
-
-
-def _on_uncaught(tell: Callable[[Callable[[], None], BaseException, TracebackType | None], None]) -> None:
-    """Let ``tell`` handle the errors that end this process; it is given what stood there before, and calls it."""
-    stock = sys.excepthook
-    sys.excepthook = lambda kind, error, trace: tell(lambda: stock(kind, error, trace), error, trace)
+    sys.excepthook = hook
 
 
 def explain(watch: Watch, error: BaseException) -> None:

@@ -58,11 +58,7 @@ class MHMoEAdam(FairseqAdam):
             group["lr"] = lr * group.get(_SCALE, 1.0)
 
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
-        """Continue where a run stopped.
-
-        Raises:
-            UserError: if it had other factors of the learning rate.
-        """
+        """Continue where a run stopped; one with other factors of the learning rate is refused."""
         saved, own = (
             [group.get(_SCALE, 1.0) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
         )

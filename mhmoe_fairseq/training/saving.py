@@ -18,13 +18,6 @@ from ..common.files import atomic_path
 from ..data.tensor_files import save_tensors
 
 
-def copy(source: str, destination: str) -> bool:
-    """Copy a local file; True, as fairseq expects."""
-    with atomic_path(Path(destination)) as temporary:
-        shutil.copyfile(source, temporary)
-    return True
-
-
 def save_atomically() -> None:
     """Make fairseq save so; calling it again changes nothing.
 
@@ -37,13 +30,15 @@ def save_atomically() -> None:
 
     @wraps(stock_copy)
     def copy_or_send(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        if _is_local(src_path) and _is_local(dst_path) and overwrite:
-            return copy(src_path, dst_path)
+        if PathManager.supports_rename(src_path) and PathManager.supports_rename(dst_path) and overwrite:
+            with atomic_path(Path(dst_path)) as temporary:
+                shutil.copyfile(src_path, temporary)
+            return True
         return stock_copy(src_path, dst_path, overwrite=overwrite)
 
     @wraps(stock_save)
     def save_or_send(obj: object, filename: str, async_write: bool = False) -> None:
-        if _is_local(filename) and not async_write:
+        if PathManager.supports_rename(filename) and not async_write:
             save_tensors(obj, Path(filename))
         else:
             stock_save(obj, filename, async_write=async_write)
@@ -51,7 +46,3 @@ def save_atomically() -> None:
     copy_or_send.is_atomic = True
     PathManager.copy = staticmethod(copy_or_send)
     checkpoint_utils.torch_persistent_save = save_or_send
-
-
-def _is_local(path: str) -> bool:
-    return PathManager.supports_rename(path)

@@ -17,7 +17,7 @@ from ..common.ranges import check_flags
 from ..compat import refuse_tpu
 from ..moe.uncounted import taken_for_padding
 from ..parallel import sharded_experts
-from .batches import ResumableEpochBatchIterator, is_filler, without_figures
+from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
 from .checks import check_training_numbers, refuse_ddp_without_gpus
 from .expert_state import prepare_sharded_model
 from .failures import guard_ranks, hold_save_dir, no_lone_recovery, require_process_group
@@ -51,22 +51,13 @@ class ParallelTask(FairseqTask):
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> ParallelTask:
-        """Check the task's flags, and load what it needs before a model is built.
-
-        Raises:
-            FileNotFoundError: if the data folder or its dictionary is missing.
-            UserError: naming the flag or file, its value and the rule.
-        """
+        """Check the task's flags, and load what it needs before a model is built; an error names the flag or file."""
         cls.check_args(args)
         return super().setup_task(args)  # without fairseq's from_checkpoint, which is nothing to a task
 
     @classmethod
     def check_args(cls, args: Any) -> None:
-        """Refuse flags before anything is loaded; a task adds rules of its own.
-
-        Raises:
-            UserError: naming the flag, its value and the rule.
-        """
+        """Refuse flags before anything is loaded, with a ``UserError``; a task adds rules of its own."""
         refuse_tpu(args.tpu)
         check_flags(args)
 
@@ -151,7 +142,7 @@ class ParallelTask(FairseqTask):
             )
         if is_looking_for_nan():
             report_nonfinite(model, outcome[0], "the update whose gradient is not finite", self._routing)
-        return without_figures(outcome) if filler else outcome
+        return without_metrics(outcome) if filler else outcome
 
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
         """fairseq's hook for an update of the parameters, after which routers may act."""
@@ -172,7 +163,7 @@ class ParallelTask(FairseqTask):
         if not self._has_reported and not torch.isfinite(outcome[0]).all():
             self._has_reported = True
             report_nonfinite(model, outcome[0], "validation", self._routing)
-        return without_figures(outcome) if filler else outcome
+        return without_metrics(outcome) if filler else outcome
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
         """Return loss, sample size and what to log of one batch of a validation, fillers among them.
