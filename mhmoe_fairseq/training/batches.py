@@ -62,7 +62,7 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
 
     Rank r of W gets the batches r, r + W, r + 2W, ... of an epoch, and fairseq saves how many of *its own* batches a
     rank has seen. On another number of ranks that count stands for another one. This state says beside it how many
-    ranks shared the epoch (``num_shards``), and the position is found again from the batches that all of them have seen.
+    ranks shared the epoch (``num_shards``), and the position is found again from the batches that all have seen.
     """
 
     @classmethod

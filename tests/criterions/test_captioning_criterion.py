@@ -159,6 +159,7 @@ def test_the_logged_loss_is_of_tokens_that_count_and_the_others_of_all_masked_on
         ({"drop_worst_ratio": -0.1}, r"--drop-worst-ratio \(-0.1\)"),
         ({"drop_worst_after": -1}, r"--drop-worst-after \(-1\) must be at least 0"),
         ({"moe_gate_loss_wt": -1.0}, "--moe-gate-loss-wt"),
+        ({"mhmoe_z_loss_wt": -1.0}, "--mhmoe-z-loss-wt"),
     ],
 )
 def test_bad_flags(model, changes, message):

@@ -9,12 +9,7 @@ from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from fairseq.logging import metrics
 from moe_oracle import losses_of
 
-from mhmoe_fairseq.criterions.classification import (
-    ImageClassificationConfig,
-    ImageClassificationCriterion,
-    NLVR2Criterion,
-    VQACriterion,
-)
+from mhmoe_fairseq.criterions import classification as classes
 from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
@@ -27,12 +22,12 @@ HEADS = {
     "retrieval": lambda: RetrievalHead(WIDTH),
 }
 CRITERIONS = {
-    "vqa": VQACriterion,
-    "nlvr2": NLVR2Criterion,
-    "image_classification": ImageClassificationCriterion,
+    "vqa": classes.VQACriterion,
+    "nlvr2": classes.NLVR2Criterion,
+    "image_classification": classes.ImageClassificationCriterion,
     "retrieval": RetrievalCriterion,
 }
-CONFIGS = {"image_classification": ImageClassificationConfig}  # 0.1 of label smoothing
+CONFIGS = {"image_classification": classes.ImageClassificationConfig}  # 0.1 of label smoothing
 
 
 def model_of(name, arch="mhmoe_beit3_tiny", **flags):
@@ -44,10 +39,10 @@ def model_of(name, arch="mhmoe_beit3_tiny", **flags):
     return model.double().eval()
 
 
-def criterion_of(name, gate=0.0, z=0.0):
+def criterion_of(name, gate=0.0, z=0.0, **flags):
     task = SimpleNamespace(head_name=name, target_dictionary=beit3_dictionary())
     config = CONFIGS.get(name, GateLossConfig)
-    return CRITERIONS[name](task, config(moe_gate_loss_wt=gate, mhmoe_z_loss_wt=z))
+    return CRITERIONS[name](task, config(moe_gate_loss_wt=gate, mhmoe_z_loss_wt=z, **flags))
 
 
 def batch_of(name, lengths, seed=0):
@@ -218,4 +213,4 @@ def test_retrieval_gives_vectors_with_their_numbers():
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
 def test_a_bad_smoothing_is_refused(smoothing):
     with pytest.raises(ValueError, match="--label-smoothing"):
-        ImageClassificationCriterion(SimpleNamespace(), ImageClassificationConfig(label_smoothing=smoothing))
+        criterion_of("image_classification", label_smoothing=smoothing)

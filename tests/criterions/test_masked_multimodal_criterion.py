@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mhmoe_fairseq.criterions.masked_multimodal import (
-    PARTS,
-    MaskedMultimodalConfig,
-    MaskedMultimodalCriterion,
-    masked_part,
-)
+from mhmoe_fairseq.criterions import masked_multimodal as masked
+from mhmoe_fairseq.criterions.masked_multimodal import PARTS, masked_part
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3, build_beit3
 from mhmoe_fairseq.tasks.masked_multimodal import MaskedMultimodalTask, MaskedMultimodalTaskConfig
@@ -58,13 +54,9 @@ def batch_of(task: MaskedMultimodalTask, size: int = 6, split: str = "train") ->
 def criterion_of(
     task: Any, average: str = "part", weight: float = 0.1, z_weight: float = 0.01, combine: str = "average"
 ):
-    config = MaskedMultimodalConfig(
-        moe_gate_loss_wt=weight,
-        moe_gate_loss_combine_method=combine,
-        mhmoe_z_loss_wt=z_weight,
-        masked_loss_average=average,
-    )
-    return MaskedMultimodalCriterion(task, config)
+    gate = {"moe_gate_loss_wt": weight, "moe_gate_loss_combine_method": combine, "mhmoe_z_loss_wt": z_weight}
+    config = masked.MaskedMultimodalConfig(masked_loss_average=average, **gate)
+    return masked.MaskedMultimodalCriterion(task, config)
 
 
 @torch.no_grad()
@@ -297,7 +289,7 @@ def test_what_is_not_counted_is_called_but_not_scored(data: Path) -> None:
         assert float(log[key]) == pytest.approx(6 * value, rel=1e-5)
     assert torch.isfinite(loss)
     with metrics.aggregate(new_root=True) as found:
-        MaskedMultimodalCriterion.reduce_metrics([log])
+        masked.MaskedMultimodalCriterion.reduce_metrics([log])
         assert "image_loss" not in found.get_smoothed_values()
 
 
@@ -331,7 +323,7 @@ def test_samples_that_stand_for_bad_images_are_counted(data: Path) -> None:
     model, batch = build_model(task), batch_of(task)
     log = criterion_of(task)(model, {**batch, "pair": {**batch["pair"], "num_replaced": 2}})[2]
     with metrics.aggregate(new_root=True) as found:
-        MaskedMultimodalCriterion.reduce_metrics([log, log])
+        masked.MaskedMultimodalCriterion.reduce_metrics([log, log])
         assert found.get_smoothed_values()["replaced"] == 4
-        MaskedMultimodalCriterion.reduce_metrics([criterion_of(task)(model, batch)[2]])
+        masked.MaskedMultimodalCriterion.reduce_metrics([criterion_of(task)(model, batch)[2]])
         assert found.get_smoothed_values()["replaced"] == 4

@@ -19,7 +19,7 @@ from language_models import small_model, token_rows
 from workers import TRAIN_FLAGS
 
 from mhmoe_fairseq.training import watch as watch_module
-from mhmoe_fairseq.training.failures import guard_ranks, no_lone_recovery
+from mhmoe_fairseq.training.failures import guard_ranks, no_lone_recovery, require_process_group
 from mhmoe_fairseq.training.nonfinite import latest_routing, report_nonfinite
 from mhmoe_fairseq.training.watch import Board, Watch
 
@@ -251,3 +251,46 @@ def test_the_report_has_the_loads_of_both_modalities_experts(caplog: pytest.LogC
     for loads in routing[model.beit3.encoder.layers[1]].expert_load.tolist():
         assert f"expert loads {' '.join(f'{load:.0f}' for load in loads)}" in line
     assert line.count("router entropy") == line.count("largest load over mean") == 2
+
+
+# ---------------------------------------------------------------------- processes that nobody connected
+
+
+@pytest.fixture
+def nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.mark.usefixtures("nobodys")
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.parametrize("value", ["", "1", "many"])
+def test_one_process_may_train_alone(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    assert require_process_group() is None
+
+
+@pytest.mark.usefixtures("nobodys")
+def test_torchruns_processes_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"WORLD_SIZE \(4\).*init_method=env://.*unset WORLD_SIZE"):
+        require_process_group()
+
+
+@pytest.mark.usefixtures("nobodys")
+def test_slurms_tasks_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="--distributed-world-size 2 --distributed-port PORT"):
+        require_process_group()
+
+
+def pass_with_a_group(variable: str) -> None:
+    import os
+
+    os.environ[variable] = "2"
+    require_process_group()
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_connected_processes_train(workers2, variable: str) -> None:
+    assert workers2.run(pass_with_a_group, variable) == [None, None]

@@ -27,13 +27,12 @@ class Listening(LinearRouter):
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, recomputes=False):
         super().__init__()
         torch.manual_seed(0)
         config = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=1, expert_ffn_dim=8, router="linear")
-        self.layer = MHMoELayer(config)
+        self.layer, self.recomputes = MHMoELayer(config), recomputes
         self.layer.router.__class__ = Listening
-        self.recomputes = False
 
     def forward(self, x):
         layer = self.layer
@@ -53,8 +52,7 @@ def batches(count, seed=0):
 
 def told_of(updates, recomputes=False, steps=None):
     """What the router is told in a training whose updates are lists of batches; a step may be left out, or not made."""
-    model, task = Model(), Task(Namespace())
-    model.recomputes = recomputes
+    model, task = Model(recomputes), Task(Namespace())
     task._router_updates = RouterUpdates(model)
     optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
     for number, update in enumerate(updates):
@@ -91,10 +89,10 @@ def test_a_step_that_amp_leaves_out_tells_nothing():
         assert len(getattr(model.layer.router, "told", [])) == count
 
 
-def on_rank(share):
-    return told_of([[batch] for batch in batches(4)[dist.get_rank() :: 2]] if share else [])
+def on_rank():
+    return told_of([[batch] for batch in batches(4)[dist.get_rank() :: 2]])
 
 
 def test_loads_are_of_all_ranks(workers2):
     first, second, third, fourth = batches(4)
-    assert workers2.run(on_rank, True) == [told_of([[first, second], [third, fourth]])] * 2
+    assert workers2.run(on_rank) == [told_of([[first, second], [third, fourth]])] * 2
