@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common.ranges import check_flags
 from ..compat import refuse_tpu
+from ..moe import RoutingStats
 from ..moe.uncounted import taken_for_padding
 from ..parallel import sharded_experts
 from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
@@ -47,6 +50,7 @@ class ParallelTask(FairseqTask):
     num_updates = 0
     _has_experts = False
     _router_updates = RouterUpdates()
+    _routing: Mapping[nn.Module, RoutingStats] = MappingProxyType({})
     _has_reported = False
 
     @classmethod
