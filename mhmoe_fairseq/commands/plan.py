@@ -38,7 +38,7 @@ _CLUSTER_FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``mhmoe plan`` alone, and short names; those of the model are read by ``parse_rest``."""
+    """Adds the flags of ``mhmoe plan`` alone, and short names; ``parse_rest`` reads the model's flags."""
     parser.add_argument("--arch", default="mhmoe_lm_base", help="named architecture; its baselines come with it")
     parser.add_argument(
         "--experts", type=whole(), nargs="+", metavar="E",

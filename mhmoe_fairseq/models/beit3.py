@@ -29,7 +29,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
 
     Args:
         options: ``BEiT3Options``.
-        settings: those of the options.
+        settings: what ``encoder_settings`` makes of the options.
         dictionary: of the texts, with ``<mask>``.
         num_visual_tokens: scores for a masked patch; 0 without them, as in fine-tuning.
 

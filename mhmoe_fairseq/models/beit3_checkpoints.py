@@ -88,7 +88,7 @@ def resize_image_positions(table: Tensor, rows: int) -> Tensor:
     """Bicubically, as BEiT does; the class token's row is kept. ``(rows', D) -> (rows, D)``.
 
     Raises:
-        UserError: if the table is not that of a square of patches.
+        UserError: if the table's rows do not fit a square of patches.
     """
     if table.size(0) == rows:
         return table

@@ -57,10 +57,8 @@ def count_model(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0
 def count_built(model: nn.Module, context: int) -> ModelCounts:
     """Count a model that ``build_language_model`` or ``build_beit3`` made, for attention over ``context`` positions."""
     stack = stack_of_layers(model)
-    layers = [layer.moe_layer for layer in stack.layers if layer.is_moe_layer]
-    moe = stack.args.moe if layers else None
+    counts = [layer.moe_layer.counts() for layer in stack.layers if layer.is_moe_layer]
     total = sum(parameter.numel() for parameter in model.parameters())
-    counts = [layer.counts() for layer in layers]
     expert = sum(layer.expert_params for layer in counts)
     moe_flops = sum(layer.flops_per_token for layer in counts)
     bidirectional = isinstance(model, MHMoEBEiT3)
@@ -72,21 +70,23 @@ def count_built(model: nn.Module, context: int) -> ModelCounts:
         non_expert=total - expert,
         expert=expert,
         active=total - sum(layer.params - layer.active_params for layer in counts),
-        flops_per_token=2 * (_dense_weights(stack, layers) + attention) + moe_flops,
+        flops_per_token=2 * (_dense_weights(stack) + attention) + moe_flops,
         context=context,
-        moe_layers=len(layers),
-        moe=moe,
+        moe_layers=len(counts),
+        moe=stack.args.moe if counts else None,
     )
 
 
-def _dense_weights(module: nn.Module, moe_layers: list[nn.Module]) -> int:
-    """Weights of the linear maps that one position goes through, without MoE layers; of two modalities' maps, one's."""
+def _dense_weights(module: nn.Module) -> int:
+    """Weights of the linear maps that one position goes through; of two modalities' maps, one's.
+
+    Experts count themselves.
+    """
+    if hasattr(module, "counts"):
+        return 0
     if isinstance(module, nn.Linear):
         return module.weight.numel()
-    if isinstance(module, Multiway):
-        return _dense_weights(module.A, moe_layers)
-    within = [child for child in module.children() if not any(child is layer for layer in moe_layers)]
-    return sum(_dense_weights(child, moe_layers) for child in within)
+    return sum(map(_dense_weights, [module.A] if isinstance(module, Multiway) else module.children()))
 
 
 def stack_of_layers(model: Any) -> Any:

@@ -36,7 +36,7 @@ _CONTRADICTIONS = (
 
 
 def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> DecoderSettings:
-    """Everything a decoder is built from; ``parallel`` of the size that ``expert_parallel_size`` gives.
+    """Returns everything that a decoder is built from, its flags checked.
 
     Raises:
         UserError: naming the flag, its value and the rule, for anything contradictory or impossible.
@@ -53,14 +53,14 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
 
 
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
-    """Everything a BEiT-3 encoder is built from; as ``decoder_settings``."""
+    """Returns everything that a BEiT-3 encoder is built from; fails as ``decoder_settings`` does."""
     feed_forward = "separate" if text(options.mhmoe_modality_experts) == "separate" else "moe"
     shared = _shared_settings(options)
     return EncoderSettings(**shared, parallel=parallel, feed_forward=feed_forward, vocab_size=vocab_size)
 
 
 def moe_config(options: Any) -> MHMoEConfig | None:
-    """The MoE layers' configuration, its budget spent; None for a dense model. Errors as of ``decoder_settings``."""
+    """Returns the MoE layers' configuration, its budget spent, or None for a dense model; fails as the decoder's."""
     check_flags(options)
     return _moe_config(options)
 

@@ -1,8 +1,8 @@
-"""Heads of fine-tuning: a language model's, and those of BEiT-3's tasks (unilm ``beit3/modeling_finetune.py``).
+"""Heads of fine-tuning: a language model's, and BEiT-3's for its tasks (unilm ``beit3/modeling_finetune.py``).
 
-One of BEiT-3 is called with the features of a joint sequence ``[cls | patches | text]``, ``(B, L, D)``, and the model's
-``extra``, of which it uses ``image_positions``: how many of the L positions belong to the image. ``normalize_output``
-tells whether it wants the encoder's last norm before it; where not, it has one of its own. With ``center`` the
+BEiT-3 calls a head with the features of a joint sequence ``[cls | patches | text]``, ``(B, L, D)``, and the model's
+``extra``, whose ``image_positions`` says how many of the L positions belong to the image. ``normalize_output`` tells
+whether a head wants the encoder's last norm before it; where not, it has one of its own. With ``center`` the
 features' running mean is taken away first, other than in BEiT-3: see :class:`CenteredLayerNorm`.
 """
 

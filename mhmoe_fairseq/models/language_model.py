@@ -27,7 +27,13 @@ CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 
 
 class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, FairseqIncrementalDecoder):
-    """The decoder as fairseq knows it: dictionary, precision, generation; ``settings`` are those of ``options``."""
+    """The decoder as fairseq knows it: dictionary, precision, generation.
+
+    Args:
+        options: ``LanguageModelOptions``.
+        settings: what ``decoder_settings`` makes of them.
+        dictionary: of inputs and outputs.
+    """
 
     def __init__(self, options: Any, settings: DecoderSettings, dictionary: Dictionary) -> None:
         embedding = build_embedding(dictionary, settings.decoder_embed_dim)

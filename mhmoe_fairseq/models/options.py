@@ -296,7 +296,7 @@ class BEiT3Options(EncoderOptions, MoEOptions):
 
 
 def options_with(**known: Any) -> list[str]:
-    """Names of all models' options of which :func:`option` was told ``known``.
+    """Returns the names of all models' options whose metadata are ``known``, as :func:`option` was told them.
 
     >>> options_with(needs="xmoe", layer="router_dim")
     ['mhmoe_router_dim']

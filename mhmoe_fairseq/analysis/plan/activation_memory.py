@@ -28,7 +28,7 @@ class ModelShape:
     """A decoder in numbers.
 
     Attributes:
-        layers, moe_layers: all decoder layers, and those of them with experts.
+        layers, moe_layers: all decoder layers, and how many of them have experts.
         embed_dim, ffn_dim, attention_heads: D, the dense networks' inner width, attention's heads.
         vocab_size: entries of the dictionary.
         gated, relu: the activation is SwiGLU, or ReLU; else GELU.
