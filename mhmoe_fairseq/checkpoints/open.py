@@ -110,12 +110,12 @@ def open_model(
         FileNotFoundError: naming what is missing.
         UserError: the file is no such checkpoint, its weights do not fit, or the data have another dictionary.
     """
-    place, file = find_device(device), find_checkpoint(Path(checkpoint), None)
+    target, file = find_device(device), find_checkpoint(Path(checkpoint), None)
     settings = read_settings(file)
     overrides = dict(overrides or {}, **({} if data is None else {"data": str(Path(data).resolve())}))
     with _opening(file):
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=overrides)
-    return Opened(models[0].to(place).eval(), task, settings, file)
+    return Opened(models[0].to(target).eval(), task, settings, file)
 
 
 def open_text_model(
@@ -131,11 +131,11 @@ def open_text_model(
     Raises:
         FileNotFoundError, UserError: as ``open_model``.
     """
-    place = find_device(device)
+    target = find_device(device)
     with _opening(checkpoint):
         folder = None if data is None else str(data)
         model = MHMoELanguageModel.from_pretrained(str(checkpoint), data_name_or_path=folder)
-    return model.to(place).eval()
+    return model.to(target).eval()
 
 
 def read_settings(file: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Importing this module registers the model. lm-eval's own command line imports no third party's models, so
 ``mhmoe zero-shot lm-eval`` imports it first. How text becomes tokens, newlines above all, is told in ``scoring``; how a
-generation ends, in ``decoding``.
+generation ends, in ``generation``.
 
 Several processes: lm-eval takes every one for rank 0 of 1, so each scores all requests.
 """
@@ -29,8 +29,7 @@ from tqdm import tqdm
 from ..checkpoints.open import open_text_model, was_trained_with
 from ..common.errors import UserError
 from ..models.bases import fingerprint
-from .decoding import Ending, StopDecoder
-from .generation import Search
+from .generation import Ending, Search, StopDecoder
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
 
 logger = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class MHMoEHarnessModel(TemplateLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context, without its stop string. Contexts that are too long lose their begin."""
+        """The continuation of each context, without its stop string. Contexts that are too long lose their start."""
         found: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):

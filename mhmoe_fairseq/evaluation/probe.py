@@ -6,7 +6,7 @@ from the same split. A model that links the two languages prefers the translatio
 languages write alike are cues, too: compare models with one another, and read no level of understanding off a figure.
 
 Two ways to choose: the highest log-probability per token, and the largest gain that the sentence before brings, the
-log-probability after it minus that at the begin of a text (pointwise mutual information, PMI).
+log-probability after it minus that at the start of a text (pointwise mutual information, PMI).
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def read_aligned(path: Path) -> list[Aligned]:
         UserError: naming the file, the line and what is wrong there.
     """
     found = []
-    for place, row in read_json_lines(path):
+    for line, row in read_json_lines(path):
         if not isinstance(row, dict) or not isinstance(row.get("key"), str):
-            raise UserError(f"{place}: needs a JSON object with a field 'key', a text")
+            raise UserError(f"{line}: needs a JSON object with a field 'key', a text")
         text = row.get("text")
         if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
-            raise UserError(f"{place}: field 'text' must be an object of texts by language")
+            raise UserError(f"{line}: field 'text' must be an object of texts by language")
         found.append(Aligned(row["key"], text))
     if not found:
         raise UserError(f"{path}: no aligned text in it")
@@ -130,7 +130,7 @@ def _item(pool: list[Aligned], index: int, source: str, target: str, candidates:
 def score_items(
     scorer: TextScorer, items: Sequence[Item], source: str, target: str, *, language_symbols: bool | None = None
 ) -> tuple[list[list[Score]], list[list[Score]]]:
-    """Scores of every candidate after its context, and at the begin of a text.
+    """Scores of every candidate after its context, and at the start of a text.
 
     Args:
         language_symbols: a language's symbol stands before each sentence in place of ``</s>`` (default: if the model

@@ -33,7 +33,7 @@ _LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
 
 class Score(NamedTuple):
-    """Of a continuation.
+    """The score of a continuation.
 
     Attributes:
         log_prob: natural logarithm of its probability, summed over its tokens.
@@ -102,8 +102,8 @@ class TextScorer:
         Raises:
             UserError: the dictionary has no such symbol.
         """
-        begin = self.dictionary.bos() if was_trained_with(self.model, "add_bos_token") else self.dictionary.eos()
-        self.leading_symbol = begin if language is None else self.language_id(language)
+        start = self.dictionary.bos() if was_trained_with(self.model, "add_bos_token") else self.dictionary.eos()
+        self.leading_symbol = start if language is None else self.language_id(language)
         self._keeps_leading_symbol = language is not None
 
     def language_id(self, language: str) -> int:
@@ -141,7 +141,7 @@ class TextScorer:
         """Ids of the whole text, split where the continuation begins.
 
         White space at the context's end, line ends included, counts to the continuation, as in lm-eval. Tokens that
-        the context alone would not have, as where one covers its end and the continuation's begin, are scored.
+        the context alone would not have, as where one covers its end and the continuation's start, are scored.
 
         Raises:
             UserError: if no token is left of a continuation. Nothing is certain to follow anything: it would win every

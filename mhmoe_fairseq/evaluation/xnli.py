@@ -148,7 +148,7 @@ def _read(path: Path, code: str | None) -> Iterator[dict[str, str | int]]:
 
 
 def _field_names(path: Path) -> list[str]:
-    """Of the first line that is not empty."""
+    """The names in the first line that is not empty."""
     first = next((line for line in read_utf8_lines(path) if line.strip()), "")
     if file_format(path) == "TSV":
         return first.split("\t")

@@ -93,7 +93,7 @@ class VectorMeter(Meter):
 
     @property
     def recalls(self) -> dict[str, float]:
-        """Those of what was added so far; see ``recalls``."""
+        """The recalls of what was added so far; see ``recalls``."""
         row_of_image = {image: row for row, image in enumerate(self._images)}
         image_of_text = torch.tensor([row_of_image[image] for image, _ in self._texts.values()])
         texts = torch.stack([text for _, text in self._texts.values()])

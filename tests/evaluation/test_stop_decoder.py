@@ -8,8 +8,7 @@ import pytest
 import torch
 from language_models import small_dictionary, small_model
 
-from mhmoe_fairseq.evaluation.decoding import Ending, StopDecoder
-from mhmoe_fairseq.evaluation.generation import Search
+from mhmoe_fairseq.evaluation.generation import Ending, Search, StopDecoder
 
 
 class Hub:

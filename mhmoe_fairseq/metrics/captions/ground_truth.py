@@ -27,12 +27,12 @@ def read_ground_truth(path: Path) -> dict[int, list[str]]:
     content = read_json(path)
     try:
         references: dict[int, list[str]] = {_image_id(image["id"]): [] for image in content["images"]}
-        for place, annotation in enumerate(content["annotations"], start=1):
+        for number, annotation in enumerate(content["annotations"], start=1):
             image = _image_id(annotation["image_id"])
             if image not in references:
-                raise UserError(f"{path}: annotation {place} is of image {image}, which is not in its list of images")
+                raise UserError(f"{path}: annotation {number} is of image {image}, which is not in its list of images")
             if not isinstance(annotation["caption"], str):
-                raise UserError(f"{path}: annotation {place} has no text in caption")
+                raise UserError(f"{path}: annotation {number} has no text in caption")
             references[image].append(annotation["caption"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a file of COCO captions: {error!r} is missing or malformed") from error

@@ -53,10 +53,10 @@ def _longest_common(one: Words, two: Words) -> int:
     lengths = [0] * (len(two) + 1)
     for word in one:
         diagonal = 0
-        for place, other in enumerate(two, start=1):
-            diagonal, lengths[place] = (
-                lengths[place],
-                diagonal + 1 if word == other else max(lengths[place], lengths[place - 1]),
+        for index, other in enumerate(two, start=1):
+            diagonal, lengths[index] = (
+                lengths[index],
+                diagonal + 1 if word == other else max(lengths[index], lengths[index - 1]),
             )
     return lengths[-1]
 
@@ -99,7 +99,7 @@ class CiderD:
         """Score of one image's caption: 0 to 10, so that the COCO tables' figure is 100 times the mean over images.
 
         Args:
-            image: its place in ``references``.
+            image: its index in ``references``.
         """
         hypothesis = self._vector(_count_ngrams(caption))
         references = self._references[image]
