@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.arguments import existing_folder, existing_path, nonempty, output_file, output_folder, seed, whole
+from ..common.arguments import (
+    add_action,
+    existing_folder,
+    existing_path,
+    nonempty,
+    output_file,
+    output_folder,
+    seed,
+    whole,
+)
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import read_json, require_files, sha256_of, write_json
@@ -46,27 +55,27 @@ _HELP = """mhmoe zero-shot lm-eval: lm-eval's command line with the model mhmoe,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three kinds of tasks, each with its flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="TASKS")
-    style = argparse.ArgumentDefaultsHelpFormatter
     # No word is a flag of ours: --help is lm-eval's, too.
     words = kinds.add_parser(
         "lm-eval", help="any of lm-evaluation-harness, by its own flags", prefix_chars="\0", add_help=False
     )
     words.add_argument("words", nargs="*", help="lm-eval's own arguments; --model mhmoe is added")
-    xnli = kinds.add_parser("xnli", help="XNLI in every language, from your copy of it", formatter_class=style)
+    xnli = add_action(kinds, "xnli", "XNLI in every language, from your copy of it")
     _add_xnli_arguments(xnli)
-    probe = kinds.add_parser("probe", help="cross-lingual probe from aligned text, not XNLI", formatter_class=style)
+    probe = add_action(kinds, "probe", "cross-lingual probe from aligned held-out text, not XNLI")
     _add_probe_arguments(probe)
-    for kind in (xnli, probe):
-        _add_model_arguments(kind)
+    _add_model_arguments(xnli)
+    _add_model_arguments(probe, "--out")
 
 
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser, *former: str) -> None:
+    """The flags of both; ``former`` are other names of ``--record``."""
     parser.add_argument(
         "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
         help="checkpoints of language models, or folders that hold one, to compare",
     )  # fmt: skip
     parser.add_argument(
-        "--record", type=output_file, metavar="FILE",
+        "--record", *former, type=output_file, metavar="FILE",
         help="where a single checkpoint's record is written; record-zero-shot-TASKS.json beside it if not given",
     )  # fmt: skip
     parser.add_argument(
