@@ -158,6 +158,10 @@ class Plan:
             chosen += fitting
         return list(dict.fromkeys(chosen))
 
+    def is_own(self, recipe: Recipe) -> bool:
+        """Whether the experiment itself trains by this recipe, and not only what its trainings start from."""
+        return any(stage.recipe == recipe for stage in self.experiment.stages)
+
     def data_of(self, recipe: Recipe) -> Path:
         """Returns the folder of prepared data; the user's is that of the experiment's own recipes."""
         is_own = any(recipe.data == stage.recipe.data for stage in self.experiment.stages)
@@ -166,8 +170,7 @@ class Plan:
     def stages(self) -> Iterator[list[Run]]:
         """Yields the runs that may go on at the same time, what others start from first."""
         for stage in self.experiment.stages:
-            yield from _missing_starts(runs := self.runs(stage))
-            yield runs
+            yield from with_starts(self.runs(stage))
 
     def runs(self, stage: Stage) -> list[Run]:
         """Returns a stage's runs, all models of a seed before the next seed."""
@@ -179,7 +182,7 @@ class Plan:
         name = "/".join(filter(None, (recipe.name, model, f"seed-{seed}")))
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
-        lr = self.best_lrs.get(model, self.lrs[0] if len(self.lrs) == 1 else None)
+        lr = self.best_lrs.get(model, self.lrs[0] if len(self.lrs) == 1 else None) if self.is_own(recipe) else None
         return Run(name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice, lr, start)
 
     def start_of(self, recipe: Recipe) -> Recipe | None:
@@ -189,22 +192,31 @@ class Plan:
             UserError: it would be the recipe itself.
         """
         start = recipe.start.get(self.choice.scale)
-        if start is None or self.start is None or all(stage.recipe != recipe for stage in self.experiment.stages):
+        if start is None or self.start is None or not self.is_own(recipe):
             return start
         if self.start == recipe:
             raise UserError(f"--start ({recipe.name}) must not be what is trained itself")
         return self.start
 
     def search(self) -> dict[str, dict[str, Run]]:
-        """Returns the search's runs by model and learning rate; empty where nothing is searched."""
+        """Returns the search's runs by model and learning rate; empty where nothing is searched.
+
+        Raises:
+            UserError: the experiment has several kinds of trainings.
+        """
         lrs = self.lrs or self.experiment.lrs
+        if len(lrs) > 1 and len(self.experiment.stages) > 1:
+            raise UserError(
+                f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
+            )
         choice = replace(self.choice, updates=self.search_updates or self.experiment.search_updates)
         seed = (self.seeds or self.experiment.seeds)[0]
         runs: dict[str, dict[str, Run]] = {}
         for stage in self.experiment.stages if len(lrs) > 1 else ():
             for model in stage.choose(self.names()):
                 for lr in lrs:
-                    run, name = self.run(stage.recipe, model, seed), f"search/{stage.recipe.name}/{model}/lr-{lr}"
+                    run = self.run(stage.recipe, model, seed)
+                    name = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}")
                     searched = replace(run, name=name, folder=self.out / name, choice=choice, lr=lr, splits=())
                     runs.setdefault(model, {})[lr] = searched
         return runs
@@ -251,13 +263,12 @@ class Plan:
         return folders
 
 
-def _missing_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:
-    """What runs start from and is not there yet, and before it what that starts from; it is trained alone."""
+def with_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:
+    """Yields the runs, and before them what they start from and is not there yet; that is trained, not evaluated."""
     starts = {run.start.folder: run.start for run in runs if run.start is not None and not run.start.is_start()}
     if starts:
-        missing = [replace(run, splits=()) for run in starts.values()]
-        yield from _missing_starts(missing)
-        yield missing
+        yield from with_starts([replace(run, splits=()) for run in starts.values()])
+    yield list(runs)
 
 
 def _kept_checkpoints(folder: Path) -> Sequence[Path]:

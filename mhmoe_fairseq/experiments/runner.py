@@ -21,7 +21,7 @@ from ..analysis.reports.run_logs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.locks import LOCK, exclusive_lock
-from .plan import SPLITS, Plan, Run
+from .plan import SPLITS, Plan, Run, with_starts
 from .spec import Experiment
 
 # The same interpreter and its packages, whatever is on PATH.
@@ -158,10 +158,8 @@ class Runner:
 
     def _prepare(self) -> None:
         for folder, words in self.plan.preparations():
-            if (folder / "manifest.json").is_file() or (folder / "dict.txt").is_file():
+            if _is_prepared(folder) or not words:
                 continue
-            if not words:
-                raise UserError(f"--data ({folder}) holds no prepared data: make it with mhmoe prepare")
             self._tell(f"{folder}: no data yet: {shlex.join(words)}")
             call(words, self.threads, lambda line: self.say(f"    {line}"))
 
@@ -169,7 +167,8 @@ class Runner:
         """The best learning rate of every model, by the last validation loss."""
         losses: dict[str, dict[str, float]] = {}
         search = self.plan.search()
-        self._finish([run for runs in search.values() for run in runs.values()])
+        for together in with_starts([run for runs in search.values() for run in runs.values()]):
+            self._finish(together)
         for model, runs in search.items():
             for lr, run in runs.items():
                 losses.setdefault(model, {})[lr] = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
@@ -222,6 +221,8 @@ class Runner:
 
     def _train(self, run: Run, state: str, progress: Progress) -> None:
         processes = run.choice.processes
+        if not _is_prepared(run.data):
+            raise UserError(f"--data ({run.data}) holds no prepared data for {run.name}: make it with mhmoe prepare")
         if state == "changed":
             self._tell(f"{run.name}: command, data or start have changed, starting afresh")
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +253,10 @@ class Runner:
             call(words, self.threads, on_line, output, self.running)
         except UserError as error:
             raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
+
+
+def _is_prepared(data: Path) -> bool:
+    return (data / "manifest.json").is_file() or (data / "dict.txt").is_file()
 
 
 def _empty(folder: Path) -> None:

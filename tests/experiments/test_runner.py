@@ -44,6 +44,8 @@ class Commands:
             (run / "train.log").write_text("\n".join(lines))
             for line in lines:
                 on_line(f"2026 | INFO | train | {line}")
+        elif "prepare" in words:
+            (Path(after("--dest", words)) / "manifest.json").write_text("{}")
         elif "evaluate" in words:
             (Path(words[2]).parent / f"record-{after('--split', words)}.json").touch()
 
@@ -113,7 +115,12 @@ def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands
 def test_what_fine_tuning_starts_from_is_trained_first_and_then_taken_as_it_is(
     commands: Commands, tmp_path: Path
 ) -> None:
-    assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "4") == 0
+    assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "4", "--lrs", "1e-5") == 0
+    assert [after("--lr", words) for words, _ in commands.called if "fairseq-train" in words] == [
+        "2e-3",
+        "1.5e-4",
+        "1e-5",
+    ]
     assert commands.trained() == ["dense/seed-1", "vqa/dense/seed-1", "nlvr2/dense/seed-1"]
     assert not list((tmp_path / "out" / "vqa").rglob("record-*"))  # nobody asked for its scores
     assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "6") == 0
@@ -158,7 +165,7 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
     (run / "checkpoint_last.pt").unlink()
     (tmp_path / "data" / "manifest.json").unlink()
     assert reproduce(tmp_path, "table1", "--scale", "paper") == 2
-    assert "holds no prepared data" in capsys.readouterr().err
+    assert "holds no prepared data for dense/seed-1" in capsys.readouterr().err
     assert reproduce(tmp_path, "table1", "--models", "dense") == 0
     assert commands.called[0][0][:3] == ["mhmoe", "prepare", "english"]
     (run / "run.json").write_text('{"finished": true}')
