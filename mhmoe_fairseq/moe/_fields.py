@@ -61,7 +61,8 @@ def check_fields(config: Any) -> None:
     Raises:
         ConfigError: for the first value that is not allowed.
     """
-    for name, declared in _declared(type(config)).items():
+    cls: Any = type(config)
+    for name, declared in _declared(cls).items():
         value, kind = getattr(config, name), typing.get_origin(declared)
         problem = None
         if kind is Literal and value not in typing.get_args(declared):

@@ -8,6 +8,7 @@ N = T*H sub-tokens, E experts, K top-k, R = N*K routed rows, C capacity, F exper
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -295,5 +296,5 @@ def choices(field: str) -> tuple[str, ...]:
     >>> choices("router"), choices("balance_scope")
     (('linear', 'xmoe'), ('rank', 'global'))
     """
-    registry = {"router": ROUTERS, "routing": GATES}.get(field)
-    return declared_choices(MHMoEConfig, field) if registry is None else tuple(registry)
+    registries: dict[str, Iterable[str]] = {"router": ROUTERS, "routing": GATES}
+    return tuple(registries[field]) if field in registries else declared_choices(MHMoEConfig, field)

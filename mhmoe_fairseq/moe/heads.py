@@ -73,8 +73,9 @@ class Projection(nn.ModuleList):
 
     def __init__(self, config: MHMoEConfig, *, gain: float, zero_bias: bool) -> None:
         dim, bias = config.embed_dim, config.projection_bias
-        super().__init__(_ProjectionLayer(dim, dim, bias=bias) for _ in range(config.num_projection_layers))
-        for layer in self:  # after all were made, the order of random numbers that a seed stands for
+        layers = [_ProjectionLayer(dim, dim, bias=bias) for _ in range(config.num_projection_layers)]
+        super().__init__(layers)
+        for layer in layers:  # after all were made, the order of random numbers that a seed stands for
             layer.scale(gain, zero_bias)
 
     def forward(self, x: Tensor) -> Tensor:
