@@ -40,7 +40,8 @@ def test_from_text_to_a_report_which_ends_with_the_papers_table(trained_model, t
 def test_from_images_to_tables_1_and_4_and_figure_8(tmp_path: Path) -> None:
     data, out = prepare_shapes(tmp_path / "data"), tmp_path / "out"
     flags = ["--", "--img-size", str(IMG_SIZE), "--patch-size", str(PATCH_SIZE)]
-    reproduce("multimodal", data, out, "--models", "dense", "mhmoe-flops", "--jobs", "2", *flags)
+    words = ["--models", "dense", "mhmoe-flops", "--jobs", "2", "--validations", "2"]  # two checkpoints for the figure
+    reproduce("multimodal", data, out, *words, *flags)
     assert "14.73" in (out / "table1-multimodal.md").read_text(encoding="utf-8")
     table = (out / "table4.md").read_text(encoding="utf-8")
     assert all(name in table for name in ("dense", "mhmoe-flops", "CIDEr", "neither VQAv2 nor NLVR2"))
