@@ -58,6 +58,7 @@ def test_expert_loads_follow_the_layer_s_definitions():
     assert RECORD.experts.of("de").effective() == [0.25]
     assert whole.layers[0].overflow == 0.25
     assert LayerLoads(2, [1.0], pool="image").name == "3 image"
+    assert LayerLoads(0, [6.0, 2.0], dropped=2.0).overflow == 0.25  # of the assignments
 
 
 @pytest.mark.parametrize(
