@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/web-bible} OUT=${OUT:-outputs/dense_lm} UPDATES=${UPDATES:-300} SEED=${SEED:-1}
 INTERVAL=$(((UPDATES + 3) / 4))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --cpu \
     --task mhmoe_language_modeling \
     --arch dense_lm_tiny --dropout 0.1 \

@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/web-bible} OUT=${OUT:-outputs/mhmoe_lm} UPDATES=${UPDATES:-300} SEED=${SEED:-1}
 EXPERTS=${EXPERTS:-8} HEADS=${HEADS:-4} BUDGET=${BUDGET:-params} INTERVAL=$(((UPDATES + 3) / 4))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --cpu \
     --task mhmoe_language_modeling \
     --arch mhmoe_lm_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count "$EXPERTS" \

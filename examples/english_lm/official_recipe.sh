@@ -6,7 +6,7 @@
 set -euo pipefail
 DATA=${DATA:-data/web-bible} OUT=${OUT:-outputs/official_lm} UPDATES=${UPDATES:-300} SEED=${SEED:-1} HEADS=${HEADS:-4}
 INTERVAL=$(((UPDATES + 3) / 4))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_language_modeling --cpu \
     --arch mhmoe_lm_tiny --decoder-ffn-embed-dim 344 --moe-ffn-dim 344 --activation-fn silu --rotary-embed --rms-norm \
     --no-bias --no-token-positional-embeddings --no-scale-embedding --dropout 0.1 \

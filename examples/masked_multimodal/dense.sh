@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/image-text} OUT=${OUT:-outputs/dense_beit3} UPDATES=${UPDATES:-600} SEED=${SEED:-1}
 INTERVAL=$(((UPDATES + 3) / 4))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_masked_multimodal --cpu \
     --arch dense_beit3_tiny --dropout 0.1 \
     --img-size 64 --patch-size 16 --max-text-length 32 --batch-size 16 --required-batch-size-multiple 1 \

@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/image-text} OUT=${OUT:-outputs/mhmoe_beit3} UPDATES=${UPDATES:-600} SEED=${SEED:-1}
 EXPERTS=${EXPERTS:-8} HEADS=${HEADS:-4} BUDGET=${BUDGET:-params} INTERVAL=$(((UPDATES + 3) / 4))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_masked_multimodal --cpu \
     --arch mhmoe_beit3_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count "$EXPERTS" \
     --mhmoe-heads-number "$HEADS" --mhmoe-budget "$BUDGET" --dropout 0.1 \

@@ -5,7 +5,7 @@ set -euo pipefail
 DATA=${DATA:-data/image-text} OUT=${OUT:-outputs/nlvr2}
 START=${START:-outputs/vqa/checkpoint_best.pt}
 UPDATES=${UPDATES:-600} LR=${LR:-1e-4} INTERVAL=$(((${UPDATES:-600} + 1) / 2))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_nlvr2 --finetune-from-model "$START" --cpu \
     --arch mhmoe_beit3_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count 8 \
     --mhmoe-heads-number 4 --mhmoe-budget params --dropout 0 --head-lr-multiplier 10 --center-features \

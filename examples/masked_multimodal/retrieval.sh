@@ -5,7 +5,7 @@ set -euo pipefail
 DATA=${DATA:-data/image-text} OUT=${OUT:-outputs/retrieval}
 START=${START:-outputs/mhmoe_beit3/checkpoint_best.pt}
 UPDATES=${UPDATES:-300} LR=${LR:-1e-3} INTERVAL=$(((${UPDATES:-300} + 1) / 2))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_retrieval --finetune-from-model "$START" --cpu \
     --arch mhmoe_beit3_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count 8 \
     --mhmoe-heads-number 4 --mhmoe-budget params --dropout 0 \

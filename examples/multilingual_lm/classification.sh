@@ -5,7 +5,7 @@
 set -euo pipefail
 DATA=${DATA:-data/nli} OUT=${OUT:-outputs/nli} START=${START:-outputs/mhmoe_multilingual/checkpoint_best.pt}
 UPDATES=${UPDATES:-300} INTERVAL=$(((${UPDATES:-300} + 1) / 2))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --task mhmoe_sentence_classification --cpu \
     --finetune-from-model "$START" --arch mhmoe_lm_tiny \
     --moe-freq 2 --moe-top-k 2 --moe-expert-count 8 --mhmoe-heads-number 4 --mhmoe-budget params \

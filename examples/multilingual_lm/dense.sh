@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/multilingual} OUT=${OUT:-outputs/dense_multilingual} UPDATES=${UPDATES:-300} SEED=${SEED:-1}
 INTERVAL=$(((UPDATES + 1) / 2))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --cpu \
     --task mhmoe_multilingual_language_modeling --multilang-sampling-alpha 0.5 \
     --arch dense_lm_tiny --dropout 0.1 \

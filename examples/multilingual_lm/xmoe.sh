@@ -4,7 +4,7 @@
 set -euo pipefail
 DATA=${DATA:-data/multilingual} OUT=${OUT:-outputs/xmoe_multilingual} UPDATES=${UPDATES:-300} SEED=${SEED:-1}
 EXPERTS=${EXPERTS:-8} INTERVAL=$(((UPDATES + 1) / 2))
-
+mkdir -p "$OUT"
 fairseq-train "$DATA" --user-dir mhmoe_fairseq --cpu \
     --task mhmoe_multilingual_language_modeling --multilang-sampling-alpha 0.5 \
     --arch xmoe_lm_tiny --moe-freq 2 --moe-top-k 2 --moe-expert-count "$EXPERTS" --dropout 0.1 \

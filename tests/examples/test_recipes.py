@@ -54,11 +54,12 @@ def called(folder: Path, script: Path, *words: str, **environment: str) -> list[
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_recipe_has_the_settings_of_reproduce(name: str, tmp_path: Path) -> None:
     recipe, model = PLAIN[name]
-    command, *evaluation = called(tmp_path, EXAMPLES / f"{name}.sh", "--fp16")
+    command, *evaluation = called(tmp_path, EXAMPLES / f"{name}.sh", "--fp16", OUT=str(tmp_path / "new" / "out"))
     flags, data = parse_flags(command[2:]), Path(command[1])
     assert flags.pop("--fp16") == () and flags.pop("--user-dir") == ("mhmoe_fairseq",)
     flags.pop("--finetune-from-model", None)
-    folder = Path(flags["--save-dir"][0])
+    folder = tmp_path / "new" / "out"
+    assert folder.is_dir()  # for the log, which fairseq does not make one for
     same = training_command(recipe, MODELS[model], Choice(), data, folder, parse_flags("--seed 1"), alone=True)
     expected = parse_flags(same[2:])
     expected.pop("--user-dir")
@@ -70,10 +71,11 @@ def test_a_plain_recipe_has_the_settings_of_reproduce(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["english_lm/mhmoe", "masked_multimodal/mhmoe"])
 def test_the_settings_at_the_top_reach_the_command(name: str, tmp_path: Path) -> None:
-    chosen = {"DATA": "D", "OUT": "O", "UPDATES": "40", "SEED": "3", "EXPERTS": "16", "HEADS": "2", "BUDGET": "flops"}
+    out = str(tmp_path / "O")
+    chosen = {"DATA": "D", "OUT": out, "UPDATES": "40", "SEED": "3", "EXPERTS": "16", "HEADS": "2", "BUDGET": "flops"}
     (command,) = called(tmp_path, EXAMPLES / f"{name}.sh", **chosen)
     flags = parse_flags(command[2:])
-    assert command[1] == "D" and flags["--save-dir"] == ("O",)
+    assert command[1] == "D" and flags["--save-dir"] == (out,)
     of_model = ("--moe-expert-count", "--mhmoe-heads-number", "--mhmoe-budget")
     assert [flags[flag] for flag in (*of_model, "--seed")] == [("16",), ("2",), ("flops",), ("3",)]
     updates = ("--max-update", "--warmup-updates", "--save-interval-updates", "--validate-interval-updates")
