@@ -58,7 +58,7 @@ def identify_data(folder: Path) -> DataIdentity:
     Raises:
         UserError: if the folder holds no binarised data.
     """
-    if (folder / MANIFEST).is_file():
+    if "files" in read_manifest(folder):
         return identify_manifest(folder / MANIFEST)
     others = [path for pattern in (*_IMAGE_TEXT_FILES, *_LABELLED_FILES) for path in folder.glob(pattern)]
     files = [folder / "dict.txt", *(path for name in _SPLIT_FILES for path in _named(folder, name)), *others]
