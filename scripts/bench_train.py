@@ -1,7 +1,5 @@
 """Training speed and memory of whole language models: against X-MoE, or on several processes against one."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

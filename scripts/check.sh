@@ -6,10 +6,12 @@ cd "$(dirname "$0")/.."
 echo "check: ruff"
 ruff check .
 echo "check: mypy"
-typed=(mhmoe_fairseq/moe)
-[ -d mhmoe_fairseq/parallel ] && typed+=(mhmoe_fairseq/parallel)
-mypy "${typed[@]}"
+mypy mhmoe_fairseq/{common,moe,parallel,metrics,checkpoints,experiments}
 echo "check: shellcheck"
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
 echo "check: layering"
 python -m pytest -q tests/test_layering.py
+echo "check: API reference"
+api=$(mktemp -d)
+trap 'rm -rf "$api"' EXIT
+bash scripts/docs.sh "$api" >/dev/null

@@ -3,8 +3,6 @@
 Standard library only, run by the interpreter that the environment will be made from.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -5,8 +5,6 @@ A table stands between ``<!-- settings NAME -->``, ``<!-- paper NAME -->`` or ``
 ``<!-- end -->``. ``--check`` writes nothing and ends with status 1 if a file is not up to date.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ mutant runs again only when its file, its tests or the mutant itself has changed
 known.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import queue

@@ -3,8 +3,6 @@
 A failing ``test_stock_...`` is good news: a new release of fairseq, NumPy or torch made the repair needless.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """The whole chain through fairseq's console commands: train, evaluate, resume, generate."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 
@@ -189,7 +187,7 @@ def test_another_dictionary_is_refused(checkpoint, data, tmp_path):
     words = (other / "dict.txt").read_text().splitlines()
     (other / "dict.txt").write_text("\n".join(words[::-1]) + "\n")  # the same words in another order
     log = evaluate(other, checkpoint, check=False)
-    assert "ValueError: the checkpoint's dictionary" in log.splitlines()[-1]
+    assert "UserError: the checkpoint's dictionary" in log.splitlines()[-1]
     assert "Perplexity" not in log
 
 

@@ -1,7 +1,5 @@
 """The YAML files of examples/english_lm/hydra train with the installed fairseq, whichever of the two it is."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """The shape of the code: imports go one way, files and functions stay small, only the command line prints."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

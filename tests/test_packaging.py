@@ -1,7 +1,5 @@
 """The package as users reach it: ``--user-dir`` in every spelling, from a checkout and installed; the wheel."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The mean of several checkpoints' weights, chosen as fairseq's ``average_checkpoints.py`` does."""
 
-from __future__ import annotations
-
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping

@@ -8,8 +8,6 @@ checkpoint, and in its metadata ``format`` (pt), ``mhmoe_checkpoint`` (the versi
 configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.json`).
 """
 
-from __future__ import annotations
-
 import json
 from collections import OrderedDict
 from pathlib import Path

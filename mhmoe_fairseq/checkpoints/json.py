@@ -7,8 +7,6 @@ What JSON lacks is written as an object with one key that begins with ``$``:
 ``{"$ordered": [[KEY, VALUE], ...]}``, ``{"$float": "inf"}``.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Mapping

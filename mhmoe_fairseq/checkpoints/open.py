@@ -1,7 +1,5 @@
 """Open a trained model: the one way for evaluation, analysis and generation."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -73,7 +71,7 @@ class Opened:
         return stack_of_layers(self.model).layers
 
     @classmethod
-    def of_text_model(cls, hub: GeneratorHubInterface, file: Path) -> Opened:
+    def of_text_model(cls, hub: GeneratorHubInterface, file: Path) -> "Opened":
         """What ``open_text_model`` opened from a file."""
         return cls(hub.models[0], hub.task, read_settings(file), file)
 

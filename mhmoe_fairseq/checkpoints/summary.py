@@ -1,7 +1,5 @@
 """What a checkpoint holds, for ``mhmoe checkpoint inspect``, and parameters by the part of the model."""
 
-from __future__ import annotations
-
 import re
 import struct
 from collections import Counter

@@ -1,8 +1,6 @@
 """``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, or
 (``--diversity``) to how many experts the patches of images go over a training; tables, JSON and plots."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,7 +153,7 @@ def choose_images(data: Path, split: str, count: int) -> list[Path]:
 
 
 def _write_diversity(
-    args: argparse.Namespace, measured: list[PatchDiversity], images: list[Path], img_size: int
+    args: argparse.Namespace, measured: "list[PatchDiversity]", images: list[Path], img_size: int
 ) -> list[Path]:
     from ..analysis.reports.plots import draw_curves, draw_overlays
     from ..analysis.routing.diversity import prepare_images, shown
@@ -179,7 +177,7 @@ def _write_diversity(
     return files
 
 
-def describe_diversity(measured: list[PatchDiversity]) -> str:
+def describe_diversity(measured: "list[PatchDiversity]") -> str:
     """A table with a row for every checkpoint."""
     layers = measured[0].layers
     header = ["updates", "experts per patch", "one colour", "others", *(f"layer {layer + 1}" for layer in layers)]

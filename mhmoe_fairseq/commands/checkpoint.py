@@ -1,7 +1,5 @@
 """``mhmoe checkpoint``: look into checkpoints, convert, average and import them."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -170,14 +168,14 @@ def _import_official(args: argparse.Namespace) -> None:
 _ACTIONS = {"inspect": _inspect, "convert": _convert, "average": _average, "import-official": _import_official}
 
 
-def _what_is_kept(summary: CheckpointSummary, dropped: bool) -> str:
+def _what_is_kept(summary: "CheckpointSummary", dropped: bool) -> str:
     if summary.optimizer:
         return "everything is kept: a training resumes from it as from the source"
     reason = "left out" if dropped else "not in the source"
     return f"optimizer state: {reason}; a training cannot resume, but --finetune-from-model starts from the weights"
 
 
-def describe(summary: CheckpointSummary) -> str:
+def describe(summary: "CheckpointSummary") -> str:
     """The figures of one file as text."""
     rows = [[part, f"{count:,}", f"{count / summary.total:.1%}"] for part, count in summary.parameters.items()]
     rows.append(["all", f"{summary.total:,}", "100.0%"])
@@ -198,12 +196,12 @@ def describe(summary: CheckpointSummary) -> str:
     return "\n".join(lines)
 
 
-def as_json(summary: CheckpointSummary) -> dict[str, Any]:
+def as_json(summary: "CheckpointSummary") -> dict[str, Any]:
     """The figures of one file as plain data."""
     return {**dataclasses.asdict(summary), "path": str(summary.path), "total": summary.total}
 
 
-def _model_line(summary: CheckpointSummary) -> str:
+def _model_line(summary: "CheckpointSummary") -> str:
     if summary.arch is None:
         return f"{MISSING} (no configuration is stored)"
     sizes = [f"{stack}_{size}" for stack in ("decoder", "encoder") for size in ("layers", "embed_dim", "ffn_embed_dim")]
@@ -213,14 +211,14 @@ def _model_line(summary: CheckpointSummary) -> str:
     return ", ".join([summary.arch, *given])
 
 
-def _progress_line(summary: CheckpointSummary) -> str:
+def _progress_line(summary: "CheckpointSummary") -> str:
     best = "" if summary.best is None else f", best validation loss {summary.best}"
     ranks = "" if summary.world_size is None else f", written by {summary.world_size} ranks"
     updates = MISSING if summary.updates is None else f"{summary.updates:,}"
     return f"{updates} updates, epoch {summary.epoch or MISSING}{best}{ranks}"
 
 
-def _experts_line(summary: CheckpointSummary) -> str:
+def _experts_line(summary: "CheckpointSummary") -> str:
     if not summary.experts:
         return "none (dense)"
     counts = sorted(set(summary.experts.values()))
@@ -229,7 +227,7 @@ def _experts_line(summary: CheckpointSummary) -> str:
     return f"{' or '.join(map(str, counts))} in each of {len(summary.experts)} {pools}"
 
 
-def _optimizer_line(summary: CheckpointSummary) -> str:
+def _optimizer_line(summary: "CheckpointSummary") -> str:
     if summary.optimizer is None:
         return "no state: evaluate, or start from the weights with --finetune-from-model"
     state = "of every parameter" if summary.complete else "but not two moments for every parameter"

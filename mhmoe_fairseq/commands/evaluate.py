@@ -1,7 +1,5 @@
 """``mhmoe evaluate``: how good a checkpoint is on a split, by the measures of the task that it was trained with."""
 
-from __future__ import annotations
-
 import argparse
 from typing import TYPE_CHECKING
 
@@ -137,7 +135,7 @@ def _require_place(path: str) -> None:
         raise UserError(f"--record {error}: give --record FILE") from None
 
 
-def describe(record: Record) -> str:
+def describe(record: "Record") -> str:
     """A table with a row for every part and one for all, then how it was measured, and what is absent."""
     lines = []
     if record.metrics:
@@ -154,7 +152,7 @@ def describe(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _cells(metrics: dict[str, Metric]) -> dict[str, str]:
+def _cells(metrics: "dict[str, Metric]") -> dict[str, str]:
     """Column -> cell: how many were scored, the metrics, and beside each what guesses reach."""
     counts = [metric.count for metric in metrics.values() if metric.count is not None]
     cells = {"scored": f"{counts[0]:,}"} if counts else {}

@@ -1,7 +1,5 @@
 """``mhmoe generate``: continue prompts with a trained language model, or caption images with a fine-tuned one."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@ called, and with ``parse_rest(args, words)`` if it takes flags that only heavier
 imports neither PyTorch nor fairseq, so that ``--help`` comes at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import logging

@@ -3,8 +3,6 @@
 Parameters and FLOPs; with ``--ranks`` the memory, traffic and time of a training on many ranks, too.
 """
 
-from __future__ import annotations
-
 import argparse
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> PlanSettings:
+def _settings(args: argparse.Namespace) -> "PlanSettings":
     from ..analysis.plan.planning import PlanSettings
     from ..models.architectures import named_architecture
 
@@ -134,7 +132,7 @@ def _settings(args: argparse.Namespace) -> PlanSettings:
     )
 
 
-def _cluster(args: argparse.Namespace) -> Cluster | None:
+def _cluster(args: argparse.Namespace) -> "Cluster | None":
     from ..analysis.plan.cluster import Cluster
 
     if args.ranks is None:
@@ -163,7 +161,7 @@ def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value not in (None, False)}
 
 
-def describe(rows: list[PlanRow], settings: PlanSettings) -> str:
+def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:
     """The tables and how to read them."""
     kind = settings.architecture.kind
     papers = [paper_row(row, settings) for row in rows]
@@ -202,7 +200,7 @@ def describe(rows: list[PlanRow], settings: PlanSettings) -> str:
     return "\n".join(lines)
 
 
-def _parts_table(rows: list[PlanRow]) -> str:
+def _parts_table(rows: "list[PlanRow]") -> str:
     """Parameters by part, a column for each model."""
     parts = list(dict.fromkeys(part for row in rows for part in row.parts))
     header = ["part", *(row.family if row.experts is None else f"{row.family} {row.experts}" for row in rows)]
@@ -210,7 +208,7 @@ def _parts_table(rows: list[PlanRow]) -> str:
     return markdown_table(header, cells)
 
 
-def _cells(row: PlanRow) -> list[str]:
+def _cells(row: "PlanRow") -> list[str]:
     counts, moe = row.counts, row.counts.moe
     return [
         row.family,
@@ -224,7 +222,7 @@ def _cells(row: PlanRow) -> list[str]:
     ]
 
 
-def _as_json(row: PlanRow, paper: Any) -> dict[str, Any]:
+def _as_json(row: "PlanRow", paper: Any) -> dict[str, Any]:
     counts, moe = row.counts, row.counts.moe
     return {
         "family": row.family,

@@ -1,7 +1,5 @@
 """``mhmoe prepare``: one sub-command per kind of corpus."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Callable, NamedTuple

@@ -1,7 +1,5 @@
 """What a fairseq command says when our code refuses a flag or a file: one line and status 2, as ``mhmoe`` does."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import TracebackType

@@ -1,7 +1,5 @@
 """``mhmoe report``: trained models side by side, as one Markdown file with plots; reads records and logs alone."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``mhmoe reproduce``: the papers' tables and figures, our studies and the demo, in one command each."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe visual-tokenizer``: fit one to training images, say what a file holds, show the ids of images."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import fields
@@ -105,7 +103,7 @@ def _fit(args: argparse.Namespace) -> None:
     say(f"done: {output}")
 
 
-def _draw_comparison(tokenizer: VisualTokenizer, data: Path, path: Path, seed: int) -> None:
+def _draw_comparison(tokenizer: "VisualTokenizer", data: Path, path: Path, seed: int) -> None:
     """A dozen held-out images (training ones where none are held out) over their reconstructions."""
     from torchvision.transforms.functional import to_pil_image
 
@@ -118,7 +116,7 @@ def _draw_comparison(tokenizer: VisualTokenizer, data: Path, path: Path, seed: i
         to_pil_image(comparison(tokenizer, images)).save(temporary, format="PNG")
 
 
-def describe(tokenizer: VisualTokenizer) -> dict[str, object]:
+def describe(tokenizer: "VisualTokenizer") -> dict[str, object]:
     """What a file holds, as JSON values."""
     return {
         "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "patch_size": tokenizer.patch_size,

@@ -1,7 +1,5 @@
 """``mhmoe zero-shot``: language models on tasks that they were not trained for."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -134,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     return {"lm-eval": _run_lm_eval, "xnli": _run_xnli, "probe": _run_probe}[args.kind](args)
 
 
-def _write(args: argparse.Namespace, file: Path, record: Record) -> None:
+def _write(args: argparse.Namespace, file: Path, record: "Record") -> None:
     from ..evaluation.records import record_file, write_record
 
     path = args.record or record_file(file.parent, f"zero-shot-{args.kind}")
@@ -142,7 +140,7 @@ def _write(args: argparse.Namespace, file: Path, record: Record) -> None:
     say(f"written: {path}")
 
 
-def _mean(metrics: Sequence[Metric]) -> Metric:
+def _mean(metrics: "Sequence[Metric]") -> "Metric":
     """The mean of several sets' accuracies, with the standard error of the examples alone."""
     from ..evaluation.records import Metric
 
@@ -166,7 +164,7 @@ def name_models(checkpoints: Sequence[Path]) -> list[str]:
     return next(names for names in named if len(set(names)) == len(names))
 
 
-def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], Record]) -> dict[str, Record]:
+def _record_each(args: argparse.Namespace, evaluate: "Callable[[str, Path], Record]") -> "dict[str, Record]":
     """Evaluate one checkpoint after the other and write what was found at once; the records by name."""
     from ..models.language_model import find_checkpoint
 
@@ -270,7 +268,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate_xnli(args: argparse.Namespace, name: str, file: Path, sets: list[XnliSet]) -> Record:
+def _evaluate_xnli(args: argparse.Namespace, name: str, file: Path, sets: "list[XnliSet]") -> "Record":
     import lm_eval
 
     from ..checkpoints.open import Opened, was_trained_with
@@ -321,7 +319,7 @@ def _digest(files: Any) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def describe_xnli(records: dict[str, Record], split: str, limit: int | None) -> str:
+def describe_xnli(records: "dict[str, Record]", split: str, limit: int | None) -> str:
     """Ours and the paper's, in percent."""
     from ..experiments import EXPERIMENTS
 
@@ -371,7 +369,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(args: argparse.Namespace, file: Path, path: Path, items: dict[tuple[str, str], list[Item]]) -> Record:
+def _probe(args: argparse.Namespace, file: Path, path: Path, items: "dict[tuple[str, str], list[Item]]") -> "Record":
     from ..checkpoints.open import Opened, open_text_model
     from ..evaluation.evaluate import with_origin
     from ..evaluation.probe import probe
@@ -400,7 +398,7 @@ def _probe(args: argparse.Namespace, file: Path, path: Path, items: dict[tuple[s
     return with_origin(record, Opened.of_text_model(hub, file))
 
 
-def describe_probe(records: dict[str, Record], candidates: int, split: str) -> str:
+def describe_probe(records: "dict[str, Record]", candidates: int, split: str) -> str:
     """A row for every pair and their mean, two columns for every model."""
     first = next(iter(records.values()))
     header = ["pair", "items", *(f"{name}: {way}" for name in records for way in first.metrics)]
@@ -418,5 +416,5 @@ def describe_probe(records: dict[str, Record], candidates: int, split: str) -> s
     ])  # fmt: skip
 
 
-def _cell(metric: Metric) -> str:
+def _cell(metric: "Metric") -> str:
     return f"{metric.value:.1f} ± {metric.stderr:.1f}"

@@ -4,8 +4,6 @@ A value that breaks its rule is refused while the command line is read, before a
 front, so a type says only the value and the rule: ``--beam (0) must be at least 1, an integer below 2**31``.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import math
@@ -27,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     rest: str | None = None
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """As argparse, but for :attr:`rest`."""
         if self.rest is None or args is None:
             return super().parse_known_args(args, namespace)

@@ -1,7 +1,5 @@
 """What the analysis commands say, and what they keep others from saying."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import sys

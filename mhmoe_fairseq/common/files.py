@@ -1,7 +1,5 @@
 """Writing that never leaves half a file, and reading that says where a file is broken."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gzip

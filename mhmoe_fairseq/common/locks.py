@@ -1,7 +1,5 @@
 """Folders that one run at a time writes to. The kernel frees a lock when its holder ends, however it ends."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -4,8 +4,6 @@ NaN compares false with everything, so that ``if value < 0`` lets it through; a 
 something else. Everything that reads a number from a user asks a :class:`Range`.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Markdown tables that also read well in a terminal, and numbers as people write them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 MISSING = "–"

@@ -1,7 +1,5 @@
 """What all criterions share: the flags of the MoE layers' losses, sums over batches, one loss for each row."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Contrastive loss of images and their texts over the rows of all ranks."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Checks of binarised data before it is read: fairseq itself maps a truncated file without a word."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Documents: how text is cleaned, deduplicated and kept between the stages of a preparation."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

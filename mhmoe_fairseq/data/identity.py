@@ -1,7 +1,5 @@
 """Which data a figure belongs to: perplexities of different data are never put together."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass

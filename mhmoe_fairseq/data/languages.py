@@ -1,7 +1,5 @@
 """The languages of the multilingual experiment: codes as XNLI writes them, names, scripts, and dictionary symbols."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Iterable

@@ -4,8 +4,6 @@ The four special pieces take fairseq's own indices (``<s>`` 0, ``<pad>`` 1, ``</
 SentencePiece id is its dictionary index, and a dictionary of ``--vocab-size`` entries is exactly the model.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import re

@@ -1,7 +1,5 @@
 """Files of ``torch.save``: read without running anything that is in them, written so that half of one is never left."""
 
-from __future__ import annotations
-
 import pickle
 import re
 import zipfile

@@ -4,8 +4,6 @@ A rank file has one token a line: its bytes in base64, a space, its rank. In fai
 its rank in decimal digits, as in fairseq's own GPT-2 encoder, so that ``dictionary index = rank + 4``.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import importlib.util

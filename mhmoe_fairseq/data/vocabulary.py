@@ -1,7 +1,5 @@
 """What binarisation needs of a tokenizer, and fairseq's dictionary made from one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Sequence
 
@@ -32,7 +30,7 @@ class Vocabulary(Protocol):
 
 def build_dictionary(
     symbols: Sequence[str], counts: np.ndarray, extra_symbols: Sequence[str] = (), multiple: int = 8
-) -> Dictionary:
+) -> "Dictionary":
     """fairseq's dictionary: the four specials, ``symbols`` with their counts, ``extra_symbols``, and padding.
 
     Args:
@@ -51,7 +49,7 @@ def build_dictionary(
     return dictionary
 
 
-def save_dictionary(dictionary: Dictionary, path: Path) -> None:
+def save_dictionary(dictionary: "Dictionary", path: Path) -> None:
     """Writes ``dict.txt`` atomically, in fairseq's ``symbol count`` format."""
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         dictionary.save(stream)

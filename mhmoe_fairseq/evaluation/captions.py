@@ -1,7 +1,5 @@
 """Captions by a fine-tuned model: of a split with their scores, or of single images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

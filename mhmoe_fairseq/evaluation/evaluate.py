@@ -1,7 +1,5 @@
 """Evaluate a checkpoint on a split: what is measured follows from the task that it was trained with."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from argparse import Namespace

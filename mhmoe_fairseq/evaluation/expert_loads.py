@@ -1,7 +1,5 @@
 """Count which experts a model uses while it is evaluated."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ The first is a thin layer on fairseq's ``GeneratorHubInterface``: prompts are ch
 batched, and come back in order, each with its score.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace

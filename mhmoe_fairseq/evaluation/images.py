@@ -4,8 +4,6 @@ Every metric stands beside what is reached without looking at the images. Predic
 the evaluation servers and scripts take.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -7,8 +7,6 @@ generation ends, in ``generation``.
 Several processes: lm-eval takes every one for rank 0 of 1, so each scores all requests.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence
@@ -81,12 +79,7 @@ class MHMoEHarnessModel(TemplateLM):
         rows = _rows(batch_size, max_batch_size)
         self.hub = open_text_model(str(checkpoint), data, device)
         self.scorer = TextScorer(
-            self.hub,
-            batch_size=rows,
-            batch_tokens=max_batch_tokens,
-            max_length=max_length,
-            language=lang,
-            clean=clean,
+            self.hub, batch_size=rows, batch_tokens=max_batch_tokens, max_length=max_length, language=lang, clean=clean
         )
         if lang is None and was_trained_with(self.hub, "mhmoe_language_token"):
             logger.warning(f"{checkpoint} was trained with --mhmoe-language-token: --model_args lang=CODE is missing")

@@ -1,7 +1,5 @@
 """lm-eval is an optional package: whether it is there, where it keeps its tasks, and its results as a record."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from pathlib import Path

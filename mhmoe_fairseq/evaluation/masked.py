@@ -1,7 +1,5 @@
 """Perplexity and accuracy of masked patches and masked words on a split."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +28,7 @@ class PartScore:
     loss: float
     accuracy: float
 
-    def metrics(self, guess: PartScore) -> dict[str, Metric]:
+    def metrics(self, guess: "PartScore") -> dict[str, Metric]:
         """What a record holds of it, beside what a guess without context reaches."""
         values = (
             ("perplexity", "perplexity", lambda part: 2**part.loss),

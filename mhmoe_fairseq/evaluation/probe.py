@@ -9,8 +9,6 @@ Two ways to choose: the highest log-probability per token, and the largest gain 
 log-probability after it minus that at the start of a text (pointwise mutual information, PMI).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from pathlib import Path

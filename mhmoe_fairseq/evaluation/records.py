@@ -5,8 +5,6 @@ A record is a JSON file, ``record-SPLIT.json`` beside the checkpoint unless told
 no PyTorch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import importlib.metadata
@@ -100,7 +98,7 @@ class ExpertLoads:
 
     layers: list[LayerLoads]
 
-    def of(self, part: str | None = None) -> ExpertLoads:
+    def of(self, part: str | None = None) -> "ExpertLoads":
         """The rows of one part, or of the whole split."""
         return ExpertLoads([row for row in self.layers if row.part == part])
 

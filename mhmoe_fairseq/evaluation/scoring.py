@@ -11,8 +11,6 @@ A score does not depend on the batch. Padding is on the right, where causal atte
 Models with capacity routing, whose experts refuse tokens by what else is in the batch, are scored row by row.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple

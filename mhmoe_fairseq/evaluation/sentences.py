@@ -1,7 +1,5 @@
 """Classes of sentences and pairs of sentences by a fine-tuned language model, language by language."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Perplexity of a split, language by language, with the function behind ``fairseq-eval-lm``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ name these ``premise``, ``hypothesis`` and ``label``, as the data set that lm-ev
 and 2.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -223,7 +221,7 @@ class LanguageResult:
 
 
 def evaluate_xnli(
-    model: MHMoEHarnessModel, tasks: Path, codes: Sequence[str], *, language_symbols: bool, limit: int | None = None
+    model: "MHMoEHarnessModel", tasks: Path, codes: Sequence[str], *, language_symbols: bool, limit: int | None = None
 ) -> Iterator[LanguageResult]:
     """Evaluate one language after the other.
 

@@ -1,7 +1,5 @@
 """English and multilingual language modelling: recipes, the papers' tables and our own studies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..analysis.reports import PaperTable

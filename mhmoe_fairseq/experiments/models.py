@@ -1,7 +1,5 @@
 """The models of all tables, by the names that runs and reports give them."""
 
-from __future__ import annotations
-
 from .spec import Model
 
 # Every second layer is an MoE layer, top-2. At paper scale the router is as in the paper's appendix, else TorchScale's.

@@ -1,7 +1,5 @@
 """The runs of an experiment: which trainings, in which folders, by which commands, and how far they are."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +35,7 @@ class Run:
     data: Path
     choice: Choice
     lr: str | None = None
-    start: Run | None = None
+    start: "Run | None" = None
     splits: tuple[str, ...] = SPLITS
 
     @property

@@ -1,7 +1,5 @@
 """Does what a plan says: prepares data, trains, evaluates, follows up and reports; what is finished is kept."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import os
 import re
@@ -25,11 +23,7 @@ from .plan import SPLITS, Plan, Run, with_starts
 from .spec import Experiment
 
 # The same interpreter and its packages, whatever is on PATH.
-_MODULES = {
-    "fairseq-train": "fairseq_cli.train",
-    "torchrun": "torch.distributed.run",
-    "mhmoe": "mhmoe_fairseq",
-}
+_MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+( [\w-]+)?: error: ")
 # Of several processes: another's end, and torchrun's summary of it.
 _CONSEQUENCES = ("ChildFailedError", "by peer")

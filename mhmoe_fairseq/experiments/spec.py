@@ -4,14 +4,13 @@ Everything here is data and what turns it into words of ``fairseq-train``; nothi
 command line and merged as there: of a flag that is given twice the last counts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from ..analysis.reports import PaperTable
 from ..common.errors import UserError
@@ -102,11 +101,11 @@ class Recipe:
     scales: Mapping[str, Scale]
     data: str
     prepare: str = ""
-    start: Mapping[str, Recipe] = field(default_factory=dict)
+    start: "Mapping[str, Recipe]" = field(default_factory=dict)
     data_flags: Callable[[Path], str] | None = None
     evaluate: str = ""
 
-    def variant(self, name: str, flags: str, scales: Mapping[str, Scale], **changes: object) -> Recipe:
+    def variant(self, name: str, flags: str, scales: Mapping[str, Scale], **changes: Any) -> "Recipe":
         """Returns a recipe with further flags, which win over this one's, and scales of its own."""
         return dataclasses.replace(self, name=name, flags=f"{self.flags} {flags}", scales=scales, **changes)
 

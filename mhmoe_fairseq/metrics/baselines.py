@@ -1,7 +1,5 @@
 """What can be reached without looking at the images: baselines that a model of images has to beat."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """Recall at 1, 5 and 10 of images by texts and of texts by images, over a whole set."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Each fills what the user left open (None) and may do so twice: fairseq calls it 
 stored configuration. ``base`` is the paper's model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -122,7 +120,7 @@ class Architecture:
         """As given to ``--arch``."""
         return f"{self.family}_{self.kind}_{self.size}"
 
-    def of_family(self, family: str) -> Architecture:
+    def of_family(self, family: str) -> "Architecture":
         """The architecture of the same kind and size in another family."""
         return dataclasses.replace(self, family=family)
 
@@ -138,9 +136,7 @@ class Architecture:
         fill(args, **_COMMON, **kind.defaults)
 
 
-ARCHITECTURES = {
-    one.name: one for one in (Architecture(*parts) for parts in itertools.product(FAMILIES, KINDS, SIZES))
-}
+ARCHITECTURES = {one.name: one for one in (Architecture(*parts) for parts in itertools.product(FAMILIES, KINDS, SIZES))}
 for _name, _architecture in ARCHITECTURES.items():
     register_model_architecture(KINDS[_architecture.kind].model, _name)(_architecture)
 

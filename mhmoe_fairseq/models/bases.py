@@ -3,8 +3,6 @@
 ``ComputePrecision`` and ``RemembersVocabulary`` stand among a module's bases.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import logging

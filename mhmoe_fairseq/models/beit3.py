@@ -1,7 +1,5 @@
 """The masked multimodal model ``mhmoe_beit3``: BEiT-3 with dense, sparse MoE, X-MoE or MH-MoE layers by its options."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fairseq.data import Dictionary
@@ -55,7 +53,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         self.remember_vocabulary(dictionary, "beit3.text_embed.weight")
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> MHMoEBEiT3:
+    def build_model(cls, args: Any, task: Any) -> "MHMoEBEiT3":
         """Build from filled options, in training with the experts spread over the processes.
 
         Args:

@@ -1,7 +1,5 @@
 """A checkpoint of BEiT-3 fitted to a model of other sizes: position tables, heads."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping

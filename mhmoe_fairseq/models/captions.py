@@ -4,8 +4,6 @@ Each token is predicted from a trailing mask token. What an earlier position com
 since the image sees itself alone and a token the image and the text up to itself: keys and values are computed once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

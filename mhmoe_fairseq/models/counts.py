@@ -1,7 +1,5 @@
 """Parameters and FLOPs of whole models, asked of the real model classes, whose weights may be on ``meta``."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 from typing import Any

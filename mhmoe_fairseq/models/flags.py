@@ -4,8 +4,6 @@
 ``models.options.BEiT3Options``; None means "not given". What a flag sets, needs and affects stands with its field.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

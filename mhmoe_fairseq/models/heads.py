@@ -6,8 +6,6 @@ whether a head wants the encoder's last norm before it; where not, it has one of
 features' running mean is taken away first, other than in BEiT-3: see :class:`CenteredLayerNorm`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from typing import Any

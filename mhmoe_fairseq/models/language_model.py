@@ -1,7 +1,5 @@
 """The decoder-only language model ``mhmoe_lm``: dense, sparse MoE, X-MoE and MH-MoE by its options."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +71,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
         self.classification_heads = nn.ModuleDict()
 
     @classmethod
-    def build_model(cls, args: Any, task: Any) -> MHMoELanguageModel:
+    def build_model(cls, args: Any, task: Any) -> "MHMoELanguageModel":
         """Build from filled options, in training with the experts spread over the processes.
 
         Raises:

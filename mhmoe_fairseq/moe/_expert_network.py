@@ -3,8 +3,6 @@
 No value is read back to the host.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Callable, NamedTuple
 

@@ -1,7 +1,5 @@
 """How a configuration declares its fields, and the check of them: choices by ``Literal``, numbers by ``Annotated``."""
 
-from __future__ import annotations
-
 import functools
 import re
 import typing

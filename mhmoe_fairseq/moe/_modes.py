@@ -1,7 +1,5 @@
 """PyTorch's modes around a computation: who traces, transforms or casts it."""
 
-from __future__ import annotations
-
 import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode

@@ -5,8 +5,6 @@ B batch, S sequence, T = B*S tokens, D model dim, H heads, d = D/H sub-token dim
 N = T*H sub-tokens, E experts, K top-k, R = N*K routed rows, C capacity, F expert hidden.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -142,7 +140,7 @@ class MHMoEConfig(RouterFields, GateFields):
         """Parameters one sub-token uses: projections, router, shared expert and K experts."""
         return self._num_always_active_params() + self.top_k * self.num_expert_params()
 
-    def counts(self) -> LayerCounts:
+    def counts(self) -> "LayerCounts":
         """All counts together."""
         experts = self.num_experts * self.num_expert_params()
         return LayerCounts(self.num_params(), experts, self.num_active_params(), self.flops_per_token())
@@ -165,7 +163,7 @@ class MHMoEConfig(RouterFields, GateFields):
     @classmethod
     def matching(
         cls,
-        reference: MHMoEConfig,
+        reference: "MHMoEConfig",
         *,
         budget: Literal["params", "flops"],
         num_heads: int,
@@ -174,7 +172,7 @@ class MHMoEConfig(RouterFields, GateFields):
         multiple_of: int = 8,
         expert_multiple: int = 1,
         **changes: Any,
-    ) -> MHMoEConfig:
+    ) -> "MHMoEConfig":
         """An MH-MoE configuration that spends what ``reference`` spends.
 
         Args:
@@ -212,7 +210,7 @@ class MHMoEConfig(RouterFields, GateFields):
             return _match_flops(base, reference, multiple_of, expert_multiple)
         raise ConfigError("budget", budget, "must be one of params, flops")
 
-    def budget_gap(self, reference: MHMoEConfig) -> BudgetGap:
+    def budget_gap(self, reference: "MHMoEConfig") -> "BudgetGap":
         """How far this layer is from ``reference``: relative gaps, positive where this one is larger."""
         return BudgetGap(
             params=self.num_params() / reference.num_params() - 1,

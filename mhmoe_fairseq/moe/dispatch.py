@@ -3,8 +3,6 @@
 Assignments that are padded or dropped belong to the *virtual expert* E, which sorts behind the real ones.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -13,8 +13,6 @@ elsewhere ``grouped`` where its kernel takes dtype and shape. Otherwise, and whe
 torch.func or forward-mode differentiation see the layer, it takes ``blocked``, which can do all of that.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

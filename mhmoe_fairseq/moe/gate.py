@@ -6,8 +6,6 @@ ones, so every shape is known beforehand and no device synchronisation is needed
 A new gate is a subclass of :class:`Gate` in ``GATES``, and the fields it needs in :class:`GateFields`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 

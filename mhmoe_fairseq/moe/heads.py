@@ -1,7 +1,5 @@
 """Splitting tokens into sub-tokens and merging them again (P1 section 3)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

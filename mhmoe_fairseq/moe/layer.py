@@ -1,7 +1,5 @@
 """The Multi-Head Mixture-of-Experts layer (Wu et al., NeurIPS 2024)."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
@@ -40,7 +38,7 @@ class MHMoEOutput(NamedTuple):
     stats: RoutingStats
     traffic: Traffic | None = None
 
-    def without_hidden(self) -> MHMoEOutput:
+    def without_hidden(self) -> "MHMoEOutput":
         """The same with an empty ``hidden``, so that a list over many layers holds no activations."""
         return self._replace(hidden=self.hidden.new_empty(0))
 

@@ -4,8 +4,6 @@ The sums of several batches, or of several processes' parts of a batch, add up: 
 the whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +34,7 @@ class RouterSums(NamedTuple):
     z: Tensor
     num_real: Tensor
 
-    def over(self, add: Callable[[Tensor], Tensor]) -> RouterSums:
+    def over(self, add: Callable[[Tensor], Tensor]) -> "RouterSums":
         """The sums of all processes, whose vectors ``(2 E + 2,)`` ``add`` adds up in one message."""
         total = add(torch.cat([self.chosen_E, self.probs_E, self.z.view(1), self.num_real.view(1)]))
         chosen_E, probs_E, z, num_real = total.split([len(self.chosen_E), len(self.probs_E), 1, 1])

@@ -4,8 +4,6 @@
 share the experts, e = E / P the experts of one of them, M the rows one of them receives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 

@@ -3,8 +3,6 @@
 A new router is a subclass of :class:`Router` in ``ROUTERS``, and the fields it needs in :class:`RouterFields`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal

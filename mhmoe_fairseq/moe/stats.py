@@ -1,7 +1,5 @@
 """What the router did: additive counts per batch, and the figures derived from their sums."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -32,7 +30,7 @@ class RoutingStats(NamedTuple):
     entropy: Tensor
     num_subtokens: Tensor
 
-    def by_pool(self) -> RoutingStats:
+    def by_pool(self) -> "RoutingStats":
         """With the leading dimension of pools in any case: ``(pools, E)`` and ``(pools,)``."""
         load = self.expert_load
         return RoutingStats(load.reshape(-1, load.size(-1)), *(count.reshape(-1) for count in self[1:]))

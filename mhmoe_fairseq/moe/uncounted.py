@@ -1,7 +1,5 @@
 """Calls of a model that are made only because other processes wait for them: nothing of them counts."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Which processes share a bank of experts, and which hold the same experts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.distributed as dist

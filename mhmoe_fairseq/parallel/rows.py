@@ -4,8 +4,6 @@ Every process takes part in every transfer, with no rows too, forward and backwa
 backward in the reverse order of the forward, which is the same on all processes.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +46,7 @@ class DistributedExperts:
         self.rank = groups.rank
         self.counter = TrafficCounter()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedExperts:
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DistributedExperts":
         """Itself: a copy of a model talks to the same processes."""
         return self
 
@@ -63,7 +61,7 @@ class DistributedExperts:
         """
         return _ScaleGradient.apply(weight, 1 / self.groups.world_size)
 
-    def exchange(self, load_E: Tensor) -> RowExchange:
+    def exchange(self, load_E: Tensor) -> "RowExchange":
         """Tell the others how many rows will come."""
         sent_Pe = load_E.view(self.size, -1).long()
         received_Pe = torch.empty_like(sent_Pe)

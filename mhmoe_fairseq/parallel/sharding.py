@@ -5,8 +5,6 @@ together where all processes take part, and ``state_dict()`` is often called on 
 ``ShardedParameter.provide`` hands in the whole tensor that was gathered before, the next ``state_dict()`` uses it up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

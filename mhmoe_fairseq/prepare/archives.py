@@ -3,8 +3,6 @@
 Nothing of a package is ever installed, imported or run, and no member's name is used as a path.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """What all preparations have in common: settings, resumable stages, a vocabulary, binarised text and a manifest."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import platform

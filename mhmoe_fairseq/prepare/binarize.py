@@ -5,8 +5,6 @@ this is what ``fairseq-preprocess`` makes of it and what ``--sample-break-mode c
 boundary. Every byte of the text file, line ends included, is thus covered by the tokens of the data set.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import asdict, dataclass
 from itertools import islice

@@ -1,7 +1,5 @@
 """Labelled sentences or pairs in the layout of fairseq's ``sentence_prediction``: input0/, input1/, label/."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 from collections import Counter

@@ -1,7 +1,5 @@
 """English text: cleaned, split by document, with a vocabulary learnt on the training part, binarised."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from pathlib import Path

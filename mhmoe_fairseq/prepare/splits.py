@@ -1,7 +1,5 @@
 """Which document goes to which part: drawn by a fixed seed and measured in bytes, or by a hash of a unit's name."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import dataclass

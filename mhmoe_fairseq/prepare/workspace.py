@@ -5,8 +5,6 @@ then what ``DEST`` held before stays complete and usable. ``DEST/.partial/progre
 finished stages, so that the same command continues where it was killed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

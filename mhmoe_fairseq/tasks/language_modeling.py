@@ -1,7 +1,5 @@
 """Language modelling on binarised data, with nothing lost and nothing read unchecked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

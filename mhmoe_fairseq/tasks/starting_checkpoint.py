@@ -1,7 +1,5 @@
 """The checkpoint that fairseq will start a training from, looked at before the training is set up."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

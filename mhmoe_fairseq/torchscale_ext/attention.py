@@ -1,7 +1,5 @@
 """Self-attention with TorchScale's parameters and results, computed by ``scaled_dot_product_attention``."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -96,12 +94,7 @@ class SelfAttention(MultiheadAttention):
         return q_rotated, k_rotated
 
     def _additive_mask(
-        self,
-        q: Tensor,
-        k: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        is_causal: bool,
+        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
     ) -> Tensor | None:
         """All masks as one ``(B or 1, 1, S, keys)`` tensor to add; None if there is none but causality."""
         if key_padding_mask is None and attn_mask is None:

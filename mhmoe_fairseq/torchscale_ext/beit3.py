@@ -3,8 +3,6 @@
 Parameter names are those of TorchScale's ``BEiT3``, whose own constructor cannot build an encoder with experts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A TorchScale decoder and its layers, whose feed-forward part may be an MH-MoE layer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """TorchScale's BEiT-3 encoder and its layers, whose feed-forward part may be an MH-MoE layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What stands behind attention in a layer: a dense network, or experts, which are chosen by name."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -5,8 +5,6 @@ It is an argument everywhere: TorchScale keeps it in an attribute of every modul
 TorchScale is told to build for one modality, and what it built gives way to these modules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

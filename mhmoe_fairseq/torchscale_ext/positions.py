@@ -3,8 +3,6 @@
 None of the computed tables is saved: checkpoints hold parameters only and are the same bytes for the same training.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

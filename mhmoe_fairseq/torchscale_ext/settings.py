@@ -4,8 +4,6 @@ Built in one call and never through TorchScale's ``override``, which drops unkno
 rules for ``subln`` and ``deepnorm``.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 from torch import nn

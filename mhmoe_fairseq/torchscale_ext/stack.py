@@ -1,7 +1,5 @@
 """What decoders and encoders have in common: the two halves of a layer, and the pass through all layers."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

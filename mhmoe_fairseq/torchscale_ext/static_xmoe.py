@@ -4,8 +4,6 @@ Its ``MOELayer`` wants a process group and ``torch.histc`` of integers, which th
 parameter inside forward. This module provides the first two and undoes the third in evaluation.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace

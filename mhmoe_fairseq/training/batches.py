@@ -7,8 +7,6 @@ that update from the number of samples by which the gradient is divided, and fro
 anybody in a validation. Here a filler is a batch like others that says that it does not count, and counts nowhere.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +64,7 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
     """
 
     @classmethod
-    def of(cls, iterator: EpochBatchIterator, has_fillers: bool = False) -> ResumableEpochBatchIterator:
+    def of(cls, iterator: EpochBatchIterator, has_fillers: bool = False) -> "ResumableEpochBatchIterator":
         """``iterator`` itself, made one of this class: both fairseq versions construct it, with other arguments.
 
         Args:

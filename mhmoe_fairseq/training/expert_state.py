@@ -4,8 +4,6 @@ fairseq has one moment at which all ranks meet before a save: ``Trainer.consolid
 ``consolidate_state_dict`` of the inner torch optimizer, if it has one. What comes after, rank 0 does alone.
 """
 
-from __future__ import annotations
-
 import datetime
 import sys
 from collections.abc import Iterable

@@ -17,8 +17,6 @@ It has too little GPU memory            it fails; fairseq would skip its batch a
 ======================================  ==============================================================
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import logging

@@ -1,7 +1,5 @@
 """What a model looked like when its loss or gradient became NaN or infinite."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Adam for experts that are shared out over ranks, and for learning rates by layer: ``--optimizer mhmoe_adam``."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Iterable

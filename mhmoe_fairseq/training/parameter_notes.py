@@ -5,8 +5,6 @@ versions hand on to the fp32 copies that ``FP16Optimizer`` steps on. Its own rea
 is refused wherever notes are taken.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import nn

@@ -1,7 +1,5 @@
 """After each update of the parameters, routers that act then learn how many sub-tokens of it their experts got."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ and ``checkpoint_last.pt``: a process killed in between leaves a truncated file,
 file, copies included, gets its bytes under a temporary name in the same folder and takes its own name in one step.
 """
 
-from __future__ import annotations
-
 import shutil
 from functools import wraps
 from pathlib import Path

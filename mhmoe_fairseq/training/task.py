@@ -1,7 +1,5 @@
 """What every task of this package does about several processes and about failures."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -54,7 +52,7 @@ class ParallelTask(FairseqTask):
     _has_reported = False
 
     @classmethod
-    def setup_task(cls, args: Any, **kwargs: Any) -> ParallelTask:
+    def setup_task(cls, args: Any, **kwargs: Any) -> "ParallelTask":
         """Check the task's flags, and load what it needs before a model is built; an error names the flag or file."""
         cls.check_args(args)
         return super().setup_task(args)  # without fairseq's from_checkpoint, which is nothing to a task

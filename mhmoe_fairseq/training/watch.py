@@ -7,8 +7,6 @@ rank 0's and what it has found. A step may take as long as it likes, for the thr
 waits or writes a checkpoint.
 """
 
-from __future__ import annotations
-
 import atexit
 import logging
 import os

@@ -1,7 +1,5 @@
 """What the benchmarks share at the command line and in their reports: flags, progress, the machine, tables."""
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import importlib.metadata
@@ -69,7 +67,7 @@ class Progress:
         self.bar.set_description_str(label, refresh=True)
         self.bar.update(units)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:

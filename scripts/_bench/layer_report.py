@@ -1,7 +1,5 @@
 """What a benchmark of the layer found out, the targets that it decides, its report and plot."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections import defaultdict
 from collections.abc import Iterator

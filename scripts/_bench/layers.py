@@ -4,8 +4,6 @@ Every module here maps x ``(T, D)`` to ``(hidden (T, D), balance_loss or None)``
 projections, so that a comparison compares how the experts are run and nothing else.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from collections.abc import Callable

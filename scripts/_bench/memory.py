@@ -11,8 +11,6 @@ gradients do not), after a small warm-up call and with free memory given back:
   keeps, and the maths library's buffers; differs a little from run to run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import gc

@@ -1,7 +1,5 @@
 """Interleaved timing: two callables take turns in one process, so that a slow moment hits both."""
 
-from __future__ import annotations
-
 import gc
 import statistics
 import time
@@ -39,7 +37,7 @@ class Pairs:
         """Smallest and largest ratio of a pair, in words: how noisy the machine was."""
         return f"(pairs {min(self.ratios):.2f} to {max(self.ratios):.2f})"
 
-    def swapped(self) -> Pairs:
+    def swapped(self) -> "Pairs":
         """The second as the first: ratios of speeds in place of those of times."""
         return Pairs(self.second, self.first)
 

@@ -1,7 +1,5 @@
 """Whole language models in training: what a user would type, run, and read from the log."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -17,8 +17,6 @@ several statements in place of one. Also ``occurrence`` (from 1) where it stands
 without the functions in it.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """Outcomes that are kept, and the report that is written from them."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Tests on a copy of the checkout with one mutant in it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

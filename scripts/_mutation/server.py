@@ -5,8 +5,6 @@ and answers each with pytest's exit status. What pytest writes is in pytest.txt.
 longer than most mutants' tests.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Checkpoints on disk: nothing lost in safetensors, nothing run, no file half written."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections import OrderedDict

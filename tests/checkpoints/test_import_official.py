@@ -1,7 +1,5 @@
 """Weights of the official repository compute the same here: against a slow reference of its forward pass."""
 
-from __future__ import annotations
-
 import argparse
 import math
 

@@ -1,7 +1,5 @@
 """``mhmoe analyze`` on a model of one text, against fairseq-eval-lm and against the model's own counts."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe analyze`` on a really pre-trained, tiny model of images and text."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """``mhmoe analyze`` on a model of several languages."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Fine-tuning on captions through fairseq-train, and mhmoe evaluate and generate with its result."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """``mhmoe checkpoint`` on a really trained model: what it says, and that fairseq opens what it writes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Fine-tuning a really trained language model, ``fairseq-validate`` on it, and ``mhmoe evaluate``."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """What every command does alike: a reader that goes, and words that are no text."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

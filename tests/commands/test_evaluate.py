@@ -1,7 +1,5 @@
 """``mhmoe evaluate`` on a model of one text; of several languages see tests/tasks/test_multilingual_training.py."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -54,10 +52,7 @@ def test_languages_of_a_model_of_one_text(runs, capsys: pytest.CaptureFixture) -
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (
-            ("--tokens-per-sample", 1024),
-            r"blocks are longer than the model's \d+ positions .* give --tokens",
-        ),
+        (("--tokens-per-sample", 1024), r"blocks are longer than the model's \d+ positions .* give --tokens"),
         (("--context-window", 4096), r"--tokens-per-sample \(-\d+\) must be at least 1; .* --context-window"),
     ],
 )

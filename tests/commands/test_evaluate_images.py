@@ -1,7 +1,5 @@
 """``mhmoe evaluate`` on models of images and text."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

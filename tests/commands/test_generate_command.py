@@ -1,7 +1,5 @@
 """``mhmoe generate`` as typed by a user, and ``fairseq-interactive`` beside it."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

@@ -1,7 +1,5 @@
 """``mhmoe plan`` against P1's table 11 and against models that are really built."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe plan`` of BEiT-3: parts that add up, FLOPs by hand, the paper's multimodal rows beside them."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe prepare classification``: XNLI's formats, labels, and everything that a user can get wrong."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

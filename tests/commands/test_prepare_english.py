@@ -151,9 +151,7 @@ def test_tiktoken_ranks_become_the_dictionary(run, tmp_path, text_corpus, byte_r
         (b"one\n\ntwo\n\nthree words here\n\nfour\n", [], "--vocab-size 8000: too large for this corpus"),
     ],
 )
-def test_bad_text_is_one_line_and_leaves_earlier_data_usable(
-    run, tmp_path, text_corpus, content, arguments, message
-):
+def test_bad_text_is_one_line_and_leaves_earlier_data_usable(run, tmp_path, text_corpus, content, arguments, message):
     dest, bad = tmp_path / "d", tmp_path / "a.txt"
     run("--source", "text", text_corpus, "--dest", dest, *SMALL)
     before = hashes(dest)

@@ -1,7 +1,5 @@
 """A refusal of ours ends a fairseq command with one line and status 2; any other error keeps its traceback."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe report``: what it opens, and what it refuses; its tables are in tests/analysis/reports."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

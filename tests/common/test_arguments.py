@@ -1,7 +1,5 @@
 """Types of command-line arguments: what they take, and what they say of the rest."""
 
-from __future__ import annotations
-
 import argparse
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One run at a time writes to a folder, and a dead one keeps nobody out."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import logging

@@ -1,7 +1,5 @@
 """Every number of every configuration is refused by name where it is not finite or out of range."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import math

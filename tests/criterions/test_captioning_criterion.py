@@ -1,7 +1,5 @@
 """The captioning criterion against a slow reference: masked tokens alone, smoothing, the worst tokens, metrics."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

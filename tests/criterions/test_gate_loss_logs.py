@@ -1,7 +1,5 @@
 """Logs of the auxiliary losses and of the exchange over several batches: sums, units, batches that lack a figure."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

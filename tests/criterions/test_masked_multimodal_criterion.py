@@ -1,7 +1,5 @@
 """The criterion of masked data modelling against loops over the masked positions."""
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from pathlib import Path

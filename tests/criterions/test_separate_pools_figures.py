@@ -1,7 +1,5 @@
 """Routing figures where images and text have a pool of experts each: every pool counts alike, however much it got."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

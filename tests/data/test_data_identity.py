@@ -1,7 +1,5 @@
 """What the identity of data depends on: the dictionary and every split, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files of tensors: objects in them are refused by name and never run, a full disk is one line, the umask decides."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource
@@ -26,7 +24,7 @@ from mhmoe_fairseq.models.language_model import find_data
 READERS: dict[str, Callable[[Path], Any]] = {
     "trained model": checkpoint_files.read_trained,
     "mhmoe checkpoint": checkpoint_files.read_checkpoint,
-    "official checkpoint": _official_files.read_checkpoint,
+    "official checkpoint": _official_files.read_official,
     "visual tokenizer": load_visual_tokenizer,
     "data folder": lambda path: find_data(path, None),
     "fairseq": lambda path: checkpoint_utils.load_checkpoint_to_cpu(str(path)),

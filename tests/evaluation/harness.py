@@ -1,7 +1,5 @@
 """What the tests with lm-eval share."""
 
-from __future__ import annotations
-
 import torch
 from fairseq.hub_utils import GeneratorHubInterface
 from fairseq.sequence_scorer import SequenceScorer

@@ -1,7 +1,5 @@
 """Experts are counted while a model is evaluated: by part, by pool, and over batches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3

@@ -1,7 +1,5 @@
 """Decoding step by step gives what whole forward passes give, in batches of any size."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Predictions of images in the layouts of servers, and their metrics beside baselines, by hand."""
 
-from __future__ import annotations
-
 import csv
 import json
 from argparse import Namespace

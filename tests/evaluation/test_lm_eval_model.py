@@ -1,7 +1,5 @@
 """The adapter through lm-eval's own requests and its own command line, offline."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import math

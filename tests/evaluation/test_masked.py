@@ -1,7 +1,5 @@
 """Metrics of masked positions from a criterion's sums, by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

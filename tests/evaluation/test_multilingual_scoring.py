@@ -1,7 +1,5 @@
 """Models of several languages, with and without their languages' symbols, through the adapter and the probe."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -81,10 +79,7 @@ def test_a_missing_language_is_told(with_symbols, caplog):
 
 
 def test_the_probe_uses_symbols_as_trained(plain, with_symbols, data, tmp_path):
-    for folder, flags, symbols in (
-        (plain, [], "--no-language-token"),
-        (with_symbols, [], "--language-token"),
-    ):
+    for folder, flags, symbols in ((plain, [], "--no-language-token"), (with_symbols, [], "--language-token")):
         records = []
         for words in (flags, [symbols]):
             file = tmp_path / "probe.json"

@@ -1,7 +1,5 @@
 """The cross-lingual probe: its questions, its scores against direct scoring, and the command."""
 
-from __future__ import annotations
-
 import json
 import random
 

@@ -1,7 +1,5 @@
 """Scores equal those of fairseq's own scorer, in batches of any size, with newlines and over-long texts."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

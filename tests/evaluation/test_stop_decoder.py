@@ -1,7 +1,5 @@
 """Continuing ids until a stop string, with a model of which every next token is known."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

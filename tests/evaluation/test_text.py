@@ -1,7 +1,5 @@
 """Perplexity of a split against scoring every target by hand, and of several languages together."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

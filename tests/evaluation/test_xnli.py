@@ -1,7 +1,5 @@
 """Zero-shot XNLI on a local file: official prompts by inclusion, scores of direct scoring."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

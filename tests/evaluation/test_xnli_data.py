@@ -1,7 +1,5 @@
 """Reading a user's copy of XNLI in its various layouts, and what is said about a broken one."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

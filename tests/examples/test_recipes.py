@@ -1,7 +1,5 @@
 """The examples' scripts: few, clean, with the very settings of ``mhmoe reproduce``; generated files are up to date."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

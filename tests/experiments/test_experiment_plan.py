@@ -1,7 +1,5 @@
 """What experiments would call: commands that fairseq, the models and ``mhmoe`` accept, with the papers' settings."""
 
-from __future__ import annotations
-
 import functools
 import shlex
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``mhmoe reproduce`` on toy data, for real: from prepared data to the report, in each of the three domains."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ One worker, forked from the server of ``console``, imports the command; from it 
 time and memory, so that a call can neither stay for ever nor take the machine with it.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle

@@ -1,7 +1,5 @@
 """A valid call of every command of ``mhmoe``, on small fixtures that all cases share."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What a parser takes, and odd values for it: every option of every parser, so that a new one is tried unasked."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

@@ -1,7 +1,5 @@
 """Odd values for every option of every ``mhmoe`` command: one line that names the option and the rule, or success."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Odd values for every flag that our tasks, criterions, models and optimizer add to ``fairseq-train``."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A valid ``fairseq-train`` of one update for every task of ours, and the flags that it adds to fairseq's."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -63,10 +61,7 @@ def training_options(task: str, words: Sequence[str]) -> list[Option]:
     named = {
         flag: words[len(words) - 1 - list(reversed(words)).index(flag) + 1] for flag in ("--criterion", "--optimizer")
     }
-    kinds = [
-        TASK_DATACLASS_REGISTRY[task],
-        REGISTRIES["criterion"]["dataclass_registry"][named["--criterion"]],
-    ]
+    kinds = [TASK_DATACLASS_REGISTRY[task], REGISTRIES["criterion"]["dataclass_registry"][named["--criterion"]]]
     if task in ("mhmoe_language_modeling", "mhmoe_masked_multimodal"):
         kinds += [
             MODEL_DATACLASS_REGISTRY["mhmoe_lm" if task == "mhmoe_language_modeling" else "mhmoe_beit3"],

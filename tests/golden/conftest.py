@@ -1,7 +1,5 @@
 """The data and the unpacked checkpoints that all golden tests share."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -5,8 +5,6 @@ read from the checkpoint saved after it: fairseq rounds what it logs, but keeps 
 large as they are so that one sub-token that another processor routes otherwise, at a tie, changes next to nothing.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

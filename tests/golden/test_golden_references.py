@@ -4,8 +4,6 @@ A reference is written anew only where a named fault, once mended, changes it: s
 leave room for the sums of other processors, in other orders, and for nothing else.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

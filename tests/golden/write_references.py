@@ -6,8 +6,6 @@
 The checkpoints come from the release that Python 3.11 has: run it there first.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

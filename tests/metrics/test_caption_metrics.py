@@ -1,7 +1,5 @@
 """All caption metrics of a set together, and what is said of those that cannot be computed."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 

@@ -1,7 +1,5 @@
 """BLEU, ROUGE-L and CIDEr-D: by hand, against stored figures of pycocoevalcap, and against itself where installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import random

@@ -1,7 +1,5 @@
 """The words of captions: stored outputs of Stanford's PTBTokenizer as the COCO evaluation runs it, and the real one."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 

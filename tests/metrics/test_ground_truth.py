@@ -1,7 +1,5 @@
 """Reference captions in COCO's layout, and files that are not."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Beam search over a model whose next token depends on all before, against exhaustive and step-by-step search."""
 
-from __future__ import annotations
-
 import itertools
 import math
 
@@ -142,9 +140,7 @@ def test_the_search_stops_when_told_and_not_before():
     alone, with_others = ToyWriter(end_bonus=4.0), ToyWriter(end_bonus=4.0)
     expected = search_captions(alone, images(range(3)), search, SPECIALS)
     told = []
-    found = search_captions(
-        with_others, images(range(3)), search, SPECIALS, lambda is_done: bool(told.append(is_done))
-    )
+    found = search_captions(with_others, images(range(3)), search, SPECIALS, lambda is_done: bool(told.append(is_done)))
     assert with_others.calls == search.max_len > alone.calls
     assert told == [False] * (alone.calls - 1) + [True] * (search.max_len + 1 - alone.calls)
     assert found == expected

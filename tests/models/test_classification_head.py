@@ -1,7 +1,5 @@
 """The head on a causal language model's last token: what it reads, what it saves, what it starts from."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

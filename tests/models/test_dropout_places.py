@@ -5,8 +5,6 @@ enters: the quotient is the mask, 0 or ``1 / (1 - rate)``. Places are told from 
 from the modules that drop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator

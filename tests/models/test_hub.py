@@ -1,7 +1,5 @@
 """``from_pretrained``: scores and samples as fairseq's users expect them."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

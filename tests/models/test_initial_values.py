@@ -3,8 +3,6 @@
 A parameter that no rule names, or two, fails; so does a rule that no model has a parameter for.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

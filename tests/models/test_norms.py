@@ -1,7 +1,5 @@
 """Every norm of every kind of model: where the options want one, of which kind, and against its formula."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

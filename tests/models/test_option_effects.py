@@ -4,8 +4,6 @@ A field without an entry fails. Two models are built that differ in one flag; th
 far as it has them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 Both layers of a comparison have equal values in all parameters of one name and one shape.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

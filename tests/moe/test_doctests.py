@@ -1,7 +1,5 @@
 """Every public function and class of the layer has an example, and the examples say what happens."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

@@ -4,8 +4,6 @@ What leaves a place is divided by what enters: the quotient is the mask, 0 or ``
 features of it may be alike, over experts, pieces of an expert and calls: a mask that is used twice shows there.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 A parameter that no rule names, or two, fails; so does a rule that no configuration has a parameter for.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

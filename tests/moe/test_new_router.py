@@ -1,7 +1,5 @@
 """A router that is written in one file is counted, planned, analysed and told of updates, or refused by its name."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from language_models import small_dictionary, small_model, token_rows

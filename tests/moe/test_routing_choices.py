@@ -1,7 +1,5 @@
 """Choices, gate weights and slots on cases with answers known by hand, and the random ones by their frequencies."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """One MH-MoE layer on several ranks, and the same in one process: what both sides of the comparison compute."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,6 +1,5 @@
 """BEiT-3 on several ranks: ranks with other modalities take part, and all ranks together are one process."""
 
-
 import torch
 import torch.distributed as dist
 from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, small_beit3

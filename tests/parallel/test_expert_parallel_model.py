@@ -176,12 +176,7 @@ def test_the_task_decides_whether_experts_are_spread_and_the_flag_how_far(worker
     assert [shares["fc1_weight"] for shares, *_ in default] == [2, 2, 2, 2]
     assert {tuple(result[1:3]) for result in default} == {(6, 0)}  # weight and bias of fc1, fc2 and LayerNorm
     assert [shares["fc1_weight"] for shares, *_ in two] == [4, 4, 4, 4]
-    assert [groups for *_, groups in two] == [
-        [[0, 1], [0, 2]],
-        [[0, 1], [1, 3]],
-        [[2, 3], [0, 2]],
-        [[2, 3], [1, 3]],
-    ]
+    assert [groups for *_, groups in two] == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
     assert [result[:3] for result in one] == [({}, 0, 0)] * 4
 
 

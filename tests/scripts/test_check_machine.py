@@ -1,7 +1,5 @@
 """`make setup` names what a machine lacks before it installs anything."""
 
-from __future__ import annotations
-
 import importlib.util
 import platform
 import subprocess

@@ -1,7 +1,5 @@
 """The lists of mutants fit the package; the tool finds places, tells what the tests said and keeps it."""
 
-from __future__ import annotations
-
 import importlib
 import subprocess
 import sys

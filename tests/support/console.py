@@ -5,8 +5,6 @@ that has imported them, but not the plugin: the child calls the console script's
 ``real=True`` starts the installed script itself.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import multiprocessing

@@ -1,7 +1,5 @@
 """What a parameter's initial values should be, and statistics that tell whether they are."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

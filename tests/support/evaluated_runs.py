@@ -1,7 +1,5 @@
 """A small corpus and two really trained, really evaluated runs, laid out as ``mhmoe report`` reads them."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What fairseq and ``mhmoe`` read from a command line."""
 
-from __future__ import annotations
-
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ An image has two squares, ``a SIZE COLOUR square beside a SIZE COLOUR square``: 
 statements name the left image's left colour, classes are left colours.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

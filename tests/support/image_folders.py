@@ -1,7 +1,5 @@
 """Small folders of images, and the settings of data sets that read them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 >>> folder = prepare_shapes(tmp_path / "data")  # well under a second; 32 x 32 pixels, patches of 8, 16 codes
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Sequence
@@ -41,9 +39,7 @@ class Shapes:
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
         return {"spoiled": list(self.spoiled)}
 
-    def open(
-        self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Callable[[str], None]
-    ) -> OpenedImages:
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Callable[[str], None]) -> OpenedImages:
         images = [
             self._image(folder, size, colour, shape, languages)
             for shape in SHAPES

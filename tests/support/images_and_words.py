@@ -3,8 +3,6 @@
 An image has two rectangles, its text names them from left to right: what is masked in one can be told from the other.
 """
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 from typing import Any

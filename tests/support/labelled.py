@@ -1,7 +1,5 @@
 """Labelled sentences, and fine-tuning of the tiny trained model on them through fairseq-train."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Small language models and batches for the tests."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

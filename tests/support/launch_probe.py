@@ -1,7 +1,5 @@
 """What fairseq's ``call_main`` makes of a launcher's environment; imports the plugin only if told to."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What flows into and out of every module of a model, kept with its gradients."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -33,7 +31,7 @@ class ModuleFlow:
         """The result."""
         return self.outputs[name]
 
-    def evaluated(self, name: str, module: nn.Module, **kwargs: Any) -> ModuleFlow:
+    def evaluated(self, name: str, module: nn.Module, **kwargs: Any) -> "ModuleFlow":
         """What flows when the module runs in evaluation on the same arguments; nothing here changes."""
         kept = self.inputs, self.outputs
         entered, mode = self.inputs[name], module.training

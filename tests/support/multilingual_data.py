@@ -3,8 +3,6 @@
 The sentences are articles 1 to 9 of the Universal Declaration of Human Rights; the words are single characters.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -4,8 +4,6 @@ github.com/yushuiwx/MH-MoE: names and shapes of the weights, order of the sub-to
 rotary positions as in its ``torchscale-private``; with ``renormalise`` the gates of its older ``torchscale-moe``.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

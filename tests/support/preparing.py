@@ -1,7 +1,5 @@
 """Running ``mhmoe prepare``, and looking at what it made."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A tiny MH-MoE language model, really trained, shared by the tests of using one."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from pathlib import Path

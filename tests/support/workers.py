@@ -12,8 +12,6 @@ process costs about a tenth of a second and nothing is left over from the call b
     workers2.fairseq("fairseq-train", ...)  # the logs by rank
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import faulthandler

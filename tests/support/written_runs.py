@@ -1,7 +1,5 @@
 """Run folders as a training and ``mhmoe evaluate`` leave them, with metrics chosen by hand."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The captioning task: flags, what splits hold, decoding with a real model, bad data."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

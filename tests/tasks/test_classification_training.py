@@ -1,7 +1,5 @@
 """Fine-tuning through fairseq-train: exact resume, several ranks, all families."""
 
-from __future__ import annotations
-
 import json
 import re
 

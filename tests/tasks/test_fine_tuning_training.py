@@ -1,7 +1,5 @@
 """Pre-training, fine-tuning and prediction with the commands that users type."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """The fine-tuning tasks on images: flags, what a split holds, heads, learning rates, bad data."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

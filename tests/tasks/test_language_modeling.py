@@ -1,7 +1,5 @@
 """The task: binarised data checked before use, nothing lost, shards and documents."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 

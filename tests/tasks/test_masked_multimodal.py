@@ -1,7 +1,5 @@
 """The task of masked data modelling: flags, checks before training, what a split holds."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """Pre-training on images, texts and pairs through fairseq's commands, and its evaluation."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import shutil

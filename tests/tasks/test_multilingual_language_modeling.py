@@ -1,7 +1,5 @@
 """The task of several languages: sampling, order, per-language splits, language symbols, bad data."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

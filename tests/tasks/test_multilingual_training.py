@@ -1,7 +1,5 @@
 """Training and evaluation in several languages through fairseq's commands and ``mhmoe evaluate``."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import math

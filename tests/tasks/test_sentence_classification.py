@@ -1,7 +1,5 @@
 """The task on files in fairseq's layout: splits, the first token, what it starts from, and bad data."""
 
-from __future__ import annotations
-
 import argparse
 
 import numpy as np

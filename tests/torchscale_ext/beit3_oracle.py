@@ -1,7 +1,5 @@
 """The slow, obvious BEiT-3: one position, one head and one expert at a time, plain autograd, in evaluation."""
 
-from __future__ import annotations
-
 import math
 
 import moe_oracle

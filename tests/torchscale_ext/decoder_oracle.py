@@ -3,8 +3,6 @@
 Written from the options and not from the model's attributes; a part that the options leave out is never looked at.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -133,13 +133,7 @@ def test_cached_keys_equal_the_whole_sequence():
 
 def test_what_captions_see():
     seen = visible_keys("caption", 2, 5, None, torch.device("cpu")).int().tolist()
-    assert seen == [
-        [1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 1, 1, 0],
-        [1, 1, 1, 1, 1],
-    ]
+    assert seen == [[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     with pytest.raises(ValueError, match=r"attention \('causal'\) must be one of full, caption"):
         visible_keys("causal", 2, 5, None, torch.device("cpu"))
 

@@ -1,7 +1,5 @@
 """Whole decoders against the plain formula of their options."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from decoder_oracle import PlainDecoder

@@ -1,7 +1,5 @@
 """A small model with names of an encoder of ours, whose layers learn at different rates."""
 
-from __future__ import annotations
-
 import functools
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """A training on several ranks that a test can watch, kill and resume."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

@@ -1,7 +1,5 @@
 """Trainings through ``fairseq-train`` on one or more ranks, and what they log and save."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

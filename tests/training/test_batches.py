@@ -1,7 +1,5 @@
 """The batches that a task gives a training: which in which epoch, and, resumed on other ranks, those not yet seen."""
 
-from __future__ import annotations
-
 import logging
 from argparse import Namespace
 

@@ -1,7 +1,5 @@
 """What stock fairseq would get wrong under expert parallelism is refused before any work."""
 
-from __future__ import annotations
-
 import pytest
 from parallel_runs import MODEL, OPTIMIZATION, configuration, write_even_corpus
 from workers import TRAIN_FLAGS, WorkerError

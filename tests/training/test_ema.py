@@ -1,7 +1,5 @@
 """``--store-ema``: trained, saved, resumed and evaluated, with the integers of a model's state."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

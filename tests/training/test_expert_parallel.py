@@ -1,7 +1,5 @@
 """Expert parallelism through ``fairseq-train``: the same training and the same checkpoints as in one process."""
 
-from __future__ import annotations
-
 import functools
 
 import pytest

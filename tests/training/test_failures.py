@@ -1,7 +1,5 @@
 """What happens to one rank happens to all, soon, and with the reason."""
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Ranks that run out of batches before others: training and validation are those of one process all the same."""
 
-from __future__ import annotations
-
 import json
 import re
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Fine-tuning on two ranks does what one process does: layers' learning rates, and losses that compare rows."""
 
-from __future__ import annotations
-
 import copy
 from types import SimpleNamespace
 

@@ -3,8 +3,6 @@
 ``KILL_SEED=N`` chooses other moments for the kills.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Learning rates by layer against steps computed by hand, the same in all precisions, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

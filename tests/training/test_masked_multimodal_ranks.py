@@ -1,7 +1,5 @@
 """Pre-training on images and text on two ranks with shared experts: the same training as in one process."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

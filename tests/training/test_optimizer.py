@@ -1,7 +1,5 @@
 """The optimizer of experts that are shared out: whole states in, whole states out, one gradient norm."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

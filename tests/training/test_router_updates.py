@@ -1,7 +1,5 @@
 """Routers that act after an update are told the loads of its batches, of all ranks, and of no skipped one."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Checkpoint files are the old one or the new one, whenever the process dies."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

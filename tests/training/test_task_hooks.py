@@ -1,7 +1,5 @@
 """What a task of this package does when fairseq builds a model and when it validates."""
 
-from __future__ import annotations
-
 import logging
 from argparse import Namespace
 

@@ -1,7 +1,5 @@
 """What a training is told at its start: a forgotten criterion, a loss that depends on the batch, a backend for GPUs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

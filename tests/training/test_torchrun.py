@@ -1,7 +1,5 @@
 """torchrun itself, as on the command line of docs/parallel.md: training, and a killed rank."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -10,8 +10,6 @@ Letters as in :mod:`mhmoe_fairseq.moe.config`; per token there are H sub-tokens 
 K D numbers go to the experts whatever H is, but the experts' inner activations are H K F.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

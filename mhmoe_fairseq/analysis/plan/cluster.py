@@ -1,7 +1,5 @@
 """Many ranks on paper: who shares experts with whom, and what the all-to-all moves at what speed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

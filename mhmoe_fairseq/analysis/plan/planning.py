@@ -1,7 +1,5 @@
 """What a training needs before it starts: an architecture and its baselines, counted without memory for weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The part of ``mhmoe plan`` about many ranks: memory, all-to-all and time of one model, and tables of several."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

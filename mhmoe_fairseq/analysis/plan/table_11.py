@@ -3,8 +3,6 @@
 P1: Multi-Head Mixture-of-Experts, arXiv 2404.15045. Its own text does not say how the multimodal rows come about.
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ _SAME = {
 }  # fmt: skip
 
 
-def paper_row(row: PlanRow, settings: PlanSettings) -> ParameterRow | None:
+def paper_row(row: "PlanRow", settings: "PlanSettings") -> ParameterRow | None:
     """The paper's numbers for the same settings; None for other settings."""
     architecture = settings.architecture
     sizes = architecture.size, settings.vocab_size, settings.num_visual_tokens

@@ -1,7 +1,5 @@
 """A table of a paper, printed beside our own metrics and never mixed with them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """PNG plots of metrics, of experts' loads and of images; matplotlib is the optional extra ``plots``."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 from collections.abc import Mapping, Sequence
@@ -165,7 +163,7 @@ def draw_overlays(path: Path, images: Sequence[Any], rows: Sequence[tuple[str, n
     _save(figure, path)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def _new_figure(width: float, height: float) -> "Figure":
     """An empty figure, so many inches wide and high.
 
     Raises:
@@ -177,7 +175,7 @@ def _new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     """Write a PNG, whole or not at all."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -1,7 +1,5 @@
 """Write a report: models side by side, from their runs' records and logs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 

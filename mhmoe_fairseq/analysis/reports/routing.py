@@ -1,7 +1,5 @@
 """What a record says about routing: the experts of every layer and part, as tables and heat maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Read what ``fairseq-train --log-format json --log-file`` wrote."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from dataclasses import dataclass

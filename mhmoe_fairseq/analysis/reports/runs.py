@@ -5,8 +5,6 @@ evaluate``, ``mhmoe zero-shot``), where experts were analysed ``routing-SPLIT.js
 command that trained it: ``command.sh``.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The tables of a report, made of records alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """To how many different experts the sub-tokens of every patch of an image go (P1's figures 8 and 10)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Listen to the gates of a model of images and text: which experts every position goes to, while the model works."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Expert loads by part, such as a language or a modality: what parts share, and whether routing tells them apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ class PartLoads:
     load_GLE: np.ndarray
 
     @classmethod
-    def of(cls, experts: ExpertLoads) -> PartLoads:
+    def of(cls, experts: ExpertLoads) -> "PartLoads":
         """The loads of every part; those of the whole split are left out."""
         layers = list(dict.fromkeys(row.layer for row in experts.layers))
         pools = list(dict.fromkeys(row.pool for row in experts.layers))

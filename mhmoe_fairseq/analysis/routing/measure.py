@@ -1,7 +1,5 @@
 """Measure which experts a trained model uses on a split, and which each language or modality, as one record."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -6,8 +6,6 @@ Facts from github.com/yushuiwx/MH-MoE (``component/feedforward_network.py``, ``c
 from the MoE branch of github.com/facebookresearch/fairseq (``moe_checkpoint_utils.py``); the code here is our own.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterable, Mapping

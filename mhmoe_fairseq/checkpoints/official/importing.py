@@ -4,8 +4,6 @@ The source of the format is github.com/yushuiwx/MH-MoE; see ``files`` (reading),
 ``weights`` (names and orders of weights).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Mapping

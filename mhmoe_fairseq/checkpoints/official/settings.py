@@ -7,8 +7,6 @@ renormalises the gate weights: its decoder does not hand the flag to the gate. T
 TorchScale's gates.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -12,8 +12,6 @@ Facts from github.com/yushuiwx/MH-MoE (``component/xmoe/tutel_moe_layer.py``, ``
 - Learned positions are counted from 2, as everywhere in fairseq; ours from 0.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping

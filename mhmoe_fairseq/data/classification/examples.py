@@ -1,7 +1,5 @@
 """Examples out of JSON lines and TSV files: named fields with one or two texts, and a field with the label."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Classes: their names in the order of their ids, and the spellings that stand for each."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Iterable, Mapping, Optional, Sequence

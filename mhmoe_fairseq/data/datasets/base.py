@@ -1,7 +1,5 @@
 """What the data sets of images and texts share: settings, order, generators, and what becomes of bad images."""
 
-from __future__ import annotations
-
 import abc
 import logging
 from dataclasses import dataclass

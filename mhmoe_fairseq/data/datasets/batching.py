@@ -1,7 +1,5 @@
 """What data sets share: rows of known sizes, and batches that hold every row on both fairseq versions."""
 
-from __future__ import annotations
-
 import copy
 
 import numpy as np
@@ -49,7 +47,7 @@ class WholeMonolingualDataset(WholeBatches, MonolingualDataset):
     """fairseq's dataset of one text, in whole batches."""
 
     @classmethod
-    def of(cls, dataset: MonolingualDataset) -> WholeMonolingualDataset:
+    def of(cls, dataset: MonolingualDataset) -> "WholeMonolingualDataset":
         """The same dataset with this class's batches."""
         whole = copy.copy(dataset)
         whole.__class__ = cls

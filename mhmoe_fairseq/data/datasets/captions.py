@@ -1,7 +1,5 @@
 """Data sets of images with captions, of which an image may have several."""
 
-from __future__ import annotations
-
 from typing import Any, Sequence
 
 import numpy as np

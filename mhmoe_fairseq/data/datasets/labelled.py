@@ -1,7 +1,5 @@
 """Data sets of images with questions, statements or classes."""
 
-from __future__ import annotations
-
 from typing import Any, Callable, Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The blocks of several languages as one fairseq dataset, and temperature sampling: how much of each an epoch holds."""
 
-from __future__ import annotations
-
 import zlib
 from typing import Any
 

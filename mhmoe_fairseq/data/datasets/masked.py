@@ -1,7 +1,5 @@
 """The three data sets of masked data modelling: images, texts, images with their texts."""
 
-from __future__ import annotations
-
 from typing import Any, Callable, Sequence
 
 import numpy as np

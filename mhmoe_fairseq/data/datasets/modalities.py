@@ -6,8 +6,6 @@ shuffles again, keeps the epoch from the data sets, so that masks would never ch
 times in a validation.
 """
 
-from __future__ import annotations
-
 import zlib
 from typing import Any
 

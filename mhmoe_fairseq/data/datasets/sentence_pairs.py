@@ -1,7 +1,5 @@
 """Labelled sentences and pairs of sentences as a causal language model reads them."""
 
-from __future__ import annotations
-
 from typing import Any, Sequence
 
 import numpy as np

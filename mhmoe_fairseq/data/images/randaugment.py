@@ -1,7 +1,5 @@
 """RandAugment as BEiT-3's fine-tuning recipes use it: two of ten operations, at magnitude 7 of 10."""
 
-from __future__ import annotations
-
 import math
 from typing import Callable
 

@@ -1,7 +1,5 @@
 """Reading one image as 8-bit RGB, or saying clearly what is wrong with its file."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path

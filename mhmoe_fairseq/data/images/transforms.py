@@ -4,8 +4,6 @@ A transform is called with an image and a generator and draws everything random 
 the work on pixels. Settings are BEiT-3's, and for pre-training BEiT v2's.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

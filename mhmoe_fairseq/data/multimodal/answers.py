@@ -1,7 +1,5 @@
 """The answers of visual question answering: ``answer2label.txt``, one JSON object per line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Samples to batches: texts padded on the right, images stacked."""
 
-from __future__ import annotations
-
 from typing import Any, Sequence
 
 import torch

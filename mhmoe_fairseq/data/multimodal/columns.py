@@ -4,8 +4,6 @@ A list of Python objects takes some hundred bytes for each row and is copied pag
 loader, whose reading alone changes reference counts. Arrays take the bytes of the values and stay shared.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The fields of BEiT-3's index files: which ones each task has, and what a value must be."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -113,11 +111,7 @@ FIELDS: dict[str, dict[str, Field]] = {
         "label": Field(_number, NumbersBuilder, is_optional=True, is_nullable=True),
         "identifier": Field(_string, _texts),
     },
-    "captioning": {
-        "image_path": _IMAGE,
-        "text_segment": Field(_tokens, _ints, is_nullable=True),
-        "image_id": _NUMBER,
-    },
+    "captioning": {"image_path": _IMAGE, "text_segment": Field(_tokens, _ints, is_nullable=True), "image_id": _NUMBER},
     "retrieval": {"image_path": _IMAGE, "text_segment": _TEXT, "image_id": _NUMBER},
     "imagenet": {"image_path": _IMAGE, "label": _NUMBER},
 }

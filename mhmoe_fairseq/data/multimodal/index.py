@@ -4,8 +4,6 @@ fairseq's names of splits are used: ``train``, ``valid``, ``test``. The files ke
 them, so that COCO, VQAv2, NLVR2, Flickr30k and ImageNet work as prepared by those.
 """
 
-from __future__ import annotations
-
 from array import array
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Every draw comes from a generator that the caller gives, so that a mask is the same in whatever process it is made.
 """
 
-from __future__ import annotations
-
 import math
 from typing import TYPE_CHECKING
 
@@ -97,7 +95,7 @@ def check_fraction(fraction: float, flag: str) -> None:
         raise UserError(f"{flag} ({fraction}) must be more than 0 and less than 1")
 
 
-def mask_index(dictionary: Dictionary) -> int:
+def mask_index(dictionary: "Dictionary") -> int:
     """The id of ``<mask>``; ``UserError`` if the dictionary has none."""
     if MASK_SYMBOL not in dictionary:
         raise UserError(
@@ -108,7 +106,7 @@ def mask_index(dictionary: Dictionary) -> int:
 
 
 def mask_text(
-    tokens: Tensor, fraction: float, dictionary: Dictionary, rng: np.random.Generator, *, masks_end: bool = False
+    tokens: Tensor, fraction: float, dictionary: "Dictionary", rng: np.random.Generator, *, masks_end: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Hide ``fraction`` of a text's tokens, at least one: 80 % become ``<mask>``, 10 % another word, 10 % stay.
 

@@ -4,8 +4,6 @@ Kinds: ``patch_kmeans`` (codes are mean patches, fitted in seconds, nothing to d
 trained by ``mhmoe visual-tokenizer fit``), and ``vqkd`` (BEiT v2's, read from its own checkpoint files).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path

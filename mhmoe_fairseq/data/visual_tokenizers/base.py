@@ -1,7 +1,5 @@
 """What every visual tokenizer offers, and how one is kept in a file."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,7 +97,7 @@ class VisualTokenizer(nn.Module, ABC):
         }
         save_tensors(content, path)
 
-    def train(self, mode: bool = True) -> VisualTokenizer:
+    def train(self, mode: bool = True) -> "VisualTokenizer":
         """Stays in evaluation mode: a tokenizer inside a model in training must not change its ids."""
         return super().train(False)
 

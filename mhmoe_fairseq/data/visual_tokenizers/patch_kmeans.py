@@ -3,8 +3,6 @@
 Low-level targets (colours and edges, not meanings); ids and losses cannot be compared with another tokenizer's.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ computed (theirs updates a running usage of the codes, across ranks), and pixels
 whatever the batch holds (theirs looks at the largest value).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ a vector's place; the mirror image of that network rebuilds the image. Codes are
 chose them (exponential moving average), and those that nothing chooses are put onto vectors of the current batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

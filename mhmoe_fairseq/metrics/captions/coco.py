@@ -3,8 +3,6 @@
 The programs are in pycocoevalcap (the extra ``captions``).
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import shutil

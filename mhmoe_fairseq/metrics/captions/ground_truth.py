@@ -1,7 +1,5 @@
 """Reference captions in COCO's own layout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ BLEU with the closest reference length and no smoothing, ROUGE-L with beta 1.2 (
 4, clipping, sigma 6 and a factor of 10 (Vedantam et al., arXiv 1411.5726).
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -35,7 +33,8 @@ def bleu(captions: Sequence[Words], references: Sequence[Sequence[Words]]) -> tu
     streams = [[" ".join(refs[k]) if k < len(refs) else None for refs in references] for k in range(most)]
     hypotheses = [" ".join(words) for words in captions]
     scorers = (BLEU(max_ngram_order=n, tokenize="none", smooth_method="none", force=True) for n in BLEU_ORDERS)
-    return tuple(scorer.corpus_score(hypotheses, streams).score / 100 for scorer in scorers)
+    # sacrebleu takes None for a reference that an image does not have, though its types do not say so.
+    return tuple(scorer.corpus_score(hypotheses, streams).score / 100 for scorer in scorers)  # type: ignore[arg-type]
 
 
 def rouge_l(caption: Words, references: Sequence[Words]) -> float:

@@ -1,7 +1,5 @@
 """Words of a caption as the COCO evaluation counts them: Penn Treebank tokens in lower case without punctuation."""
 
-from __future__ import annotations
-
 import re
 
 # What the COCO evaluation removes; for it a double quotation mark is one of `` and ''. Its list has the brackets in
@@ -16,7 +14,8 @@ _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-
 
 # Anything but space, ASCII punctuation and other scripts' punctuation: marks that combine are parts of words.
 _CHAR = (
-    r"[^\s!-/:-@\[-`{-~\u00a1-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf\u2010-\u206f\u3001-\u303f\u06d4\uff01-\uff0f]"
+    r"[^\s!-/:-@\[-`{-~\u00a1-\u00a9\u00ab-\u00b4\u00b6-\u00b9\u00bb-\u00bf"
+    r"\u2010-\u206f\u3001-\u303f\u06d4\uff01-\uff0f]"
 )
 _ABBREVIATIONS = (
     r"mr|mrs|ms|dr|st|jr|sr|prof|gen|col|capt|lt|sgt|rev|gov|sen|ave|blvd|rd|mt|ft|vs|etc|ph\.d|inc|ltd|co|corp|bros"

@@ -8,8 +8,6 @@ traced or transformed (:func:`loop_obstacle`), and where a gradient is to be dif
 it anew in autograd's operations, with the same dropout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 

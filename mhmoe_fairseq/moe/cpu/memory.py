@@ -6,8 +6,6 @@ for its backward, hundreds of megabytes in every step, that costs more than comp
 never holds more than was in use at one time.
 """
 
-from __future__ import annotations
-
 import mmap
 import threading
 import weakref

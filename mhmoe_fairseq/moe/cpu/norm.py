@@ -11,8 +11,6 @@ of parameters follow from the product ``D = (s g)' (a - m)``. What costs is a pa
 several times the inner activations of a one-head layer of equal FLOPs.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

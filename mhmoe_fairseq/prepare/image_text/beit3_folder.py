@@ -5,8 +5,6 @@ indexes for pre-training (made from those of captioning, retrieval and ImageNet)
 tokenizer, and a manifest.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import asdict
 from functools import cached_property

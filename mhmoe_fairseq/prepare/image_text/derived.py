@@ -5,8 +5,6 @@ questions come in twos: each is asked of an image for which it is true and of on
 statement is used once where it is true and once where it is false, so that words alone do not tell the answer.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass

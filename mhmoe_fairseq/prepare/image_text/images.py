@@ -1,7 +1,5 @@
 """What a source of images gives: images with captions and metadata, and sentences without an image."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath

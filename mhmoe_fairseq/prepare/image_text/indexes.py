@@ -1,7 +1,5 @@
 """The index files of a prepared folder, in BEiT-3's formats."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property

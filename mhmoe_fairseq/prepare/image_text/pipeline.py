@@ -1,7 +1,5 @@
 """From a source of images to a prepared folder: read, divide, learn a vocabulary, write texts, indexes and ids."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass
 from functools import cached_property

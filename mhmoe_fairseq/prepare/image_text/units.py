@@ -1,7 +1,5 @@
 """Which images are kept, which of them are one unit, and which part a unit goes to: no content is in two parts."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from dataclasses import replace

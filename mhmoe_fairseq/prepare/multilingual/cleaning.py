@@ -1,7 +1,5 @@
 """The corpus of one language: from its passages to the text of its parts, cleaned, without repeated lines, capped."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Any, Container, Iterable, Iterator, Mapping, Optional

@@ -1,7 +1,5 @@
 """Which lines belong to a language: by their scripts, their length, and English words; and a look at random ones."""
 
-from __future__ import annotations
-
 import functools
 import heapq
 import re

@@ -1,7 +1,5 @@
 """Passages: the pieces of text that sources of many languages yield, their files, and those that are translations."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections import Counter

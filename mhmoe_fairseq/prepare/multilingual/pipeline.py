@@ -1,7 +1,5 @@
 """Text in many languages: cleaned, the same keys held out in all of them, one vocabulary, binarised per language."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from functools import cached_property, partial

@@ -4,8 +4,6 @@ A module adds its source, with the flags that only this source has, to :data:`EN
 :data:`MULTILINGUAL_SOURCES` or :data:`IMAGE_SOURCES`, and is imported with this package.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections import defaultdict

@@ -3,8 +3,6 @@
 Its files hold ``word/tag`` tokens; the tags are dropped and the words set as print has them.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Iterator

@@ -3,8 +3,6 @@
 Modules are parsed, never imported. The text depends on the packages' versions, which are part of the identity.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import platform

@@ -1,7 +1,5 @@
 """The user's own text in many languages: ``DIR/de.txt`` and ``DIR/de/*.txt``, or ``DIR/de.jsonl`` (``.gz`` too)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

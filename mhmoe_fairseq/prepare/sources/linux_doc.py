@@ -1,7 +1,5 @@
 """The kernel's documentation out of a Debian package: one document per file, one line per paragraph of prose."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Iterator
 
@@ -12,6 +10,7 @@ from .base import ENGLISH_SOURCES, PackagedSource, SourceKind
 from .prose import prose_lines
 
 _ROOT = "/Documentation/"
+
 
 def linux_documents(path: Path) -> Iterator[Document]:
     """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``.

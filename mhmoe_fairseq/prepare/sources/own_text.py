@@ -1,7 +1,5 @@
 """The user's own English text: plain files, JSON lines, and TorchScale's raw shards."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path

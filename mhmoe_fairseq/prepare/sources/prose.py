@@ -1,7 +1,5 @@
 """Telling prose from markup: what kernel documentation and docstrings have in common."""
 
-from __future__ import annotations
-
 import re
 from typing import Iterator
 

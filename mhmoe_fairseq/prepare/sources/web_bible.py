@@ -4,8 +4,6 @@ The package's module is one call ``Bible(version, text, starts, ends, ...)`` who
 offsets, keyed ``book * 1_000_000 + chapter * 1_000 + verse``. It is parsed, never imported.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from itertools import groupby

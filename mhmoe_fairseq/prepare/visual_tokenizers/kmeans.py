@@ -1,7 +1,5 @@
 """Fitting of mean patches, :class:`~mhmoe_fairseq.data.visual_tokenizers.PatchKMeans`: k-means on training images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Patches of training images that a tokenizer is fitted to, and how well it does on them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

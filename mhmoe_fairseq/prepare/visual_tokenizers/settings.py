@@ -1,7 +1,5 @@
 """How a visual tokenizer is fitted: what ``mhmoe visual-tokenizer fit`` and ``mhmoe prepare image-text`` ask for."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ...common.errors import UserError

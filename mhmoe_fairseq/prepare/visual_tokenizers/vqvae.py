@@ -1,7 +1,5 @@
 """Training of the small convolutional tokenizer, :class:`~mhmoe_fairseq.data.visual_tokenizers.VQVAE`."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """What autograd holds between a forward and a backward pass, measured."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from moe_oracle import losses_of

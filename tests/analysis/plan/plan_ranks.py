@@ -1,7 +1,5 @@
 """What one rank of a real model sends and keeps, for comparison with the plan."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan's activation memory against what autograd keeps of the same model on a CPU, and against its peak."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

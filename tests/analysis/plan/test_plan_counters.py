@@ -1,7 +1,5 @@
 """The plan's all-to-all and memory against the counters of real models on 2 and 4 ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

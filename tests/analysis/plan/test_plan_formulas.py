@@ -1,7 +1,5 @@
 """Every figure of ``mhmoe plan`` by hand, from the sizes of a small model and a small cluster."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Callable

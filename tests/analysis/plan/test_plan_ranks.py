@@ -1,7 +1,5 @@
 """``mhmoe plan --ranks``: shares of the traffic, bytes per rank, and sizes that no test machine has."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

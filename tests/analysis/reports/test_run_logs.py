@@ -1,7 +1,5 @@
 """Reading fairseq's logs: repeated, resumed, cut-off and foreign ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reports of runs whose records hold metrics chosen by hand."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from pathlib import Path

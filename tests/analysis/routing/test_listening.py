@@ -1,7 +1,5 @@
 """Which experts every position of images and text chose, against the layers' own counts and slow references."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3

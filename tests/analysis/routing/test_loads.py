@@ -1,7 +1,5 @@
 """What parts share of their experts, and how routing tells languages apart, by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from written_runs import loads as expert_loads

@@ -1,7 +1,5 @@
 """The data sets of fine-tuning: targets, pairs of images, captions, and splits without labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +138,7 @@ def test_captions_in_training(folder):
 
 
 def test_captions_in_evaluation_have_one_row_per_image(folder):
-    index = index_of(
-        folder, "captioning", *CAPTIONS, {**image(2), "text_segment": None, "image_id": 3}, split="valid"
-    )
+    index = index_of(folder, "captioning", *CAPTIONS, {**image(2), "text_segment": None, "image_id": 3}, split="valid")
     dataset = CaptionDataset(index, settings(folder, training=False), EVALUATION)
     batch = batch_of(dataset)
     assert len(dataset) == 3 and batch["image_ids"].tolist() == [500, 7, 3]

@@ -1,7 +1,5 @@
 """The data sets of masked data modelling: batches, epochs, workers, and what becomes of bad images."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any, Iterator

@@ -1,7 +1,5 @@
 """Batches of every modality: orders, visits, epochs, and held-out sets that count every sample once."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

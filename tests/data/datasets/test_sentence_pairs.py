@@ -1,7 +1,5 @@
 """What a causal language model reads of a sentence or a pair, and how over-long ones are cut."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """From images to tensors: crops, views, colours, and that the generator alone decides."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 
@@ -128,9 +126,7 @@ def test_evaluation_takes_the_whole_image_and_no_draw():
     image, tokenizer_image = EvaluationViews(32, 16)(drawn, generator)
     assert generator.bit_generator.state == before
     expected = np.asarray(drawn.resize((32, 32), Image.Resampling.BICUBIC)) / 255
-    assert (
-        np.abs(tokenizer_image.numpy() - np.asarray(drawn.resize((16, 16), 3)).transpose(2, 0, 1) / 255).max() < 1e-6
-    )
+    assert np.abs(tokenizer_image.numpy() - np.asarray(drawn.resize((16, 16), 3)).transpose(2, 0, 1) / 255).max() < 1e-6
     assert np.abs(image.permute(1, 2, 0).numpy() - (expected - 0.5) / 0.5).max() < 1e-6
     assert torch.equal(EvaluationTransform(32)(drawn), image)
 
@@ -183,9 +179,7 @@ def test_brightness_contrast_and_saturation_change_once_each_in_any_order(monkey
     calls: list[tuple[str, float]] = []
     names = ("adjust_brightness", "adjust_contrast", "adjust_saturation")
     for name in names:
-        monkeypatch.setattr(
-            transforms.F, name, lambda image, factor, name=name: calls.append((name, factor)) or image
-        )
+        monkeypatch.setattr(transforms.F, name, lambda image, factor, name=name: calls.append((name, factor)) or image)
     image = noise(4, 4)
     orders = Counter()
     for seed in range(600):
@@ -252,8 +246,7 @@ def test_options_of_the_training_transform_have_their_effect():
 def test_two_operations_each_half_of_the_time(monkeypatch):
     done = []
     counted = {
-        name: (lambda image, level, sign, name=name: done.append((name, level, sign)) or image)
-        for name in OPERATIONS
+        name: (lambda image, level, sign, name=name: done.append((name, level, sign)) or image) for name in OPERATIONS
     }
     monkeypatch.setattr("mhmoe_fairseq.data.images.randaugment.OPERATIONS", counted)
     for seed in range(1000):

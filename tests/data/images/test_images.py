@@ -1,7 +1,5 @@
 """Reading images of all kinds, and refusing what is none, with the file and the rule."""
 
-from __future__ import annotations
-
 import struct
 import zlib
 from pathlib import Path

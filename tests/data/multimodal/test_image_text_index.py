@@ -1,7 +1,5 @@
 """Index files as unilm's scripts write them, made by hand; what is broken names its file and line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which patches and tokens are masked: exact numbers, allowed places, and shares."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

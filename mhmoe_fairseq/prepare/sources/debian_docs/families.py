@@ -1,7 +1,5 @@
 """The families by name: which packages hold them for which languages, their licences, and how they are read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -70,9 +68,7 @@ class Family:
 
     def packages_for(self, languages: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Returns the packages that hold one of ``languages``, with those they hold."""
-        wanted = {
-            package: tuple(code for code in held if code in languages) for package, held in self.packages.items()
-        }
+        wanted = {package: tuple(code for code in held if code in languages) for package, held in self.packages.items()}
         return {package: held for package, held in wanted.items() if held}
 
     def read(self, package: Path, languages: Sequence[str]) -> Labelled:

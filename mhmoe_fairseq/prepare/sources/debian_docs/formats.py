@@ -1,7 +1,5 @@
 """Text out of the formats of Debian's packages: HTML, Mallard, wiki text, gettext catalogues, CLDR, manual pages."""
 
-from __future__ import annotations
-
 import html
 import re
 import struct
@@ -175,7 +173,7 @@ def manual_paragraphs(page: str) -> Iterator[str]:
         inline = _INLINE.match(line)
         if macro and not inline:
             until = _IGNORED_UNTIL.get(macro, "")
-            if macro not in (".\\\"", "'\\\""):
+            if macro not in ('.\\"', "'\\\""):
                 yield from _paragraph(words)
                 words, tag = [], macro == ".TP"
             continue
@@ -190,7 +188,7 @@ def manual_paragraphs(page: str) -> Iterator[str]:
 
 def _macro(line: str) -> str:
     """Returns the request that a control line starts with (``.PP``), or an empty string."""
-    if line.startswith((".\\\"", "'\\\"")):
+    if line.startswith(('.\\"', "'\\\"")):
         return line[:3]
     return "." + line[1:].split(maxsplit=1)[0] if line.startswith((".", "'")) and line[1:].strip() else ""
 

@@ -1,7 +1,5 @@
 """Families of Debian packages as one corpus in many languages."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import shutil

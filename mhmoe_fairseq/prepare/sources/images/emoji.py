@@ -5,8 +5,6 @@ known: person and occupation, colour and shape, skin tone. Those that differ in 
 all its skin tones is a unit, which is never divided.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass
@@ -27,12 +25,8 @@ def _npm(package: str, version: str, sha256: str) -> Archive:
 
 
 VERSION = "48.2.0"  # of CLDR
-ARTWORK = _npm(
-    "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
-)
-ANNOTATIONS = _npm(
-    "cldr-annotations-full", VERSION, "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1"
-)
+ARTWORK = _npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+ANNOTATIONS = _npm("cldr-annotations-full", VERSION, "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1")
 DERIVED = _npm(
     "cldr-annotations-derived-full", VERSION, "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e"
 )

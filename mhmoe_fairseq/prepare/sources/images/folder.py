@@ -5,8 +5,6 @@ a list of captions is fine, and the language may be left out), in ``captions.tsv
 in ``b.txt`` beside ``b.jpg``, a caption per line. An image's first folder is its kind.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

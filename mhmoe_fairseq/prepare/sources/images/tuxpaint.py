@@ -3,8 +3,6 @@
 Only PNG files are read; a third as many stamps are SVG drawings, which Pillow cannot draw.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
