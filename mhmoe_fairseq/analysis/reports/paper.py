@@ -44,7 +44,7 @@ def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Se
             wanted = [paper.columns.get(title, title) for title in titles]
             ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in wanted]
             rows.append([f"{name}, ours", *map(spread, ours)])
-    note = f": {paper.note}" if paper.note else ""
+    note = ": " + paper.note.rstrip(".") if paper.note else ""
     told = (
         f"{paper.title}{note}. Ours: {split} split. The paper's numbers show an order to look for, not values to reach."
     )
