@@ -143,7 +143,8 @@ def describe(record: "Record") -> str:
         columns = dict.fromkeys(column for metrics in rows.values() for column in _cells(metrics))
         table = [[name.replace("_", ", "), *(_cells(row).get(title, MISSING) for title in columns)]
                  for name, row in rows.items()]  # fmt: skip
-        lines.append(markdown_table([_PARTS.get(record.what, "split"), *columns], table))
+        head = _PARTS.get(record.what, "split") if record.parts else "split"
+        lines.append(markdown_table([head, *columns], table))
     settings = dict(record.settings)
     if settings.pop("derived", False):
         lines.append(DERIVED)

@@ -83,7 +83,7 @@ def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
         UserError: for a bad name or combination.
     """
     if args.name not in EXPERIMENTS:
-        raise UserError(f"NAME ({args.name or ''}) must be of {', '.join(EXPERIMENTS)}")
+        raise UserError(f"NAME ({args.name or ''}) must be one of {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[args.name]
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
@@ -112,5 +112,5 @@ def _start(experiment: Experiment, name: str | None) -> Recipe | None:
     neighbours = [other for other in EXPERIMENTS.values() if other.folder == experiment.folder]
     recipes = {stage.recipe.name or "pretraining": stage.recipe for other in neighbours for stage in other.stages}
     if name not in recipes:
-        raise UserError(f"--start ({name}) must be of {', '.join(recipes)}")
+        raise UserError(f"--start ({name}) must be one of {', '.join(recipes)}")
     return recipes[name]

@@ -251,7 +251,7 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["table2"], r"NAME \(table2\) must be of demo, table1"),
+        (["table2"], r"NAME \(table2\) must be one of demo, table1"),
         (
             ["table1", "--scale", "paper", "--nproc", "3"],
             r"--nproc \(3\) x --nnodes \(1\) x --batch \(4\) must divide 256",
@@ -264,7 +264,7 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
         ),
         (["table1", "--models", "bert"], r"--models \(bert\) must be a model's name \(dense, xmoe, mhmoe-params"),
         (["table4", "--lrs", "1e-3", "1e-4"], r"--lrs \(1e-3 1e-4\) must be one value where several kinds"),
-        (["vqa", "--start", "vcr"], r"--start \(vcr\) must be of pretraining, vqa, nlvr2"),
+        (["vqa", "--start", "vcr"], r"--start \(vcr\) must be one of pretraining, vqa, nlvr2"),
         (["vqa", "--start", "vqa"], r"--start \(vqa\) must not be what is trained itself"),
         (["table1", "--", "lr"], "-- lr: must begin with a flag of fairseq-train"),
         (["table1", "--updates", "few"], r"--updates \(few\) must be at least 1"),
