@@ -42,12 +42,12 @@ def project(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "docs").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    monkeypatch.setattr(importlib.import_module("_mutation.runs"), "PRELOADED", ())
+    monkeypatch.setattr(mutate, "PRELOADED", [])
     return tmp_path
 
 
 @READS_TOML
-def test_every_mutant_of_the_lists_has_its_place(mutate: ModuleType, capsys: pytest.CaptureFixture) -> None:
+def test_every_mutant_of_the_lists_is_found(mutate: ModuleType, capsys: pytest.CaptureFixture) -> None:
     assert mutate.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -154,5 +154,5 @@ def test_constants_of_a_class_and_of_a_module(mutate: ModuleType, project: Path)
     for function, more, expression, becomes in entries:
         text = LIST.replace('"Sum.of"', f'"{function}"').replace('"a+b"', f'"{expression}"')
         (project / "scripts/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
-        [mutation] = mutate.locate_all(mutate.read_lists(project), project)
+        [mutation] = mutate.read_mutants(project)
         assert changed[function] in mutation.after

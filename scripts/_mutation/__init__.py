@@ -1,1 +1,0 @@
-"""Parts of ``scripts/mutate.py``; not installed with the package."""
