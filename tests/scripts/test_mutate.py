@@ -1,10 +1,12 @@
 """The lists of mutants fit the package; the tool finds places, tells what the tests said and keeps it."""
 
+import functools
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -20,14 +22,15 @@ becomes = "a - b"
 """
 
 
-@pytest.fixture
-def mutate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("mutate")
+Mutate = Callable[..., subprocess.CompletedProcess]
+
+
+def mutate_in(root: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(root / "scripts/mutate.py"), *flags], capture_output=True, text=True)
 
 
 @pytest.fixture
-def project(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path) -> Path:
     """A checkout of one module, one test and one list."""
     for name, text in {
         "mhmoe_fairseq/__init__.py": "",
@@ -36,31 +39,35 @@ def project(mutate: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "class Other:\n    def of(self, a):\n        return a * (a * 3)\n",
         "tests/test_sum.py": "from mhmoe_fairseq.add import Sum\ndef test_sum():\n    assert Sum().of(2, 3) == 5\n",
         "scripts/mutants/add.toml": LIST,
+        "scripts/_mutants.py": (SCRIPTS / "_mutants.py").read_text(),
+        "scripts/mutate.py": re.sub(r"(?<=PRELOADED = )\[.*?\]", "[]", (SCRIPTS / "mutate.py").read_text()),
+        "docs/mutants.md": "",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "docs").mkdir()
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    monkeypatch.setattr(mutate, "ROOT", tmp_path)
-    monkeypatch.setattr(mutate, "PRELOADED", [])
     return tmp_path
 
 
+@pytest.fixture
+def mutate(project: Path) -> Mutate:
+    return functools.partial(mutate_in, project)
+
+
 @READS_TOML
-def test_every_mutant_of_the_lists_is_found(mutate: ModuleType, capsys: pytest.CaptureFixture) -> None:
-    assert mutate.main(["--check"]) == 0, capsys.readouterr().err
+def test_every_mutant_of_the_lists_is_found() -> None:
+    done = mutate_in(SCRIPTS.parent, "--check")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 11), reason="tomllib is there from Python 3.11 on")
 def test_an_older_python_is_named() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPTS / "mutate.py"), "--check"], capture_output=True, text=True)
+    done = mutate_in(SCRIPTS.parent, "--check")
     assert done.returncode and done.stderr.strip().endswith("which Python reads from 3.11 on")
 
 
 @READS_TOML
-def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(
-    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(mutate: Mutate, project: Path) -> None:
     survivor = LIST.replace("subtracts", "the | limit").replace('"a+b"', '"total > 100"').replace('"a - b"', '"False"')
     explained = survivor.replace("the | limit", "a limit") + 'survives = "small numbers only"\n'
     broken = LIST.replace("subtracts", "no sum").replace('"Sum.of"', '""').replace('"a+b"', '"1"')
@@ -70,39 +77,36 @@ def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(
     before = (project / "mhmoe_fairseq/add.py").read_text()
     report = project / "docs/mutants.md"
 
-    assert mutate.main(["--only", "a limit"]) == 0
+    assert mutate("--only", "a limit").returncode == 0
     assert "**survived**: small numbers only" in report.read_text() and "**not run**" in report.read_text()
-    assert mutate.main([]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("4 mutants, 4 run: 1 noticed (25.0%), 2 survived (1 explained), 1 broken")
+    done = mutate()
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1].startswith(
+        "4 mutants, 4 run: 1 noticed (25.0%), 2 survived (1 explained), 1 broken"
+    )
     assert "| subtracts | `Sum.of` | `a+b` | `a - b` | `tests/test_sum.py::test_sum` |" in report.read_text()
     assert "**broken**: `tests/test_sum.py`" in report.read_text() and "| the | limit |" not in report.read_text()
     assert (project / "mhmoe_fairseq/add.py").read_text() == before
 
-    assert mutate.main([]) == 1
-    assert len(capsys.readouterr().out.splitlines()) == 1  # nothing ran again
+    assert len(mutate().stdout.splitlines()) == 1  # nothing ran again
     test = project / "tests/test_sum.py"
     test.write_text(test.read_text() + "    assert Sum().of(50, 60) == 50\n")
-    assert mutate.main(["--only", "limit"]) == 0
-    assert "killed by tests/test_sum.py::test_sum" in capsys.readouterr().out
+    assert "killed by tests/test_sum.py::test_sum" in mutate("--only", "limit").stdout
 
 
 @READS_TOML
-def test_a_run_that_hangs_ends(mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_hangs_ends(mutate: Mutate, project: Path) -> None:
     hang = 'becomes = """import time\ntime.sleep(60)"""'
     text = LIST.replace('"a+b"', '"total = a + b"').replace('becomes = "a - b"', hang)
     (project / "scripts/mutants/add.toml").write_text(text)
-    assert mutate.main(["--time-limit", "5"]) == 0
-    assert "timed out (5 s): subtracts" in capsys.readouterr().out
+    assert "timed out (5 s): subtracts" in mutate("--time-limit", "5").stdout
 
 
 @READS_TOML
-def test_a_test_that_fails_without_a_mutant_is_named(
-    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_test_that_fails_without_a_mutant_is_named(mutate: Mutate, project: Path) -> None:
     (project / "tests/test_sum.py").write_text("def test_sum():\n    assert False\n")
-    assert mutate.main([]) == 2
-    assert "without any mutant the tests killed: tests/test_sum.py::test_sum" in capsys.readouterr().err
+    done = mutate()
+    assert done.returncode == 2 and "without any mutant the tests killed: tests/test_sum.py::test_sum" in done.stderr
 
 
 @READS_TOML
@@ -127,32 +131,27 @@ def test_a_test_that_fails_without_a_mutant_is_named(
         ("[[mutant]]", "[[mutant]", "add.toml: "),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused(
-    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture, old: str, new: str, message: str
-) -> None:
+def test_a_list_that_does_not_fit_is_refused(mutate: Mutate, project: Path, old: str, new: str, message: str) -> None:
     (project / "scripts/mutants/add.toml").write_text(LIST.replace(old, new))
-    assert mutate.main(["--check"]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    done = mutate("--check")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
 @READS_TOML
-def test_all_that_does_not_fit_is_named_at_once(
-    mutate: ModuleType, project: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_all_that_does_not_fit_is_named_at_once(mutate: Mutate, project: Path) -> None:
     second = LIST.partition("\n[[")[2].replace("subtracts", "adds").replace("a+b", "a + d")
     (project / "scripts/mutants/add.toml").write_text(LIST.replace("a+b", "a + c") + f"[[{second}")
-    assert mutate.main(["--check"]) == 2
-    error = capsys.readouterr().err
+    error = mutate("--check").stderr
     assert "'subtracts': 'a + c' is not in" in error and "'adds': 'a + d' is not in" in error
 
 
 @READS_TOML
-def test_constants_of_a_class_and_of_a_module(mutate: ModuleType, project: Path) -> None:
+def test_constants_of_a_class_and_of_a_module(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
     entries = [("", 'module = "add"\n', "1", "10"), ("Sum", "", "2", "20"), ("Other.of", "occurrence = 2\n", "a", "b")]
     changed = {"": "LIMIT = 10", "Sum": "SIZE = 20", "Other.of": "return a * (b * 3)"}
     for function, more, expression, becomes in entries:
         text = LIST.replace('"Sum.of"', f'"{function}"').replace('"a+b"', f'"{expression}"')
         (project / "scripts/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
-        [mutation] = mutate.read_mutants(project)
-        assert changed[function] in mutation.after
+        [mutant] = importlib.import_module("_mutants").read_mutants(project)
+        assert changed[function] in mutant.after
