@@ -13,7 +13,8 @@ from _bench.layers import DTYPES, GemmBound
 from _bench.timing import Pairs, time_pairs
 from _bench.training import NAMES, Shape, Training, add_model_arguments, flags_of, shape_of, train, write_zipf_data
 
-from mhmoe_fairseq.analysis.plan.cluster import Cluster, exchange
+from mhmoe_fairseq.analysis.plan.ranks import Cluster, exchange
+from mhmoe_fairseq.models.flags import expert_parallel_size
 
 DESCRIPTION = """\
 Train language models for a few updates with fairseq-train and compare tokens per
@@ -184,7 +185,7 @@ def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -
     if shape.moe is None or "a2a_rows" not in log:
         return "Nothing: every rank has all experts."
     cluster = Cluster(args.ranks, args.ranks, args.sentences * args.tokens_per_sample // args.ranks, 1.0, 1.0)
-    size = cluster.expert_parallel_size(None, shape.moe.num_experts)
+    size = expert_parallel_size(shape.moe.num_experts, None, args.ranks)
     plan = exchange(shape.moe, cluster, size, element=4 if args.precision == "fp32" else 2, recompute=False)
     rows = [
         ("logged", f"{float(log['a2a_rows']):.0f}", f"{float(log['a2a_mb']):.3f}"),

@@ -6,7 +6,7 @@ Parameters and FLOPs; with ``--ranks`` the memory, traffic and time of a trainin
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.plan.table_11 import P1, PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES, paper_row
+from ..analysis.plan.table_11 import P1, PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES
 from ..common.arguments import ArgumentParser, output_file, real, whole
 from ..common.console import say
 from ..common.errors import UserError
@@ -14,15 +14,11 @@ from ..common.files import write_json
 from ..common.tables import MISSING, markdown_table, millions
 
 if TYPE_CHECKING:
-    from ..analysis.plan.cluster import Cluster
     from ..analysis.plan.planning import PlanRow, PlanSettings
 
+# The same as a flag of the model; of sizes as the decoder's or the encoder's, whichever the architecture has.
 _SHORT_FLAGS = {"--heads": "mhmoe_heads_number", "--top-k": "moe_top_k", "--ep": "mhmoe_expert_parallel_size"}
-# Of the decoder or the encoder, as the architecture has one or the other.
 _SHORT_SIZES = {"--layers": "layers", "--embed-dim": "embed_dim", "--ffn-dim": "ffn_embed_dim"}
-_IMAGE_FLAGS = {
-    "img_size": "side of an image", "patch_size": "side of a patch", "max_text_length": "longest text, in tokens",
-}  # fmt: skip
 _CLUSTER_FLAGS = {
     "--ranks": (whole(), None, "W", "processes, one for each device; --ep of them share experts"),
     "--ranks-per-node": (whole(), 8, "N", "consecutive ranks on one machine"),
@@ -49,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--visual-tokens", type=whole(), default=PAPER_VISUAL_TOKENS, help="BEiT-3: codes of the visual tokenizer"
     )
-    for name, what in _IMAGE_FLAGS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=whole(), help=f"BEiT-3: {what}")
+    parser.add_argument("--img-size", type=whole(), help="BEiT-3: side of an image")
+    parser.add_argument("--patch-size", type=whole(), help="BEiT-3: side of a patch")
+    parser.add_argument("--max-text-length", type=whole(), help="BEiT-3: longest text, in tokens")
     parser.add_argument("--json", type=output_file, metavar="FILE", help="write the numbers there, too")
     parser.add_argument(
         "--help-model", action="store_true", help="list the model's flags, all of which are taken as in fairseq-train"
@@ -107,12 +104,13 @@ def run(args: argparse.Namespace) -> int:
         plans = [row.ranks for row in rows if row.ranks is not None]
         say("\n" + describe_ranks(plans, settings.cluster, half=half, recompute=recompute))
     if args.json:
-        write_json(args.json, [_as_json(row, paper_row(row, settings)) for row in rows])
+        write_json(args.json, [_as_json(row) for row in rows])
     return 0
 
 
 def _settings(args: argparse.Namespace) -> "PlanSettings":
     from ..analysis.plan.planning import PlanSettings
+    from ..analysis.plan.ranks import Cluster
     from ..models.architectures import named_architecture
 
     kind = named_architecture(args.arch).kind
@@ -120,6 +118,12 @@ def _settings(args: argparse.Namespace) -> "PlanSettings":
         raise UserError(f"--ranks plans language models, not --arch {args.arch}")
     if args.experts and args.moe_expert_count:
         raise UserError("--experts and --moe-expert-count both set the number of experts: give one")
+    cluster = None
+    if args.ranks is not None:
+        link, network, flops = args.link * 1e9, args.network * 1e9 / 8, args.tflops and args.tflops * 1e12
+        cluster = Cluster(args.ranks, args.ranks_per_node, args.tokens_per_rank, link, network, flops)
+    elif args.mhmoe_expert_parallel_size is not None:
+        raise UserError("--mhmoe-expert-parallel-size needs --ranks")
     return PlanSettings(
         arch=args.arch,
         vocab_size=args.vocab_size or PAPER_VOCAB_SIZES[kind],
@@ -127,25 +131,8 @@ def _settings(args: argparse.Namespace) -> "PlanSettings":
         flags=_model_flags(args, kind),
         tokens_per_sample=args.tokens_per_sample,
         num_visual_tokens=args.visual_tokens,
-        cluster=_cluster(args),
+        cluster=cluster,
         cpu=args.cpu,
-    )
-
-
-def _cluster(args: argparse.Namespace) -> "Cluster | None":
-    from ..analysis.plan.cluster import Cluster
-
-    if args.ranks is None:
-        if args.mhmoe_expert_parallel_size is not None:
-            raise UserError("--mhmoe-expert-parallel-size needs --ranks")
-        return None
-    return Cluster(
-        ranks=args.ranks,
-        ranks_per_node=args.ranks_per_node,
-        tokens=args.tokens_per_rank,
-        link=args.link * 1e9,
-        network=args.network * 1e9 / 8,
-        flops=None if args.tflops is None else args.tflops * 1e12,
     )
 
 
@@ -164,13 +151,13 @@ def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
 def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:
     """The tables and how to read them."""
     kind = settings.architecture.kind
-    papers = [paper_row(row, settings) for row in rows]
+    has_paper = any(row.paper for row in rows)
     header = ["model", "experts", "expert width", "non-expert", "expert", "sum", "active", "MFLOPs/token"]
     cells = [_cells(row) for row in rows]
-    if any(papers):
+    if has_paper:
         header += ["paper: non-expert", "expert", "sum"]
-        for line, paper in zip(cells, papers):
-            line += [MISSING] * 3 if paper is None else [f"{value:,}M" for value in paper]
+        for line, row in zip(cells, rows):
+            line += [f"{value:,}M" for value in row.paper] if row.paper else [MISSING] * 3
     embedding, flops = {
         "lm": ("tied embedding", "forward pass, matrix products only, causal attention within {:,} tokens."),
         "beit3": (
@@ -188,15 +175,13 @@ def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:
         f"MFLOPs/token: {flops.format(rows[0].counts.context)}",
         *(f"{row.family}: {row.note}" for row in rows if row.note),
     ]
-    if any(papers):
+    if has_paper:
         lines.append(f"paper: {P1}, table 11, in millions as printed there; all other columns are ours.")
     if kind == "beit3":
         lines += ["", _parts_table(rows)]
-        if any(papers):
-            lines += [
-                "",
-                "The paper's own text does not say how its multimodal rows come about; ours are not fitted to them.",
-            ]
+        if has_paper:
+            told = "The paper's own text does not say how its multimodal rows come about; ours are not fitted to them."
+            lines += ["", told]
     return "\n".join(lines)
 
 
@@ -222,7 +207,7 @@ def _cells(row: "PlanRow") -> list[str]:
     ]
 
 
-def _as_json(row: "PlanRow", paper: Any) -> dict[str, Any]:
+def _as_json(row: "PlanRow") -> dict[str, Any]:
     counts, moe = row.counts, row.counts.moe
     return {
         "family": row.family,
@@ -235,6 +220,6 @@ def _as_json(row: "PlanRow", paper: Any) -> dict[str, Any]:
         "flops_per_token": counts.flops_per_token,
         "context": counts.context,
         "params_by_part": row.parts,
-        "paper_millions": None if paper is None else paper._asdict(),
+        "paper_millions": row.paper and dict(zip(("non_expert", "expert", "total"), row.paper)),
         "ranks": None if row.ranks is None else row.ranks.as_json(),
     }

@@ -6,7 +6,7 @@ from language_models import small_dictionary, small_model, token_rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, shape_of
+from mhmoe_fairseq.analysis.plan.activation_memory import ActivationMemory, shape_of
 from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.counts import count_built, count_model
@@ -67,7 +67,7 @@ def test_models_plans_and_analyses_use_it_or_refuse_it_by_name() -> None:
         model(token_rows([7, 3]))
     assert sum(loads.loads.layers[0].loads) == 10 * 4 * 2
     with pytest.raises(ConfigError, match=r"router \('two_layers'\) does not say"):
-        activation_bytes(shape_of(model), Computation("loop", exchanged=False, cpu=True))
+        ActivationMemory(shape_of(model), "loop", exchanged=False, cpu=True).kept()
     with pytest.raises(ValueError, match=r"--mhmoe-router \('two_layers'\) cannot be combined"):
         small_model("smoe_lm_tiny", mhmoe_router="two_layers", mhmoe_routing="torchscale")
 

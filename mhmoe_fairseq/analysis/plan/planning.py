@@ -11,8 +11,8 @@ from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, conte
 from ...models.flags import expert_parallel_size, moe_config
 from ...models.options import LanguageModelOptions, MoEOptions, options_with
 from .activation_memory import shape_of
-from .cluster import Cluster
-from .ranks import RankPlan, plan_ranks
+from .ranks import Cluster, RankPlan, plan_ranks
+from .table_11 import PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES, SAME_MODEL, TABLE_11
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,9 @@ class PlanSettings:
 
     Args:
         arch: a named architecture; its baselines come with it.
-        vocab_size: entries of the dictionary.
         experts: numbers of experts.
         flags: the model's, by name.
-        tokens_per_sample: tokens per block, for attention's FLOPs.
+        tokens_per_sample: for attention's FLOPs.
         num_visual_tokens: BEiT-3's scores for masked patches.
         cluster: the machines; None to leave out memory, traffic and time.
         cpu: activation memory as on CPUs.
@@ -49,6 +48,7 @@ class PlanSettings:
 class PlanRow:
     """One model: its family, the experts asked for, its counts, also by part of the model.
 
+    ``paper`` has the non-expert, expert and all parameters of P1's table 11 in millions, where it has this very model.
     With a cluster ``ranks`` is its plan there, and ``note`` says so if a budget's experts had to be rounded for it.
     """
 
@@ -56,8 +56,9 @@ class PlanRow:
     experts: int | None
     counts: ModelCounts
     parts: dict[str, int]
-    ranks: RankPlan | None = None
-    note: str | None = None
+    paper: tuple[int, int, int] | None
+    ranks: RankPlan | None
+    note: str | None
 
 
 def plan(settings: PlanSettings) -> list[PlanRow]:
@@ -70,6 +71,9 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
     families = {"dense": ["dense"], "mhmoe": ["dense", "xmoe", "mhmoe"]}.get(
         architecture.family, ["dense", architecture.family]
     )
+    sizes = architecture.size, settings.vocab_size, settings.num_visual_tokens
+    papers_sizes = "base", PAPER_VOCAB_SIZES[architecture.kind], PAPER_VISUAL_TOKENS
+    is_papers = sizes == papers_sizes and settings.flags.items() <= SAME_MODEL.items()
     rows = []
     for family in families:
         for experts in [None] if family == "dense" else settings.experts:
@@ -79,7 +83,8 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
             if settings.cluster is not None:
                 label = family if experts is None or len(settings.experts) == 1 else f"{family} {experts:,}"
                 ranks = plan_ranks(label, counts, shape_of(model), settings.cluster, size, cpu=settings.cpu)
-            rows.append(PlanRow(family, experts, counts, count_parts(model), ranks, note))
+            paper = TABLE_11.get((architecture.kind, family), {}).get(experts) if is_papers else None
+            rows.append(PlanRow(family, experts, counts, count_parts(model), paper, ranks, note))
     return rows
 
 

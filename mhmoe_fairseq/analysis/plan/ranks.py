@@ -1,14 +1,18 @@
-"""The part of ``mhmoe plan`` about many ranks: memory, all-to-all and time of one model, and tables of several."""
+"""Many ranks on paper: who shares experts with whom; memory, all-to-all and time of models, and tables of several."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...common.errors import UserError
 from ...common.tables import MISSING, byte_size, duration, markdown_table, millions
 from ...models.counts import ModelCounts
-from .activation_memory import Computation, ModelShape, activation_bytes, peak_bytes
-from .cluster import Cluster, Exchange, all_reduce_seconds, exchange
+from ...moe import MHMoEConfig
+from .activation_memory import ActivationMemory, ModelShape
+
+_COUNT_BYTES = 8  # row counts travel as int64
 
 
 @dataclass(frozen=True)
@@ -17,8 +21,6 @@ class Precision:
 
     Attributes:
         flags: what is typed.
-        weights: in the model.
-        gradients: of the weights.
         optimizer: copies of weights and gradients in fp32, and Adam's two moments.
         host: in rank 0's memory while it saves: the checkpoint, and half weights until they are made fp32.
     """
@@ -46,37 +48,133 @@ PRECISIONS = (
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """The machines, and what one rank is given to do; all numbers above 0.
+
+    Attributes:
+        ranks: processes, one for each device; W.
+        ranks_per_node: consecutive ranks that share a node.
+        tokens: per rank and micro-batch.
+        link: bytes per second that a rank sends inside its node, and receives at the same time.
+        network: bytes per second that a node sends to all others, and receives at the same time.
+        flops: floating-point operations per second that a rank reaches in training; None: times of computing are
+            left out.
+    """
+
+    ranks: int
+    ranks_per_node: int
+    tokens: int
+    link: float
+    network: float
+    flops: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.ranks > self.ranks_per_node and self.ranks % self.ranks_per_node:
+            raise UserError(f"--ranks-per-node ({self.ranks_per_node}) must divide --ranks ({self.ranks})")
+
+    def all_reduce_seconds(self, size: float, members: int, *, apart: int = 1, at_once: int = 1) -> float:
+        """A ring all-reduce of ``size`` bytes on each rank, by bandwidth alone.
+
+        Args:
+            members: ranks that sum.
+            apart: distance of neighbours in rank numbers: 1 for consecutive ranks.
+            at_once: such rings that share a node's network.
+        """
+        moved = 2 * size * (members - 1) / members
+        is_inside = (members - 1) * apart < self.ranks_per_node
+        return max(moved / self.link, 0 if is_inside else at_once * moved / self.network)
+
+    def shares(self, size: int) -> tuple[float, float]:
+        """Of a rank's rows for a bank of ``size`` ranks, the share to other ranks of its node, and out of the node.
+
+        The first is of the rank that has most, the second of the node that has most to send, over its ranks.
+        """
+        inside = outside = 0.0
+        for first in range(0, self.ranks, self.ranks_per_node):
+            ranks = range(first, min(first + self.ranks_per_node, self.ranks))
+            here = Counter(rank // size for rank in ranks).values()  # the node's members of each bank
+            inside = max(inside, max(members - 1 for members in here) / size)
+            outside = max(outside, sum(members * (size - members) for members in here) / size / len(ranks))
+        return inside, outside
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The all-to-all of one MoE layer, for one rank and micro-batch; one direction unless it says otherwise.
+
+    Attributes:
+        size: ranks that share the experts; P.
+        rows: routed rows, those to the rank's own experts included: tokens x H x K, exactly, without padding.
+        row_bytes: of one row of D / H.
+        off_rank: bytes to other ranks when all experts are chosen equally often.
+        off_node: the part of them that leaves the node, for the node that has most to send, over its ranks.
+        count_bytes: row counts to other ranks, once per forward pass.
+        transfers: of rows, in a forward and backward pass; none if every rank has all experts.
+        count_transfers: of the counts.
+        seconds: of one transfer, by bandwidth alone.
+    """
+
+    size: int
+    tokens: int
+    rows: int
+    row_bytes: int
+    off_rank: float
+    off_node: float
+    count_bytes: int
+    transfers: int
+    count_transfers: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """All rows of one direction, the rank's own included."""
+        return self.rows * self.row_bytes
+
+
+def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, recompute: bool) -> Exchange:
+    """What one MoE layer sends under dropless routing.
+
+    H sub-tokens with K choices are H K rows of D / H numbers: K D numbers per token, whatever H is.
+
+    Args:
+        size: ranks that share the experts, consecutive ones.
+        element: bytes of a number, in the type that is computed in.
+        recompute: the forward pass runs once more in the backward pass.
+    """
+    rows = cluster.tokens * moe.subtokens_per_token * moe.top_k
+    row_bytes = moe.subtoken_dim * element
+    sent = rows * row_bytes
+    inside, outside = cluster.shares(size)
+    times = (sent * inside / cluster.link, cluster.ranks_per_node * sent * outside / cluster.network)
+    passes = 0 if size == 1 else 2 if recompute else 1
+    return Exchange(
+        size=size,
+        tokens=cluster.tokens,
+        rows=rows,
+        row_bytes=row_bytes,
+        off_rank=sent * (size - 1) / size,
+        off_node=sent * outside,
+        count_bytes=(size - 1) * (moe.num_experts // size) * _COUNT_BYTES,
+        transfers=2 * passes + 2 if passes else 0,
+        count_transfers=passes,
+        seconds=max(times),  # inside the nodes and between them at the same time
+    )
+
+
+@dataclass(frozen=True)
 class RankParameters:
     """Parameters on one rank: the dense part whole, its share of the experts."""
 
     dense: int
     expert: int
 
-    @property
-    def total(self) -> int:
-        """Both."""
-        return self.dense + self.expert
-
-
-def rank_parameters(counts: ModelCounts, size: int) -> RankParameters:
-    """With ``size`` ranks that share the experts."""
-    return RankParameters(counts.non_expert, counts.expert // size)
-
-
-def rounded_weight_bytes(shape: ModelShape, parameters: RankParameters) -> int:
-    """Copies of the weights in the half type that autocast keeps for the backward pass; one layer's if recomputed."""
-    if not shape.half:
-        return 0
-    if not shape.recompute:
-        return 2 * parameters.total
-    return 2 * (parameters.dense // shape.layers + parameters.expert // max(shape.moe_layers, 1))
-
-
-def largest_expert_bytes(counts: ModelCounts, size: int) -> int:
-    """The largest expert tensor of a rank, in fp32: what saving may add to its device's memory."""
-    if counts.moe is None:
-        return 0
-    return 4 * (counts.moe.num_experts // size) * counts.moe.expert_ffn_dim * counts.moe.subtoken_dim
+    def rounded_bytes(self, shape: ModelShape) -> int:
+        """Copies in the half type that autocast keeps for the backward pass; one layer's if recomputed."""
+        if not shape.half:
+            return 0
+        if not shape.recompute:
+            return 2 * (self.dense + self.expert)
+        return 2 * (self.dense // shape.layers + self.expert // max(shape.moe_layers, 1))
 
 
 @dataclass(frozen=True)
@@ -87,14 +185,12 @@ class RankPlan:
         name: the family.
         size: ranks that share one bank of experts.
         experts: of one MoE layer on a rank; None for a dense model.
-        parameters: on a rank.
         rounded: bytes of half-precision copies of weights.
         activations: bytes kept for the backward pass, at the peak, of one micro-batch.
         activations_recomputed: the same with ``--checkpoint-activations``.
         saved: parameters of the whole model, which a checkpoint holds.
-        largest_tensor: bytes of the largest expert tensor.
-        moe_layers: layers with experts.
-        traffic: the all-to-all of one of them; None for a dense model.
+        largest_tensor: bytes of the largest expert tensor in fp32: what saving may add to a rank's device memory.
+        traffic: the all-to-all of one MoE layer; None for a dense model.
         train_flops: of one micro-batch, forward and backward.
         gradient_seconds: summing gradients, once per update.
         compute_seconds: of one micro-batch; None if the ranks' speed is not known.
@@ -130,30 +226,32 @@ def plan_ranks(
 ) -> RankPlan:
     """Count one model on ``cluster`` with ``size`` ranks to a bank of experts."""
     backend = "loop" if cpu else "grouped" if shape.half else "blocked"
-    parts = activation_bytes(shape, Computation(backend, exchanged=size > 1, cpu=cpu))
-    parameters = rank_parameters(counts, size)
-    traffic = None
-    if counts.moe is not None:
-        traffic = exchange(counts.moe, cluster, size, element=shape.element, recompute=shape.recompute)
+    memory = ActivationMemory(shape, backend, exchanged=size > 1, cpu=cpu)
+    parameters = RankParameters(counts.non_expert, counts.expert // size)
+    moe, traffic, experts, largest = counts.moe, None, None, 0
+    if moe is not None:
+        traffic = exchange(moe, cluster, size, element=shape.element, recompute=shape.recompute)
+        experts = moe.num_experts // size
+        largest = 4 * experts * moe.expert_ffn_dim * moe.subtoken_dim
     flops = cluster.tokens * counts.flops_per_token * (4 if shape.recompute else 3)
-    replicas = cluster.ranks // size
+    dense_seconds = cluster.all_reduce_seconds(4 * parameters.dense, cluster.ranks)
+    expert_seconds = cluster.all_reduce_seconds(
+        4 * parameters.expert, cluster.ranks // size, apart=size, at_once=min(size, cluster.ranks_per_node)
+    )
     return RankPlan(
         name=name,
         size=size,
-        experts=None if counts.moe is None else counts.moe.num_experts // size,
+        experts=experts,
         parameters=parameters,
-        rounded=rounded_weight_bytes(shape, parameters),
-        activations=cluster.tokens * peak_bytes(shape, parts, recompute=False),
-        activations_recomputed=cluster.tokens * peak_bytes(shape, parts, recompute=True),
+        rounded=parameters.rounded_bytes(shape),
+        activations=cluster.tokens * memory.peak(recompute=False),
+        activations_recomputed=cluster.tokens * memory.peak(recompute=True),
         saved=counts.total,
-        largest_tensor=largest_expert_bytes(counts, size),
+        largest_tensor=largest,
         moe_layers=counts.moe_layers,
         traffic=traffic,
         train_flops=flops,
-        gradient_seconds=all_reduce_seconds(4 * parameters.dense, cluster.ranks, cluster)
-        + all_reduce_seconds(
-            4 * parameters.expert, replicas, cluster, apart=size, at_once=min(size, cluster.ranks_per_node)
-        ),
+        gradient_seconds=dense_seconds + expert_seconds,
         compute_seconds=None if cluster.flops is None else flops / cluster.flops,
     )
 
@@ -162,85 +260,82 @@ def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, r
     """Tables, one column for each model, and how to read them."""
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
     nodes_in_words = "1 node" if nodes == 1 else f"{nodes:,} nodes"
-    routed = [plan for plan in plans if plan.traffic is not None]
+    traffic = {plan.name: _traffic(plan.traffic) for plan in plans if plan.traffic is not None}
     paragraphs = [
         f"{cluster.ranks:,} ranks on {nodes_in_words}, {cluster.tokens:,} tokens per rank and micro-batch, "
         f"{2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
-        _table("memory", plans, _memory(plans, cluster)),
+        _table("memory", {plan.name: _memory(plan, cluster.ranks) for plan in plans}),
         "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.\n"
         "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file with weights and\n"
         "moments in fp32, as fairseq writes it. largest expert tensor: what a save may add to a rank's device memory.",
     ]
-    if routed:
+    if traffic:
         paragraphs += [
-            _table("all-to-all of one MoE layer, one direction", routed, _traffic(routed)),
+            _table("all-to-all of one MoE layer, one direction", traffic),
             "rows: sub-tokens x K, exactly (dropless routing), those for the rank's own experts included. off rank,\n"
             "off node: expected if all experts are chosen equally often. time: by bandwidth alone.",
         ]
     paragraphs += [
-        _table("time of one micro-batch", plans, _times(plans)),
+        _table("time of one micro-batch", {plan.name: _times(plan) for plan in plans}),
         "gradients: their sum over all ranks, experts' over their replicas, in fp32, once per update.",
     ]
     return "\n\n".join(paragraphs)
 
 
-def _table(title: str, plans: Sequence[RankPlan], rows: dict[str, list[str]]) -> str:
-    return markdown_table([title, *(plan.name for plan in plans)], [[label, *cells] for label, cells in rows.items()])
+def _table(title: str, columns: Mapping[str, dict[str, str]]) -> str:
+    """A column of cells by their labels for every model, the same labels for all."""
+    labels = next(iter(columns.values()))
+    rows = [[label, *(cells[label] for cells in columns.values())] for label in labels]
+    return markdown_table([title, *columns], rows)
 
 
-def _memory(plans: Sequence[RankPlan], cluster: Cluster) -> dict[str, list[str]]:
-    states = {
-        f"weights + gradients + Adam: {precision.flags}": [
-            byte_size(precision.total * plan.parameters.total + (plan.rounded if precision is PRECISIONS[0] else 0))
-            for plan in plans
-        ]
-        for precision in PRECISIONS
-    }
+def _memory(plan: RankPlan, ranks: int) -> dict[str, str]:
+    parameters = plan.parameters.dense + plan.parameters.expert
     return {
-        "EP x DP": [f"{plan.size:,} x {cluster.ranks // plan.size:,}" for plan in plans],
-        "experts of a layer on a rank": [MISSING if plan.experts is None else f"{plan.experts:,}" for plan in plans],
-        "dense parameters on a rank": [millions(plan.parameters.dense) for plan in plans],
-        "expert parameters on a rank": [millions(plan.parameters.expert) for plan in plans],
-        **states,
-        "activations": [byte_size(plan.activations) for plan in plans],
-        "activations, --checkpoint-activations": [byte_size(plan.activations_recomputed) for plan in plans],
-        "checkpoint": [byte_size(SAVED_BYTES * plan.saved) for plan in plans],
+        "EP x DP": f"{plan.size:,} x {ranks // plan.size:,}",
+        "experts of a layer on a rank": MISSING if plan.experts is None else f"{plan.experts:,}",
+        "dense parameters on a rank": millions(plan.parameters.dense),
+        "expert parameters on a rank": millions(plan.parameters.expert),
         **{
-            f"host memory of rank 0 to save it, {kind}": [byte_size(precision.host * plan.saved) for plan in plans]
-            for kind, precision in (("fp32", PRECISIONS[0]), ("fp16", PRECISIONS[1]))
+            f"weights + gradients + Adam: {precision.flags}": byte_size(
+                precision.total * parameters + (plan.rounded if precision is PRECISIONS[0] else 0)
+            )
+            for precision in PRECISIONS
         },
-        "largest expert tensor": [byte_size(plan.largest_tensor) if plan.traffic else MISSING for plan in plans],
+        "activations": byte_size(plan.activations),
+        "activations, --checkpoint-activations": byte_size(plan.activations_recomputed),
+        "checkpoint": byte_size(SAVED_BYTES * plan.saved),
+        "host memory of rank 0 to save it, fp32": byte_size(PRECISIONS[0].host * plan.saved),
+        "host memory of rank 0 to save it, fp16": byte_size(PRECISIONS[1].host * plan.saved),
+        "largest expert tensor": byte_size(plan.largest_tensor) if plan.traffic else MISSING,
     }
 
 
-def _traffic(plans: Sequence[RankPlan]) -> dict[str, list[str]]:
-    traffic = [plan.traffic for plan in plans if plan.traffic is not None]
+def _traffic(traffic: Exchange) -> dict[str, str]:
     return {
-        "rows per token": [f"{one.rows // one.tokens:,}" for one in traffic],
-        "bytes of a row": [f"{one.row_bytes:,}" for one in traffic],
-        "bytes per token": [f"{one.bytes // one.tokens:,}" for one in traffic],
-        "rows of a rank": [f"{one.rows:,}" for one in traffic],
-        "bytes of a rank": [byte_size(one.bytes) for one in traffic],
-        "off rank": [byte_size(one.off_rank) for one in traffic],
-        "off node": [byte_size(one.off_node) for one in traffic],
-        "to one other rank": [byte_size(one.message_bytes) for one in traffic],
-        "counts of the rows, beforehand": [byte_size(one.count_bytes) for one in traffic],
-        "time": [duration(one.seconds) for one in traffic],
-        "directions: forward + recomputed + backward": [
-            f"2 + {one.transfers - 4} + 2" if one.transfers else "none" for one in traffic
-        ],
+        "rows per token": f"{traffic.rows // traffic.tokens:,}",
+        "bytes of a row": f"{traffic.row_bytes:,}",
+        "bytes per token": f"{traffic.bytes // traffic.tokens:,}",
+        "rows of a rank": f"{traffic.rows:,}",
+        "bytes of a rank": byte_size(traffic.bytes),
+        "off rank": byte_size(traffic.off_rank),
+        "off node": byte_size(traffic.off_node),
+        "to one other rank": byte_size(traffic.bytes / traffic.size),
+        "counts of the rows, beforehand": byte_size(traffic.count_bytes),
+        "time": duration(traffic.seconds),
+        "directions: forward + recomputed + backward": (
+            f"2 + {traffic.transfers - 4} + 2" if traffic.transfers else "none"
+        ),
     }
 
 
-def _times(plans: Sequence[RankPlan]) -> dict[str, list[str]]:
-    rows = {
-        "TFLOPs of a rank": [f"{plan.train_flops / 1e12:,.2f}" for plan in plans],
-        "all-to-all, all layers and directions": [
-            duration(plan.exchange_seconds) if plan.traffic else MISSING for plan in plans
-        ],
-        "gradients (once per update)": [duration(plan.gradient_seconds) for plan in plans],
+def _times(plan: RankPlan) -> dict[str, str]:
+    cells = {
+        "TFLOPs of a rank": f"{plan.train_flops / 1e12:,.2f}",
+        "all-to-all, all layers and directions": duration(plan.exchange_seconds) if plan.traffic else MISSING,
+        "gradients (once per update)": duration(plan.gradient_seconds),
     }
-    if all(plan.compute_seconds is not None for plan in plans):
-        rows["computing, at --tflops"] = [duration(plan.compute_seconds or 0) for plan in plans]
-    return rows
+    if plan.compute_seconds is not None:
+        cells["computing, at --tflops"] = duration(plan.compute_seconds)
+    return cells

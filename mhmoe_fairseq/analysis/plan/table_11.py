@@ -3,26 +3,11 @@
 P1: Multi-Head Mixture-of-Experts, arXiv 2404.15045. Its own text does not say how the multimodal rows come about.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from .planning import PlanRow, PlanSettings
-
 P1 = "P1 (arXiv 2404.15045)"
-# GPT-4's vocabulary, which the text models' rows fit; BEiT-3's; codes of BEiT v2's visual tokenizer.
-PAPER_VOCAB_SIZES = {"lm": 100_277, "beit3": 64_010}
+# By kind: GPT-4's vocabulary, which the text models' rows fit, or BEiT-3's; codes of BEiT v2's visual tokenizer.
 PAPER_VISUAL_TOKENS = 8192
-
-
-class ParameterRow(NamedTuple):
-    """One row for one model, in millions."""
-
-    non_expert: int
-    expert: int
-    total: int
-
-
-# By kind and family, then by the number of experts.
+PAPER_VOCAB_SIZES = {"lm": 100_277, "beit3": 64_010}
+# Non-expert, expert and all parameters in millions; by kind and family, then by the number of experts.
 TABLE_11: dict[tuple[str, str], dict[int | None, tuple[int, int, int]]] = {
     ("lm", "dense"): {None: (162, 0, 162)},
     ("lm", "xmoe"): {
@@ -38,17 +23,7 @@ TABLE_11: dict[tuple[str, str], dict[int | None, tuple[int, int, int]]] = {
     ("beit3", "mhmoe"): {8: (195, 310, 505), 32: (195, 1014, 1209)},
 }  # fmt: skip
 # Flags that say what the table's models are, beside their architecture.
-_SAME = {
+SAME_MODEL = {
     "mhmoe_heads_number": 4, "moe_top_k": 2, "mhmoe_budget": "params", "img_size": 224, "patch_size": 16,
     "decoder_ffn_embed_dim": 3072, "encoder_ffn_embed_dim": 3072,
 }  # fmt: skip
-
-
-def paper_row(row: "PlanRow", settings: "PlanSettings") -> ParameterRow | None:
-    """The paper's numbers for the same settings; None for other settings."""
-    architecture = settings.architecture
-    sizes = architecture.size, settings.vocab_size, settings.num_visual_tokens
-    if sizes != ("base", PAPER_VOCAB_SIZES[architecture.kind], PAPER_VISUAL_TOKENS):
-        return None
-    found = TABLE_11.get((architecture.kind, row.family), {}).get(row.experts)
-    return ParameterRow(*found) if found and settings.flags.items() <= _SAME.items() else None

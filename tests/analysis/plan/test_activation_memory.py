@@ -10,13 +10,7 @@ from kept_tensors import kept_bytes_of, loss_of
 from language_models import small_dictionary
 from torch import nn
 
-from mhmoe_fairseq.analysis.plan.activation_memory import (
-    Computation,
-    activation_bytes,
-    kept_bytes,
-    peak_bytes,
-    shape_of,
-)
+from mhmoe_fairseq.analysis.plan.activation_memory import ActivationMemory, shape_of
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import build_language_model
 from mhmoe_fairseq.moe.cpu import loop as _expert_loop
@@ -68,8 +62,7 @@ CASES = [
 def test_the_plan_is_what_autograd_keeps(arch: str, backend: str, flags: dict[str, Any]) -> None:
     model = build(arch, backend, **flags)
     shape = shape_of(model)
-    parts = activation_bytes(shape, Computation(backend, exchanged=False, cpu=True))
-    planned = kept_bytes(shape, parts)
+    planned = ActivationMemory(shape, backend, exchanged=False, cpu=True).kept()
     tokens = torch.randint(4, WORDS, (ROWS, LENGTH))
     measured = kept_bytes_of(model, tokens) / tokens.numel()
     if backend == "loop" and shape.moe is not None:  # the order of the rows, held in the plan and not by autograd
@@ -91,7 +84,5 @@ def test_the_planned_peak_is_near_that_of_a_whole_pass(
     loss_of(model, tokens).backward()  # gradients exist, as from the second update on
     existing = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
     measured = tensor_peak(lambda: loss_of(model, tokens).backward(), [*existing, *model.buffers(), tokens])
-    shape = shape_of(model)
-    parts = activation_bytes(shape, Computation(backend, exchanged=False, cpu=True))
-    planned = peak_bytes(shape, parts, recompute=recompute) * tokens.numel()
-    assert planned == pytest.approx(measured, rel=PEAK_TOLERANCE)
+    planned = ActivationMemory(shape_of(model), backend, exchanged=False, cpu=True)
+    assert planned.peak(recompute=recompute) * tokens.numel() == pytest.approx(measured, rel=PEAK_TOLERANCE)

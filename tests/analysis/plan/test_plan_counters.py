@@ -7,8 +7,8 @@ import torch
 from language_models import small_dictionary
 from plan_ranks import LENGTH, ROWS, measure, options_of
 
-from mhmoe_fairseq.analysis.plan.activation_memory import Computation, activation_bytes, kept_bytes, shape_of
-from mhmoe_fairseq.analysis.plan.cluster import Cluster, exchange
+from mhmoe_fairseq.analysis.plan.activation_memory import ActivationMemory, shape_of
+from mhmoe_fairseq.analysis.plan.ranks import Cluster, exchange
 from mhmoe_fairseq.models.counts import build_on_meta
 
 TOKENS = ROWS * LENGTH
@@ -56,7 +56,7 @@ def test_rows_and_bytes_are_those_that_were_counted(
 @pytest.mark.parametrize("arch, flags", CASES[:1] + CASES[2:], ids=str)
 def test_activation_memory_of_a_rank(workers2: Any, arch: str, flags: dict[str, Any]) -> None:
     shape = shape_of(build_on_meta(options_of(arch, flags), small_dictionary()))
-    planned = kept_bytes(shape, activation_bytes(shape, Computation("loop", exchanged=True, cpu=True)))
+    planned = ActivationMemory(shape, "loop", exchanged=True, cpu=True).kept()
     measured = sum(one.kept for one in workers2.run(measure, arch, 2, flags)) / 2 / TOKENS
     measured += shape.moe_layers * shape.moe.subtokens_per_token * shape.moe.top_k * 2 * 8  # the order of the rows
     assert planned == pytest.approx(measured, rel=0.05)

@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 from language_models import small_dictionary, small_model
 
-from mhmoe_fairseq.analysis.plan.activation_memory import (
-    Computation,
-    ModelShape,
-    activation_bytes,
-    peak_bytes,
-    shape_of,
-)
-from mhmoe_fairseq.analysis.plan.cluster import Cluster
-from mhmoe_fairseq.analysis.plan.ranks import describe_ranks, plan_ranks, rank_parameters, rounded_weight_bytes
+from mhmoe_fairseq.analysis.plan.activation_memory import ActivationMemory, ModelShape, shape_of
+from mhmoe_fairseq.analysis.plan.ranks import Cluster, RankParameters, describe_ranks, plan_ranks
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.tables import byte_size, duration
 from mhmoe_fairseq.models.counts import ModelCounts, count_built
@@ -97,29 +90,27 @@ def test_activations_are_those_of_all_tokens_under_the_backend_in_use(
 ) -> None:
     counts, shape = planned(dropout=0.1, **({"mhmoe_precision": "bf16"} if half else {}))
     plan = plan_ranks("mhmoe", counts, shape, CLUSTER, size, cpu=cpu)
-    parts = activation_bytes(shape, Computation(backend, exchanged=size > 1, cpu=cpu))
-    assert plan.activations == 10 * peak_bytes(shape, parts, recompute=False)
-    assert plan.activations_recomputed == 10 * peak_bytes(shape, parts, recompute=True) < plan.activations
+    memory = ActivationMemory(shape, backend, exchanged=size > 1, cpu=cpu)
+    assert plan.activations == 10 * memory.peak(recompute=False)
+    assert plan.activations_recomputed == 10 * memory.peak(recompute=True) < plan.activations
     assert (plan.traffic.row_bytes, plan.traffic.transfers) == (16 * (2 if half else 4), 0 if size == 1 else 4)
 
 
 def test_rounded_weights() -> None:
     counts, shape = planned()
-    parameters = rank_parameters(counts, SIZE)
+    parameters = RankParameters(counts.non_expert, counts.expert // SIZE)
     half = dataclasses.replace(shape, half=True)
     one_layer = parameters.dense // LAYERS + parameters.expert // LAYERS
-    assert rounded_weight_bytes(shape, parameters) == 0
-    assert rounded_weight_bytes(half, parameters) == 2 * (counts.non_expert + counts.expert // 4)
-    assert rounded_weight_bytes(dataclasses.replace(half, recompute=True), parameters) == 2 * one_layer
+    assert parameters.rounded_bytes(shape) == 0
+    assert parameters.rounded_bytes(half) == 2 * (counts.non_expert + counts.expert // 4)
+    assert parameters.rounded_bytes(dataclasses.replace(half, recompute=True)) == 2 * one_layer
 
 
 # ---------------------------------------------------------------------- activations, per token
 
 
 def moe_bytes(shape: ModelShape, **computation: Any) -> int:
-    return activation_bytes(
-        shape, Computation(**{"backend": "grouped", "exchanged": False, "cpu": True, **computation})
-    ).moe_layer
+    return ActivationMemory(shape, **{"backend": "grouped", "exchanged": False, "cpu": True, **computation}).moe_layer()
 
 
 @pytest.mark.parametrize("flags", [{}, {"activation_fn": "relu"}, {"activation_fn": "silu", "no_bias": True}], ids=str)
@@ -134,7 +125,7 @@ def test_blocks_hold_twice_the_rows_at_most(flags: dict[str, Any]) -> None:
 def test_exchanged_rows_are_kept_as_received_and_as_they_come_back() -> None:
     _, shape = planned()
     rows = HEADS * 2
-    order = rows * (2 * 8 + 4)  # two places and a weight
+    order = rows * (2 * 8 + 4)  # two indices and a weight
     for backend, copies in (("loop", 2), ("grouped", 1)):
         extra = moe_bytes(shape, backend=backend, exchanged=True) - moe_bytes(shape, backend=backend)
         assert extra == copies * rows * D // HEADS * 4 + order

@@ -15,8 +15,8 @@ from language_models import small_dictionary, small_model
 from omegaconf import OmegaConf
 from trained_model import TrainedModel
 
-from mhmoe_fairseq.analysis.plan.cluster import Cluster, all_reduce_seconds, exchange
-from mhmoe_fairseq.analysis.plan.ranks import PRECISIONS, SAVED_BYTES, largest_expert_bytes, rank_parameters
+from mhmoe_fairseq.analysis.plan.activation_memory import shape_of
+from mhmoe_fairseq.analysis.plan.ranks import PRECISIONS, SAVED_BYTES, Cluster, exchange, plan_ranks
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.counts import count_built
 from mhmoe_fairseq.moe import MHMoEConfig
@@ -73,20 +73,22 @@ def test_time_is_that_of_the_slower_link_and_recomputing_sends_again() -> None:
 
 
 def test_gradients_travel_once_around_the_ring() -> None:
-    assert all_reduce_seconds(1000, 1, cluster()) == 0
-    assert all_reduce_seconds(1000, 4, cluster()) == 2 * 1000 * 3 / 4 / 100  # inside one node
-    assert all_reduce_seconds(1000, 8, cluster()) == 2 * 1000 * 7 / 8 / 20
-    assert all_reduce_seconds(1000, 2, cluster(), apart=4, at_once=4) == 4 * 1000 / 20  # replicas on two nodes
+    seconds = cluster().all_reduce_seconds
+    assert seconds(1000, 1) == 0
+    assert seconds(1000, 4) == 2 * 1000 * 3 / 4 / 100  # inside one node
+    assert seconds(1000, 8) == 2 * 1000 * 7 / 8 / 20
+    assert seconds(1000, 2, apart=4, at_once=4) == 4 * 1000 / 20  # replicas on two nodes
 
 
 # ---------------------------------------------------------------------- memory
 
 
 def test_parameters_of_a_rank_are_the_dense_part_and_its_share_of_the_experts() -> None:
-    counts = count_built(small_model("mhmoe_lm_tiny"), 16)
-    ours = rank_parameters(counts, 4)
-    assert ours.dense == counts.non_expert and 4 * ours.expert == counts.expert
-    assert largest_expert_bytes(counts, 4) == 4 * 2 * counts.moe.expert_ffn_dim * counts.moe.subtoken_dim
+    model = small_model("mhmoe_lm_tiny")
+    counts = count_built(model, 16)
+    plan = plan_ranks("ours", counts, shape_of(model), cluster(), 4)
+    assert plan.parameters.dense == counts.non_expert and 4 * plan.parameters.expert == counts.expert
+    assert plan.largest_tensor == 4 * 2 * counts.moe.expert_ffn_dim * counts.moe.subtoken_dim
 
 
 @pytest.mark.parametrize("flags", ["", "--fp16 --fp16-no-flatten-grads", "--memory-efficient-fp16"])
