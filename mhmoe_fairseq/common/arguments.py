@@ -60,8 +60,7 @@ def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:
         value = kind(text)
     except ValueError:
         value = text  # no number: outside every range
-    problem = allowed.problem(value)
-    if problem is not None:
+    if problem := allowed.problem(value):
         raise _refused(text, problem)
     return value
 
@@ -99,7 +98,8 @@ def plain_name(text: str) -> str:
 def existing_path(text: str) -> Path:
     """A file, pipe or folder that can be read."""
     path = _path(text)
-    _require(text, path)
+    if not _exists(text, path):
+        raise _refused(text, "does not exist")
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise _refused(text, "must be readable: permission denied")
     return path
@@ -145,26 +145,15 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _found(text: str, look: Callable[[], object]) -> bool:
-    """Whether ``look``, a path's ``stat`` or ``lstat``, finds anything."""
+def _exists(text: str, path: Path) -> bool:
     try:
-        look()
+        path.stat()
     except FileNotFoundError:
+        if path.is_symlink():  # one that leads nowhere would be followed by some writers and replaced by others
+            raise _refused(text, "does not exist") from None
         return False
     except OSError as error:
         raise _refused(text, f"cannot be used: {error.strerror}") from None
-    return True
-
-
-def _require(text: str, path: Path) -> None:
-    if not _found(text, path.stat):
-        raise _refused(text, "does not exist")
-
-
-def _exists(text: str, path: Path) -> bool:
-    if not _found(text, path.lstat):
-        return False
-    _require(text, path)  # a link that leads nowhere would be followed by some writers and replaced by others
     return True
 
 

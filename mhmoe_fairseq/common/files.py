@@ -60,19 +60,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             yield temporary
             with open(temporary, "rb") as written:
                 with contextlib.suppress(PermissionError):  # file systems without modes
-                    os.fchmod(written.fileno(), 0o666 & ~_umask())
+                    os.umask(mask := os.umask(0o077))  # the system tells it only to who sets it
+                    os.fchmod(written.fileno(), 0o666 & ~mask)
                 os.fsync(written.fileno())
             os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    """The process's umask, which the system tells only to who sets it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -82,15 +76,10 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
         yield stream
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file atomically."""
-    with atomic_open(path) as stream:
-        stream.write(text.encode())
-
-
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically as indented UTF-8 JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    with atomic_open(path) as stream:
+        stream.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -115,10 +104,10 @@ def sha256_of(path: Path) -> str:
 def refuse_path_separator(path: Path, flag: str) -> None:
     """``UserError`` if fairseq could not open what is made at ``path``: it takes ``:`` for the end of a path."""
     if os.pathsep in str(path.absolute()):
-        raise UserError(
-            f"{flag} {path}: must have no {os.pathsep!r} in its path ({path.absolute()}), which fairseq takes for the "
-            "separator of two"
+        rule = (
+            f"must have no {os.pathsep!r} in its path ({path.absolute()}), which fairseq takes for the separator of two"
         )
+        raise UserError(f"{flag} {path}: {rule}")
 
 
 def require_files(paths: list[Path], flag: str) -> None:
@@ -167,11 +156,10 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """
     for number, line in enumerate(read_utf8_lines(path), start=1):
         if line.strip():
-            place = f"{path}:{number}"
             try:
-                yield place, json.loads(line)
+                yield f"{path}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{place}: not valid JSON ({error})") from error
+                raise UserError(f"{path}:{number}: not valid JSON ({error})") from error
 
 
 def json_line(value: Any) -> bytes:

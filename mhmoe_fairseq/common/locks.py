@@ -1,12 +1,10 @@
 """Folders that one run at a time writes to. The kernel frees a lock when its holder ends, however it ends."""
 
-import contextlib
 import errno
 import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -19,11 +17,8 @@ _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _held: dict[Path, IO[str]] = {}  # for as long as this process lives
 
 
-@contextlib.contextmanager
-def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
-    """Holds a lock file for the duration.
-
-    Where the file system has no locks there is a warning in place of one.
+def exclusive_lock(path: Path, flag: str) -> IO[str]:
+    """Locks a file and returns it: closing it lets go. Where the file system has no locks there is a warning.
 
     Args:
         path: the file, in the folder that is written to.
@@ -32,24 +27,8 @@ def exclusive_lock(path: Path, flag: str) -> Iterator[None]:
     Raises:
         UserError: if another run holds it.
     """
-    with _locked(path, flag):
-        yield
-
-
-def hold_folder(folder: Path, flag: str) -> None:
-    """Keeps other runs out of a folder until this process ends; again in the same process it changes nothing.
-
-    Raises:
-        UserError: if another run holds it.
-    """
-    path = folder.resolve() / LOCK
-    if path not in _held:
-        _held[path] = _locked(path, flag)
-
-
-def _locked(path: Path, flag: str) -> IO[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (closing it lets go)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -66,6 +45,17 @@ def _locked(path: Path, flag: str) -> IO[str]:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def hold_folder(folder: Path, flag: str) -> None:
+    """Keeps other runs out of a folder until this process ends; again in the same process it changes nothing.
+
+    Raises:
+        UserError: if another run holds it.
+    """
+    path = folder.resolve() / LOCK
+    if path not in _held:
+        _held[path] = exclusive_lock(path, flag)
 
 
 def _let_go() -> None:

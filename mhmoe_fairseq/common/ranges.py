@@ -6,6 +6,7 @@ something else. Everything that reads a number from a user asks a :class:`Range`
 
 import ast
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,21 +34,15 @@ class Range:
 
     def problem(self, value: Any) -> str | None:
         """The rule that ``value`` breaks, to stand behind its name; None where it is allowed."""
-        kinds = int if self.integer else (int, float)
-        is_number = isinstance(value, kinds) and not isinstance(value, bool)
-        # Written so that NaN, with which no comparison is true, is refused.
-        if is_number and self._is_above_low(value) and self._is_below_high(value):
-            return None
-        return f"must be {self._rule()}"
-
-    def _is_above_low(self, value: float) -> bool:
+        is_number = isinstance(value, int if self.integer else (int, float)) and not isinstance(value, bool)
+        largest = _LARGEST_INTEGER if self.integer else _LARGEST_FLOAT
         low = -_LARGEST_FLOAT if self.low == -math.inf else self.low
-        return value > low if self.open_low else value >= low
-
-    def _is_below_high(self, value: float) -> bool:
-        if self.high == math.inf:
-            return value <= (_LARGEST_INTEGER if self.integer else _LARGEST_FLOAT)
-        return value < self.high if self.open_high else value <= self.high
+        high = largest if self.high == math.inf else self.high
+        is_above = operator.gt if self.open_low else operator.ge
+        is_below = operator.lt if self.open_high else operator.le
+        # Written so that NaN, with which no comparison is true, is refused.
+        is_allowed = is_number and is_above(value, low) and is_below(value, high)
+        return None if is_allowed else f"must be {self._rule()}"
 
     def _rule(self) -> str:
         kind = ", an integer" if self.integer else ""
@@ -115,8 +110,7 @@ def check_flag(name: str, value: Any) -> None:
         UserError: naming the flag, its value and the rule.
     """
     for number in _numbers(value):
-        problem = FLAGS[name].problem(number)
-        if problem is not None:
+        if problem := FLAGS[name].problem(number):
             raise UserError(f"{flag(name)} ({value}) {problem}")
 
 

@@ -6,10 +6,7 @@ no PyTorch.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import math
-import platform
 import shlex
 import subprocess
 import sys
@@ -20,6 +17,7 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
+from ..common.provenance import timestamp, versions
 
 SCHEMA = "mhmoe-record/1"
 KINDS = (
@@ -27,7 +25,10 @@ KINDS = (
     "image classification", "zero-shot", "routing",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
-_PACKAGES = ("torch", "fairseq", "fairseq-fixed", "torchscale", "sentencepiece", "tiktoken", "lm-eval", "pycocoevalcap")
+_PACKAGES = (  # that a metric may depend on
+    "mhmoe-fairseq", "torch", "fairseq", "fairseq-fixed", "torchscale", "sentencepiece", "tiktoken", "lm-eval",
+    "pycocoevalcap",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -228,22 +229,11 @@ def describe_origin(device: str, precision: str) -> dict[str, Any]:
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(_PACKAGES),
+        "date": timestamp(),
         "device": device,
         "precision": precision,
     }
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the packages that a metric may depend on, as far as they are installed."""
-    found = {}
-    for name in ("mhmoe-fairseq", *_PACKAGES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _commit() -> str | None:

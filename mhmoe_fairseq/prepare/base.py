@@ -1,19 +1,17 @@
 """What all preparations have in common: settings, resumable stages, a vocabulary, binarised text and a manifest."""
 
 import argparse
-import datetime
-import platform
 import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Generic, Iterable, Optional, TypeVar
 
 import numpy as np
 
 from ..common.files import sha256_of
+from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
 from ..data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
 from ..data.tiktoken_vocabulary import TiktokenDictionaryVocabulary
@@ -94,12 +92,18 @@ class Preparation(ABC, Generic[SomeSettings]):
         settings: how they are prepared.
         cache_dir: folder for downloads.
         say: takes a line for the user.
+
+    Attributes:
+        partial: folder in which everything is made.
+        stage: see :meth:`~.workspace.Workspace.stage`.
     """
 
     kind: ClassVar[str]
     extra_symbols: ClassVar[tuple[str, ...]] = ()
     dictionary_multiple: ClassVar[int] = 8
     workspace: Workspace
+    partial: Path
+    stage: Callable[[str, list[str], Callable[[], Any]], Any]
 
     def __init__(self, source: Any, settings: SomeSettings, cache_dir: Path, say: Say):
         self.source = source
@@ -123,6 +127,7 @@ class Preparation(ABC, Generic[SomeSettings]):
                 missing or fails.
         """
         with open_workspace(dest, self.identity()) as self.workspace:
+            self.partial, self.stage = self.workspace.partial, self.workspace.stage
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
                 self.say(f"{dest}: already prepared with these settings, nothing to do")
@@ -133,19 +138,9 @@ class Preparation(ABC, Generic[SomeSettings]):
         self.say(f"done: {dest}, {sum(entry['bytes'] for entry in manifest['files'].values()) / 1e6:.1f} MB")
         return manifest
 
-    @property
-    def partial(self) -> Path:
-        """The folder in which everything is made."""
-        return self.workspace.partial
-
-    def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
-        """Returns the result of ``make()``, from the record if an earlier run finished this stage."""
-        return self.workspace.stage(name, outputs, make)
-
     def publish(self, entries: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Moves the outputs into place, with a manifest of ``entries`` and what every manifest has; returns it."""
-        manifest = {**manifest_head(self.kind), **entries, "tools": tool_versions()}
-        return self.workspace.publish(manifest, outputs)
+        return self.workspace.publish(complete_manifest(self.kind, entries), outputs)
 
     def train_vocabulary(
         self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""
@@ -206,18 +201,6 @@ def binary_files(split: str, folder: str = "") -> list[str]:
     return [f"{folder}{split}.bin", f"{folder}{split}.idx"] + ([DICTIONARY] if split == "train" else [])
 
 
-def manifest_head(kind: str) -> dict[str, Any]:
-    """Returns what every manifest begins with."""
-    created = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"format": 1, "kind": kind, "created": created}
-
-
-def tool_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the installed packages that have a say in the data."""
-    versions = {"python": platform.python_version()}
-    for tool in _TOOLS:
-        try:
-            versions[tool] = metadata.version(tool)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+def complete_manifest(kind: str, entries: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``entries`` between what every manifest begins and ends with."""
+    return {"format": 1, "kind": kind, "created": timestamp(), **entries, "tools": versions(_TOOLS)}

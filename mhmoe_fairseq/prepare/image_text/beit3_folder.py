@@ -22,7 +22,7 @@ from ...data.multimodal.answers import ANSWERS_FILE, read_answers
 from ...data.multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
 from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
 from ..archives import Say
-from ..base import DICTIONARY, MODEL_FILE, manifest_head, tool_versions
+from ..base import DICTIONARY, MODEL_FILE, complete_manifest
 from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
 from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
@@ -241,15 +241,13 @@ class Completion:
         earlier = read_manifest(self._folder)
         made = list(dict.fromkeys([*earlier.get("made", []), *self.made]))
         names = sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
-        manifest = {
-            **manifest_head(KIND),
+        entries = {
             "source": {"name": _SOURCE, "licence": "the user's own data: their terms are the user's to know"},
             "indexes": counts,
             "made": made,
             "visual_tokenizer": tokenizer or earlier.get("visual_tokenizer"),
-            "tools": tool_versions(),
-            "files": describe_files(self._folder, names),
         }
+        manifest = {**complete_manifest(KIND, entries), "files": describe_files(self._folder, names)}
         write_json(self._folder / MANIFEST, manifest)
         return manifest
 
