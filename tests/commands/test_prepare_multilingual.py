@@ -12,7 +12,7 @@ from preparing import hashes, prepare_interrupted, visible
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
 from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
-from mhmoe_fairseq.prepare.sources.debian_docs.source import DebianDocs
+from mhmoe_fairseq.prepare.sources.debian_docs import DebianDocs
 from mhmoe_fairseq.prepare.sources.language_folders import jsonl_folder, text_folder
 
 WORDS = {

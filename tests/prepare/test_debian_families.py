@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.debian_docs.families import FAMILIES
+from mhmoe_fairseq.prepare.sources.debian_docs import FAMILIES
 
 
 def read(name, path, languages):

@@ -3,7 +3,7 @@
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.sources.debian_docs import formats
+from mhmoe_fairseq.prepare.sources import debian_formats as formats
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 import struct
 from typing import Iterator, NamedTuple
 
-from ....common.errors import UserError
+from ...common.errors import UserError
 
 # Blocks end a line; Mallard's are among them. What is inside the skipped elements is no prose of the page.
 _BLOCK = re.compile(
@@ -57,16 +57,13 @@ def blocks(markup: str) -> Iterator[Block]:
     """Yields the non-empty blocks of HTML or Mallard: no code, navigation or head, no inline tags."""
     markup = _SKIPPED.sub(" ", markup)
     position, identifier = 0, ""
-    for tag in _BLOCK.finditer(markup):
-        text = plain(markup[position : tag.start()])
-        if text:
+    for tag in [*_BLOCK.finditer(markup), None]:
+        if text := plain(markup[position : tag.start() if tag else None]):
             yield Block(identifier, text)
-        found = _ID.search(tag["attributes"])
-        identifier = found[1] if found and not tag["close"] else ""
-        position = tag.end()
-    text = plain(markup[position:])
-    if text:
-        yield Block(identifier, text)
+        if tag:
+            found = _ID.search(tag["attributes"])
+            identifier = found[1] if found and not tag["close"] else ""
+            position = tag.end()
 
 
 def plain(text: str) -> str:
@@ -116,23 +113,15 @@ class Message(NamedTuple):
 
 
 def read_catalogue(content: bytes, name: str) -> Iterator[Message]:
-    """Yields the messages of one ``.mo`` file in its order, without the header.
-
-    Args:
-        name: of the file, for the error message.
-
-    Raises:
-        UserError: not such a file, or a damaged one.
-    """
+    """Yields the messages of one ``.mo`` file in its order, no header; ``UserError`` names a damaged one."""
     try:
         order = _MAGICS[content[:4]]
         number, originals, translations = struct.unpack(f"{order}3I", content[8:20])
         for index in range(number):
-            original = _catalogue_text(content, order, originals + 8 * index)
-            context, separator, english = original.rpartition("\x04")
+            context, _, english = _catalogue_text(content, order, originals + 8 * index).rpartition("\x04")
             if english:
                 translation = _catalogue_text(content, order, translations + 8 * index)
-                yield Message(context, _last_form(english), _last_form(translation))
+                yield Message(context, *(text.rsplit("\0", 1)[-1] for text in (english, translation)))
     except (KeyError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a gettext catalogue in UTF-8 ({error})") from error
 
@@ -140,10 +129,6 @@ def read_catalogue(content: bytes, name: str) -> Iterator[Message]:
 def _catalogue_text(content: bytes, order: str, position: int) -> str:
     length, start = struct.unpack(f"{order}2I", content[position : position + 8])
     return content[start : start + length].decode()
-
-
-def _last_form(text: str) -> str:
-    return text.rsplit("\0", 1)[-1]
 
 
 def annotation_lines(xml: str) -> Iterator[tuple[str, str]]:
@@ -154,8 +139,8 @@ def annotation_lines(xml: str) -> Iterator[tuple[str, str]]:
         if not is_name:
             keywords[code_points] = words
             continue
-        others = [word for word in keywords.get(code_points, []) if word and word != words[0]]
-        line = f"{words[0]}: {', '.join(others)}" if others else words[0]
+        others = ", ".join(word for word in keywords.get(code_points, []) if word and word != words[0])
+        line = f"{words[0]}: {others}" if others else words[0]
         yield "-".join(f"{ord(character):x}" for character in html.unescape(code_points)), line
 
 
@@ -194,21 +179,14 @@ def _macro(line: str) -> str:
 
 
 def _paragraph(words: list[str]) -> Iterator[str]:
-    text = " ".join(_unescape(" ".join(words)).split())
-    if text:
+    """Yields the text, if there is any: roff's escapes as characters, without fonts and sizes."""
+    if text := " ".join(_SPECIAL.sub(_glyph, _FONT.sub("", " ".join(words))).split()):
         yield text
-
-
-def _unescape(text: str) -> str:
-    """Returns roff's escapes as characters; fonts and sizes are dropped."""
-    return _SPECIAL.sub(_glyph, _FONT.sub("", text))
 
 
 def _glyph(escape: re.Match[str]) -> str:
     if escape[3] is not None:
         return _CHARACTERS.get(escape[3], "")
     name = escape[1] or escape[2]
-    if name in _GLYPHS:
-        return _GLYPHS[name]
     code = re.fullmatch(r"u([0-9A-F]{4,5})", name)
-    return chr(int(code[1], 16)) if code else ""
+    return chr(int(code[1], 16)) if code else _GLYPHS.get(name, "")

@@ -1,17 +1,28 @@
-"""The families by name: which packages hold them for which languages, their licences, and how they are read."""
+"""Text in many languages out of Debian's packages: translated documentation and programs' messages.
 
+A *family* is one kind of text: which packages hold it, in which languages, and how it is read. Nothing is installed.
+"""
+
+import argparse
+import contextlib
 import hashlib
 import json
 import re
+import shutil
+import subprocess
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from ....common.errors import UserError
-from ...archives import iter_deb_members
-from ...multilingual.passages import Passage
-from .formats import annotation_lines, blocks, manual_paragraphs, message_text, read_catalogue, wiki_text
+from ...common.arguments import nonempty
+from ...common.errors import UserError
+from ..archives import Archive, Say, fetch, iter_deb_members
+from ..multilingual.passages import MultilingualCorpus, Passage, Stage, open_passages, read_passages
+from .base import MULTILINGUAL_SOURCES, SourceKind
+from .debian_formats import annotation_lines, blocks, manual_paragraphs, message_text, read_catalogue, wiki_text
 
 _MIN_PARAGRAPH = 40  # characters of a manual page's paragraph; shorter ones are terms and synopses
 _CHINESE_MIN_PARAGRAPH = 12
@@ -20,16 +31,13 @@ _HIDDEN_VARIANT = re.compile(
 )
 _BROKEN_INCLUDE = re.compile(r"text/\S+\.xhp#")  # LibreOffice's mark of a paragraph that does not exist
 
+_INSTEAD = "choose other families (--debian-families)"
+
 Labelled = Iterator[tuple[str, Passage]]
 
 
 class Member(NamedTuple):
-    """A file of a package.
-
-    Args:
-        path: its name without what tells the language.
-        package: the package's file, for error messages.
-    """
+    """A file of a package, its ``path`` without what tells the language; ``package`` is for error messages."""
 
     language: str
     path: str
@@ -48,8 +56,6 @@ class Family:
 
     Args:
         name: also the start of its keys.
-        summary: what it is, for people.
-        licence: of the packages.
         packages: package -> the languages that are read from it.
         pattern: of the files' names, with the groups ``code`` (the language) and, any number of times, ``path...``.
         parse: from a file to ``(language, passage)`` in a fixed order.
@@ -96,9 +102,8 @@ def _wiki_messages(member: Member) -> Labelled:
     try:
         messages = json.loads(member.content)
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{member.package}: {member.path} is not valid JSON ({error}); delete it and run again"
-        ) from error
+        origin = f"{member.package}: {member.path}"
+        raise UserError(f"{origin} is not valid JSON ({error}); delete it and run again") from error
     for name, message in messages.items():
         if isinstance(message, str):
             key = f"{member.path}:{name}"
@@ -160,15 +165,10 @@ def _per_language(prefix: str, codes: str) -> dict[str, tuple[str, ...]]:
 
 _EVERY = ("ar", "bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh")
 # LibreOffice's catalogues hold the English messages too: they are read from the German one.
-_LIBREOFFICE_CATALOGUES = {
-    **_per_language("libreoffice-l10n", "ar bg de el es fr hi ru th tr vi zh-cn"),
-    "libreoffice-l10n-de": ("de", "en"),
-}
+_CATALOGUES = _per_language("libreoffice-l10n", "ar bg de el es fr hi ru th tr vi zh-cn")
 _MANUALS = {**_per_language("manpages", "de el es fr ru tr vi zh"), "manpages": ("en",), "manpages-dev": ("en",)}
-_WORDPRESS_CODES = {code: code[:2] for code in ("bg_BG", "de_DE", "es_ES", "fr_FR", "ru_RU", "tr_TR", "zh_CN")}
-_HANDBOOK_CODES = {
-    code: code[:2] for code in "ar-MA de-DE el-GR en-US es-ES fr-FR ru-RU tr-TR vi-VN zh-CN".split()
-}  # fmt: skip
+_WORDPRESS_CODES = {code: code[:2] for code in "bg_BG de_DE es_ES fr_FR ru_RU tr_TR zh_CN".split()}
+_HANDBOOK_CODES = {code: code[:2] for code in "ar-MA de-DE el-GR en-US es-ES fr-FR ru-RU tr-TR vi-VN zh-CN".split()}
 
 FAMILIES = {
     family.name: family
@@ -183,7 +183,8 @@ FAMILIES = {
             r"/common/annotations/(?P<code>\w+)\.xml$", _emoji_names,
         ),
         Family(
-            "lo-ui", "LibreOffice's messages, by message", "MPL-2.0", _LIBREOFFICE_CATALOGUES,
+            "lo-ui", "LibreOffice's messages, by message", "MPL-2.0",
+            {**_CATALOGUES, "libreoffice-l10n-de": ("de", "en")},
             r"/resource/(?P<code>\w+)/LC_MESSAGES/(?P<path>\w+)\.mo$", _catalogue, {"zh_CN": "zh"}, "de",
         ),
         Family(
@@ -223,3 +224,107 @@ FAMILIES = {
         ),
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DebianDocs:
+    """Translated documentation and messages out of Debian packages, of some of :data:`FAMILIES`."""
+
+    families: tuple[str, ...] = tuple(FAMILIES)
+    name: str = "debian-docs"
+    filter_lines: bool = True
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Returns the families; their versions are what the suite has, and only recorded."""
+        return {"families": list(self.families)}
+
+    def open(
+        self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
+    ) -> MultilingualCorpus:
+        """Fetches and extracts every family, one stage each, into ``folder``.
+
+        English is extracted in any case: it tells what is not translated.
+
+        Raises:
+            UserError: no package of any family can be had, or a package that the suite has cannot be fetched or read.
+        """
+        wanted = list(dict.fromkeys([*languages, "en"]))
+        records: dict[str, dict[str, Any]] = {}
+        for name in self.families:
+            outputs = [f"{folder.name}/{name}/{code}.jsonl" for code in wanted]
+            extract = partial(_extract, FAMILIES[name], wanted, folder / name, cache_dir, say)
+            records[name] = stage(f"extract {name}", outputs, extract)
+        if not any(record["packages"] for record in records.values()):
+            raise UserError(
+                "--source debian-docs: apt knows none of the packages; run apt-get update first, put the .deb files "
+                "into --cache-dir, or choose another source (text DIR, jsonl DIR)"
+            )
+        missing = {code: _missing(records, code) for code in languages}
+        return MultilingualCorpus(
+            provenance={"families": records},
+            sources={code: [name for name in self.families if name not in missing[code]] for code in languages},
+            missing=missing,
+            passages=partial(_read, folder, self.families),
+            has_english=True,
+        )
+
+
+def _missing(records: dict[str, dict[str, Any]], code: str) -> dict[str, str]:
+    """Returns why a language has none of a family, by family."""
+    missing = {}
+    for name, record in records.items():
+        if not record["passages"].get(code):
+            absent = ", ".join(package for package in record["absent"] if code in FAMILIES[name].packages[package])
+            missing[name] = f"not in this suite: {absent}" if absent else "Debian has it in other languages only"
+    return missing
+
+
+def _read(folder: Path, families: Sequence[str], code: str) -> Iterator[tuple[str, Passage]]:
+    for name in families:
+        for passage in read_passages(folder / name / f"{code}.jsonl"):
+            yield name, passage
+
+
+def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> dict[str, Any]:
+    """Writes a family's passages by language; returns its packages with versions and hashes, and counts."""
+    packages, absent = [], []
+    counts: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        write = {code: stack.enter_context(open_passages(folder / f"{code}.jsonl")) for code in languages}
+        for package, held in family.packages_for(languages).items():
+            archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
+            if not any(cache_dir.glob(archive.filename)) and not _suite_has(package):
+                absent.append(package)
+                continue
+            fetched = fetch(archive, cache_dir, say)
+            packages.append(fetched.provenance())
+            for code, passage in family.read(fetched.path, held):
+                write[code](passage)
+                counts[code] += 1
+    say(f"extract: {family.name} ({family.summary}): {sum(counts.values())} passages")
+    return {"licence": family.licence, "packages": packages, "absent": absent, "passages": dict(counts)}
+
+
+def _suite_has(package: str) -> bool:
+    """Whether apt knows the package; ``UserError`` without apt."""
+    if shutil.which("apt-cache") is None:
+        raise UserError(
+            f"--source debian-docs: {package} is fetched with apt-get, which is not installed here; put "
+            f"{package}_*.deb into --cache-dir, or choose another source (text DIR, jsonl DIR)"
+        )
+    shown = subprocess.run(["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True)
+    return shown.returncode == 0 and bool(shown.stdout.strip())
+
+
+def _build(args: argparse.Namespace) -> DebianDocs:
+    for family in args.debian_families:
+        if family not in FAMILIES:
+            raise UserError(f"--debian-families {family}: must be one of {', '.join(FAMILIES)}")
+    return DebianDocs(tuple(family for family in FAMILIES if family in args.debian_families))
+
+
+_NAMES = {
+    "type": nonempty, "nargs": "+", "default": list(FAMILIES), "metavar": "NAME",
+    "help": f"for debian-docs: which of {', '.join(FAMILIES)}",
+}  # fmt: skip
+MULTILINGUAL_SOURCES["debian-docs"] = SourceKind(_build, flags={"--debian-families": _NAMES})
