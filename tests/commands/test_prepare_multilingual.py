@@ -13,7 +13,7 @@ from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
 from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
 from mhmoe_fairseq.prepare.sources.debian_docs import DebianDocs
-from mhmoe_fairseq.prepare.sources.language_folders import jsonl_folder, text_folder
+from mhmoe_fairseq.prepare.sources.own_text import jsonl_folder, text_folder
 
 WORDS = {
     "de": "der die Katze Hund Haus läuft schläft unter über neben großen kleinen Baum Fluss Straße".split(),

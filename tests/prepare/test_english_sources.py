@@ -9,8 +9,7 @@ import pytest
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare.sources import own_text
 from mhmoe_fairseq.prepare.sources.brown import brown_documents, detokenise
-from mhmoe_fairseq.prepare.sources.docstrings import DocstringSource, docstring_documents
-from mhmoe_fairseq.prepare.sources.linux_doc import linux_documents
+from mhmoe_fairseq.prepare.sources.documentation import DocstringSource, docstring_documents, linux_documents
 from mhmoe_fairseq.prepare.sources.web_bible import web_bible_documents
 
 

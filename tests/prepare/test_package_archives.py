@@ -16,7 +16,7 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare import archives
 from mhmoe_fairseq.prepare.sources.base import PackagedSource
 from mhmoe_fairseq.prepare.sources.brown import BROWN
-from mhmoe_fairseq.prepare.sources.linux_doc import linux_doc
+from mhmoe_fairseq.prepare.sources.documentation import linux_doc
 from mhmoe_fairseq.prepare.sources.web_bible import WEB_BIBLE
 
 CONTENT = b"an archive's bytes"

@@ -16,7 +16,6 @@ from ...common.files import sha256_of
 from ...data.documents import Document
 from ..archives import Archive, Say, fetch
 
-OWN_TEXT = "the user's own text: its terms are the user's to know"
 LeftOut = Mapping[str, list[str]]  # why -> names within the folder
 _SHOWN = 3
 NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."

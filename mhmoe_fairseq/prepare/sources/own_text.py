@@ -1,4 +1,7 @@
-"""The user's own English text: plain files, JSON lines, and TorchScale's raw shards."""
+"""The user's own text: plain files and JSON lines, in English or by language, and TorchScale's raw shards.
+
+By language it is ``DIR/de.txt`` and ``DIR/de/*.txt``, or ``.jsonl`` in place of ``.txt``. Every file may be ``.gz``.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,22 +12,29 @@ from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...common.files import read_json, read_json_lines, read_utf8_lines, require_files
 from ...data.documents import Document
-from .base import ENGLISH_SOURCES, FILES, ONE_FOLDER, OWN_TEXT, OpenedSource, Say, SourceKind, fingerprint
+from ..archives import Say
+from ..multilingual.passages import MultilingualCorpus, Passage, Stage
+from .base import (
+    ENGLISH_SOURCES,
+    FILES,
+    MULTILINGUAL_SOURCES,
+    ONE_FOLDER,
+    OpenedSource,
+    SourceKind,
+    fingerprint,
+    tell_left_out,
+    walk_files,
+)  # fmt: skip
 
 BLANK_LINE, WHOLE_FILE, EACH_LINE = "blank-line", "file", "line"
-SEPARATOR = {
-    "type": nonempty, "default": BLANK_LINE, "metavar": "SEP",
-    "help": "for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
-}  # fmt: skip
-FIELD = {"type": nonempty, "default": "text", "metavar": "NAME", "help": "field that holds a document's text"}
+_LICENCE = "the user's own text: its terms are the user's to know"
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """Files of the user, ``.gz`` too; nothing is fetched.
+    """English files of the user; nothing is fetched.
 
     Args:
-        name, unit, options: see :class:`~.base.Source`.
         files: in the order in which they are read, each with the split that it must go to, if any.
         read: from a file to its documents.
     """
@@ -34,7 +44,7 @@ class OwnText:
     options: Mapping[str, Any]
     files: Sequence[tuple[Optional[str], Path]]
     read: Callable[[Path], Iterator[Document]]
-    licence: str = OWN_TEXT
+    licence: str = _LICENCE
 
     def identity(self) -> dict[str, object]:
         """Returns the files' names, sizes and hashes; ``UserError`` names one that is missing."""
@@ -49,21 +59,14 @@ class OwnText:
 
 
 def text_source(files: Sequence[Path], separator: str = BLANK_LINE) -> OwnText:
-    """Returns a source of plain UTF-8 files.
-
-    Args:
-        separator: ``blank-line``, ``file`` (each file is one document), ``line`` (each line is one), or the
-            text of a line that separates documents.
-    """
-    read = partial(text_documents, separator=separator)
-    unit = f"document separator = {separator}, line = line"
+    """Returns a source of plain UTF-8 files, divided as by :func:`text_documents`."""
+    unit, read = f"document separator = {separator}, line = line", partial(text_documents, separator=separator)
     return OwnText("text", unit, {"document_separator": separator}, [(None, file) for file in files], read)
 
 
 def jsonl_source(files: Sequence[Path], field: str = "text") -> OwnText:
     """Returns a source of JSON lines: one object a line, the document in one of its fields."""
-    unit = "document = JSON object, line = line of its text"
-    read = partial(jsonl_documents, field=field)
+    unit, read = "document = JSON object, line = line of its text", partial(jsonl_documents, field=field)
     return OwnText("jsonl", unit, {"jsonl_field": field}, [(None, file) for file in files], read)
 
 
@@ -76,19 +79,16 @@ def shard_source(folder: Path) -> OwnText:
     """
     indexes = {split: folder / "json" / f"{split}.json" for split in ("test", "valid", "train")}
     require_files([indexes["valid"], indexes["train"]], "--source torchscale-shards")
-    shards = [
-        (split, folder / shard)
-        for split, index in indexes.items()
-        if index.exists()
-        for shard in _shard_names(index, read_json(index))
-    ]
-    unit = "document separator = blank-line, line = line"
-    return OwnText("torchscale-shards", unit, {}, shards, partial(text_documents, separator=BLANK_LINE))
+    present = {split: index for split, index in indexes.items() if index.exists()}
+    shards = [(split, folder / name) for split, index in present.items() for name in _shard_names(index)]
+    unit, read = "document separator = blank-line, line = line", partial(text_documents, separator=BLANK_LINE)
+    return OwnText("torchscale-shards", unit, {}, shards, read)
 
 
-def _shard_names(index: Path, entries: Any) -> list[str]:
+def _shard_names(index: Path) -> list[str]:
     """Returns the shards of one JSON file; ``UserError`` when it is not a list of objects with a ``source`` list."""
     names: list[str] = []
+    entries = read_json(index)
     for entry in entries if isinstance(entries, list) else [None]:
         sources = entry.get("source") if isinstance(entry, dict) else None
         if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
@@ -98,7 +98,12 @@ def _shard_names(index: Path, entries: Any) -> list[str]:
 
 
 def text_documents(path: Path, separator: str) -> Iterator[Document]:
-    """Yields the documents of one text file."""
+    """Yields the documents of one text file.
+
+    Args:
+        separator: ``blank-line``, ``file`` (the file is one document), ``line`` (each line is one), or the text of a
+            line that separates documents.
+    """
     if separator == WHOLE_FILE:
         yield Document(str(path), list(read_utf8_lines(path)))
         return
@@ -136,10 +141,137 @@ def jsonl_records(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]
         yield location, record
 
 
+@dataclass(frozen=True)
+class LanguageFolder:
+    """One file, one folder of files, or both per language.
+
+    Args:
+        name: ``text`` or ``jsonl``.
+        ending: of the files' names, without ``.gz``.
+        folder: with the languages' files.
+        read: from a file and its name to passages.
+        options: flags that change what is read, for the identity.
+    """
+
+    name: str
+    ending: str
+    folder: Path
+    read: Callable[[Path, str], Iterator[Passage]]
+    options: Mapping[str, Any]
+    filter_lines: bool = False
+
+    def _patterns(self, code: str) -> list[str]:
+        return [f"{start}.{self.ending}{packed}" for start in (code, f"{code}/*") for packed in ("", ".gz")]
+
+    def files(self, code: str) -> list[Path]:
+        """Returns the files of one language, pattern by pattern and by name; ``UserError`` when there is none."""
+        found = [path for pattern in self._patterns(code) for path in sorted(self.folder.glob(pattern))]
+        if not found:
+            looked = ", ".join(str(self.folder / pattern) for pattern in self._patterns(code))
+            raise UserError(f"--source {self.name}: no data for the language {code}: none of {looked}")
+        require_files(found, f"--source {self.name}")
+        return found
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Returns the files' names, sizes and hashes; all are read once to see that they are UTF-8.
+
+        Raises:
+            UserError: no such folder, a language without files, two languages with the same file, or invalid UTF-8.
+        """
+        if not self.folder.is_dir():
+            raise UserError(f"--source {self.name} {self.folder}: no such folder")
+        files = {code: self.files(code) for code in languages}
+        inputs: dict[str, list[dict[str, object]]] = {code: [] for code in languages}
+        owners: dict[object, tuple[str, Path]] = {}
+        for code, path in ((code, path) for code, paths in files.items() for path in paths):
+            inputs[code].append(fingerprint(path))
+            owner, other = owners.setdefault(inputs[code][-1]["sha256"], (code, path))
+            if owner != code:
+                raise UserError(
+                    f"--source {self.name}: {other} ({owner}) and {path} ({code}) are the same text; every "
+                    "language needs its own"
+                )
+            for _ in read_utf8_lines(path):
+                pass
+        return {"inputs": inputs, **self.options}
+
+    def _unread(self, languages: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Yields what lies where the languages' files do and is not read, with the reason."""
+        for code in languages:
+            read = set(self.files(code))
+            for path in [*sorted(self.folder.glob(f"{code}.*")), *walk_files(self.folder / code)]:
+                if path not in read:
+                    yield path.relative_to(self.folder).as_posix(), f"not one of {', '.join(self._patterns(code))}"
+
+    def open(
+        self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
+    ) -> MultilingualCorpus:
+        """Returns the corpus; nothing is fetched or copied."""
+        return MultilingualCorpus(
+            provenance={"licence": _LICENCE, "left_out": tell_left_out(self.name, self._unread(languages), say)},
+            sources={code: [path.name for path in self.files(code)] for code in languages},
+            missing={code: {} for code in languages},
+            passages=self._passages,
+            has_english="en" in languages,
+        )
+
+    def _passages(self, code: str) -> Iterator[tuple[str, Passage]]:
+        names: set[str] = set()
+        for path in self.files(code):
+            stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+            name = "" if stem == code else stem
+            if name in names:  # a packed file beside a plain one: their documents must not be taken for one
+                name = path.relative_to(self.folder).as_posix()
+            names.add(name)
+            for passage in self.read(path, name):
+                yield self.name, passage
+
+
+def text_folder(folder: Path, separator: str) -> LanguageFolder:
+    """Returns a source of plain text, documents apart by ``separator`` lines. They have no key: nothing is aligned."""
+
+    def read(path: Path, name: str) -> Iterator[Passage]:
+        for number, document in enumerate(text_documents(path, separator), start=1):
+            yield Passage(f"{name}:{number}", f"{name}:{number}", document.lines)
+
+    return LanguageFolder("text", "txt", folder, read, {"document_separator": separator})
+
+
+def jsonl_folder(folder: Path, field: str, key_field: str) -> LanguageFolder:
+    """Returns a source of JSON lines: an object is a document, one key in several languages a translation."""
+
+    def read(path: Path, name: str) -> Iterator[Passage]:
+        for number, (location, record) in enumerate(jsonl_records(path, field), start=1):
+            key = record.get(key_field)
+            if key is not None and not isinstance(key, (str, int)):
+                raise UserError(f"{location}: the key in {key_field!r} must be text or a number (--jsonl-key-field)")
+            unit = f"{name}:{number}" if key is None else str(key)
+            yield Passage(unit, unit, record[field].splitlines(), None if key is None else unit)
+
+    return LanguageFolder("jsonl", "jsonl", folder, read, {"jsonl_field": field, "jsonl_key_field": key_field})
+
+
+_SEPARATOR = {
+    "type": nonempty, "default": BLANK_LINE, "metavar": "SEP",
+    "help": "for text: blank-line, file (a file is a document), line (a line is one), or the text of a separator line",
+}  # fmt: skip
+_FIELD = {"type": nonempty, "default": "text", "metavar": "NAME", "help": "field that holds a document's text"}
+_KEY = {
+    "type": nonempty, "default": "key", "metavar": "NAME",
+    "help": "field that names a document alike in all languages; documents without it are not aligned",
+}  # fmt: skip
 ENGLISH_SOURCES["text"] = SourceKind(
-    lambda args, *files: text_source(files, args.document_separator), FILES, flags={"--document-separator": SEPARATOR}
+    lambda args, *files: text_source(files, args.document_separator), FILES, flags={"--document-separator": _SEPARATOR}
 )
 ENGLISH_SOURCES["jsonl"] = SourceKind(
-    lambda args, *files: jsonl_source(files, args.jsonl_field), FILES, flags={"--jsonl-field": FIELD}
+    lambda args, *files: jsonl_source(files, args.jsonl_field), FILES, flags={"--jsonl-field": _FIELD}
 )
 ENGLISH_SOURCES["torchscale-shards"] = SourceKind(lambda args, folder: shard_source(folder), ONE_FOLDER)
+MULTILINGUAL_SOURCES["text"] = SourceKind(
+    lambda args, folder: text_folder(folder, args.document_separator), ONE_FOLDER, "(with DIR/de.txt or DIR/de/*.txt)",
+    {"--document-separator": _SEPARATOR},
+)  # fmt: skip
+MULTILINGUAL_SOURCES["jsonl"] = SourceKind(
+    lambda args, folder: jsonl_folder(folder, args.jsonl_field, args.jsonl_key_field), ONE_FOLDER,
+    "(with DIR/de.jsonl or DIR/de/*.jsonl)", {"--jsonl-field": _FIELD, "--jsonl-key-field": _KEY},
+)  # fmt: skip

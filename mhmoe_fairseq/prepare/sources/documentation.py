@@ -1,0 +1,210 @@
+"""Prose out of documentation: docstrings of installed packages, and the kernel's out of a Debian package.
+
+Both are reStructuredText for the most part: one line per paragraph that reads like sentences.
+"""
+
+import ast
+import importlib.util
+import platform
+import re
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Iterator
+
+from ...common.arguments import nonempty
+from ...common.errors import UserError
+from ...data.documents import Document
+from ..archives import Archive, Say, iter_deb_members
+from .base import ENGLISH_SOURCES, OpenedSource, PackagedSource, Source, SourceKind
+
+_ROLE = re.compile(r":[\w+.:-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
+_LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
+_QUOTES = re.compile(r"`{1,2}([^`]+)`{1,2}_{0,2}")
+_EMPHASIS = re.compile(r"(?<!\w)(\*{1,2})(?=\S)([^*]+?)(?<=\S)\1(?!\w)")
+_UNDERLINE = re.compile(r"^\s*([=\-~^\"'#*+.:_`])\1{2,}\s*$")
+_BULLET = re.compile(r"^\s*(?:[-*+•]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+")
+_FIELD = re.compile(r"^\s*:[\w .-]+:(?:\s+|$)")
+_CODE = re.compile(r"[{};]\s*$|==|->|=>|::|&&|<<|>>|\\\w|[|$#@^~{}]")
+_MIN_WORDS = 8
+_MIN_LETTERS = 0.85
+
+
+def strip_inline_markup(text: str) -> str:
+    """Replaces reStructuredText roles, links, literals and emphasis by their text."""
+    text = _LINK.sub(r"\1", _ROLE.sub(r"\1", text))
+    return _EMPHASIS.sub(r"\2", _QUOTES.sub(r"\1", text)).replace("::", ":")
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """Yields the paragraphs of reStructuredText: no directives, literal blocks, tables, comments or headings.
+
+    A bullet starts a new paragraph. Lines are joined; markup inside them is removed.
+    """
+    block: list[str] = []
+    skip_deeper_than: int | None = None
+    for line in [*text.expandtabs().splitlines(), ""]:
+        indent = _indent(line)
+        if line.strip() and skip_deeper_than is not None:
+            if indent > skip_deeper_than:
+                continue
+            skip_deeper_than = None
+        starts_item = bool(_BULLET.match(line) or _FIELD.match(line))
+        if (not line.strip() or starts_item) and block:
+            if block[-1].rstrip().endswith("::"):
+                skip_deeper_than = min(map(_indent, block))
+            yield " ".join(strip_inline_markup(" ".join(block)).split())
+            block = []
+        if not line.strip():
+            continue
+        if line.lstrip().startswith(".. ") or line.strip() == "..":
+            skip_deeper_than = indent
+        elif _UNDERLINE.match(line):
+            block = []  # the line above was a heading
+        else:
+            block.append(_FIELD.sub("", _BULLET.sub("", line)) if starts_item else line)
+
+
+def prose_lines(text: str) -> list[str]:
+    """Returns the paragraphs of reStructuredText that read like sentences."""
+    return [paragraph for paragraph in paragraphs(text) if is_prose(paragraph)]
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def is_prose(paragraph: str) -> bool:
+    """Whether a paragraph reads like sentences: enough words, mostly letters, an end mark, no signs of code."""
+    if len(paragraph.split()) < _MIN_WORDS or not re.search(r"[.!?:](\s|\)|\"|$)", paragraph):
+        return False
+    letters = sum(character.isalpha() or character.isspace() for character in paragraph)
+    return letters >= _MIN_LETTERS * len(paragraph) and not _CODE.search(paragraph)
+
+
+DEFAULT_PACKAGES = ("stdlib", "numpy", "scipy", "scikit-learn", "torch", "sympy")
+_IMPORT_NAMES = {"scikit-learn": "sklearn"}
+_SKIPPED_FOLDERS = frozenset("tests test _internal idlelib lib2to3 site-packages __pycache__ _vendor".split())
+_DOCTEST = re.compile(r"(?m)^[ \t]*(>>>|\.\.\. ).*$")
+_PARAMETER = re.compile(r"(?m)^[ \t]*[*\w][\w*, .]* : .*$")  # numpydoc's "name : type" lines
+_LONG_STRING = 200  # add_docstr and pydoc topics are plain strings, not docstrings
+
+
+@dataclass(frozen=True)
+class DocstringSource(Source):
+    """Docstrings of installed distributions (``stdlib`` is Python's own library), which are parsed, never imported.
+
+    The text depends on the packages' versions, which are part of the identity.
+    """
+
+    packages: tuple[str, ...] = DEFAULT_PACKAGES
+    name: str = "docstrings"
+    licence: str = "PSF (stdlib) and BSD-3-Clause (numpy, scipy, scikit-learn, torch, sympy)"
+    unit: str = "document = module, line = paragraph"
+
+    def identity(self) -> dict[str, object]:
+        """Returns the version of every package; ``UserError`` names one that is not installed."""
+        return {"packages": {package: _version(package) for package in self.packages}}
+
+    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
+        """Reads the installed modules; nothing is fetched."""
+        folders = {package: _folder(package) for package in self.packages}
+        unread: list[str] = []  # filled while the documents are read, which is before the manifest is written
+        return OpenedSource(
+            {"version": f"Python {platform.python_version()}", **self.identity(), "unparsable_modules": unread},
+            (document for package in folders for document in docstring_documents(package, folders[package], unread)),
+        )
+
+
+def _version(package: str) -> str:
+    if package == "stdlib":
+        return platform.python_version()
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise UserError(f"--docstring-packages: {package} is not installed here; leave it out or install it") from error
+
+
+def _folder(package: str) -> Path:
+    if package == "stdlib":
+        return Path(sysconfig.get_paths()["stdlib"])
+    spec = importlib.util.find_spec(_IMPORT_NAMES.get(package, package.replace("-", "_")))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"--docstring-packages: {package} is not a package with modules")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterator[Document]:
+    """Yields one document per module under ``folder``; tests and vendored packages are left out.
+
+    Args:
+        unread: takes the names of modules that do not parse (templates, other versions of Python).
+    """
+    for path in sorted(folder.rglob("*.py")):
+        relative = path.relative_to(folder)
+        if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
+            continue
+        name = f"{package}/{relative.as_posix()}"
+        try:
+            texts = [_PARAMETER.sub("", _DOCTEST.sub("", docstring)) for docstring in _docstrings(path)]
+        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+            unread.append(name)
+            continue
+        yield Document(name, [line for text in texts for line in prose_lines(text)])
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """Yields docstrings and other long strings; raises what the parser raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    docstring_nodes: set[int] = set()
+    for node in ast.walk(tree):  # breadth first: a definition comes before the string in its body
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if docstring := ast.get_docstring(node):
+                docstring_nodes.add(id(node.body[0].value))  # type: ignore[attr-defined]
+                yield docstring
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _LONG_STRING:
+            if id(node) not in docstring_nodes:
+                yield node.value
+
+
+_ROOT = "/Documentation/"
+
+
+def linux_documents(path: Path) -> Iterator[Document]:
+    """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``.
+
+    Raises:
+        UserError: the package or a file in it is damaged.
+    """
+    for name, content in iter_deb_members(path, _is_wanted):
+        yield Document(name.split(_ROOT, 1)[1], prose_lines(content.decode("utf-8", "replace")))
+
+
+def _is_wanted(name: str) -> bool:
+    _, root, relative = name.removesuffix(".gz").partition(_ROOT)
+    return bool(root) and relative.endswith((".rst", ".txt")) and not relative.startswith("translations/")
+
+
+def linux_doc(package: str) -> PackagedSource:
+    """Returns the kernel's documentation as Debian packages it (``linux-doc-6.1`` on Debian 12); its version moves."""
+    return PackagedSource(
+        name="linux-doc",
+        licence="GPL-2 (mostly; see the package's copyright file)",
+        unit="document = documentation file, line = paragraph",
+        archive=Archive("apt-get", package, None, f"{package}_*.deb"),
+        read=linux_documents,
+    )
+
+
+_PACKAGES = {
+    "type": nonempty, "nargs": "+", "default": list(DEFAULT_PACKAGES), "metavar": "NAME", "help": "for docstrings",
+}  # fmt: skip
+_NAME = {"type": nonempty, "default": "linux-doc-6.1", "metavar": "NAME", "help": "for linux-doc: its name here"}
+ENGLISH_SOURCES["docstrings"] = SourceKind(
+    lambda args: DocstringSource(tuple(args.docstring_packages)), flags={"--docstring-packages": _PACKAGES}
+)
+ENGLISH_SOURCES["linux-doc"] = SourceKind(lambda args: linux_doc(args.deb_package), flags={"--deb-package": _NAME})
