@@ -11,7 +11,7 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from ..moe.uncounted import taken_for_padding
+from ..moe.layer import taken_for_padding
 from .base import MoECriterion, Outcome, log_bits, log_perplexity, log_replaced, total
 from .gate_losses import GateLossConfig, log_gate_losses
 

@@ -168,7 +168,7 @@ class CenteredLayerNorm(nn.LayerNorm):
     Attributes:
         running_mean: ``(width,)``: of all rows so far, later of the last 50 batches or so.
         num_batches: how many batches it has seen.
-        tells_padding: True, see ``moe.uncounted.taken_for_padding``.
+        tells_padding: True, see ``moe.layer.taken_for_padding``.
     """
 
     tells_padding = True

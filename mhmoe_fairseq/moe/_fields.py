@@ -1,4 +1,7 @@
-"""How a configuration declares its fields, and the check of them: choices by ``Literal``, numbers by ``Annotated``."""
+"""How a configuration declares its fields, and the check of them.
+
+Choices are a ``Literal``, names in a registry and numbers in a range ``Annotated`` with it.
+"""
 
 import functools
 import re
@@ -49,8 +52,12 @@ def _declared(config: type) -> dict[str, Any]:
 
 
 def declared_choices(config: type, field: str) -> tuple[str, ...]:
-    """The values that a field declared ``Literal`` may have."""
-    return typing.get_args(_declared(config)[field])
+    """The values that a field may have, by a ``Literal`` or the registry that it is annotated with; else none."""
+    declared = _declared(config)[field]
+    if typing.get_origin(declared) is Literal:
+        return typing.get_args(declared)
+    allowed = getattr(declared, "__metadata__", (None,))[0]
+    return tuple(allowed) if isinstance(allowed, dict) else ()
 
 
 def check_fields(config: Any) -> None:
@@ -61,23 +68,12 @@ def check_fields(config: Any) -> None:
     """
     cls: Any = type(config)
     for name, declared in _declared(cls).items():
-        value, kind = getattr(config, name), typing.get_origin(declared)
-        problem = None
-        if kind is Literal and value not in typing.get_args(declared):
-            problem = f"must be one of {', '.join(typing.get_args(declared))}"
-        if kind is Annotated:
+        value, names, problem = getattr(config, name), declared_choices(cls, name), None
+        if names:
+            problem = None if value in names else f"must be one of {', '.join(names)}"
+        elif typing.get_origin(declared) is Annotated:
             base, allowed = typing.get_args(declared)
             optional = type(None) in typing.get_args(base)
             problem = None if value is None and optional else allowed.problem(value)
         if problem is not None:
             raise ConfigError(name, value, problem)
-
-
-def check_registered(field: str, name: str, registry: dict[str, Any]) -> None:
-    """Refuse a name that nothing is registered under.
-
-    Raises:
-        ConfigError: naming the field and what there is.
-    """
-    if name not in registry:
-        raise ConfigError(field, name, f"must be one of {', '.join(registry)}")

@@ -6,13 +6,12 @@ N = T*H sub-tokens, E experts, K top-k, R = N*K routed rows, C capacity, F exper
 """
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
 from ._fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
-from .gate import GATES, GateFields
+from .gate import GateFields
 from .router import ROUTERS, RouterFields
 
 
@@ -73,7 +72,7 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.check_router()
+        ROUTERS[self.router].check(self)
         self.check_gate()
         if self.embed_dim % self.num_heads:
             raise ConfigError("num_heads", self.num_heads, f"must divide {{embed_dim}} ({self.embed_dim})")
@@ -294,5 +293,4 @@ def choices(field: str) -> tuple[str, ...]:
     >>> choices("router"), choices("balance_scope")
     (('linear', 'xmoe'), ('rank', 'global'))
     """
-    registries: dict[str, Iterable[str]] = {"router": ROUTERS, "routing": GATES}
-    return tuple(registries[field]) if field in registries else declared_choices(MHMoEConfig, field)
+    return declared_choices(MHMoEConfig, field)

@@ -84,15 +84,11 @@ class ExpertFFN(nn.Module):
         """
         bound_in = 1 / math.sqrt(self.config.subtoken_dim)
         bound_hidden = 1 / math.sqrt(self.config.expert_ffn_dim)
-        for parameter in (self.fc1_weight, self.fc1_bias, self.gate_weight, self.gate_bias):
-            if parameter is not None:
-                _uniform_by_expert(parameter, self.local_experts, bound_in)
-        for parameter in (self.fc2_weight, self.fc2_bias):
-            if parameter is not None:
-                _uniform_by_expert(parameter, self.local_experts, bound_hidden)
-        if self.layernorm_weight is not None and self.layernorm_bias is not None:
-            nn.init.ones_(self.layernorm_weight)
-            nn.init.zeros_(self.layernorm_bias)
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("layernorm"):
+                nn.init.constant_(parameter, float(name == "layernorm_weight"))
+            else:
+                _uniform_by_expert(parameter, self.local_experts, bound_hidden if name.startswith("fc2") else bound_in)
 
     def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> tuple[Tensor, Traffic | None]:
         """Gate-weighted sum of the chosen experts' outputs, ``(N, d), (N, K) -> (N, d)``, and what was sent for it."""

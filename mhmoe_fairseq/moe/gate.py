@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.ranges import ANY
-from ._fields import ConfigError, Positive, Size, check_registered
+from ._fields import ConfigError, Positive, Size
 from .dispatch import sort_by_expert
 
 
@@ -37,7 +37,7 @@ class GateFields:
 
     num_experts: Size
     top_k: Size = 2
-    routing: str = "dropless"
+    routing: "Annotated[str, GATES]" = "dropless"
     normalize_gates: bool = True
     normalize_before_dropping: bool = False
     second_expert_policy: Literal["all", "sampling", "random"] = "all"
@@ -45,8 +45,7 @@ class GateFields:
     eval_capacity_fraction: Annotated[float, ANY] = 0.25
 
     def check_gate(self) -> None:
-        """Refuse an unknown gate, and fields that contradict each other."""
-        check_registered("routing", self.routing, GATES)
+        """Refuse fields that contradict each other."""
         if self.top_k > self.num_experts:
             raise ConfigError("top_k", self.top_k, f"must be at most {{num_experts}} ({self.num_experts})")
         if self.second_expert_policy != "all" and self.top_k != 2:
@@ -64,7 +63,7 @@ class Assignment(NamedTuple):
         kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
         dropped_NK: bool, lost for lack of capacity only; None: none.
 
-    >>> build_gate(GateFields(num_experts=4, top_k=1))(torch.eye(4)).choices_NK.flatten()
+    >>> Gate(GateFields(num_experts=4, top_k=1))(torch.eye(4)).choices_NK.flatten()
     tensor([0, 1, 2, 3])
     """
 
@@ -106,21 +105,30 @@ class Gate(nn.Module):
                 draws. The policies apply in training only; evaluation draws no random number.
         """
         config = self.config
-        probs_NE = self.probabilities(logits_NE)
         policy = config.second_expert_policy if self.training else "all"
-        choices_NK = self._choose(logits_NE, probs_NE, policy, noise)
+        normalizes = config.normalize_gates and config.top_k > 1
+        normalizes_first = config.normalize_before_dropping or not (self.drops_tokens or policy == "random")
+
+        probs_NE = self.probabilities(logits_NE)
+        if policy == "sampling" and noise is None:
+            noise = gumbel_noise(logits_NE)
+        choices_NK = top_k_experts(logits_NE, probs_NE, config.top_k, noise if policy == "sampling" else None)
         gates_NK = probs_NE.gather(1, choices_NK)
-        refuses = self.drops_tokens or policy == "random"
-        normalize_first = config.normalize_before_dropping or not refuses
-        if normalize_first:
-            gates_NK = self._normalized(gates_NK)
-        chosen_NK = self._apply_policy(gates_NK, padding_mask_N, policy, noise)
+        if normalizes and normalizes_first:
+            gates_NK = normalized(gates_NK)
+
+        chosen_NK = None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(gates_NK)
+        if policy == "random":  # GShard: the second expert is used with probability min(1, 2 g_2)
+            uniform = torch.rand_like(gates_NK[:, 1]) if noise is None else noise
+            used_NK = torch.stack([torch.ones_like(uniform, dtype=torch.bool), 2 * gates_NK[:, 1] > uniform], dim=1)
+            chosen_NK = used_NK if chosen_NK is None else chosen_NK & used_NK
+
         kept_NK, dropped_NK = self._apply_capacity(choices_NK, chosen_NK, padding_mask_N)
         if kept_NK is None:
             return Assignment(probs_NE, choices_NK, gates_NK, choices_NK, None, None)
         gates_NK = gates_NK.masked_fill(~kept_NK, 0)
-        if not normalize_first:
-            gates_NK = self._normalized(gates_NK)
+        if normalizes and not normalizes_first:
+            gates_NK = normalized(gates_NK)
         experts_NK = choices_NK.masked_fill(~kept_NK, config.num_experts)
         return Assignment(probs_NE, experts_NK, gates_NK, choices_NK, kept_NK, dropped_NK)
 
@@ -128,27 +136,6 @@ class Gate(nn.Module):
         """The softmax, in float32 or wider."""
         half = logits_NE.dtype in (torch.float16, torch.bfloat16)
         return torch.softmax(logits_NE, dim=1, dtype=torch.float32 if half else logits_NE.dtype)
-
-    def _choose(self, logits_NE: Tensor, probs_NE: Tensor, policy: str, noise: Tensor | None) -> Tensor:
-        gumbel = None
-        if policy == "sampling":
-            gumbel = gumbel_noise(logits_NE) if noise is None else noise
-        return top_k_experts(logits_NE, probs_NE, self.config.top_k, gumbel)
-
-    def _apply_policy(
-        self, gates_NK: Tensor, padding_mask_N: Tensor | None, policy: str, noise: Tensor | None
-    ) -> Tensor | None:
-        """Which choices are neither padding nor refused by the policy; None: all."""
-        real_NK = None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(gates_NK)
-        if policy != "random":
-            return real_NK
-        # GShard: the second expert is used with probability min(1, 2 g_2).
-        uniform = torch.rand_like(gates_NK[:, 1]) if noise is None else noise
-        used_NK = torch.stack([torch.ones_like(uniform, dtype=torch.bool), 2 * gates_NK[:, 1] > uniform], dim=1)
-        return used_NK if real_NK is None else real_NK & used_NK
-
-    def _normalized(self, gates_NK: Tensor) -> Tensor:
-        return normalized(gates_NK) if self.config.normalize_gates and self.config.top_k > 1 else gates_NK
 
     def _apply_capacity(
         self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
@@ -183,15 +170,6 @@ class CapacityGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {"dropless": Gate, "capacity": CapacityGate}
-
-
-def build_gate(config: GateFields) -> Gate:
-    """The gate that ``config.routing`` names.
-
-    >>> build_gate(GateFields(num_experts=4, routing="capacity")).drops_tokens
-    True
-    """
-    return GATES[config.routing](config)
 
 
 def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor | None = None) -> Tensor:

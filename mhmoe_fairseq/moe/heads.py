@@ -35,26 +35,22 @@ def repeat_mask(padding_mask_T: Tensor, num_heads: int) -> Tensor:
 
 
 class _ProjectionLayer(nn.Linear):
-    """One square map of a projection; ``nn.Linear``'s initial values until ``scale`` says otherwise."""
+    """One square map of a projection; ``nn.Linear``'s initial values until it has a ``gain``."""
 
     gain: float | None = None
     zero_bias = False
 
-    def scale(self, gain: float, zero_bias: bool) -> None:
-        """Draw Xavier-uniform values with ``gain``, now and at each ``reset_parameters``."""
-        self.gain, self.zero_bias = gain, zero_bias
-        self._draw(gain)
-
     def reset_parameters(self) -> None:
         """The initial values."""
         super().reset_parameters()
-        if self.gain is not None:
-            self._draw(self.gain)
+        self.draw()
 
-    def _draw(self, gain: float) -> None:
-        nn.init.xavier_uniform_(self.weight, gain=gain)
-        if self.bias is not None and self.zero_bias:
-            nn.init.zeros_(self.bias)
+    def draw(self) -> None:
+        """Draw Xavier-uniform weights, if there is a gain."""
+        if self.gain is not None:
+            nn.init.xavier_uniform_(self.weight, gain=self.gain)
+            if self.bias is not None and self.zero_bias:
+                nn.init.zeros_(self.bias)
 
 
 class Projection(nn.ModuleList):
@@ -74,7 +70,8 @@ class Projection(nn.ModuleList):
         layers = [_ProjectionLayer(dim, dim, bias=bias) for _ in range(config.num_projection_layers)]
         super().__init__(layers)
         for layer in layers:  # after all were made, the order of random numbers that a seed stands for
-            layer.scale(gain, zero_bias)
+            layer.gain, layer.zero_bias = gain, zero_bias
+            layer.draw()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""

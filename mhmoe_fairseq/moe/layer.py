@@ -1,19 +1,22 @@
 """The Multi-Head Mixture-of-Experts layer (Wu et al., NeurIPS 2024)."""
 
+import contextlib
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
-from .gate import build_gate
+from .gate import GATES
 from .heads import Projection, merge_heads, repeat_mask, split_heads
 from .losses import load_balancing_loss, router_sums, router_z_loss
 from .parallelism import ExpertParallelism, Traffic
-from .router import build_router
+from .router import ROUTERS
 from .stats import RoutingStats, routing_stats
 
 
@@ -63,7 +66,7 @@ class MHMoELayer(nn.Module):
         parallel: the processes over which experts, and with ``balance_scope="global"`` losses, extend; None for one.
 
     Attributes:
-        tells_padding: True, see ``uncounted.taken_for_padding``.
+        tells_padding: True, see :func:`taken_for_padding`.
 
     >>> layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, expert_ffn_dim=16))
     >>> layer(torch.randn(2, 3, 8), padding_mask=torch.tensor([[False] * 3, [False, True, True]])).stats.num_subtokens
@@ -83,8 +86,8 @@ class MHMoELayer(nn.Module):
         self.head_projection, self.merge_projection = None, None
         if config.has_head_projection:
             self.head_projection = Projection(config, gain=1 / math.sqrt(2), zero_bias=False)
-        self.router = build_router(config)
-        self.gate = build_gate(config)
+        self.router = ROUTERS[config.router](config)
+        self.gate = GATES[config.routing](config)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
             self.merge_projection = Projection(config, gain=1.0, zero_bias=True)
@@ -111,7 +114,10 @@ class MHMoELayer(nn.Module):
         Raises:
             ValueError: if the shapes do not fit.
         """
-        self._check_shapes(x, padding_mask)
+        if x.size(-1) != self.config.embed_dim:
+            raise ValueError(f"x has {x.size(-1)} features; embed_dim is {self.config.embed_dim}")
+        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
+            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; x has {tuple(x.shape[:-1])}")
         x_TD = x.reshape(-1, x.size(-1))
         mask_N = None
         if padding_mask is not None:
@@ -156,14 +162,39 @@ class MHMoELayer(nn.Module):
         """Parameters and FLOPs of the whole layer, experts on other processes included."""
         return self.config.counts()
 
-    def _check_shapes(self, x: Tensor, padding_mask: Tensor | None) -> None:
-        if x.size(-1) != self.config.embed_dim:
-            raise ValueError(f"x has {x.size(-1)} features; embed_dim is {self.config.embed_dim}")
-        if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
-            raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; x has {tuple(x.shape[:-1])}")
-
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
         c = self.config
         sizes = f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, expert_ffn_dim={c.expert_ffn_dim}"
         return f"{sizes}, routing={c.routing}, params={c.num_params():,}"
+
+
+@contextlib.contextmanager
+def taken_for_padding(model: nn.Module, applies: bool = True) -> Iterator[None]:
+    """While open, every module of ``model`` that tells padding from tokens takes all of its input for padding.
+
+    For calls that are made only because other processes wait for them: no row is routed, and none enters a balance
+    loss, a load or a running mean, whether of this process or of all; the processes' transfers take place as ever.
+
+    Args:
+        model: whose modules with a true ``tells_padding`` are called as ``(x, padding_mask)``, with ``x (..., D)``
+            and the mask, bool, of its leading dimensions.
+        applies: False to change nothing.
+
+    >>> layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))
+    >>> with taken_for_padding(layer):
+    ...     layer(torch.randn(2, 8)).stats.num_subtokens
+    tensor(0.)
+    """
+    modules = [module for module in model.modules() if getattr(module, "tells_padding", False)] if applies else []
+    hooks = [module.register_forward_pre_hook(_all_padded, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _all_padded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+    x: Tensor = args[0]
+    return (x, x.new_ones(x.shape[:-1], dtype=torch.bool)), {}

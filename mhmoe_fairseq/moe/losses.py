@@ -52,7 +52,7 @@ def router_sums(
         padding_mask_N: True where padded.
         count: first choices (``"top1"``, GShard), or all choices divided by K (``"topk"``).
 
-    >>> gate = build_gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4, top_k=1))
+    >>> gate = Gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4, top_k=1))
     >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
     >>> router_sums(logits, gate(logits), torch.tensor([False, True])).probs_E
     tensor([0.5000, 0.5000])

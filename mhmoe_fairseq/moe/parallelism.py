@@ -29,28 +29,6 @@ class Traffic(NamedTuple):
     bytes: int
 
 
-class Exchange(Protocol):
-    """One forward pass's transfer of rows between processes; its sizes are known on every side.
-
-    Attributes:
-        num_sent: routed rows of this process.
-        num_received: M, the rows that come to this process's experts.
-        received_Pe: int64, how many of them each process sent to each expert here.
-        own_rows: rows that stay on this process.
-    """
-
-    num_sent: int
-    num_received: int
-    received_Pe: Tensor
-    own_rows: int
-
-    def dispatch(self, x_Sd: Tensor) -> Tensor:
-        """Rows sorted by expert to where the experts are, ``(num_sent, d) -> (M, d)``: by sender, then expert."""
-
-    def collect(self, y_Md: Tensor) -> Tensor:
-        """The way back: ``(M, d) -> (num_sent, d)``."""
-
-
 class ExpertParallelism(Protocol):
     """Experts spread over ``size`` processes, of which this is number ``rank``; every process runs every forward."""
 
@@ -63,8 +41,15 @@ class ExpertParallelism(Protocol):
     def scale_gradient(self, weight: Tensor) -> Tensor:
         """The identity; corrects the gradient for what the data-parallel average does to it."""
 
-    def exchange(self, load_E: Tensor) -> Exchange:
-        """Begin a forward pass; ``load_E`` counts this process's rows per expert."""
+    def exchange_counts(self, load_E: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """Begin a forward pass; ``load_E`` counts this process's rows per expert.
+
+        Returns:
+            How many rows go to each process and come from each, and, int64 ``(P, e)``, for which experts they come.
+        """
+
+    def transfer(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """Send ``(sum(sent), d)``, a piece to each process, and get ``(sum(received), d)``, a piece from each."""
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel processes, differentiable."""
@@ -100,24 +85,25 @@ def exchanged_ffn(
     with gate weight 1: the weights stay with the sub-tokens.
 
     >>> from types import SimpleNamespace
-    >>> here = SimpleNamespace(num_sent=2, num_received=2, received_Pe=torch.tensor([[1, 1]]), own_rows=2,
-    ...     dispatch=lambda x: x, collect=lambda y: y)  # a "process" that has all experts itself
+    >>> alone = SimpleNamespace(rank=0, exchange_counts=lambda load: ([2], [2], load.view(1, -1).long()),
+    ...     transfer=lambda rows, sent, received: rows)  # a "process" that has all experts itself
     >>> plan = plan_dispatch(torch.tensor([[1], [0]]), num_experts=2, all_real=True)
     >>> doubled = lambda x_Nd, gates_NK, plan: 2 * x_Nd
-    >>> exchanged_ffn(SimpleNamespace(exchange=lambda load: here), torch.eye(2), torch.ones(2, 1), plan, doubled)
+    >>> exchanged_ffn(alone, torch.eye(2), torch.ones(2, 1), plan, doubled)
     (tensor([[2., 0.],
             [0., 2.]]), Traffic(rows=2, bytes=0))
     """
-    exchange = parallel.exchange(plan.load())
-    x_Sd = x_Nd.index_select(0, plan.source_R[: exchange.num_sent])
-    received_Md = exchange.dispatch(x_Sd)
-    ones_M1 = received_Md.new_ones(exchange.num_received, 1)
-    y_Md = local_ffn(received_Md, ones_M1, plan_received(exchange.received_Pe, exchange.num_received))
-    y_Rd = exchange.collect(y_Md)
+    sent, received, received_Pe = parallel.exchange_counts(plan.load())
+    num_sent, num_received = sum(sent), sum(received)
+    x_Sd = x_Nd.index_select(0, plan.source_R[:num_sent])
+    received_Md = parallel.transfer(x_Sd, sent, received)
+    ones_M1 = received_Md.new_ones(num_received, 1)
+    y_Md = local_ffn(received_Md, ones_M1, plan_received(received_Pe, num_received))
+    y_Rd = parallel.transfer(y_Md, received, sent)
     if not plan.all_real:
-        y_Rd = F.pad(y_Rd, (0, 0, 0, plan.order_R.size(0) - exchange.num_sent))
-    sent_away = exchange.num_sent - exchange.own_rows
-    traffic = Traffic(exchange.num_sent, sent_away * x_Sd.size(1) * x_Sd.element_size())
+        y_Rd = F.pad(y_Rd, (0, 0, 0, plan.order_R.size(0) - num_sent))
+    sent_away = num_sent - sent[parallel.rank]
+    traffic = Traffic(num_sent, sent_away * x_Sd.size(1) * x_Sd.element_size())
     return combine(y_Rd, gates_NK, plan), traffic
 
 

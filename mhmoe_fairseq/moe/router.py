@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.ranges import POSITIVE
-from ._fields import ConfigError, Size, check_registered
+from ._fields import ConfigError, Size
 from ._modes import without_autocast
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
@@ -38,7 +38,7 @@ class RouterFields:
     """
 
     num_experts: Size
-    router: str = "xmoe"
+    router: "Annotated[str, ROUTERS]" = "xmoe"
     router_dim: Size = 16
     router_normalize: Literal["expert", "both"] = "expert"
     router_temperature: Annotated[float | None, POSITIVE] = None
@@ -48,11 +48,6 @@ class RouterFields:
     def subtoken_dim(self) -> int:
         """Width d of what is routed."""
         raise NotImplementedError
-
-    def check_router(self) -> None:
-        """Refuse an unknown router, and fields that the router has no use for."""
-        check_registered("router", self.router, ROUTERS)
-        ROUTERS[self.router].check(self)
 
 
 class Router(nn.Module):
@@ -210,12 +205,3 @@ class XMoERouter(Router):
 
 
 ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "xmoe": XMoERouter}
-
-
-def build_router(config: RouterFields) -> Router:
-    """The router that ``config.router`` names.
-
-    >>> type(build_router(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))).__name__
-    'XMoERouter'
-    """
-    return ROUTERS[config.router](config)

@@ -39,7 +39,7 @@ class RoutingStats(NamedTuple):
 def routing_stats(assignment: Assignment, plan: DispatchPlan, padding_mask_N: Tensor | None) -> RoutingStats:
     """Counts of one forward pass, without graph and without host synchronisation.
 
-    >>> gate, logits = build_gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=16, top_k=1)), torch.eye(2)
+    >>> gate, logits = Gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=16, top_k=1)), torch.eye(2)
     >>> plan = plan_dispatch(gate(logits).experts_NK, 2, all_real=True)
     >>> routing_stats(gate(logits), plan, None).expert_load
     tensor([1., 1.])

@@ -7,9 +7,8 @@ Gradients of the dense part are the caller's to average, as under any data paral
 right for such an average within one group of ``size`` processes, and are to be summed over the ``replicas``.
 """
 
-from .groups import RankGroups
 from .rows import DistributedExperts, TrafficCounter, expert_parallelism
-from .sharding import ShardedParameter, sharded_experts
+from .sharding import RankGroups, ShardedParameter, sharded_experts
 
 __all__ = [
     "DistributedExperts",

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .groups import RankGroups, rank_groups
-from .sharding import shard_experts
+from .sharding import RankGroups, shard_experts
 
 
 @dataclass
@@ -61,24 +60,19 @@ class DistributedExperts:
         """
         return _ScaleGradient.apply(weight, 1 / self.groups.world_size)
 
-    def exchange(self, load_E: Tensor) -> "RowExchange":
-        """Tell the others how many rows will come."""
+    def exchange_counts(self, load_E: Tensor) -> tuple[list[int], list[int], Tensor]:
+        """Tell the others how many rows will come; see ``moe.parallelism.ExpertParallelism``."""
         sent_Pe = load_E.view(self.size, -1).long()
         received_Pe = torch.empty_like(sent_Pe)
         dist.all_to_all_single(received_Pe, sent_Pe, group=self.groups.experts)
         self.counter.count_bytes += (self.size - 1) * sent_Pe.size(1) * sent_Pe.element_size()
         # One read on the host for all sizes: the transfers need them there.
         sent, received = torch.stack([sent_Pe.sum(1), received_Pe.sum(1)]).tolist()
-        return RowExchange(self, sent, received, received_Pe)
+        return sent, received, received_Pe
 
     def transfer(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """``(sum(sent), d) -> (sum(received), d)``: consecutive pieces to each process and from each."""
-        arrived = rows.new_empty(sum(received), rows.size(1))
-        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=self.groups.experts)
-        self.counter.calls += 1
-        self.counter.rows += rows.size(0)
-        self.counter.bytes += (rows.size(0) - sent[self.rank]) * rows.size(1) * rows.element_size()
-        return arrived
+        return _AllToAll.apply(rows, sent, received, self)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel processes, on each of them; its gradient is the sum of their gradients."""
@@ -94,35 +88,31 @@ def expert_parallelism(size: int) -> DistributedExperts:
     Raises:
         ValueError: if ``size`` does not divide the number of processes.
     """
-    return DistributedExperts(rank_groups(size))
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size % size:
+        raise ValueError(f"expert-parallel size ({size}) must divide the number of processes ({world_size})")
+    first = rank - rank % size
+    experts, replicas = _group(range(first, first + size)), _group(range(rank % size, world_size, size))
+    return DistributedExperts(RankGroups(size, rank % size, experts, replicas, world_size))
 
 
-class RowExchange:
-    """One forward pass's transfers; see ``moe.parallelism.Exchange``."""
-
-    def __init__(self, parallel: DistributedExperts, sent: list[int], received: list[int], received_Pe: Tensor) -> None:
-        self._parallel = parallel
-        self._sent = sent
-        self._received = received
-        self.received_Pe = received_Pe
-        self.num_sent = sum(sent)
-        self.num_received = sum(received)
-        self.own_rows = sent[parallel.rank]
-
-    def dispatch(self, x_Sd: Tensor) -> Tensor:
-        """Rows sorted by expert to where the experts are."""
-        return _AllToAll.apply(x_Sd, self._sent, self._received, self._parallel)
-
-    def collect(self, y_Md: Tensor) -> Tensor:
-        """The way back."""
-        return _AllToAll.apply(y_Md, self._received, self._sent, self._parallel)
+def _group(ranks: range) -> dist.ProcessGroup:
+    # Made by its members alone: in a large world there are many groups.
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup), "this process is a member"
+    return group
 
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], parallel: DistributedExperts) -> Tensor:
         ctx.sent, ctx.received, ctx.parallel = sent, received, parallel
-        return parallel.transfer(rows, sent, received)
+        arrived = rows.new_empty(sum(received), rows.size(1))
+        dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=parallel.groups.experts)
+        parallel.counter.calls += 1
+        parallel.counter.rows += rows.size(0)
+        parallel.counter.bytes += (rows.size(0) - sent[parallel.rank]) * rows.size(1) * rows.element_size()
+        return arrived
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,19 +1,44 @@
-"""Which parameters are a part of a larger one, and states that look as if one process held the whole.
+"""Who shares experts, which parameters are a part of a larger one, and states as if one process held the whole.
 
 A state dictionary taken from a sharded module must hold all experts, but the processes' parts can only be brought
 together where all processes take part, and ``state_dict()`` is often called on one of them. So the two steps are apart:
 ``ShardedParameter.provide`` hands in the whole tensor that was gathered before, the next ``state_dict()`` uses it up.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .groups import RankGroups
-
 _ATTRIBUTE = "expert_shards"
+
+
+@dataclass(frozen=True)
+class RankGroups:
+    """One process among ``world_size`` processes in expert-parallel groups of ``size``.
+
+    Groups are consecutive ranks (fast links first): with 4 ranks and size 2, {0, 1} and {2, 3} share a bank each, and
+    {0, 2} and {1, 3} hold the same experts.
+
+    Attributes:
+        size: processes that share one bank of experts.
+        rank: this process's number among them.
+        experts: their process group.
+        replicas: the group of the processes with the same experts, one from each bank.
+        world_size: all data-parallel processes.
+    """
+
+    size: int
+    rank: int
+    experts: dist.ProcessGroup
+    replicas: dist.ProcessGroup
+    world_size: int
+
+    @property
+    def num_replicas(self) -> int:
+        """Banks of experts in the world."""
+        return self.world_size // self.size
 
 
 @dataclass
@@ -31,12 +56,10 @@ class ShardedParameter:
 
     Attributes:
         name: in the model, as in its state dictionary.
-        module: the module that owns it.
-        attribute: its name there.
+        attribute: its name in ``module``, which owns it.
         parameter: this process's part.
         groups: the processes with the other parts, and with the same part.
         full_size: the whole's size in dim 0, the number of experts.
-        first: where the part begins.
     """
 
     name: str
@@ -72,15 +95,16 @@ def sharded_experts(model: nn.Module) -> list[ShardedParameter]:
     """All sharded parameters of ``model``, in the order of ``named_parameters``; none in one process."""
     return [
         ShardedParameter(
-            name=prefix + attribute,
-            module=module,
-            attribute=attribute,
-            parameter=parameter,
-            groups=shards.groups,
+            f"{prefix}.{attribute}" if prefix else attribute,
+            module,
+            attribute,
+            parameter,
+            shards.groups,
             full_size=shards.num_experts,
             first=shards.groups.rank * parameter.size(0),
         )
-        for prefix, module, shards in _sharded_modules(model)
+        for prefix, module in model.named_modules()
+        if (shards := getattr(module, _ATTRIBUTE, None)) is not None
         for attribute, parameter in module.named_parameters(recurse=False)
     ]
 
@@ -126,12 +150,6 @@ def _take_part(
             state[prefix + sharded.attribute] = sharded.part(whole)
         except ValueError as error:
             errors.append(f"{prefix}{error}")
-
-
-def _sharded_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, ExpertShards]]:
-    for name, module in model.named_modules():
-        if hasattr(module, _ATTRIBUTE):
-            yield (f"{name}." if name else ""), module, _shards(module)
 
 
 def _shards(module: nn.Module) -> ExpertShards:

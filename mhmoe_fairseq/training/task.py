@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..common.ranges import check_flags
 from ..compat import refuse_tpu
 from ..moe import RoutingStats
-from ..moe.uncounted import taken_for_padding
+from ..moe.layer import taken_for_padding
 from ..parallel import sharded_experts
 from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
 from .checks import check_training_numbers, refuse_ddp_without_gpus

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.gate import build_gate, expert_capacity, slot_positions
+from mhmoe_fairseq.moe.gate import CapacityGate, expert_capacity, slot_positions
 from mhmoe_fairseq.moe.losses import load_balancing_loss, router_sums
 
 routing = pytest.importorskip("torchscale.component.xmoe.routing", reason="TorchScale is the oracle here")
@@ -88,7 +88,7 @@ def test_choices_slots_drops_and_losses_equal_torchscale(changes, training, toke
         tokens = 20  # TorchScale fails where its capacity rounds to 0; ours is at least 1
     logits = torch.randn(tokens, cfg.num_experts) + skew * torch.arange(cfg.num_experts)
     logits[::4] = logits[::4].round()  # ties
-    assignment = build_gate(cfg).train(training)(logits)
+    assignment = CapacityGate(cfg).train(training)(logits)
     l_aux, combine = torchscale_gate(cfg, logits, training=training)
     assert int(expert_capacity(cfg, torch.tensor(tokens), training=training)) == combine.size(2)
     ours = our_combine_weights(cfg, assignment, combine.size(2))
@@ -105,12 +105,12 @@ def test_second_expert_policies_equal_torchscale_under_the_same_noise(policy, no
     torch.manual_seed(2)
     logits = torch.randn(50, 6)
     noise = torch.randn(50, 6) if policy == "sampling" else torch.rand(50)
-    assignment = build_gate(cfg)(logits, noise=noise)
+    assignment = CapacityGate(cfg)(logits, noise=noise)
     _, combine = torchscale_gate(cfg, logits, training=True, noise=noise)
     torch.testing.assert_close(our_combine_weights(cfg, assignment, combine.size(2)), combine, rtol=0, atol=1e-6)
-    quiet = build_gate(cfg).eval()(logits)
+    quiet = CapacityGate(cfg).eval()(logits)
     without = dataclasses.replace(cfg, second_expert_policy="all")
-    plain = build_gate(without).eval()(logits)
+    plain = CapacityGate(without).eval()(logits)
     assert torch.equal(quiet.gates_NK, plain.gates_NK)
 
 
@@ -149,9 +149,9 @@ def test_padding_costs_no_capacity_and_no_loss_unlike_torchscale():
     torch.manual_seed(0)
     logits = torch.tensor([[3.0, 0.0]] * 4 + [[0.0, 3.0]] * 4)
     mask = torch.tensor([False] * 2 + [True] * 4 + [False] * 2)
-    ours = build_gate(cfg)(logits, mask)
+    ours = CapacityGate(cfg)(logits, mask)
     assert ours.kept_NK[:, 0].tolist() == [True] * 2 + [False] * 4 + [True] * 2
-    alone = build_gate(cfg)(logits[~mask])
+    alone = CapacityGate(cfg)(logits[~mask])
     torch.testing.assert_close(ours.gates_NK[~mask], alone.gates_NK)
     balance = balance_loss(logits, ours, mask)
     torch.testing.assert_close(balance, torch.tensor(1.0), rtol=0, atol=1e-6)

@@ -13,12 +13,12 @@ import torch
 
 from mhmoe_fairseq import moe
 from mhmoe_fairseq.moe.dispatch import plan_dispatch
-from mhmoe_fairseq.moe.gate import build_gate
+from mhmoe_fairseq.moe.gate import Gate
 
 NAMES = [info.name for info in pkgutil.iter_modules(moe.__path__) if info.name != "cpu" and info.name[0] != "_"]
 # What the examples need beside the names of their own module.
 KNOWN = {name: getattr(moe, name) for name in moe.__all__}
-KNOWN |= {"torch": torch, "build_gate": build_gate, "plan_dispatch": plan_dispatch}
+KNOWN |= {"torch": torch, "Gate": Gate, "plan_dispatch": plan_dispatch}
 
 
 def documented(module: ModuleType) -> Iterator[Any]:

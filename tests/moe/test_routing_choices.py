@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.gate import build_gate, expert_capacity, gumbel_noise, normalized, top_k_experts
-from mhmoe_fairseq.moe.router import build_router
+from mhmoe_fairseq.moe.gate import GATES, CapacityGate, Gate, expert_capacity, gumbel_noise, normalized, top_k_experts
+from mhmoe_fairseq.moe.router import XMoERouter
 
 ROWS = 20_000
 
@@ -34,7 +34,7 @@ def test_gumbel_noise_has_gumbels_moments() -> None:
 def test_the_second_expert_is_sampled_by_the_others_probabilities() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([3.0, 0.0, 1.0, 2.0]).expand(ROWS, 4)
-    drawn = build_gate(config(second_expert_policy="sampling"))(logits)
+    drawn = Gate(config(second_expert_policy="sampling"))(logits)
     assert (drawn.experts_NK[:, 0] == 0).all()  # the first is no matter of chance
     assert_frequencies(torch.bincount(drawn.experts_NK[:, 1], minlength=4)[1:], logits[0, 1:].softmax(0))
     torch.testing.assert_close(drawn.gates_NK.sum(1), torch.ones(ROWS))
@@ -45,13 +45,14 @@ def test_the_second_expert_is_used_with_twice_its_own_probability(routing: str) 
     torch.manual_seed(0)
     probs = torch.tensor([0.4, 0.25, 0.2, 0.15]).expand(ROWS, 4)  # 0.25 / 0.65, renormalised, would give 0.77 for 0.5
     cfg = config(second_expert_policy="random", routing=routing, capacity_factor=10.0)
-    drawn = build_gate(cfg)(probs.log())
+    gate = GATES[routing](cfg)
+    drawn = gate(probs.log())
     used = drawn.experts_NK[:, 1] == 1
     assert_frequencies(torch.stack([used.sum(), (~used).sum()]), torch.tensor([0.5, 0.5]))
     assert (drawn.experts_NK[~used, 1] == 4).all()
     torch.testing.assert_close(drawn.gates_NK[used], torch.tensor([0.4, 0.25]).div(0.65).expand(int(used.sum()), 2))
     assert (drawn.gates_NK[~used] == torch.tensor([1.0, 0.0])).all()
-    sure = build_gate(cfg)(torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(50, 4))
+    sure = gate(torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(50, 4))
     assert (sure.experts_NK[:, 1] == 1).all()
 
 
@@ -70,7 +71,7 @@ def test_weights_of_nothing_are_zero() -> None:
 def test_first_choices_have_their_slots_before_second_ones() -> None:
     cfg = config(num_experts=2, routing="capacity", capacity_factor=0.5)  # 4 rows: int(0.5 * 2 * 2) = 2 slots
     logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
-    drawn = build_gate(cfg)(logits)
+    drawn = CapacityGate(cfg)(logits)
     assert drawn.kept_NK.tolist() == [[True, False]] * 4
     assert drawn.dropped_NK.tolist() == [[False, True]] * 4
     assert drawn.choices_NK.tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
@@ -80,7 +81,7 @@ def test_padding_has_no_slots() -> None:
     cfg = config(num_experts=2, top_k=1, routing="capacity")  # 4 real rows: ceil(4 / 2) = 2 slots
     logits = torch.tensor([[1.0, 0.0]]).expand(12, 2)
     mask = torch.tensor([False, True, True] * 4)
-    drawn = build_gate(cfg)(logits, mask)
+    drawn = CapacityGate(cfg)(logits, mask)
     assert (~mask).sum() == 4 and drawn.kept_NK.flatten().nonzero().flatten().tolist() == [0, 3]
     assert drawn.dropped_NK.flatten().nonzero().flatten().tolist() == [6, 9]
 
@@ -115,7 +116,7 @@ def test_a_learnt_temperature_divides_the_logits_but_by_no_less_than_a_hundredth
     sides: str, value: float, divisor: float
 ) -> None:
     torch.manual_seed(0)
-    router = build_router(config(router="xmoe", router_temperature=0.5, router_normalize=sides)).double()
+    router = XMoERouter(config(router="xmoe", router_temperature=0.5, router_normalize=sides)).double()
     x = torch.randn(6, 8, dtype=torch.float64)
     reduced = x @ router.reduction.weight.T
     if sides == "both":
@@ -128,7 +129,7 @@ def test_a_learnt_temperature_divides_the_logits_but_by_no_less_than_a_hundredth
 
 def test_tiny_vectors_keep_finite_directions() -> None:
     """What is shorter than 1e-4 is divided by 1e-4, as in TorchScale."""
-    router = build_router(config(router="xmoe", router_normalize="both")).double()
+    router = XMoERouter(config(router="xmoe", router_normalize="both")).double()
     x = torch.full((1, 8), 1e-9, dtype=torch.float64)
     embedding = router.expert_embedding / router.expert_embedding.norm(dim=1, keepdim=True)
     torch.testing.assert_close(router(x), x @ router.reduction.weight.T / 1e-4 @ embedding.T, rtol=1e-6, atol=0)

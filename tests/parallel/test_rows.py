@@ -28,11 +28,11 @@ def transfers_on_rank():
             rows = rows_of(rank, counts[rank], dtype).requires_grad_()
             # two experts on each rank, the second one without rows
             load = torch.tensor([[count, 0] for count in counts[rank]], dtype=torch.int32).flatten()
-            exchange = parallel.exchange(load)
-            arrived = exchange.dispatch(rows)
-            returned = exchange.collect(arrived * 2)
+            sent, received, received_Pe = parallel.exchange_counts(load)
+            arrived = parallel.transfer(rows, sent, received)
+            returned = parallel.transfer(arrived * 2, received, sent)
             (returned * (rank + 1)).sum().backward()
-            results.append((arrived.detach(), returned.detach(), rows.grad, exchange.received_Pe))
+            results.append((arrived.detach(), returned.detach(), rows.grad, received_Pe))
     return results
 
 
@@ -53,9 +53,10 @@ def second_derivatives_on_rank():
     parallel, rank = expert_parallelism(2), dist.get_rank()
     x = rows_of(rank, COUNTS[0][rank], torch.float64).div(10).requires_grad_()
     load = torch.tensor([[count, 0] for count in COUNTS[0][rank]], dtype=torch.int32).flatten()
-    exchange = parallel.exchange(load)
+    sent, received, _ = parallel.exchange_counts(load)
+    cubes = parallel.transfer(parallel.transfer(x, sent, received) ** 3, received, sent)
     found = []
-    for transferred in (exchange.collect(exchange.dispatch(x) ** 3), parallel.sum(x[:2]) ** 3, gather_rows(x)[0] ** 3):
+    for transferred in (cubes, parallel.sum(x[:2]) ** 3, gather_rows(x)[0] ** 3):
         (first,) = torch.autograd.grad(transferred.sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.sum(), x)[0])
     return x.detach(), found

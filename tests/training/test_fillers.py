@@ -11,7 +11,7 @@ from parallel_runs import DENSE, MODEL, train_logs, updates_in, write_even_corpu
 from torch import nn
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.uncounted import taken_for_padding
+from mhmoe_fairseq.moe.layer import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism
 from mhmoe_fairseq.training import ParallelTask
 

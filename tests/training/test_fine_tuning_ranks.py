@@ -12,7 +12,7 @@ from decayed_models import FACTORS, build, inputs, step
 from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion, gather_rows
 from mhmoe_fairseq.models.heads import CenteredLayerNorm, RetrievalHead
-from mhmoe_fairseq.moe.uncounted import taken_for_padding
+from mhmoe_fairseq.moe.layer import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism
 
 LENGTHS = [9, 5, 2, 7, 4]

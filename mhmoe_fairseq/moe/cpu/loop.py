@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .._expert_network import ExpertWeights, expert_network
-from .._modes import in_forward_mode, is_traced, is_transformed, without_autocast
+from .._modes import in_forward_mode, without_autocast
 from ..dispatch import DispatchPlan, combine
 from . import memory as _cpu_memory
 from .norm import NormedLinear, stats_dtype
@@ -41,9 +42,10 @@ def loop_ffn(
 
 def loop_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
     """Where the loop cannot compute what is asked: the reason, to stand behind "cannot be used"; None where it can."""
-    if is_traced():
+    # The first is a constant to torch.compile, which could not trace what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
         return "where operations are traced (torch.compile, torch.export, torch.jit.trace, make_fx)"
-    if is_transformed():
+    if torch._C._are_functorch_transforms_active():  # what autograd.Function itself asks
         return "under a transform of torch.func (grad, jvp, vmap, ...)"
     if in_forward_mode():
         return "in forward-mode differentiation (torch.autograd.forward_ad)"
@@ -167,7 +169,7 @@ class _LoopFFN(torch.autograd.Function):
             return _differentiable_backward(ctx, grad_Nd, x_Nd, gates_NK, ExpertWeights(*weights))
         plan, settings = ctx.plan, ctx.settings
         fc1_w, _, gate_w, _, _, _, fc2_w, _ = weights
-        grads = _Gradients(weights, ctx.needs_input_grad[4:], idle=_idle_experts(ctx.ends))
+        grads = _Gradients(weights, ctx.needs_input_grad[4:], ctx.ends)
         source_R = plan.source_R
         gates_R = gates_NK.reshape(-1).index_select(0, plan.order_R).to(grad_Nd.dtype)
         gates_grad_R = torch.zeros_like(gates_R)
@@ -185,20 +187,20 @@ class _LoopFFN(torch.autograd.Function):
             inner, grad = _inner(settings, piece, hidden, gate, scratch), scratch[1]
             normed = _normed(weights, expert)
             if normed is None:
-                grads.add("fc2", expert, y_grad, inner)
+                grads.add("fc2", expert, piece, y_grad, inner)
                 torch.mm(y_grad, fc2_w[expert], out=grad)
             else:
                 mean, rstd = stats_2R[:, piece]
                 inner.sub_(mean.unsqueeze(1))
-                grads.add_normed(expert, normed, y_grad, rstd, inner, last=piece.stop == ctx.ends[expert])
+                grads.add_normed(normed, expert, piece, y_grad, rstd, inner)
                 normed.backward(inner, rstd, y_grad, gates_grad_R[piece] * gates_R[piece], grad)
             if settings.dropout:
                 grad.mul_(scratch[-1])
             gate_grad = _activate_backward(settings.activation, hidden, gate, grad, scratch[0])
-            grads.add("fc1", expert, grad, x)
+            grads.add("fc1", expert, piece, grad, x)
             x_grad = torch.mm(grad, fc1_w[expert], out=x_grad_Rd[piece])
             if gate_grad is not None:
-                grads.add("gate", expert, gate_grad, x)
+                grads.add("gate", expert, piece, gate_grad, x)
                 x_grad.addmm_(gate_grad, gate_w[expert])
 
         def to_choices(rows_R: Tensor) -> Tensor:
@@ -251,74 +253,63 @@ def _scratch(count: int, rows: int, like_RF: Tensor) -> Tensor:
     return _cpu_memory.empty((count, min(rows, _PIECE_ROWS), like_RF.size(1)), like_RF)
 
 
-def _idle_experts(ends: list[int]) -> list[int]:
-    return [expert for expert, (start, end) in enumerate(zip([0, *ends], ends)) if start == end]
-
-
-def _empty_grad(weight: Tensor, idle: list[int]) -> Tensor:
-    """Memory for a gradient that is yet to be written, but for the idle experts' zeros."""
-    grad = _cpu_memory.empty(tuple(weight.shape), weight)
-    if idle:  # an empty list of indices would cost as much as a full one
-        grad[idle] = 0
-    return grad
-
-
 class _Gradients:
-    """Gradients of the stacked parameters, in the order of ``ExpertWeights``, summed piece by piece."""
+    """Gradients of the stacked parameters, summed piece by piece.
 
-    _NAMES = ("fc1", "fc1_bias", "gate", "gate_bias", "norm", "norm_bias", "fc2", "fc2_bias")
+    Args:
+        weights: as in ``ExpertWeights``.
+        needed: for which of them.
+        ends: where the experts' rows end.
+    """
+
     # All of these follow from two sums, which the gradients of fc2 hold meanwhile.
-    _NORMED = ("norm", "norm_bias", "fc2", "fc2_bias")
+    _NORMED = ExpertWeights._fields[4:]
 
-    def __init__(self, weights: Sequence[Tensor | None], needed: tuple[bool, ...], idle: list[int]) -> None:
-        self._needed = needed
-        self._begun: set[tuple[str, int]] = set()
+    def __init__(self, weights: Sequence[Tensor | None], needed: tuple[bool, ...], ends: list[int]) -> None:
+        self._needed, self._starts, self._ends = needed, [0, *ends], ends
+        idle = [expert for expert, (start, end) in enumerate(zip(self._starts, ends)) if start == end]
         self._grads: dict[str, Tensor | None] = {}
-        weight_of = dict(zip(self._NAMES, weights))
-        fc2_w = weight_of["fc2"]
-        normed = weight_of["norm"] is not None and any(needed[self._NAMES.index("norm") :])
-        for name, need in zip(self._NAMES, needed):
-            weight = weight_of[name]
+        fc2_w = weights[6]
+        normed = weights[4] is not None and any(needed[4:])
+        for name, weight, need in zip(ExpertWeights._fields, weights, needed):
             if normed and name in self._NORMED:
                 need = True
                 weight = fc2_w[:, :, 0] if weight is None and fc2_w is not None else weight  # a bias's shape
-            self._grads[name] = None if weight is None or not need else _empty_grad(weight, idle)
+            grad = None if weight is None or not need else _cpu_memory.empty(tuple(weight.shape), weight)
+            if grad is not None and idle:  # an empty list of indices would cost as much as a full one
+                grad[idle] = 0
+            self._grads[name] = grad
 
-    def add(self, name: str, expert: int, output_grad: Tensor, x: Tensor) -> None:
+    def add(self, name: str, expert: int, piece: slice, output_grad: Tensor, x: Tensor) -> None:
         """The share of one piece in a linear map's weight and bias."""
-        self._add_product(name, expert, output_grad, x)
-        self._add_rows(name + "_bias", expert, output_grad)
+        self._add_product(f"{name}_weight", expert, piece, output_grad, x)
+        self._add_rows(f"{name}_bias", expert, piece, output_grad)
 
     def add_normed(
-        self, expert: int, layer: NormedLinear, output_grad: Tensor, rstd: Tensor, centered: Tensor, *, last: bool
+        self, layer: NormedLinear, expert: int, piece: slice, output_grad: Tensor, rstd: Tensor, centered: Tensor
     ) -> None:
         """The share of one piece in a LayerNorm and fc2; turns ``output_grad`` into its product with ``rstd``."""
-        self._add_rows("fc2_bias", expert, output_grad)
-        self._add_product("fc2", expert, output_grad.mul_(rstd.unsqueeze(1)), centered)
+        self._add_rows("fc2_bias", expert, piece, output_grad)
+        self._add_product("fc2_weight", expert, piece, output_grad.mul_(rstd.unsqueeze(1)), centered)
         norm, norm_bias, fc2, fc2_bias = (self._grads[name] for name in self._NORMED)
-        if last and norm is not None and norm_bias is not None and fc2 is not None and fc2_bias is not None:
+        is_last = piece.stop == self._ends[expert]
+        if is_last and norm is not None and norm_bias is not None and fc2 is not None and fc2_bias is not None:
             layer.parameter_grads(fc2[expert], fc2_bias[expert], norm[expert], norm_bias[expert])
 
-    def _add_product(self, name: str, expert: int, output_grad: Tensor, x: Tensor) -> None:
-        weight = self._grads[name]
-        if weight is not None:
-            # beta=0: the first piece writes, so the memory need not be cleared beforehand.
-            weight[expert].addmm_(output_grad.t(), x, beta=float(self._has_begun(name, expert)))
-
-    def _add_rows(self, name: str, expert: int, rows: Tensor) -> None:
+    def _add_product(self, name: str, expert: int, piece: slice, output_grad: Tensor, x: Tensor) -> None:
         total = self._grads[name]
-        if total is None:
-            return
-        if self._has_begun(name, expert):
-            total[expert] += rows.sum(0)
-        else:
-            torch.sum(rows, dim=0, out=total[expert])
+        if total is not None:
+            # beta=0: the first piece writes, so the memory need not be cleared beforehand.
+            begun = piece.start > self._starts[expert]
+            total[expert].addmm_(output_grad.t(), x, beta=float(begun))
 
-    def _has_begun(self, name: str, expert: int) -> bool:
-        begun = (name, expert) in self._begun
-        self._begun.add((name, expert))
-        return begun
+    def _add_rows(self, name: str, expert: int, piece: slice, rows: Tensor) -> None:
+        total = self._grads[name]
+        if total is not None and piece.start > self._starts[expert]:
+            total[expert] += rows.sum(0)
+        elif total is not None:
+            torch.sum(rows, dim=0, out=total[expert])
 
     def tensors(self) -> list[Tensor | None]:
         """In the order of ``ExpertWeights``."""
-        return [self._grads[name] if need else None for name, need in zip(self._NAMES, self._needed)]
+        return [grad if need else None for grad, need in zip(self._grads.values(), self._needed)]

@@ -6,6 +6,7 @@ for its backward, hundreds of megabytes in every step, that costs more than comp
 never holds more than was in use at one time.
 """
 
+import math
 import mmap
 import threading
 import weakref
@@ -56,9 +57,7 @@ _pool = _Pool()
 
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised tensor with the dtype of ``like``; large ones come from the pool."""
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
     size = count * like.element_size()
     if size < _HUGE_PAGE or not hasattr(mmap, "MAP_PRIVATE"):
         return like.new_empty(shape)
