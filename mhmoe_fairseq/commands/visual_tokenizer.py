@@ -2,21 +2,18 @@
 
 import argparse
 import json
-from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.arguments import add_action, existing_file, existing_folder, output_file, real, seed, whole
+from ..common.arguments import add_action, add_fields, existing_file, existing_folder, output_file, real, seed, whole
 from ..common.console import say
 from ..common.errors import UserError
-from ..common.files import atomic_path, write_json
-from ..prepare.visual_tokenizers.settings import FILE, FitSettings, KMeansSettings, VQVAESettings
+from ..common.files import write_json
+from ..prepare.visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings, VQVAESettings
 
 if TYPE_CHECKING:
     from ..data.visual_tokenizers import VisualTokenizer
 
-KINDS: dict[str, type[FitSettings]] = {"patch-kmeans": KMeansSettings, "vqvae": VQVAESettings}
-_SHOWN = 12
+KINDS: dict[str, type[KMeansSettings] | type[VQVAESettings]] = {"patch-kmeans": KMeansSettings, "vqvae": VQVAESettings}
 _FIT = """\
 Only the training images of a prepared folder are used. Writes FILE, beside it FILE.png with held-out images over
 what their ids decode to, and FILE.json with the figures; the last line says how many codes held-out images use.
@@ -38,7 +35,7 @@ One line of JSON per image: its file and the rows of ids.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe visual-tokenizer fit|info|encode``."""
+    """Adds the flags of ``mhmoe visual-tokenizer fit|info|encode``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="fit|info|encode")
     _add_fit_arguments(add_action(actions, "fit", "fit one to a prepared folder's training images", _FIT))
     info = add_action(actions, "info", "say what a file holds", _INFO)
@@ -52,29 +49,31 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
     kmeans, vqvae = (settings() for settings in KINDS.values())
     fit.add_argument("data", type=existing_folder, metavar="DATA", help="folder of mhmoe prepare image-text")
     fit.add_argument("--kind", choices=tuple(KINDS), default="patch-kmeans", help="what is fitted")
-    fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {FILE} in DATA)")
+    fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {TOKENIZER_FILE} in DATA)")
     fit.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    for name, settings, kind, text in (
-        ("vocab_size", kmeans, whole(), "number of codes"),
-        ("patch_size", kmeans, whole(), "side of a patch in pixels"),
-        ("image_size", kmeans, whole(), "side of the images that it takes; both sizes give the grid of ids"),
-        ("max_patches", kmeans, whole(), "patch-kmeans: about how many patches are used"),
-        ("iterations", kmeans, whole(), "patch-kmeans: of Lloyd's algorithm"),
-        ("updates", vqvae, whole(), "vqvae: steps"),
-        ("batch_size", vqvae, whole(), "vqvae: images in a step"),
-        ("seed", kmeans, seed, "of everything that is drawn"),
-    ):
-        flag, default = f"--{name.replace('_', '-')}", getattr(settings, name)
-        fit.add_argument(flag, type=kind, default=default, metavar="N", help=text)
+    add_fields(
+        fit, kmeans,
+        ("vocab_size", whole(), "N", "number of codes"),
+        ("patch_size", whole(), "N", "side of a patch in pixels"),
+        ("image_size", whole(), "N", "side of the images that it takes; both sizes give the grid of ids"),
+        ("max_patches", whole(), "N", "patch-kmeans: about how many patches are used"),
+        ("iterations", whole(), "N", "patch-kmeans: of Lloyd's algorithm"),
+        ("seed", seed, "N", "of everything that is drawn"),
+    )  # fmt: skip
+    add_fields(
+        fit, vqvae,
+        ("updates", whole(), "N", "vqvae: steps"),
+        ("batch_size", whole(), "N", "vqvae: images in a step"),
+        ("device", str, None, "vqvae: where to train"),
+    )  # fmt: skip
     fit.add_argument(
         "--lr", dest="learning_rate", type=real(above=0, below=1), default=vqvae.learning_rate, metavar="RATE",
         help="vqvae: at the start",
     )  # fmt: skip
-    fit.add_argument("--device", default=vqvae.device, help="vqvae: where to train")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what ``args.action`` says.
+    """Does what ``args.action`` says.
 
     Raises:
         UserError: a bad flag, a file that is no tokenizer, an image that cannot be read.
@@ -84,18 +83,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> None:
-    from ..prepare.visual_tokenizers.kmeans import fit_kmeans
-    from ..prepare.visual_tokenizers.vqvae import fit_vqvae
+    from ..prepare.visual_tokenizers.fitting import draw_comparison, fit_tokenizer
 
-    output = args.output or args.data / FILE
+    output, kind = args.output or args.data / TOKENIZER_FILE, KINDS[args.kind]
     if output.exists() and not args.overwrite:
         raise UserError(f"--output {output}: is there already; name another file, or add --overwrite to replace it")
-    kind, given = KINDS[args.kind], vars(args)
-    settings = kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
-    tokenizer: VisualTokenizer = {"patch-kmeans": fit_kmeans, "vqvae": fit_vqvae}[args.kind](args.data, settings, say)
+    settings = kind(**{name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__})
+    settings.check()
+    tokenizer = fit_tokenizer(args.data, settings, say)
     tokenizer.save(output)
     write_json(output.with_name(output.name + ".json"), describe(tokenizer))
-    _draw_comparison(tokenizer, args.data, output.with_name(output.name + ".png"), args.seed)
+    draw_comparison(tokenizer, args.data, output.with_name(output.name + ".png"), args.seed)
     for split in ("train", "valid"):
         if split in tokenizer.provenance:
             measured = tokenizer.provenance[split].items()
@@ -103,21 +101,8 @@ def _fit(args: argparse.Namespace) -> None:
     say(f"done: {output}")
 
 
-def _draw_comparison(tokenizer: "VisualTokenizer", data: Path, path: Path, seed: int) -> None:
-    """A dozen held-out images (training ones where none are held out) over their reconstructions."""
-    from torchvision.transforms.functional import to_pil_image
-
-    from ..data.multimodal.index import index_files
-    from ..prepare.visual_tokenizers.samples import comparison, whole_images
-
-    split = next(split for split in ("valid", "train") if index_files(data, "image", split)[0].is_file())
-    images = whole_images(data, split, tokenizer.image_size, _SHOWN, seed)
-    with atomic_path(path) as temporary:
-        to_pil_image(comparison(tokenizer, images)).save(temporary, format="PNG")
-
-
 def describe(tokenizer: "VisualTokenizer") -> dict[str, object]:
-    """What a file holds, as JSON values."""
+    """Returns what a file holds, as JSON values."""
     return {
         "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size, "patch_size": tokenizer.patch_size,
         "image_size": tokenizer.image_size, "token_shape": list(tokenizer.token_shape),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .ranges import SEED, Range
+from .ranges import SEED, Range, flag
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -52,6 +52,12 @@ def add_action(actions: Any, name: str, summary: str, examples: str = "") -> arg
     """The parser of one more sub-command of ``actions``; its help ends with ``examples`` as they are written."""
     text = f"{summary[0].upper()}{summary[1:]}.\n\n{examples}".strip()
     return actions.add_parser(name, help=summary, description=text, formatter_class=HelpFormatter)
+
+
+def add_fields(parser: Any, defaults: Any, *rows: tuple[str, Callable[[str], Any], str | None, str]) -> None:
+    """Adds a flag for each row: a field of ``defaults``, which has its default, then type, metavar and help."""
+    for name, kind, metavar, text in rows:
+        parser.add_argument(flag(name), type=kind, default=getattr(defaults, name), metavar=metavar, help=text)
 
 
 def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:

@@ -155,17 +155,17 @@ def test_the_manifest_says_what_is_derived(folder):
 
 def test_only_training_images_make_the_codes(folder, tmp_path):
     """The codes are the same when every held-out image is another one."""
-    from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_kmeans
+    from mhmoe_fairseq.prepare.visual_tokenizers.fitting import fit_tokenizer
 
     settings = shape_settings().tokenizer
-    before = fit_kmeans(folder, settings, say=print)
+    before = fit_tokenizer(folder, settings, say=print)
     changed = tmp_path / "changed"
     changed.mkdir()
     (changed / "image.train.jsonl").write_bytes((folder / "image.train.jsonl").read_bytes())
     for row in records(folder, "image", "train"):
         (changed / row["image_path"]).parent.mkdir(exist_ok=True)
         (changed / row["image_path"]).write_bytes((folder / row["image_path"]).read_bytes())
-    after = fit_kmeans(changed, settings, say=print)
+    after = fit_tokenizer(changed, settings, say=print)
     assert before.centroids.equal(after.centroids)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
-from mhmoe_fairseq.prepare.visual_tokenizers.samples import whole_images
+from mhmoe_fairseq.prepare.visual_tokenizers.fitting import whole_images
 
 SMALL = ["--vocab-size", "12", "--patch-size", "8", "--image-size", "32"]
 

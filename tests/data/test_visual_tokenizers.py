@@ -6,8 +6,7 @@ import torch
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.visual_tokenizers import PatchKMeans, load_visual_tokenizer
 from mhmoe_fairseq.data.visual_tokenizers.base import check_range, from_patches, nearest, to_patches
-from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_patch_kmeans
-from mhmoe_fairseq.prepare.visual_tokenizers.samples import measure
+from mhmoe_fairseq.prepare.visual_tokenizers.fitting import fit_patch_kmeans, measure
 from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 

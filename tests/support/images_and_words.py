@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 from mhmoe_fairseq.data.multimodal.index import write_index
 from mhmoe_fairseq.data.visual_tokenizers.base import to_patches
-from mhmoe_fairseq.prepare.visual_tokenizers.kmeans import fit_patch_kmeans
+from mhmoe_fairseq.prepare.visual_tokenizers.fitting import fit_patch_kmeans
 from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 COLOURS = {

@@ -6,7 +6,6 @@ tokenizer, and a manifest.
 """
 
 import shutil
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
@@ -25,8 +24,7 @@ from ..archives import Say
 from ..base import DICTIONARY, MODEL_FILE, complete_manifest
 from ..binarize import binarize, dataset_writer
 from ..splits import SPLITS
-from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
-from ..visual_tokenizers.settings import KMeansSettings
+from ..visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings
 from ..workspace import describe_files
 from .pipeline import KIND, MASK
 
@@ -230,12 +228,11 @@ class Completion:
         settings, file = self._tokenizer, self._folder / TOKENIZER_FILE
         if settings is None or file.is_file() or not self._is_there("image", "train"):
             return None
-        from ..visual_tokenizers.kmeans import fit_kmeans  # which needs PyTorch
+        from ..visual_tokenizers.fitting import fit_into  # which needs PyTorch
 
-        fitted = fit_kmeans(self._folder, settings, say=lambda line: None)
-        fitted.save(file)
+        record = fit_into(self._folder, settings, self._say)
         self._note(TOKENIZER_FILE)
-        return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
+        return record
 
     def _write_manifest(self, counts: dict[str, int], tokenizer: Optional[dict[str, Any]]) -> dict[str, Any]:
         earlier = read_manifest(self._folder)

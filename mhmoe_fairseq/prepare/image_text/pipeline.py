@@ -1,7 +1,7 @@
 """From a source of images to a prepared folder: read, divide, learn a vocabulary, write texts, indexes and ids."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Iterable, Optional
@@ -11,8 +11,7 @@ from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, 
 from ...data.documents import clean_line
 from ..base import DICTIONARY, MODEL_FILE, CorpusSettings, Preparation, binary_files
 from ..splits import SPLITS
-from ..visual_tokenizers.settings import FILE as TOKENIZER_FILE
-from ..visual_tokenizers.settings import KMeansSettings
+from ..visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings
 from .derived import Derivation, DerivedSettings
 from .images import CATALOGUE, SENTENCES, Sentence, SourceImage, read_catalogue, write_catalogue
 from .indexes import IndexWriter, by_part
@@ -178,15 +177,6 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
         settings = self.settings.tokenizer
         if settings is None:
             return None
-        from ..visual_tokenizers.kmeans import fit_kmeans  # which needs PyTorch
+        from ..visual_tokenizers.fitting import fit_into  # which needs PyTorch
 
-        start = time.monotonic()
-        fitted = fit_kmeans(self.partial, settings, say=lambda line: None)
-        fitted.save(self.partial / TOKENIZER_FILE)
-        held_out = fitted.provenance.get("valid", fitted.provenance["train"])
-        self.say(
-            f"visual tokenizer: {fitted.kind}, {fitted.vocab_size} codes for patches of {fitted.patch_size} pixels, "
-            f"held-out images use {held_out['used']:.0%} of them (perplexity {held_out['perplexity']:g}), mean "
-            f"squared error {held_out['mean_squared_error']:g}, {time.monotonic() - start:.1f} s"
-        )
-        return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
+        return fit_into(self.partial, settings, self.say)

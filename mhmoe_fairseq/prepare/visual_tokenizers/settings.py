@@ -1,11 +1,11 @@
 """How a visual tokenizer is fitted: what ``mhmoe visual-tokenizer fit`` and ``mhmoe prepare image-text`` ask for."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ...common.errors import UserError
-from ...common.ranges import INSIDE, SIZE
 
-FILE = "visual_tokenizer.pt"
+TOKENIZER_FILE = "visual_tokenizer.pt"
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class FitSettings:
     seed: int = 1  # of everything that is drawn
 
     def check(self, vocab_flag: str = "--vocab-size") -> None:
-        """``UserError`` that names the flag of a bad value."""
+        """``UserError`` that names the flag of a bad size."""
         from ...data.visual_tokenizers.base import check_sizes
 
         check_sizes(self.vocab_size, self.patch_size, self.image_size, vocab_flag)
@@ -31,12 +31,10 @@ class KMeansSettings(FitSettings):
     max_patches: int = 60_000  # about how many patches k-means sees
     iterations: int = 15
 
-    def check(self, vocab_flag: str = "--vocab-size") -> None:
-        """``UserError`` that names the flag of a bad value."""
-        super().check(vocab_flag)
-        for flag, value in (("--max-patches", self.max_patches), ("--iterations", self.iterations)):
-            if problem := SIZE.problem(value):
-                raise UserError(f"{flag} ({value}) {problem}")
+    @property
+    def max_images(self) -> int:
+        """How many training images are read at most."""
+        return min(8192, self.max_patches)
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,14 @@ class VQVAESettings(FitSettings):
     learning_rate: float = 2e-3  # at the start; it falls to zero by a cosine
     decay: float = 0.95  # of the codes' moving average
     commitment: float = 0.25  # weight of the vectors' distance from their codes, beside the error of the images
-    crops: int = 1  # random crops of each training image, made before the first step
     device: str = "cpu"
+    max_images: ClassVar[int] = 4096
 
     def check(self, vocab_flag: str = "--vocab-size") -> None:
-        """``UserError`` that names the flag of a bad value; a device that PyTorch cannot use is one."""
+        """``UserError`` as for every kind, and for a device that PyTorch cannot use."""
         import torch
 
         super().check(vocab_flag)
-        numbers = (("--updates", SIZE, self.updates), ("--batch-size", SIZE, self.batch_size))
-        for flag, allowed, value in (*numbers, ("--lr", INSIDE, self.learning_rate)):
-            if problem := allowed.problem(value):
-                raise UserError(f"{flag} ({value}) {problem}")
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
