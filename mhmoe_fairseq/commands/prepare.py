@@ -2,9 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
-from ..common.arguments import add_action, existing_file, existing_folder, nonempty, output_folder, real, seed, whole
+from ..common import arguments
+from ..common.arguments import add_action, add_fields, existing_file, existing_folder, nonempty, output_folder, real
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import require_files
@@ -13,25 +14,25 @@ from ..data.languages import PAPER_LANGUAGES, parse_languages
 from ..data.sentencepiece_vocabulary import MODELS, check_vocab_size
 from ..data.tiktoken_vocabulary import TOKENIZERS, check_tokenizer
 from ..prepare import classification
-from ..prepare.base import CorpusSettings, TextSettings
+from ..prepare.base import CorpusSettings, Preparation, TextSettings
 from ..prepare.english import EnglishPreparation, EnglishSettings
 from ..prepare.image_text.beit3_folder import Completion
 from ..prepare.image_text.derived import DerivedSettings
 from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
-from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings, check_alpha
-from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES
+from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
+from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES, Sources
 from ..prepare.sources.images.folder import Beit3Folder
 from ..prepare.splits import SPLITS
 from ..prepare.visual_tokenizers.settings import KMeansSettings
 
 
 class Kind(NamedTuple):
-    """A sub-command: what it makes, in a phrase and in a sentence, its flags, and what runs it."""
+    """A sub-command: what it makes, in a phrase and in a sentence, its flags, and from these to what prepares it."""
 
     summary: str
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
+    preparation: Callable[[argparse.Namespace], Preparation[Any] | Completion]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares the data; raises ``UserError`` for anything the user can mend."""
-    KINDS[args.kind].run(args)
+    KINDS[args.kind].preparation(args).run(args.dest, overwrite=args.overwrite)
     return 0
 
 
 def _add_corpus_arguments(
-    parser: argparse.ArgumentParser, settings: type[CorpusSettings], *, held_out: str, drawn: str, **lowest: float
-) -> None:
+    parser: argparse.ArgumentParser, sources: Sources[Any], settings: type[CorpusSettings], *, held_out: str,
+    drawn: str, **lowest: float,
+) -> None:  # fmt: skip
     """Adds the flags of everything that is fetched and divided.
 
     Args:
@@ -61,24 +63,25 @@ def _add_corpus_arguments(
         drawn: what the seed decides.
         lowest: a bound of the shares, see :func:`real`.
     """
+    sources.add_arguments(parser)
     parser.add_argument(
         "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
     )
-    parser.add_argument("--seed", type=seed, default=settings.seed, help=f"decides {drawn}")
-    for split in ("valid", "test"):
-        parser.add_argument(
-            f"--{split}-fraction", type=real(**lowest, below=1), default=getattr(settings, f"{split}_fraction"),
-            help=f"share of the {held_out}",
-        )  # fmt: skip
+    share = real(**lowest, below=1)
+    add_fields(
+        parser, settings,
+        ("seed", arguments.seed, None, f"decides {drawn}"),
+        ("valid_fraction", share, None, f"share of the {held_out}"),
+        ("test_fraction", share, None, f"share of the {held_out}"),
+    )  # fmt: skip
 
 
 def _add_vocabulary_arguments(group: argparse._ArgumentGroup, settings: type[CorpusSettings]) -> None:
-    group.add_argument(
-        "--vocab-size", type=whole(), default=settings.vocab_size, metavar="N", help="SentencePiece's pieces"
-    )
-    group.add_argument(
-        "--tokenizer-model", choices=MODELS, default=settings.tokenizer_model, help="SentencePiece's model"
-    )
+    add_fields(
+        group, settings,
+        ("vocab_size", arguments.whole(), "N", "SentencePiece's pieces"),
+        ("tokenizer_model", MODELS, None, "SentencePiece's model"),
+    )  # fmt: skip
 
 
 def _add_text_vocabulary_arguments(
@@ -90,10 +93,7 @@ def _add_text_vocabulary_arguments(
         "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
     )
     _add_vocabulary_arguments(group, settings)
-    group.add_argument(
-        "--tokenizer-lines", type=whole(), default=settings.tokenizer_lines, metavar="N",
-        help="learn pieces from at most about N lines",
-    )  # fmt: skip
+    add_fields(group, settings, ("tokenizer_lines", arguments.whole(), "N", "learn pieces from at most about N lines"))
     return group
 
 
@@ -102,22 +102,20 @@ def _cache_dir(args: argparse.Namespace) -> Path:
 
 
 def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
-    ENGLISH_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, EnglishSettings, held_out="bytes; 0 for none", drawn="which documents are held out", at_least=0
-    )
-    parser.add_argument(
-        "--dedup", choices=DEDUP_CHOICES, default=EnglishSettings.dedup,
-        help="what is kept only where it occurs first in the whole corpus, before the split",
+        parser, ENGLISH_SOURCES, EnglishSettings, held_out="bytes; 0 for none", drawn="which documents are held out",
+        at_least=0,
     )  # fmt: skip
+    deduplicated = "what is kept only where it occurs first in the whole corpus, before the split"
+    add_fields(parser, EnglishSettings, ("dedup", DEDUP_CHOICES, None, deduplicated))
     _add_text_vocabulary_arguments(parser, EnglishSettings)
 
 
-def _prepare_english(args: argparse.Namespace) -> None:
+def _english(args: argparse.Namespace) -> EnglishPreparation:
     source, settings = ENGLISH_SOURCES.build(args), EnglishSettings.from_flags(args)
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     say(f"source: {source.name}; {source.unit}; licence: {source.licence}")
-    EnglishPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+    return EnglishPreparation(source, settings, _cache_dir(args), say)
 
 
 def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,27 +123,22 @@ def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
         "--langs", type=nonempty, default=",".join(PAPER_LANGUAGES), metavar="CODES",
         help="languages, with commas in between",
     )  # fmt: skip
-    MULTILINGUAL_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, MultilingualSettings, held_out="keys; 0 for none", drawn="what is held out, and what a cap leaves out",
-        at_least=0,
+        parser, MULTILINGUAL_SOURCES, MultilingualSettings, held_out="keys; 0 for none",
+        drawn="what is held out, and what a cap leaves out", at_least=0,
     )  # fmt: skip
-    parser.add_argument(
-        "--max-mb-per-language", type=real(at_least=0), default=MultilingualSettings.max_mb_per_language,
-        metavar="MB",
-        help="leave out whole keys, the same ones in all languages, above this size; 0 for no limit",
-    )  # fmt: skip
+    capped = "leave out whole keys, the same ones in all languages, above this size; 0 for no limit"
+    add_fields(parser, MultilingualSettings, ("max_mb_per_language", real(at_least=0), "MB", capped))
     parser.add_argument(
         "--line-filter", choices=("auto", "on", "off"), default="auto",
         help="drop short lines, lines in another script, and untranslated English; auto: for debian-docs only",
     )  # fmt: skip
-    _add_text_vocabulary_arguments(parser, MultilingualSettings).add_argument(
-        "--vocab-sampling-alpha", type=real(at_least=0), default=MultilingualSettings.vocab_sampling_alpha, metavar="A",
-        help="languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike",
-    )  # fmt: skip
+    group = _add_text_vocabulary_arguments(parser, MultilingualSettings)
+    sampled = "languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike"
+    add_fields(group, MultilingualSettings, ("vocab_sampling_alpha", real(0, 1), "A", sampled))
 
 
-def _prepare_multilingual(args: argparse.Namespace) -> None:
+def _multilingual(args: argparse.Namespace) -> MultilingualPreparation:
     source = MULTILINGUAL_SOURCES.build(args)
     settings = MultilingualSettings.from_flags(
         args,
@@ -154,16 +147,14 @@ def _prepare_multilingual(args: argparse.Namespace) -> None:
         max_mb_per_language=args.max_mb_per_language or None,
     )
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
-    check_alpha(args.vocab_sampling_alpha)
     say(f"source: {source.name}; languages: {', '.join(settings.languages)}")
-    MultilingualPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+    return MultilingualPreparation(source, settings, _cache_dir(args), say)
 
 
 def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
-    IMAGE_SOURCES.add_arguments(parser)
     _add_corpus_arguments(
-        parser, ImageTextSettings, held_out="things that the images show", drawn="what is held out, derived and fitted",
-        above=0,
+        parser, IMAGE_SOURCES, ImageTextSettings, held_out="things that the images show",
+        drawn="what is held out, derived and fitted", above=0,
     )  # fmt: skip
     text = parser.add_argument_group("text")
     text.add_argument(
@@ -176,22 +167,25 @@ def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     codes = parser.add_argument_group("visual tokenizer")
     codes.add_argument("--no-visual-tokenizer", action="store_true", help="fit none (mhmoe visual-tokenizer fit does)")
-    for flag, default, metavar, what in (
-        ("--image-size", KMeansSettings.image_size, "PIXELS", "side of the images it takes"),
-        ("--patch-size", KMeansSettings.patch_size, "PIXELS", "side of a patch"),
-        ("--visual-vocab-size", KMeansSettings.vocab_size, "N", "number of codes"),
-    ):
-        codes.add_argument(flag, type=whole(), default=default, metavar=metavar, help=what)
+    add_fields(
+        codes, KMeansSettings,
+        ("image_size", arguments.whole(), "PIXELS", "side of the images it takes"),
+        ("patch_size", arguments.whole(), "PIXELS", "side of a patch"),
+    )  # fmt: skip
+    codes.add_argument(
+        "--visual-vocab-size", type=arguments.whole(), default=KMeansSettings.vocab_size, metavar="N",
+        help="number of codes",
+    )  # fmt: skip
     derived = parser.add_argument_group("derived questions and statements")
     derived.add_argument("--no-derived", action="store_true", help="make none")
-    for flag, default, what in (
-        ("--min-answer-count", DerivedSettings.min_answer_count, "rarer answers are no classes"),
-        ("--statements", DerivedSettings.statements, "of the training part"),
-    ):
-        derived.add_argument(flag, type=whole(), default=default, metavar="N", help=what)
+    add_fields(
+        derived, DerivedSettings,
+        ("min_answer_count", arguments.whole(), "N", "rarer answers are no classes"),
+        ("statements", arguments.whole(), "N", "of the training part"),
+    )  # fmt: skip
 
 
-def _prepare_image_text(args: argparse.Namespace) -> None:
+def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
     source = IMAGE_SOURCES.build(args)
     check_vocab_size(args.vocab_size)
     tokenizer = KMeansSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
@@ -204,16 +198,9 @@ def _prepare_image_text(args: argparse.Namespace) -> None:
         tokenizer=None if args.no_visual_tokenizer else tokenizer,
     )
     if isinstance(source, Beit3Folder):
-        if args.dest.resolve() != source.folder.resolve():
-            raise UserError(
-                f"--dest {args.dest}: must be {source.folder} itself, where the missing files are put: the images are "
-                "not copied"
-            )
-        completion = Completion(source.folder, say, settings.text_data, settings.tokenizer)
-        say(f"done: {source.folder}, {len(completion.run()['made'])} files made here")
-        return
+        return Completion(source.folder, say, settings.text_data, settings.tokenizer)
     say(f"source: {source.name}; licence: {source.licence}")
-    ImageTextPreparation(source, settings, _cache_dir(args), say).run(args.dest, overwrite=args.overwrite)
+    return ImageTextPreparation(source, settings, _cache_dir(args), say)
 
 
 def _codes(langs: str) -> tuple[str, ...]:
@@ -271,35 +258,35 @@ def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _prepare_classification(args: argparse.Namespace) -> None:
+def _classification(args: argparse.Namespace) -> classification.ClassificationPreparation:
     words = {split: getattr(args, split) for split in SPLITS}
     files = classification.labelled_files(words, several_languages=args.language_field is not None)
     settings = classification.ClassificationSettings.from_flags(args)
     source = classification.open_labelled_text(files, args.data, args.tiktoken_ranks)
-    classification.ClassificationPreparation(source, settings, args.dest, say).run(args.dest, overwrite=args.overwrite)
+    return classification.ClassificationPreparation(source, settings, args.dest, say)
 
 
 KINDS = {
     "english": Kind(
         "English text for language modelling",
         "Fetch, clean, split by document, learn a vocabulary on the training part, and binarise for fairseq.",
-        _add_english_arguments, _prepare_english,
+        _add_english_arguments, _english,
     ),
     "multilingual": Kind(
         "text in many languages for language modelling",
         "Fetch or read text in many languages, clean it, hold out the same keys in all of them, learn one vocabulary "
         "on the training parts, and binarise every language for fairseq.",
-        _add_multilingual_arguments, _prepare_multilingual,
+        _add_multilingual_arguments, _multilingual,
     ),
     "classification": Kind(
         "labelled sentences or pairs, such as XNLI's, for fine-tuning",
         "Read labelled sentences or pairs (XNLI, MNLI, ...), encode them as a language model does, and binarise them.",
-        _add_classification_arguments, _prepare_classification,
+        _add_classification_arguments, _classification,
     ),
     "image-text": Kind(
         "images with captions and questions, for masked multimodal models",
         "Fetch or read images with captions, divide them, learn a vocabulary and a visual tokenizer on the training "
         "part, and write everything that masked multimodal pre-training and fine-tuning read, in BEiT-3's formats.",
-        _add_image_text_arguments, _prepare_image_text,
+        _add_image_text_arguments, _image_text,
     ),
 }  # fmt: skip

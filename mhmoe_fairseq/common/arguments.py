@@ -54,10 +54,11 @@ def add_action(actions: Any, name: str, summary: str, examples: str = "") -> arg
     return actions.add_parser(name, help=summary, description=text, formatter_class=HelpFormatter)
 
 
-def add_fields(parser: Any, defaults: Any, *rows: tuple[str, Callable[[str], Any], str | None, str]) -> None:
-    """Adds a flag for each row: a field of ``defaults``, which has its default, then type, metavar and help."""
+def add_fields(parser: Any, defaults: Any, *rows: tuple[str, Any, str | None, str]) -> None:
+    """Adds a flag for each row: a field of ``defaults``, a type or a tuple of choices, metavar and help."""
     for name, kind, metavar, text in rows:
-        parser.add_argument(flag(name), type=kind, default=getattr(defaults, name), metavar=metavar, help=text)
+        allowed = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(flag(name), default=getattr(defaults, name), metavar=metavar, help=text, **allowed)
 
 
 def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:

@@ -8,7 +8,7 @@ import io
 import random
 import re
 from pathlib import Path
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 from ..common.errors import UserError
 from ..common.files import atomic_open
@@ -106,6 +106,16 @@ def _explain(error: RuntimeError, vocab_size: int) -> Exception:
     return UserError(f"--vocab-size {vocab_size}: SentencePiece cannot train on this corpus ({message})")
 
 
+def open_model(path: Path) -> Any:
+    """A ``SentencePieceProcessor``; ``UserError`` when the file is not a model."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: not a SentencePiece model ({' '.join(str(error).split())})") from error
+
+
 class SentencePieceVocabulary:
     """A trained model, as a :class:`~mhmoe_fairseq.data.vocabulary.Vocabulary`.
 
@@ -114,12 +124,7 @@ class SentencePieceVocabulary:
     """
 
     def __init__(self, path: Path):
-        import sentencepiece
-
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{path}: not a SentencePiece model ({' '.join(str(error).split())})") from error
+        self._model = open_model(path)
         specials = (self._model.bos_id(), self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         if specials != tuple(range(NUM_SPECIALS)):
             raise UserError(f"{path}: its <s>, <pad>, </s>, <unk> have ids {specials}, not fairseq's 0, 1, 2, 3")

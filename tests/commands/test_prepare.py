@@ -38,7 +38,7 @@ from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
         ("multilingual", "--source text missing", "--source text missing: no such folder"),
         ("multilingual", "--debian-families kde", "--debian-families kde: must be one of mediawiki, "),
         ("multilingual", "--max-mb-per-language -1", "--max-mb-per-language (-1) must be at least 0"),
-        ("multilingual", "--vocab-sampling-alpha 2", "--vocab-sampling-alpha 2: must be between 0"),
+        ("multilingual", "--vocab-sampling-alpha 2", "--vocab-sampling-alpha (2) must be in [0, 1]"),
         ("multilingual", "--tokenizer tiktoken", "--tokenizer tiktoken: needs --tiktoken-ranks FILE"),
         ("multilingual", "--valid-fraction 0.6 --test-fraction 0.5", "their sum must be below 1"),
         ("image-text", "--source coco", "--source coco: must be one of emoji, folder, beit3-index, tuxpaint"),

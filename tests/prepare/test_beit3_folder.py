@@ -73,7 +73,7 @@ def upstream(tmp_path):
 
 def complete(folder, **settings):
     said = []
-    manifest = Completion(folder, said.append, **{"tokenizer": TOKENIZER, **settings}).run()
+    manifest = Completion(folder, said.append, **{"tokenizer": TOKENIZER, **settings}).run(folder)
     return manifest, said
 
 
@@ -82,7 +82,7 @@ def test_ids_are_those_of_the_upstream_tokenizer(upstream):
     vocabulary = PieceVocabulary(upstream / "beit3.spm")
     lines = [*CAPTIONS, "circles and bars"]
     expected = [[3 if index == 1 else index for index in xlm_roberta_ids(model, line)] for line in lines]
-    assert vocabulary.encode_lines(lines) == expected
+    assert [vocabulary.encode(line) for line in lines] == expected
     complete(upstream)
     dictionary = Dictionary.load(str(upstream / "dict.txt"))
     assert dictionary.index("<mask>") == model.vocab_size() + 1 == len(dictionary) - 1
@@ -125,8 +125,8 @@ def test_text_of_ones_own_is_encoded(upstream, tmp_path):
         (tmp_path / "own" / f"{split}.txt").write_text("a bar\n\n a  circle\n")
     complete(upstream, text_data=tmp_path / "own", tokenizer=None)
     lines = data_utils.load_indexed_dataset(str(upstream / "text" / "test"))
-    expected = PieceVocabulary(upstream / "beit3.spm").encode_lines(["a bar", "a circle"])
-    assert [line.tolist() for line in lines] == [[*ids, 2] for ids in expected]
+    vocabulary = PieceVocabulary(upstream / "beit3.spm")
+    assert [line.tolist() for line in lines] == [[*vocabulary.encode(text), 2] for text in ("a bar", "a circle")]
     assert not (upstream / "visual_tokenizer.pt").exists()
 
 

@@ -211,14 +211,6 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
         self.save_dictionary(np.sum(occurrences, axis=0))
 
 
-def check_alpha(alpha: float) -> None:
-    """``UserError`` unless 0 <= alpha <= 1."""
-    if not 0 <= alpha <= 1:
-        raise UserError(
-            f"--vocab-sampling-alpha {alpha:g}: must be between 0 (all languages alike) and 1 (by their sizes)"
-        )
-
-
 def language_shares(sizes: Mapping[str, int], alpha: float) -> dict[str, float]:
     """Returns ``(n_l / N) ** alpha``, normalised to 1: XLM's sampling of languages."""
     total = sum(sizes.values())
