@@ -4,12 +4,18 @@ Nothing in a file is ever run: ``.pt`` is read with ``weights_only=True``, safet
 mapped, not read, until they are used.
 
 A safetensors file of ours has the weights under their names in the model, the other tensors under their keys in the
-checkpoint, and in its metadata ``format`` (pt), ``mhmoe_checkpoint`` (the version, 1), ``cfg`` (fairseq's
-configuration as JSON) and ``checkpoint`` (all the rest as JSON, see :mod:`.json`).
+checkpoint (``last_optimizer_state.state.0.exp_avg``), and in its metadata ``format`` (pt), ``mhmoe_checkpoint`` (the
+version, 1), ``cfg`` (fairseq's configuration) and ``checkpoint`` (all the rest) as JSON. JSON has no tuples, no keys
+but strings and no infinities; what it lacks is written as an object with one key that begins with ``$``:
+``{"$tensor": NAME}``, ``{"$scalar": [DTYPE, BYTES]}``, ``{"$tuple": [...]}``, ``{"$dict": [[KEY, VALUE], ...]}``,
+``{"$ordered": [[KEY, VALUE], ...]}``, ``{"$float": "inf"}``.
 """
 
+import itertools
 import json
+import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +27,10 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..common.files import atomic_path, refuse_path_separator
 from ..data.tensor_files import load_tensors, unreadable, without_wrapper
-from .json import TensorTable, decode, encode
 
 SUFFIXES = (".pt", ".safetensors")
 OPTIMIZER_STATE = "last_optimizer_state"  # fairseq's name of that entry
+_MODEL = "model"
 _VERSION = "1"
 
 
@@ -34,10 +40,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     A safetensors file of other software comes as ``{"model": weights}``.
 
     Raises:
-        UserError: if the file is missing, damaged, or holds something else.
+        FileNotFoundError: if there is no such file.
+        UserError: if it is damaged or holds something else.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
     checkpoint = _read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, mmap=True)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: no readable checkpoint (it holds a {type(checkpoint).__name__}, not a dictionary)")
@@ -45,31 +50,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_trained(path: Path) -> dict[str, Any]:
-    """A ``.pt`` checkpoint with its configuration, its weights under the model's names; tensors are mapped, not read.
+    """A ``.pt`` checkpoint of fairseq's, its weights under the model's names; tensors are mapped, not read.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        UserError: if it is no checkpoint of fairseq's.
+        UserError: if it has no weights and configuration.
     """
     loaded = load_tensors(path, mmap=True)
-    if not isinstance(loaded, dict) or not {"model", "cfg"} <= loaded.keys():
+    if not isinstance(loaded, dict) or not loaded.keys() >= {"model", "cfg"}:
         raise UserError(f"{path}: no readable checkpoint (it has no model and configuration of fairseq)")
     return {**loaded, "model": without_wrapper(loaded["model"])}
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, *, overwrite: bool) -> None:
-    """Write under a temporary name in the same folder, flush, then rename.
-
-    Raises:
-        UserError: if the suffix is unknown, the file exists and may not be replaced, the disk is full, or the
-            checkpoint holds what the format cannot.
-    """
+    """Write atomically; ``UserError`` as ``check_output``'s, on a full disk, or for what the format cannot hold."""
     check_output(path, overwrite=overwrite)
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
             _write_safetensors(checkpoint, temporary, path)
         else:
-            with open(temporary, "wb") as stream:
+            with open(temporary, "wb") as stream:  # its own writer hides the system's error of a full disk
                 torch.save(_compact(checkpoint, {}), stream)
 
 
@@ -97,10 +97,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     if version != _VERSION:
         raise UserError(f"checkpoint {path}: its layout {version} is not known to this version (it knows {_VERSION})")
     try:
-        parts = {name: json.loads(metadata[name]) for name in ("cfg", "checkpoint")}
-        checkpoint = decode(parts["checkpoint"], tensors)
+        cfg, checkpoint = (decode(json.loads(metadata[name]), tensors) for name in ("cfg", "checkpoint"))
         # The configuration keeps its position among the entries.
-        return {key: decode(parts["cfg"], tensors) if key == "cfg" else value for key, value in checkpoint.items()}
+        return {key: cfg if key == "cfg" else value for key, value in checkpoint.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {path}: its metadata are damaged ({error!r})") from error
 
@@ -108,12 +107,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _write_safetensors(checkpoint: dict[str, Any], temporary: Path, path: Path) -> None:
     table = TensorTable()
     try:
-        parts = {
-            "cfg": encode(checkpoint.get("cfg"), table, ("cfg",)),
-            "checkpoint": {
-                key: None if key == "cfg" else encode(value, table, (key,)) for key, value in checkpoint.items()
-            },
-        }
+        encoded = {key: encode(value, table, (key,)) for key, value in checkpoint.items()}
+        parts = {"cfg": encoded.get("cfg"), "checkpoint": {**encoded, **({"cfg": None} if "cfg" in encoded else {})}}
         metadata = {name: json.dumps(value, allow_nan=False) for name, value in parts.items()}
         tensors = {name: tensor.detach().contiguous() for name, tensor in table.tensors.items()}
         safetensors.torch.save_file(tensors, temporary, {"format": "pt", "mhmoe_checkpoint": _VERSION, **metadata})
@@ -136,3 +131,76 @@ def _compact(value: Any, seen: dict[int, Tensor]) -> Any:
     if isinstance(value, dict):
         return type(value)((key, _compact(item, seen)) for key, item in value.items())
     return value
+
+
+class TensorTable:
+    """The tensors of a checkpoint by unique names; one that two entries share (tied weights) is held once."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[tuple[Any, ...], str] = {}
+
+    def add(self, tensor: Tensor, keys: tuple[str, ...]) -> str:
+        """The name under which ``tensor`` is held."""
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else keys
+        if identity not in self._names:
+            plain = ".".join(keys[1:] if keys[0] == _MODEL and len(keys) > 1 else keys)
+            names = itertools.chain([plain], (f"{plain}#{number}" for number in itertools.count(2)))
+            self._names[identity] = next(name for name in names if name not in self.tensors)
+            self.tensors[self._names[identity]] = tensor
+        return self._names[identity]
+
+
+def encode(value: Any, table: TensorTable, keys: tuple[str, ...] = ()) -> Any:
+    """``value`` for ``json.dumps``; its tensors go into ``table``.
+
+    Args:
+        keys: of the entries that lead to ``value``, for the names of tensors.
+
+    Raises:
+        ValueError: naming the keys of an object that is no plain data.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"$float": repr(value)}
+    if torch.is_tensor(value):
+        if value.dim() == 0 and keys[0] != _MODEL:  # meters: thousands of them would drown the weights
+            content = bytes(value.detach().cpu().reshape(1).view(torch.uint8).tolist())
+            return {"$scalar": [str(value.dtype).removeprefix("torch."), content.hex()]}
+        return {"$tensor": table.add(value, keys)}
+    if isinstance(value, (list, tuple)):
+        items = [encode(item, table, (*keys, str(index))) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"$tuple": items}
+    if type(value) not in (dict, OrderedDict):
+        raise ValueError(f"{'.'.join(keys)} is a {type(value).__name__}: only plain data and tensors can be written")
+    pairs = [(encode(key, table, keys), encode(item, table, (*keys, str(key)))) for key, item in value.items()]
+    if type(value) is OrderedDict:
+        return {"$ordered": pairs}
+    plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
+    return dict(pairs) if plain else {"$dict": pairs}
+
+
+def decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What ``encode`` was given.
+
+    Raises:
+        KeyError, TypeError, ValueError: if ``value`` was not made by ``encode``.
+    """
+    if isinstance(value, list):
+        return [decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) != 1 or not next(iter(value)).startswith("$"):
+        return {key: decode(item, tensors) for key, item in value.items()}
+    ((kind, content),) = value.items()
+    if kind == "$tensor":
+        return tensors[content]
+    if kind == "$scalar":
+        dtype = getattr(torch, content[0])
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{content[0]!r} is no dtype")
+        return torch.frombuffer(bytearray.fromhex(content[1]), dtype=dtype, count=1)[0].clone()
+    if kind == "$float":
+        return float(content)
+    return {"$tuple": tuple, "$dict": dict, "$ordered": OrderedDict}[kind](decode(item, tensors) for item in content)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A trained model in evaluation mode with its task.
-
-    Attributes:
-        model: on the device asked for.
-        task: fairseq's task, set up with the data asked for.
-        settings: the configuration stored in the checkpoint, by section.
-        file: the checkpoint.
-    """
+    """A trained model in evaluation mode, with its task set up and, by section, the checkpoint's configuration."""
 
     model: Any
     task: Any
@@ -91,15 +84,12 @@ class Opened:
 
 
 def open_model(
-    checkpoint: str | Path,
-    data: str | Path | None = None,
-    device: str | None = None,
-    overrides: dict[str, Any] | None = None,
+    checkpoint: str | Path, data: str | Path | None = None, device: str | None = None, overrides: Mapping[str, Any] = {}
 ) -> Opened:
     """Open a checkpoint of any model and task of ours.
 
     Args:
-        checkpoint: a checkpoint, or the folder that holds one.
+        checkpoint: a file, or the folder that holds one.
         data: the prepared folder (default: that of the training).
         device: see ``find_device``.
         overrides: settings of the task or model to change, by name.
@@ -110,9 +100,9 @@ def open_model(
     """
     target, file = find_device(device), find_checkpoint(Path(checkpoint), None)
     settings = read_settings(file)
-    overrides = dict(overrides or {}, **({} if data is None else {"data": str(Path(data).resolve())}))
+    changes = dict(overrides) if data is None else {**overrides, "data": str(Path(data).resolve())}
     with _opening(file):
-        models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=overrides)
+        models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=changes)
     return Opened(models[0].to(target).eval(), task, settings, file)
 
 
@@ -121,13 +111,8 @@ def open_text_model(
 ) -> GeneratorHubInterface:
     """Open a language model together with its tokenizer.
 
-    Args:
-        checkpoint: a checkpoint, or the folder that holds one.
-        data: folder with dict.txt and the tokenizer's model (default: the checkpoint's own, or its training data).
-        device: see ``find_device``.
-
-    Raises:
-        FileNotFoundError, UserError: as ``open_model``.
+    Arguments and errors are those of ``open_model``, but ``data`` has dict.txt and the tokenizer's model (default: the
+    checkpoint's own folder, or its training data).
     """
     target = find_device(device)
     with _opening(checkpoint):

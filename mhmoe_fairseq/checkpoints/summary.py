@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import UserError
-from ..data.identity import identify_data, identify_manifest
+from ..data.identity import MANIFEST, identify_data, identify_manifest
 from ..data.tensor_files import without_wrapper
+from .files import OPTIMIZER_STATE
 
 _EXPERT_BANK = re.compile(r"(.*)\.experts\.fc1_weight")
 _FINGERPRINT = re.compile(r"(.*\.)?vocabulary_fingerprint")
@@ -53,7 +54,7 @@ class CheckpointSummary:
     optimizer: str | None  # its name; None if its state is not there
     optimizer_tensors: int
     optimizer_bytes: int
-    complete: bool  # every parameter has its state
+    complete: bool  # every parameter has a first and a second moment of its size
     fingerprint: str | None  # SHA-256 of the dictionary's symbols
     data: str | None  # the stored data folder
     corpus: str | None  # the corpus's hash, if that folder or a manifest is at hand
@@ -71,14 +72,20 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
         UserError: if there are no weights in it.
     """
     weights = weights_of(checkpoint, path)
-    unique = list(_unique(weights))
-    settings = _section(checkpoint, "model")
-    progress = _last(checkpoint.get("optimizer_history"))
-    extra = _mapping(checkpoint.get("extra_state"))
-    iterator = _mapping(extra.get("train_iterator"))
-    state = _mapping(checkpoint.get("last_optimizer_state"))
+    unique = list(unique_weights(weights))
+    parameters = [(name, value) for name, value in unique if value.is_floating_point()]
+    settings = _entry(checkpoint, "cfg", "model")
+    history = checkpoint.get("optimizer_history")
+    progress = _entry({"last": history[-1] if isinstance(history, list) and history else None}, "last")
+    extra = _entry(checkpoint, "extra_state")
+    iterator = _entry(extra, "train_iterator")
+    state = _entry(checkpoint, OPTIMIZER_STATE)
     state_tensors = list(_tensors(state))
-    data = _section(checkpoint, "task").get("data")
+    moments = [tensor.numel() for tensor in _tensors(_entry(state, "state")) if tensor.dim()]
+    data = _entry(checkpoint, "cfg", "task").get("data")
+    dtypes: Counter[str] = Counter()
+    for _, value in unique:
+        dtypes[str(value.dtype).removeprefix("torch.")] += value.nbytes
     return CheckpointSummary(
         path=path,
         file_bytes=path.stat().st_size,
@@ -88,51 +95,41 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
         best=extra.get("best"),
         world_size=iterator.get("num_shards"),
         settings={name: value for name, value in settings.items() if value not in (None, False) and name != "_name"},
-        parameters=by_part((name, value.numel()) for name, value in unique if value.is_floating_point()),
+        parameters=count_parts(parameters),
         experts={match[1]: len(value) for name, value in weights.items() if (match := _EXPERT_BANK.fullmatch(name))},
-        dtypes=_by_dtype(unique),
+        dtypes=dict(dtypes),
         optimizer=progress.get("optimizer_name") if state else None,
         optimizer_tensors=len(state_tensors),
         optimizer_bytes=sum(tensor.nbytes for tensor in state_tensors),
-        complete=_is_complete(state, [value for _, value in unique if value.is_floating_point()]),
+        complete=sorted(moments) == sorted(2 * [value.numel() for _, value in parameters]),
         fingerprint=fingerprint_of(weights),
         data=data,
         corpus=_corpus(path, data),
     )
 
 
-def by_part(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Sums of the sizes of named parameters by part; ``other`` is what no pattern fits."""
+def count_parts(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
+    """Numbers of named parameters by the part of the model; ``other`` is what no pattern fits."""
     sums: Counter[str] = Counter()
-    for name, size in sizes:
-        sums[next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")] += size
+    for name, value in parameters:
+        sums[next((part for part, pattern in _PARTS.items() if re.search(pattern, name)), "other")] += value.numel()
     return {part: sums[part] for part in (*_PARTS, "other") if part in sums}
 
 
-def count_parts(model: nn.Module) -> dict[str, int]:
-    """Parameters of a model by part; they add up to all."""
-    return by_part((name, parameter.numel()) for name, parameter in model.named_parameters())
-
-
-def weights_of(checkpoint: Mapping[str, Any], path: Path) -> Mapping[str, Tensor]:
+def weights_of(checkpoint: Any, path: Path) -> Mapping[str, Tensor]:
     """The model's state, under the model's own names.
 
     Raises:
         UserError: if there is none.
     """
-    weights = checkpoint.get("model")
+    weights = checkpoint.get("model") if isinstance(checkpoint, Mapping) else None
     if not isinstance(weights, Mapping) or not weights or not all(map(torch.is_tensor, weights.values())):
         raise UserError(f"{path} is not a checkpoint of a model: no weights under 'model'")
     return without_wrapper(weights)
 
 
-def fingerprint_of(weights: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 of the dictionary's symbols, one a line, as a hexadecimal number."""
-    stored = next((value for name, value in weights.items() if _FINGERPRINT.fullmatch(name)), None)
-    return None if stored is None else struct.pack("<4q", *stored.tolist()).hex()
-
-
-def _unique(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def unique_weights(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with its name, one that two names share once."""
     seen = set()
     for name, value in weights.items():
         identity = (value.data_ptr(), value.shape)
@@ -141,49 +138,43 @@ def _unique(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, value
 
 
-def _by_dtype(weights: list[tuple[str, Tensor]]) -> dict[str, int]:
-    sizes: Counter[str] = Counter()
-    for _, value in weights:
-        sizes[str(value.dtype).removeprefix("torch.")] += value.nbytes
-    return dict(sizes)
+def different_shapes(
+    weights: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> Iterator[tuple[str, tuple[int, ...] | str, tuple[int, ...] | str]]:
+    """Every name whose tensors differ in shape, with the two shapes; ``missing`` stands for one that is not there."""
+    for name in sorted(weights.keys() | others.keys()):
+        shape, other = (tuple(found[name].shape) if name in found else "missing" for found in (weights, others))
+        if shape != other:
+            yield name, shape, other
 
 
-def _is_complete(state: Mapping[str, Any], parameters: list[Tensor]) -> bool:
-    """Every parameter of the model has a first and a second moment of its size."""
-    entries = _mapping(state.get("state")).values()
-    sizes = [sorted(value.numel() for value in _tensors(entry) if value.dim()) for entry in entries]
-    return sorted(size for entry in sizes for size in entry) == sorted(2 * [value.numel() for value in parameters])
+def fingerprint_of(weights: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 of the dictionary's symbols, one a line, as a hexadecimal number."""
+    stored = next((value for name, value in weights.items() if _FINGERPRINT.fullmatch(name)), None)
+    return None if stored is None else struct.pack("<4q", *stored.tolist()).hex()
 
 
 def _corpus(path: Path, data: Any) -> str | None:
     """From a manifest beside the checkpoint, else from the data folder, if there is one of them."""
     try:
-        if (path.parent / "manifest.json").is_file():
-            return identify_manifest(path.parent / "manifest.json").digest
+        if (path.parent / MANIFEST).is_file():
+            return identify_manifest(path.parent / MANIFEST).digest
         folder = Path(str(data).split(":")[0]) if data else None
         return identify_data(folder).digest if folder is not None and folder.is_dir() else None
     except ValueError:
         return None
 
 
-def _section(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return _mapping(_mapping(checkpoint.get("cfg")).get(name))
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
+def _entry(value: Any, *keys: str) -> Mapping[str, Any]:
+    """The dictionary at the end of a path of keys; empty where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value if isinstance(value, Mapping) else {}
-
-
-def _last(value: Any) -> Mapping[str, Any]:
-    return _mapping(value[-1]) if isinstance(value, list) and value else {}
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     if torch.is_tensor(value):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)

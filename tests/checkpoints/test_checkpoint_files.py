@@ -9,8 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from mhmoe_fairseq.checkpoints.files import check_output, read_checkpoint, write_checkpoint
-from mhmoe_fairseq.checkpoints.json import TensorTable, decode, encode
+from mhmoe_fairseq.checkpoints.files import TensorTable, check_output, decode, encode, read_checkpoint, write_checkpoint
 from mhmoe_fairseq.common.errors import UserError
 
 

@@ -10,8 +10,8 @@ from language_models import relative_error, small_dictionary
 from official_reference import OLDER, PUBLISHED, below, official_logits, official_moe_layer, official_state
 from omegaconf import OmegaConf
 
-from mhmoe_fairseq.checkpoints.official.files import merge_ranks, read_official
-from mhmoe_fairseq.checkpoints.official.weights import rows_for_rotary
+from mhmoe_fairseq.checkpoints.official.importing import merge_ranks, read_official
+from mhmoe_fairseq.checkpoints.official.mapping import rows_for_rotary
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
@@ -244,7 +244,7 @@ def test_settings_without_a_counterpart_are_named(changes, message, tmp_path, ca
         (f"{MOE}lora_A.weight", f"for the weights {MOE}lora_A.weight"),
         ("decoder.layers.0.ffn.fc1.weight_clip_val", "decoder.layers.0.ffn.fc1.weight_clip_val"),
         ("encoder.embed_tokens.weight", "encoder.embed_tokens.weight"),
-        ("decoder.layers.0.self_attn.q_proj.bias", "decoder.layers.0.self_attn.q_proj.bias is not expected"),
+        ("decoder.layers.0.self_attn.q_proj.bias", "self_attn.q_proj.bias is (32,) in it, missing in our model"),
         (f"{MOE}experts.4.fc1.weight", "experts must be numbered from 0 and have one shape"),
     ],
 )
@@ -303,7 +303,7 @@ def test_bad_files_are_named(tmp_path, data, capsys):
         ("object.pt", (), "it holds an object of test_import_official.Unknown"),
         ("text.pt", (), "text.pt: "),
         ("bare.pt", (), "no settings of a language model in its 'cfg' or 'args'"),
-        ("empty.pt", (), "no 'model' with weights in it"),
+        ("empty.pt", (), "no weights under 'model'"),
         ("gone.pt", (), "gone.pt) does not exist"),
         ("good.pt", ("--data", data), "44 words with the four special ones, the embedding 48"),
         ("good.pt", ("--data", tmp_path), "no dict.txt in it"),

@@ -19,7 +19,7 @@ def test_counts_are_those_of_the_built_model(family: str, experts: str) -> None:
     flags = {} if family == "dense" else {"mhmoe_modality_experts": experts}
     model = small_beit3(f"{family}_beit3_tiny", **flags)
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    counts, parts = count_built(model, context=17), count_parts(model)
+    counts, parts = count_built(model, context=17), count_parts(model.named_parameters())
     assert counts.total == sum(named.values()) == sum(parts.values())
     assert counts.expert == parts.get("experts", 0)
     assert counts.expert == sum(size for name, size in named.items() if ".experts." in name)
@@ -34,7 +34,7 @@ def test_counts_on_meta_and_parts_by_hand() -> None:
     model = build_on_meta(options, beit3_dictionary(), num_visual_tokens=6)
     assert all(parameter.is_meta for parameter in model.parameters())
     words, dim, ffn, layers = len(beit3_dictionary()), 32, 64, 2
-    assert count_parts(model) == {
+    assert count_parts(model.named_parameters()) == {
         "attention": 2 * layers * (4 * (dim * dim + dim) + 2 * dim),
         "dense networks": 2 * layers * (2 * dim * ffn + ffn + dim + 2 * ffn),
         "text embedding": words * dim,

@@ -14,7 +14,7 @@ from fairseq import checkpoint_utils
 from safetensors.torch import save_file
 
 from mhmoe_fairseq.checkpoints import files as checkpoint_files
-from mhmoe_fairseq.checkpoints.official import files as _official_files
+from mhmoe_fairseq.checkpoints.official.importing import read_official
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.data.tensor_files import load_tensors, save_tensors, without_wrapper
@@ -24,7 +24,7 @@ from mhmoe_fairseq.models.language_model import find_data
 READERS: dict[str, Callable[[Path], Any]] = {
     "trained model": checkpoint_files.read_trained,
     "mhmoe checkpoint": checkpoint_files.read_checkpoint,
-    "official checkpoint": _official_files.read_official,
+    "official checkpoint": read_official,
     "visual tokenizer": load_visual_tokenizer,
     "data folder": lambda path: find_data(path, None),
     "fairseq": lambda path: checkpoint_utils.load_checkpoint_to_cpu(str(path)),

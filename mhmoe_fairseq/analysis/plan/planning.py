@@ -84,7 +84,7 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
                 label = family if experts is None or len(settings.experts) == 1 else f"{family} {experts:,}"
                 ranks = plan_ranks(label, counts, shape_of(model), settings.cluster, size, cpu=settings.cpu)
             paper = TABLE_11.get((architecture.kind, family), {}).get(experts) if is_papers else None
-            rows.append(PlanRow(family, experts, counts, count_parts(model), paper, ranks, note))
+            rows.append(PlanRow(family, experts, counts, count_parts(model.named_parameters()), paper, ranks, note))
     return rows
 
 

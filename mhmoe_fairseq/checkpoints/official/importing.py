@@ -1,12 +1,17 @@
-"""Checkpoints of the official MH-MoE repository become ours.
+"""Checkpoints of the official MH-MoE repository become ours; nothing in their files is run.
 
-The source of the format is github.com/yushuiwx/MH-MoE; see ``files`` (reading), ``settings`` (settings to flags) and
-``weights`` (names and orders of weights).
+Its training is a fork of fairseq that writes what all ranks share and every rank's own experts apart:
+``NAME-shared.pt`` and ``NAME-rank-0.pt``, ``NAME-rank-1.pt``, ... In a rank's file the experts are numbered from 0.
+Facts from github.com/yushuiwx/MH-MoE (``component/feedforward_network.py``, ``component/xmoe/global_groups.py``) and
+from the MoE branch of github.com/facebookresearch/fairseq (``moe_checkpoint_utils.py``); the code here is our own.
 """
 
+import argparse
 import dataclasses
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +24,20 @@ from torch import Tensor
 from ...common.errors import UserError
 from ...common.files import atomic_path, refuse_path_separator
 from ...common.ranges import flag
-from ...data.tensor_files import save_tensors
-from ...models.architectures import architecture_options
+from ...compat import checkpoint_globals
+from ...data.tensor_files import load_tensors, save_tensors
 from ...models.bases import fingerprint
 from ...models.counts import blank_dictionary
 from ...models.flags import moe_config
 from ...models.language_model import build_language_model
 from ...models.options import LanguageModelOptions
-from .files import State, read_official
-from .settings import check_settings, model_flags
-from .weights import convert_decoder, moe_layers
+from ..summary import different_shapes, unique_weights, weights_of
+from .mapping import check_settings, convert_weights, model_options, moe_layers
 
-_EXPERT_WEIGHT = ".experts.0.fc1.weight"
+_SHARD = re.compile(r"(?P<stem>.*)-(?:shared|rank-(?P<rank>\d+))\.pt")
+_EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..*)")
 _FINGERPRINT = "decoder.vocabulary_fingerprint"
+_NO_PROGRESS = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {"best": None}, "num_updates": 0}
 
 
 def import_official(
@@ -42,10 +48,9 @@ def import_official(
 
     Args:
         checkpoint: a whole one, or one of its files of a training on several ranks.
-        out: the folder to write to.
         routing: ``capacity`` or ``dropless``.
         data: folder with the model's ``dict.txt``, which is copied beside the model.
-        layers_only: write ``{layer: {config, state}}`` for ``MHMoELayer`` in plain PyTorch.
+        layers_only: write ``{layer: {config, state}}``, fields of ``MHMoEConfig`` and the state of ``MHMoELayer``.
         overwrite: replace files that are in ``out``.
 
     Returns:
@@ -64,12 +69,15 @@ def import_official(
             raise UserError(f"{target} exists: give --overwrite to replace it")
     official, settings = read_official(checkpoint)
     check_settings(settings, official)
+    options = model_options(official, settings, routing)
     if layers_only:
-        layers = convert_layers(official, settings, routing)
-        save_tensors({index: {"config": config, "state": state} for index, (config, state) in layers.items()}, path)
-        return [f"{path}: {len(layers)} MoE layers, {_count(*(state for _, state in layers.values())):,} parameters"]
-    dictionary = None if data is None else load_dictionary(data, official)
-    converted = convert_checkpoint(official, settings, routing, dictionary)
+        states, config = moe_layers(official), moe_config(options)
+        if not states or config is None:
+            raise UserError("there is no MoE layer in the checkpoint")
+        fields = dataclasses.asdict(config)
+        save_tensors({index: {"config": fields, "state": state} for index, state in states.items()}, path)
+        return [f"{path}: {len(states)} MoE layers, {sum(map(_count, states.values())):,} parameters"]
+    converted = convert_checkpoint(official, options, None if data is None else _load_dictionary(data, official))
     out.mkdir(parents=True, exist_ok=True)
     for target, source in copies.items():
         with atomic_path(target) as copied:
@@ -77,8 +85,8 @@ def import_official(
     save_tensors(converted, path)
     model = converted["cfg"]["model"]
     return [
-        f"{path}: {_count(converted['model']):,} parameters, {model['decoder_layers']} layers, {describe(model)}",
-        f"to train on: fairseq-train ... --finetune-from-model {path} {command_line(model)}",
+        f"{path}: {_count(converted['model']):,} parameters, {model['decoder_layers']} layers, {_describe(model)}",
+        f"to train on: fairseq-train ... --finetune-from-model {path} {_command_line(model)}",
     ]
 
 
@@ -92,91 +100,121 @@ def _copies(data: Path, out: Path) -> dict[Path, Path]:
     }
 
 
-def convert_layers(
-    official: State, settings: Mapping[str, Any], routing: str
-) -> dict[int, tuple[dict[str, Any], dict[str, Tensor]]]:
-    """The fields of ``MHMoEConfig`` and the state of ``MHMoELayer``, by index of the decoder layer.
+# ---------------------------------------------------------------------- reading
+
+
+def read_official(path: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+    """All weights, experts numbered through, and the stored settings of the model.
+
+    Args:
+        path: a whole checkpoint, or any of the files that a training on several ranks wrote.
 
     Raises:
-        UserError: if there is no MoE layer, or one that cannot be mapped.
+        FileNotFoundError: if it or the files of the ranks are not there.
+        UserError: naming the file that is unreadable, incomplete or holds objects other than plain data.
     """
-    states = moe_layers(official)
-    config = moe_config(_options(official, settings, routing))
-    if not states or config is None:
-        raise UserError("there is no MoE layer in the checkpoint")
-    return {index: (dataclasses.asdict(config), state) for index, state in states.items()}
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        checkpoint = _read(path)
+        return weights_of(checkpoint, path), _settings(checkpoint, path)
+    stem = match["stem"]
+    found = [(shard, path.with_name(shard[0])) for shard in map(_SHARD.fullmatch, os.listdir(path.parent)) if shard]
+    shards = {int(shard["rank"]): file for shard, file in found if shard["stem"] == stem and shard["rank"]}
+    if not shards:
+        raise FileNotFoundError(f"no {stem}-rank-*.pt beside {path}: the experts' weights are in them")
+    if sorted(shards) != list(range(len(shards))):
+        raise UserError(f"{path.parent}: of {stem}-rank-*.pt only {sorted(shards)} are there")
+    first = _read(shards.pop(0))
+    settings = _settings(first, path)
+    states = [weights_of(first, path), *(weights_of(_read(file), file) for _, file in sorted(shards.items()))]
+    shared = path.with_name(f"{stem}-shared.pt")
+    dense = weights_of(_read(shared), shared) if shared.is_file() else states[0]
+    return merge_ranks(dense, states, int(settings.get("moe_expert_count") or 0)), settings
 
 
-def convert_checkpoint(
-    official: State, settings: Mapping[str, Any], routing: str, dictionary: Dictionary | None
-) -> dict[str, Any]:
+def _read(path: Path) -> Any:
+    """What a file holds; only plain data, ``Namespace`` and omegaconf's containers are unpickled."""
+    return load_tensors(path, classes=[argparse.Namespace, *checkpoint_globals()])
+
+
+def _settings(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    stored = checkpoint.get("cfg") or checkpoint.get("args")
+    if isinstance(stored, Mapping):
+        stored = stored.get("model")
+    if isinstance(stored, argparse.Namespace):
+        stored = vars(stored)
+    if not isinstance(stored, Mapping) or "decoder_embed_dim" not in stored:
+        raise UserError(f"{path}: no settings of a language model in its 'cfg' or 'args'")
+    return {str(name): value for name, value in stored.items()}
+
+
+def merge_ranks(
+    shared: Mapping[str, Tensor], ranks: Sequence[Mapping[str, Tensor]], num_experts: int
+) -> dict[str, Tensor]:
+    """One state of what is shared and the experts of all ranks, numbered as in one process.
+
+    With fewer ranks than experts, rank r has the r-th run of consecutive experts; with more, one each, repeated:
+    rank r has expert ``r % num_experts``.
+
+    Raises:
+        UserError: if the ranks' experts are not ``num_experts`` in all.
+    """
+    merged = {name: value for name, value in shared.items() if _EXPERT.fullmatch(name) is None}
+    experts = [[(match, state[match[0]]) for match in map(_EXPERT.fullmatch, state) if match] for state in ranks]
+    per_rank = [len({match[2] for match, _ in found}) for found in experts]
+    if len(ranks) > num_experts and per_rank == [1] * len(ranks) and len(ranks) % max(num_experts, 1) == 0:
+        experts = experts[:num_experts]
+    elif len(set(per_rank)) != 1 or sum(per_rank) != num_experts:
+        raise UserError(f"the {len(ranks)} rank files have {per_rank} experts; moe_expert_count is {num_experts}")
+    for rank, found in enumerate(experts):
+        for match, value in found:
+            merged[f"{match[1]}{rank * per_rank[0] + int(match[2])}{match[3]}"] = value
+    return merged
+
+
+# ---------------------------------------------------------------------- converting
+
+
+def convert_checkpoint(official: Mapping[str, Tensor], options: Any, dictionary: Dictionary | None) -> dict[str, Any]:
     """A checkpoint that fairseq and ``from_pretrained`` load.
 
     Args:
         official: weights, experts numbered through.
-        settings: stored model settings, checked.
-        routing: ``capacity`` or ``dropless``.
+        options: of our model.
         dictionary: of the model; without it any dictionary of the right size will be accepted later.
 
     Raises:
         UserError: naming weights without a counterpart, or missing, or of another shape than the settings say.
     """
-    options = _options(official, settings, routing)
-    state = convert_decoder(official, rotary_heads=options.decoder_attention_heads if options.rotary_embed else None)
+    rotary_heads = options.decoder_attention_heads if options.rotary_embed else None
+    state = convert_weights(official, rotary_heads=rotary_heads)
     if not options.no_share_decoder_input_output_embed:  # one tensor, stored once
         state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
     with torch.device("meta"):
         model = build_language_model(options, dictionary or blank_dictionary(len(state["decoder.embed_tokens.weight"])))
-    check_fit(state, {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT})
-    if dictionary is not None:
-        state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
-    return {
-        "args": None,
-        "cfg": stored_config(options),
-        "model": state,
-        "optimizer_history": [
-            {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {"best": None}, "num_updates": 0}
-        ],
-        "task_state": {},
-        "extra_state": {"epoch": 0},
-    }
-
-
-def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ``UserError`` unless names and shapes agree: then the settings are those of the weights."""
-    wrong = [f"{name} is missing" for name in expected.keys() - state.keys()]
-    wrong += [f"{name} is not expected" for name in state.keys() - expected.keys()]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
+    expected = {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT}
+    wrong = [f"{name} is {a} in it, {b} in our model" for name, a, b in different_shapes(state, expected)]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"the weights do not fit the stored settings: {'; '.join(sorted(wrong)[:6])}{more}")
+        raise UserError(f"the weights do not fit the stored settings: {'; '.join(wrong[:6])}{more}")
+    if dictionary is not None:
+        state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
+    progress = {"optimizer_history": [_NO_PROGRESS], "task_state": {}, "extra_state": {"epoch": 0}}
+    return {"args": None, "cfg": _stored_config(options), "model": state, **progress}
 
 
-def stored_config(options: Any) -> dict[str, Any]:
+def _stored_config(options: Any) -> dict[str, Any]:
     """fairseq's configuration as plain data, with our model, task and criterion in it."""
     config: Any = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
-    model = {name: _plain(value) for name, value in vars(options).items()}
-    config["model"] = model
-    config["task"] = {
-        "_name": "mhmoe_language_modeling",
-        "data": "",
-        "tokens_per_sample": model["tokens_per_sample"],
-        "max_target_positions": model["max_target_positions"],
-    }
-    config["criterion"] = {"_name": "moe_cross_entropy"}
-    return config
+    plain = (bool, int, float, type(None))
+    model = {name: value if isinstance(value, plain) else str(value) for name, value in vars(options).items()}
+    lengths = {name: model[name] for name in ("tokens_per_sample", "max_target_positions")}
+    task = {"_name": "mhmoe_language_modeling", "data": "", **lengths}
+    return {**config, "model": model, "task": task, "criterion": {"_name": "moe_cross_entropy"}}
 
 
-def load_dictionary(data: Path, official: State) -> Dictionary:
-    """The dictionary in ``data``.
-
-    Raises:
-        UserError: if it has another size than the embedding.
-    """
+def _load_dictionary(data: Path, official: Mapping[str, Tensor]) -> Dictionary:
+    """The dictionary in ``data``, which must have the embedding's size."""
     path = data / "dict.txt"
     if not path.is_file():
         raise FileNotFoundError(f"--data {data}: no dict.txt in it")
@@ -190,7 +228,7 @@ def load_dictionary(data: Path, official: State) -> Dictionary:
     return dictionary
 
 
-def describe(model: Mapping[str, Any]) -> str:
+def _describe(model: Mapping[str, Any]) -> str:
     """The MoE layers in words."""
     if not model["moe_freq"]:
         return "dense"
@@ -200,34 +238,13 @@ def describe(model: Mapping[str, Any]) -> str:
     )
 
 
-def command_line(model: Mapping[str, Any]) -> str:
+def _command_line(model: Mapping[str, Any]) -> str:
     """The stored model settings as flags of ``fairseq-train``."""
-    words = [f"--arch {model['_name']}"]
-    for field in dataclasses.fields(LanguageModelOptions):
-        value = model[field.name]
-        if value is not None and value is not False and field.metadata.get("help"):
-            words.append(flag(field.name) + ("" if value is True else f" {value}"))
-    return " ".join(words)
+    named = [entry.name for entry in dataclasses.fields(LanguageModelOptions) if entry.metadata.get("help")]
+    given = {name: model[name] for name in named if model[name] is not None and model[name] is not False}
+    words = [flag(name) + ("" if value is True else f" {value}") for name, value in given.items()]
+    return " ".join([f"--arch {model['_name']}", *words])
 
 
-def _options(official: State, settings: Mapping[str, Any], routing: str) -> Any:
-    widths = {len(value) for name, value in official.items() if name.endswith(_EXPERT_WEIGHT)}
-    if len(widths) > 1:
-        raise UserError(f"experts of different widths, {sorted(widths)}, cannot be imported")
-    width = widths.pop() if widths else None
-    arch, flags = model_flags(settings, official, expert_ffn_dim=width, routing=routing)
-    options = architecture_options(arch, **flags)
-    options._name = arch
-    return options
-
-
-def _plain(value: Any) -> Any:
-    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
-
-
-def _count(*states: Mapping[str, Tensor]) -> int:
-    """Parameters, those that two names share counted once."""
-    weights = {
-        value.data_ptr(): value.numel() for state in states for value in state.values() if value.is_floating_point()
-    }
-    return sum(weights.values())
+def _count(state: Mapping[str, Tensor]) -> int:
+    return sum(value.numel() for _, value in unique_weights(state) if value.is_floating_point())
