@@ -1,29 +1,115 @@
-"""What all criterions share: the flags of the MoE layers' losses, sums over batches, one loss for each row."""
+"""What all criterions share: the MoE layers' balance loss and z-loss, and logs that add up over batches and ranks."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from fairseq import utils
 from fairseq.criterions import FairseqCriterion
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from .gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from ..common.ranges import check_flags
+from ..moe import RoutingStats
+from ..moe.stats import active_share, load_max_over_mean, overflow
 
 Outcome = tuple[Tensor, Any, dict[str, Any]]  # the loss, what it is later divided by, what to log
-Rows = tuple[Tensor, dict[str, Tensor], list[dict[str, Any]]]  # losses, sums to log, the model's extras
+Losses = tuple[Tensor, dict[str, Any], list[dict[str, Any]]]  # of rows, sums to log, the model's extras
+COMBINE_CHOICES = ChoiceEnum(["sum", "average"])
+_COUNTS = ("moe_load", "moe_dropped", "moe_entropy_sum", "moe_subtokens")  # the fields of RoutingStats
+_TRAFFIC = ("a2a_rows", "a2a_bytes")  # the fields of Traffic
+
+
+@dataclass
+class GateLossConfig(FairseqDataclass):
+    """The flags of the auxiliary losses."""
+
+    moe_gate_loss_wt: float = field(default=0.01, metadata={"help": "weight of the MoE layers' balance loss"})
+    moe_gate_loss_combine_method: COMBINE_CHOICES = field(
+        default="average", metadata={"help": "combine the MoE layers' balance losses, and z-losses, by sum or average"}
+    )
+    mhmoe_z_loss_wt: float = field(
+        default=0.0, metadata={"help": "weight of the router's z-loss, the mean squared log-sum-exp of its logits"}
+    )
+
+
+class GateLosses:
+    """``loss + sample_size * (w_b * balance + w_z * z)``: what every criterion adds to its own loss.
+
+    ``balance`` and ``z`` are the layers' values combined by sum or average; a dense model has neither.
+
+    Raises:
+        UserError: naming a flag of the criterion whose number is out of its range.
+    """
+
+    def __init__(self, cfg: GateLossConfig) -> None:
+        check_flags(cfg)
+        self.gate_weight, self.z_weight = cfg.moe_gate_loss_wt, cfg.mhmoe_z_loss_wt
+        self.combine = torch.sum if str(cfg.moe_gate_loss_combine_method) == "sum" else torch.mean
+
+    def add_to(
+        self, loss: Tensor, calls: list[dict[str, Any]], sample_size: float, counted: list[bool] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Add the auxiliary losses of one batch, the mean of those of the model's calls.
+
+        Args:
+            loss: the criterion's own, summed over what ``sample_size`` counts.
+            calls: what the model returned beside its logits, in each call that the batch took.
+            sample_size: what the loss is later divided by.
+            counted: of each call, whether it enters the metrics (default: all do). All enter the loss, and what is
+                logged has the same keys, since ranks that add their logs up may count different calls.
+
+        Returns:
+            the whole loss, and what to log of the MoE layers, all of it additive; nothing for a dense model. Every pool
+            of every layer has a row in the routing counts, every layer one in the traffic's.
+        """
+        counted = [True] * len(calls) if counted is None else counted
+        share, logged_share = sample_size / len(calls), sample_size / max(sum(counted), 1)
+        log: dict[str, Any] = {}
+        for extra, is_counted in zip(calls, counted):
+            layers = [output for output in extra.get("moe", []) if output is not None]
+            if not layers:
+                continue
+            balance = self.combine(torch.stack([layer.balance_loss for layer in layers]))
+            z = self.combine(torch.stack([layer.z_loss for layer in layers]))
+            loss = loss + share * (self.gate_weight * balance + self.z_weight * z)
+            counts = zip(*(layer.stats.by_pool() for layer in layers))
+            traffic = zip(*(layer.traffic for layer in layers if layer.traffic is not None))
+            new = {
+                "gate_loss": balance.detach() * logged_share,
+                "z_loss": z.detach() * logged_share,
+                **dict(zip(_COUNTS, map(torch.cat, counts))),
+                **{key: torch.tensor(sent, dtype=torch.float64) for key, sent in zip(_TRAFFIC, traffic)},
+            }
+            log = {key: log.get(key, 0) + value * is_counted for key, value in new.items()}
+        return loss, log
 
 
 class MoECriterion(FairseqCriterion):
-    """Base of all criterions, which add the MoE layers' balance loss and z-loss to their own with ``gate_losses``.
+    """Base of all criterions: ``loss = sum of the rows' losses + sample_size * (w_b * balance + w_z * z)``.
+
+    The logs give the mean loss in bits (``loss``) without the auxiliary losses, so that models with and without MoE
+    layers, and any weights, compare; the percentages; how many samples stand for one with a bad image (``replaced``),
+    where there are such; and the routing. All come from sums, so that a validation set's are exact.
 
     Args:
-        task: fairseq's.
         cfg: the criterion's flags.
+
+    Attributes:
+        nll: key of a sum in nats, whose mean over ``ntokens`` is logged as ``nll_loss``, and ``ppl`` from it; where it
+            is the loss itself, only if it differs from that.
+        percentages: name in the log -> keys of two sums, whose quotient is logged times 100.
 
     Raises:
         UserError: naming a flag whose number is out of its range.
     """
+
+    nll: ClassVar[str] = ""
+    percentages: ClassVar[dict[str, tuple[str, str]]] = {}
 
     def __init__(self, task: Any, cfg: GateLossConfig) -> None:
         super().__init__(task)
@@ -35,60 +121,50 @@ class MoECriterion(FairseqCriterion):
         """True: everything logged is additive, vectors included."""
         return True
 
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+        """Return the rows' losses in nats, sums to log, and the ``extra`` of each of the model's calls.
 
-class RowCriterion(MoECriterion):
-    """Base of criterions with one loss for each row: ``loss = sum of the rows' + rows * (w_b * balance + w_z * z)``.
-
-    The logs give the rows' mean loss in bits (``loss``), the percentages, and how many samples stand for one with a
-    bad image (``replaced``), where there are such. All come from sums, so that a validation set's are exact.
-
-    Attributes:
-        percentages: name in the log -> key of a sum over rows, whose mean is logged times 100.
-    """
-
-    percentages: ClassVar[dict[str, str]] = {}
-
-    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
-        """``(B,)`` losses in nats, sums over the rows to log, and the ``extra`` of each of the model's calls."""
+        The sums may give ``nsentences`` and ``sample_size``, which are the number of rows by default.
+        """
         raise NotImplementedError
 
     def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
-        """Return the loss of one batch, in nats and summed, the number of rows, and what to log, all of it additive.
+        """Return the loss of one batch, in nats and summed, what it is later divided by, and what to log.
 
         Args:
             model: the model.
             sample: the batch.
-            reduce: sum over the rows and add the auxiliary losses; else return the rows' own losses, ``(B,)``.
+            reduce: sum over the rows and add the auxiliary losses; else return the rows' own losses.
         """
-        return self.outcome(sample, *self.rows(model, sample), reduce=reduce)
+        return self.outcome(sample, *self.losses(model, sample), reduce=reduce)
 
     def outcome(
-        self, sample: dict[str, Any], losses: Tensor, sums: dict[str, Tensor], extras: list[dict], reduce: bool = True
+        self, sample: dict[str, Any], losses: Tensor, sums: dict[str, Any], calls: list[dict], reduce: bool = True
     ) -> Outcome:
-        """Return what ``forward`` does, from what ``rows`` returned for the sample."""
+        """Return what ``forward`` does, from what ``losses`` returned for the sample."""
         rows = losses.size(0)
-        log = {
-            "loss": losses.detach().sum(),
-            **sums,
-            "ntokens": sample["ntokens"],
-            "nsentences": rows,
-            "sample_size": rows,
-            "num_replaced": sample.get("num_replaced", 0),  # samples that stand for one with a bad image
-        }
-        if not reduce:
-            return losses, rows, log
-        loss, gate_log = self.gate_losses.add_to(losses.sum(), extras, rows)
-        return loss, rows, {**log, **gate_log}
+        log = {"ntokens": sample["ntokens"], "nsentences": rows, "sample_size": rows, **sums}
+        log["loss"] = losses.detach().sum()
+        if "num_replaced" in sample:  # samples that stand for one with a bad image
+            log["num_replaced"] = sample["num_replaced"]
+        loss, gate_log = self.gate_losses.add_to(losses.sum(), calls, log["sample_size"])
+        return loss if reduce else losses, log["sample_size"], {**log, **gate_log}
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """Log the mean loss, the percentages and the routing metrics of all batches together."""
-        rows = total(logging_outputs, "sample_size")
-        log_bits("loss", total(logging_outputs, "loss"), rows)
-        for name, key in cls.percentages.items():
-            metrics.log_scalar(name, 100 * total(logging_outputs, key) / rows, rows, round=2)
-        log_replaced(logging_outputs)
-        log_gate_losses(logging_outputs, rows)
+        """Log the metrics of all batches together."""
+        sample_size, ntokens = total(logging_outputs, "sample_size"), total(logging_outputs, "ntokens")
+        log_bits("loss", total(logging_outputs, "loss"), sample_size)
+        if cls.nll == "loss" and sample_size == ntokens:
+            log_perplexity("ppl", of="loss")
+        elif cls.nll:
+            log_bits("nll_loss", total(logging_outputs, cls.nll), ntokens)
+            log_perplexity("ppl", of="nll_loss")
+        for name, (key, counted) in cls.percentages.items():
+            if any(key in log for log in logging_outputs):
+                count = total(logging_outputs, counted)
+                metrics.log_scalar(name, 100 * total(logging_outputs, key) / count, count, round=2)
+        log_layers(logging_outputs, sample_size)
 
 
 def total(logging_outputs: list[dict[str, Any]], key: str) -> Any:
@@ -106,8 +182,40 @@ def log_perplexity(name: str, of: str) -> None:
     metrics.log_derived(name, lambda meters: utils.get_perplexity(meters[of].avg))
 
 
-def log_replaced(logging_outputs: list[dict[str, Any]]) -> None:
-    """Log how many samples stand for one with a bad image, if any do."""
+def log_layers(logging_outputs: list[dict[str, Any]], sample_size: float) -> None:
+    """Log how many samples stand for one with a bad image, if any do, and what the MoE layers did.
+
+    That is, unless the model is dense, their losses per target, the routing of the whole set, and the traffic of an
+    average layer and update (in validation, batch), over all processes, in one direction.
+    """
     replaced = total(logging_outputs, "num_replaced")
     if replaced:
         metrics.log_scalar_sum("replaced", float(replaced))
+    logs = [log for log in logging_outputs if "moe_load" in log]
+    if not logs:
+        return
+    for key in ("gate_loss", "z_loss"):
+        metrics.log_scalar(key, total(logs, key) / sample_size, sample_size, round=4)
+    # Hidden meters (leading underscore) add the counts up; the metrics come from the sums, so that a validation set's
+    # are exact and not means over batches.
+    for key in _COUNTS:
+        metrics.log_scalar(f"_{key}", total(logs, key), weight=1)
+    for name, metric in (
+        ("moe_active", lambda rows: active_share(rows.expert_load)),
+        ("moe_load_max", lambda rows: load_max_over_mean(rows.expert_load)),
+        ("moe_overflow", overflow),
+        ("moe_entropy", lambda rows: rows.entropy / rows.num_subtokens.clamp(min=1)),
+    ):
+        metrics.log_derived(name, partial(_mean, metric))
+    for key, name, unit in zip(_TRAFFIC, ("a2a_rows", "a2a_mb"), (1, 1e6)):
+        if any(key in log for log in logs):
+            metrics.log_scalar(name, float(total(logs, key).mean()) / unit, weight=1, round=6)
+
+
+def _mean(metric: Callable[[RoutingStats], Tensor], meters: Any) -> float:
+    """Over all rows but those of pools that nothing was routed to, such as the text's where there are images only."""
+    rows = RoutingStats(*(meters[f"_{key}"].sum for key in _COUNTS))
+    used = rows.expert_load.sum(1) > 0
+    if not used.any():
+        return 0.0
+    return round(float(metric(RoutingStats(*(count[used] for count in rows))).mean()), 4)

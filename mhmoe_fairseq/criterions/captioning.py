@@ -6,11 +6,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
-from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from .base import MoECriterion, Outcome, log_bits, log_perplexity, total
-from .gate_losses import GateLossConfig, log_gate_losses
+from .base import GateLossConfig, Losses, MoECriterion
 
 
 @dataclass
@@ -42,74 +40,44 @@ class CaptioningCriterion(MoECriterion):
     task has decoded captions. The task tells the updates so far as ``num_updates``.
     """
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
-        """The loss of one batch.
+    nll = "nll_loss"
+    percentages = {"accuracy": ("ncorrect", "ntokens"), "cider": ("cider_sum", "captions")}
+
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+        """Return the divergences of the tokens that count, and sums over all masked ones.
 
         Args:
             model: called with the sample's ``net_input`` and ``attention="caption"``; has ``text_logits``.
             sample: its ``text_targets`` are ``(B, S)``, padding where nothing is predicted.
-            reduce: there is one loss for the batch either way.
-
-        Returns:
-            the loss, in nats and summed over tokens that count; their number; what to log, all of it additive.
         """
         features, extra = model(**sample["net_input"], attention="caption")
         masked = sample["text_targets"].ne(self.padding_idx)
         targets = sample["text_targets"][masked]
         logits = model.text_logits(features[:, extra["image_positions"] :][masked]).float()
-        divergences = smoothed_divergence(logits, targets, self.cfg.label_smoothing)
-        kept = self._without_worst(divergences, model.training)
-        sample_size = kept.numel()
-        logging_output = {
-            "loss": kept.detach().sum(),
+        sums = {
             "nll_loss": F.cross_entropy(logits.detach(), targets, reduction="sum"),
             "ncorrect": logits.detach().argmax(dim=1).eq(targets).sum(),
-            "ntokens": targets.numel(),
             "nsentences": sample["nsentences"],
-            "sample_size": sample_size,
         }
-        loss, log = self.gate_losses.add_to(kept.sum(), [extra], sample_size)
-        return loss, sample_size, {**logging_output, **log}
+        divergences = smoothed_divergence(logits, targets, self.cfg.label_smoothing)
+        return self._without_worst(divergences, model.training), sums, [extra]
 
     def _without_worst(self, divergences: Tensor, is_training: bool) -> Tensor:
-        ratio = self.cfg.drop_worst_ratio
+        ratio, count = self.cfg.drop_worst_ratio, divergences.numel()
         if not is_training or not ratio or self.task.num_updates < self.cfg.drop_worst_after:
             return divergences
-        keep = max(1, int(divergences.numel() * (1 - ratio)))
-        return divergences.topk(min(keep, divergences.numel()), largest=False).values
-
-    @staticmethod
-    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches, so that a validation set's metrics are exact."""
-        sample_size, ntokens, captions = (total(logging_outputs, k) for k in ("sample_size", "ntokens", "captions"))
-        log_bits("loss", total(logging_outputs, "loss"), sample_size)
-        log_bits("nll_loss", total(logging_outputs, "nll_loss"), ntokens)
-        log_perplexity("ppl", of="nll_loss")
-        metrics.log_scalar("accuracy", 100 * total(logging_outputs, "ncorrect") / ntokens, ntokens, round=2)
-        if any("cider_sum" in log for log in logging_outputs):
-            metrics.log_scalar("cider", 100 * total(logging_outputs, "cider_sum") / captions, captions, round=2)
-        log_gate_losses(logging_outputs, sample_size)
+        return divergences.topk(min(max(1, int(count * (1 - ratio))), count), largest=False).values
 
 
 def smoothed_divergence(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """``KL(q || p)`` in nats of each row.
-
-    q has ``1 - smoothing`` at the target and ``smoothing`` evenly over all other symbols.
+    """Return ``(M,)`` values of ``KL(q || p)`` in nats; q is ``1 - smoothing`` at the target, even elsewhere.
 
     Args:
-        logits: ``(M, V)``.
+        logits: ``(M, V)``, of p.
         targets: ``(M,)`` ids.
-
-    Returns:
-        ``(M,)``.
     """
-    log_probs = logits.log_softmax(dim=-1)
-    at_target = log_probs.gather(1, targets[:, None]).squeeze(1)
     others = logits.size(-1) - 1
     share = smoothing / others
-    cross_entropy = -(1 - smoothing - share) * at_target - share * log_probs.sum(-1)
-    return cross_entropy + _xlogx(1 - smoothing) + others * _xlogx(share)
-
-
-def _xlogx(value: float) -> float:
-    return value * math.log(value) if value else 0.0
+    # torch's own smoothing gives the target a share of the rest, too.
+    cross_entropy = F.cross_entropy(logits, targets, reduction="none", label_smoothing=share * (others + 1))
+    return cross_entropy + sum(count * q * math.log(q) for count, q in ((1, 1 - smoothing), (others, share)) if q)

@@ -8,29 +8,27 @@ from fairseq.criterions import register_criterion
 from omegaconf import II
 from torch import Tensor, nn
 
-from .base import RowCriterion, Rows
-from .gate_losses import GateLossConfig
+from .base import GateLossConfig, Losses, MoECriterion
 
 
-class ClassificationCriterion(RowCriterion):
+class ClassificationCriterion(MoECriterion):
     """Cross entropy in nats over the classes, ``targets (B,)`` of the sample, and the share of right answers.
 
     The model is called with the sample's ``net_input`` and the task's ``head_name``.
     """
 
-    percentages = {"accuracy": "ncorrect"}
+    percentages = {"accuracy": ("ncorrect", "sample_size")}
     targets = "targets"
-    label_smoothing = 0.0
 
     def logits(self, model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """``(B, classes)`` logits and the model's ``extra``."""
         return model(**sample["net_input"], head=self.task.head_name)
 
-    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
         """Cross entropies, right answers, and the ``extra`` of the model's call."""
         logits, extra = self.logits(model, sample)
         target = sample[self.targets]
-        smoothing = self.label_smoothing if model.training else 0.0
+        smoothing = getattr(self.cfg, "label_smoothing", 0.0) if model.training else 0.0
         losses = F.cross_entropy(logits.float(), target, reduction="none", label_smoothing=smoothing)
         sums = {"ncorrect": logits.argmax(dim=1).eq(target).sum()}
         if "accuracy5" in self.percentages:
@@ -52,11 +50,7 @@ class ImageClassificationConfig(GateLossConfig):
 class ImageClassificationCriterion(ClassificationCriterion):
     """Classes of images; also logs ``accuracy5``, how often the right class is among the five most probable."""
 
-    percentages = {"accuracy": "ncorrect", "accuracy5": "ncorrect5"}
-
-    def __init__(self, task: Any, cfg: ImageClassificationConfig) -> None:
-        super().__init__(task, cfg)
-        self.label_smoothing = cfg.label_smoothing
+    percentages = {"accuracy": ("ncorrect", "sample_size"), "accuracy5": ("ncorrect5", "sample_size")}
 
 
 @register_criterion("mhmoe_nlvr2", dataclass=GateLossConfig)
@@ -83,7 +77,7 @@ class SentenceClassificationCriterion(ClassificationCriterion):
 
 
 @register_criterion("mhmoe_vqa", dataclass=GateLossConfig)
-class VQACriterion(RowCriterion):
+class VQACriterion(ClassificationCriterion):
     """Binary cross entropy in nats, summed over all answers to a question about an image.
 
     That is BEiT-3's ``mean over questions and answers * number of answers``. The sample's ``targets`` are
@@ -91,11 +85,11 @@ class VQACriterion(RowCriterion):
     answers in percent.
     """
 
-    percentages = {"vqa_score": "score"}
+    percentages = {"vqa_score": ("score", "sample_size")}
 
-    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
         """Cross entropies, the scores of the most probable answers, and the ``extra`` of the model's call."""
-        logits, extra = model(**sample["net_input"], head=self.task.head_name)
+        logits, extra = self.logits(model, sample)
         scores = sample["targets"].float()
         losses = F.binary_cross_entropy_with_logits(logits.float(), scores, reduction="none").sum(dim=1)
         return losses, {"score": scores.gather(1, logits.argmax(dim=1, keepdim=True)).sum()}, [extra]

@@ -12,8 +12,7 @@ from fairseq.logging import metrics
 from torch import Tensor, nn
 
 from ..moe.layer import taken_for_padding
-from .base import MoECriterion, Outcome, log_bits, log_perplexity, log_replaced, total
-from .gate_losses import GateLossConfig, log_gate_losses
+from .base import GateLossConfig, MoECriterion, Outcome, log_bits, log_layers, log_perplexity, total
 
 MODALITIES = ("image", "text", "pair")
 # What is predicted: part -> the modality of its sub-batch, and whether its patches or its words.
@@ -27,13 +26,7 @@ AVERAGE_CHOICES = ChoiceEnum(["part", "target"])
 
 
 class MaskedPart(NamedTuple):
-    """One kind of masked positions in one batch; all are sums.
-
-    Attributes:
-        loss: cross entropy in nats, with its gradient.
-        targets: masked positions.
-        correct: those whose most probable symbol is the right one.
-    """
+    """Sums over one kind of masked positions in a batch: cross entropy in nats, positions, and right answers."""
 
     loss: Tensor
     targets: Tensor
@@ -69,19 +62,13 @@ class MaskedMultimodalCriterion(MoECriterion):
       same beginnings ``_ppl``, perplexity, and ``_accuracy``, in percent.
     - ``loss``: what training minimises: by default the mean of these.
     - ``nll_loss`` and ``ppl``: per masked position, all together. This perplexity is that of table 1.
-
     - ``replaced``: samples that stood for one with a bad image, where there are such.
 
     All come from sums over the whole set, so that a validation's do not depend on its batches.
     """
 
-    @property
-    def averages_parts(self) -> bool:
-        """Whether the parts weigh alike, not the masked positions."""
-        return str(self.cfg.masked_loss_average) == "part"
-
     def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
-        """The loss of one batch.
+        """Return the loss of one batch, in nats, the number that it is later divided by, and what to log.
 
         Args:
             model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
@@ -89,53 +76,37 @@ class MaskedMultimodalCriterion(MoECriterion):
                 ``counted`` is False a sub-batch is only there for its experts' calls, which all ranks make together,
                 and enters no metric.
             reduce: there is one loss for the batch either way.
-
-        Returns:
-            the loss, in nats; the number that it is later divided by; what to log, all of it additive.
         """
+        batches = {modality: sample[modality] for modality in MODALITIES if modality in sample}
+        counted = [batch.get("counted", True) for batch in batches.values()]
         parts: dict[str, MaskedPart] = {}
-        extras, counted = [], []
-        num_positions, num_replaced = 0, 0
-        for modality in (name for name in MODALITIES if name in sample):
-            batch = sample[modality]
-            with taken_for_padding(model, not batch.get("counted", True)):
+        extras = []
+        for (modality, batch), is_counted in zip(batches.items(), counted):
+            with taken_for_padding(model, not is_counted):
                 features, extra = model(**batch["net_input"])
-            parts.update(self._parts(model, modality, batch, features, extra["image_positions"]))
             extras.append(extra)
-            counted.append(batch.get("counted", True))
-            if counted[-1]:
-                num_positions += batch["num_positions"]
-                num_replaced += batch.get("num_replaced", 0)
-        sample_size = sample["nsentences"] if self.averages_parts else _sum_of(parts, "targets")
-        logging_output = {
-            "ntokens": num_positions,
+            first_word = extra["image_positions"]
+            for part, (indices, targets) in masked_targets(self.task, modality, batch).items():
+                if PARTS[part][1] == "patches":
+                    logits = model.image_logits(_features_at(features, 1, first_word, indices))
+                else:
+                    logits = model.text_logits(_features_at(features, first_word, features.size(1), indices))
+                parts[part] = masked_part(logits, targets)
+        losses, targets, _ = (torch.stack(sums) for sums in zip(*parts.values()))
+        averages_parts = str(self.cfg.masked_loss_average) == "part"
+        sample_size = sample["nsentences"] if averages_parts else targets.sum()
+        loss = sample_size * (losses / targets.clamp(min=1)).mean() if averages_parts else losses.sum()
+        loss, log = self.gate_losses.add_to(loss, extras, sample_size, counted)
+        scored = [batch for batch, is_counted in zip(batches.values(), counted) if is_counted]
+        log |= {
+            "ntokens": sum(batch["num_positions"] for batch in scored),
             "nsentences": sample["nsentences"],
             "sample_size": sample_size,
-            "averages_parts": int(self.averages_parts),
-            "num_replaced": num_replaced,
-            **_part_log(parts),
+            "averages_parts": int(averages_parts),
+            "num_replaced": sum(batch.get("num_replaced", 0) for batch in scored),
         }
-        loss, log = self.gate_losses.add_to(self._combine(parts, sample_size), extras, sample_size, counted)
-        return loss, sample_size, {**logging_output, **log}
-
-    def _parts(
-        self, model: nn.Module, modality: str, batch: dict[str, Any], features: Tensor, image_positions: int
-    ) -> dict[str, MaskedPart]:
-        """The masked patches and the masked words of one sub-batch, each if its modality has them."""
-        found = {}
-        for part, (indices, targets) in masked_targets(self.task, modality, batch).items():
-            if PARTS[part][1] == "patches":
-                logits = model.image_logits(_features_at(features, 1, image_positions, indices))
-            else:
-                logits = model.text_logits(_features_at(features, image_positions, features.size(1), indices))
-            found[part] = masked_part(logits, targets)
-        return found
-
-    def _combine(self, parts: dict[str, MaskedPart], sample_size: Any) -> Tensor:
-        if not self.averages_parts:
-            return _sum_of(parts, "loss")
-        means = [part.loss / part.targets.clamp(min=1) for part in parts.values()]
-        return sample_size * torch.stack(means).mean()
+        sums = {f"{part}_{key}": value for part, found in parts.items() for key, value in found._asdict().items()}
+        return loss, sample_size, log | {key: value.detach() for key, value in sums.items()}
 
     @staticmethod
     def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
@@ -152,8 +123,7 @@ class MaskedMultimodalCriterion(MoECriterion):
             log_perplexity("ppl", of="nll_loss")
             averages_parts = any(log["averages_parts"] for log in logging_outputs)
             metrics.log_derived("loss", functools.partial(_objective, averages_parts))
-        log_replaced(logging_outputs)
-        log_gate_losses(logging_outputs, total(logging_outputs, "sample_size"))
+        log_layers(logging_outputs, total(logging_outputs, "sample_size"))
 
 
 def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -184,14 +154,6 @@ def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
     correct = logits.detach().argmax(dim=-1).eq(targets).sum()
     # Filled on the device: torch.tensor would copy from the host.
     return MaskedPart(loss, torch.full((), targets.numel(), device=loss.device), correct)
-
-
-def _sum_of(parts: dict[str, MaskedPart], field_name: str) -> Tensor:
-    return torch.stack([getattr(part, field_name) for part in parts.values()]).sum()
-
-
-def _part_log(parts: dict[str, MaskedPart]) -> dict[str, Tensor]:
-    return {f"{name}_{key}": value.detach() for name, part in parts.items() for key, value in part._asdict().items()}
 
 
 def _features_at(features: Tensor, start: int, end: int, indices: Tensor) -> Tensor:

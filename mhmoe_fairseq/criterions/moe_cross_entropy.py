@@ -6,10 +6,9 @@ from typing import Any
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
 from omegaconf import II
-from torch import Tensor, nn
+from torch import nn
 
-from .base import MoECriterion, Outcome, log_bits, log_perplexity, total
-from .gate_losses import GateLossConfig, log_gate_losses
+from .base import GateLossConfig, Losses, MoECriterion
 
 
 @dataclass
@@ -25,44 +24,16 @@ class MoECrossEntropyCriterion(MoECriterion):
 
     ``balance`` and ``z`` are the layers' values combined by sum or average. A dense model has neither, and its loss is
     plain cross entropy. The logs give cross entropy alone, in bits as everywhere in fairseq (``loss``, and ``ppl``
-    from it), so that models with and without MoE layers, and any weights, compare.
+    from it).
     """
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
-        """The loss of one batch.
+    nll = "loss"
 
-        Returns:
-            the loss, in nats and summed (one value per target, without the auxiliary losses, if not ``reduce``); the
-            number of targets or sentences that it is later divided by; what to log, all of it additive.
-        """
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+        """Cross entropy of every target, 0 where padded; the loss is divided by their number or the sentences'."""
         logits, extra = model(**sample["net_input"])
-        cross_entropy = self._cross_entropy(model, logits, sample, reduce)
-        sample_size = sample["target"].size(0) if self.cfg.sentence_avg else sample["ntokens"]
-        logging_output = {
-            "loss": cross_entropy.detach().sum(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["target"].size(0),
-            "sample_size": sample_size,
-        }
-        loss, log = self.gate_losses.add_to(cross_entropy, [extra], sample_size)
-        return loss if reduce else cross_entropy, sample_size, {**logging_output, **log}
-
-    def _cross_entropy(self, model: nn.Module, logits: Tensor, sample: dict[str, Any], reduce: bool) -> Tensor:
-        log_probs = model.get_normalized_probs((logits, None), log_probs=True)
+        log_probs = model.get_normalized_probs((logits, None), log_probs=True).flatten(0, -2)
         target = model.get_targets(sample, None)
-        return F.nll_loss(
-            log_probs.reshape(-1, log_probs.size(-1)),
-            target.reshape(-1),
-            ignore_index=self.padding_idx,
-            reduction="sum" if reduce else "none",
-        )
-
-    @staticmethod
-    def reduce_metrics(logging_outputs: list[dict[str, Any]]) -> None:
-        """Log sums over the batches; what is derived from routing is derived from the whole set's counts."""
-        sample_size, ntokens, nats = (total(logging_outputs, key) for key in ("sample_size", "ntokens", "loss"))
-        log_bits("loss", nats, sample_size)
-        if sample_size != ntokens:
-            log_bits("nll_loss", nats, ntokens)
-        log_perplexity("ppl", of="loss" if sample_size == ntokens else "nll_loss")
-        log_gate_losses(logging_outputs, sample_size)
+        losses = F.nll_loss(log_probs, target.flatten(), ignore_index=self.padding_idx, reduction="none")
+        sample_size = target.size(0) if self.cfg.sentence_avg else sample["ntokens"]
+        return losses, {"nsentences": target.size(0), "sample_size": sample_size}, [extra]

@@ -3,13 +3,12 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
 from torch import Tensor, nn
 
-from .base import RowCriterion, Rows
-from .gate_losses import GateLossConfig
+from ..parallel import gather_rows
+from .base import GateLossConfig, Losses, MoECriterion
 
 
 class Embeddings(NamedTuple):
@@ -29,23 +28,8 @@ class Embeddings(NamedTuple):
     extras: list[dict[str, Any]]
 
 
-class Vectors(NamedTuple):
-    """A batch's embeddings with their numbers, for recall over a whole set.
-
-    Attributes:
-        ids: ``(rows,)`` numbers of the texts in their data set.
-        image_ids: ``(rows,)`` the image of each text.
-        images, texts: ``(rows, D)`` of length 1.
-    """
-
-    ids: Tensor
-    image_ids: Tensor
-    images: Tensor
-    texts: Tensor
-
-
 @register_criterion("mhmoe_retrieval", dataclass=GateLossConfig)
-class RetrievalCriterion(RowCriterion):
+class RetrievalCriterion(MoECriterion):
     """``loss = rows * ((c_i + c_t) / 2 + w_b * balance + w_z * z)``, divided by the rows later.
 
     ``c_i`` is the cross entropy in nats of an image's own text among the texts of all ranks, by similarity times
@@ -56,7 +40,7 @@ class RetrievalCriterion(RowCriterion):
     similar of the batch (``image_accuracy``), and a text's own image (``text_accuracy``).
     """
 
-    percentages = {"image_accuracy": "image_correct", "text_accuracy": "text_correct"}
+    percentages = {f"{kind}_accuracy": (f"{kind}_correct", "sample_size") for kind in ("image", "text")}
 
     def embed(self, model: nn.Module, sample: dict[str, Any]) -> Embeddings:
         """Return the embeddings of a batch, those of all ranks on every rank; all ranks must call it together.
@@ -74,7 +58,7 @@ class RetrievalCriterion(RowCriterion):
         scale = model.heads[head].logit_scale.float().exp()
         return Embeddings(*everyone.unbind(1), slice(start, start + len(rows)), scale, [image_extra, text_extra])
 
-    def compare(self, found: Embeddings) -> Rows:
+    def compare(self, found: Embeddings) -> Losses:
         """Return the loss of each of this rank's rows, right answers, and the ``extra`` of the model's calls."""
         images, texts = found.images.float(), found.texts.float()
         to_texts = found.scale * images[found.own] @ texts.T
@@ -87,67 +71,19 @@ class RetrievalCriterion(RowCriterion):
         }
         return losses, sums, found.extras
 
-    def rows(self, model: nn.Module, sample: dict[str, Any]) -> Rows:
+    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
         """Return what ``compare`` does for a batch."""
         return self.compare(self.embed(model, sample))
 
-    def vectors(self, found: Embeddings, sample: dict[str, Any]) -> Vectors:
-        """Return a batch's embeddings with their numbers; all ranks must call it together."""
+    def vectors(self, found: Embeddings, sample: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return a batch's embeddings for recall over a whole set; all ranks must call it together.
+
+        Returns:
+            ``(rows,)`` numbers of the texts in their data set and of the image of each; ``(rows, D)`` images and texts.
+        """
         ids, _ = gather_rows(torch.stack([sample["id"], sample["image_ids"]], dim=1)[_counted(sample)])
-        return Vectors(*ids.unbind(1), found.images.detach(), found.texts.detach())
+        return *ids.unbind(1), found.images.detach(), found.texts.detach()
 
 
 def _counted(sample: dict[str, Any]) -> slice:
     return slice(None) if sample.get("counted", True) else slice(0)
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """All ranks' rows, in the order of the ranks, which may have different numbers of them.
-
-    Every rank must call it, and if one needs gradients all must: in the backward pass each gets the sum of what all
-    ranks' losses say about its own rows.
-
-    Args:
-        rows: ``(n, ...)`` of this rank; the shapes but for n, and the types, are one on all ranks.
-
-    Returns:
-        ``(sum of n, ...)``, and where this rank's begin.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows, 0
-    own = torch.tensor([rows.size(0)], device=rows.device)
-    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, own)
-    counts = [int(size) for size in sizes]
-    return _GatherRows.apply(rows, counts), sum(counts[: dist.get_rank()])
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: rows.size(0)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        return torch.cat([part[:count] for part, count in zip(parts, counts)])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _OwnRowsOfSum.apply(gradient, ctx.counts), None
-
-
-class _OwnRowsOfSum(torch.autograd.Function):
-    """The transpose of ``_GatherRows``, so that gradients can be differentiated again."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, counts: list[int]) -> Tensor:
-        ctx.counts = counts
-        total = rows.contiguous().clone()
-        dist.all_reduce(total)
-        start = sum(counts[: dist.get_rank()])
-        return total[start : start + counts[dist.get_rank()]]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _GatherRows.apply(gradient, ctx.counts), None

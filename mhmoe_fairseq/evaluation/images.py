@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..common.files import atomic_open, write_json
-from ..criterions.gate_losses import GateLossConfig
+from ..criterions.base import GateLossConfig
 from ..criterions.retrieval import RetrievalCriterion
 from ..data.datasets import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index

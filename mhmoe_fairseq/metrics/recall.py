@@ -82,12 +82,13 @@ class VectorMeter(Meter):
         self._texts: dict[int, tuple[int, Tensor]] = {}
         self._images: dict[int, Tensor] = {}
 
-    def update(self, vectors: Any) -> None:
-        """Add a batch: ``ids``, ``image_ids``, ``images`` and ``texts``, one row for each text."""
-        images, texts = vectors.images.float().cpu(), vectors.texts.float().cpu()
-        for row, (text_id, image_id) in enumerate(zip(vectors.ids.tolist(), vectors.image_ids.tolist())):
-            self._texts[text_id] = (image_id, texts[row])
-            self._images[image_id] = images[row]
+    def update(self, vectors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Add a batch: ``(rows,)`` numbers of texts and of their images, ``(rows, D)`` images and texts."""
+        ids, image_ids, images, texts = vectors
+        rows = zip(ids.tolist(), image_ids.tolist(), images.float().cpu(), texts.float().cpu())
+        for text_id, image_id, image, text in rows:
+            self._texts[text_id] = (image_id, text)
+            self._images[image_id] = image
 
     @property
     def recalls(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ Gradients of the dense part are the caller's to average, as under any data paral
 right for such an average within one group of ``size`` processes, and are to be summed over the ``replicas``.
 """
 
-from .rows import DistributedExperts, TrafficCounter, expert_parallelism
+from .rows import DistributedExperts, TrafficCounter, expert_parallelism, gather_rows
 from .sharding import RankGroups, ShardedParameter, sharded_experts
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "ShardedParameter",
     "TrafficCounter",
     "expert_parallelism",
+    "gather_rows",
     "sharded_experts",
 ]

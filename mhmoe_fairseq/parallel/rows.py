@@ -103,6 +103,29 @@ def _group(ranks: range) -> dist.ProcessGroup:
     return group
 
 
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """All processes' rows, in the order of the ranks, which may have different numbers of them.
+
+    Every process must call it, and if one needs gradients all must: in the backward pass each gets the sum of what all
+    processes' losses say about its own rows.
+
+    Args:
+        rows: ``(n, ...)`` of this process; the shapes but for n, and the types, are one on all of them.
+
+    Returns:
+        ``(sum of n, ...)``, and where this process's begin.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows, 0
+    counts = [torch.empty(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, counts[0].new_tensor([rows.size(0)]))
+    sizes = torch.cat(counts).tolist()
+    start = sum(sizes[: dist.get_rank()])
+    everyone = rows.new_zeros(sum(sizes), *rows.shape[1:])
+    everyone[start : start + rows.size(0)] = rows
+    return _AllReduceSum.apply(everyone), start
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], parallel: DistributedExperts) -> Tensor:

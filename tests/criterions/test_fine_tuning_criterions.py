@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 from moe_oracle import losses_of
 
 from mhmoe_fairseq.criterions import classification as classes
-from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
+from mhmoe_fairseq.criterions.base import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
@@ -205,9 +205,9 @@ def test_retrieval_logs_what_is_found_within_a_batch():
 def test_retrieval_gives_vectors_with_their_numbers():
     model, batch = model_of("retrieval", "dense_beit3_tiny"), batch_of("retrieval", [9, 5], seed=2)
     criterion = criterion_of("retrieval")
-    vectors = criterion.vectors(criterion.embed(model, batch), batch)
-    assert vectors.ids.tolist() == [20, 21] and vectors.images.shape == vectors.texts.shape == (2, WIDTH)
-    assert not vectors.images.requires_grad
+    ids, _, images, texts = criterion.vectors(criterion.embed(model, batch), batch)
+    assert ids.tolist() == [20, 21] and images.shape == texts.shape == (2, WIDTH)
+    assert not images.requires_grad
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from mhmoe_fairseq.criterions.base import GateLossConfig, GateLosses, log_layers
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.parallelism import Traffic
 
@@ -36,7 +36,7 @@ def logged(*updates: list[dict[str, Any]]) -> dict[str, float]:
     """After the logs of all ranks, or batches, of each update."""
     with metrics.aggregate(new_root=True) as found:
         for logs in updates:
-            log_gate_losses(logs, sum(log["n"] for log in logs))
+            log_layers(logs, sum(log["n"] for log in logs))
         return {name: float(value) for name, value in found.get_smoothed_values().items()}
 
 

@@ -7,7 +7,7 @@ import torch
 from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.gate_losses import GateLossConfig, GateLosses, log_gate_losses
+from mhmoe_fairseq.criterions.base import GateLossConfig, GateLosses, log_layers
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
 
@@ -31,7 +31,7 @@ def log_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> dict[str, A
 def logged(*logs: dict[str, Any]) -> dict[str, float]:
     with metrics.aggregate(new_root=True) as found:
         for log in logs:
-            log_gate_losses([log], 1)
+            log_layers([log], 1)
         return {key: float(value) for key, value in found.get_smoothed_values().items()}
 
 

@@ -5,11 +5,10 @@ import torch
 import torch.distributed as dist
 from fake_devices import HOST_READS, Recorder
 
-from mhmoe_fairseq.criterions.retrieval import gather_rows
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.dispatch import plan_dispatch
 from mhmoe_fairseq.moe.parallelism import plan_received
-from mhmoe_fairseq.parallel import expert_parallelism
+from mhmoe_fairseq.parallel import expert_parallelism, gather_rows
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # COUNTS[r][p]: rows from rank r to rank p

@@ -16,7 +16,7 @@ from fine_tuning_data import ANSWERS, TASKS, write_fine_tuning_data
 from images_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
+from mhmoe_fairseq.criterions.base import GateLossConfig
 from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform

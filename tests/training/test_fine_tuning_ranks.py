@@ -9,11 +9,11 @@ import torch.distributed as dist
 from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from decayed_models import FACTORS, build, inputs, step
 
-from mhmoe_fairseq.criterions.gate_losses import GateLossConfig
-from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion, gather_rows
+from mhmoe_fairseq.criterions.base import GateLossConfig
+from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models.heads import CenteredLayerNorm, RetrievalHead
 from mhmoe_fairseq.moe.layer import taken_for_padding
-from mhmoe_fairseq.parallel import expert_parallelism
+from mhmoe_fairseq.parallel import expert_parallelism, gather_rows
 
 LENGTHS = [9, 5, 2, 7, 4]
 ROWS = {0: slice(0, 3), 1: slice(3, 5)}  # of each rank: unequal numbers
@@ -116,8 +116,8 @@ def test_the_contrastive_loss_of_two_ranks_is_that_of_all_rows(outcomes):
     for name, gradient in gradients.items():
         torch.testing.assert_close(sum(own[name] for _, own, _ in of_ranks), gradient, atol=1e-6, rtol=1e-4, msg=name)
     for _, _, own in of_ranks:
-        assert own.ids.tolist() == [0, 1, 2, 3, 4] and own.image_ids.tolist() == [50, 51, 52, 53, 54]
-        torch.testing.assert_close(own.texts, vectors.texts)
+        assert own[0].tolist() == [0, 1, 2, 3, 4] and own[1].tolist() == [50, 51, 52, 53, 54]
+        torch.testing.assert_close(own[3], vectors[3])
 
 
 def test_two_ranks_take_away_the_mean_of_all_rows(outcomes):
@@ -133,8 +133,8 @@ def test_a_filler_is_compared_with_no_row_and_enters_no_mean(outcomes):
     for name, gradient in gradients.items():
         torch.testing.assert_close(own_gradients[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
         assert not no_gradients[name].any()
-    assert own_vectors.ids.tolist() == its_vectors.ids.tolist() == [0, 1, 2, 3, 4]
-    torch.testing.assert_close(own_vectors.texts, vectors.texts)
+    assert own_vectors[0].tolist() == its_vectors[0].tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(own_vectors[3], vectors[3])
     assert mean.tolist() == its_mean.tolist() == [2.0] * 4
 
 
