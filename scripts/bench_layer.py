@@ -2,17 +2,19 @@
 
 import argparse
 import gc
-import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from _bench import layers
-from _bench.console import Progress, add_numbers, make_parser, positive, report_path, say
+from _bench.console import add_numbers, conclude, make_parser, positive, report_path, run_benchmark
 from _bench.layer_report import Results, targets, write_layer_report, write_plot
 from _bench.layers import DTYPES, NAMES, Setting, build
-from _bench.memory import in_fresh_process, measure
+from _bench.memory import Peak, measure
 from _bench.timing import time_pairs
+from tqdm import tqdm
 
 DESCRIPTION = """\
 Measure the MH-MoE layer (forward and backward) against
@@ -60,7 +62,6 @@ def build_parser() -> argparse.ArgumentParser:
         "top-k": (2, "experts per sub-token K"), "ffn-dim": (3072, "inner width F of one expert"),
     })  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
-    parser.add_argument("--measure-memory", choices=[name for name in NAMES if name != "gemm"], help=argparse.SUPPRESS)
     return parser
 
 
@@ -82,7 +83,6 @@ class Run:
     """Which measurements are made, and making them.
 
     Args:
-        args: the command line.
         settings: what to measure; ``--quick`` has its own.
         rivals: contenders that can run here.
     """
@@ -99,32 +99,29 @@ class Run:
         self.duels = [duel for duel in duels if runs_at(duel[2], duel[0])]
         # At the smallest number of experts, which hardly changes it.
         fewest = min(setting.num_experts for setting in settings)
-        measured = [Setting(tokens, 8) for tokens in (2048, 4096, 8192)] if args.quick else settings
-        self.memory = [
-            (setting, name)
-            for setting in measured
-            for name in ("mhmoe", *rivals)
-            if not args.no_memory and name != "gemm" and runs_at(name, setting)
-            and (args.quick or setting.num_experts == fewest)
-        ]  # fmt: skip
+        at_fewest = [setting for setting in settings if setting.num_experts == fewest]
+        measured = [Setting(tokens, 8) for tokens in (2048, 4096, 8192)] if args.quick else at_fewest
+        contenders = () if args.no_memory else [name for name in ("mhmoe", *rivals) if name != "gemm"]
+        self.memory = [(setting, name) for setting in measured for name in contenders if runs_at(name, setting)]
         self.verified = [setting for setting in points if setting.dtype == "fp32"]
         sizes = sorted({setting.tokens for setting in points})
         self.profiled = [setting for setting in points if setting.tokens == sizes[len(sizes) // 2]]
 
     def __call__(self) -> Results:
-        """Verify, measure, time, take apart; the report is written after every part."""
+        """Verifies, measures, times, takes apart; the report is written after every part."""
         parts = [
-            *((self.verify, (setting,), 1) for setting in self.verified),
-            *((self.measure, job, 1) for job in self.memory),
-            *((self.time, duel, 0) for duel in self.duels),
-            *((self.take_apart, (setting,), 1) for setting in self.profiled),
+            *((self.verify, (setting,)) for setting in self.verified),
+            *((self.measure, job) for job in self.memory),
+            *((self.time, duel) for duel in self.duels),
+            *((self.take_apart, (setting,)) for setting in self.profiled),
         ]
-        with Progress(len(parts) + len(self.duels) * (self.args.pairs - 1)) as self.progress:
-            for part, arguments, units in parts:
-                setting, *names = arguments
-                self.progress(f"{part.__name__} {' / '.join(names)} {setting.label()}")
-                part(*arguments)
-                self.progress(part.__name__, units)
+        total = len(parts) + len(self.duels) * (self.args.pairs - 1)
+        with tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1) as self.progress:
+            for part, (setting, *names) in parts:
+                self.progress.set_description_str(f"{part.__name__} {' / '.join(names)} {setting.label()}")
+                part(setting, *names)
+                if part != self.time:
+                    self.progress.update()
                 self.write(complete=False)
         if not write_plot(self.path.with_suffix(".png"), self.results):
             self.results.notes.append("No plot: matplotlib is not installed.")
@@ -142,11 +139,8 @@ class Run:
             self.results.errors[label] = layers.check(layers.errors_against(rival, setting), label)
 
     def measure(self, setting: Setting, name: str) -> None:
-        sizes = {"tokens": setting.tokens, "experts": setting.num_experts, "dtypes": setting.dtype}
-        sizes |= {flag: getattr(setting, field) for flag, field in SIZES.items()} | {"threads": self.args.threads}
-        words = [word for flag, value in sizes.items() for word in (f"--{flag}", str(value))]
         try:
-            self.results.memory[setting, name] = in_fresh_process(__file__, [*words, "--measure-memory", name])
+            self.results.memory[setting, name] = in_fresh_process(measure_memory, name, setting, self.args.threads)
         except RuntimeError as error:  # as when a rival needs more memory than the machine has
             if name.startswith("mhmoe"):
                 raise
@@ -154,11 +148,9 @@ class Run:
 
     def time(self, setting: Setting, first: str, second: str) -> None:
         gc.collect()
-        label = f"time {first} / {second} {setting.label()}"
         contenders = build(first, setting), build(second, setting)
-        self.results.times[setting, first, second] = time_pairs(
-            *contenders, pairs=self.args.pairs, after_pair=lambda: self.progress(label, 1)
-        )
+        pairs = time_pairs(*contenders, pairs=self.args.pairs, after_pair=self.progress.update)
+        self.results.times[setting, first, second] = pairs
 
     def take_apart(self, setting: Setting) -> None:
         self.results.breakdowns[setting.label()] = operator_times(build("mhmoe", setting))
@@ -169,7 +161,7 @@ def runs_at(name: str, setting: Setting) -> bool:
 
 
 def operator_times(call: Callable[[], object], top: int = 8, repeats: int = 3) -> list[tuple[str, float, float]]:
-    """The operators that take most of a call: (name, milliseconds per call, share of all operators)."""
+    """Returns the operators that take most of a call: (name, milliseconds per call, share of all operators)."""
     call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(repeats):
@@ -180,38 +172,32 @@ def operator_times(call: Callable[[], object], top: int = 8, repeats: int = 3) -
     return [(name, time / 1e3 / repeats, time / total) for name, time in times]
 
 
-def measure_here(name: str, setting: Setting) -> None:
-    """The fresh process's part: warm up on few tokens, then measure one full step; print JSON."""
+def in_fresh_process(call: Callable[..., Peak], *arguments: object) -> Peak:
+    """Returns what ``call`` returns in a process that does nothing else; RuntimeError if the process was killed."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
+
+
+def measure_memory(name: str, setting: Setting, threads: int) -> Peak:
+    """Warms up on few tokens, then measures one full step."""
+    torch.set_num_threads(threads)
     build(name, Setting(**{**vars(setting), "tokens": min(64, setting.tokens)}))()
     step = build(name, setting)
-    print(json.dumps(measure(step, step.clear, step.tensors())))
+    return measure(step, step.clear, step.tensors())
 
 
 def run(args: argparse.Namespace) -> int:
-    torch.set_num_threads(args.threads)
     settings = chosen_settings(args)  # first: bad sizes end the run before anything is said
-    if args.measure_memory:
-        measure_here(args.measure_memory, settings[0])
-        return 0
     reasons = {name: layers.unavailable(name) for name in args.rivals}
     planned = Run(args, settings, [name for name, reason in reasons.items() if reason is None])
     planned.results.notes += [f"{NAMES[name]} was left out: {reason}." for name, reason in reasons.items() if reason]
     for note in planned.results.notes:
-        say(note)
-    decided = targets(planned())
-    for target in decided:
-        say(f"{'met   ' if target.met else 'MISSED'} {target.promise}: {target.measured}")
-    say(f"report: {planned.path}")
-    return int(args.check and not all(target.met for target in decided))
+        tqdm.write(note)
+    return conclude(planned.path, list(targets(planned())), args.check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        say(f"bench_layer: error: {error}")
-        return 2
+    return run_benchmark(run, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

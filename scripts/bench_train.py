@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from _bench.console import Progress, add_numbers, make_parser, report_path, say, table, verdict, write_report
+from _bench.console import Target, add_numbers, conclude, make_parser, report_path, run_benchmark, write_report
 from _bench.layers import DTYPES, GemmBound
-from _bench.timing import Pairs, time_pairs
+from _bench.timing import Pairs, take_turns, time_pairs
 from _bench.training import NAMES, Shape, Training, add_model_arguments, flags_of, shape_of, train, write_zipf_data
+from tqdm import tqdm
 
 from mhmoe_fairseq.analysis.plan.ranks import Cluster, exchange
+from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.models.flags import expert_parallel_size
 
 DESCRIPTION = """\
@@ -93,29 +94,29 @@ def check_same(ranks: float, alone: float) -> None:
         raise RuntimeError(f"the first update's loss is {ranks:.4f} bits on the ranks and {alone:.4f} in one process")
 
 
-def fight(data: str, name: str, args: argparse.Namespace, progress: Progress) -> Duel:
-    """Whole runs by turns, every other pair starting with the rival's."""
+def fight(data: str, name: str, args: argparse.Namespace, progress: tqdm) -> Duel:
+    """Lets a model and its rival train by turns."""
+    progress.set_description_str(f"{name} on {args.ranks} ranks / one" if args.ranks > 1 else f"{name} / {REFERENCE}")
+    last: dict[int, Training] = {}
+
+    def seconds(contender: int, model: str, ranks: int) -> float:
+        last[contender] = train(data, model, args, ranks=ranks)
+        return last[contender].seconds
+
     rival = name if args.ranks > 1 else REFERENCE
-    label = f"{name} on {args.ranks} ranks / one process" if args.ranks > 1 else f"{name} / {REFERENCE}"
-    contenders, seconds, last = ((name, args.ranks), (rival, 1)), ([], []), [None, None]
-    progress(label)
-    for pair in range(args.pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            model, ranks = contenders[which]
-            last[which] = train(data, model, args, ranks=ranks)
-            seconds[which].append(last[which].seconds)
-        progress(label, 1)
+    turns = (lambda: seconds(0, name, args.ranks)), (lambda: seconds(1, rival, 1))
+    pairs = take_turns(*turns, args.pairs, progress.update)
     if args.ranks > 1:
         check_same(last[0].first_loss, last[1].first_loss)
-    return Duel(Pairs(*map(tuple, seconds)), *last)
+    return Duel(pairs, last[0], last[1])
 
 
 def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, Shape], dict[str, Duel]]:
-    """Every model's shape and duel."""
+    """Returns every model's shape and duel."""
     names = [SPEED_TARGET[0]] if args.quick else args.models
     wanted = names if args.ranks > 1 else [*names, REFERENCE]
     shapes = {name: shape_of(data, name, args) for name in NAMES if name in wanted}
-    with Progress(len(names) * args.pairs) as progress:
+    with tqdm(total=len(names) * args.pairs, unit="pair", dynamic_ncols=True) as progress:
         return shapes, {name: fight(data, name, args, progress) for name in names}
 
 
@@ -127,8 +128,8 @@ def time_products(shape: Shape, reference: Shape, args: argparse.Namespace) -> P
     return time_pairs(*calls, pairs=args.pairs)
 
 
-def decide(duels: dict[str, Duel], args: argparse.Namespace) -> tuple[str, bool] | None:
-    """The target as one line and whether it is met; None if it was not measured, or at another setting."""
+def decide(duels: dict[str, Duel], args: argparse.Namespace) -> list[Target]:
+    """Returns the target, or nothing if it was not measured, or at another setting."""
     if args.ranks > 1:
         name, limit, what = next(iter(duels)), RANKS_TARGET, f"one process's tokens/s on {args.ranks} ranks"
     else:
@@ -136,39 +137,37 @@ def decide(duels: dict[str, Duel], args: argparse.Namespace) -> tuple[str, bool]
         defaults = build_parser().parse_args([])
         same = ("size", "experts", "heads", "top_k", "tokens_per_sample", "vocab", "precision")
         if name not in duels or any(getattr(args, flag) != getattr(defaults, flag) for flag in same):
-            return None
+            return []
     speed = duels[name].pairs.swapped()
     line = f"{NAMES[name]} trains at {limit} or more of {what}: {speed.ratio:.3f} {speed.range_text()}"
-    return line, speed.ratio >= limit
+    return [(line, speed.ratio >= limit)]
 
 
 def speed_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
-    """A row for each contender."""
-    rivals = [duel.pairs.second for duel in duels.values()]
+    """Returns a row for each contender."""
+    contenders = []
+    for name, duel in duels.items():
+        contenders.append((name, f", {args.ranks} ranks" if args.ranks > 1 else "", duel.pairs, duel.run))
+        if args.ranks > 1:
+            contenders.append((name, ", one process", Pairs(duel.pairs.second, duel.pairs.second), duel.rival))
+    if args.ranks == 1:
+        rivals = sum((duel.pairs.second for duel in duels.values()), ())
+        contenders.append((REFERENCE, "", Pairs(rivals, rivals), duel.rival))
     rows = []
-
-    def add(name: str, where: str, pairs: Pairs, run: Training) -> None:
-        shape, tokens = shapes[name], args.sentences * args.tokens_per_sample
-        moe = ("-", "-") if shape.moe is None else (
-            f"{shape.moe.num_experts} x {shape.moe.expert_ffn_dim}", f"{shape.moe.flops_per_token() / 1e6:.1f}"
-        )  # fmt: skip
+    for name, where, pairs, run in contenders:
+        moe, tokens = shapes[name].moe, args.sentences * args.tokens_per_sample
+        experts = f"{moe.num_experts} x {moe.expert_ffn_dim}" if moe else "-"
+        flops = f"{moe.flops_per_token() / 1e6:.1f}" if moe else "-"
         rows.append((
-            NAMES[name] + where, f"{shape.params / 1e6:.1f}M", *moe, f"{pairs.first_median:.3f}",
+            NAMES[name] + where, f"{shapes[name].params / 1e6:.1f}M", experts, flops, f"{pairs.first_median:.3f}",
             f"{tokens / pairs.first_median:.0f}", f"**{1 / pairs.ratio:.3f}**", f"{run.resident_mib:.0f}",
         ))  # fmt: skip
-
-    for name, duel in duels.items():
-        add(name, f", {args.ranks} ranks" if args.ranks > 1 else "", duel.pairs, duel.run)
-        if args.ranks > 1:
-            add(name, ", one process", Pairs(duel.pairs.second, duel.pairs.second), duel.rival)
-    if args.ranks == 1:
-        add(REFERENCE, "", Pairs(sum(rivals, ()), sum(rivals, ())), next(iter(duels.values())).rival)
     head = ("model", "parameters", "experts x width", "MoE layer MFLOP/token", "s/update", "tokens/s")
-    return table((*head, "of its rival's speed", "peak MiB of a process"), rows)
+    return markdown_table((*head, "of its rival's speed", "peak MiB of a process"), rows)
 
 
 def products_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
-    """What matrix products alone permit."""
+    """Returns what matrix products alone permit."""
     rows = []
     for name in duels:
         if shapes[name].moe is not None:
@@ -177,7 +176,7 @@ def products_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argpa
             limit = update / (update + ours - theirs)
             rows.append((NAMES[name], f"{ours:.3f}", f"{theirs:.3f}", f"{products.ratio:.3f}", f"{limit:.3f}"))
     head = ("model", "its products, s/update", "X-MoE's", "ratio", "speed that they alone would permit")
-    return table(head, rows) if rows else "There are none but X-MoE's."
+    return markdown_table(head, rows) if rows else "There are none but X-MoE's."
 
 
 def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -> str:
@@ -191,14 +190,11 @@ def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -
         ("logged", f"{float(log['a2a_rows']):.0f}", f"{float(log['a2a_mb']):.3f}"),
         ("plan, even routing", f"{plan.rows * args.ranks}", f"{plan.off_rank * args.ranks / 1e6:.3f}"),
     ]
-    return table(("one MoE layer, one direction, all ranks", "rows", "MB to other ranks"), rows)
+    return markdown_table(("one MoE layer, one direction, all ranks", "rows", "MB to other ranks"), rows)
 
 
 def report_parts(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> list[str]:
-    decided = decide(duels, args)
     parts = [
-        "## Target",
-        f"{decided[0]}: {verdict(decided[1])}" if decided else "Not measured: it is about the default setting.",
         "## Speed and memory",
         f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}, on "
         f"{args.threads} threads. Runs of fairseq-train took turns with the rival's for {args.pairs} pairs; a run's "
@@ -224,26 +220,17 @@ def report_parts(shapes: dict[str, Shape], duels: dict[str, Duel], args: argpars
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    torch.set_num_threads(args.threads)
     kind = "-parallel" if args.ranks > 1 else "-train-quick" if args.quick else "-train"
     path = report_path(args.output, kind)
     with tempfile.TemporaryDirectory() as folder:
         shapes, duels = measure(args.data or write_zipf_data(Path(folder), args), args)
-    write_report(path, "Whole-model training benchmark", args.threads, report_parts(shapes, duels, args))
-    decided = decide(duels, args)
-    if decided:
-        say(f"{'met   ' if decided[1] else 'MISSED'} {decided[0]}")
-    say(f"report: {path}")
-    return int(args.check and decided is not None and not decided[1])
+    targets, parts = decide(duels, args), report_parts(shapes, duels, args)
+    write_report(path, "Whole-model training benchmark", args.threads, targets, parts)
+    return conclude(path, targets, args.check)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        say(f"bench_train: error: {error}")
-        return 2
+    return run_benchmark(run, build_parser().parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share at the command line and in their reports: flags, progress, the machine, tables."""
+"""What the benchmarks share at the command line and in their reports: flags, the machine, the report's head."""
 
 import argparse
 import datetime
@@ -8,16 +8,18 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from mhmoe_fairseq.common.files import atomic_path
+from mhmoe_fairseq.common.tables import markdown_table
 
 from .timing import MIN_PAIRS
 
+Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "torchscale", "fairseq", "fairseq-fixed", "transformers")
 WIDE_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
@@ -32,7 +34,7 @@ def positive(text: str) -> int:
 
 
 def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every benchmark has."""
+    """Returns a parser with the flags that every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,43 +47,38 @@ def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
 
 
 def add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]]) -> None:
-    """Flags of whole numbers from 1: name -> (default, help)."""
+    """Adds flags of whole numbers from 1: name -> (default, help)."""
     for name, (default, what) in numbers.items():
-        parser.add_argument(
-            f"--{name}", type=positive, default=default, metavar="N", help=f"{what} (default: %(default)s)"
-        )
+        shown = f"{what} (default: %(default)s)"
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=shown)
 
 
-def say(text: str) -> None:
-    """One line for the user, above the progress bar if there is one."""
-    tqdm.write(text)
+def run_benchmark(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Returns the exit status of ``run``, 2 with one line for an error that a user can mend."""
+    torch.set_num_threads(args.threads)
+    try:
+        return run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        tqdm.write(f"{Path(sys.modules[run.__module__].__file__).stem}: error: {error}")
+        return 2
 
 
-class Progress:
-    """A progress bar whose label is what runs now; close it at the end."""
-
-    def __init__(self, total: int) -> None:
-        self.bar = tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1)
-
-    def __call__(self, label: str, units: int = 0) -> None:
-        self.bar.set_description_str(label, refresh=True)
-        self.bar.update(units)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
+def conclude(path: Path, targets: Sequence[Target], check: bool) -> int:
+    """Says which targets were met and where the report is; returns the exit status."""
+    for promise, met in targets:
+        tqdm.write(f"{'met   ' if met else 'MISSED'} {promise}")
+    tqdm.write(f"report: {path}")
+    return int(check and not all(met for _, met in targets))
 
 
 def report_path(output: Path | None, kind: str = "") -> Path:
-    """The report's path: as asked, or dated and named after the processor.
+    """Returns the report's path: as asked, or dated and named after the processor.
 
     Raises:
         ValueError: the asked name does not end in ``.md``.
     """
     if output is None:
-        name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", cpu_name().lower())
+        name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", _cpu_name().lower())
         slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
         return ROOT / "docs" / "benchmarks" / f"{datetime.date.today().isoformat()}-{slug}{kind}.md"
     if output.suffix != ".md":
@@ -89,42 +86,30 @@ def report_path(output: Path | None, kind: str = "") -> Path:
     return output
 
 
-def write_report(path: Path, title: str, threads: int, parts: Iterable[str]) -> None:
-    """Replace the report at ``path``: title, command and machine, then the parts."""
+def write_report(path: Path, title: str, threads: int, targets: Sequence[Target], parts: Iterable[str]) -> None:
+    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     head = [
         f"# {title}, {datetime.date.today().isoformat()}",
         f"Command: `{shlex.join(['python', str(name), *sys.argv[1:]])}`",
-        table(("what", "value"), describe_machine(threads)),
+        markdown_table(("what", "value"), _machine(threads)),
+        "## Targets",
+        "\n".join(f"- {'met' if met else '**missed**'}: {promise}" for promise, met in targets)
+        or "None of the settings that the targets speak of was measured.",
     ]
     with atomic_path(path) as temporary:
-        temporary.write_text("\n\n".join(part.strip() for part in (*head, *parts)) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join(part.strip() for part in (*head, *parts) if part) + "\n", encoding="utf-8")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
-
-
-def verdict(met: bool) -> str:
-    return "met" if met else "**missed**"
-
-
-def cpu_name() -> str:
-    """The processor's name as the operating system gives it."""
-    return _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
-
-
-def describe_machine(threads: int) -> list[tuple[str, str]]:
-    """What a reader needs to judge the numbers, as rows (what, value): hardware, versions, threads, load."""
+def _machine(threads: int) -> list[tuple[str, str]]:
+    """Returns what a reader needs to judge the numbers, as rows (what, value): hardware, versions, threads, load."""
     flags, memory = _proc("cpuinfo", "flags").split(), _proc("meminfo", "MemTotal")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     return [
-        ("Processor", cpu_name()),
+        ("Processor", _cpu_name()),
         ("Wide units", ", ".join(unit for unit in WIDE_UNITS if unit in flags) or "unknown"),
-        ("Cores seen", str(os.cpu_count())),
-        ("Threads used", str(threads)),
+        ("Cores seen, threads used", f"{os.cpu_count()}, {threads}"),
         ("Memory", f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"),
         ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
@@ -134,8 +119,12 @@ def describe_machine(threads: int) -> list[tuple[str, str]]:
     ]
 
 
+def _cpu_name() -> str:
+    return _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
+
+
 def _proc(file: str, field: str) -> str:
-    """A field of a file of Linux's /proc; empty elsewhere."""
+    """Returns a field of a file of Linux's /proc, an empty text elsewhere."""
     path = Path("/proc", file)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mhmoe_fairseq.common.files import atomic_path
+from mhmoe_fairseq.common.tables import markdown_table
 
-from .console import table, verdict, write_report
+from .console import Target, write_report
 from .layers import NAMES, Setting
 from .timing import Pairs
 
@@ -41,58 +42,38 @@ class Results:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Target:
-    """One promise and what became of it."""
-
-    promise: str
-    measured: str
-    met: bool
-
-
-def targets(results: Results) -> list[Target]:
-    """The promises that the measured settings can decide; settings of other sizes decide none."""
-    return [*_time_targets(results), *_memory_targets(results)]
-
-
-def _time_targets(results: Results) -> Iterator[Target]:
-    limits = [
-        *((2048, e, "gemm", limit, f"forward + backward at most {limit:.2f}x the GEMM bound")
-          for e, limit in BOUND_LIMITS.items()),
+def targets(results: Results) -> Iterator[Target]:
+    """Yields the promises that the measured settings can decide; settings of other sizes decide none."""
+    faster = f"at least {MIXTRAL_SPEEDUP}x as fast as {NAMES['mixtral-grouped']}"
+    bound = "forward + backward at most {:.2f}x the GEMM bound".format
+    for tokens, experts, rival, limit, promise in [
+        *((2048, experts, "gemm", limit, bound(limit)) for experts, limit in BOUND_LIMITS.items()),
         *((tokens, 8, "loop", 1.0, "no slower than the plain loop") for tokens in (2048, 4096)),
-        *((2048, e, "mixtral-grouped", 1 / MIXTRAL_SPEEDUP,
-           f"at least {MIXTRAL_SPEEDUP}x as fast as {NAMES['mixtral-grouped']}") for e in BOUND_LIMITS),
-    ]  # fmt: skip
-    for tokens, experts, rival, limit, promise in limits:
+        *((2048, experts, "mixtral-grouped", 1 / MIXTRAL_SPEEDUP, faster) for experts in BOUND_LIMITS),
+    ]:
         if pairs := results.times.get((Setting(tokens, experts), "mhmoe", rival)):
             measured = f"{pairs.ratio:.2f}x its time {pairs.range_text()}, {1 / pairs.ratio:.2f}x its speed"
-            yield Target(f"{promise} (T={tokens}, E={experts}, fp32)", measured, pairs.ratio <= limit)
-
-
-def _memory_targets(results: Results) -> Iterator[Target]:
-    limit = 4 * LINEARITY
-    comparisons = [
-        *((tokens, "mhmoe", tokens, "loop", MEMORY_LIMIT,
-           f"peak memory at most {MEMORY_LIMIT}x the plain loop's (T={tokens}, E=8, fp32)") for tokens in (2048, 4096)),
-        (8192, "mhmoe", 2048, "mhmoe", limit, f"peak memory linear in T (T=8192 needs at most {limit:.1f}x of T=2048)"),
-    ]  # fmt: skip
-    for tokens, name, other_tokens, other_name, limit, promise in comparisons:
-        ours = results.memory.get((Setting(tokens, 8), name))
-        other = results.memory.get((Setting(other_tokens, 8), other_name))
-        if ours and other:
-            ratios = {what: ours[what] / other[what] for what in ("tensors", "resident") if ours[what] and other[what]}
-            measured = ", ".join(f"{w} {ours[w]:.0f} / {other[w]:.0f} MiB = {r:.2f}x" for w, r in ratios.items())
-            yield Target(promise, measured, max(ratios.values()) <= limit)
+            yield f"{promise} (T={tokens}, E={experts}, fp32): {measured}", pairs.ratio <= limit
+    linear = f"peak memory linear in T (T=8192 needs at most {4 * LINEARITY:.1f}x of T=2048)"
+    less = f"peak memory at most {MEMORY_LIMIT}x the plain loop's (T={{}}, E=8, fp32)".format
+    for tokens, other, limit, promise in [
+        *((tokens, (tokens, "loop"), MEMORY_LIMIT, less(tokens)) for tokens in (2048, 4096)),
+        (8192, (2048, "mhmoe"), 4 * LINEARITY, linear),
+    ]:
+        ours = results.memory.get((Setting(tokens, 8), "mhmoe"))
+        theirs = results.memory.get((Setting(other[0], 8), other[1]))
+        if ours and theirs:
+            both = [what for what in ("tensors", "resident") if ours[what] and theirs[what]]
+            ratios = {what: ours[what] / theirs[what] for what in both}
+            texts = [f"{what} {ours[what]:.0f} / {theirs[what]:.0f} MiB = {of:.2f}x" for what, of in ratios.items()]
+            yield f"{promise}: {', '.join(texts)}", max(ratios.values()) <= limit
 
 
 def write_layer_report(path: Path, results: Results, *, threads: int, pairs: int, complete: bool) -> None:
     """Replace the report at ``path`` by what is known, ``complete`` or not yet."""
     title = "MH-MoE layer benchmark" + ("" if complete else " (incomplete: the run is going on or was interrupted)")
-    decided = [(target.promise, target.measured, verdict(target.met)) for target in targets(results)]
     errors = [f"- {what}: {error:.1e}" for what, error in results.errors.items()]
     parts = [
-        "## Targets",
-        table(("target", "measured", "verdict"), decided) if decided else "None of the target settings was measured.",
         "## How it was measured",
         METHOD.format(pairs=pairs),
         "Checked before timing, largest relative error over output and gradients (limit 1e-5):" if errors else "",
@@ -108,7 +89,7 @@ def write_layer_report(path: Path, results: Results, *, threads: int, pairs: int
         parts += ["## Notes", "\n".join(f"- {note}" for note in results.notes)]
     if complete and path.with_suffix(".png").exists():
         parts.append(f"![Time and memory]({path.with_suffix('.png').name})")
-    write_report(path, title, threads, filter(None, parts))
+    write_report(path, title, threads, list(targets(results)), parts)
 
 
 def _order(setting: Setting) -> tuple[bool, int, int]:
@@ -126,7 +107,7 @@ def _times(results: Results) -> list[str]:
     head = ("ours", "rival", "ours ms", "rival ms", "ours / rival (pairs)", "speed-up", "ours GFLOP/s")
     parts = []
     for setting in sorted(rows, key=_order):
-        parts += [f"### {setting.label()} ({setting.flops() / 1e9:.0f} GFLOP)", table(head, rows[setting])]
+        parts += [f"### {setting.label()} ({setting.flops() / 1e9:.0f} GFLOP)", markdown_table(head, rows[setting])]
     return parts
 
 
@@ -140,14 +121,15 @@ def _memory(results: Results) -> str:
             "-" if loop is None else f"{peak['tensors'] / loop['tensors']:.2f}",
             f"{peak['tensors'] * 1024 / setting.tokens:.0f}",
         ))  # fmt: skip
-    return table(("setting", "contender", "tensors", "resident", "tensors / plain loop's", "KiB per token"), rows)
+    head = ("setting", "contender", "tensors", "resident", "tensors / plain loop's", "KiB per token")
+    return markdown_table(head, rows)
 
 
 def _breakdowns(results: Results) -> list[str]:
     parts = []
     for label, operators in results.breakdowns.items():
         rows = [(f"`{name}`", f"{milliseconds:.1f}", f"{share:.1%}") for name, milliseconds, share in operators]
-        parts += [f"### {label}", table(("operator", "ms per step", "share"), rows)]
+        parts += [f"### {label}", markdown_table(("operator", "ms per step", "share"), rows)]
     return parts
 
 
@@ -157,33 +139,31 @@ def write_plot(path: Path, results: Results) -> bool:
         return False
     from matplotlib.figure import Figure
 
-    bound, rivals, memory = lines = [defaultdict(list) for _ in range(3)]
+    bound, rivals, memory = (defaultdict(list) for _ in range(3))
     fewest = min((setting.num_experts for setting, *_ in results.times), default=0)
     for (setting, first, second), pairs in results.times.items():
-        if first == "mhmoe" and second == "gemm":
+        if (first, second) == ("mhmoe", "gemm"):
             bound[f"E={setting.num_experts} {setting.dtype}"].append((setting.tokens, pairs.ratio))
-        elif first == "mhmoe" and (setting.dtype, setting.num_experts) == ("fp32", fewest):
+        elif (first, setting.dtype, setting.num_experts) == ("mhmoe", "fp32", fewest):
             rivals[NAMES[second]].append((setting.tokens, 1 / pairs.ratio))
     for (setting, name), peak in results.memory.items():
         if setting.dtype == "fp32":
             memory[NAMES[name]].append((setting.tokens, peak["tensors"]))
-    titles = (
-        ("Our time / GEMM bound (1 = no overhead)", "ratio"),
-        ("Our speed-up, fp32, fewest experts (above 1 = ours faster)", "rival's time / ours"),
-        ("Peak memory of a step, fp32", "MiB"),
+    panels = (
+        (bound, "Our time / GEMM bound (1 = no overhead)", "ratio", "linear"),
+        (rivals, "Our speed-up, fp32, fewest experts (above 1 = ours faster)", "rival's time / ours", "linear"),
+        (memory, "Peak memory of a step, fp32", "MiB", "log"),
     )
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    for axes, points_of, (title, label) in zip(figure.subplots(1, 3), lines, titles):
-        for name, points in points_of.items():
+    for axes, (lines, title, label, scale) in zip(figure.subplots(1, 3), panels):
+        for name, points in lines.items():
             axes.plot(*zip(*sorted(points)), marker="o", label=name)
-        axes.set(title=title, xlabel="tokens T", ylabel=label)
+        axes.set(title=title, xlabel="tokens T", ylabel=label, yscale=scale)
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
-        if label == "MiB":
-            axes.set_yscale("log")
-        else:
+        if scale == "linear":
             axes.axhline(1.0, color="grey", linewidth=1)
-        if points_of:
+        if lines:
             axes.legend(fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -14,12 +14,8 @@ gradients do not), after a small warm-up call and with free memory given back:
 import contextlib
 import ctypes
 import gc
-import json
-import os
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
+Peak = dict[str, float | None]
 
 
 class StorageTally(TorchDispatchMode):
@@ -93,28 +90,9 @@ def resident_peak(call: Callable[[], object]) -> int | None:
     return status("VmHWM") - before
 
 
-def measure(
-    call: Callable[[], object], clear: Callable[[], None], existing: Iterable[torch.Tensor]
-) -> dict[str, float | None]:
-    """Both measures in MiB; ``clear`` drops what a call leaves behind (gradients)."""
+def measure(call: Callable[[], object], clear: Callable[[], None], existing: Iterable[torch.Tensor]) -> Peak:
+    """Returns both measures in MiB; ``clear`` drops what a call leaves behind (gradients)."""
     clear()
     resident = resident_peak(call)
     clear()
     return {"tensors": tensor_peak(call, existing) / MIB, "resident": None if resident is None else resident / MIB}
-
-
-def in_fresh_process(script: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Run ``script`` anew with ``arguments`` and read the JSON object in its last line.
-
-    Raises:
-        RuntimeError: the process failed; the message ends with its last line of output.
-    """
-    command = [sys.executable, script, *arguments]
-    # The same packages from the same places as here, also where they are found through sys.path alone.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    lines = result.stdout.strip().splitlines()
-    if result.returncode != 0 or not lines:
-        last = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"{' '.join(command)} ended with status {result.returncode}: {last}")
-    return json.loads(lines[-1])

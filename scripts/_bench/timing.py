@@ -60,24 +60,27 @@ def time_pairs(
     *,
     pairs: int = MIN_PAIRS,
     warmup: int = 1,
-    after_pair: Callable[[], None] | None = None,
+    after_pair: Callable[[], object] | None = None,
 ) -> Pairs:
-    """Time ``first`` and ``second`` in turns; every other pair starts with the second.
+    """Times ``first`` and ``second`` in turns, after ``warmup`` untimed calls of each.
 
     Args:
-        first, second: what to time, without arguments.
-        pairs: how many times each is timed.
-        warmup: untimed calls of each beforehand.
         after_pair: called after every pair, as for a progress bar.
     """
     for _ in range(warmup):
         first()
         second()
+    return take_turns(lambda: seconds(first), lambda: seconds(second), pairs, after_pair)
+
+
+def take_turns(
+    first: Callable[[], float], second: Callable[[], float], pairs: int, after_pair: Callable[[], object] | None = None
+) -> Pairs:
+    """Asks both for a time, pair by pair; every other pair starts with the second."""
     times: tuple[list[float], list[float]] = ([], [])
-    calls = (first, second)
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append(seconds(calls[which]))
+            times[which].append((first, second)[which]())
         if after_pair:
             after_pair()
     return Pairs(tuple(times[0]), tuple(times[1]))

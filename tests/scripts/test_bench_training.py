@@ -53,9 +53,9 @@ def duels(seconds: float) -> dict[str, bench_train.Duel]:
 def test_verdicts_are_about_tokens_per_second(flags, limit):
     args = bench_train.build_parser().parse_args(flags)
     for seconds, met in ((limit + 0.01, True), (limit - 0.01, False)):
-        line, is_met = bench_train.decide(duels(seconds), args)
+        [(line, is_met)] = bench_train.decide(duels(seconds), args)
         assert is_met == met and f"{seconds:.3f}" in line
-    assert flags or bench_train.decide(duels(1.0), arguments()) is None  # the target is about the default setting
+    assert flags or bench_train.decide(duels(1.0), arguments()) == []  # the target is about the default setting
 
 
 def test_different_losses_stop_the_comparison():
@@ -80,7 +80,7 @@ def test_bad_flags_are_one_line(flags, message, capsys):
 def test_quick_training_run_writes_a_report(tmp_path, capsys):
     output = tmp_path / "report.md"
     assert bench_train.main([*TINY, "--quick", "--sentences", "1", "--output", str(output)]) == 0
-    report = output.read_text(encoding="utf-8")
+    report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
     assert "| MH-MoE, budget flops |" in report and "| X-MoE |" in report and "--mhmoe-budget flops" in report
     (products,) = re.findall(r"^\| MH-MoE, budget flops \|((?: -?[0-9.]+ \|){4})$", report, re.MULTILINE)
     assert all(float(value) > 0 for value in products.strip(" |").split("|")[:3])  # so small, the last is noise
@@ -92,5 +92,5 @@ def test_parallel_run_moves_the_rows_of_the_plan(tmp_path):
     output = tmp_path / "report.md"
     flags = ["--ranks", "2", "--models", "mhmoe-params", "--sentences", "4"]
     assert bench_train.main([*TINY, *flags, "--output", str(output)]) == 0
-    report = output.read_text(encoding="utf-8")
+    report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
     assert re.search(r"\| logged \| (\d+) \|.*\n\| plan, even routing \| \1 \|", report)
