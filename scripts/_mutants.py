@@ -12,8 +12,8 @@ A list is a TOML file::
 
 ``expression`` is an expression or one statement of the function, compared by its syntax tree; ``becomes`` may be
 several statements in place of one. Also ``occurrence`` (from 1) where it stands there more than once, ``module``
-(``moe.layer``, or ``moe`` for all below) where several functions have that name, ``tests`` of this mutant alone, and
-``survives``: why no test can see it. ``function = ""`` is the module's own level, a class's name the class's own,
+(``moe.layer``, or ``moe`` for all below) where several functions have that name, and ``tests`` of this mutant alone.
+``function = ""`` is the module's own level, a class's name the class's own,
 without the functions in it.
 """
 
@@ -33,7 +33,7 @@ except ModuleNotFoundError:
 LISTS = Path("scripts/mutants")
 PACKAGE = Path("mhmoe_fairseq")
 _REQUIRED = {"change", "function", "expression", "becomes"}
-_OPTIONAL = {"module", "occurrence", "tests", "survives"}
+_OPTIONAL = {"module", "occurrence", "tests"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -62,7 +62,6 @@ class Mutant:
     expression: str
     becomes: str
     module: str
-    survives: str
     tests: tuple[str, ...]
 
 
@@ -102,7 +101,7 @@ def _read(root: Path, list_name: str, entry: dict) -> Mutant:
     digest = hashlib.sha256(json.dumps([before, entry]).encode())
     for file in _test_files(root, entry):
         digest.update(file.read_bytes())
-    fields = {"module": "", "survives": "", **entry, "tests": tuple(entry["tests"])}
+    fields = {"module": "", **entry, "tests": tuple(entry["tests"])}
     fields.pop("occurrence", None)
     return Mutant(list_name, path, before, after, digest.hexdigest()[:16], **fields)
 

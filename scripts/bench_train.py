@@ -10,11 +10,12 @@ from pathlib import Path
 from _bench.console import Target, add_numbers, conclude, make_parser, report_path, run_benchmark, write_report
 from _bench.layers import DTYPES, GemmBound
 from _bench.timing import Pairs, take_turns, time_pairs
-from _bench.training import NAMES, Shape, Training, add_model_arguments, flags_of, shape_of, train, write_zipf_data
+from _bench.training import NAMES, Training, add_model_arguments, count, flags_of, train, write_zipf_data
 from tqdm import tqdm
 
 from mhmoe_fairseq.analysis.plan.ranks import Cluster, exchange
 from mhmoe_fairseq.common.tables import markdown_table
+from mhmoe_fairseq.models.counts import ModelCounts
 from mhmoe_fairseq.models.flags import expert_parallel_size
 
 DESCRIPTION = """\
@@ -49,10 +50,6 @@ examples:
 The tokens are synthetic unless --data is given: independent draws by Zipf's law,
 so that routing meets frequent and rare words. Weights are fresh, hence routing is
 as balanced as at the start of a training.
-
-What ranks cost: each has the dense part whole, so its gradient is summed over them
-and its Adam runs on each; rows travel through the loopback; and the slowest sets the
-pace. All but the last weigh less the more tokens an update has.
 """
 REFERENCE = "xmoe"
 SPEED_TARGET = ("mhmoe-flops", 0.95)  # of X-MoE's tokens/s, at the default setting
@@ -111,20 +108,20 @@ def fight(data: str, name: str, args: argparse.Namespace, progress: tqdm) -> Due
     return Duel(pairs, last[0], last[1])
 
 
-def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, Shape], dict[str, Duel]]:
-    """Returns every model's shape and duel."""
+def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, ModelCounts], dict[str, Duel]]:
+    """Returns every model's counts and duel."""
     names = [SPEED_TARGET[0]] if args.quick else args.models
     wanted = names if args.ranks > 1 else [*names, REFERENCE]
-    shapes = {name: shape_of(data, name, args) for name in NAMES if name in wanted}
+    counts = {name: count(data, name, args) for name in NAMES if name in wanted}
     with tqdm(total=len(names) * args.pairs, unit="pair", dynamic_ncols=True) as progress:
-        return shapes, {name: fight(data, name, args, progress) for name in names}
+        return counts, {name: fight(data, name, args, progress) for name in names}
 
 
-def time_products(shape: Shape, reference: Shape, args: argparse.Namespace) -> Pairs:
+def time_products(shape: ModelCounts, reference: ModelCounts, args: argparse.Namespace) -> Pairs:
     """Seconds of the matrix products of all MoE layers in an update, by turns."""
     tokens = args.sentences * args.tokens_per_sample
     bounds = [GemmBound(each.moe, tokens, DTYPES[args.precision]) for each in (shape, reference)]
-    calls = [lambda b=b, n=each.layers: [b() for _ in range(n)] for b, each in zip(bounds, (shape, reference))]
+    calls = [lambda b=b, n=each.moe_layers: [b() for _ in range(n)] for b, each in zip(bounds, (shape, reference))]
     return time_pairs(*calls, pairs=args.pairs)
 
 
@@ -143,7 +140,7 @@ def decide(duels: dict[str, Duel], args: argparse.Namespace) -> list[Target]:
     return [(line, speed.ratio >= limit)]
 
 
-def speed_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
+def speed_table(counts: dict[str, ModelCounts], duels: dict[str, Duel], args: argparse.Namespace) -> str:
     """Returns a row for each contender."""
     contenders = []
     for name, duel in duels.items():
@@ -155,23 +152,23 @@ def speed_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse
         contenders.append((REFERENCE, "", Pairs(rivals, rivals), duel.rival))
     rows = []
     for name, where, pairs, run in contenders:
-        moe, tokens = shapes[name].moe, args.sentences * args.tokens_per_sample
+        moe, tokens = counts[name].moe, args.sentences * args.tokens_per_sample
         experts = f"{moe.num_experts} x {moe.expert_ffn_dim}" if moe else "-"
         flops = f"{moe.flops_per_token() / 1e6:.1f}" if moe else "-"
         rows.append((
-            NAMES[name] + where, f"{shapes[name].params / 1e6:.1f}M", experts, flops, f"{pairs.first_median:.3f}",
+            NAMES[name] + where, f"{counts[name].total / 1e6:.1f}M", experts, flops, f"{pairs.first_median:.3f}",
             f"{tokens / pairs.first_median:.0f}", f"**{1 / pairs.ratio:.3f}**", f"{run.resident_mib:.0f}",
         ))  # fmt: skip
     head = ("model", "parameters", "experts x width", "MoE layer MFLOP/token", "s/update", "tokens/s")
     return markdown_table((*head, "of its rival's speed", "peak MiB of a process"), rows)
 
 
-def products_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> str:
+def products_table(counts: dict[str, ModelCounts], duels: dict[str, Duel], args: argparse.Namespace) -> str:
     """Returns what matrix products alone permit."""
     rows = []
     for name in duels:
-        if shapes[name].moe is not None:
-            products, update = time_products(shapes[name], shapes[REFERENCE], args), duels[name].pairs.second_median
+        if counts[name].moe is not None:
+            products, update = time_products(counts[name], counts[REFERENCE], args), duels[name].pairs.second_median
             ours, theirs = products.first_median, products.second_median
             limit = update / (update + ours - theirs)
             rows.append((NAMES[name], f"{ours:.3f}", f"{theirs:.3f}", f"{products.ratio:.3f}", f"{limit:.3f}"))
@@ -179,7 +176,7 @@ def products_table(shapes: dict[str, Shape], duels: dict[str, Duel], args: argpa
     return markdown_table(head, rows) if rows else "There are none but X-MoE's."
 
 
-def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -> str:
+def traffic_table(log: dict[str, str], shape: ModelCounts, args: argparse.Namespace) -> str:
     """What one MoE layer moved in one direction on all ranks, as logged and as planned."""
     if shape.moe is None or "a2a_rows" not in log:
         return "Nothing: every rank has all experts."
@@ -193,28 +190,28 @@ def traffic_table(log: dict[str, str], shape: Shape, args: argparse.Namespace) -
     return markdown_table(("one MoE layer, one direction, all ranks", "rows", "MB to other ranks"), rows)
 
 
-def report_parts(shapes: dict[str, Shape], duels: dict[str, Duel], args: argparse.Namespace) -> list[str]:
+def report_parts(counts: dict[str, ModelCounts], duels: dict[str, Duel], args: argparse.Namespace) -> list[str]:
     parts = [
         "## Speed and memory",
         f"{args.sentences} x {args.tokens_per_sample} tokens per update from {args.data or 'Zipf draws'}, on "
         f"{args.threads} threads. Runs of fairseq-train took turns with the rival's for {args.pairs} pairs; a run's "
         f"time is the median of {args.updates} updates, seconds are medians of the runs, the speed is the pairs'.",
-        speed_table(shapes, duels, args),
+        speed_table(counts, duels, args),
     ]
     if args.ranks > 1:
         parts.append("## What passed between the ranks in an update")
         for name, duel in duels.items():
             losses = f"{duel.run.first_loss:.4f} bits on the ranks, {duel.rival.first_loss:.4f} in one process"
-            parts += [f"{NAMES[name]}: first loss {losses}.", traffic_table(duel.run.log, shapes[name], args)]
+            parts += [f"{NAMES[name]}: first loss {losses}.", traffic_table(duel.run.log, counts[name], args)]
     else:
         parts += [
             "## What matrix products alone permit",
             "The products of all MoE layers, forward and backward, as `torch.mm` into preallocated outputs with equal "
             "rows for each expert, by turns. The last column is X-MoE's speed if everything else took X-MoE's time and "
-            "these products their own: what no implementation with `torch.mm` can exceed at these shapes.",
-            products_table(shapes, duels, args),
+            "these products their own: what no implementation with `torch.mm` can exceed at these counts.",
+            products_table(counts, duels, args),
         ]
-    flags = [f"- {NAMES[name]}: `{' '.join(flags_of(name, args, args.ranks))}`" for name in shapes]
+    flags = [f"- {NAMES[name]}: `{' '.join(flags_of(name, args, args.ranks))}`" for name in counts]
     return [*parts, "## Flags", "\n".join(flags)]
 
 
@@ -223,8 +220,8 @@ def run(args: argparse.Namespace) -> int:
     kind = "-parallel" if args.ranks > 1 else "-train-quick" if args.quick else "-train"
     path = report_path(args.output, kind)
     with tempfile.TemporaryDirectory() as folder:
-        shapes, duels = measure(args.data or write_zipf_data(Path(folder), args), args)
-    targets, parts = decide(duels, args), report_parts(shapes, duels, args)
+        counts, duels = measure(args.data or write_zipf_data(Path(folder), args), args)
+    targets, parts = decide(duels, args), report_parts(counts, duels, args)
     write_report(path, "Whole-model training benchmark", args.threads, targets, parts)
     return conclude(path, targets, args.check)
 

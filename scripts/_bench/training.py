@@ -6,17 +6,15 @@ import os
 import statistics
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fairseq import options, tasks
-from fairseq.data import indexed_dataset
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.data import Dictionary, indexed_dataset
 
 import mhmoe_fairseq
-from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.counts import ModelCounts, count_model
 
 from .console import add_numbers
 
@@ -42,28 +40,34 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="as --mhmoe-precision")
 
 
-def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
-    """The flags of a model, of task, criterion and optimiser, and of the batch, which the ranks share.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    if name not in NAMES:
-        raise ValueError(f"model ({name}) must be one of {', '.join(NAMES)}")
+def model_flags(name: str, args: argparse.Namespace) -> dict[str, str]:
+    """Returns architecture and flags of a model, by the names of its fields."""
     family, _, budget = name.partition("-")
-    flags = ["--arch", f"{family}_lm_{args.size}", "--mhmoe-precision", args.precision]
+    flags = {"arch": f"{family}_lm_{args.size}", "mhmoe_precision": args.precision}
     if family != "dense":
-        flags += ["--moe-expert-count", str(args.experts), "--moe-top-k", str(args.top_k)]
+        flags |= {"moe_expert_count": str(args.experts), "moe_top_k": str(args.top_k)}
     if family == "mhmoe":
-        flags += ["--mhmoe-heads-number", str(args.heads), "--mhmoe-budget", budget]
+        flags |= {"mhmoe_heads_number": str(args.heads), "mhmoe_budget": budget}
+    return flags
+
+
+def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
+    """Returns the flags of model, task, criterion and optimiser, and of the batch, which the ranks share."""
     together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if ranks > 1 else []
     return [
-        *flags,
+        *(word for flag, value in model_flags(name, args).items() for word in (f"--{flag.replace('_', '-')}", value)),
         *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy", "--dropout", "0"),
         *("--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"),
         *("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
         *("--batch-size", str(args.sentences // ranks), "--required-batch-size-multiple", "1", "--cpu", *together),
     ]
+
+
+def count(data: str, name: str, args: argparse.Namespace) -> ModelCounts:
+    """Returns what ``fairseq-train`` would build."""
+    flags = model_flags(name, args)
+    numbers = {flag: int(value) if value.isdigit() else value for flag, value in flags.items() if flag != "arch"}
+    return count_model(architecture_options(flags["arch"], **numbers), Dictionary.load(str(Path(data) / "dict.txt")))
 
 
 @dataclass(frozen=True)
@@ -112,28 +116,6 @@ def train(data: str, name: str, args: argparse.Namespace, *, ranks: int = 1) -> 
     tokens = args.sentences * args.tokens_per_sample
     seconds = [tokens / float(log["wps"]) for log in logs[WARMUP:] if float(log["wps"])]
     return Training(statistics.median(seconds), float(logs[0]["loss"]), usage.ru_maxrss / 1024, logs[-1])
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's parameters, the configuration of its MoE layers (None in a dense model) and how many it has."""
-
-    params: int
-    moe: MHMoEConfig | None
-    layers: int
-
-
-def shape_of(data: str, name: str, args: argparse.Namespace) -> Shape:
-    """The model as ``fairseq-train`` would build it."""
-    words = [data, *flags_of(name, args)]
-    args = options.parse_args_and_arch(options.get_training_parser(), input_args=words)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # fairseq composes with hydra's older calls
-        config = convert_namespace_to_omegaconf(args)
-    model = tasks.setup_task(config.task).build_model(config.model)
-    layers = [module for module in model.modules() if isinstance(module, MHMoELayer)]
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return Shape(params, layers[0].config if layers else None, len(layers))
 
 
 def write_zipf_data(folder: Path, args: argparse.Namespace) -> str:
