@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _bench.console import Target, add_numbers, conclude, make_parser, report_path, run_benchmark, write_report
-from _bench.layers import DTYPES, GemmBound
+from _bench.layers import DTYPES, gemm_bound
 from _bench.timing import Pairs, take_turns, time_pairs
 from _bench.training import NAMES, Training, add_model_arguments, count, flags_of, train, write_zipf_data
 from tqdm import tqdm
@@ -120,7 +120,7 @@ def measure(data: str, args: argparse.Namespace) -> tuple[dict[str, ModelCounts]
 def time_products(shape: ModelCounts, reference: ModelCounts, args: argparse.Namespace) -> Pairs:
     """Seconds of the matrix products of all MoE layers in an update, by turns."""
     tokens = args.sentences * args.tokens_per_sample
-    bounds = [GemmBound(each.moe, tokens, DTYPES[args.precision]) for each in (shape, reference)]
+    bounds = [gemm_bound(each.moe, tokens, DTYPES[args.precision]) for each in (shape, reference)]
     calls = [lambda b=b, n=each.moe_layers: [b() for _ in range(n)] for b, each in zip(bounds, (shape, reference))]
     return time_pairs(*calls, pairs=args.pairs)
 

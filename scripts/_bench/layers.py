@@ -1,7 +1,7 @@
 """The layer and what it is compared with, each as a step: one forward and one backward pass at one setting.
 
-Every module here maps x ``(T, D)`` to ``(hidden (T, D), balance_loss or None)`` between the same two ``D x D``
-projections, so that a comparison compares how the experts are run and nothing else.
+Every module here maps x ``(T, D)`` to an object with ``hidden (T, D)`` and ``balance_loss`` (or None) between the same
+two ``D x D`` projections, so that a comparison compares how the experts are run and nothing else.
 """
 
 import dataclasses
@@ -76,18 +76,6 @@ class Setting:
         return f"T={self.tokens} E={self.num_experts} {self.dtype}"
 
 
-class OurLayer(nn.Module):
-    """:class:`MHMoELayer` with the return value that the benchmark expects."""
-
-    def __init__(self, config: MHMoEConfig) -> None:
-        super().__init__()
-        self.layer = MHMoELayer(config)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.layer(x)
-        return output.hidden, output.balance_loss
-
-
 class BetweenProjections(nn.Module):
     """A rival's experts on the sub-tokens ``(N, d)``, between the two projections that our layer has."""
 
@@ -97,11 +85,12 @@ class BetweenProjections(nn.Module):
         self.head_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
         self.merge_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden, balance = self.experts_of(self.head_projection(x).view(-1, self.setting.sub_dim))
-        return self.merge_projection(hidden.reshape(x.shape)), balance
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        output = self.experts_of(self.head_projection(x).view(-1, self.setting.sub_dim))
+        hidden = self.merge_projection(output.hidden.reshape(x.shape))
+        return SimpleNamespace(hidden=hidden, balance_loss=output.balance_loss)
 
-    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
         raise NotImplementedError
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
@@ -140,13 +129,13 @@ class PlainLoop(BetweenProjections):
         share = torch.bincount(experts[:, 0], minlength=num_experts) / len(x)
         return gates.to(x.dtype), experts, num_experts * (share * probabilities.mean(dim=0)).sum()
 
-    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
         gates, experts, balance = self.route(sub_tokens)
         total = torch.zeros_like(sub_tokens)
         for expert, (fc1, fc2) in enumerate(zip(self.fc1, self.fc2)):
             row, choice = torch.where(experts == expert)
             total = total.index_add(0, row, fc2(F.gelu(fc1(sub_tokens[row]))) * gates[row, choice, None])
-        return total, balance
+        return SimpleNamespace(hidden=total, balance_loss=balance)
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
         banks = {
@@ -170,9 +159,8 @@ class TorchScaleLayer(BetweenProjections):
         )
         self.layer = StaticXMoE(SimpleNamespace(moe=moe, layernorm_eps=1e-5))
 
-    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.layer(sub_tokens[None])
-        return output.hidden, output.balance_loss
+    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
+        return self.layer(sub_tokens[None])
 
 
 class Mixtral(BetweenProjections):
@@ -199,8 +187,8 @@ class Mixtral(BetweenProjections):
         for parameter in self.block.parameters():  # the block leaves them unwritten, for a checkpoint to fill
             nn.init.normal_(parameter, std=0.02)
 
-    def experts_of(self, sub_tokens: Tensor) -> tuple[Tensor, None]:
-        return self.block(sub_tokens[None]), None
+    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(hidden=self.block(sub_tokens[None]), balance_loss=None)
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
         up = self.block.experts.gate_up_proj  # SiLU on the first half, which is our fc1
@@ -210,46 +198,44 @@ class Mixtral(BetweenProjections):
         return {**super().named_like_ours(), **ours, "router.weight": [self.block.gate.weight]}
 
 
-class Product:
-    """One linear map of ``rows`` rows with its two backward products, all outputs preallocated."""
+def products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Returns a linear map of ``rows`` rows, and its two backward products; all outputs are preallocated."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
+    x, weight, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    grad_x, grad_weight, y = (torch.empty(shape, dtype=dtype) for shape in shapes)
 
-    def __init__(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
-        self.x, self.weight, self.grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-        self.grad_x, self.grad_weight, self.y = (torch.empty(shape, dtype=dtype) for shape in shapes)
+    def forward() -> None:
+        torch.mm(x, weight.t(), out=y)
 
-    def forward(self) -> None:
-        torch.mm(self.x, self.weight.t(), out=self.y)
+    def backward() -> None:
+        torch.mm(grad, weight, out=grad_x)
+        torch.mm(grad.t(), x, out=grad_weight)
 
-    def backward(self) -> None:
-        torch.mm(self.grad, self.weight, out=self.grad_x)
-        torch.mm(self.grad.t(), self.x, out=self.grad_weight)
+    return forward, backward
 
 
-class GemmBound:
-    """The time that a layer's matrix products alone take: no router, no sort, no activation, no sums.
+def gemm_bound(config: MHMoEConfig, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Returns what computes a layer's matrix products alone: no router, no sort, no activation, no sums.
 
     A projection is one product over all tokens; each expert has its products over an equal share of the rows, so that
     the expert weights are as large, and read as often, as the layer's.
     """
+    dim, sub_dim, inner = config.embed_dim, config.subtoken_dim, config.expert_ffn_dim
+    rows = tokens * dim // sub_dim * config.top_k
+    shapes = [(sub_dim, inner)] * (config.matrices_per_expert - 1) + [(inner, sub_dim)]
+    experts = [products(n, *shape, dtype) for n in equal_shares(rows, config.num_experts) for shape in shapes]
+    before, after = (
+        [products(tokens, dim, dim, dtype) for _ in range(has * config.num_projection_layers)]
+        for has in (config.has_head_projection, config.has_merge_projection)
+    )
+    forward, backward = zip(*before, *experts, *after)
 
-    def __init__(self, config: MHMoEConfig, tokens: int, dtype: torch.dtype) -> None:
-        dim, sub_dim, inner = config.embed_dim, config.subtoken_dim, config.expert_ffn_dim
-        rows = tokens * dim // sub_dim * config.top_k
-        shapes = [(sub_dim, inner)] * (config.matrices_per_expert - 1) + [(inner, sub_dim)]
-        experts = [Product(n, *shape, dtype) for n in equal_shares(rows, config.num_experts) for shape in shapes]
-        before, after = (
-            [Product(tokens, dim, dim, dtype) for _ in range(has * config.num_projection_layers)]
-            for has in (config.has_head_projection, config.has_merge_projection)
-        )
-        self.products = [*before, *experts, *after]
+    def step() -> None:
+        for product in (*forward, *reversed(backward)):
+            product()
 
-    def __call__(self) -> None:
-        for product in self.products:
-            product.forward()
-        for product in reversed(self.products):
-            product.backward()
+    return step
 
 
 def equal_shares(rows: int, parts: int) -> list[int]:
@@ -279,17 +265,18 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         self.clear()
-        hidden, balance = self.module(self.x)
-        outputs, gradients = [hidden], [self.grad]
-        if balance is not None:
-            outputs, gradients = [*outputs, balance], [*gradients, torch.full_like(balance, BALANCE_WEIGHT)]
-        torch.autograd.backward(outputs, gradients)
+        output = self.module(self.x)
+        hidden, balance = output.hidden, output.balance_loss
+        if balance is None:
+            hidden.backward(self.grad)
+        else:
+            torch.autograd.backward([hidden, balance], [self.grad, torch.full_like(balance, BALANCE_WEIGHT)])
         return hidden, balance
 
 
 BUILDERS: dict[str, Callable[[Setting], nn.Module]] = {
-    "mhmoe": lambda setting: OurLayer(setting.config()),
-    "mhmoe-swiglu": lambda setting: OurLayer(setting.swiglu_config()),
+    "mhmoe": lambda setting: MHMoELayer(setting.config()),
+    "mhmoe-swiglu": lambda setting: MHMoELayer(setting.swiglu_config()),
     "loop": PlainLoop,
     "torchscale": TorchScaleLayer,
     "mixtral-grouped": lambda setting: Mixtral(setting, "grouped_mm"),
@@ -309,7 +296,7 @@ def build(name: str, setting: Setting) -> Callable[[], object]:
     """Returns the named contender, ready to be called: one call is one forward and backward pass."""
     torch.manual_seed(SEED)
     if name == "gemm":
-        return GemmBound(setting.config(), setting.tokens, setting.torch_dtype)
+        return gemm_bound(setting.config(), setting.tokens, setting.torch_dtype)
     return Step(BUILDERS[name](setting), setting)
 
 
@@ -323,14 +310,14 @@ def errors_against(rival: str, setting: Setting) -> dict[str, float]:
     """Relative errors of our layer against a rival with the same weights: output, balance loss and every gradient."""
     ours = build("mhmoe-swiglu" if rival.startswith("mixtral") else "mhmoe", setting)
     other = build(rival, setting)
-    other.module.copy_from(ours.module.layer)
+    other.module.copy_from(ours.module)
     (hidden, balance), (hidden_other, balance_other) = ours(), other()
     errors = {"output": relative_error(hidden, hidden_other)}
     if balance_other is None:  # without it the gradients are of another sum
         return errors
     errors["balance loss"] = relative_error(balance, balance_other)
     errors["gradient of the input"] = relative_error(ours.x.grad, other.x.grad)
-    gradients = {name: parameter.grad for name, parameter in ours.module.layer.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in ours.module.named_parameters()}
     for name, parts in other.module.named_like_ours().items():
         reference = torch.stack([part.grad for part in parts])
         errors[f"gradient of {name}"] = relative_error(gradients[name].view_as(reference), reference)
