@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _analyze_routing(args: argparse.Namespace) -> list[Path]:
     """Measure a split's routing, or read what was measured; print and draw it."""
-    from ..analysis.reports.routing import describe_routing, draw_activation, draw_parts
+    from ..analysis.reports.plots import draw_all
+    from ..analysis.reports.routing import activation_plot, describe_routing, part_plots
     from ..analysis.routing.measure import measure_routing
     from ..data.identity import identify_data
 
@@ -94,10 +95,10 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
             write_record(file, record)
         files = [file]
         if not args.no_plots:
-            name = checkpoint.resolve().parent.name
-            files.append(file.with_suffix(".png"))
-            draw_activation(files[-1], {name: record.experts}, threshold)
-            files += [path for _, path in draw_parts(out, file.stem, name, record)]
+            model = checkpoint.resolve().parent.name
+            activation = activation_plot(file.stem, {model: record.experts}, threshold)
+            plots = draw_all(out, [activation, *part_plots(file.stem, model, record)])
+            files += [path for _, path in plots]
     say(describe_routing(record, threshold))
     return files
 
@@ -166,13 +167,13 @@ def _write_diversity(
         return files
     files += [out / "diversity.png", out / "diversity-course.png"]
     title = f"{args.checkpoints[0].resolve().parent.name}: different experts of each patch's sub-tokens"
-    rows = [(f"{each.updates:,}\nupdates", each.counts_BLhw.double().mean(1).numpy()) for each in measured]
+    rows = {f"{each.updates:,}\nupdates": each.counts_BLhw.double().mean(1).numpy() for each in measured}
     draw_overlays(files[1], [shown(image) for image in prepare_images(images, img_size)], rows, title)
-    curves = []
-    for name, flat in (("patches of one colour", True), ("other patches", False)):
-        points = [(each.updates, value) for each in measured if (value := each.mean(flat=flat)) is not None]
-        if points:
-            curves.append((name, *map(list, zip(*points))))
+    curves = {
+        name: [(each.updates, value) for each in measured if (value := each.mean(flat=flat)) is not None]
+        for name, flat in (("patches of one colour", True), ("other patches", False))
+    }
+    curves = {name: points for name, points in curves.items() if points}
     draw_curves(files[2], curves, title, "experts per patch, mean of the layers")
     return files
 

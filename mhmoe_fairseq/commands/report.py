@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..analysis.reports import PaperTable, write_report
+from ..analysis.reports import write_report
 from ..analysis.reports.runs import find_runs
 from ..common.arguments import existing_folder, output_file, plain_name
 from ..common.console import quiet, say
@@ -38,29 +38,20 @@ def run(args: argparse.Namespace) -> int:
     """Write the report.
 
     Raises:
-        UserError: for missing or unreadable runs, runs of other data, or missing matplotlib.
+        UserError: for missing or unreadable runs, runs of other data, an unknown table, or missing matplotlib.
     """
+    tables = {name: experiment.paper for name, experiment in EXPERIMENTS.items() if experiment.paper is not None}
+    if args.paper is not None and args.paper not in tables:
+        raise UserError(f"--paper ({args.paper}) must be one of {', '.join(tables)}")
     with quiet():
         write_report(
             find_runs(args.runs, args.names),
             args.out,
             split=args.split,
             reference=args.reference,
-            paper=None if args.paper is None else paper_table(args.paper),
+            paper=tables.get(args.paper),
             data=args.data,
             plots=not args.no_plots,
             say=say,
         )
     return 0
-
-
-def paper_table(name: str) -> PaperTable:
-    """The paper's own table of an experiment.
-
-    Raises:
-        UserError: no experiment of that name has one.
-    """
-    tables = {name: experiment.paper for name, experiment in EXPERIMENTS.items() if experiment.paper is not None}
-    if name not in tables:
-        raise UserError(f"--paper ({name}) must be one of {', '.join(tables)}")
-    return tables[name]

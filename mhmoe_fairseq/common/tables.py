@@ -1,6 +1,6 @@
 """Markdown tables that also read well in a terminal, and numbers as people write them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MISSING = "–"
 
@@ -15,6 +15,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def columns_table(columns: Mapping[str, Sequence[str]]) -> str:
+    """The same from the columns' cells by their titles; a column without any value is left out."""
+    kept = {title: cells for title, cells in columns.items() if set(cells) != {MISSING}}
+    return markdown_table(list(kept), list(zip(*kept.values())))
 
 
 def millions(value: float | None, digits: int = 2) -> str:

@@ -1,8 +1,9 @@
 """PNG plots of metrics, of experts' loads and of images; matplotlib is the optional extra ``plots``."""
 
+import contextlib
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,19 @@ from .runs import mean_and_deviation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Curve = tuple[str, Sequence[float], Sequence[float]]  # name, updates, values
-_LOAD_LABEL = "load, 1 = uniform"
 _OPACITY = 0.75  # of what is laid over an image
+
+
+# Name of the file, the function that draws it, values, title, and what the vertical axis or rows and columns are.
+Plot = tuple[str, Callable[[Path, Any, str, Any], None], Any, str, Any]
+
+
+def draw_all(folder: Path, plots: Iterable[Plot]) -> Iterator[tuple[str, Path]]:
+    """Draw plots into a folder; yields title and file of each."""
+    for name, draw, values, title, label in plots:
+        path = folder / f"{name}.png"
+        draw(path, values, title, label)
+        yield title, path
 
 
 def require_matplotlib() -> None:
@@ -30,18 +41,21 @@ def require_matplotlib() -> None:
         raise UserError("plots need matplotlib: pip install 'mhmoe-fairseq[plots]' (or pip install matplotlib)")
 
 
-def draw_curves(path: Path, curves: list[Curve], title: str, ylabel: str, log_scale: bool = False) -> None:
-    """Draw values over updates, a line for every curve."""
-    figure = _new_figure(7.0, 4.2)
-    axes = figure.subplots()
-    for name, updates, values in curves:
-        axes.plot(updates, values, marker="o" if len(updates) < 30 else None, markersize=3, label=name)
-    axes.set(title=title, xlabel="updates", ylabel=ylabel)
-    if log_scale:
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    _save(figure, path)
+def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str) -> None:
+    """Draw values over updates, a line for every curve; a perplexity on a logarithmic scale.
+
+    Args:
+        curves: name -> updates and value of each point.
+    """
+    with _figure(path, 7.0, 4.2) as figure:
+        axes = figure.subplots()
+        for name, points in curves.items():
+            axes.plot(*zip(*points), marker="o" if len(points) < 30 else None, markersize=3, label=name)
+        axes.set(title=title, xlabel="updates", ylabel=ylabel)
+        if ylabel == "perplexity":
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
 
 
 def draw_bars(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
@@ -51,38 +65,36 @@ def draw_bars(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], t
         values: model -> part, such as a language -> a value for each seed.
     """
     parts = list(dict.fromkeys(part for by_part in values.values() for part in by_part))
-    figure = _new_figure(2.0 + 0.25 * len(parts) * (len(values) + 1), 4.2)
-    axes = figure.subplots()
     width = 1 / (len(values) + 1)
-    for index, (model, by_part) in enumerate(values.items()):
-        measured = [(at, mean_and_deviation(by_part[name])) for at, name in enumerate(parts) if by_part.get(name)]
-        axes.bar(
-            [at + (index - (len(values) - 1) / 2) * width for at, _ in measured],
-            [middle for _, (middle, _) in measured],
-            width,
-            yerr=[deviation or 0.0 for _, (_, deviation) in measured],
-            error_kw={"elinewidth": 0.8},
-            label=model,
-        )
-    axes.set_xticks(range(len(parts)), parts)
-    axes.set(title=title, ylabel=ylabel)
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
-    _save(figure, path)
+    with _figure(path, 2.0 + 0.25 * len(parts) * (len(values) + 1), 4.2) as figure:
+        axes = figure.subplots()
+        for index, (model, by_part) in enumerate(values.items()):
+            measured = [(at, *mean_and_deviation(by_part[name])) for at, name in enumerate(parts) if by_part.get(name)]
+            axes.bar(
+                [at + (index - (len(values) - 1) / 2) * width for at, _, _ in measured],
+                [middle for _, middle, _ in measured],
+                width,
+                yerr=[deviation or 0.0 for _, _, deviation in measured],
+                error_kw={"elinewidth": 0.8},
+                label=model,
+            )
+        axes.set_xticks(range(len(parts)), parts)
+        axes.set(title=title, ylabel=ylabel)
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize=8)
 
 
 def draw_seeds(path: Path, values: Mapping[str, Sequence[float]], title: str, ylabel: str) -> None:
     """Draw mean and standard deviation of every model, and each seed as a dot."""
-    figure = _new_figure(1.6 + 1.3 * len(values), 4.2)
-    axes = figure.subplots()
-    for index, seeds in enumerate(values.values()):
-        middle, deviation = mean_and_deviation(seeds)
-        axes.errorbar(index, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
-        axes.plot([index] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
-    axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
-    axes.set(title=title, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
-    axes.grid(alpha=0.3, axis="y")
-    _save(figure, path)
+    with _figure(path, 1.6 + 1.3 * len(values), 4.2) as figure:
+        axes = figure.subplots()
+        for index, seeds in enumerate(values.values()):
+            middle, deviation = mean_and_deviation(seeds)
+            axes.errorbar(index, middle, yerr=deviation, fmt="_", color="black", markersize=18, capsize=6)
+            axes.plot([index] * len(seeds), seeds, "o", alpha=0.6, markersize=5)
+        axes.set_xticks(range(len(values)), list(values), rotation=20, ha="right")
+        axes.set(title=title, ylabel=ylabel, xlim=(-0.5, len(values) - 0.5))
+        axes.grid(alpha=0.3, axis="y")
 
 
 def relative_load(loads_RE: Any) -> np.ndarray:
@@ -91,42 +103,41 @@ def relative_load(loads_RE: Any) -> np.ndarray:
     return loads_RE / np.maximum(loads_RE.mean(-1, keepdims=True), np.finfo(np.float64).tiny)
 
 
-def draw_loads(path: Path, maps: Mapping[str, tuple[Sequence[str], np.ndarray]], ylabel: str, title: str = "") -> None:
+def draw_loads(path: Path, maps: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
     """Draw heat maps of experts' relative loads, all on one colour scale (P1's figures 1 and 5).
 
     Args:
-        maps: title of a map -> names of its rows, and ``(rows, E)`` from :func:`relative_load`.
+        maps: title of a map -> row -> load of each of E experts.
         ylabel: what a row is.
     """
-    highest = min(4.0, max(2.0, *(math.ceil(load.max().item()) for _, load in maps.values())))
-    heights = [max(len(rows), 2) for rows, _ in maps.values()]
-    figure = _new_figure(8.0, 1.1 * len(maps) + 0.35 * sum(heights) + 0.6)
-    all_axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (name, (rows, load)) in zip(all_axes, maps.items()):
-        image = _heat_map(axes, load, rows, highest)
-        axes.set(title=name, ylabel=ylabel, xlabel="expert")
-    figure.suptitle(title)
-    figure.colorbar(image, ax=all_axes.tolist(), label=_LOAD_LABEL, extend="max")
-    _save(figure, path)
+    relative = {name: relative_load(list(rows.values())) for name, rows in maps.items()}
+    highest = min(4.0, max(2.0, *(math.ceil(load_RE.max()) for load_RE in relative.values())))
+    heights = [max(len(rows), 2) for rows in maps.values()]
+    with _figure(path, 8.0, 1.1 * len(maps) + 0.35 * sum(heights) + 0.6) as figure:
+        all_axes = figure.subplots(len(maps), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axes, (name, rows) in zip(all_axes, maps.items()):
+            image = _heat_map(axes, relative[name], list(rows), highest)
+            axes.set(title=name, ylabel=ylabel, xlabel="expert")
+        figure.suptitle(title)
+        figure.colorbar(image, ax=all_axes.tolist(), label="load, 1 = uniform", extend="max")
 
 
-def draw_matrices(path: Path, matrices: Mapping[str, np.ndarray], names: Sequence[str], title: str) -> None:
+def draw_matrices(path: Path, matrices: Mapping[str, np.ndarray], title: str, names: Sequence[str]) -> None:
     """Draw square matrices of shares side by side, rows and columns with the same names.
 
     Args:
         matrices: title -> ``(G, G)`` with values from 0 to 1.
     """
     size = 2.2 + 0.3 * len(names)
-    figure = _new_figure(len(matrices) * size, size)
-    all_axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (name, values_GG) in zip(all_axes, matrices.items()):
-        lowest = math.floor(10 * values_GG.min().item()) / 10
-        image = _heat_map(axes, values_GG, names, highest=1.0, lowest=lowest)
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_title(name, fontsize=9)
-        figure.colorbar(image, ax=axes)
-    figure.suptitle(title)
-    _save(figure, path)
+    with _figure(path, len(matrices) * size, size) as figure:
+        all_axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for axes, (name, values_GG) in zip(all_axes, matrices.items()):
+            lowest = math.floor(10 * values_GG.min().item()) / 10
+            image = _heat_map(axes, values_GG, names, highest=1.0, lowest=lowest)
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_title(name, fontsize=9)
+            figure.colorbar(image, ax=axes)
+        figure.suptitle(title)
 
 
 def _heat_map(axes: Any, values: np.ndarray, rows: Sequence[str], highest: float, lowest: float = 0.0) -> Any:
@@ -135,36 +146,36 @@ def _heat_map(axes: Any, values: np.ndarray, rows: Sequence[str], highest: float
     return axes.imshow(values, aspect="auto", vmin=lowest, vmax=highest, interpolation="nearest")
 
 
-def draw_overlays(path: Path, images: Sequence[Any], rows: Sequence[tuple[str, np.ndarray]], title: str) -> None:
+def draw_overlays(path: Path, images: Sequence[Any], rows: Mapping[str, np.ndarray], title: str) -> None:
     """Draw images above, and below, for every row, a map over each image.
 
     All maps have one scale, from 1 expert to as many as the most diverse patch has.
 
     Args:
         images: B images of Pillow, all of one size.
-        rows: name, and ``(B, h, w)`` experts of each patch.
+        rows: name -> ``(B, h, w)`` experts of each patch.
     """
     width, height = images[0].size
-    highest = max(1.01, *(float(values_Bhw.max()) for _, values_Bhw in rows))
-    figure = _new_figure(1.3 + 1.3 * len(images), 0.9 + 1.35 * (1 + len(rows)))
-    all_axes = figure.subplots(1 + len(rows), len(images), squeeze=False)
-    for axes_of_row, (name, values_Bhw) in zip(all_axes, [("image", None), *rows]):
-        for index, (axes, image) in enumerate(zip(axes_of_row, images)):
-            axes.imshow(image if values_Bhw is None else image.convert("L"), cmap="gray", vmin=0, vmax=255)
-            axes.set(xticks=[], yticks=[])
-            if values_Bhw is not None:
-                overlay = axes.imshow(
-                    values_Bhw[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_OPACITY,
-                    vmin=1, vmax=highest, cmap="viridis", interpolation="nearest",
-                )  # fmt: skip
-        axes_of_row[0].set_ylabel(name, fontsize=8)
-    figure.colorbar(overlay, ax=all_axes[1:].ravel().tolist(), label="experts per patch, mean of the layers")
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    highest = max(1.01, *(float(values_Bhw.max()) for values_Bhw in rows.values()))
+    with _figure(path, 1.3 + 1.3 * len(images), 0.9 + 1.35 * (1 + len(rows))) as figure:
+        all_axes = figure.subplots(1 + len(rows), len(images), squeeze=False)
+        for axes_of_row, (name, values_Bhw) in zip(all_axes, {"image": None, **rows}.items()):
+            for index, (axes, image) in enumerate(zip(axes_of_row, images)):
+                axes.imshow(image if values_Bhw is None else image.convert("L"), cmap="gray", vmin=0, vmax=255)
+                axes.set(xticks=[], yticks=[])
+                if values_Bhw is not None:
+                    overlay = axes.imshow(
+                        values_Bhw[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_OPACITY,
+                        vmin=1, vmax=highest, cmap="viridis", interpolation="nearest",
+                    )  # fmt: skip
+            axes_of_row[0].set_ylabel(name, fontsize=8)
+        figure.colorbar(overlay, ax=all_axes[1:].ravel().tolist(), label="experts per patch, mean of the layers")
+        figure.suptitle(title, fontsize=10)
 
 
-def _new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, so many inches wide and high.
+@contextlib.contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
+    """An empty figure, so many inches wide and high; what is drawn becomes a PNG, whole or not at all.
 
     Raises:
         UserError: without matplotlib.
@@ -172,10 +183,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _save(figure: "Figure", path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

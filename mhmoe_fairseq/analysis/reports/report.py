@@ -5,22 +5,22 @@ from pathlib import Path
 
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
-from .paper import PaperTable, paper_section
-from .plots import draw_bars, draw_curves, draw_seeds, require_matplotlib
-from .routing import draw_activation, draw_parts
-from .runs import Model, evaluations, read_model, require_one_data
+from .plots import Plot, draw_all, draw_bars, draw_curves, draw_seeds, require_matplotlib
+from .routing import activation_plot, part_plots, routing_section
+from .runs import Model, all_records, evaluations, read_model, require_one_data
 from .tables import (
     PART_NAMES,
     SHORT,
     Column,
+    PaperTable,
     against_guessing,
     columns_of,
     counts_of,
     differing_settings,
     overview,
+    paper_section,
     part_columns,
     parts_section,
-    routing_section,
 )
 
 _NOTES = {
@@ -72,7 +72,7 @@ def write_report(
     columns = columns_of(models, split)
     parts = [parts_section(models, what, name) for what, splits in evaluations(models).items() for name in splits[::-1]]
     head = _joined(overview(models, columns, split, reference), against_guessing(models, columns), *parts)
-    drawn = list(_draw(models, out.parent / f"{out.stem}-plots", split, columns)) if plots else []
+    drawn = draw_all(out.parent / f"{out.stem}-plots", _plots(models, split, columns) if plots else [])
     text = _joined(
         "# Models side by side",
         _data_lines(models),
@@ -92,12 +92,12 @@ def write_report(
 
 
 def _joined(*parts: str) -> str:
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _data_lines(models: Sequence[Model]) -> str:
     """What was evaluated, and with which code."""
-    records = [record for model in models for run in model.runs for record in run.records]
+    records = [record for _, record in all_records(models)]
     lines = [
         f"- {record.what}: {record.data.get('source')}, SHA-256 `{record.data.get('digest')}`" for record in records
     ]
@@ -106,7 +106,7 @@ def _data_lines(models: Sequence[Model]) -> str:
 
 
 def _notes(models: Sequence[Model], split: str) -> str:
-    records = [record for model in models for run in model.runs for record in run.records]
+    records = [record for _, record in all_records(models)]
     contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := counts_of(model)))
     lines = [
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
@@ -125,62 +125,53 @@ def _notes(models: Sequence[Model], split: str) -> str:
 
 
 def _commands(models: Sequence[Model]) -> str:
-    """The command that trained each model's first run."""
-    kept = [f"# {model.name}, {model.runs[0].path.name}\n{command}"
-            for model in models if (command := model.runs[0].command())]  # fmt: skip
-    return "## Commands\n\n```bash\n" + "\n".join(kept) + "\n```" if kept else ""
+    """The command that trained each model's first run, where it was kept."""
+    lines = []
+    for model in models:
+        file = model.runs[0].path / "command.sh"
+        if file.is_file():
+            lines.append(f"# {model.name}, {file.parent.name}")
+            kept = file.read_text(encoding="utf-8").splitlines()
+            lines += [line for line in kept if line.strip() and not line.startswith("#")]
+    return "\n".join(["## Commands\n\n```bash", *lines, "```"]) if lines else ""
 
 
-def _draw(models: Sequence[Model], folder: Path, split: str, columns: Sequence[Column]) -> Iterator[tuple[str, Path]]:
-    """Draw all plots that the records and logs have values for; yields title and file of each."""
-    yield from _draw_curves(models, folder)
-    yield from _draw_metrics(models, folder, split, columns)
-    found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}
-    if found:
-        path = folder / "expert-activation.png"
-        draw_activation(path, {name: record.experts for name, record in found.items()})
-        yield "Expert activation", path
-    for name, record in found.items():
-        yield from draw_parts(folder, f"routing-{name}", name, record)
-
-
-def _draw_curves(models: Sequence[Model], folder: Path) -> Iterator[tuple[str, Path]]:
-    """Draw curves of the training log of each model's first run."""
+def _plots(models: Sequence[Model], split: str, columns: Sequence[Column]) -> Iterator[Plot]:
+    """All plots that the records and logs have values for."""
     wanted = {
         "valid_ppl": ("Validation perplexity", "perplexity"),
         "gate_loss": ("Balance loss in training (1 = uniform)", "balance loss"),
+        **{
+            f"valid_{part}_ppl": (f"Validation perplexity, masked {name}", "perplexity")
+            for part, name in PART_NAMES.items()
+        },
     }
-    for part, name in PART_NAMES.items():
-        wanted[f"valid_{part}_ppl"] = (f"Validation perplexity, masked {name}", "perplexity")
-    logs = {model.name: log for model in models if (log := model.runs[0].log) is not None}
-    for key, (title, ylabel) in wanted.items():
-        curves = [(name, *log.curve(key)) for name, log in logs.items()]
-        if curves := [curve for curve in curves if curve[1]]:
-            path = folder / f"{key.replace('_', '-')}.png"
-            draw_curves(path, curves, title, ylabel, log_scale=ylabel == "perplexity")
-            yield title, path
+    logs = {model.name: model.runs[0].log for model in models if model.runs[0].log is not None}
+    for key, (title, label) in wanted.items():
+        if curves := {name: curve for name, log in logs.items() if (curve := log.curve(key))}:
+            yield key.replace("_", "-"), draw_curves, curves, title, label
+    yield from _metric_plots(models, split, columns)
+    found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}
+    if found:
+        yield activation_plot("expert-activation", {name: record.experts for name, record in found.items()})
+    for name, record in found.items():
+        yield from part_plots(f"routing-{name}", name, record)
 
 
-def _draw_metrics(
-    models: Sequence[Model], folder: Path, split: str, columns: Sequence[Column]
-) -> Iterator[tuple[str, Path]]:
-    """Draw every metric by language, modality or task, and the seeds of the main metrics."""
+def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[Column]) -> Iterator[Plot]:
+    """Every metric by language, modality or task, and the seeds of the main metrics."""
     for what, splits in evaluations(models).items():
         for name in splits:
             for metric, parts in part_columns(models, what, name).items():
                 values = {model.name: {part.title: part.values(model) for part in parts[:-1]} for model in models}
-                path = folder / _file_name(f"{what} {metric} {name}")
                 title = f"{what.capitalize()} by part: {SHORT.get(metric, metric)}, {name} split"
-                draw_bars(path, values, title, metric)
-                yield title, path
+                yield _file_stem(f"{what} {metric} {name}"), draw_bars, values, title, metric
     for column in columns:
         values = {model.name: seeds for model in models if (seeds := column.values(model))}
         if column.split == split and any(len(seeds) > 1 for seeds in values.values()):
-            path = folder / _file_name(f"seeds {column.title}")
             title = f"{column.title.capitalize()}: mean, standard deviation, seeds"
-            draw_seeds(path, values, title, column.metric)
-            yield title, path
+            yield _file_stem(f"seeds {column.title}"), draw_seeds, values, title, column.metric
 
 
-def _file_name(words: str) -> str:
-    return words.replace(" ", "-").replace("/", "-per-") + ".png"
+def _file_stem(words: str) -> str:
+    return words.replace(" ", "-").replace("/", "-per-")

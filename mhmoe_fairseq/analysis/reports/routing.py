@@ -1,14 +1,14 @@
 """What a record says about routing: the experts of every layer and part, as tables and heat maps."""
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ...common.tables import MISSING, markdown_table, number, percent
+from ...common.tables import MISSING, columns_table, markdown_table, number, percent
 from ...evaluation.records import ACTIVE_THRESHOLD, ExpertLoads, Record
-from ..routing.loads import PartLoads, accuracy
-from .plots import draw_loads, draw_matrices, relative_load
+from ..routing.loads import PartLoads, accuracy, guess_shares
+from .plots import Plot, draw_loads, draw_matrices
+from .runs import Model
 
 
 def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str:
@@ -32,18 +32,17 @@ def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str
 
 def _layer_table(whole: ExpertLoads, threshold: float) -> str:
     """A row for every MoE layer and their mean."""
-    columns = {
-        "active experts": (whole.active(threshold), percent),
-        "effective experts": (whole.effective(), percent),
-        "load max/mean": (whole.max_over_mean(), number),
-        "overflow": ([row.overflow for row in whole.layers], percent),
-        "router entropy (nats)": ([row.entropy for row in whole.layers], lambda value: number(value, 3)),
-    }
-    rows = [[row.name] for row in whole.layers] + [["mean"]]
-    for values, show in columns.values():
-        for row, value in zip(rows, [*values, mean(values)]):
-            row.append(show(value))
-    return markdown_table(["layer", *columns], rows)
+    columns = {"layer": [*(row.name for row in whole.layers), "mean"]}
+    for title, values, digits in (
+        ("active experts", whole.active(threshold), None),
+        ("effective experts", whole.effective(), None),
+        ("load max/mean", whole.max_over_mean(), 2),
+        ("overflow", [row.overflow for row in whole.layers], None),
+        ("router entropy (nats)", [row.entropy for row in whole.layers], 3),
+    ):
+        shown = [*values, mean(values)]
+        columns[title] = [percent(value) if digits is None else number(value, digits) for value in shown]
+    return columns_table(columns)
 
 
 def mean(values: list[float | None]) -> float | None:
@@ -55,42 +54,69 @@ def _part_table(record: Record, threshold: float) -> str:
     """A row for every language or modality."""
     loads = PartLoads.of(record.experts)
     common_GG = loads.overlap_LGG().mean(0)
-    guesses = np.array(record.settings["guesses"][-1]) if "guesses" in record.settings else None
-    header = ["", "number", "bits", "active experts", "effective experts", "experts per position", "most in common"]
-    header += ["guessed right", "most often taken for"] if guesses is not None else list(loads.parts)
-    rows = []
-    for index, part in enumerate(loads.parts):
-        measured = record.parts.get(part, {})
-        others = [other for other in range(len(loads.parts)) if other != index]
-        nearest = max(others, key=lambda other: common_GG[index, other], default=index)
-        experts, first = record.experts.of(part), next(iter(measured.values()))
-        row = [part, f"{first.count:,}"]
-        row += [number(measured[name].value, digits) if name in measured else MISSING
-                for name, digits in (("loss", 4), ("experts per position", 2))]  # fmt: skip
-        row[3:3] = [percent(mean(experts.active(threshold))), percent(mean(experts.effective()))]
-        row.append(f"{loads.parts[nearest]} {percent(common_GG[index, nearest])}")
-        if guesses is None:
-            row += [percent(share) for share in common_GG[index]]
-        else:
-            wrong = max(others, key=lambda other: guesses[index, other], default=index)
-            row.append(percent(guesses[index, index] / max(guesses[index].sum(), 1)))
-            row.append(loads.parts[wrong] if others and guesses[index, wrong] else MISSING)
-        rows.append(row)
-    kept = [column for column in range(len(header)) if any(row[column] != MISSING for row in rows)]
-    return markdown_table([header[column] for column in kept], [[row[column] for column in kept] for row in rows])
+    experts = [record.experts.of(part) for part in loads.parts]
+    metrics = [record.parts.get(part, {}) for part in loads.parts]
+
+    def measured(name: str, digits: int) -> list[str]:
+        return [number(of_part[name].value, digits) if name in of_part else MISSING for of_part in metrics]
+
+    columns = {
+        "": loads.parts,
+        "number": [f"{next(iter(of_part.values())).count:,}" for of_part in metrics],
+        "bits": measured("loss", 4),
+        "active experts": [percent(mean(rows.active(threshold))) for rows in experts],
+        "effective experts": [percent(mean(rows.effective())) for rows in experts],
+        "experts per position": measured("experts per position", 2),
+        "most in common": [
+            f"{loads.parts[other]} {percent(common_G[other])}"
+            for other, common_G in zip(_largest_others(common_GG), common_GG)
+        ],
+    }
+    if "guesses" in record.settings:
+        share_GG = guess_shares(record.settings["guesses"][-1])
+        columns["guessed right"] = [percent(share) for share in share_GG.diagonal()]
+        columns["most often taken for"] = [
+            loads.parts[other] if other != part and share_GG[part, other] else MISSING
+            for part, other in enumerate(_largest_others(share_GG))
+        ]
+    else:
+        columns |= {part: [percent(share) for share in common_G] for part, common_G in zip(loads.parts, common_GG)}
+    return columns_table(columns)
+
+
+def _largest_others(matrix_GG: np.ndarray) -> list[int]:
+    """For every row the column, other than its own, with the largest value; its own if there is no other."""
+    return np.where(np.eye(len(matrix_GG), dtype=bool), -1, matrix_GG).argmax(1).tolist()
 
 
 def _common_table(record: Record) -> str:
     """A row for every MoE layer: what the parts share, how well they are told apart, how they spread sub-tokens."""
     loads = PartLoads.of(record.experts)
-    columns = {"load in common": [percent(share) for share in [*loads.mean_overlap(), np.mean(loads.mean_overlap())]]}
+    shared = loads.mean_overlap()
+    columns = {
+        "layer": [*(str(layer + 1) for layer in loads.layers), "all"],
+        "load in common": [percent(share) for share in [*shared, np.mean(shared)]],
+    }
     if "guesses" in record.settings:
-        guesses = map(np.array, record.settings["guesses"])
-        columns["language guessed right"] = [percent(accuracy(guesses_GG)) for guesses_GG in guesses]
+        columns["language guessed right"] = [percent(accuracy(guesses)) for guesses in record.settings["guesses"]]
     for part, means in record.settings.get("experts_per_position", {}).items():
         columns[f"experts per position of {part}"] = [number(value) for value in [*means, mean(means)]]
-    rows = zip([*(str(layer + 1) for layer in loads.layers), "all"], *columns.values())
-    return markdown_table(["layer", *columns], [list(row) for row in rows])
+    return columns_table(columns)
+
+
+def routing_section(models: Sequence[Model], split: str) -> str:
+    """A row for every model whose first run has expert loads by part: what they share, how well they are told apart."""
+    found = {model.name: model.runs[0].expert_record(split) for model in models}
+    found = {name: record for name, record in found.items() if record is not None and record.experts.parts}
+    if not found:
+        return ""
+    rows = []
+    for name, record in found.items():
+        guessed = record.metrics.get("language guessed right")
+        shared = percent(mean(PartLoads.of(record.experts).mean_overlap()))
+        rows.append([name, shared, MISSING if guessed is None else percent(guessed.value / 100)])
+    table = markdown_table(["model", "load in common", "language guessed right"], rows)
+    return "\n\n".join(["## Parts in routing", table, *dict.fromkeys(map(explanation, found.values()))])
 
 
 def explanation(record: Record) -> str:
@@ -113,42 +139,36 @@ def explanation(record: Record) -> str:
     return told
 
 
-def draw_activation(path: Path, experts: Mapping[str, ExpertLoads], threshold: float = ACTIVE_THRESHOLD) -> None:
-    """Draw heat maps of the whole split's loads, MoE layers by experts, one for every model."""
+def activation_plot(name: str, experts: Mapping[str, ExpertLoads], threshold: float = ACTIVE_THRESHOLD) -> Plot:
+    """Heat maps of the whole split's loads, MoE layers by experts, one for every model."""
     maps = {}
-    for name, loads in experts.items():
-        rows = loads.of(None).layers
-        active = percent(mean(loads.of(None).active(threshold)))
-        maps[f"{name}: {active} active"] = ([row.name for row in rows], relative_load([row.loads for row in rows]))
-    draw_loads(path, maps, "layer")
+    for model, loads in experts.items():
+        whole = loads.of(None)
+        rows = {row.name: row.loads for row in whole.layers}
+        maps[f"{model}: {percent(mean(whole.active(threshold)))} active"] = rows
+    return name, draw_loads, maps, "Expert activation", "layer"
 
 
-def draw_parts(folder: Path, stem: str, name: str, record: Record) -> Iterator[tuple[str, Path]]:
-    """Draw a heat map of parts by experts for every layer, and matrices of what languages share; titles and files.
+def part_plots(stem: str, model: str, record: Record) -> Iterator[Plot]:
+    """A heat map of parts by experts for every layer, and matrices of what languages share; none without parts.
 
     Args:
         stem: what the names of the files begin with.
-        name: of the model.
-        record: with expert loads by part; there is no plot without.
+        record: with expert loads.
     """
-    if record.experts is None or not record.experts.parts:
+    if not record.experts.parts:
         return
     loads = PartLoads.of(record.experts)
     maps = {
-        f"layer {layer + 1}": (loads.parts, relative_load(loads.load_GLE[:, index]))
+        f"layer {layer + 1}": dict(zip(loads.parts, loads.load_GLE[:, index]))
         for index, layer in enumerate(loads.layers)
     }
-    title, path = f"{name}: expert load by part", folder / f"{stem}-load.png"
-    draw_loads(path, maps, "", title)
-    yield title, path
+    yield f"{stem}-load", draw_loads, maps, f"{model}: expert load by part", ""
     if "guesses" in record.settings:
-        guesses_GG = np.array(record.settings["guesses"][-1])
         matrices = {
             "share of load in common (mean of layers)": loads.overlap_LGG().mean(0),
-            f"language guessed from {record.settings['piece_tokens']} tokens' routing": (
-                guesses_GG / np.maximum(guesses_GG.sum(1, keepdims=True), 1)
+            f"language guessed from {record.settings['piece_tokens']} tokens' routing": guess_shares(
+                record.settings["guesses"][-1]
             ),
         }
-        title, path = f"{name}: languages in routing", folder / f"{stem}-overlap.png"
-        draw_matrices(path, matrices, loads.parts, title)
-        yield title, path
+        yield f"{stem}-overlap", draw_matrices, matrices, f"{model}: languages in routing", loads.parts

@@ -1,5 +1,6 @@
 """Read what ``fairseq-train --log-format json --log-file`` wrote."""
 
+import contextlib
 import json
 import statistics
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from ...common.errors import UserError
 
 @dataclass(frozen=True)
 class TrainingLog:
-    """Records of one run by number of updates, in order; keys as fairseq logs them, values as numbers.
+    """Records of one run in order; keys as fairseq logs them, values as numbers, ``num_updates`` in each.
 
     Attributes:
         inner: every ``--log-interval`` updates, such as ``loss``, ``gate_loss``, ``wps``.
@@ -24,26 +25,25 @@ class TrainingLog:
     @property
     def num_updates(self) -> int:
         """Updates of the latest record."""
-        return int(max(_updates(record) for record in (*self.inner[-1:], *self.valid[-1:])))
+        return int(max(record["num_updates"] for record in (*self.inner[-1:], *self.valid[-1:])))
 
-    def curve(self, key: str) -> tuple[list[float], list[float]]:
-        """Updates and values of ``key`` in the records that have it."""
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """Updates and value of ``key`` in each record that has it."""
         records = self.valid if key.startswith("valid_") else self.inner
-        points = [(_updates(record), record[key]) for record in records if key in record]
-        return [updates for updates, _ in points], [value for _, value in points]
+        return [(record["num_updates"], record[key]) for record in records if key in record]
 
     def tokens_per_second(self) -> float | None:
         """Median training speed over the log intervals; None without records.
 
         The first interval (warm-up) and those that a validation interrupted are left out where others remain.
         """
-        speeds = {int(_updates(record)): record["wps"] for record in self.inner if "wps" in record}
-        validated = [int(_updates(record)) for record in self.valid]
-        ends = list(speeds)
+        speeds, validated = self.curve("wps"), [record["num_updates"] for record in self.valid]
         undisturbed = [
-            speeds[end] for start, end in zip(ends, ends[1:]) if not any(start <= update < end for update in validated)
+            speed
+            for (start, _), (end, speed) in zip(speeds, speeds[1:])
+            if not any(start <= update < end for update in validated)
         ]
-        chosen = undisturbed or list(speeds.values())[1:] or list(speeds.values())
+        chosen = undisturbed or [speed for _, speed in speeds[1:] or speeds]
         return statistics.median(chosen) if chosen else None
 
 
@@ -53,38 +53,29 @@ def read_training_log(path: Path) -> TrainingLog:
     Raises:
         UserError: if the file is missing or holds no record.
     """
-    inner: dict[int, dict[str, float]] = {}
-    valid: dict[int, dict[str, float]] = {}
+    inner: dict[float, dict[str, float]] = {}
+    valid: dict[float, dict[str, float]] = {}
     if not path.is_file():
         raise UserError(f"{path} is missing")
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         record = parse_record(line)
         if "valid_num_updates" in record:
-            valid[int(record["valid_num_updates"])] = record
+            valid[record["valid_num_updates"]] = {**record, "num_updates": record["valid_num_updates"]}
         elif "num_updates" in record:
-            inner[int(record["num_updates"])] = record
+            inner[record["num_updates"]] = record
     if not inner and not valid:
         raise UserError(f"{path} has no training record: train with --log-format json --log-file {path}")
     return TrainingLog([inner[key] for key in sorted(inner)], [valid[key] for key in sorted(valid)])
 
 
-def _updates(record: dict[str, float]) -> float:
-    return record["valid_num_updates"] if "valid_num_updates" in record else record["num_updates"]
-
-
 def parse_record(line: str) -> dict[str, float]:
     """The numbers of one JSON record; empty for any other line, such as the one a killed run cut short."""
     try:
-        values: dict[str, Any] = json.loads(line[max(line.find("{"), 0) :])
+        values: Any = json.loads(line[max(line.find("{"), 0) :])
     except json.JSONDecodeError:
         return {}
-    if not isinstance(values, dict):
-        return {}
-    return {key: number for key, value in values.items() if (number := _number(value)) is not None}
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
+    numbers = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            numbers[key] = float(value)
+    return numbers

@@ -7,7 +7,7 @@ command that trained it: ``command.sh``.
 
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class Run:
     """One training, or what was measured of one checkpoint.
 
     Attributes:
-        path: the folder.
+        path: the folder; ``seed-N``, or another name: runs of two models with the same one are compared.
         log: None if there is no ``train.log``.
         records: what was evaluated.
         routing: what ``mhmoe analyze`` measured.
@@ -35,24 +35,10 @@ class Run:
     records: list[Record]
     routing: list[Record]
 
-    @property
-    def seed(self) -> str:
-        """``seed-N``, or the folder's own name; runs of two models with the same one are compared."""
-        return self.path.name
-
     def expert_record(self, split: str) -> Record | None:
         """The record with expert loads that says most: of this split, with loads by part, of ``mhmoe analyze``."""
         found = [record for record in (*self.routing, *self.records) if record.experts is not None]
-        found.sort(key=lambda record: (record.split != split, not record.experts.parts))
-        return found[0] if found else None
-
-    def command(self) -> str | None:
-        """The command line that trained the run; None if it was not kept."""
-        file = self.path / "command.sh"
-        if not file.is_file():
-            return None
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return "\n".join(line for line in lines if line.strip() and not line.startswith("#"))
+        return min(found, key=lambda record: (record.split != split, not record.experts.parts), default=None)
 
 
 @dataclass(frozen=True)
@@ -62,19 +48,19 @@ class Model:
     name: str
     runs: list[Run]
 
-    def records(self, what: str, split: str) -> list[Record]:
-        """The records of one kind of evaluation, one for each seed that has it."""
-        return [record for run in self.runs for record in run.records if (record.what, record.split) == (what, split)]
-
     def metrics(self, what: str, split: str, name: str, part: str | None = None) -> dict[str, Metric]:
         """Seed -> one metric of the whole split, or of a language, modality or task, where it was measured."""
         found = {}
-        for run in self.runs:
-            for record in run.records:
-                measured = record.metrics if part is None else record.parts.get(part, {})
-                if (record.what, record.split) == (what, split) and name in measured:
-                    found[run.seed] = measured[name]
+        for run, record in all_records([self]):
+            measured = record.metrics if part is None else record.parts.get(part, {})
+            if (record.what, record.split) == (what, split) and name in measured:
+                found[run.path.name] = measured[name]
         return found
+
+
+def all_records(models: Iterable[Model]) -> Iterator[tuple[Run, Record]]:
+    """Every record of every run of the models, with its run."""
+    return ((run, record) for model in models for run in model.runs for record in run.records)
 
 
 def read_model(name: str, folders: Iterable[Path]) -> Model:
@@ -85,14 +71,13 @@ def read_model(name: str, folders: Iterable[Path]) -> Model:
     """
     model = Model(name, [_read_run(folder) for folder in folders])
     measured: dict[tuple[str, str, str], Run] = {}
-    for run in model.runs:
-        for record in run.records:
-            other = measured.setdefault((run.seed, record.what, record.split), run)
-            if other is not run:
-                raise UserError(
-                    f"runs need different folder names: {other.path} and {run.path} are both {name} (several seeds: "
-                    f"{name}/seed-N)"
-                )
+    for run, record in all_records([model]):
+        other = measured.setdefault((run.path.name, record.what, record.split), run)
+        if other is not run:
+            raise UserError(
+                f"runs need different folder names: {other.path} and {run.path} are both {name} (several seeds: "
+                f"{name}/seed-N)"
+            )
     return model
 
 
@@ -140,22 +125,22 @@ def _is_run(folder: Path) -> bool:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sorts seed-2 before seed-10."""
+    """A key that sorts seed-2 before seed-10."""
     return [(int(number or 0), word) for word, number in re.findall(r"(\D+)(\d*)", path.as_posix())]
 
 
-def require_one_data(models: Sequence[Model], folder: Path | None = None) -> None:
+def require_one_data(models: Iterable[Model], folder: Path | None) -> None:
     """Check that records of one kind are of the same data, and predict the same visual tokenizer's ids.
 
     Args:
-        folder: also, that all are of the data in this folder.
+        folder: check, too, that all are of the data in this folder.
 
     Raises:
         UserError: naming the first two runs that do not compare.
     """
     first: dict[str, tuple[Run, Record]] = {}
     expected = None if folder is None else identify_data(folder)
-    for run, record in _all_records(models):
+    for run, record in all_records(models):
         if expected is not None and record.data.get("digest") != expected.digest:
             raise UserError(
                 f"{run.path} was evaluated on other data ({_source(record)}) than --data {folder} ({expected.source}, "
@@ -171,27 +156,17 @@ def require_one_data(models: Sequence[Model], folder: Path | None = None) -> Non
                 )
 
 
-def _all_records(models: Sequence[Model]) -> Iterator[tuple[Run, Record]]:
-    for model in models:
-        for run in model.runs:
-            for record in run.records:
-                yield run, record
-
-
 def _source(record: Record) -> str:
     return f"{record.data.get('source')}, hash {str(record.data.get('digest'))[:12]}"
 
 
-def evaluations(models: Sequence[Model]) -> Mapping[str, list[str]]:
+def evaluations(models: Iterable[Model]) -> dict[str, list[str]]:
     """Kind of evaluation -> its splits, validation before test."""
     found: dict[str, dict[str, None]] = {}
-    for _, record in _all_records(models):
+    for _, record in all_records(models):
         found.setdefault(record.what, {})[record.split] = None
-    order = ("train", "valid", "test")
-    return {
-        what: sorted(splits, key=lambda split: order.index(split) if split in order else len(order))
-        for what, splits in found.items()
-    }
+    order = {"train": 0, "valid": 1, "test": 2}
+    return {what: sorted(splits, key=lambda split: order.get(split, len(order))) for what, splits in found.items()}
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:

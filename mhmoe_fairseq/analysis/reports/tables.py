@@ -1,16 +1,16 @@
 """The tables of a report, made of records alone."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...common.errors import UserError
-from ...common.tables import MISSING, markdown_table, millions, number, percent
+from ...common.tables import MISSING, columns_table, markdown_table, millions, number, percent
 from ...evaluation.records import ExpertLoads, Metric
-from ..routing.loads import PartLoads
-from .routing import explanation, mean
-from .runs import Model, Run, evaluations, mean_and_deviation
+from .routing import mean
+from .runs import Model, Run, all_records, evaluations, mean_and_deviation
 
 # Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
 # is shown of every split, the others of the report's own.
@@ -50,6 +50,26 @@ COMPARED_SETTINGS = {
 
 
 @dataclass(frozen=True)
+class PaperTable:
+    """What a paper reports of an experiment.
+
+    Attributes:
+        title: such as ``P1 (arXiv 2404.15045), table 5``.
+        metric: its name in our records, such as ``perplexity``.
+        values: model -> the metric; or column -> the metric for tables with several columns.
+        note: what the numbers are of.
+        columns: the paper's column -> the column of our table of models that stands beside it; a language, another part
+            or a metric of our records needs no entry.
+    """
+
+    title: str
+    metric: str
+    values: Mapping[str, float | Mapping[str, float]] = field(default_factory=dict)
+    note: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Column:
     """One metric of one kind of evaluation on one split, of the whole split or of a part of it."""
 
@@ -58,6 +78,11 @@ class Column:
     split: str
     metric: str
     part: str | None = None
+
+    @property
+    def digits(self) -> int:
+        """How many stand behind the point."""
+        return DIGITS.get(self.metric, 2)
 
     def measured(self, model: Model) -> dict[str, Metric]:
         """Seed -> the metric, where it was measured."""
@@ -69,26 +94,15 @@ class Column:
 
     def cell(self, model: Model) -> str:
         """Mean and deviation over the seeds."""
-        return spread(self.values(model), _digits(self))
+        return spread(self.values(model), self.digits)
+
+    def metrics(self, models: Iterable[Model]) -> list[Metric]:
+        """All that was measured of it."""
+        return [metric for model in models for metric in self.measured(model).values()]
 
     def guesses(self, models: Iterable[Model]) -> dict[str, float]:
-        """Way of guessing -> what it reaches; the same for all models, so as the first that has it says."""
-        found: dict[str, float] = {}
-        for metric in self._all(models):
-            found = {**metric.baselines, **found}
-        return found
-
-    def counts(self, models: Iterable[Model]) -> list[int]:
-        """The numbers of examples or tokens that it was measured on."""
-        return list(dict.fromkeys(metric.count for metric in self._all(models) if metric.count))
-
-    def margin(self, models: Iterable[Model], share: float) -> float:
-        """Two standard errors of a share of right answers in percent; 0 of another metric, or an unknown count."""
-        counts = self.counts(models) if all(metric.unit == "%" for metric in self._all(models)) else []
-        return 2 * math.sqrt(share * (100 - share) / counts[0]) if counts else 0.0
-
-    def _all(self, models: Iterable[Model]) -> list[Metric]:
-        return [metric for model in models for metric in self.measured(model).values()]
+        """Way of guessing -> what it reaches; the same for all models, so the first that has it says."""
+        return {name: value for metric in self.metrics(models)[::-1] for name, value in metric.baselines.items()}
 
 
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:
@@ -104,12 +118,12 @@ def columns_of(models: Sequence[Model], split: str) -> list[Column]:
     return [column for column in columns if any(map(column.values, models))]
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float], digits: int = 2, *, sign: str = "", unit: str = "") -> str:
     """``12.34 ± 0.05``; the deviation only with two seeds or more."""
     if not values:
         return MISSING
     middle, deviation = mean_and_deviation(values)
-    return f"{middle:,.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{middle:{sign},.{digits}f}{unit}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def same(values: Iterable[str]) -> str:
@@ -119,7 +133,7 @@ def same(values: Iterable[str]) -> str:
 
 def counts_of(model: Model) -> dict[str, Any]:
     """Parameters and FLOPs as the model's first record has them."""
-    return next((record.model["counts"] for run in model.runs for record in run.records if record.model), {})
+    return next((record.model["counts"] for _, record in all_records([model]) if record.model), {})
 
 
 def overview(models: Sequence[Model], columns: Sequence[Column], split: str, reference: str | None) -> str:
@@ -131,27 +145,27 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
     against = next((model for model in models if model.name == reference), None)
     if reference is not None and against is None:
         raise UserError(f"--reference ({reference}) must be one of {', '.join(model.name for model in models)}")
-    cells: dict[str, Callable[[Model], str]] = {
-        "model": lambda model: model.name,
-        "seeds": lambda model: str(len({run.seed for run in model.runs})),
-        **{title: lambda model, cell=cell: cell(counts_of(model)) for title, cell in _COUNTS.items()},
-        "tokens/s": lambda model: spread(_logged(model, lambda log: log.tokens_per_second()), 0),
-        "updates": lambda model: same(f"{updates:,}" for updates in _logged(model, lambda log: log.num_updates)),
-        **{column.title: column.cell for column in columns},
-        "active experts": lambda model: _mean_share(model, split, ExpertLoads.active),
-        "effective experts": lambda model: _mean_share(model, split, ExpertLoads.effective),
+    table = {
+        "model": [model.name for model in models],
+        "seeds": [str(len({run.path.name for run in model.runs})) for model in models],
+        **{title: [cell(counts_of(model)) for model in models] for title, cell in _COUNTS.items()},
+        "tokens/s": [spread(_speeds(model), 0) for model in models],
+        "updates": [_updates(model, ",") for model in models],
+        **{column.title: [column.cell(model) for model in models] for column in columns},
+        "active experts": [_mean_share(model, split, ExpertLoads.active) for model in models],
+        "effective experts": [_mean_share(model, split, ExpertLoads.effective) for model in models],
     }
     main = next((column for column in columns if column.split == split), None)
     if against is not None and main is not None:
-        cells[f"{main.title} against {reference}"] = lambda model: _change(model, against, main)
-    rows = [[cell(model) for cell in cells.values()] for model in models]
-    titles = list(cells)
-    kept = [index for index, title in enumerate(titles) if _tells(title, [row[index] for row in rows])]
+        table[f"{main.title} against {reference}"] = [_change(model, against, main) for model in models]
+    if set(table["seeds"]) == {"1"}:
+        del table["seeds"]
     guessed = {column.title: column.guesses(models) for column in columns}
     for guess in dict.fromkeys(name for values in guessed.values() for name in values):
-        values = {column.title: number(guessed[column.title].get(guess), _digits(column)) for column in columns}
-        rows.append([f"*{guess}*", *(values.get(title, MISSING) for title in titles[1:])])
-    return markdown_table([titles[index] for index in kept], [[row[index] for index in kept] for row in rows])
+        row = {column.title: number(guessed[column.title].get(guess), column.digits) for column in columns}
+        for title, cells in table.items():
+            cells.append(f"*{guess}*" if title == "model" else row.get(title, MISSING))
+    return columns_table(table)
 
 
 _COUNTS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -165,14 +179,14 @@ _COUNTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _tells(title: str, cells: Sequence[str]) -> bool:
-    """Whether a column says anything: not of seeds where every model has one, nor of what no model has."""
-    return set(cells) != {"1"} if title == "seeds" else title == "model" or set(cells) != {MISSING}
+def _speeds(model: Model) -> list[float]:
+    """Tokens per second of each run that logged them."""
+    speeds = [run.log.tokens_per_second() for run in model.runs if run.log is not None]
+    return [speed for speed in speeds if speed is not None]
 
 
-def _logged(model: Model, ask: Callable[[Any], Any]) -> list[Any]:
-    found = (ask(run.log) for run in model.runs if run.log is not None)
-    return [value for value in found if value is not None]
+def _updates(model: Model, form: str = "") -> str:
+    return same(format(run.log.num_updates, form) for run in model.runs if run.log is not None)
 
 
 def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:
@@ -183,16 +197,9 @@ def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[f
 
 def _change(model: Model, reference: Model, column: Column) -> str:
     """Relative change against the reference's runs with the same seeds."""
-    changes = paired_changes(column.measured(model), column.measured(reference))
-    if model is reference or not changes:
-        return MISSING
-    middle, deviation = mean_and_deviation(changes)
-    return f"{100 * middle:+.1f} %" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
-
-
-def paired_changes(ours: Mapping[str, Metric], theirs: Mapping[str, Metric]) -> list[float]:
-    """Relative changes of a metric, seed by seed."""
-    return [metric.value / theirs[seed].value - 1 for seed, metric in ours.items() if seed in theirs]
+    ours, theirs = column.measured(model), column.measured(reference)
+    changes = [100 * (ours[seed].value / theirs[seed].value - 1) for seed in ours if seed in theirs]
+    return MISSING if model is reference else spread(changes, 1, sign="+", unit=" %")
 
 
 def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
@@ -203,8 +210,11 @@ def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
         if best is None or column.metric in LOWER_IS_BETTER:
             continue
         measured = {model.name: values for model in models if (values := column.values(model))}
-        gains = {name: round(mean_and_deviation(values)[0] - best, 2) for name, values in measured.items()}
-        margin = column.margin(models, best)
+        gains = {name: round(statistics.fmean(values) - best, 2) for name, values in measured.items()}
+        metrics = column.metrics(models)
+        count = next((metric.count for metric in metrics if metric.count), None)
+        is_share = count is not None and all(metric.unit == "%" for metric in metrics)
+        margin = 2 * math.sqrt(best * (100 - best) / count) if is_share else 0.0
         failed = ", ".join(name for name, gain in gains.items() if gain <= margin)
         lines.append(
             f"- {column.title} ({best:.2f}{f', two standard errors {margin:.2f}' if margin else ''}): "
@@ -219,7 +229,8 @@ def part_columns(models: Sequence[Model], what: str, split: str) -> dict[str, li
 
     The loss, which perplexity says too, is left out.
     """
-    parts = [part for model in models for record in model.records(what, split) for part in record.parts.items()]
+    records = [record for _, record in all_records(models) if (record.what, record.split) == (what, split)]
+    parts = [part for record in records for part in record.parts.items()]
     metrics = dict.fromkeys(metric for _, measured in parts for metric in measured if metric != "loss")
     names = {**{name: PART_NAMES.get(name, name) for name, _ in parts}, None: "all"}
     return {metric: [Column(title, what, split, metric, part) for part, title in names.items()] for metric in metrics}
@@ -231,58 +242,66 @@ def parts_section(models: Sequence[Model], what: str, split: str) -> str:
     if not by_metric:
         return ""
     first = next(iter(by_metric.values()))
-    header = ["", _COUNTED.get(what, "examples")]
-    rows = [[column.title, same(f"{count:,}" for count in column.counts(models))] for column in first]
+    counts = ([metric.count for metric in column.metrics(models) if metric.count] for column in first)
+    table = {
+        "": [column.title for column in first],
+        _COUNTED.get(what, "examples"): [same(f"{count:,}" for count in of_column) for of_column in counts],
+    }
     for metric, columns in by_metric.items():
         for model in models:
-            if any(map(Column.values, columns, [model] * len(columns))):
-                header.append(f"{model.name}, {SHORT.get(metric, metric)}")
-                rows = [[*row, column.cell(model)] for row, column in zip(rows, columns)]
+            table[f"{model.name}, {SHORT.get(metric, metric)}"] = [column.cell(model) for column in columns]
         for guess in columns[-1].guesses(models):
-            header.append(f"{guess}, {SHORT.get(metric, metric)}")
-            known = (number(column.guesses(models).get(guess), _digits(column)) for column in columns)
-            rows = [[*row, cell] for row, cell in zip(rows, known)]
-    return f"## {what.capitalize()} by part, {split} split\n\n{markdown_table(header, rows)}"
-
-
-def _digits(column: Column) -> int:
-    return DIGITS.get(column.metric, 2)
-
-
-def routing_section(models: Sequence[Model], split: str) -> str:
-    """A row for every model whose first run has expert loads by part: what they share, how well they are told apart."""
-    found = {model.name: model.runs[0].expert_record(split) for model in models}
-    found = {name: record for name, record in found.items() if record is not None and record.experts.parts}
-    if not found:
-        return ""
-    rows = []
-    for name, record in found.items():
-        guessed = record.metrics.get("language guessed right")
-        shared = mean(PartLoads.of(record.experts).mean_overlap())
-        rows.append([name, percent(shared), MISSING if guessed is None else percent(guessed.value / 100)])
-    table = markdown_table(["model", "load in common", "language guessed right"], rows)
-    told = dict.fromkeys(explanation(record) for record in found.values())
-    return "\n\n".join(["## Parts in routing", table, *told])
+            known = [number(column.guesses(models).get(guess), column.digits) for column in columns]
+            table[f"{guess}, {SHORT.get(metric, metric)}"] = known
+    return f"## {what.capitalize()} by part, {split} split\n\n{columns_table(table)}"
 
 
 def differing_settings(models: Sequence[Model]) -> str:
     """A table of the compared settings, and updates done, that are not the same for all models."""
-    differing: dict[str, list[str]] = {}
-    updates = [same(str(updates) for updates in _logged(model, lambda log: log.num_updates)) for model in models]
-    if len(set(updates)) > 1:
-        differing["updates done"] = updates
+    compared = {"updates done": [_updates(model) for model in models]}
     for section, names in COMPARED_SETTINGS.items():
         for name in names:
             values = [same(_setting(run, section, name) for run in model.runs if run.records) for model in models]
-            if len(set(values)) > 1:
-                differing["--" + name.replace("_", "-")] = values
+            compared["--" + name.replace("_", "-")] = values
+    differing = [[flag, *values] for flag, values in compared.items() if len(set(values)) > 1]
     if not differing:
         return "All models share data order (seed), updates, batch, learning rate, dropout and context."
-    rows = [[flag, *values] for flag, values in differing.items()]
-    table = markdown_table(["setting", *(model.name for model in models)], rows)
+    table = markdown_table(["setting", *(model.name for model in models)], differing)
     return f"## Settings that differ\n\n{table}"
 
 
 def _setting(run: Run, section: str, name: str) -> str:
     value = (run.records[0].model.get("settings", {}).get(section) or {}).get(name)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Sequence[Column], split: str) -> str:
+    """The paper's own table, a row for each of its models, with ours below where we have the model."""
+    if paper is None:
+        return ""
+    numbers = {
+        name: values if isinstance(values, Mapping) else {paper.metric: values} for name, values in paper.values.items()
+    }
+    titles = list(dict.fromkeys(title for values in numbers.values() for title in values))
+    by_name = {model.name: model for model in models}
+    rows = []
+    for name, values in numbers.items():
+        rows.append([f"{name}, paper", *(f"{values[title]:,}" if title in values else MISSING for title in titles)])
+        if name in by_name:
+            wanted = [paper.columns.get(title, title) for title in titles]
+            ours = [_measured(by_name[name], title, paper.metric, columns, split) for title in wanted]
+            rows.append([f"{name}, ours", *map(spread, ours)])
+    note = ": " + paper.note.rstrip(".") if paper.note else ""
+    told = (
+        f"{paper.title}{note}. Ours: {split} split. The paper's numbers show an order to look for, not values to reach."
+    )
+    return f"## What the paper reports, beside ours\n\n{told}\n\n{markdown_table(['', *titles], rows)}"
+
+
+def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], split: str) -> list[float]:
+    """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
+    measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
+    measured.sort(key=lambda names: names[1] != split)
+    known = [column for column in columns if column.title == title or (column.metric, column.split) == (title, split)]
+    known += [Column(title, what, name, metric, title) for what, name in measured]
+    return next((values for column in known if (values := column.values(model))), [])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...evaluation.records import ExpertLoads
 
@@ -36,33 +37,18 @@ class PartLoads:
         return cls(experts.parts, layers, load_GLPE.reshape(*load_GLPE.shape[:2], -1))
 
     def overlap_LGG(self) -> np.ndarray:
-        """``(L, G, G)``: the share of their assignments that two parts have in common."""
-        return overlap(self.load_GLE)
+        """Per layer, the share of their assignments that two parts have in common, ``(L, G, G)``.
+
+        ``sum over experts of min(p_e, q_e)`` of the parts' shares p and q: 1 where they use the experts alike, 0 where
+        they share none; one minus the total variation distance.
+        """
+        share_GLE = self.load_GLE / self.load_GLE.sum(-1, keepdims=True)
+        return np.minimum(share_GLE[:, None], share_GLE[None]).sum(-1).transpose(2, 0, 1)
 
     def mean_overlap(self) -> list[float]:
-        """Per layer, the share in common, mean over pairs of different parts."""
-        return [mean_overlap(layer_GG) for layer_GG in self.overlap_LGG()]
-
-
-def overlap(load_GLE: np.ndarray) -> np.ndarray:
-    """Per layer, the share of their assignments that two parts have in common, ``(L, G, G)``.
-
-    ``sum over experts of min(p_e, q_e)`` of the parts' shares p and q: 1 where they use the experts alike, 0 where
-    they share none; one minus the total variation distance.
-
-    Args:
-        load_GLE: assignments of G parts in L layers to E experts.
-    """
-    share_GLE = load_GLE / load_GLE.sum(-1, keepdims=True)
-    return np.minimum(share_GLE[:, None], share_GLE[None]).sum(-1).transpose(2, 0, 1)
-
-
-def mean_overlap(overlap_GG: np.ndarray) -> float:
-    """The mean over all pairs of two different parts; 1 where there is one part."""
-    parts = len(overlap_GG)
-    if parts == 1:
-        return 1.0
-    return float((overlap_GG.sum() - np.trace(overlap_GG)) / (parts * (parts - 1)))
+        """Per layer, the share in common, mean over pairs of different parts; 1 where there is one part."""
+        pairs = len(self.parts) * (len(self.parts) - 1)
+        return [(layer_GG.sum() - np.trace(layer_GG)) / pairs if pairs else 1.0 for layer_GG in self.overlap_LGG()]
 
 
 def language_guesses(loads: Sequence[np.ndarray]) -> np.ndarray:
@@ -88,6 +74,12 @@ def language_guesses(loads: Sequence[np.ndarray]) -> np.ndarray:
     return guesses
 
 
-def accuracy(guesses_GG: np.ndarray) -> float:
+def guess_shares(guesses_GG: ArrayLike) -> np.ndarray:
+    """The guesses of each language as shares of all about it."""
+    guesses_GG = np.asarray(guesses_GG)
+    return guesses_GG / np.maximum(guesses_GG.sum(1, keepdims=True), 1)
+
+
+def accuracy(guesses_GG: ArrayLike) -> float:
     """The share of right guesses, every language counting alike."""
-    return float((guesses_GG.diagonal() / np.maximum(guesses_GG.sum(1), 1)).mean())
+    return float(guess_shares(guesses_GG).diagonal().mean())

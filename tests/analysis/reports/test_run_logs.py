@@ -26,9 +26,9 @@ def test_records_are_sorted_by_kind_and_other_lines_ignored(tmp_path: Path) -> N
     lines = ["{'_name': None, 'common': {}}", "MHMoELanguageModel(", inner(10), valid(10, 50), inner(20), valid(20, 40)]
     log = read_training_log(write(tmp_path, *lines, '{"epoch": 1, "train_loss": "4", "train_num_updates": "20"}'))
     assert log.num_updates == 20
-    assert log.curve("loss") == ([10, 20], [9.5, 9.5])
-    assert log.curve("valid_ppl") == ([10, 20], [50, 40])
-    assert log.curve("gate_loss") == ([], [])
+    assert log.curve("loss") == [(10, 9.5), (20, 9.5)]
+    assert log.curve("valid_ppl") == [(10, 50), (20, 40)]
+    assert log.curve("gate_loss") == []
 
 
 def test_a_record_written_twice_counts_once_and_the_last_wins(tmp_path: Path) -> None:

@@ -4,16 +4,15 @@ import numpy as np
 import pytest
 from written_runs import loads as expert_loads
 
-from mhmoe_fairseq.analysis.routing.loads import PartLoads, accuracy, language_guesses, mean_overlap, overlap
+from mhmoe_fairseq.analysis.routing.loads import PartLoads, accuracy, language_guesses
 from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads
 
 
 def test_what_two_languages_share() -> None:
-    load_GLE = np.array([[[4.0, 4, 0, 0]], [[0, 10, 10, 0]], [[0, 0, 0, 1]]])
-    shared = overlap(load_GLE)
-    assert shared.tolist() == [[[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]]
-    assert mean_overlap(shared[0]) == pytest.approx(0.5 / 3)
-    assert mean_overlap(np.ones((1, 1))) == 1.0
+    loads = PartLoads(["a", "b", "c"], [1], np.array([[[4.0, 4, 0, 0]], [[0, 10, 10, 0]], [[0, 0, 0, 1]]]))
+    assert loads.overlap_LGG().tolist() == [[[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 1.0]]]
+    assert loads.mean_overlap() == [pytest.approx(0.5 / 3)]
+    assert PartLoads(["a"], [1], np.ones((1, 1, 4))).mean_overlap() == [1.0]
 
 
 def test_languages_are_told_apart_by_the_experts_they_use() -> None:
