@@ -19,7 +19,8 @@ from ..prepare.english import EnglishPreparation, EnglishSettings
 from ..prepare.image_text.beit3_folder import Completion
 from ..prepare.image_text.derived import DerivedSettings
 from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSettings
-from ..prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
+from ..prepare.multilingual.cleaning import MultilingualSettings
+from ..prepare.multilingual.pipeline import MultilingualPreparation
 from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES, Sources
 from ..prepare.sources.images.folder import Beit3Folder
 from ..prepare.splits import SPLITS

@@ -64,6 +64,11 @@ class CorpusSettings(Settings):
         held_out = self.valid_fraction + self.test_fraction
         return {"train": 1 - held_out, "valid": self.valid_fraction, "test": self.test_fraction}
 
+    @property
+    def splits(self) -> list[str]:
+        """The parts that have a share."""
+        return [split for split, share in self.shares.items() if share > 0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(CorpusSettings):

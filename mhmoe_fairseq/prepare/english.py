@@ -1,9 +1,10 @@
 """English text: cleaned, split by document, with a vocabulary learnt on the training part, binarised."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Iterable
+from typing import Any, Iterable
 
 from tqdm import tqdm
 
@@ -78,8 +79,7 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         write_splits(self.partial / _CORPUS, sizes, assigned, targets)
         prescribed = any(size.split for size in sizes)
         counts = ", ".join(f"{split} {assigned.count(split)}" for split in present)
-        rule = "as the source has them" if prescribed else f"seed {settings.seed}"
-        self.say(f"split: {counts} documents ({rule})")
+        self.say(f"split: {counts} documents ({'as the source has them' if prescribed else f'seed {settings.seed}'})")
         filled = dict.fromkeys(present, 0)
         for size, split in zip(sizes, assigned):
             filled[split] += size.num_bytes
@@ -88,8 +88,8 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         return present
 
     def _train_vocabulary(self) -> None:
-        text = self.partial / "text" / "train.txt"
-        num_lines, max_lines = sum(1 for _ in iter_lines(text)), self.settings.tokenizer_lines
+        text, max_lines = self.partial / "text" / "train.txt", self.settings.tokenizer_lines
+        num_lines = sum(1 for _ in iter_lines(text))
         self.train_vocabulary(iter_lines(text), num_lines, "the training part", max_lines=max_lines)
 
 
@@ -118,16 +118,8 @@ def read_sizes(sizes: Path) -> list[DocumentSize]:
 
 def write_splits(text: Path, sizes: list[DocumentSize], assigned: list[str], targets: dict[str, Path]) -> None:
     """Copies every document to its split's file, in corpus order, with an empty line between two documents."""
-    for split, target in targets.items():
-        with open(text, "rb") as stream, atomic_open(target) as output:
-            _copy(stream, output, [(size.num_bytes, name == split) for size, name in zip(sizes, assigned)])
-
-
-def _copy(stream: IO[bytes], output: IO[bytes], documents: list[tuple[int, bool]]) -> None:
-    between = b""
-    for num_bytes, wanted in documents:
-        if not wanted:
-            stream.seek(num_bytes, 1)
-            continue
-        output.write(between + stream.read(num_bytes))
-        between = b"\n"
+    with contextlib.ExitStack() as stack:
+        outputs = {split: stack.enter_context(atomic_open(target)) for split, target in targets.items()}
+        stream = stack.enter_context(open(text, "rb"))
+        for size, split in zip(sizes, assigned):
+            outputs[split].write((b"\n" if outputs[split].tell() else b"") + stream.read(size.num_bytes))

@@ -2,7 +2,6 @@
 
 import hashlib
 import random
-from dataclasses import dataclass
 from typing import Mapping, NamedTuple, Optional, Sequence
 
 from ..common.errors import UserError
@@ -38,8 +37,7 @@ def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Opti
     """
     total = sum(sizes.values())
     found = {split: size / total for split, size in sizes.items()} if total else {}
-    if all(share <= _FAR * shares[split] + _SLACK and _FAR * share >= shares[split] - _SLACK
-           for split, share in found.items()):  # fmt: skip
+    if all((shares[split] - _SLACK) / _FAR <= found[split] <= shares[split] * _FAR + _SLACK for split in found):
         return None
     parts = ", ".join(f"{split} {share:.1%} for {shares[split]:.1%}" for split, share in found.items())
     return (
@@ -49,7 +47,7 @@ def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Opti
 
 
 def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], seed: int) -> list[str]:
-    """Assigns every document to ``train``, ``valid`` or ``test``.
+    """Returns the split of every document.
 
     Documents are visited in an order drawn from ``seed``; a held-out part takes them until it has its share of the
     bytes. Splits prescribed by the source are kept as they are, and then no share applies.
@@ -84,11 +82,10 @@ def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], se
 
 def _fill(sizes: Sequence[DocumentSize], free: list[int], target: float, reserve: int) -> list[int]:
     """Documents of ``free``, in order, up to ``target`` bytes: at least one, and ``reserve`` are left over."""
-    most = len(free) - reserve
     taken: list[int] = []
     filled = 0
     for index in free:
-        if filled >= target or len(taken) >= most:
+        if filled >= target or len(taken) >= len(free) - reserve:
             break
         if filled + sizes[index].num_bytes <= _OVERSHOOT * target:
             taken.append(index)
@@ -102,25 +99,9 @@ def position(seed: int, purpose: str, name: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-@dataclass(frozen=True)
-class UnitSplits:
-    """The split of every unit: the same one in every language, whichever languages are prepared.
-
-    Args:
-        shares: of the units, by split.
-    """
-
-    seed: int
-    shares: Mapping[str, float]
-
-    @property
-    def present(self) -> list[str]:
-        """The splits that have a share."""
-        return [split for split in SPLITS if self.shares[split] > 0]
-
-    def split_of(self, unit: str) -> str:
-        """Returns ``train``, ``valid`` or ``test``."""
-        drawn = position(self.seed, "split", unit)
-        if drawn < self.shares["test"]:
-            return "test"
-        return "valid" if drawn < self.shares["test"] + self.shares["valid"] else "train"
+def split_of(unit: str, seed: int, shares: Mapping[str, float]) -> str:
+    """Returns the split of a unit: the same one in every language, whichever languages are prepared."""
+    drawn = position(seed, "split", unit)
+    if drawn < shares["test"]:
+        return "test"
+    return "valid" if drawn < shares["test"] + shares["valid"] else "train"

@@ -44,8 +44,7 @@ class Workspace:
             UserError: without ``overwrite``, the folder holds data of other settings, damaged data, or data that
                 was not made here.
         """
-        path = self.partial / _PROGRESS
-        progress = read_json(path) if path.exists() else {}
+        progress = read_json(path) if (path := self.partial / _PROGRESS).exists() else {}
         if progress.get("publishing"):
             self._move_outputs()
             progress = {}
@@ -54,8 +53,7 @@ class Workspace:
             return "resumed"
         if not overwrite and self._holds_finished_data():
             return "complete"
-        unfinished = _first_difference(progress["settings"], self.settings) if progress else None
-        if unfinished:
+        if unfinished := _first_difference(progress.get("settings", self.settings), self.settings):
             name, old, _ = unfinished
             say(f"{self.dest}: throwing away an unfinished preparation made with another {name} ({old})")
         shutil.rmtree(self.partial, ignore_errors=True)
@@ -75,8 +73,7 @@ class Workspace:
                     "another --dest, or add --overwrite to replace it"
                 )
             return False
-        difference = _first_difference(manifest.get("settings", {}), self.settings)
-        if difference:
+        if difference := _first_difference(manifest.get("settings", {}), self.settings):
             name, old, new = difference
             raise UserError(
                 f"--dest {self.dest}: holds data made with another {name} ({old}, now {new}); choose another --dest, "
@@ -85,10 +82,8 @@ class Workspace:
         for name, recorded in manifest["files"].items():
             size, expected = _size(self.dest / name), recorded["bytes"]
             if size != expected:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise UserError(
-                    f"{self.dest / name}: {found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again"
-                )
+                found = f"{self.dest / name}: {'is missing' if size is None else f'has {size} bytes'}"
+                raise UserError(f"{found}, {MANIFEST} says {expected} bytes; add --overwrite to make it again")
         return True
 
     def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
@@ -167,5 +162,5 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[s
 
 
 def _show(value: Any) -> str:
-    text = value if isinstance(value, str) else str(value)
+    text = str(value)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -9,7 +9,7 @@ from mhmoe_fairseq.data.documents import Document
 from mhmoe_fairseq.prepare.classification import ClassificationSettings
 from mhmoe_fairseq.prepare.english import EnglishSettings
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
-from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualSettings
+from mhmoe_fairseq.prepare.multilingual.cleaning import MultilingualSettings
 from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, OpenedSource, Source, SourceKind
 from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 

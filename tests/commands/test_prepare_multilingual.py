@@ -11,7 +11,8 @@ from preparing import hashes, prepare_interrupted, visible
 
 from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.languages import XNLI_LANGUAGES, language_symbol
-from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation, MultilingualSettings
+from mhmoe_fairseq.prepare.multilingual.cleaning import MultilingualSettings
+from mhmoe_fairseq.prepare.multilingual.pipeline import MultilingualPreparation
 from mhmoe_fairseq.prepare.sources.debian_docs import DebianDocs
 from mhmoe_fairseq.prepare.sources.own_text import jsonl_folder, text_folder
 

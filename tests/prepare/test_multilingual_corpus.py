@@ -6,18 +6,25 @@ from collections import Counter
 import pytest
 
 from mhmoe_fairseq.data.languages import get_language
-from mhmoe_fairseq.prepare.base import CorpusSettings
-from mhmoe_fairseq.prepare.multilingual.cleaning import Cap, LanguageCorpus, english_lines
+from mhmoe_fairseq.prepare.multilingual.cleaning import (
+    LanguageCorpus,
+    MultilingualSettings,
+    english_lines,
+    steps_within,
+)
 from mhmoe_fairseq.prepare.multilingual.passages import Passage, read_passages, write_aligned, write_passages
 from mhmoe_fairseq.prepare.multilingual.pipeline import language_shares, sample_lines
-from mhmoe_fairseq.prepare.splits import UnitSplits, position
+from mhmoe_fairseq.prepare.splits import position, split_of
 
 
-def unit_splits(valid, test):
-    return UnitSplits(seed=1, shares=CorpusSettings(valid_fraction=valid, test_fraction=test).shares)
+def settings(valid=0.2, test=0.2, filter_lines=True, **others):
+    return MultilingualSettings(
+        languages=("de",), valid_fraction=valid, test_fraction=test, filter_lines=filter_lines, **others
+    )
 
 
-SPLITS = unit_splits(0.2, 0.2)
+def split_by_key(unit):
+    return split_of(unit, 1, settings().shares)
 
 
 def passages(word, count=200):
@@ -26,9 +33,8 @@ def passages(word, count=200):
         yield "ui", Passage(f"file{number // 10}", f"m{number}", [f"{word} Nummer {number}"], f"m{number}")
 
 
-def make(folder, code, pairs, english=None, *, max_bytes=None, filter_lines=True, splits=SPLITS):
-    corpus = LanguageCorpus(get_language(code), folder, splits, max_bytes=max_bytes, filter_lines=filter_lines)
-    return corpus.make(pairs, english or {})
+def make(folder, code, pairs, english=None, **changes):
+    return LanguageCorpus(get_language(code), folder, settings(**changes)).make(pairs, english or {})
 
 
 def text(folder, code, split):
@@ -47,10 +53,10 @@ def test_hashes_are_uniform_and_fixed():
 
 
 def test_shares_of_the_parts():
-    splits = Counter(SPLITS.split_of(f"unit {number}") for number in range(4000))
+    splits = Counter(split_by_key(f"unit {number}") for number in range(4000))
     assert splits["train"] / 4000 == pytest.approx(0.6, abs=0.03)
     assert splits["valid"] / 4000 == pytest.approx(0.2, abs=0.03)
-    assert unit_splits(0.0, 0.5).present == ["train", "test"]
+    assert settings(0.0, 0.5).splits == ["train", "test"]
 
 
 def test_the_same_keys_are_held_out_in_every_language(tmp_path):
@@ -71,8 +77,8 @@ def test_documents_are_apart_and_in_order(tmp_path):
 
 
 def test_a_repeated_line_stays_in_the_held_out_part(tmp_path):
-    split_of = {split: f"ui:u{number}" for number in range(50) for split in [SPLITS.split_of(f"ui:u{number}")]}
-    units = [split_of[split].removeprefix("ui:") for split in ("train", "valid", "test")]
+    unit_of = {split_by_key(f"ui:u{number}"): f"u{number}" for number in range(50)}
+    units = [unit_of[split] for split in ("train", "valid", "test")]
     repeated = "Dieselbe Zeile überall."
     pairs = [("ui", Passage("d", unit, [repeated, f"Zeile von {unit} allein"], unit)) for unit in units]
     record = make(tmp_path, "de", pairs)
@@ -88,27 +94,25 @@ def test_untranslated_lines_are_told_by_the_english_of_the_same_family(tmp_path)
         ("help", Passage("d", "a", ["LibreOffice Impress"], "a")),
         ("ui", Passage("d", "b", ["Jetzt speichern", "OK"], "b")),
     ]
-    whole = unit_splits(0.0, 0.0)
-    record = make(tmp_path, "de", pairs, english, splits=whole)
+    record = make(tmp_path, "de", pairs, english, valid=0, test=0)
     assert lines(tmp_path, "de", "train") == ["LibreOffice Impress", "Jetzt speichern"]
     assert record["lines"]["english_lines"] == record["lines"]["short_lines"] == 1
     assert record["bytes_by_family"] == {"help": 20, "ui": 16}
-    make(tmp_path, "de", pairs, english, splits=whole, filter_lines=False)
+    make(tmp_path, "de", pairs, english, valid=0, test=0, filter_lines=False)
     assert lines(tmp_path, "de", "train") == ["LibreOffice Impress", "Jetzt speichern", "OK"]
 
 
 def test_a_passage_that_lost_a_line_is_not_aligned(tmp_path):
-    everything = unit_splits(1 - 1e-9, 0.0)
     texts = {"a": ["Erste Zeile", "OK"], "b": ["Ganze Zeile"]}
     pairs = [("ui", Passage("d", unit, text, unit)) for unit, text in texts.items()]
-    make(tmp_path, "de", pairs, splits=everything)
+    make(tmp_path, "de", pairs, valid=1 - 1e-9, test=0)
     assert [passage.key for passage in read_passages(tmp_path / "held-out/de/valid.jsonl")] == ["ui:b"]
 
 
 def test_the_cap_leaves_out_the_same_units(tmp_path):
     full = make(tmp_path / "full", "de", passages("Eintrag"))["bytes_by_family"]["ui"]
     for limit in (0.25, 0.5):
-        capped = make(tmp_path / str(limit), "de", passages("Eintrag"), max_bytes=limit * full)
+        capped = make(tmp_path / str(limit), "de", passages("Eintrag"), max_mb_per_language=limit * full / 1e6)
         assert 0.8 * limit * full < capped["bytes_by_family"]["ui"] <= limit * full
         assert capped["lines"]["lines_beyond_the_cap"] > 0
     kept = [set(lines(tmp_path / name, "de", "train")) for name in ("0.25", "0.5", "full")]
@@ -118,16 +122,15 @@ def test_the_cap_leaves_out_the_same_units(tmp_path):
 
 
 def test_a_cap_below_everything_keeps_something():
-    cap = Cap(seed=1)
-    cap.count("a", 10**6)
-    assert cap.limit(10) >= 1 and cap.limit(10**6) == 1 << 12 and cap.admits("a", cap.limit(10**6))
+    assert [steps_within([10**6, 5, 0, 5], most) for most in (10, 10**6, 10**6 + 5, 10**6 + 10)] == [1, 1, 3, 4]
 
 
 def test_aligned_needs_two_languages(tmp_path):
     for code, keys in (("de", "abc"), ("fr", "bc"), ("ru", "d")):
         found = [Passage("d", key, [f"{code} {key}", "zwei"], key) for key in keys]
-        write_passages(found, tmp_path / code / "test.jsonl")
-    counts = write_aligned(tmp_path, "test", ["de", "fr", "ru"], tmp_path / "test.jsonl")
+        write_passages(found, tmp_path / f"{code}.jsonl")
+    files = {code: tmp_path / f"{code}.jsonl" for code in ("de", "fr", "ru")}
+    counts = write_aligned(files, tmp_path / "test.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
     assert rows == [{"key": key, "text": {"de": f"de {key} zwei", "fr": f"fr {key} zwei"}} for key in "bc"]
     assert counts == {"keys": 2, "de": 2, "fr": 2}

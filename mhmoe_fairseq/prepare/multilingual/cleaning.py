@@ -1,47 +1,44 @@
 """The corpus of one language: from its passages to the text of its parts, cleaned, without repeated lines, capped."""
 
+import bisect
+import math
 from collections import Counter
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Container, Iterable, Iterator, Mapping, Optional
+from typing import Any, Container, Iterable, Iterator, Mapping, Optional, Sequence
 
 from ...common.files import atomic_open
 from ...data.documents import SeenTexts, clean_line
 from ...data.languages import Language
-from ..splits import UnitSplits, position
+from ..base import TextSettings
+from ..splits import position, split_of
 from .lines import KEPT, judge
 from .passages import Passage, read_passages, write_passages
 
-# Held-out parts first: a line that occurs twice is dropped from the training part.
-_ORDER = ("test", "valid", "train")
-_NUM_STEPS = 1 << 12
+_NUM_STEPS = 1 << 12  # of the order in which a cap leaves out units
 
 
-class Cap:
-    """Bounds the size of a corpus by leaving out whole units, in an order that is the same in every language."""
+@dataclass(frozen=True, kw_only=True)
+class MultilingualSettings(TextSettings):
+    """How the languages are prepared.
 
-    def __init__(self, seed: int):
-        self._seed = seed
-        self._bytes = [0] * _NUM_STEPS
+    Args:
+        filter_lines: whether lines in another script and untranslated English are removed.
+        vocab_sampling_alpha: the vocabulary sees languages by (their share of the characters) ** alpha.
+        max_mb_per_language: of text, in 10**6 bytes; None for no limit.
+    """
 
-    def _step(self, unit: str) -> int:
-        return int(position(self._seed, "cap", unit) * _NUM_STEPS)
+    languages: tuple[str, ...]
+    filter_lines: bool
+    tokenizer_lines: int = 120_000
+    vocab_sampling_alpha: float = 0.5
+    max_mb_per_language: Optional[float] = 2.0
 
-    def count(self, unit: str, num_bytes: int) -> None:
-        """Notes text of a unit."""
-        self._bytes[self._step(unit)] += num_bytes
-
-    def limit(self, max_bytes: float) -> int:
-        """Returns how many steps of the order fit into ``max_bytes``; at least one."""
-        total = 0
-        for step, num_bytes in enumerate(self._bytes):
-            total += num_bytes
-            if total > max_bytes:
-                return max(step, 1)
-        return _NUM_STEPS
-
-    def admits(self, unit: str, limit: int) -> bool:
-        """Whether a unit is among the first ``limit`` steps."""
-        return self._step(unit) < limit
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings by flag, the languages as ``langs``."""
+        identity = super().identity()
+        return {"langs": identity.pop("languages"), **identity}
 
 
 class LanguageCorpus:
@@ -49,21 +46,15 @@ class LanguageCorpus:
 
     Args:
         folder: for the result, ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl``; scratch files beside them.
-        splits: what is held out.
-        max_bytes: of the language's text; None for no limit.
-        filter_lines: whether lines in another script and untranslated English are removed.
     """
 
-    def __init__(
-        self, language: Language, folder: Path, splits: UnitSplits, *, max_bytes: Optional[float], filter_lines: bool
-    ):
+    def __init__(self, language: Language, folder: Path, settings: MultilingualSettings):
         self._language = language
         self._folder = folder
-        self._split_of = splits.split_of
-        self._splits = [split for split in _ORDER if split in splits.present]
-        self._max_bytes = max_bytes
-        self._filter_lines = filter_lines
-        self._cap = Cap(splits.seed)
+        self._settings = settings
+        self._shares = settings.shares
+        self._splits = settings.splits[::-1]  # held-out parts first: a line that occurs twice is dropped from training
+        self._bytes_by_step = [0] * _NUM_STEPS
         self._lines: Counter[str] = Counter()
         self._bytes_by_family: Counter[str] = Counter()
 
@@ -85,7 +76,8 @@ class LanguageCorpus:
         seen = SeenTexts()
         for split in self._splits:
             write_passages(self._unique(split, seen), self._scratch(split))
-        limit = None if self._max_bytes is None else self._cap.limit(self._max_bytes)
+        megabytes = self._settings.max_mb_per_language
+        limit = steps_within(self._bytes_by_step, math.inf if megabytes is None else megabytes * 1e6)
         for split in self._splits:
             self._write(split, limit)
             self._scratch(split).unlink()
@@ -104,7 +96,7 @@ class LanguageCorpus:
             self._lines["lines_read"] += len(passage.lines)
             self._lines["empty_lines"] += len(passage.lines) - len(lines)
             kept = lines
-            if self._filter_lines:
+            if self._settings.filter_lines:
                 verdicts = [judge(line, self._language, english.get(family, ())) for line in lines]
                 self._lines.update(verdicts)
                 kept = [line for line, verdict in zip(lines, verdicts) if verdict == KEPT]
@@ -116,23 +108,31 @@ class LanguageCorpus:
     def _unique(self, split: str, seen: SeenTexts) -> Iterator[Passage]:
         """Yields the passages of one part with the lines that were in none before."""
         for passage in read_passages(self._scratch("clean")):
-            if self._split_of(passage.unit) != split:
+            if split_of(passage.unit, self._settings.seed, self._shares) != split:
                 continue
             lines = [line for line in passage.lines if seen.add(line)]
             self._lines["duplicate_lines"] += len(passage.lines) - len(lines)
             if lines:
                 unique = passage._replace(lines=lines, key=passage.key if lines == passage.lines else None)
-                self._cap.count(unique.unit, _num_bytes(unique))
+                self._bytes_by_step[self._step(unique)] += _num_bytes(unique)
                 yield unique
 
-    def _write(self, split: str, limit: Optional[int]) -> None:
-        """Writes one part's text, an empty line between two documents, and its passages that have a key."""
+    def _step(self, passage: Passage) -> int:
+        """The place of a passage's unit in an order that is the same in every language."""
+        return int(position(self._settings.seed, "cap", passage.unit) * _NUM_STEPS)
+
+    def _write(self, split: str, limit: int) -> None:
+        """Writes one part's text, an empty line between two documents, and its passages that have a key.
+
+        Args:
+            limit: how many steps of the order are kept.
+        """
         document, keyed = None, []
         with atomic_open(self._folder / "text" / self._language.code / f"{split}.txt") as stream:
             for passage in read_passages(self._scratch(split)):
                 if passage.key is not None and split != "train":
                     keyed.append(passage)  # held out even where the cap leaves it out of the text
-                if limit is not None and not self._cap.admits(passage.unit, limit):
+                if self._step(passage) >= limit:
                     self._lines["lines_beyond_the_cap"] += len(passage.lines)
                     continue
                 stream.write(b"" if document in (None, passage.document) else b"\n")
@@ -141,6 +141,11 @@ class LanguageCorpus:
                 self._bytes_by_family[passage.unit.split(":")[0]] += _num_bytes(passage)
         if split != "train":
             write_passages(keyed, self._folder / "held-out" / self._language.code / f"{split}.jsonl")
+
+
+def steps_within(bytes_by_step: Sequence[int], max_bytes: float) -> int:
+    """Returns how many steps fit into ``max_bytes``; at least one."""
+    return max(1, bisect.bisect_right(list(accumulate(bytes_by_step)), max_bytes))
 
 
 def _num_bytes(passage: Passage) -> int:

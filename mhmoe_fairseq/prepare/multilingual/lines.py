@@ -45,10 +45,8 @@ def script_of(character: str) -> str:
 
 def letters_by_script(text: str) -> Counter[str]:
     """Counts the letters of each script."""
-    letters: Counter[str] = Counter()
-    for character, count in Counter(text).items():
-        if script := script_of(character):
-            letters[script] += count
+    letters = Counter(map(script_of, text))
+    del letters[""]
     return letters
 
 
@@ -101,23 +99,17 @@ def reads_like_english(line: str) -> bool:
 
 
 def spot_check(text: Path, language: Language, seed: int, num_lines: int = 100) -> dict[str, Any]:
-    """Counts letters that do not belong in ``num_lines`` lines drawn from ``seed``.
+    """Counts lines that do not belong, among ``num_lines`` lines drawn from ``seed``.
 
     Returns:
         ``lines``; ``foreign_script_lines``, with a letter that is neither of the language's scripts nor Latin;
         ``misfit_lines``, which are mostly of another script; ``scripts``, the shares of the letters; ``examples``
-        of the first two kinds.
+        of lines of the two kinds.
     """
     sample = heapq.nsmallest(num_lines, iter_lines(text), key=lambda line: position(seed, "spot check", line))
-    letters: Counter[str] = Counter()
-    foreign, misfits = [], []
-    for line in sample:
-        in_line = letters_by_script(line)
-        letters.update(in_line)
-        if foreign_letters(in_line, language):
-            foreign.append(line)
-        if not fits(in_line, language):
-            misfits.append(line)
+    foreign = [line for line in sample if foreign_letters(letters_by_script(line), language)]
+    misfits = [line for line in sample if not fits(letters_by_script(line), language)]
+    letters = letters_by_script("".join(sample))
     total = sum(letters.values())
     return {
         "lines": len(sample),

@@ -5,10 +5,9 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Protocol, Sequence
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from ...common.files import atomic_open, json_line
-from ..archives import Say
 
 Stage = Callable[[str, list[str], Callable[[], Any]], Any]
 
@@ -31,7 +30,11 @@ class Passage(NamedTuple):
 
 @dataclass(frozen=True)
 class MultilingualCorpus:
-    """A source that is ready to be read.
+    """A source that is ready to be read: what its ``open(languages, folder, stage, cache_dir, say)`` returns.
+
+    Besides a ``name`` a source has ``filter_lines``, whether lines in other scripts and untranslated English are
+    removed unless the user says otherwise, and ``identity(languages)``, what makes two preparations differ, without
+    fetching. ``open`` may keep files in ``folder``, made by stages that are not repeated.
 
     Args:
         provenance: what the manifest says about it.
@@ -48,34 +51,12 @@ class MultilingualCorpus:
     has_english: bool
 
 
-class MultilingualSource(Protocol):
-    """A corpus in many languages by name.
-
-    ``filter_lines`` says whether lines in other scripts and untranslated English are removed unless the user says
-    otherwise. ``identity`` is what makes two preparations differ; it checks what can be checked without fetching.
-    ``open`` fetches what is needed; it may keep files in ``folder``, made by stages that are not repeated.
-    """
-
-    name: str
-    filter_lines: bool
-
-    def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
-
-    def open(
-        self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
-    ) -> MultilingualCorpus: ...
-
-
 @contextlib.contextmanager
-def open_passages(path: Path) -> Iterator[Callable[[Passage], None]]:
+def open_passages(path: Path) -> Iterator[Callable[[Passage], object]]:
     """Gives a function that writes a passage, as one JSON list a line, to ``path``, which appears at the end."""
     with atomic_open(path) as stream:
-
-        def write(passage: Passage) -> None:
-            # half a surrogate pair cannot be written in UTF-8
-            stream.write((json.dumps(passage, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
-
-        yield write
+        # half a surrogate pair cannot be written in UTF-8
+        yield lambda passage: stream.write((json.dumps(passage, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
 
 
 def write_passages(passages: Iterable[Passage], path: Path) -> None:
@@ -92,18 +73,18 @@ def read_passages(path: Path) -> Iterator[Passage]:
             yield Passage(*json.loads(line))
 
 
-def write_aligned(held_out: Path, split: str, languages: Sequence[str], target: Path) -> Counter[str]:
+def write_aligned(files: Mapping[str, Path], target: Path) -> dict[str, int]:
     """Writes ``{"key": ..., "text": {"en": ..., "de": ...}}`` for every key that two languages or more have.
 
     Args:
-        held_out: folder with ``CODE/SPLIT.jsonl`` passages that have keys.
+        files: language -> passages that have keys.
 
     Returns:
         how many keys there are (``keys``), and how many each language has.
     """
     texts: dict[str, dict[str, str]] = {}
-    for code in languages:
-        for passage in read_passages(held_out / code / f"{split}.jsonl"):
+    for code, file in files.items():
+        for passage in read_passages(file):
             texts.setdefault(str(passage.key), {}).setdefault(code, " ".join(passage.lines))
     counts: Counter[str] = Counter()
     with atomic_open(target) as stream:
@@ -111,4 +92,4 @@ def write_aligned(held_out: Path, split: str, languages: Sequence[str], target: 
             if len(texts[key]) > 1:
                 counts.update(["keys", *texts[key]])
                 stream.write(json_line({"key": key, "text": texts[key]}))
-    return counts
+    return dict(counts)

@@ -1,8 +1,7 @@
 """Text in many languages: cleaned, the same keys held out in all of them, one vocabulary, binarised per language."""
 
 import random
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional
 
@@ -11,40 +10,18 @@ import numpy as np
 from ...common.errors import UserError
 from ...common.files import atomic_open, write_json
 from ...data.languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
-from ..base import DICTIONARY, MODEL_FILE, Preparation, TextSettings
+from ..base import DICTIONARY, MODEL_FILE, Preparation
 from ..binarize import binarize, count_text, iter_lines
-from ..splits import UnitSplits, unlike_shares
-from .cleaning import LanguageCorpus, english_lines
+from ..splits import unlike_shares
+from .cleaning import LanguageCorpus, MultilingualSettings, english_lines
 from .lines import spot_check
 from .passages import MultilingualCorpus, write_aligned
 
-_RAW, _SPOT_CHECK = "raw", "spot_check.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MultilingualSettings(TextSettings):
-    """How the languages are prepared.
-
-    Args:
-        filter_lines: whether lines in another script and untranslated English are removed.
-        vocab_sampling_alpha: the vocabulary sees languages by (their share of the characters) ** alpha.
-        max_mb_per_language: of text, in 10**6 bytes; None for no limit.
-    """
-
-    languages: tuple[str, ...]
-    filter_lines: bool
-    tokenizer_lines: int = 120_000
-    vocab_sampling_alpha: float = 0.5
-    max_mb_per_language: Optional[float] = 2.0
-
-    def identity(self) -> dict[str, Any]:
-        """Returns the settings by flag, the languages as ``langs``."""
-        identity = super().identity()
-        return {"langs": identity.pop("languages"), **identity}
+_SPOT_CHECK = "spot_check.json"
 
 
 class MultilingualPreparation(Preparation[MultilingualSettings]):
-    """Prepares a :class:`~.passages.MultilingualSource`."""
+    """Prepares a source of :data:`~mhmoe_fairseq.prepare.sources.base.MULTILINGUAL_SOURCES`."""
 
     kind = "multilingual"
     _english: Optional[Mapping[str, Any]] = None
@@ -54,14 +31,6 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
         source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
         return {"source": source, **self.settings.identity()}
 
-    @cached_property
-    def _unit_splits(self) -> UnitSplits:
-        return UnitSplits(self.settings.seed, self.settings.shares)
-
-    @property
-    def _splits(self) -> list[str]:
-        return self._unit_splits.present
-
     @property
     def extra_symbols(self) -> tuple[str, ...]:
         """Symbols of XNLI's languages and all prepared ones: the dictionary is the same whichever a model is given."""
@@ -70,30 +39,30 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
         codes = self.settings.languages
-        corpus = self.source.open(codes, self.partial / _RAW, self.stage, self.cache_dir, self.say)
+        corpus = self.source.open(codes, self.partial / "raw", self.stage, self.cache_dir, self.say)
         cleaning = {code: self._clean(code, corpus) for code in codes}
         checks = self.stage("spot check", [_SPOT_CHECK], self._spot_check)
-        aligned_files = [f"aligned/{split}.jsonl" for split in self._splits if split != "train"]
+        aligned_files = [f"aligned/{split}.jsonl" for split in self.settings.splits[1:]]
         aligned = self.stage("align", aligned_files, self._align)
         outputs = [DICTIONARY, _SPOT_CHECK, *(aligned_files if aligned else [])]
         if self.settings.tiktoken_ranks is None:
             self.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
             outputs.append(MODEL_FILE)
-        counts = {code: self._binarise_language(code) for code in codes}
+        counts = {}
+        for code in codes:
+            binaries = [*self._binaries(code), f"occurrences/{code}.npy"]
+            counts[code] = self.stage(f"binarise {code}", binaries, partial(self._binarise_language, code))
         self.stage("dictionary", [DICTIONARY], self._make_dictionary)
         for code in codes:
-            outputs += [*self._binaries(code), *(f"text/{code}/{split}.txt" for split in self._splits)]
+            outputs += [*self._binaries(code), *(f"text/{code}/{split}.txt" for split in self.settings.splits)]
         languages = {
             code: {
-                "name": LANGUAGES[code].name,
-                "sources": list(corpus.sources[code]),
-                "missing": dict(corpus.missing[code]),
-                "cleaning": cleaning[code],
-                "spot_check": checks[code],
+                "name": LANGUAGES[code].name, "sources": list(corpus.sources[code]),
+                "missing": dict(corpus.missing[code]), "cleaning": cleaning[code], "spot_check": checks[code],
                 "splits": counts[code],
             }
             for code in codes
-        }
+        }  # fmt: skip
         entries = {
             "source": {"name": self.source.name, **corpus.provenance},
             "tokenizer": {**self.vocabulary.describe(), "language_symbols": list(self.extra_symbols)},
@@ -106,11 +75,7 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
         return self.partial / "text" / code / f"{split}.txt"
 
     def _clean(self, code: str, corpus: MultilingualCorpus) -> dict[str, Any]:
-        limit = self.settings.max_mb_per_language
-        made = LanguageCorpus(
-            LANGUAGES[code], self.partial, self._unit_splits,
-            max_bytes=None if limit is None else limit * 1e6, filter_lines=self.settings.filter_lines,
-        )  # fmt: skip
+        made = LanguageCorpus(LANGUAGES[code], self.partial, self.settings)
         return self.stage(f"clean {code}", made.outputs(), partial(self._make_corpus, code, corpus, made))
 
     def _make_corpus(self, code: str, corpus: MultilingualCorpus, made: LanguageCorpus) -> dict[str, Any]:
@@ -118,7 +83,7 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
             needed = self.settings.filter_lines and corpus.has_english
             self._english = english_lines(corpus.passages("en")) if needed else {}
         record = made.make(corpus.passages(code), self._english)
-        sizes = {split: self._text(code, split).stat().st_size for split in self._splits}
+        sizes = {split: self._text(code, split).stat().st_size for split in self.settings.splits}
         self._refuse_empty(code, sizes)
         kept = sum(record["bytes_by_family"].values()) / 1e6
         dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(record["lines"].items()))
@@ -130,10 +95,10 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
         return record
 
     def _refuse_empty(self, code: str, sizes: Mapping[str, int]) -> None:
-        empty = next((split for split in self._splits if not sizes[split]), None)
+        empty = next((split for split, size in sizes.items() if not size), None)
         if empty == "train":
-            others = [other for other, size in sizes.items() if size]
-            where = f", all of its text is held out ({', '.join(others)})" if others else ""
+            others = ", ".join(other for other, size in sizes.items() if size)
+            where = f", all of its text is held out ({others})" if others else ""
             raise UserError(
                 f"--langs {code}: its training part is empty after cleaning{where}; documents are never divided "
                 "between parts, and end at an empty line unless --document-separator says otherwise (line, where "
@@ -159,11 +124,9 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
     def _align(self) -> dict[str, Any]:
         """Returns counts by part and language; empty when nothing is aligned."""
         aligned = {}
-        for split in self._splits:
-            if split != "train":
-                target = self.partial / "aligned" / f"{split}.jsonl"
-                counts = write_aligned(self.partial / "held-out", split, self.settings.languages, target)
-                aligned[split] = dict(counts)
+        for split in self.settings.splits[1:]:
+            files = {code: self.partial / "held-out" / code / f"{split}.jsonl" for code in self.settings.languages}
+            aligned[split] = write_aligned(files, self.partial / "aligned" / f"{split}.jsonl")
         self.say(f"aligned: {', '.join(f'{split} {counts}' for split, counts in aligned.items())}")
         return aligned if any(aligned.values()) else {}
 
@@ -183,18 +146,14 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
         )  # fmt: skip
 
     def _binaries(self, code: str) -> list[str]:
-        return [f"{code}/{split}.{kind}" for split in self._splits for kind in ("bin", "idx")]
+        return [f"{code}/{split}.{kind}" for split in self.settings.splits for kind in ("bin", "idx")]
 
     def _binarise_language(self, code: str) -> dict[str, dict[str, Any]]:
-        outputs = [*self._binaries(code), f"occurrences/{code}.npy"]
-        return self.stage(f"binarise {code}", outputs, partial(self._make_binary, code))
-
-    def _make_binary(self, code: str) -> dict[str, dict[str, Any]]:
         recorded = {}
-        for split in self._splits:
+        for split in self.settings.splits:
             counts, occurrences = binarize(self._text(code, split), self.partial / code / split, self.vocabulary)
             recorded[split] = counts.as_dict()
-            recorded[split]["chars"] = recorded[split].pop("characters")
+            recorded[split]["chars"] = recorded[split].pop("characters")  # the name in manifests of this kind
             if split == "train":
                 with atomic_open(self.partial / "occurrences" / f"{code}.npy") as stream:
                     np.save(stream, occurrences)
