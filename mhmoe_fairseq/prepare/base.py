@@ -3,7 +3,7 @@
 import argparse
 import time
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Generic, Iterable, Optional, TypeVar
@@ -80,23 +80,19 @@ class TextSettings(CorpusSettings):
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag, a rank file as its hash, without those that have no meaning."""
         identity = super().identity()
-        if self.tiktoken_ranks is None:
-            return {name: value for name, value in identity.items() if name != "tiktoken_ranks"}
-        identity["tiktoken_ranks"] = sha256_of(self.tiktoken_ranks)
-        return {name: value for name, value in identity.items() if name not in _OF_SENTENCEPIECE}
+        ranks = identity.pop("tiktoken_ranks")
+        if ranks is None:
+            return identity
+        kept = {name: value for name, value in identity.items() if name not in _OF_SENTENCEPIECE}
+        return {**kept, "tiktoken_ranks": sha256_of(ranks)}
 
 
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
 
 
+@dataclass(eq=False)
 class Preparation(ABC, Generic[SomeSettings]):
-    """One preparation of a folder.
-
-    Args:
-        source: where the data come from.
-        settings: how they are prepared.
-        cache_dir: folder for downloads.
-        say: takes a line for the user.
+    """One preparation of a folder: of a source, as the settings say, with downloads in ``cache_dir``.
 
     Attributes:
         partial: folder in which everything is made.
@@ -106,15 +102,13 @@ class Preparation(ABC, Generic[SomeSettings]):
     kind: ClassVar[str]
     extra_symbols: ClassVar[tuple[str, ...]] = ()
     dictionary_multiple: ClassVar[int] = 8
-    workspace: Workspace
-    partial: Path
-    stage: Callable[[str, list[str], Callable[[], Any]], Any]
-
-    def __init__(self, source: Any, settings: SomeSettings, cache_dir: Path, say: Say):
-        self.source = source
-        self.settings = settings
-        self.cache_dir = cache_dir
-        self.say = say
+    source: Any
+    settings: SomeSettings
+    cache_dir: Path
+    say: Say
+    workspace: Workspace = field(init=False)
+    partial: Path = field(init=False)
+    stage: Callable[[str, list[str], Callable[[], Any]], Any] = field(init=False)
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
