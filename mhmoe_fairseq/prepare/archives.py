@@ -42,7 +42,6 @@ class Archive:
 
     Args:
         client: ``pip``, ``npm`` or ``apt-get``.
-        package: its name there.
         version: exact version, or None for the one the Debian suite has now.
         filename: what the client names the file; ``*`` stands for an unknown version.
         sha256: full hash of an immutable archive; None where the version moves (then it is only recorded).
@@ -57,13 +56,12 @@ class Archive:
     instead: str = "choose another source (docstrings needs no download)"
 
     def command(self) -> list[str]:
-        """Returns the download command; it writes into the current folder."""
+        """Returns the download command."""
         return [word.format(package=self.package, version=self.version) for word in _COMMANDS[self.client]]
 
     def has_client(self) -> bool:
         """Whether the client is installed."""
-        found = importlib.util.find_spec("pip") if self.client == "pip" else shutil.which(self.client)
-        return found is not None
+        return bool(importlib.util.find_spec("pip") if self.client == "pip" else shutil.which(self.client))
 
     def check_client(self) -> None:
         """``UserError`` when the client is not installed, and for npm no registry is configured either."""
@@ -125,15 +123,13 @@ def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
 
 
 def _newest(folder: Path, pattern: str) -> Optional[Path]:
-    matches = [path for path in folder.glob(pattern) if path.is_file()] if folder.is_dir() else []
-    return max(matches, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _download(archive: Archive, folder: Path) -> Path:
     """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
-    registry = None if archive.has_client() else npm_registry()
-    if registry is not None:
-        return _download_tarball(registry, archive, folder / archive.filename)
+    if not archive.has_client():
+        return _download_tarball(archive, folder / archive.filename)
     done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
     path = _newest(folder, archive.filename)
     if done.returncode == 0 and path is not None:
@@ -159,20 +155,20 @@ def npm_registry() -> Optional[str]:
     return next(filter(None, values), None)
 
 
-def _download_tarball(registry: str, archive: Archive, target: Path) -> Path:
+def _download_tarball(archive: Archive, target: Path) -> Path:
     """Writes the tarball of an npm package to ``target``, without npm; its hash is the caller's to check.
 
     Raises:
         UserError: the registry is no web address, or does not answer with the file.
     """
+    registry = npm_registry() or ""
     if not registry.startswith(("https://", "http://")):
         raise UserError(f"{_REGISTRY} {registry}: must be a registry's address, https://...")
     name = f"{archive.package.rpartition('/')[2]}-{archive.version}.tgz"
     address = f"{registry.rstrip('/')}/{archive.package}/-/{name}"
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer:
-            with explain_full_disk(target), open(target, "wb") as stream:
-                shutil.copyfileobj(answer, stream)
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer, open(target, "wb") as stream:
+            shutil.copyfileobj(answer, stream)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"--source: {address} cannot be fetched ({error})") from error
     return target
@@ -227,18 +223,14 @@ def iter_deb_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator
 def read_deb_data(path: Path) -> bytes:
     """Returns the compressed ``data.tar`` of a Debian package (an ``ar`` archive: 60-byte headers, even offsets)."""
     content = path.read_bytes()
-    position = 8
+    start = 8 + 60  # of a member, behind its header
     if not content.startswith(b"!<arch>\n"):
         raise UserError(f"{path}: not a Debian package; delete it and run again")
-    while position + 60 <= len(content):
-        header = content[position : position + 60]
-        name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), header[48:58].strip()
-        if not size.isdigit() or position + 60 + int(size) > len(content):
-            break
-        body = content[position + 60 : position + 60 + int(size)]
-        if name == "data.tar.zst":
+    while content[start - 12 : start - 2].strip().isdigit():
+        name, size = content[start - 60 : start - 44], int(content[start - 12 : start - 2])
+        if name.startswith(b"data.tar.zst"):
             raise UserError(f"{path}: its data is compressed with zstandard; only xz, gzip and bzip2 can be read")
-        if name.startswith("data.tar"):
-            return body
-        position += 60 + int(size) + int(size) % 2
+        if name.startswith(b"data.tar") and start + size <= len(content):
+            return content[start : start + size]
+        start += size + size % 2 + 60
     raise UserError(f"{path}: damaged Debian package; delete it and run again")
