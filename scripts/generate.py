@@ -13,8 +13,8 @@ from pathlib import Path
 from mhmoe_fairseq.common.files import atomic_open
 from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.experiments import EXPERIMENTS
-from mhmoe_fairseq.experiments.plan import Plan
-from mhmoe_fairseq.experiments.spec import Choice, Flags, Processes, parse_flags
+from mhmoe_fairseq.experiments.plan import Choice, Plan
+from mhmoe_fairseq.experiments.spec import Flags, parse_flags
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 _MARKED = re.compile(r"<!-- (settings|paper|experiments) ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -54,7 +54,7 @@ defaults:
 def training_flags(name: str, scale: str, model: str) -> Flags:
     """Returns the flags of an experiment's training in one process, without paths."""
     experiment = EXPERIMENTS[name]
-    plan = Plan(experiment, Path("OUT"), Choice(scale, updates=experiment.updates, processes=Processes()), Path("DATA"))
+    plan = Plan(experiment, Path("OUT"), Choice(scale), Path("DATA"))
     flags = parse_flags(plan.run(experiment.stages[0].recipe, model, 1).training(alone=True)[2:])
     return {flag: value for flag, value in flags.items() if flag not in ("--user-dir", "--save-dir", "--log-file")}
 

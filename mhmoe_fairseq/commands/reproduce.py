@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..common.arguments import existing_folder, nonempty, output_folder, seed, whole
@@ -9,13 +10,9 @@ from ..common.console import say
 from ..common.errors import UserError
 from ..common.tables import markdown_table
 from ..experiments import EXPERIMENTS
-from ..experiments.plan import Plan
+from ..experiments.plan import Choice, Plan
 from ..experiments.runner import Runner, describe, dry_run
-from ..experiments.spec import MACHINES, Choice, Experiment, Processes, Recipe, parse_flags
-
-INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
-# Architectures' last words; the scale's is one of them.
-SIZES = ("tiny", "small", "base")
+from ..experiments.spec import MACHINES, Experiment, Recipe, parse_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=output_folder, metavar="DIR", help="folder of the runs (default: outputs/ and the experiment's)")
     add("--updates", type=whole(), metavar="N", help="updates of every training")
     add("--validations", type=whole(), metavar="N", help="how often a training is validated and saved")
-    add("--size", choices=SIZES, help="size of the models (default: cpu tiny, paper base)")
+    add("--size", choices=("tiny", "small", "base"), help="size of the models (default: cpu tiny, paper base)")
     add("--lrs", nargs="+", default=(), metavar="LR", help="learning rates; of several, the best for each model")
     add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
     add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
                 Runner(plan, say, args.jobs, threads).work()
             except KeyboardInterrupt:
                 say("interrupted: the same command goes on from here")
-                return INTERRUPTED
+                return 130  # what a shell reports of a program that Ctrl-C ended
     return 0
 
 
@@ -88,21 +85,15 @@ def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
     models = tuple(args.models) or (experiment.models if experiment.parts and args.scale == "cpu" else ())
+    choice = Choice(
+        args.scale, args.size, args.batch, args.nproc or MACHINES[args.scale].nproc, args.nnodes, args.node_rank,
+        args.master_addr, args.master_port, parse_flags(args.flags),
+    )  # fmt: skip
+    fields = ("seeds", "lrs", "search_updates", "updates", "validations")
+    chosen = {field: value for field in fields if (value := getattr(args, field))}
     for part in (EXPERIMENTS[name] for name in experiment.parts or (experiment.name,)):
-        nproc = args.nproc or MACHINES[args.scale].nproc
-        choice = Choice(
-            args.scale,
-            args.size,
-            args.updates or part.updates,
-            args.validations or part.validations,
-            args.batch,
-            Processes(nproc, args.nnodes, args.node_rank, args.master_addr, args.master_port),
-            parse_flags(args.flags),
-        )
-        yield Plan(
-            part, args.out or Path("outputs") / part.folder, choice, args.data, models, tuple(args.seeds),
-            tuple(args.lrs), args.search_updates, _start(part, args.start), args.xnli,
-        )  # fmt: skip
+        out, start = args.out or Path("outputs") / part.folder, _start(part, args.start)
+        yield Plan(replace(part, **chosen), out, choice, args.data, models, start, args.xnli)
 
 
 def _start(experiment: Experiment, name: str | None) -> Recipe | None:

@@ -31,7 +31,7 @@ def fine_tuning(task: str, metric: str, cpu: Scale, paper: Scale, cpu_start: Rec
         --best-checkpoint-metric {metric} --maximize-best-checkpoint-metric
     """
     scales, start = {"cpu": cpu, "paper": paper}, {"cpu": cpu_start, "paper": PRETRAINING}
-    return PRETRAINING.variant(task, flags, scales, start=start, evaluate="--output {predictions}")
+    return PRETRAINING.variant(flags, scales, name=task, start=start, evaluate="--output {predictions}")
 
 
 def _small(updates: int, lr: str, more: str = "", samples: int = 16) -> Scale:
@@ -95,33 +95,22 @@ def _fine_tuned(recipe: Recipe, of: str) -> Experiment:
 
 
 EXPERIMENTS = (
-    Experiment(
-        "table1-multimodal", "perplexity of masked patches and words, dense, X-MoE and MH-MoE", _FOLDER,
-        (Stage(PRETRAINING),), THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe",
-    ),
-    Experiment(
-        "table4", "fine-tuned on questions, statements and captions", _FOLDER,
+    Experiment("table1-multimodal", "perplexity of masked patches and words, dense, X-MoE and MH-MoE", _FOLDER,
+        (Stage(PRETRAINING),), THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe"),
+    Experiment("table4", "fine-tuned on questions, statements and captions", _FOLDER,
         # Captions are the slowest to score.
-        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4,
-    ),
-    Experiment(
-        "figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
+        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4),
+    Experiment("figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
         (Stage(PRETRAINING, ("mhmoe-*",)),), ("mhmoe-params",), paper_models=("mhmoe-params-kept",),
-        after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
-    ),
-    Experiment(
-        "multimodal", "everything: tables 1 and 4, figure 8; at CPU scale MH-MoE has X-MoE's FLOPs, too", _FOLDER,
-        models=("dense", "xmoe", "mhmoe-flops"),
-        parts=("table1-multimodal", "table4", "figure8"),
-    ),
+        after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",)),
+    Experiment("multimodal", "everything: tables 1 and 4, figure 8; at CPU scale MH-MoE has X-MoE's FLOPs, too",
+        _FOLDER, models=("dense", "xmoe", "mhmoe-flops"), parts=("table1-multimodal", "table4", "figure8")),
     _fine_tuned(VQA, "to answer questions about images"),
     _fine_tuned(NLVR2, "to judge statements about two images"),
     _fine_tuned(CAPTIONING, "to write captions"),
     _fine_tuned(IMAGE_CLASSIFICATION, "to name the class of an image"),
     _fine_tuned(RETRIEVAL, "to find images by texts and texts by images"),
-    Experiment(
-        "study-multimodal", "RESULTS.md: images and text, learning rates searched, three seeds", "study-multimodal",
-        (Stage(PRETRAINING),), THREE, seeds=(1, 2, 3), lrs=("1e-3", "2e-3", "4e-3"), search_updates=150, updates=400,
-        paper=TABLE_1, reference="xmoe",
-    ),
+    Experiment("study-multimodal", "RESULTS.md: images and text, learning rates searched, three seeds",
+        "study-multimodal", (Stage(PRETRAINING),), THREE, seeds=(1, 2, 3), lrs=("1e-3", "2e-3", "4e-3"),
+        search_updates=150, updates=400, paper=TABLE_1, reference="xmoe"),
 )  # fmt: skip

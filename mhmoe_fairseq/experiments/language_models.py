@@ -29,10 +29,7 @@ ENGLISH = Recipe(
     prepare="english --source web-bible --vocab-size 4000",
 )
 OFFICIAL = ENGLISH.variant(
-    name="",
-    flags="""
-        --moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1
-    """,
+    flags='--moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1',
     scales={
         "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3 --decoder-ffn-embed-dim 344 --moe-ffn-dim 344"),
         "paper": Scale(
@@ -45,7 +42,6 @@ OFFICIAL = ENGLISH.variant(
     },
 )  # fmt: skip
 MULTILINGUAL = ENGLISH.variant(
-    name="",
     flags="--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha 0.5",
     scales={
         # Validated twice: 14 languages take as long as a third of the training.
@@ -134,57 +130,32 @@ TABLE_3 = PaperTable(
 
 
 EXPERIMENTS = (
-    Experiment(
-        "demo", "the three models on real text, MH-MoE under both budgets: 12 minutes on 2 cores", "demo",
-        ENGLISH_STAGE, (*THREE, "mhmoe-flops"), updates=240, paper=TABLE_1,
-    ),
-    Experiment(
-        "table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
-        ENGLISH_STAGE, THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe",
-    ),
-    Experiment(
-        "table5", "number of heads", "english_lm",
+    Experiment("demo", "the three models on real text, MH-MoE under both budgets: 12 minutes on 2 cores", "demo",
+        ENGLISH_STAGE, (*THREE, "mhmoe-flops"), updates=240, paper=TABLE_1),
+    Experiment("table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
+        ENGLISH_STAGE, THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe"),
+    Experiment("table5", "number of heads", "english_lm",
         ENGLISH_STAGE, ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
-        paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe",
-    ),
-    Experiment(
-        "table6", "what projections and splitting are worth", "english_lm",
-        ENGLISH_STAGE, tuple(TABLE_6.values), paper=TABLE_6, reference="xmoe",
-    ),
-    Experiment(
-        "table7", "0 to 3 layers in each projection", "english_lm",
-        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7,
-    ),
-    Experiment(
-        "table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
-        after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",),
-    ),
-    Experiment(
-        "official", "the official repository's recipe, its number of heads made explicit", "english_lm",
-        (Stage(OFFICIAL),), ("official-h4",),
-    ),
-    Experiment(
-        "study", "RESULTS.md: English, learning rates searched, three seeds", "study",
+        paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe"),
+    Experiment("table6", "what projections and splitting are worth", "english_lm",
+        ENGLISH_STAGE, tuple(TABLE_6.values), paper=TABLE_6, reference="xmoe"),
+    Experiment("table7", "0 to 3 layers in each projection", "english_lm",
+        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7),
+    Experiment("table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
+        after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",)),
+    Experiment("official", "the official repository's recipe, its number of heads made explicit", "english_lm",
+        (Stage(OFFICIAL),), ("official-h4",)),
+    Experiment("study", "RESULTS.md: English, learning rates searched, three seeds", "study",
         ENGLISH_STAGE, ("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
-        seeds=(1, 2, 3), lrs=("2e-3", "4e-3", "8e-3", "1.6e-2"), paper=TABLE_1, reference="xmoe",
-    ),
-    Experiment(
-        "table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
-        MULTILINGUAL_STAGE, THREE, paper_models=FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
-    ),
-    Experiment(
-        "table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
+        seeds=(1, 2, 3), lrs=("2e-3", "4e-3", "8e-3", "1.6e-2"), paper=TABLE_1, reference="xmoe"),
+    Experiment("table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
+        MULTILINGUAL_STAGE, THREE, paper_models=FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
+    Experiment("table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
         "multilingual_lm", MULTILINGUAL_STAGE, THREE, paper_models=FIVE,
         after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
-        paper=TABLE_3,
-    ),
-    Experiment(
-        "classification", "fine-tuned to classify in one language, tested in all; needs --data", "multilingual_lm",
-        (Stage(CLASSIFICATION),), THREE,
-    ),
-    Experiment(
-        "study-multilingual", "RESULTS.md: 14 languages, three seeds", "study-multilingual",
-        MULTILINGUAL_STAGE, THREE,
-        seeds=(1, 2, 3), updates=200, validations=1, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
-    ),
+        paper=TABLE_3),
+    Experiment("classification", "fine-tuned to classify in one language, tested in all; needs --data",
+        "multilingual_lm", (Stage(CLASSIFICATION),), THREE),
+    Experiment("study-multilingual", "RESULTS.md: 14 languages, three seeds", "study-multilingual", MULTILINGUAL_STAGE,
+        THREE, seeds=(1, 2, 3), updates=200, validations=1, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
 )  # fmt: skip

@@ -10,11 +10,73 @@ from typing import Any
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of, write_json
 from .models import MODELS
-from .spec import Choice, Experiment, Flags, Recipe, Stage, parse_flags, training_command
+from .spec import MACHINES, Experiment, Flags, Recipe, Scale, Stage, parse_flags
 
 SPLITS = ("valid", "test")
-BEST = "checkpoint_best.pt"
+PACKAGE = Path(__file__).resolve().parent.parent
 STATE = "run.json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user chooses for all trainings; None: the recipe's.
+
+    Attributes:
+        batch: samples per process and step.
+        nproc: processes on each of ``nnodes`` machines, which share a training.
+        node_rank: this machine's number; machine 0 is reached at ``master_addr`` and ``master_port``.
+        flags: further flags of ``fairseq-train``, which win over the recipe's and the model's.
+    """
+
+    scale: str = "cpu"
+    size: str | None = None
+    batch: int | None = None
+    nproc: int = 1
+    nnodes: int = 1
+    node_rank: int | None = None
+    master_addr: str | None = None
+    master_port: int = 29500
+    flags: Flags = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.nnodes > 1 and (self.node_rank is None or not 0 <= self.node_rank < self.nnodes):
+            raise UserError(f"--node-rank ({self.node_rank}) must be this machine's number, 0 to {self.nnodes - 1}")
+        if self.nnodes > 1 and not self.master_addr:
+            raise UserError(f"--master-addr must be the name of machine 0 when --nnodes is {self.nnodes}")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this machine opens folders, evaluates and reports."""
+        return not self.node_rank
+
+    def launcher(self) -> list[str]:
+        """Returns the words that start ``fairseq-train``."""
+        if self.nproc * self.nnodes == 1:
+            return ["fairseq-train"]
+        meeting = ["--standalone"]
+        if self.nnodes > 1:
+            meeting = ["--nnodes", str(self.nnodes), "--node_rank", str(self.node_rank)]
+            meeting += ["--master_addr", str(self.master_addr), "--master_port", str(self.master_port)]
+        return ["torchrun", *meeting, "--nproc_per_node", str(self.nproc), "-m", "fairseq_cli.train"]
+
+    def share(self, scale: Scale) -> Flags:
+        """Returns the flags that share an update out, the same update for any number of processes.
+
+        Raises:
+            UserError: the processes and their batch do not divide its samples.
+        """
+        processes, batch = self.nproc * self.nnodes, self.batch or scale.batch
+        if scale.samples % (processes * (batch or 1)):
+            raise UserError(
+                f"--nproc ({self.nproc}) x --nnodes ({self.nnodes}) x --batch ({batch or 1}) must divide "
+                f"{scale.samples}, the samples of an update"
+            )
+        own = batch or scale.samples // processes
+        flags = parse_flags(f"--batch-size {own} --update-freq {scale.samples // (processes * own)}")
+        if processes == 1:
+            return flags | parse_flags("--distributed-world-size 1")  # not one process for each GPU, fairseq's default
+        backend = MACHINES[self.scale].backend
+        return flags | parse_flags(f"--ddp-backend legacy_ddp --distributed-backend {backend}")
 
 
 @dataclass(frozen=True)
@@ -23,6 +85,7 @@ class Run:
 
     Attributes:
         name: of the folder, below the experiment's.
+        validations: how often it is validated and saved.
         start: the run whose best checkpoint it starts from.
         splits: that are evaluated; none of a search's runs.
     """
@@ -34,29 +97,42 @@ class Run:
     seed: int
     data: Path
     choice: Choice
+    updates: int
+    validations: int
     lr: str | None = None
     start: "Run | None" = None
     splits: tuple[str, ...] = SPLITS
 
     @property
-    def updates(self) -> int:
-        """Updates of the training."""
-        return self.choice.updates or self.recipe.scales[self.choice.scale].updates
-
-    @property
     def checkpoint(self) -> Path:
         """The best one on the validation split."""
-        return self.folder / BEST
+        return self.folder / "checkpoint_best.pt"
 
     def training(self, alone: bool = False) -> list[str]:
-        """Returns the words of the training; ``alone``: in one process."""
-        more: Flags = {"--seed": (str(self.seed),)}
-        if self.lr is not None:
-            more["--lr"] = (self.lr,)
-        if self.start is not None:
-            more["--finetune-from-model"] = (str(self.start.checkpoint),)
-        model = MODELS[self.model]
-        return training_command(self.recipe, model, self.choice, self.data, self.folder, more, alone)
+        """Returns the words of the training; ``alone``: in one process, however many it is shared by."""
+        choice = replace(self.choice, nproc=1, nnodes=1) if alone else self.choice
+        machine, scale, model = MACHINES[choice.scale], self.recipe.scales[choice.scale], MODELS[self.model]
+        interval = -(-self.updates // self.validations)
+        warmup = scale.warmup or (self.updates // 10 if self.updates < 25_000 else 10_000)
+        of_data = "" if self.recipe.data_flags is None else self.recipe.data_flags(self.data)
+        start = None if self.start is None else str(self.start.checkpoint)
+        own = {"--seed": str(self.seed), "--lr": self.lr, "--finetune-from-model": start}
+        flags = {
+            "--arch": (f"{model.kind}_{self.recipe.family}_{choice.size or machine.size}",),
+            **parse_flags(f"{machine.flags} {self.recipe.flags} {scale.flags} {of_data}"),
+            **parse_flags(f"--warmup-updates {warmup} --max-update {self.updates} --log-interval {-(-interval // 5)}"),
+            **parse_flags(f"--validate-interval-updates {interval} --save-interval-updates {interval}"),
+            **parse_flags(f"{model.flags} {model.paper_flags if choice.scale == 'paper' else ''}"),
+            **choice.share(scale),
+            **{flag: (value,) for flag, value in own.items() if value is not None},
+            **choice.flags,
+            "--save-dir": (str(self.folder),),
+            "--log-file": (str(self.folder / "train.log"),),
+        }
+        if "polynomial_decay" in flags["--lr-scheduler"]:
+            flags.setdefault("--total-num-update", flags["--max-update"])
+        words = [word for flag, value in flags.items() for word in (flag, *value)]
+        return [*choice.launcher(), str(self.data), "--user-dir", str(PACKAGE), *words]
 
     def evaluation(self, split: str) -> list[str]:
         """Returns the words of the evaluation that writes :meth:`record`."""
@@ -80,29 +156,25 @@ class Run:
             "start": sha256_of(self.start.checkpoint) if self.start and self.start.checkpoint.is_file() else None,
         }
 
-    def kept(self) -> dict[str, Any] | None:
-        """Returns the identity that the folder holds, and whether its training is ``finished``; None of a new folder.
-
-        Raises:
-            UserError: the folder holds something else.
-        """
-        if (self.folder / STATE).is_file():
-            return read_json(self.folder / STATE)
-        if self.folder.is_dir() and any(path.suffix == ".pt" for path in self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds checkpoints, but no {STATE} of mhmoe reproduce: take another --out")
-        return None
-
     def keep(self, finished: bool) -> None:
-        """Writes what :meth:`kept` reads, and the command for people."""
+        """Writes what :meth:`state` reads, and the command for people."""
         write_json(self.folder / STATE, {**self.identity(), "finished": finished})
         command = f"#!/usr/bin/env bash\n{shlex.join(self.training())}\n"
         (self.folder / "command.sh").write_text(command, encoding="utf-8")
 
     def state(self) -> str:
-        """Returns ``missing``, ``changed``, ``cut off``, ``trained`` or, evaluated too, ``finished``."""
-        kept = self.kept()
-        if kept is None:
+        """Returns ``missing``, ``changed``, ``cut off``, ``trained`` or, evaluated too, ``finished``.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        if not (self.folder / STATE).is_file():
+            if any(self.folder.glob("*.pt")):
+                raise UserError(
+                    f"{self.folder} holds checkpoints, but no {STATE} of mhmoe reproduce: take another --out"
+                )
             return "missing"
+        kept = read_json(self.folder / STATE)
         is_finished = kept.pop("finished")
         if kept != self.identity():
             return "changed"
@@ -118,7 +190,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment with what the user chose.
+    """An experiment, some of whose fields the user chose, and what else the user chose.
 
     Attributes:
         models: names or patterns; empty: the experiment's.
@@ -131,9 +203,6 @@ class Plan:
     choice: Choice = Choice()
     data: Path | None = None
     models: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    lrs: tuple[str, ...] = ()
-    search_updates: int | None = None
     start: Recipe | None = None
     xnli: str | None = None
     best_lrs: dict[str, str] = field(default_factory=dict)
@@ -170,18 +239,27 @@ class Plan:
         for stage in self.experiment.stages:
             yield from with_starts(self.runs(stage))
 
-    def runs(self, stage: Stage) -> list[Run]:
-        """Returns a stage's runs, all models of a seed before the next seed."""
-        seeds = self.seeds or self.experiment.seeds
-        return [self.run(stage.recipe, model, seed) for seed in seeds for model in stage.choose(self.names())]
+    def runs(self, *stages: Stage) -> list[Run]:
+        """Returns the runs of some stages, or of all: all models of a seed before the next seed."""
+        return [
+            self.run(stage.recipe, model, seed)
+            for stage in stages or self.experiment.stages
+            for seed in self.experiment.seeds
+            for model in self.names()
+            if any(fnmatch(model, pattern) for pattern in stage.models)
+        ]
 
     def run(self, recipe: Recipe, model: str, seed: int) -> Run:
         """Returns one run, and with it those that it starts from."""
         name = "/".join(filter(None, (recipe.name, model, f"seed-{seed}")))
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
-        lr = self.best_lrs.get(model, self.lrs[0] if len(self.lrs) == 1 else None) if self.is_own(recipe) else None
-        return Run(name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice, lr, start)
+        scale, lrs = recipe.scales[self.choice.scale], self.experiment.lrs
+        lr = self.best_lrs.get(model, lrs[0] if len(lrs) == 1 else None) if self.is_own(recipe) else None
+        return Run(
+            name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice,
+            self.experiment.updates or scale.updates, self.experiment.validations or scale.validations, lr, start,
+        )  # fmt: skip
 
     def start_of(self, recipe: Recipe) -> Recipe | None:
         """Returns the recipe whose runs a recipe's start from.
@@ -202,27 +280,22 @@ class Plan:
         Raises:
             UserError: the experiment has several kinds of trainings.
         """
-        lrs = self.lrs or self.experiment.lrs
+        lrs, seed = self.experiment.lrs, self.experiment.seeds[0]
         if len(lrs) > 1 and len(self.experiment.stages) > 1:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
-        choice = replace(self.choice, updates=self.search_updates or self.experiment.search_updates)
-        seed = (self.seeds or self.experiment.seeds)[0]
-        runs: dict[str, dict[str, Run]] = {}
-        for stage in self.experiment.stages if len(lrs) > 1 else ():
-            for model in stage.choose(self.names()):
-                for lr in lrs:
-                    run = self.run(stage.recipe, model, seed)
-                    name = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}")
-                    searched = replace(run, name=name, folder=self.out / name, choice=choice, lr=lr, splits=())
-                    runs.setdefault(model, {})[lr] = searched
-        return runs
+
+        def with_lr(run: Run, lr: str) -> Run:
+            name, updates = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}"), self.experiment.search_updates
+            return replace(run, name=name, folder=self.out / name, updates=updates, lr=lr, splits=())
+
+        first = [run for run in self.runs() if run.seed == seed] if len(lrs) > 1 else []
+        return {run.model: {lr: with_lr(run, lr) for lr in lrs} for run in first}
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""
-        recipes = [stage.recipe for stage in self.experiment.stages]
-        for recipe in {recipe.data: recipe for recipe in recipes}.values():
+        for recipe in {stage.recipe.data: stage.recipe for stage in self.experiment.stages}.values():
             words: list[str] = []
             if recipe.prepare and self.choice.scale == "cpu":
                 flags = parse_flags(recipe.flags) | parse_flags(recipe.scales["cpu"].flags) | self.choice.flags
@@ -237,10 +310,10 @@ class Plan:
         Raises:
             UserError: one needs ``--xnli``, which was not given.
         """
-        runs = [run for stage in self.experiment.stages for run in self.runs(stage)]
+        folders = [run.folder for run in self.runs()]
         lists = {
-            "{runs}": [str(run.folder) for run in runs],
-            "{checkpoints}": [str(path) for run in runs for path in _kept_checkpoints(run.folder)],
+            "{runs}": [str(folder) for folder in folders],
+            "{checkpoints}": [str(path) for folder in folders for path in _kept_checkpoints(folder)],
         }
         for command in self.experiment.after:
             if "{xnli}" in command and self.xnli is None:
@@ -254,11 +327,8 @@ class Plan:
 
     def reported(self) -> dict[str, list[Path]]:
         """Returns the folders of each model's runs, of all stages."""
-        folders: dict[str, list[Path]] = {}
-        for stage in self.experiment.stages:
-            for run in self.runs(stage):
-                folders.setdefault(run.model, []).append(run.folder)
-        return folders
+        runs = self.runs()
+        return {run.model: [other.folder for other in runs if other.model == run.model] for run in runs}
 
 
 def with_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:

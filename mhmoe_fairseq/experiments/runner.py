@@ -1,6 +1,7 @@
 """Does what a plan says: prepares data, trains, evaluates, follows up and reports; what is finished is kept."""
 
 import concurrent.futures
+import itertools
 import os
 import re
 import shlex
@@ -124,38 +125,33 @@ class Runner:
         """
         plan = self.plan
         list(plan.following())  # what is missing is told before hours of training
-        self._prepare()
-        best = self._search()
-        self.plan = plan = replace(plan, best_lrs=best)
+        for folder, words in plan.preparations():
+            if words and not _is_prepared(folder):
+                self._tell(f"{folder}: no data yet: {shlex.join(words)}")
+                call(words, self.threads, lambda line: self.say(f"    {line}"))
+        self.plan = plan = replace(plan, best_lrs=self._search())
         for runs in plan.stages():
             self._finish(runs)
-        if not plan.choice.processes.is_first:
+        if not plan.choice.is_first:
             return
         for words in plan.following():
             self.say(shlex.join(words))
             call(words, self.threads, self.say)
         if plan.experiment.has_report:
-            self._report(plan.experiment, plan.out / plan.experiment.report)
+            self._report(plan.experiment)
 
-    def _report(self, experiment: Experiment, file: Path) -> None:
+    def _report(self, experiment: Experiment) -> None:
         reference = experiment.reference if experiment.reference in self.plan.names() else None
         plots = find_spec("matplotlib") is not None
         if not plots:
             self._tell("no plots: matplotlib is not installed (extra plots)")
         write_report(
-            self.plan.reported(), file, split=SPLITS[-1], reference=reference, paper=experiment.paper, plots=plots,
-            say=self.say,
+            self.plan.reported(), self.plan.out / experiment.report, split=SPLITS[-1], reference=reference,
+            paper=experiment.paper, plots=plots, say=self.say,
         )  # fmt: skip
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
-
-    def _prepare(self) -> None:
-        for folder, words in self.plan.preparations():
-            if _is_prepared(folder) or not words:
-                continue
-            self._tell(f"{folder}: no data yet: {shlex.join(words)}")
-            call(words, self.threads, lambda line: self.say(f"    {line}"))
 
     def _search(self) -> dict[str, str]:
         """The best learning rate of every model, by the last validation loss."""
@@ -203,7 +199,7 @@ class Runner:
     def _finish_one(self, run: Run, state: str, progress: Progress) -> None:
         if state not in ("trained", "finished"):
             self._train(run, state, progress)
-        if not run.choice.processes.is_first:
+        if not run.choice.is_first:
             return
         for split in run.splits:
             if not run.record(split).is_file():
@@ -214,18 +210,18 @@ class Runner:
             self._tell(f"{run.name}: evaluated on {' and '.join(run.splits)}")
 
     def _train(self, run: Run, state: str, progress: Progress) -> None:
-        processes = run.choice.processes
         if not _is_prepared(run.data):
             raise UserError(f"--data ({run.data}) holds no prepared data for {run.name}: make it with mhmoe prepare")
         if state == "changed":
             self._tell(f"{run.name}: command, data or start have changed, starting afresh")
         run.folder.mkdir(parents=True, exist_ok=True)
-        if processes.is_first:
+        if run.choice.is_first:
             if state == "changed":
                 _empty(run.folder)
             run.keep(finished=False)
         self._tell(f"{run.name}: training, {run.updates} updates")
-        output = run.folder / (f"output-node{processes.node_rank}.txt" if processes.node_rank else "output.txt")
+        node = "" if run.choice.is_first else f"-node{run.choice.node_rank}"
+        output = run.folder / f"output{node}.txt"
 
         def show(line: str) -> None:
             record = parse_record(line)
@@ -239,7 +235,7 @@ class Runner:
             self.say(f"    {run.name}, update {update:.0f}: {told}{left}")
 
         self._call(run, "training", run.training(), show, output)
-        if processes.is_first:
+        if run.choice.is_first:
             run.keep(finished=True)
 
     def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
@@ -272,10 +268,9 @@ def dry_run(plan: Plan) -> Iterator[str]:
     yield from (shlex.join(run.training()) for run in search)
     if search:
         yield "# below, --lr is the best of these for each model on the validation split"
-    for runs in _known(plan.stages()):
-        for run in runs:
-            yield shlex.join(run.training())
-            yield from (shlex.join(run.evaluation(split)) for split in run.splits)
+    for run in _known(plan):
+        yield shlex.join(run.training())
+        yield from (shlex.join(run.evaluation(split)) for split in run.splits)
     yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
     if plan.experiment.has_report:
         folders = [str(folder) for folders in plan.reported().values() for folder in folders]
@@ -283,18 +278,17 @@ def dry_run(plan: Plan) -> Iterator[str]:
         yield shlex.join(["mhmoe", "report", *folders, *paper, "--out", str(plan.out / plan.experiment.report)])
 
 
-def _known(stages: Iterable[list[Run]]) -> Iterator[list[Run]]:
+def _known(plan: Plan) -> list[Run]:
     """Each run once: while nothing runs, a start that is missing is missing for every stage."""
-    seen: set[Path] = set()
-    for runs in stages:
-        yield [run for run in runs if run.folder not in seen]
-        seen.update(run.folder for run in runs)
+    runs: dict[Path, Run] = {}
+    for run in itertools.chain.from_iterable(plan.stages()):
+        runs.setdefault(run.folder, run)
+    return list(runs.values())
 
 
 def describe(plan: Plan) -> Iterator[list[str]]:
     """Yields a row for each run: its name, its state, the updates that it has done."""
-    for runs in _known(plan.stages()):
-        for run in runs:
-            state, log = run.state(), run.folder / "train.log"
-            done = read_training_log(log).num_updates if state != "missing" and log.is_file() else 0
-            yield [run.name, state, f"{done} of {run.updates}"]
+    for run in _known(plan):
+        state, log = run.state(), run.folder / "train.log"
+        done = read_training_log(log).num_updates if state != "missing" and log.is_file() else 0
+        yield [run.name, state, f"{done} of {run.updates}"]

@@ -1,21 +1,18 @@
 """What an experiment consists of: models, recipes (the settings of a training at two scales), stages, a paper's values.
 
-Everything here is data and what turns it into words of ``fairseq-train``; nothing is run. Flags are written as on a
-command line and merged as there: of a flag that is given twice the last counts.
+Flags are written as on a command line and merged as there: of a flag that is given twice the last counts.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..analysis.reports import PaperTable
 from ..common.errors import UserError
 
-PACKAGE = Path(__file__).resolve().parent.parent
 Flags = dict[str, tuple[str, ...]]
 
 
@@ -105,9 +102,9 @@ class Recipe:
     data_flags: Callable[[Path], str] | None = None
     evaluate: str = ""
 
-    def variant(self, name: str, flags: str, scales: Mapping[str, Scale], **changes: Any) -> "Recipe":
+    def variant(self, flags: str, scales: Mapping[str, Scale], **changes: Any) -> "Recipe":
         """Returns a recipe with further flags, which win over this one's, and scales of its own."""
-        return dataclasses.replace(self, name=name, flags=f"{self.flags} {flags}", scales=scales, **changes)
+        return dataclasses.replace(self, flags=f"{self.flags} {flags}", scales=scales, **changes)
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,6 @@ class Stage:
 
     recipe: Recipe
     models: tuple[str, ...] = ("*",)
-
-    def choose(self, names: Sequence[str]) -> list[str]:
-        """Returns the names that match, in their order."""
-        return [name for name in names if any(fnmatch(name, pattern) for pattern in self.models)]
 
 
 @dataclass(frozen=True)
@@ -175,106 +168,3 @@ class Experiment:
     def has_report(self) -> bool:
         """Whether there is one: not where the following commands say all."""
         return bool(self.stages) and (self.paper is not None or not self.after)
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share a training: ``nproc`` on each of ``nodes`` machines."""
-
-    nproc: int = 1
-    nodes: int = 1
-    node_rank: int | None = None
-    master_addr: str | None = None
-    master_port: int = 29500
-
-    def __post_init__(self) -> None:
-        if self.nodes == 1:
-            return
-        if self.node_rank is None or not 0 <= self.node_rank < self.nodes:
-            raise UserError(f"--node-rank ({self.node_rank}) must be this machine's number, 0 to {self.nodes - 1}")
-        if not self.master_addr:
-            raise UserError(f"--master-addr must be the name of machine 0 when --nnodes is {self.nodes}")
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this machine opens folders, evaluates and reports."""
-        return not self.node_rank
-
-    def launcher(self) -> list[str]:
-        """Returns the words that start ``fairseq-train``."""
-        if self.nproc * self.nodes == 1:
-            return ["fairseq-train"]
-        meeting = ["--standalone"]
-        if self.nodes > 1:
-            meeting = ["--nnodes", str(self.nodes), "--node_rank", str(self.node_rank)]
-            meeting += ["--master_addr", str(self.master_addr), "--master_port", str(self.master_port)]
-        return ["torchrun", *meeting, "--nproc_per_node", str(self.nproc), "-m", "fairseq_cli.train"]
-
-    def share(self, samples: int, batch: int | None, backend: str) -> Flags:
-        """Returns the flags that share an update of ``samples`` out, the same update for any number of processes.
-
-        Raises:
-            UserError: the processes and their batch do not divide it.
-        """
-        processes = self.nproc * self.nodes
-        if samples % (processes * (batch or 1)):
-            raise UserError(
-                f"--nproc ({self.nproc}) x --nnodes ({self.nodes}) x --batch ({batch or 1}) must divide {samples}, the "
-                "samples of an update"
-            )
-        own = batch or samples // processes
-        flags = parse_flags(f"--batch-size {own} --update-freq {samples // (processes * own)}")
-        if processes == 1:
-            return flags | parse_flags("--distributed-world-size 1")  # not one process for each GPU, fairseq's default
-        return flags | parse_flags(f"--ddp-backend legacy_ddp --distributed-backend {backend}")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the user chooses for all trainings; None: the recipe's.
-
-    Attributes:
-        flags: further flags of ``fairseq-train``, which win over the recipe's and the model's.
-    """
-
-    scale: str = "cpu"
-    size: str | None = None
-    updates: int | None = None
-    validations: int | None = None
-    batch: int | None = None
-    processes: Processes = Processes()
-    flags: Flags = field(default_factory=dict)
-
-
-def training_command(
-    recipe: Recipe, model: Model, choice: Choice, data: Path, folder: Path, more: Flags, alone: bool = False
-) -> list[str]:
-    """Returns the words of one training.
-
-    Args:
-        folder: gets checkpoints and log.
-        more: such as ``--seed``; the user's flags win over them.
-        alone: in one process, however many it is shared by: what a run is told from another by.
-    """
-    machine, scale = MACHINES[choice.scale], recipe.scales[choice.scale]
-    processes = Processes() if alone else choice.processes
-    updates = choice.updates or scale.updates
-    interval = -(-updates // (choice.validations or scale.validations))
-    warmup = scale.warmup or (updates // 10 if updates < 25_000 else 10_000)
-    of_data = "" if recipe.data_flags is None else recipe.data_flags(data)
-    flags = {
-        "--arch": (f"{model.kind}_{recipe.family}_{choice.size or machine.size}",),
-        **parse_flags(f"{machine.flags} {recipe.flags} {scale.flags} {of_data}"),
-        **parse_flags(f"--warmup-updates {warmup} --max-update {updates} --log-interval {-(-interval // 5)}"),
-        **parse_flags(f"--validate-interval-updates {interval} --save-interval-updates {interval}"),
-        **parse_flags(f"{model.flags} {model.paper_flags if choice.scale == 'paper' else ''}"),
-        **processes.share(scale.samples, choice.batch or scale.batch, machine.backend),
-        **more,
-        **choice.flags,
-        "--save-dir": (str(folder),),
-        "--log-file": (str(folder / "train.log"),),
-    }
-    if "polynomial_decay" in flags["--lr-scheduler"]:
-        flags.setdefault("--total-num-update", flags["--max-update"])
-    words = [word for flag, value in flags.items() for word in (flag, *value)]
-    return [*processes.launcher(), str(data), "--user-dir", str(PACKAGE), *words]

@@ -132,16 +132,8 @@ def _put_whole(module: nn.Module, state: dict[str, Any], prefix: str, local_meta
         state[prefix + attribute] = provided.pop(attribute)
 
 
-def _take_part(
-    module: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    errors: list[str],
-) -> None:
+def _take_part(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    errors: list[str] = others[-1]
     for sharded in sharded_experts(module):
         whole = state.get(prefix + sharded.attribute)
         if whole is None:

@@ -19,8 +19,8 @@ from mhmoe_fairseq.experiments.images_and_text import (
     VQA,
 )
 from mhmoe_fairseq.experiments.language_models import CLASSIFICATION, ENGLISH, MULTILINGUAL, OFFICIAL
-from mhmoe_fairseq.experiments.models import MODELS
-from mhmoe_fairseq.experiments.spec import Choice, parse_flags, training_command
+from mhmoe_fairseq.experiments.plan import Choice, Run
+from mhmoe_fairseq.experiments.spec import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -58,7 +58,9 @@ def test_a_plain_recipe_has_the_settings_of_reproduce(name: str, tmp_path: Path)
     flags.pop("--finetune-from-model", None)
     folder = tmp_path / "new" / "out"
     assert folder.is_dir()  # for the log, which fairseq does not make one for
-    same = training_command(recipe, MODELS[model], Choice(), data, folder, parse_flags("--seed 1"), alone=True)
+    scale = recipe.scales["cpu"]
+    run = Run("", folder, recipe, model, 1, data, Choice(), scale.updates, scale.validations)
+    same = run.training(alone=True)
     expected = parse_flags(same[2:])
     expected.pop("--user-dir")
     assert (command[0], str(data)) == ("fairseq-train", recipe.data) and flags == expected
