@@ -6,8 +6,8 @@ import pytest
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare.image_text import derived
-from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage
-from mhmoe_fairseq.prepare.image_text.units import assign_units, has_known_caption, words_of
+from mhmoe_fairseq.prepare.image_text.images import Sentence, SourceImage, assign_units
+from mhmoe_fairseq.prepare.image_text.indexes import has_known_caption, words_of
 
 SHARES = {"train": 0.6, "valid": 0.2, "test": 0.2}
 GROUPS = ("Food", "Flags", "Animals", "Tools")
@@ -40,7 +40,7 @@ IMAGES = {image.path: image for image in make_images()}
 
 def holds(question):
     """Whether the metadata say what the answer says."""
-    image = IMAGES[question.path]
+    image = IMAGES[question.images[0]]
     claims = {
         "group": image.group, "subgroup": image.subgroup, "person": image.facts.get("person"),
         "colour": image.facts.get("colour"), "tone": image.facts.get("tone"),
@@ -61,7 +61,7 @@ def test_every_answer_is_what_the_metadata_say():
     }  # fmt: skip
     assert [question for question in questions if not holds(question)] == []
     per_unit = Counter(
-        (IMAGES[question.path].unit, question.form) for question in questions if question.form == "group"
+        (IMAGES[question.images[0]].unit, question.form) for question in questions if question.form == "group"
     )
     assert set(per_unit.values()) == {1} and len(per_unit) == 40
 
@@ -86,26 +86,26 @@ def test_equal_seeds_give_equal_questions():
 
 def test_rare_answers_are_no_classes():
     answers = ["cat"] * 3 + ["dog"] * 3 + ["owl"] * 5 + ["ant"]
-    questions = [derived.Question("a", "f", "q", answer) for answer in answers]
+    questions = [derived.Derived(("a",), "f", "q", answer) for answer in answers]
     assert derived.answer_vocabulary(questions, 3) == ["owl", "cat", "dog"]
 
 
 def test_the_baseline_without_images_by_hand():
     train = [
-        derived.Question("a", "kind", "what?", "food"), derived.Question("b", "kind", "what?", "food"),
-        derived.Question("c", "kind", "what?", "flag"), derived.Question("d", "is", "is it x?", "yes"),
-        derived.Question("e", "is", "is it y?", "no"), derived.Question("f", "is", "is it y?", "no"),
+        derived.Derived(("a",), "kind", "what?", "food"), derived.Derived(("b",), "kind", "what?", "food"),
+        derived.Derived(("c",), "kind", "what?", "flag"), derived.Derived(("d",), "is", "is it x?", "yes"),
+        derived.Derived(("e",), "is", "is it y?", "no"), derived.Derived(("f",), "is", "is it y?", "no"),
     ]  # fmt: skip
     held_out = [
-        derived.Question("g", "kind", "what?", "food"), derived.Question("h", "kind", "what?", "flag"),
-        derived.Question("i", "is", "is it x?", "yes"), derived.Question("j", "is", "is it z?", "no"),
+        derived.Derived(("g",), "kind", "what?", "food"), derived.Derived(("h",), "kind", "what?", "flag"),
+        derived.Derived(("i",), "is", "is it x?", "yes"), derived.Derived(("j",), "is", "is it z?", "no"),
     ]  # fmt: skip
     # By form "no" is the most frequent of "is", so that i is wrong; by words i is right, and z is answered by form.
     assert derived.question_only_baseline(train, held_out) == {"by_form": 50.0, "by_question": 75.0}
 
 
 def is_true(statement):
-    left, right = (IMAGES[path] for path in (statement.left, statement.right))
+    left, right = (IMAGES[path] for path in statement.images)
     group = statement.text.rpartition(" ")[2]
     of_it = [image.group == group for image in (left, right)]
     word = statement.text.split()[2]
@@ -121,12 +121,12 @@ def test_statements_are_true_and_false_in_turn():
     assert Counter(statement.form for statement in statements) == dict.fromkeys(
         ("both", "exactly one", "none", "only left", "same", "word"), 40
     )
-    assert all(is_true(statement) == statement.is_true for statement in statements)
-    assert all(IMAGES[statement.left].unit != IMAGES[statement.right].unit for statement in statements)
+    assert all(is_true(statement) == (statement.answer == "yes") for statement in statements)
+    assert all(len({IMAGES[path].unit for path in statement.images}) == 2 for statement in statements)
     truths = defaultdict(Counter)
     for statement in statements:
-        truths[statement.text][statement.is_true] += 1
-    assert all(counts[True] == counts[False] for counts in truths.values())
+        truths[statement.text][statement.answer] += 1
+    assert all(counts["yes"] == counts["no"] for counts in truths.values())
     assert len({statement.identifier for statement in statements}) == 240
 
 

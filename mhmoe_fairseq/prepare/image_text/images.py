@@ -1,12 +1,22 @@
-"""What a source of images gives: images with captions and metadata, and sentences without an image."""
+"""Images with captions and metadata, and sentences: what a source gives, what is kept, and which part it goes to.
 
+No content is in two parts: images are divided by units, and units that show the same image are one.
+"""
+
+import random
 import re
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterable, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence
 
-from ...common.files import atomic_open, json_line, read_json_lines
+from tqdm import tqdm
+
+from ...common.errors import UserError
+from ...common.files import atomic_open, json_line, read_json_lines, sha256_of
+from ...data.images.reading import ImageError, read_image
 from ..archives import Say
+from ..splits import SPLITS
 
 IMAGES = "images"
 CATALOGUE, SENTENCES = "images.jsonl", "sentences.jsonl"
@@ -57,18 +67,18 @@ class OpenedImages(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """Images by name of their source.
-
-    ``identity`` is what makes two preparations differ, without fetching anything. ``open`` writes the images under
-    ``folder / "images"``.
-    """
+    """Images by name of their source; its identity is what makes two preparations differ."""
 
     name: str
     licence: str
 
-    def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Returns JSON values, without fetching anything."""
+        ...
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages: ...
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
+        """Writes the images under ``folder / "images"``."""
+        ...
 
 
 def colour_facts(text: str) -> dict[str, str]:
@@ -89,15 +99,107 @@ def caption_sentences(images: Iterable[SourceImage]) -> Iterator[Sentence]:
             yield from (Sentence(image.unit, language, caption) for caption in captions)
 
 
-def write_catalogue(folder: Path, opened: OpenedImages) -> None:
-    """Writes images and sentences, one JSON object per line, each file atomically."""
-    for name, rows in ((SENTENCES, map(Sentence._asdict, opened.sentences)), (CATALOGUE, map(asdict, opened.images))):
+def keep_images(folder: Path, opened: OpenedImages) -> tuple[OpenedImages, dict[str, Any]]:
+    """Leaves out images that cannot be read, joins units that show the same one, and writes the catalogue.
+
+    Returns:
+        what is left, and what the manifest says of the rest.
+
+    Raises:
+        UserError: no image can be read.
+    """
+    kept, problems = _readable(folder, opened.images)
+    joined = _joined_units(folder, kept)
+    left = OpenedImages(
+        opened.provenance,
+        [replace(image, unit=joined[image.unit]) for image in kept],
+        [sentence._replace(unit=joined.get(sentence.unit, sentence.unit)) for sentence in opened.sentences],
+    )
+    for name, rows in ((SENTENCES, map(Sentence._asdict, left.sentences)), (CATALOGUE, map(asdict, left.images))):
         with atomic_open(folder / name) as stream:
             stream.writelines(map(json_line, rows))
+    gone = sum(unit != root for unit, root in joined.items())
+    return left, {"images": len(kept), "joined_things": gone, "unreadable": problems}
 
 
 def read_catalogue(folder: Path) -> tuple[list[SourceImage], list[Sentence]]:
-    """Returns what :func:`write_catalogue` wrote, in the same order."""
+    """Returns the images and sentences that :func:`keep_images` left, in the same order."""
     rows = [row for _, row in read_json_lines(folder / CATALOGUE)]
     images = [SourceImage(**{**row, "keywords": tuple(row["keywords"])}) for row in rows]
     return images, [Sentence(**row) for _, row in read_json_lines(folder / SENTENCES)]
+
+
+def _readable(folder: Path, images: Sequence[SourceImage]) -> tuple[list[SourceImage], list[str]]:
+    """Decodes every image once and deletes those that are no good; returns the others, and what was wrong."""
+    kept, problems = [], []
+    for image in tqdm(images, desc="read images", unit=" images", disable=None):
+        try:
+            read_image(folder / image.path)
+        except ImageError as error:
+            problems.append(str(error).replace(f"{folder}/", ""))
+            (folder / image.path).unlink(missing_ok=True)
+        else:
+            kept.append(image)
+    if not kept:
+        reason = problems[0] if problems else "there are none"
+        raise UserError(f"--source: none of {len(images)} images can be read ({reason})")
+    return kept, problems
+
+
+def _joined_units(folder: Path, images: Sequence[SourceImage]) -> dict[str, str]:
+    """Returns for every unit the first by name of all units that equal images connect it to.
+
+    Their source may call them otherwise: Norway's flag is Svalbard's too.
+    """
+    parent = {image.unit: image.unit for image in images}
+
+    def root_of(unit: str) -> str:
+        while parent[unit] != unit:
+            parent[unit] = unit = parent[parent[unit]]
+        return unit
+
+    unit_of_content: dict[str, str] = {}
+    for image in images:
+        first = unit_of_content.setdefault(sha256_of(folder / image.path), image.unit)
+        root, other = sorted((root_of(first), root_of(image.unit)))
+        parent[other] = root
+    return {unit: root_of(unit) for unit in parent}
+
+
+def assign_units(
+    images: Sequence[SourceImage], sentences: Iterable[Sentence], shares: Mapping[str, float], seed: int
+) -> dict[str, str]:
+    """Assigns every unit to ``train``, ``valid`` or ``test``.
+
+    The units of images are visited in an order drawn from ``seed``; a held-out part takes them until it has its share
+    of the units, but never the last one of a family of several. Units that only sentences have are divided by the same
+    shares.
+
+    Raises:
+        UserError: too few units for the parts.
+    """
+    families = {image.unit: image.family for image in images}
+    assigned = _draw(families, shares, random.Random(seed))
+    if any(shares[split] > 0 and split not in assigned.values() for split in SPLITS):
+        raise UserError(
+            f"--source: {len(families)} different image(s) cannot be split into {', '.join(SPLITS)}: give more, or "
+            f"other fractions"
+        )
+    others = {sentence.unit: "" for sentence in sentences if sentence.unit not in families}
+    return {**assigned, **_draw(others, shares, random.Random(seed + 1))}
+
+
+def _draw(families: Mapping[str, str], shares: Mapping[str, float], generator: random.Random) -> dict[str, str]:
+    sizes = Counter(families.values())
+    left = sizes.copy()
+    order = sorted(families)
+    generator.shuffle(order)
+    assigned = dict.fromkeys(families, "train")
+    counts = {split: round(shares[split] * len(families)) or int(shares[split] > 0) for split in ("test", "valid")}
+    wanted = [split for split, count in counts.items() for _ in range(count)]
+    for unit in order:
+        family = families[unit]
+        if wanted and not (family and sizes[family] > 1 and left[family] < 2):
+            left[family] -= 1
+            assigned[unit] = wanted.pop(0)
+    return assigned

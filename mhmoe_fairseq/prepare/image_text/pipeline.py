@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterable, Optional
+from typing import Any, Optional
 
 from ...common.errors import UserError
 from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, write_json
@@ -13,9 +13,8 @@ from ..base import DICTIONARY, MODEL_FILE, CorpusSettings, Preparation, binary_f
 from ..splits import SPLITS
 from ..visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings
 from .derived import Derivation, DerivedSettings
-from .images import CATALOGUE, SENTENCES, Sentence, SourceImage, read_catalogue, write_catalogue
-from .indexes import IndexWriter, by_part
-from .units import assign_units, drop_unreadable, join_equal_images
+from .images import CATALOGUE, SENTENCES, Sentence, SourceImage, assign_units, keep_images, read_catalogue
+from .indexes import IndexWriter
 
 KIND, MASK = "image-text", "<mask>"
 _ASSIGNED = "parts.json"
@@ -81,30 +80,24 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
             "visual_tokenizer": tokenizer,
             "tokenizer": {**self.vocabulary.describe(), "mask_symbol": MASK},
         }
-        outputs = [DICTIONARY, MODEL_FILE, *texts, *entries["indexes"], *(image.path for image in self._images)]
+        outputs = [DICTIONARY, MODEL_FILE, *texts, *entries["indexes"], *(image.path for image in self._catalogue[0])]
         outputs += [name for split in SPLITS for name in binary_files(split, "text/") if name != DICTIONARY]
         return self.publish(entries, outputs + ([TOKENIZER_FILE] if self.settings.tokenizer else []))
 
     def _open(self) -> dict[str, Any]:
         start = time.monotonic()
         opened = self.source.open(self.settings.languages, self.partial, self.cache_dir, self.say)
-        kept, problems = drop_unreadable(self.partial, opened.images)
-        opened, joined = join_equal_images(self.partial, opened._replace(images=kept))
-        write_catalogue(self.partial, opened)
+        kept, record = keep_images(self.partial, opened)
         self.say(
-            f"images: {len(kept)} of {len({image.unit for image in opened.images})} things ({joined} joined to "
-            f"others with the same image), {len(problems)} left out; {len(opened.sentences)} sentences; "
-            f"{time.monotonic() - start:.1f} s"
+            f"images: {len(kept.images)} of {len({image.unit for image in kept.images})} things "
+            f"({record['joined_things']} joined to others with the same image), {len(record['unreadable'])} left out; "
+            f"{len(kept.sentences)} sentences; {time.monotonic() - start:.1f} s"
         )
-        return {**opened.provenance, "images": len(kept), "joined_things": joined, "unreadable": problems}
+        return {**opened.provenance, **record}
 
     @cached_property
     def _catalogue(self) -> tuple[list[SourceImage], list[Sentence]]:
         return read_catalogue(self.partial)
-
-    @property
-    def _images(self) -> list[SourceImage]:
-        return self._catalogue[0]
 
     @cached_property
     def _assigned(self) -> dict[str, str]:
@@ -112,7 +105,8 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
 
     @cached_property
     def _parts(self) -> dict[str, list[SourceImage]]:
-        return by_part(self._images, self._assigned)
+        images, _ = self._catalogue
+        return {split: [image for image in images if self._assigned[image.unit] == split] for split in SPLITS}
 
     def _split(self) -> dict[str, dict[str, int]]:
         write_json(self.partial / _ASSIGNED, assign_units(*self._catalogue, self.settings.shares, self.settings.seed))
@@ -125,58 +119,46 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
         return counts
 
     def _write_texts(self) -> str:
+        own, (_, sentences) = self.settings.text_data, self._catalogue
         for split in SPLITS:
+            if own is None:
+                lines = [sentence.text for sentence in sentences if self._assigned[sentence.unit] == split]
+            else:
+                lines = list(filter(None, map(clean_line, read_utf8_lines(own / f"{split}.txt"))))
+            if not lines:
+                raise UserError(f"--source {self.source.name}: no sentence for {split}; give --text-data DIR")
             with atomic_open(self.partial / "text" / f"{split}.txt") as stream:
-                lines = self._text_lines(split)
-                if not lines:
-                    raise UserError(f"--source {self.source.name}: no sentence for {split}; give --text-data DIR")
-                stream.write("".join(f"{line}\n" for line in lines).encode())
-        return "the user's own text" if self.settings.text_data else f"sentences of {self.source.name}"
-
-    def _text_lines(self, split: str) -> list[str]:
-        if self.settings.text_data is not None:
-            lines = read_utf8_lines(self.settings.text_data / f"{split}.txt")
-            return [cleaned for line in lines if (cleaned := clean_line(line))]
-        _, sentences = self._catalogue
-        return [sentence.text for sentence in sentences if self._assigned[sentence.unit] == split]
+                stream.writelines(f"{line}\n".encode() for line in lines)
+        return "the user's own text" if own else f"sentences of {self.source.name}"
 
     def _train_vocabulary(self) -> None:
-        lines = list(self._training_lines())
+        """Learns it on the training part of everything that is read: sentences, captions, questions, statements."""
+        lines = (self.partial / "text" / "train.txt").read_text(encoding="utf-8").splitlines()
+        lines += [text for image in self._parts["train"] for texts in image.captions.values() for text in texts]
+        if self._derivation is not None:
+            lines += self._derivation.training_texts()
         self.train_vocabulary(lines, len(lines), f"{len(lines)} lines of the training part")
-
-    def _training_lines(self) -> Iterable[str]:
-        """Yields the training part of everything that is read: sentences, captions, questions, statements."""
-        yield from (self.partial / "text" / "train.txt").read_text(encoding="utf-8").splitlines()
-        for image in self._parts["train"]:
-            for captions in image.captions.values():
-                yield from captions
-        if self.settings.derived:
-            yield from self._derivation.training_texts()
 
     @property
     def _writer(self) -> IndexWriter:
         return IndexWriter(self.partial, self.vocabulary.encode_lines, self._parts, self.settings.languages[0])
 
     def _write_indexes(self) -> dict[str, int]:
-        writer = self._writer
-        counts = {
-            **writer.write_pretraining(), **writer.write_captioning(), **writer.write_retrieval(),
-            **writer.write_classes(),
-        }  # fmt: skip
+        counts = self._writer.write_all()
         self.say("indexes: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         return counts
 
     @cached_property
-    def _derivation(self) -> Derivation:
-        return Derivation(self.settings.derived or DerivedSettings(), self._parts, self.settings.seed)
+    def _derivation(self) -> Optional[Derivation]:
+        settings = self.settings.derived
+        return None if settings is None else Derivation(settings, self._parts, self.settings.seed)
 
     def _derive(self) -> dict[str, Any]:
-        return self._derivation.write(self._writer, self.say) if self.settings.derived else {}
+        return {} if self._derivation is None else self._derivation.write(self._writer, self.say)
 
     def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
-        settings = self.settings.tokenizer
-        if settings is None:
+        if self.settings.tokenizer is None:
             return None
         from ..visual_tokenizers.fitting import fit_into  # which needs PyTorch
 
-        return fit_into(self.partial, settings, self.say)
+        return fit_into(self.partial, self.settings.tokenizer, self.say)
