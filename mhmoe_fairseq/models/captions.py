@@ -13,8 +13,8 @@ from fairseq.data import Dictionary
 from torch import Tensor, nn
 
 from ..common.errors import UserError
+from ..torchscale_ext.attention import KeyValueCache
 from ..torchscale_ext.beit3 import MultiwayBEiT3
-from ..torchscale_ext.multiway import KeyValueCache
 
 MASK_SYMBOL = "<mask>"
 

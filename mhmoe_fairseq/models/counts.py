@@ -10,7 +10,7 @@ from torch import nn
 
 from ..common.errors import UserError
 from ..moe import MHMoEConfig
-from ..torchscale_ext.multiway import Multiway
+from ..torchscale_ext.settings import Multiway
 from .beit3 import MHMoEBEiT3, build_beit3
 from .language_model import build_language_model
 from .options import BEiT3Options

@@ -2,87 +2,95 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchscale.component.multihead_attention import MultiheadAttention
 
 from .positions import RotaryPositions
-from .settings import DecoderSettings
+from .settings import Settings
+
+ATTENTION_KINDS = ("full", "caption")
+
+
+class KeyValueCache:
+    """The keys and values of earlier steps, ``(B, heads, S, d)``; empty at first."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def __len__(self) -> int:
+        """How many positions it has."""
+        return 0 if self._keys is None else self._keys.size(2)
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values, the new ones last."""
+        if self._keys is not None and self._values is not None:
+            keys, values = torch.cat([self._keys, keys], dim=2), torch.cat([self._values, values], dim=2)
+        self._keys, self._values = keys, values
+        return keys, values
+
+    def drop_last(self) -> None:
+        """Forget the last position."""
+        assert self._keys is not None and self._values is not None, "an empty cache"
+        self._keys, self._values = self._keys[:, :, :-1], self._values[:, :, :-1]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was; there may be more rows than before, or fewer."""
+        assert self._keys is not None and self._values is not None, "an empty cache"
+        self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
 
 
 class SelfAttention(MultiheadAttention):
     """Multi-head self-attention; parameter names and values are those of TorchScale's ``MultiheadAttention``.
 
     Adds rotary positions, RMSNorm as sub-LN, bias-free maps and a causal mode without a mask tensor. Attention
-    weights are never materialised, so the second result is None.
+    weights are never materialised.
     """
 
-    def __init__(self, settings: DecoderSettings) -> None:
-        super().__init__(
-            settings,
-            settings.decoder_embed_dim,
-            settings.decoder_attention_heads,
-            dropout=settings.attention_dropout,
-            self_attention=True,
-            subln=settings.subln,
-        )
+    def __init__(self, settings: Settings, dim: int, num_heads: int) -> None:
+        dropout = settings.attention_dropout
+        super().__init__(settings, dim, num_heads, dropout=dropout, self_attention=True, subln=settings.subln)
         self.rotary: RotaryPositions | None = None
         if settings.rotary_embed:
             self.rotary = RotaryPositions(self.head_dim, settings.max_target_positions)
-        if self.inner_attn_ln is not None and settings.rms_norm:
-            self.inner_attn_ln = settings.build_norm(self.embed_dim)
+        settings.replace_norms(self, "inner_attn_ln")
         settings.without_biases(self)
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        incremental_state: dict | None = None,
-        key_padding_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
+        x: Tensor,
+        *image_length: int,
+        visible: Tensor | None = None,
+        cache: KeyValueCache | None = None,
         is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Attend.
+    ) -> Tensor:
+        """Attend, ``(B, S, D) -> (B, S, D)``.
 
         Args:
-            query: ``(B, S, D)``; ``key`` and ``value`` are the same tensor and may be left out.
-            incremental_state: holds the keys and values of earlier steps, ``(B, heads, S', d)``; updated.
-            key_padding_mask: bool ``(B, keys)``, True = never attend to it. A query without any key gets zeros.
-            attn_mask: ``(S, keys)`` added to the scores, such as -inf above the diagonal.
-            is_causal: a query sees no later key; with an incremental state, for a whole prefix at the first step.
-
-        Returns:
-            ``(B, S, D)`` and None.
+            image_length: in encoders how many positions, the first, are the image's; nothing in decoders.
+            visible: bool, broadcastable to ``(B, heads, S, keys)``, True where a query sees a key; every query sees
+                at least one. None: all see all.
+            cache: earlier steps' keys, which come before ``x``'s; extended.
+            is_causal: without ``visible`` a query sees no later key; with a cache for a whole prefix only.
         """
-        q, k, v = (self._split(p(query)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        past = 0
-        if incremental_state is not None and "prev_key" in incremental_state:
-            past = incremental_state["prev_key"].size(2)
+        q, k, v = (self._heads(project(x, *image_length)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        past = 0 if cache is None else len(cache)
         if self.rotary is not None:
             q, k = self.rotary(q, past), self.rotary(k, past)
-        if incremental_state is not None:
-            if past:
-                k = torch.cat([incremental_state["prev_key"], k], dim=2)
-                v = torch.cat([incremental_state["prev_value"], v], dim=2)
-            incremental_state["prev_key"], incremental_state["prev_value"] = k, v
+        if cache is not None:
+            k, v = cache.extend(k, v)
         if self.xpos is not None:
             q, k = self._rotate_xpos(q, k, past)
-
-        mask = self._additive_mask(q, k, key_padding_mask, attn_mask, is_causal)
+        dropout = self.dropout_module.p if self.training else 0.0
         attended = F.scaled_dot_product_attention(
-            q.type_as(v),
-            k.type_as(v),
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout_module.p if self.training else 0.0,
-            is_causal=is_causal and mask is None,
+            q.type_as(v), k.type_as(v), v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal and visible is None
         )
-        attended = attended.transpose(1, 2).reshape(query.shape)
+        attended = attended.transpose(1, 2).reshape(x.shape)
         if self.inner_attn_ln is not None:
-            attended = self.inner_attn_ln(attended)
-        return self.out_proj(attended), None
+            attended = self.inner_attn_ln(attended, *image_length)
+        return self.out_proj(attended, *image_length)
 
-    def _split(self, x: Tensor) -> Tensor:
+    def _heads(self, x: Tensor) -> Tensor:
         """``(B, S, D) -> (B, heads, S, d)``."""
         return x.view(x.size(0), x.size(1), self.num_heads, self.head_dim).transpose(1, 2)
 
@@ -93,19 +101,44 @@ class SelfAttention(MultiheadAttention):
         q_rotated = self.xpos(q.flatten(0, 1), offset=past, downscale=False).view_as(q)
         return q_rotated, k_rotated
 
-    def _additive_mask(
-        self, q: Tensor, k: Tensor, key_padding_mask: Tensor | None, attn_mask: Tensor | None, is_causal: bool
-    ) -> Tensor | None:
-        """All masks as one ``(B or 1, 1, S, keys)`` tensor to add; None if there is none but causality."""
-        if key_padding_mask is None and attn_mask is None:
+
+class MultiwaySelfAttention(SelfAttention):
+    """The same with maps and norm for each modality."""
+
+    def __init__(self, settings: Settings, dim: int, num_heads: int) -> None:
+        super().__init__(settings, dim, num_heads)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            setattr(self, name, settings.for_modalities(lambda: nn.Linear(dim, dim)))
+        settings.without_biases(self)
+
+
+def visible_keys(
+    attention: str, image_length: int, length: int, padding_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which keys a query sees, for ``SelfAttention``; None for all.
+
+    Args:
+        attention: ``full``: everything; ``caption``: the image sees the image, a text token the image and the text up
+            to itself.
+        image_length: the image's positions, of ``length`` altogether.
+        padding_mask: bool ``(B, length)``, True where padded; such keys are not seen, but where a query would see none
+            at all, it sees everything, or in a caption itself, since nobody reads its result: a softmax over nothing
+            is NaN.
+
+    Raises:
+        ValueError: for any other ``attention``.
+    """
+    if attention not in ATTENTION_KINDS:
+        raise ValueError(f"attention ({attention!r}) must be one of {', '.join(ATTENTION_KINDS)}")
+    if attention == "full":
+        if padding_mask is None:
             return None
-        queries, keys = q.size(2), k.size(2)
-        mask = q.new_zeros(1, 1, queries, keys)
-        if attn_mask is not None:
-            mask = mask + attn_mask
-        if is_causal:
-            later = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
-            mask = mask.masked_fill(later, float("-inf"))
-        if key_padding_mask is not None:
-            mask = mask.masked_fill(key_padding_mask[:, None, None, :].bool(), float("-inf"))
-        return mask
+        nothing_real = padding_mask.all(dim=1, keepdim=True)
+        return (~padding_mask | nothing_real)[:, None, None, :]
+    positions = torch.arange(length, device=device)
+    in_image = positions < image_length
+    visible = in_image[None, :] | (~in_image[:, None] & (positions[None, :] <= positions[:, None]))
+    if padding_mask is None:
+        return visible
+    itself = torch.eye(length, dtype=torch.bool, device=device)
+    return (visible & ~padding_mask[:, None, None, :]) | itself

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torchscale.component.embedding import PositionalEmbedding, TextEmbedding, VisionEmbedding
 
 from ..common.errors import UserError
+from .attention import KeyValueCache, visible_keys
 from .encoder import MultiwayEncoder
-from .multiway import KeyValueCache, Multiway, visible_keys
-from .settings import UNUSED_POSITIONS, EncoderSettings
+from .settings import UNUSED_POSITIONS, EncoderSettings, Multiway
 
 # BEiT's; TorchScale leaves mask and class token at zero and draws positions with deviation 1.
 INITIAL_DEVIATION = 0.02

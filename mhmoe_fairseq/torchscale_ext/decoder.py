@@ -1,61 +1,13 @@
-"""A TorchScale decoder and its layers, whose feed-forward part may be an MH-MoE layer."""
+"""TorchScale's decoder with MH-MoE layers."""
 
 from typing import Any
 
 from torch import Tensor, nn
-from torchscale.architecture.decoder import Decoder, DecoderLayer
+from torchscale.architecture.decoder import Decoder
 
-from ..moe import MHMoEOutput
-from .attention import SelfAttention
-from .feed_forward import build_dense_ffn
+from .attention import KeyValueCache, visible_keys
+from .layers import MHMoEDecoderLayer, pass_through
 from .settings import DecoderSettings
-from .stack import MoELayerParts, pass_through, replace_norms
-
-
-class MHMoEDecoderLayer(MoELayerParts, DecoderLayer):
-    """Self-attention and a feed-forward part: a dense network or experts."""
-
-    def __init__(self, settings: DecoderSettings, depth: int, is_moe_layer: bool = False) -> None:
-        super().__init__(settings, depth, is_moe_layer=False)
-        self.finish(settings, is_moe_layer, lambda: settings.build_norm(self.embed_dim))
-
-    def build_self_attention(self, embed_dim: int, args: DecoderSettings) -> nn.Module:
-        """TorchScale's seam: our attention."""
-        return SelfAttention(args)
-
-    def build_ffn(self, embed_dim: int, args: DecoderSettings) -> nn.Module:
-        """TorchScale's seam: the dense feed-forward network."""
-        return build_dense_ffn(args, embed_dim, self.ffn_dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        incremental_state: dict | None = None,
-        padding_mask: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        is_first_step: bool = False,
-    ) -> tuple[Tensor, MHMoEOutput | None]:
-        """One layer, pre-norm or post-norm as the settings say.
-
-        Args:
-            x: ``(B, S, D)``; in incremental decoding S is 1, or the prefix's length at the first step.
-            incremental_state: this layer's own dictionary of past keys and values, or None.
-            padding_mask: bool ``(B, S)``, True = padded: such tokens are not routed to experts.
-            key_padding_mask: bool ``(B, all keys)``, True = never attended to. Right padding needs none: a causal
-                query sees no later key.
-            is_first_step: the incremental state is empty and the whole prefix comes at once.
-
-        Returns:
-            ``(B, S, D)``, and losses, statistics and traffic of the experts, or None for a dense layer.
-        """
-        attended, _ = self.self_attn(
-            self.before(self.self_attn_layer_norm, x),
-            incremental_state=incremental_state,
-            key_padding_mask=key_padding_mask,
-            is_causal=incremental_state is None or is_first_step,
-        )
-        x = self.after(self.self_attn_layer_norm, x, self.dropout_module(attended))
-        return self.feed_forward(x, padding_mask)
 
 
 class MHMoEDecoder(Decoder):
@@ -76,7 +28,7 @@ class MHMoEDecoder(Decoder):
         self, settings: DecoderSettings, embed_tokens: nn.Embedding, embed_positions: nn.Module | None, **kwargs: Any
     ) -> None:
         super().__init__(settings, embed_tokens, embed_positions, **kwargs)
-        replace_norms(self, ("layer_norm", "layernorm_embedding"), lambda: settings.build_norm(self.embed_dim))
+        settings.replace_norms(self, "layer_norm", "layernorm_embedding")
 
     def build_decoder_layer(
         self, args: DecoderSettings, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
@@ -102,8 +54,7 @@ class MHMoEDecoder(Decoder):
             self_attn_padding_mask: bool ``(B, S)``, True = padded. By default the padding symbol's positions, which
                 the MoE layers leave out and causal attention never reaches; one that is given is masked in attention
                 too, as left padding needs.
-            encoder_out: None; there is no encoder.
-            incremental_state: a dictionary kept between steps: layer index -> past keys and values. With
+            incremental_state: a dictionary kept between steps: layer index -> ``KeyValueCache``. With
                 ``{"is_first_step": True}`` the first call takes a whole prefix.
             features_only: leave out the output projection.
             return_all_hiddens: keep every layer's output in ``extra["inner_states"]``.
@@ -114,23 +65,20 @@ class MHMoEDecoder(Decoder):
             ``moe``: an ``MHMoEOutput`` without its hidden part, None for a dense layer.
         """
         x, _ = self.forward_embedding(prev_output_tokens, token_embeddings, incremental_state)
-        is_first_step = self.is_first_step(incremental_state)
-        padding_mask = self_attn_padding_mask
+        is_causal = incremental_state is None or self.is_first_step(incremental_state)
+        padding_mask, visible = self_attn_padding_mask, None
         if padding_mask is None:
             padding_mask = prev_output_tokens.eq(self.embed_tokens.padding_idx)
+        else:
+            kind = "caption" if is_causal else "full"
+            visible = visible_keys(kind, 0, padding_mask.size(1), padding_mask, padding_mask.device)
         padding_mask = padding_mask[:, -x.size(1) :]  # incremental decoding: the mask spans all keys, x one token
 
         inner_states, outputs = [x], []
+        masks = {"padding_mask": padding_mask, "visible": visible, "is_causal": is_causal}
         for index, layer in enumerate(self.layers):
-            x, output = pass_through(
-                self,
-                layer,
-                x,
-                incremental_state=None if incremental_state is None else incremental_state.setdefault(index, {}),
-                padding_mask=padding_mask,
-                key_padding_mask=self_attn_padding_mask,
-                is_first_step=is_first_step,
-            )
+            cache = None if incremental_state is None else incremental_state.setdefault(index, KeyValueCache())
+            x, output = pass_through(self, layer, x, **masks, cache=cache)
             outputs.append(output)
             if return_all_hiddens:
                 inner_states.append(x)
@@ -143,7 +91,6 @@ class MHMoEDecoder(Decoder):
 
     def reorder_incremental_state_scripting(self, incremental_state: dict, new_order: Tensor) -> None:
         """Follow beam search: row ``i`` of every cached tensor becomes row ``new_order[i]``."""
-        for layer_state in incremental_state.values():
-            if isinstance(layer_state, dict):
-                for name, cached in layer_state.items():
-                    layer_state[name] = cached.index_select(0, new_order)
+        for cache in incremental_state.values():
+            if isinstance(cache, KeyValueCache):
+                cache.reorder(new_order)

@@ -1,55 +1,14 @@
-"""TorchScale's BEiT-3 encoder and its layers, whose feed-forward part may be an MH-MoE layer."""
+"""TorchScale's BEiT-3 encoder with MH-MoE layers."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torchscale.architecture.encoder import Encoder, EncoderLayer
+from torchscale.architecture.encoder import Encoder
 
-from ..moe import MHMoEOutput
-from .feed_forward import build_dense_ffn
-from .multiway import KeyValueCache, Multiway, MultiwaySelfAttention, build_multiway
-from .settings import EncoderSettings
-from .stack import MoELayerParts, pass_through, replace_norms
-
-
-class MultiwayEncoderLayer(MoELayerParts, EncoderLayer):
-    """Attention, norms and dense networks with weights for each modality; experts shared by both, or for each."""
-
-    def __init__(self, settings: EncoderSettings, depth: int, is_moe_layer: bool = False) -> None:
-        super().__init__(settings, depth, is_moe_layer=False)
-        self.finish(settings, is_moe_layer, lambda: build_multiway(lambda: settings.build_norm(self.embed_dim)))
-
-    def build_self_attention(self, embed_dim: int, args: EncoderSettings) -> nn.Module:
-        """TorchScale's seam: our attention."""
-        return MultiwaySelfAttention(args)
-
-    def build_ffn(self, embed_dim: int, args: EncoderSettings) -> nn.Module:
-        """TorchScale's seam: a dense feed-forward network for each modality."""
-        return build_multiway(lambda: build_dense_ffn(args, embed_dim, self.ffn_dim))
-
-    def forward(
-        self,
-        x: Tensor,
-        image_length: int,
-        padding_mask: Tensor | None = None,
-        visible: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> tuple[Tensor, MHMoEOutput | None]:
-        """One layer, pre-norm or post-norm as the settings say.
-
-        Args:
-            x: ``(B, L, D)``, of which the first ``image_length`` positions are the image's.
-            padding_mask: bool ``(B, L)``, True = padded: such positions are not routed to experts.
-            visible, cache: as in ``MultiwaySelfAttention``.
-
-        Returns:
-            ``(B, L, D)``, and losses, statistics and traffic of the experts, or None for a dense layer.
-        """
-        norm = self.self_attn_layer_norm
-        attended = self.self_attn(self.before(norm, x, image_length), image_length, visible, cache)
-        x = self.after(norm, x, self.dropout_module(attended), image_length)
-        return self.feed_forward(x, padding_mask, image_length)
+from .attention import KeyValueCache
+from .layers import MultiwayEncoderLayer, pass_through
+from .settings import EncoderSettings, Multiway
 
 
 class MultiwayEncoder(Encoder):
@@ -67,9 +26,7 @@ class MultiwayEncoder(Encoder):
 
     def __init__(self, settings: EncoderSettings, embed_positions: Multiway) -> None:
         super().__init__(settings, embed_tokens=None, embed_positions=embed_positions, output_projection=None)
-        width = settings.encoder_embed_dim
-        norms = ("layer_norm", "layernorm_embedding")
-        replace_norms(self, norms, lambda: build_multiway(lambda: settings.build_norm(width)))
+        settings.replace_norms(self, "layer_norm", "layernorm_embedding")
 
     def build_encoder_layer(
         self, args: EncoderSettings, depth: int, is_moe_layer: bool = False, is_encoder_decoder: bool = False
@@ -91,7 +48,7 @@ class MultiwayEncoder(Encoder):
         Args:
             x: ``(B, L, D)``, embedded with positions; the first ``image_length`` positions are the image's.
             padding_mask: bool ``(B, L)``, True = padded.
-            visible: as in ``MultiwaySelfAttention``.
+            visible: as in ``SelfAttention``.
             caches: one for each layer, extended.
             normalize_output: whether the final norm is applied, if there is one.
 
@@ -104,9 +61,9 @@ class MultiwayEncoder(Encoder):
         if padding_mask is not None:
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0)
         outputs = []
-        for index, layer in enumerate(self.layers):
-            cache = None if caches is None else caches[index]
-            x, output = pass_through(self, layer, x, image_length, padding_mask, visible, cache)
+        masks = {"padding_mask": padding_mask, "visible": visible}
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+            x, output = pass_through(self, layer, x, image_length, **masks, cache=cache)
             outputs.append(output)
         if self.layer_norm is not None and normalize_output:
             x = self.layer_norm(x, image_length)

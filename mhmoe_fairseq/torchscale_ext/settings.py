@@ -4,9 +4,12 @@ Built in one call and never through TorchScale's ``override``, which drops unkno
 rules for ``subln`` and ``deepnorm``.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torchscale.architecture.config import DecoderConfig, EncoderConfig
 
 from ..moe import MHMoEConfig
@@ -15,6 +18,30 @@ from ..moe.parallelism import ExpertParallelism
 # TorchScale's position tables leave their first rows unused, as fairseq's do.
 UNUSED_POSITIONS = 2
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+class Multiway(nn.Module):
+    """``A`` for the image's positions, ``B`` for the text's; parameter names are TorchScale's.
+
+    A sequence is ``[image positions | text positions]``; ``image_length`` says how many of its positions are the
+    image's. It is an argument everywhere: TorchScale keeps it in an attribute of every module, which the next call
+    overwrites. So TorchScale is told to build for one modality, and what it built gives way to these modules.
+    A modality without positions does not call its module, so a batch of images leaves the text's weights without
+    gradients.
+    """
+
+    def __init__(self, image: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.A = image
+        self.B = text
+
+    def forward(self, x: Tensor, image_length: int) -> Tensor:
+        """``(B, L, ...) -> (B, L, ...)``, of which the first ``image_length`` positions go through A."""
+        if image_length == x.size(1):
+            return self.A(x)
+        if image_length == 0:
+            return self.B(x)
+        return torch.cat([self.A(x[:, :image_length]), self.B(x[:, image_length:])], dim=1)
 
 
 class _LayerSettings:
@@ -27,6 +54,7 @@ class _LayerSettings:
         parallel: the processes that the MoE layers extend over; None for one.
         rms_norm: RMSNorm in place of LayerNorm.
         no_bias: no bias in any linear map.
+        rotary_embed: rotate queries and keys by their position (decoders only).
         torchscale: the configuration's own arguments.
     """
 
@@ -38,6 +66,7 @@ class _LayerSettings:
         parallel: ExpertParallelism | None = None,
         rms_norm: bool = False,
         no_bias: bool = False,
+        rotary_embed: bool = False,
         **torchscale: Any,
     ) -> None:
         super().__init__(**torchscale)
@@ -46,11 +75,24 @@ class _LayerSettings:
         self.parallel = parallel
         self.rms_norm = rms_norm
         self.no_bias = no_bias
+        self.rotary_embed = rotary_embed
 
     def build_norm(self, dim: int) -> nn.Module:
         """RMSNorm or LayerNorm over ``dim`` features."""
         kind = nn.RMSNorm if self.rms_norm else nn.LayerNorm
         return kind(dim, eps=self.layernorm_eps)
+
+    def for_modalities(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """What ``build`` makes; in an encoder a module for each modality, with initial values of their own."""
+        return build()
+
+    def replace_norms(self, module: nn.Module, *names: str) -> None:
+        """Put our norms where ``module`` has one of TorchScale's under one of the names."""
+        for name in names:
+            norm = getattr(module, name)
+            if norm is not None:
+                build = functools.partial(self.build_norm, *norm.normalized_shape)
+                setattr(module, name, self.for_modalities(build))
 
     def without_biases(self, module: _Module) -> _Module:
         """``module``; with ``no_bias`` without the bias of every linear map inside it, while norms keep theirs."""
@@ -61,16 +103,7 @@ class _LayerSettings:
 
 
 class DecoderSettings(_LayerSettings, DecoderConfig):
-    """TorchScale's decoder configuration with MH-MoE layers, rotary positions, RMSNorm and bias-free maps.
-
-    Args:
-        rotary_embed: rotate queries and keys by their position.
-        more: of ``_LayerSettings`` and ``DecoderConfig``.
-    """
-
-    def __init__(self, *, rotary_embed: bool = False, **more: Any) -> None:
-        super().__init__(**more)
-        self.rotary_embed = rotary_embed
+    """TorchScale's decoder configuration with MH-MoE layers, rotary positions, RMSNorm and bias-free maps."""
 
 
 class EncoderSettings(_LayerSettings, EncoderConfig):
@@ -85,6 +118,10 @@ class EncoderSettings(_LayerSettings, EncoderConfig):
         # Not multiway: TorchScale's own multiway modules are not used.
         super().__init__(no_output_layer=True, max_source_positions=max_text_length + UNUSED_POSITIONS, **more)
         self.max_text_length = max_text_length
+
+    def for_modalities(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """A module for each modality."""
+        return Multiway(build(), build())
 
 
 Settings = DecoderSettings | EncoderSettings

@@ -170,7 +170,6 @@ class Observed:
                 flow.into(f"{name}.final_layer_norm") - alpha * flow.out_of(f"{name}.self_attn_layer_norm"),
             )
         attention = flow.out_of(f"{name}.self_attn")
-        attention = attention if self.is_encoder else attention[0]
         forward = flow.out_of(f"{name}.moe_layer").hidden if layer.is_moe_layer else flow.out_of(f"{name}.ffn")
         path = self.rates["drop_path_rate"] * depth / max(len(self.stack.layers) - 1, 1)
         by_row = self.rates["drop_path_rate"] > 0

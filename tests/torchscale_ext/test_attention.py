@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchscale.component.multihead_attention import MultiheadAttention
 
-from mhmoe_fairseq.torchscale_ext.attention import SelfAttention
+from mhmoe_fairseq.torchscale_ext.attention import KeyValueCache, SelfAttention, visible_keys
 from mhmoe_fairseq.torchscale_ext.settings import DecoderSettings
 
 DIM, HEADS, BATCH, LENGTH = 32, 4, 3, 7
@@ -15,7 +15,7 @@ def both(seed=0, **settings):
     """Our attention and TorchScale's with the same weights, in double precision."""
     torch.manual_seed(seed)
     settings = DecoderSettings(decoder_embed_dim=DIM, decoder_attention_heads=HEADS, **settings)
-    ours = SelfAttention(settings).double().eval()
+    ours = SelfAttention(settings, DIM, HEADS).double().eval()
     theirs = MultiheadAttention(settings, DIM, HEADS, self_attention=True, subln=settings.subln).double().eval()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
@@ -32,13 +32,11 @@ def test_full_and_causal_attention_and_gradients(subln, xpos):
     for causal in (False, True):
         inputs = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
         results = []
-        for module, kwargs in (
-            (ours, {"is_causal": causal}),
-            (theirs, {"attn_mask": causal_mask() if causal else None}),
-        ):
+        for module in (ours, theirs):
             x = inputs.clone().requires_grad_()
             module.zero_grad()
-            output, _ = module(x, x, x, **kwargs)
+            mask = causal_mask() if causal else None
+            output = ours(x, is_causal=causal) if module is ours else theirs(x, x, x, attn_mask=mask)[0]
             (output * torch.linspace(-1, 1, DIM)).sum().backward()
             results.append((output, x.grad, module.v_proj.weight.grad, module.q_proj.weight.grad))
         for actual, expected in zip(*results):
@@ -48,7 +46,8 @@ def test_full_and_causal_attention_and_gradients(subln, xpos):
 def test_a_causal_mask_tensor_is_the_causal_mode():
     ours, _ = both()
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
-    torch.testing.assert_close(ours(x, attn_mask=causal_mask())[0], ours(x, is_causal=True)[0])
+    visible = visible_keys("caption", 0, LENGTH, None, x.device)
+    torch.testing.assert_close(ours(x, visible=visible), ours(x, is_causal=True))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -57,10 +56,11 @@ def test_padded_keys_are_masked(causal):
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[0, 4:] = True
-    actual, _ = ours(x, key_padding_mask=padding, is_causal=causal)
+    visible = visible_keys("caption" if causal else "full", 0, LENGTH, padding, x.device)
+    actual = ours(x, visible=visible, is_causal=causal)
     expected, _ = theirs(x, x, x, key_padding_mask=padding, attn_mask=causal_mask() if causal else None)
-    torch.testing.assert_close(actual, expected, **CLOSE)
-    assert not torch.allclose(actual[0], ours(x, is_causal=causal)[0][0])
+    torch.testing.assert_close(actual[~padding], expected[~padding], **CLOSE)
+    assert not torch.allclose(actual[0], ours(x, is_causal=causal)[0])
 
 
 def test_a_query_without_any_key_is_finite():
@@ -68,8 +68,7 @@ def test_a_query_without_any_key_is_finite():
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
     padding = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     padding[0, :2] = True  # left padding: the first two queries see nothing
-    actual, _ = ours(x, key_padding_mask=padding, is_causal=True)
-    assert actual.isfinite().all()
+    assert ours(x, visible=visible_keys("caption", 0, LENGTH, padding, x.device)).isfinite().all()
     assert theirs(x, x, x, key_padding_mask=padding, attn_mask=causal_mask())[0].isnan().any()
 
 
@@ -78,39 +77,36 @@ def test_a_query_without_any_key_is_finite():
 def test_incremental_steps(xpos, subln):
     ours, theirs = both(xpos_rel_pos=xpos, subln=subln)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
-    state, their_state = {}, {}
+    cache, their_state = KeyValueCache(), {}
     for step in range(LENGTH):
         token = x[:, step : step + 1]
-        actual, _ = ours(token, incremental_state=state)
+        actual = ours(token, cache=cache)
         expected, _ = theirs(token, token, token, incremental_state=their_state)
         torch.testing.assert_close(actual, expected, **CLOSE)
-    assert state["prev_key"].shape == (BATCH, HEADS, LENGTH, DIM // HEADS)
+    assert len(cache) == LENGTH
 
 
 @pytest.mark.parametrize("positions", [{}, {"xpos_rel_pos": True}, {"rotary_embed": True}])
 def test_steps_equal_the_whole_sequence(positions):
     ours, _ = both(**positions)
     x = torch.randn(BATCH, LENGTH, DIM, dtype=torch.double)
-    whole, _ = ours(x, is_causal=True)
-    state = {}
-    prefix, _ = ours(x[:, :3], incremental_state=state, is_causal=True)
-    steps = [ours(x[:, i : i + 1], incremental_state=state)[0] for i in range(3, LENGTH)]
+    whole, cache = ours(x, is_causal=True), KeyValueCache()
+    prefix = ours(x[:, :3], cache=cache, is_causal=True)
+    steps = [ours(x[:, i : i + 1], cache=cache) for i in range(3, LENGTH)]
     torch.testing.assert_close(torch.cat([prefix, *steps], dim=1), whole, rtol=1e-6, atol=1e-9)
 
 
 def test_dropout_acts_in_training_only():
     settings = DecoderSettings(decoder_embed_dim=DIM, decoder_attention_heads=HEADS, attention_dropout=0.5)
-    attention = SelfAttention(settings)
+    attention = SelfAttention(settings, DIM, HEADS)
     x = torch.randn(1, LENGTH, DIM)
-    assert not torch.equal(attention(x)[0], attention(x)[0])
+    assert not torch.equal(attention(x), attention(x))
     attention.eval()
-    assert torch.equal(attention(x)[0], attention(x)[0])
+    assert torch.equal(attention(x), attention(x))
 
 
 def test_no_bias_and_rms_norm_reach_every_part():
-    settings = DecoderSettings(
-        decoder_embed_dim=DIM, decoder_attention_heads=HEADS, no_bias=True, rms_norm=True, subln=True
-    )
-    attention = SelfAttention(settings)
+    settings = DecoderSettings(decoder_embed_dim=DIM, no_bias=True, rms_norm=True, subln=True)
+    attention = SelfAttention(settings, DIM, HEADS)
     assert [name for name, _ in attention.named_parameters() if "bias" in name] == []
     assert isinstance(attention.inner_attn_ln, torch.nn.RMSNorm)

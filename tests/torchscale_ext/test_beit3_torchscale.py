@@ -8,7 +8,7 @@ from torchscale.component.multihead_attention import MultiheadAttention
 from torchscale.component.multiway_network import set_split_position
 from torchscale.model.BEiT3 import BEiT3
 
-from mhmoe_fairseq.torchscale_ext.multiway import KeyValueCache, MultiwaySelfAttention, visible_keys
+from mhmoe_fairseq.torchscale_ext.attention import KeyValueCache, MultiwaySelfAttention, visible_keys
 from mhmoe_fairseq.torchscale_ext.settings import EncoderSettings
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # TorchScale's softmax is float32 whatever the input
@@ -85,7 +85,7 @@ def test_the_dense_model_and_its_gradients(kind, attention, norms):
 def both_attentions(subln):
     torch.manual_seed(0)
     sizes = {"encoder_embed_dim": DIM, "encoder_attention_heads": HEADS, "subln": subln}
-    ours = MultiwaySelfAttention(EncoderSettings(**sizes)).double().eval()
+    ours = MultiwaySelfAttention(EncoderSettings(**sizes), DIM, HEADS).double().eval()
     theirs = (
         MultiheadAttention(EncoderConfig(multiway=True, **sizes), DIM, HEADS, self_attention=True, subln=subln)
         .double()
@@ -105,7 +105,7 @@ def test_attention_of_two_modalities(split, subln):
     inputs = torch.randn(2, LENGTH, DIM, dtype=torch.double)
     results = []
     for run in (
-        lambda x: ours(x, split, visible_keys("full", split, LENGTH, padding, x.device)),
+        lambda x: ours(x, split, visible=visible_keys("full", split, LENGTH, padding, x.device)),
         lambda x: theirs(x, x, x, key_padding_mask=padding)[0],
     ):
         x = inputs.clone().requires_grad_()
@@ -124,10 +124,10 @@ def test_cached_keys_equal_the_whole_sequence():
     ours, _ = both_attentions(True)
     x = torch.randn(2, LENGTH, DIM, dtype=torch.double)
     split = 3
-    whole = ours(x, split, visible_keys("caption", split, LENGTH, None, x.device))
+    whole = ours(x, split, visible=visible_keys("caption", split, LENGTH, None, x.device))
     cache = KeyValueCache()
-    parts = [ours(x[:, :split], split, None, cache)]
-    parts += [ours(x[:, place : place + 1], 0, None, cache) for place in range(split, LENGTH)]
+    parts = [ours(x[:, :split], split, cache=cache)]
+    parts += [ours(x[:, index : index + 1], 0, cache=cache) for index in range(split, LENGTH)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-12)
 
 
