@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
-from ..data.datasets import CaptionDataset
+from ..data.datasets.labelled import CaptionDataset
 from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from ..common.errors import UserError
 from ..data.binarised import check_folder
-from ..data.datasets import DatasetSettings
+from ..data.datasets.base import DatasetSettings
 from ..data.identity import MANIFEST, read_manifest
 from ..data.multimodal.masking import mask_index
 from ..training import ParallelTask, TrainingFlags

@@ -12,11 +12,9 @@ from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..data.datasets import CaptionDataset, DatasetSettings
-from ..data.datasets.labelled import Transform
-from ..data.multimodal.collate import Sample, pad_key
+from ..data.datasets.base import DatasetSettings, Sample
+from ..data.datasets.labelled import CaptionDataset, Transform
 from ..data.multimodal.index import Index, read_index
-from ..data.multimodal.masking import mask_text
 from ..metrics.captions import CiderD, read_ground_truth, tokenize
 from ..models.captions import CaptionSearch, Specials, search_captions
 from .finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
@@ -175,16 +173,11 @@ class ReferencedCaptions(CaptionDataset):
         self.cider = CiderD([[tokenize(caption) for caption in references[image]] for image in images])
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``image_id``, ``text`` and ``text_targets``."""
+        """``image``, ``text`` and ``text_targets``."""
         sample = super().make_sample(row, rng)
-        text, dictionary = self._texts[row], self.settings.dictionary
-        sample["text"], sample["text_targets"] = mask_text(text, self._fraction, dictionary, rng, masks_end=True)
-        return sample
+        return {**sample, **self.masked(self._texts[row], self._fraction, rng, masks_end=True)}
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add the keys."""
-        super().add_targets(batch, samples)
-        pad = self.settings.dictionary.pad()
-        batch["text_targets"] = pad_key(samples, "text_targets", pad)
-        batch["ntokens"] = int(batch["text_targets"].ne(pad).sum())
+        self.add_text_targets(batch, samples)
         batch["split"] = self.split

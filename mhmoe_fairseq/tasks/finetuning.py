@@ -9,7 +9,7 @@ from fairseq.tasks import FairseqTask
 from torch import nn
 
 from ..common.errors import UserError
-from ..data.datasets import DatasetSettings, ImageTextDataset
+from ..data.datasets.base import DatasetSettings, ImageTextDataset
 from ..data.identity import read_manifest
 from ..data.images.transforms import EvaluationTransform, TrainTransform
 from ..data.multimodal.index import Index, read_index

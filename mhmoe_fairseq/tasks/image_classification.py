@@ -8,7 +8,7 @@ from fairseq.tasks import register_task
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..data.datasets import LabelledImages
+from ..data.datasets.labelled import LabelledImages
 from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..models.heads import ImageClassificationHead
 from .finetuning import ClassifierConfig, HeadTask

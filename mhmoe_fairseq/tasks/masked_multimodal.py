@@ -16,7 +16,7 @@ from ..checkpoints.files import read_trained
 from ..common.errors import UserError
 from ..criterions.masked_multimodal import MODALITIES
 from ..data.binarised import check_split
-from ..data.datasets import MaskedImages, MaskedPairs, MaskedTexts
+from ..data.datasets.masked import MaskedImages, MaskedPairs, MaskedTexts
 from ..data.datasets.modalities import EvaluationModalities, TrainingModalities
 from ..data.images.transforms import EvaluationViews, PretrainingViews
 from ..data.multimodal.index import read_index

@@ -2,7 +2,7 @@
 
 from fairseq.tasks import register_task
 
-from ..data.datasets import ImagePairs
+from ..data.datasets.labelled import ImagePairs
 from ..models.heads import NLVR2Head
 from .finetuning import ClassifierConfig, HeadTask
 

@@ -9,7 +9,7 @@ from fairseq.tasks import register_task
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..data.datasets import RetrievalDataset
+from ..data.datasets.labelled import RetrievalDataset
 from ..data.multimodal.index import NAMES
 from ..metrics.recall import RANKS, VectorMeter
 from ..models.heads import RetrievalHead

@@ -4,8 +4,8 @@ from typing import Any
 
 from fairseq.tasks import register_task
 
-from ..data.datasets import VQADataset
-from ..data.multimodal.answers import ANSWERS_FILE, read_answers
+from ..data.datasets.labelled import VQADataset
+from ..data.multimodal.index import ANSWERS_FILE, read_answers
 from ..models.heads import VQAHead
 from .finetuning import ClassifierConfig, HeadTask
 

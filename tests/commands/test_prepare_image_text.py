@@ -11,8 +11,7 @@ from preparing import hashes
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import read_json, sha256_of
-from mhmoe_fairseq.data.multimodal.answers import read_answers
-from mhmoe_fairseq.data.multimodal.index import index_files, read_index
+from mhmoe_fairseq.data.multimodal.index import index_files, read_answers, read_index
 from mhmoe_fairseq.data.visual_tokenizers import load_visual_tokenizer
 from mhmoe_fairseq.prepare import base
 from mhmoe_fairseq.prepare.image_text.images import caption_sentences

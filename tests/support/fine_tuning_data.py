@@ -11,8 +11,7 @@ from typing import Any
 
 from images_and_words import COLOURS, build_dictionary, ids, training_words, write_images_and_words
 
-from mhmoe_fairseq.data.multimodal.answers import write_answers
-from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
+from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_answers, write_index
 
 ANSWERS = list(COLOURS)
 COUNTS = {split: {"image": 4, "text": 4, "pair": pairs} for split, pairs in (("train", 96), ("valid", 24))}

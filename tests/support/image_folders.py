@@ -7,7 +7,7 @@ import numpy as np
 from fairseq.data import Dictionary
 from PIL import Image
 
-from mhmoe_fairseq.data.datasets import DatasetSettings
+from mhmoe_fairseq.data.datasets.base import DatasetSettings
 
 NUM_WORDS = 60
 

@@ -15,7 +15,8 @@ from fairseq.logging import metrics
 from fairseq.tasks import TASK_REGISTRY
 from multilingual_data import LANGUAGES, build_dictionary, pieces, write_languages
 
-from mhmoe_fairseq.data.datasets.languages import sampled_blocks, sampled_counts, sampling_shares
+from mhmoe_fairseq.data.datasets.batching import passes
+from mhmoe_fairseq.data.datasets.languages import sampled_counts, sampling_shares
 from mhmoe_fairseq.data.languages import language_symbol
 from mhmoe_fairseq.tasks.multilingual_language_modeling import (
     MHMoEMultilingualLanguageModelingTask,
@@ -99,7 +100,7 @@ def test_alpha_one_is_every_block_once_and_alpha_zero_equal_parts():
 def test_blocks_are_seen_equally_often(count):
     seen: Counter = Counter({block: 0 for block in range(10)})
     for visit in range(7):
-        blocks = sampled_blocks(10, count, visit, seed=1, language="de")
+        blocks = passes(10, count, visit, seed=1, name="de")
         assert len(blocks) == count
         seen.update(blocks.tolist())
         assert max(seen.values()) - min(seen.values()) <= 1
@@ -107,7 +108,7 @@ def test_blocks_are_seen_equally_often(count):
 
 def test_every_pass_language_and_seed_has_an_order_of_its_own():
     orders = {
-        (seed, language, visit): tuple(sampled_blocks(30, 30, visit, seed, language).tolist())
+        (seed, language, visit): tuple(passes(30, 30, visit, seed, language).tolist())
         for seed in (1, 2)
         for language in ("de", "en")
         for visit in range(5)
@@ -122,8 +123,8 @@ def test_every_pass_language_and_seed_has_an_order_of_its_own():
 @pytest.mark.parametrize("count", [7, 30, 50])
 def test_epochs_go_on_where_the_one_before_stopped(count):
     """Whatever an epoch takes of a language, the stream of its passes is the same."""
-    stream = np.concatenate([sampled_blocks(30, 30, visit, seed=4, language="el") for visit in range(9)])
-    epochs = np.concatenate([sampled_blocks(30, count, visit, seed=4, language="el") for visit in range(5)])
+    stream = np.concatenate([passes(30, 30, visit, seed=4, name="el") for visit in range(9)])
+    epochs = np.concatenate([passes(30, count, visit, seed=4, name="el") for visit in range(5)])
     assert epochs.tolist() == stream[: 5 * count].tolist()
 
 

@@ -1,6 +1,8 @@
-"""What data sets share: rows of known sizes, and batches that hold every row on both fairseq versions."""
+"""What data sets share: rows of known sizes, batches that hold every row on both fairseq versions, passes over rows."""
 
 import copy
+import zlib
+from typing import Any
 
 import numpy as np
 from fairseq.data import FairseqDataset, MonolingualDataset
@@ -17,16 +19,29 @@ class SizedRows(FairseqDataset):
         return len(self.sizes)
 
     def num_tokens(self, index: int) -> int:
-        """The size of a row."""
+        """Return the size of a row."""
         return int(self.num_tokens_vec(np.array([index]))[0])
 
+    size = num_tokens
+
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """The sizes of several rows."""
+        """Return the sizes of several rows."""
         return self.sizes[indices]
 
-    def size(self, index: int) -> int:
-        """As ``num_tokens``."""
-        return self.num_tokens(index)
+
+class FittingRows(SizedRows):
+    """Rows that all fit into the model, since their texts are cut; ``row_name`` says in messages what a row is."""
+
+    row_name = "one sample"
+
+    def filter_indices_by_size(self, indices: np.ndarray, max_sizes: Any) -> tuple[np.ndarray, list[int]]:
+        """Leave no row out."""
+        return indices, []
+
+    def batch_by_size(self, indices: np.ndarray, max_tokens: int | None = None, **kwargs: Any) -> list[np.ndarray]:
+        """Return batches of ``indices``, in order; a ``UserError`` if ``--max-tokens`` has no room for one row."""
+        _check_max_tokens(max_tokens, self.num_tokens_vec(indices), f"positions of {self.row_name}")
+        return super().batch_by_size(indices, max_tokens=max_tokens, **kwargs)
 
 
 class WholeBatches(FairseqDataset):
@@ -37,7 +52,7 @@ class WholeBatches(FairseqDataset):
     """
 
     def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
-        """Batches of ``indices``, in order; what the installed fairseq leaves out becomes the last batch."""
+        """Return batches of ``indices``, in order; what the installed fairseq leaves out becomes the last batch."""
         batches = list(super().batch_by_size(indices, *args, **kwargs))
         batched = sum(len(batch) for batch in batches)
         return batches if batched == len(indices) else [*batches, np.asarray(indices[batched:])]
@@ -48,7 +63,7 @@ class WholeMonolingualDataset(WholeBatches, MonolingualDataset):
 
     @classmethod
     def of(cls, dataset: MonolingualDataset) -> "WholeMonolingualDataset":
-        """The same dataset with this class's batches."""
+        """Return the same dataset with this class's batches."""
         whole = copy.copy(dataset)
         whole.__class__ = cls
         return whole
@@ -62,7 +77,6 @@ def require_fitting_blocks(
     Args:
         sizes: tokens of each block.
         positions: most tokens that the model reads; None for any number.
-        max_tokens: most tokens of a batch.
         context_window: tokens before a block that are read with it.
 
     Raises:
@@ -77,5 +91,31 @@ def require_fitting_blocks(
             f"model's {positions:,} positions (the longest: {longest:,} tokens{context}) and would be left out: give "
             f"--tokens-per-sample {positions}, and --sample-break-mode none where a line or document is longer"
         )
+    _check_max_tokens(max_tokens, lengths, "tokens of the longest block")
+
+
+def _check_max_tokens(max_tokens: int | None, sizes: np.ndarray, what: str) -> None:
+    longest = int(sizes.max(initial=0))
     if max_tokens is not None and longest > max_tokens:
-        raise UserError(f"--max-tokens ({max_tokens}) must be at least {longest:,}, the tokens of the longest block")
+        raise UserError(f"--max-tokens ({max_tokens}) must be at least {longest:,}, the {what}")
+
+
+def passes(size: int, count: int, visit: int, seed: int, name: str) -> np.ndarray:
+    """Return the rows, ``(count,)`` numbers below ``size``, that an epoch takes of what is called ``name``.
+
+    There is an endless sequence of passes over the rows, each in an order of its own; epochs take the next ``count``
+    of it. So at any time all rows have been seen equally often, give or take one, and what an epoch holds follows
+    from the arguments alone.
+
+    Args:
+        visit: epochs before this one, of the same rows.
+    """
+    start, end = visit * count, (visit + 1) * count
+    orders = [_one_pass(size, number, seed, name) for number in range(start // size, -(-end // size))]
+    first = start // size * size
+    return np.concatenate([np.empty(0, dtype=np.int64), *orders])[start - first : end - first]
+
+
+def _one_pass(size: int, number: int, seed: int, name: str) -> np.ndarray:
+    # crc32 and not hash(), which differs from process to process.
+    return np.random.default_rng([seed % 2**32, zlib.crc32(name.encode()), number]).permutation(size)

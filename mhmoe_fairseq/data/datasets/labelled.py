@@ -1,6 +1,7 @@
-"""Data sets of images with questions, statements or classes."""
+"""Data sets of images with questions, statements, classes or captions, all of them rows of an index."""
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.errors import UserError
-from ..multimodal.collate import Sample
-from ..multimodal.columns import MISSING
+from ..multimodal.fields import MISSING
 from ..multimodal.index import Index
-from .base import DatasetSettings, ImageTextDataset
+from ..multimodal.masking import check_fraction, mask_index
+from .base import DatasetSettings, ImageTextDataset, Sample
 
 Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 
@@ -20,8 +21,6 @@ class IndexedDataset(ImageTextDataset):
     """One sample per row of an index, with its image and, if the index has texts, its text.
 
     Args:
-        index: with ``image_path``.
-        settings: how rows are read.
         transform: ``TrainTransform`` or ``EvaluationTransform``.
     """
 
@@ -30,7 +29,7 @@ class IndexedDataset(ImageTextDataset):
         self.transform = transform
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, and ``text`` if there are texts."""
+        """Return ``image``, and ``text`` if there are texts."""
         sample = {"image": self.transform(self.read(row), rng)}
         if "text_segment" in self.index:
             sample["text"] = self.text(row)
@@ -51,30 +50,25 @@ class VQADataset(IndexedDataset):
     """
 
     stream = 4
+    numbers = {"question_ids": "qid"}
 
     def __init__(self, index: Index, settings: DatasetSettings, transform: Transform, num_answers: int) -> None:
         super().__init__(index, settings, transform)
         self.num_answers = num_answers
-        self.has_targets = len(index["labels"].values) > 0
-        if self.has_targets and index["labels"].values.max() >= num_answers:
-            row = next(row for row in range(len(index)) if max(index["labels"][row], default=0) >= num_answers)
+        labels = index["labels"]
+        self.has_targets = len(labels.values) > 0
+        if self.has_targets and labels.values.max() >= num_answers:
+            row = next(row for row in range(len(index)) if max(labels[row], default=0) >= num_answers)
             raise UserError(
-                f"{index.place(row)}: answer {max(index['labels'][row])}, answer2label.txt has {num_answers:,} answers"
+                f"{index.place(row)}: answer {max(labels[row])}, answer2label.txt has {num_answers:,} answers"
             )
 
-    def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``text``, ``question_id`` and ``targets (answers,)``."""
-        sample = {**super().make_sample(row, rng), "question_id": int(self.index["qid"][row])}
-        if self.has_targets:
-            scores = torch.zeros(self.num_answers)
-            scores[torch.from_numpy(self.index["labels"][row]).long()] = torch.from_numpy(self.index["scores"][row])
-            sample["targets"] = scores
-        return sample
-
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the keys."""
-        batch["question_ids"] = torch.tensor([sample["question_id"] for sample in samples])
-        batch["targets"] = torch.stack([sample["targets"] for sample in samples]) if self.has_targets else None
+        """Add ``targets``."""
+        batch["targets"] = torch.zeros(len(samples), self.num_answers) if self.has_targets else None
+        if self.has_targets:
+            for scores, row in zip(batch["targets"], batch["id"].tolist()):
+                scores[torch.from_numpy(self.index["labels"][row]).long()] = torch.from_numpy(self.index["scores"][row])
 
 
 class ImagePairs(IndexedDataset):
@@ -89,6 +83,7 @@ class ImagePairs(IndexedDataset):
     """
 
     stream = 5
+    numbers = {"targets": "label"}
 
     def __init__(self, index: Index, settings: DatasetSettings, transform: Transform) -> None:
         super().__init__(index, settings, transform)
@@ -99,34 +94,27 @@ class ImagePairs(IndexedDataset):
             raise UserError(f"{index.place(row)}: no label, but other lines of the split have one")
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``image2``, ``text``, ``identifier`` and ``target``."""
+        """Return ``image``, ``image2`` and ``text``."""
         sample = super().make_sample(row, rng)
-        sample["image2"] = self.transform(self.read(row, "image2_path"), rng)
-        sample["identifier"] = self.index["identifier"][row]
-        if self.has_targets:
-            sample["target"] = int(self.index["label"][row])
-        return sample
+        return {**sample, "image2": self.transform(self.read(row, "image2_path"), rng)}
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the keys, and the right images."""
+        """Add the identifiers, and the right images."""
         inputs = batch["net_input"]
-        inputs["images"] = torch.cat([inputs["images"], torch.stack([sample["image2"] for sample in samples])])
+        inputs["images"] = torch.cat([inputs["images"], self.stack(samples, "image2")])
         inputs["text_tokens"] = torch.cat([inputs["text_tokens"]] * 2)
-        batch["identifiers"] = [sample["identifier"] for sample in samples]
-        batch["targets"] = torch.tensor([sample["target"] for sample in samples]) if self.has_targets else None
+        batch["identifiers"] = [self.index["identifier"][row] for row in batch["id"].tolist()]
 
 
 class LabelledImages(IndexedDataset):
     """Images with a class; a batch has ``targets (B,)``.
 
-    Args:
-        num_classes: if given, classes must be below it.
-
     Raises:
-        UserError: naming the line of a class that is not.
+        UserError: naming the line of a class that is not below ``num_classes``.
     """
 
     stream = 6
+    numbers = {"targets": "label"}
 
     def __init__(
         self, index: Index, settings: DatasetSettings, transform: Transform, num_classes: int | None = None
@@ -136,10 +124,61 @@ class LabelledImages(IndexedDataset):
             row = int(np.argmax(index["label"] >= num_classes))
             raise UserError(f"{index.place(row)}: class {index['label'][row]}, there are {num_classes:,} classes")
 
+
+class CaptionDataset(IndexedDataset):
+    """Captions to be completed in training, images to be captioned in evaluation.
+
+    In training every row is a sample: a batch has the masked captions, ``text_targets (B, S)`` with padding where
+    nothing is predicted, and their number as ``ntokens``. In evaluation every image is one, without text, whatever
+    the number of rows that it has. ``image_ids (B,)`` are in both.
+
+    Args:
+        fraction: of a caption's tokens that are masked in training; ``</s>`` is one of them.
+
+    Raises:
+        UserError: in training, naming the first line whose text is null.
+    """
+
+    stream = 7
+    numbers = {"image_ids": "image_id"}
+
+    def __init__(self, index: Index, settings: DatasetSettings, transform: Transform, fraction: float = 0.7) -> None:
+        check_fraction(fraction, "--caption-mask-prob")
+        mask_index(settings.dictionary)
+        super().__init__(index, settings, transform)
+        self._fraction = fraction
+        self._rows = np.arange(len(index))
+        if settings.training:
+            null = index["text_segment"].null_rows
+            if len(null):
+                raise UserError(f"{index.place(null[0])}: text_segment is null, but training needs captions")
+        else:
+            self._rows = np.sort(np.unique(index["image_id"], return_index=True)[1])
+            self.sizes = np.full(len(self._rows), settings.image_positions, dtype=np.int32)
+
+    def index_row(self, row: int) -> int:
+        """Return the first row of the image in evaluation."""
+        return int(self._rows[row])
+
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image`` and ``target``."""
-        return {**super().make_sample(row, rng), "target": int(self.index["label"][row])}
+        """Return ``image``; in training ``text`` and ``text_targets`` too."""
+        sample = super().make_sample(row, rng)
+        text = sample.pop("text")
+        return (
+            {**sample, **self.masked(text, self._fraction, rng, masks_end=True)} if self.settings.training else sample
+        )
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
-        """Add the key."""
-        batch["targets"] = torch.tensor([sample["target"] for sample in samples])
+        """Add ``text_targets`` in training."""
+        if self.settings.training:
+            self.add_text_targets(batch, samples)
+
+
+class RetrievalDataset(IndexedDataset):
+    """Images with captions to be found by each other; a batch has ``image_ids (B,)``.
+
+    Rows of one ``image_id`` are captions of one image, in evaluation too.
+    """
+
+    stream = 8
+    numbers = {"image_ids": "image_id"}

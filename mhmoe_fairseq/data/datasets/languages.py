@@ -1,13 +1,12 @@
 """The blocks of several languages as one fairseq dataset, and temperature sampling: how much of each an epoch holds."""
 
-import zlib
 from typing import Any
 
 import numpy as np
 import torch
 from fairseq.data import LMContextWindowDataset, MonolingualDataset
 
-from .batching import SizedRows, WholeBatches
+from .batching import SizedRows, WholeBatches, passes
 
 
 class LanguagesDataset(WholeBatches, SizedRows):
@@ -92,18 +91,13 @@ class SampledLanguagesDataset(LanguagesDataset):
         num_shards: of the data: epoch e reads shard (e - 1) modulo this.
     """
 
+    can_reuse_epoch_itr_across_epochs = False  # each epoch has its own batches
+
     def __init__(self, *args: Any, alpha: float, seed: int, num_shards: int = 1) -> None:
         super().__init__(*args)
-        self.seed = seed
-        self.num_shards = num_shards
-        self.epoch = 1
+        self.seed, self.num_shards, self.epoch = seed, num_shards, 1
         lengths = np.array([len(part) for part in self.parts.values()])
         self.counts = sampled_counts(lengths, alpha)
-
-    @property
-    def can_reuse_epoch_itr_across_epochs(self) -> bool:
-        """False: each epoch has its own batches."""
-        return False
 
     def set_epoch(self, epoch: int) -> None:
         """fairseq's hook before an epoch."""
@@ -114,7 +108,7 @@ class SampledLanguagesDataset(LanguagesDataset):
         """This epoch's blocks, some of them several times, by length and equally long ones in random order."""
         visit = (self.epoch - 1) // self.num_shards
         chosen = [
-            self.first_block(position) + sampled_blocks(len(part), self.counts[position], visit, self.seed, language)
+            self.first_block(position) + passes(len(part), self.counts[position], visit, self.seed, language)
             for position, (language, part) in enumerate(self.parts.items())
         ]
         indices = np.concatenate(chosen)
@@ -168,26 +162,3 @@ def sampled_counts(sizes: np.ndarray, alpha: float) -> np.ndarray:
     largest_remainders = np.argsort(counts - wanted, kind="stable")
     counts[largest_remainders[: total - counts.sum()]] += 1
     return counts
-
-
-def sampled_blocks(size: int, count: int, visit: int, seed: int, language: str) -> np.ndarray:
-    """The blocks of one language in an epoch, ``(count,)`` numbers below ``size``.
-
-    A language is an endless sequence of passes over its blocks, each in an order of its own; epochs take the next
-    ``count`` of it. So at any time all blocks of a language have been seen equally often, give or take one, and what
-    an epoch holds follows from its arguments alone.
-
-    Args:
-        visit: epochs before this one, of the same blocks.
-    """
-    start, end = visit * count, (visit + 1) * count
-    if start == end:
-        return np.empty(0, dtype=np.int64)
-    first, last = start // size, (end - 1) // size
-    passes = np.concatenate([_one_pass(size, number, seed, language) for number in range(first, last + 1)])
-    return passes[start - first * size : end - first * size]
-
-
-def _one_pass(size: int, number: int, seed: int, language: str) -> np.ndarray:
-    # crc32 and not hash(), which differs from process to process.
-    return np.random.default_rng([seed % 2**32, zlib.crc32(language.encode()), number]).permutation(size)

@@ -1,6 +1,7 @@
 """The three data sets of masked data modelling: images, texts, images with their texts."""
 
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...common.errors import UserError
-from ..multimodal.collate import Sample, add_masking
 from ..multimodal.index import Index
-from ..multimodal.masking import block_mask, check_fraction, mask_index, mask_text, masked_count
-from .base import DatasetSettings, ImageTextDataset
+from ..multimodal.masking import block_mask, check_fraction, mask_index, masked_count
+from .base import DatasetSettings, ImageTextDataset, Sample
 
 Views = Callable[[Image.Image, np.random.Generator], tuple[Tensor, Tensor]]
 
@@ -20,40 +20,50 @@ class MaskedDataset(ImageTextDataset):
     """What the three share: the batch's keys.
 
     A batch has ``text_targets (B, S)`` with padding where nothing is predicted, ``tokenizer_images (B, 3, H2, W2)``
-    uint8, ``ntokens``, the masked tokens and patches, ``num_positions``, those of the model without padding,
-    ``masked_token_places`` and ``masked_patch_places (M,)`` as of ``add_masking``, and ``net_input`` with ``text_tokens
-    (B, S)``, ``images (B, 3, H, W)`` and ``masked_patches (B, N)`` bool; what the modality has not is None.
+    uint8, ``ntokens``, the masked tokens and patches, ``num_positions``, those of the model without padding, and
+    ``net_input`` with ``text_tokens (B, S)``, ``images (B, 3, H, W)`` and ``masked_patches (B, N)`` bool. Where the
+    targets and the masked patches are, as indices of these flattened, is in ``masked_token_places`` and
+    ``masked_patch_places``, ``(M,)``: from a mask the host would have to learn their number, and wait for the device.
+    What the modality has not is None.
     """
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add the keys."""
-        add_masking(batch, samples, self.settings.dictionary.pad())
+        pad = self.settings.dictionary.pad()
+        targets = batch["text_targets"] = self.stack(samples, "text_targets", pad)
+        batch["tokenizer_images"] = self.stack(samples, "tokenizer_image")
+        patches = batch["net_input"]["masked_patches"] = self.stack(samples, "masked_patches")
+        tokens_at = batch["masked_token_places"] = None if targets is None else _indices(targets.ne(pad))
+        patches_at = batch["masked_patch_places"] = None if patches is None else _indices(patches)
+        batch["ntokens"] = sum(len(found) for found in (tokens_at, patches_at) if found is not None)
+        class_positions = 0 if patches is None else patches.numel() + len(samples)
+        batch["num_positions"] = class_positions + sum(len(sample.get("text", ())) for sample in samples)
+
+
+def _indices(mask: Tensor) -> Tensor:
+    """``(M,)`` indices of True in the flattened mask."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 class MaskedImages(MaskedDataset):
     """Images of which some patches are masked, in blocks; what is predicted is the visual tokenizer's codes.
 
     Args:
-        index: of task ``image``, or of any other with images.
-        settings: how rows are read.
+        index: of task ``image``, or of any other with images; its texts are not read.
         views: ``PretrainingViews`` or ``EvaluationViews``.
         fraction: of the patches that are masked.
     """
 
     stream = 1
+    has_texts = False
 
     def __init__(self, index: Index, settings: DatasetSettings, views: Views, fraction: float = 0.4) -> None:
         check_fraction(fraction, "--image-mask-prob")
-        super().__init__(self.positions_of(index, settings), settings, index)
+        super().__init__(settings.positions(index, self.has_texts), settings, index)
         self._views, self._image_fraction = views, fraction
 
-    @staticmethod
-    def positions_of(index: Index, settings: DatasetSettings) -> np.ndarray:
-        """``(rows,)`` positions of each row in the model: its texts, if there are any, are not read."""
-        return np.full(len(index), settings.image_positions)
-
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``tokenizer_image`` uint8, and ``masked_patches (N,)`` bool."""
+        """Return ``image``, ``tokenizer_image`` uint8, and ``masked_patches (N,)`` bool."""
         image, tokenizer_image = self._views(self.read(row), rng)
         # Its values are k / 255. As bytes they take a quarter of the memory, and fairseq, which turns every float32 of
         # a batch into half precision, leaves them as they are: targets are the same in every precision.
@@ -68,13 +78,11 @@ class MaskedPairs(MaskedImages):
 
     Args:
         index: of task ``pair``, or of any other with images and texts.
-        settings: how rows are read.
-        views: ``PretrainingViews`` or ``EvaluationViews``.
-        image_fraction: of the patches that are masked.
-        text_fraction: of the tokens that are masked.
+        image_fraction, text_fraction: of the patches and of the tokens that are masked.
     """
 
     stream = 3
+    has_texts = True
 
     def __init__(
         self, index: Index, settings: DatasetSettings, views: Views, image_fraction: float = 0.4,
@@ -85,16 +93,9 @@ class MaskedPairs(MaskedImages):
         super().__init__(index, settings, views, image_fraction)
         self._text_fraction = text_fraction
 
-    @staticmethod
-    def positions_of(index: Index, settings: DatasetSettings) -> np.ndarray:
-        """``(rows,)`` positions of each image with its text."""
-        return settings.positions(index)
-
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``image``, ``tokenizer_image``, ``masked_patches``, ``text`` and ``text_targets``."""
-        sample = super().make_sample(row, rng)
-        masked, targets = mask_text(self.text(row), self._text_fraction, self.settings.dictionary, rng)
-        return {**sample, "text": masked, "text_targets": targets}
+        """Return ``image``, ``tokenizer_image``, ``masked_patches``, ``text`` and ``text_targets``."""
+        return {**super().make_sample(row, rng), **self.masked(self.text(row), self._text_fraction, rng)}
 
 
 class MaskedTexts(MaskedDataset):
@@ -105,7 +106,6 @@ class MaskedTexts(MaskedDataset):
 
     Args:
         lines: fairseq's data set of lines that end with ``</s>``; it has ``sizes``.
-        settings: see there.
         fraction: of the tokens that are masked.
 
     Raises:
@@ -134,9 +134,7 @@ class MaskedTexts(MaskedDataset):
         return part * length // pieces, (part + 1) * length // pieces
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
-        """``text`` and ``text_targets``."""
+        """Return ``text`` and ``text_targets``."""
         line = int(np.searchsorted(self._ends, row, side="right"))
         start, end = self._cuts(line, row)
-        text = self.settings.text(self._lines[line][start:end])
-        masked, targets = mask_text(text, self._fraction, self.settings.dictionary, rng)
-        return {"text": masked, "text_targets": targets}
+        return self.masked(self.settings.text(self._lines[line][start:end]), self._fraction, rng)

@@ -6,49 +6,30 @@ shuffles again, keeps the epoch from the data sets, so that masks would never ch
 times in a validation.
 """
 
-import zlib
 from typing import Any
 
 import numpy as np
 from fairseq.data import FairseqDataset
 
-from ...common.errors import UserError
-from .batching import SizedRows, WholeBatches
+from .batching import FittingRows, WholeBatches, passes
 
 
-class ModalitiesDataset(WholeBatches, SizedRows):
+class ModalitiesDataset(WholeBatches, FittingRows):
     """Several data sets zipped: item i has a sample of each, a batch a sub-batch of each under its name.
 
     Args:
         parts: modality -> its data, of which none may be empty. Their samples may depend on ``set_epoch``.
     """
 
+    row_name = "one sample of every modality together"
+
     def __init__(self, parts: dict[str, FairseqDataset]) -> None:
         self.parts = parts
         self.lengths = {name: len(part) for name, part in parts.items()}
 
     def __len__(self) -> int:
-        """Items of an epoch: as many as the largest modality has."""
+        """Return the items of an epoch: as many as the largest modality has."""
         return max(self.lengths.values())
-
-    def filter_indices_by_size(self, indices: np.ndarray, max_sizes: Any) -> tuple[np.ndarray, list[int]]:
-        """All of them: texts have been cut to ``--max-text-length``."""
-        return indices, []
-
-    def batch_by_size(self, indices: np.ndarray, max_tokens: int | None = None, **kwargs: Any) -> list[np.ndarray]:
-        """Batches of ``indices``, in order.
-
-        Raises:
-            UserError: if ``--max-tokens`` is less than the positions of one item.
-        """
-        if max_tokens is not None:
-            longest = int(self.num_tokens_vec(indices).max())
-            if longest > max_tokens:
-                raise UserError(
-                    f"--max-tokens ({max_tokens}) must be at least {longest}, the positions of one sample of every "
-                    "modality together"
-                )
-        return super().batch_by_size(indices, max_tokens=max_tokens, **kwargs)
 
 
 class TrainingModalities(ModalitiesDataset):
@@ -60,7 +41,6 @@ class TrainingModalities(ModalitiesDataset):
     the seed and the epoch alone.
 
     Args:
-        parts: as in :class:`ModalitiesDataset`.
         seed: of the orders.
     """
 
@@ -68,61 +48,36 @@ class TrainingModalities(ModalitiesDataset):
 
     def __init__(self, parts: dict[str, FairseqDataset], seed: int) -> None:
         super().__init__(parts)
-        self.seed = seed
-        self.epoch = 1
-        self._orders: dict[str, np.ndarray] = {}
+        self.seed, self.epoch = seed, 0
+        self.set_epoch(1)
 
     def set_epoch(self, epoch: int) -> None:
-        """fairseq's hook before an epoch."""
+        """Draw the epoch's orders, for the workers too, which are forked later: fairseq's hook before an epoch."""
         if epoch != self.epoch:
             self.epoch = epoch
-            self._orders = {}
-
-    def ordered_indices(self) -> np.ndarray:
-        """The epoch's items; ready for the workers, which are forked later."""
-        self._prepare_orders()
-        return np.arange(len(self))
-
-    def visit_and_row(self, name: str, index: int) -> tuple[int, int]:
-        """The visit, from 1, and the number of the sample of one modality that belongs to an item."""
-        self._prepare_orders()
-        visit = ((self.epoch - 1) * len(self) + index) // self.lengths[name]
-        return visit + 1, int(self._orders[name][index])
+            self._orders = {  # of small numbers, since there may be millions
+                name: passes(length, len(self), epoch - 1, self.seed, name).astype(np.min_scalar_type(length))
+                for name, length in self.lengths.items()
+            }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         item = {}
         for name, part in self.parts.items():
-            visit, number = self.visit_and_row(name, int(index))
-            part.set_epoch(visit)
-            item[name] = part[number]
+            visit = ((self.epoch - 1) * len(self) + int(index)) // self.lengths[name]
+            part.set_epoch(visit + 1)
+            item[name] = part[int(self._orders[name][index])]
         return item
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch, as many samples of every modality."""
+        """Return a batch with as many samples of every modality."""
         if not samples:
             return {}
         batches = {name: part.collater([sample[name] for sample in samples]) for name, part in self.parts.items()}
         return {"nsentences": len(samples), **batches}
 
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Positions of all modalities together, of several items."""
-        self._prepare_orders()
+        """Return the positions of all modalities together, of several items."""
         return sum(part.num_tokens_vec(self._orders[name][indices]) for name, part in self.parts.items())
-
-    def _prepare_orders(self) -> None:
-        if not self._orders:
-            self._orders = {name: self._order(name) for name in self.parts}
-
-    def _order(self, name: str) -> np.ndarray:
-        """``(items,)`` numbers of samples of one modality in this epoch."""
-        length = self.lengths[name]
-        first = (self.epoch - 1) * len(self)
-        visits = range(first // length, -(-(first + len(self)) // length))
-        seed = [self.seed % 2**32, zlib.crc32(name.encode())]
-        kind = np.min_scalar_type(length)  # small, since there may be millions
-        orders = [np.random.default_rng([*seed, visit]).permutation(length).astype(kind) for visit in visits]
-        start = first - visits[0] * length
-        return np.concatenate(orders)[start : start + len(self)]
 
 
 class EvaluationModalities(ModalitiesDataset):
@@ -133,22 +88,18 @@ class EvaluationModalities(ModalitiesDataset):
     """
 
     def samples_of(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """The numbers of the samples of one modality that belong to items, -1 where none does."""
+        """Return the numbers of the samples of one modality that belong to items, -1 where none does."""
         count, length = self.lengths[name], len(self)
         numbers = -(-indices * count // length)
         belongs = (numbers < count) & (numbers * length // count == indices)
         return np.where(belongs, numbers, -1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item: dict[str, Any] = {}
-        for name, part in self.parts.items():
-            number = int(self.samples_of(name, np.array([index]))[0])
-            if number >= 0:
-                item[name] = part[number]
-        return item
+        numbers = {name: int(self.samples_of(name, np.array([index]))[0]) for name in self.parts}
+        return {name: self.parts[name][number] for name, number in numbers.items() if number >= 0}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch, with about as many samples of each modality as its share of all."""
+        """Return a batch with about as many samples of each modality as its share of all."""
         if not samples:
             return {}
         batch: dict[str, Any] = {"nsentences": len(samples)}
@@ -158,7 +109,7 @@ class EvaluationModalities(ModalitiesDataset):
         return batch
 
     def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Positions of all modalities together, of several items."""
+        """Return the positions of all modalities together, of several items."""
         counts = np.zeros(len(indices), dtype=np.int64)
         for name, part in self.parts.items():
             numbers = self.samples_of(name, indices)

@@ -1,117 +1,172 @@
-"""The fields of BEiT-3's index files: which ones each task has, and what a value must be."""
+"""The fields of BEiT-3's index files: which ones each task has, what a value must be, and the column that keeps it.
+
+A list of Python objects takes some hundred bytes for each row and is copied page by page into every worker of the data
+loader, whose reading alone changes reference counts. Arrays take the bytes of the values and stay shared.
+"""
 
 import json
 import math
 import re
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Callable, Mapping
+from typing import Any
+
+import numpy as np
 
 from ...common.errors import UserError
 from ..vocabulary import NUM_SPECIALS
-from .columns import Builder, NumbersBuilder
 
+MISSING = -1  # a number that a row does not have
 _LARGEST_ID = 2**31 - 1
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUM_CONTROLS = NUM_SPECIALS - 1  # <s>, <pad>, </s>; <unk> may be in a text
 
 
-@dataclass(frozen=True)
-class Field:
-    """One field.
+class Lists:
+    """Lists of numbers in one array; a list may be null, which is another thing than empty."""
+
+    def __init__(self, values: np.ndarray, offsets: np.ndarray, null_rows: np.ndarray) -> None:
+        self.values, self._offsets, self.null_rows = values, offsets, null_rows
+
+    def __getitem__(self, row: int) -> Any:
+        """Return the row's numbers, ``(length,)``; none for a null list."""
+        return self.values[self._offsets[row] : self._offsets[row + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """``(rows,)`` numbers in each list; 0 for a null one."""
+        return np.diff(self._offsets)
+
+
+class Strings(Lists):
+    """Strings as one block of UTF-8; a null one is empty."""
+
+    def __getitem__(self, row: int) -> str:
+        return super().__getitem__(row).tobytes().decode()
+
+
+class Builder:
+    """Takes the values of a column one by one.
 
     Args:
-        parse: the value as it is kept, from what JSON gives; raises ``ValueError`` with the rule.
-        builder: makes its column.
+        typecode: ``i`` for lists of ids, ``f`` for lists of scores, ``B`` for strings, ``q`` for numbers.
+    """
+
+    def __init__(self, typecode: str) -> None:
+        self._values, self._offsets, self._null_rows = array(typecode), array("q", [0]), array("q")
+
+    def append(self, value: Sequence[float] | str | int | None) -> None:
+        """Add a row; None becomes ``MISSING``, a null list, or the empty string."""
+        if self._values.typecode == "q":
+            self._values.append(MISSING if value is None else value)
+            return
+        if value is None:
+            self._null_rows.append(len(self._offsets) - 1)
+        self._values.extend(value.encode() if isinstance(value, str) else value or ())
+        self._offsets.append(len(self._values))
+
+    def finish(self) -> Lists | np.ndarray:
+        """Return the column: numbers as an array of int64."""
+        if self._values.typecode == "q":
+            return np.array(self._values)
+        kind = Strings if self._values.typecode == "B" else Lists
+        return kind(*map(np.array, (self._values, self._offsets, self._null_rows)))
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a task's lines.
+
+    Args:
+        parse: makes the value that is kept out of what JSON gives; raises ``ValueError`` with the rule.
+        typecode: of its column, see ``Builder``.
         is_optional: a line may lack it.
         is_nullable: it may be null.
     """
 
     parse: Callable[[Any], Any]
-    builder: Callable[[], Builder | NumbersBuilder]
+    typecode: str
     is_optional: bool = False
     is_nullable: bool = False
 
 
+def _require(is_met: bool, rule: str) -> None:
+    if not is_met:
+        raise ValueError(rule)
+
+
 def _path(value: Any) -> str:
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ValueError("must be a relative path")
-    if value.startswith("/") or ".." in value.split("/"):
-        raise ValueError("must stay within the data folder: no absolute path and no '..'")
-    return _encodable(value)
+    _require(isinstance(value, str) and value and "\0" not in value, "must be a relative path")
+    is_within = not value.startswith("/") and ".." not in value.split("/")
+    _require(is_within, "must stay within the data folder: no absolute path and no '..'")
+    return _string(value)
 
 
 def _string(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be a text that is not empty")
-    return _encodable(value)
-
-
-def _encodable(value: str) -> str:
-    if _HALF_PAIR.search(value):
-        raise ValueError("has half a surrogate pair, which UTF-8 cannot write")
+    _require(isinstance(value, str) and value, "must be a text that is not empty")
+    _require(not _HALF_PAIR.search(value), "has half a surrogate pair, which UTF-8 cannot write")
     return value
 
 
 def _number(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError("must be a whole number, 0 or more")
+    _require(type(value) is int and 0 <= value < 2**63, "must be a whole number, 0 or more")
     return value
 
 
 def _ids(value: Any) -> list[int]:
-    if not isinstance(value, list) or not _are_within(value, {int}, _LARGEST_ID):
-        raise ValueError("must be a list of ids, whole numbers of 0 or more")
+    _require(_are_within(value, {int}, _LARGEST_ID), "must be a list of ids, whole numbers of 0 or more")
     return value
 
 
 def _tokens(value: Any) -> list[int]:
-    if isinstance(value, list) and str in set(map(type, value)):
-        raise ValueError("must be a list of token ids, not of pieces")
-    if min(_ids(value), default=_NUM_CONTROLS) < _NUM_CONTROLS:
-        raise ValueError("must have no <s>, <pad> or </s> (0, 1, 2): they are added when the text is read")
+    are_pieces = isinstance(value, list) and str in set(map(type, value))
+    _require(not are_pieces, "must be a list of token ids, not of pieces")
+    has_controls = min(_ids(value), default=_NUM_CONTROLS) < _NUM_CONTROLS
+    _require(not has_controls, "must have no <s>, <pad> or </s> (0, 1, 2): they are added when the text is read")
     return value
 
 
 def _scores(value: Any) -> list[float]:
-    if not isinstance(value, list) or not _are_within(value, {int, float}, 1) or any(map(math.isnan, value)):
-        raise ValueError("must be a list of numbers from 0 to 1")
+    are_scores = _are_within(value, {int, float}, 1) and not any(map(math.isnan, value))
+    _require(are_scores, "must be a list of numbers from 0 to 1")
     return value
 
 
-def _are_within(values: list[Any], kinds: set[type], most: float) -> bool:
-    """Whether all are of these kinds, bool being another, and from 0 to ``most``."""
-    return not values or (set(map(type, values)) <= kinds and 0 <= min(values) and max(values) <= most)
+def _are_within(values: Any, kinds: set[type], most: float) -> bool:
+    """Whether it is a list of these kinds, bool being another, and all are from 0 to ``most``."""
+    if not isinstance(values, list) or not set(map(type, values)) <= kinds:
+        return False
+    return not values or (0 <= min(values) and max(values) <= most)
 
 
-_ints, _floats, _texts = (partial(Builder, typecode) for typecode in "ifB")
-_IMAGE = Field(_path, _texts)
-_TEXT = Field(_tokens, _ints)
-_NUMBER = Field(_number, NumbersBuilder)
+_IMAGE = Field(_path, "B")
+_TEXT = Field(_tokens, "i")
+_NUMBER = Field(_number, "q")
 
 FIELDS: dict[str, dict[str, Field]] = {
     "image": {"image_path": _IMAGE},
     "pair": {
         "image_path": _IMAGE,
         "text_segment": _TEXT,
-        "image_id": Field(_number, NumbersBuilder, is_optional=True),
-        "language": Field(_string, _texts, is_optional=True),
+        "image_id": Field(_number, "q", is_optional=True),
+        "language": Field(_string, "B", is_optional=True),
     },
     "vqa": {
         "image_path": _IMAGE,
         "text_segment": _TEXT,
-        "labels": Field(_ids, _ints),
-        "scores": Field(_scores, _floats, is_optional=True),
+        "labels": Field(_ids, "i"),
+        "scores": Field(_scores, "f", is_optional=True),
         "qid": _NUMBER,
     },
     "nlvr2": {
         "image_path": _IMAGE,
         "image2_path": _IMAGE,
         "text_segment": _TEXT,
-        "label": Field(_number, NumbersBuilder, is_optional=True, is_nullable=True),
-        "identifier": Field(_string, _texts),
+        "label": Field(_number, "q", is_optional=True, is_nullable=True),
+        "identifier": Field(_string, "B"),
     },
-    "captioning": {"image_path": _IMAGE, "text_segment": Field(_tokens, _ints, is_nullable=True), "image_id": _NUMBER},
+    "captioning": {"image_path": _IMAGE, "text_segment": Field(_tokens, "i", is_nullable=True), "image_id": _NUMBER},
     "retrieval": {"image_path": _IMAGE, "text_segment": _TEXT, "image_id": _NUMBER},
     "imagenet": {"image_path": _IMAGE, "label": _NUMBER},
 }

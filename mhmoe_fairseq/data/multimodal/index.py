@@ -1,20 +1,21 @@
-"""BEiT-3's index files: one JSON object per line, one file or two per task and split.
+"""BEiT-3's data files: indexes of one JSON object per line, one file or two per task and split, and VQA's answers.
 
 fairseq's names of splits are used: ``train``, ``valid``, ``test``. The files keep the names that unilm's scripts give
 them, so that COCO, VQAv2, NLVR2, Flickr30k and ImageNet work as prepared by those.
 """
 
 from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from ...common.errors import UserError
 from ...common.files import atomic_open, json_line, read_json_lines
-from .columns import MISSING, Lists, Strings
-from .fields import FIELDS, parse_record
+from .fields import FIELDS, MISSING, Builder, Lists, parse_record
 
+ANSWERS_FILE = "answer2label.txt"
 TASKS = tuple(FIELDS)
 
 _PLAIN = {"train": ("train",), "valid": ("valid",), "test": ("test",)}
@@ -37,13 +38,14 @@ _PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 _PREFERRED = {("imagenet", "test"): ("test",)}
 # The data sets that have a task's files, the default first.
 NAMES = {"captioning": ("coco_captioning", "nocaps"), "retrieval": ("coco_retrieval", "flickr30k")}
+_TRAINED_ON = {("nocaps", "train"): "coco_captioning"}
 
 
 class Index:
     """The rows of a split by column: ``index["image_path"][row]``.
 
     Columns of paths and words are ``Strings``, of ids and scores ``Lists``, of numbers int64 arrays, in which
-    ``columns.MISSING`` stands for none. A column that no row has is absent.
+    ``MISSING`` stands for none. A column that no row has is absent.
 
     Args:
         task: whose fields the columns are.
@@ -73,38 +75,28 @@ class Index:
     def __contains__(self, field: str) -> bool:
         return field in self._columns
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that the rows take."""
-        return self._lines.nbytes + sum(column.nbytes for column in self._columns.values())
-
     def place(self, row: int) -> str:
-        """``file:line`` of a row."""
+        """Return ``file:line`` of a row."""
         return f"{self.files[np.searchsorted(self._starts, row, side='right') - 1]}:{self._lines[row]}"
 
     def record(self, row: int) -> dict[str, Any]:
-        """A row as its file has it; optional fields that it lacks are left out."""
-        fields = FIELDS[self.task]
-        record = {name: self._plain(name, row) for name in self._columns}
-        return {name: value for name, value in record.items() if value is not None or not fields[name].is_optional}
-
-    def _plain(self, name: str, row: int) -> Any:
-        column = self._columns[name]
-        if isinstance(column, Strings):
-            return column[row] or None
-        if isinstance(column, Lists):
-            return None if column.is_null(row) else column[row].tolist()
-        return None if column[row] == MISSING else int(column[row])
+        """Return a row as its file has it, without optional fields that it lacks."""
+        record = {}
+        for name, column in self._columns.items():
+            is_none = row in column.null_rows if isinstance(column, Lists) else column[row] == MISSING
+            if not (is_none and FIELDS[self.task][name].is_optional):
+                value = None if is_none else column[row]
+                record[name] = value.tolist() if isinstance(value, (np.ndarray, np.integer)) else value
+        return record
 
 
 def index_files(folder: Path, task: str, split: str, name: str | None = None) -> list[Path]:
-    """The files that a split is read from: one that must be there, and others if they are.
+    """Return the files that a split is read from: one that must be there, and others if they are.
 
     Args:
         task: one of ``TASKS``.
         split: ``train``, ``valid`` or ``test``; of vqa also ``test-dev``.
-        name: of the data set, for captioning (``coco_captioning`` or ``nocaps``, which trains on COCO) and retrieval
-            (``coco_retrieval`` or ``flickr30k``); None for the first that the folder has.
+        name: of the data set, see ``NAMES``; None for the first that the folder has. ``nocaps`` trains on COCO.
 
     Raises:
         UserError: for a task, split or name that there is not.
@@ -120,7 +112,7 @@ def index_files(folder: Path, task: str, split: str, name: str | None = None) ->
             f"{task} has no data set {name!r}; there are {', '.join(filter(None, names)) or 'none to name'}"
         )
     choices = [
-        [folder / pattern.format(part, name=_trained_on(candidate, split)) for part in splits[split]]
+        [folder / pattern.format(part, name=_TRAINED_ON.get((candidate, split), candidate)) for part in splits[split]]
         for candidate in (names if name is None else [name])
     ]
     preferred = [[folder / pattern.format(part)] for part in _PREFERRED.get((task, split), ())]
@@ -129,14 +121,10 @@ def index_files(folder: Path, task: str, split: str, name: str | None = None) ->
 
 
 def written_file(folder: Path, task: str, split: str) -> Path:
-    """The file that ``mhmoe prepare`` writes a split to, whatever ``folder`` has; arguments as of ``index_files``."""
+    """Return the file that ``mhmoe prepare`` writes a split to, whatever the folder has."""
     pattern, splits = _PARTS[task]
     part = _PREFERRED.get((task, split), splits[split])[0]
     return folder / pattern.format(part, name=NAMES.get(task, ("",))[0])
-
-
-def _trained_on(name: str, split: str) -> str:
-    return "coco_captioning" if (name, split) == ("nocaps", "train") else name
 
 
 def read_index(
@@ -154,20 +142,28 @@ def read_index(
             dictionary, a path that leaves the folder; or no row at all.
     """
     files, starts, lines = index_files(folder, task, split, name), [], array("i")
-    builders = {field: kind.builder() for field, kind in FIELDS[task].items()}
-    seen: set[str] = set()
+    builders = {field: Builder(kind.typecode) for field, kind in FIELDS[task].items()}
+    kept = {field for field, kind in FIELDS[task].items() if not kind.is_optional}
+    if not files[0].is_file():
+        raise FileNotFoundError(
+            f"{files[0]} is missing: make the data with mhmoe prepare image-text, or as unilm's scripts do"
+        )
     for file in files:
         starts.append(len(lines))
-        for place, values in _read_records(file, task):
-            _check_vocabulary(values, vocabulary_size, place)
+        for place, record in read_json_lines(file):
+            values = parse_record(record, task, place)
+            largest = max(values.get("text_segment") or (0,))
+            if vocabulary_size is not None and largest >= vocabulary_size:
+                raise UserError(
+                    f"{place}: token id {largest}, dict.txt has {vocabulary_size:,} words: made with another dictionary"
+                )
             for field, value in values.items():
                 builders[field].append(value)
-            if len(seen) < len(builders):
-                seen.update(field for field, value in values.items() if value is not None)
+            if len(kept) < len(builders):
+                kept.update(field for field, value in values.items() if value is not None)
             lines.append(int(place.rpartition(":")[2]))
     if not lines:
         raise UserError(f"{files[0]}: has no lines, so split {split} of {task} is empty")
-    kept = {field for field, kind in FIELDS[task].items() if field in seen or not kind.is_optional}
     columns = {field: builder.finish() for field, builder in builders.items() if field in kept}
     return Index(task, columns, files, starts, np.array(lines))
 
@@ -190,22 +186,37 @@ def write_index(file: Path, task: str, records: Iterable[Mapping[str, Any]]) -> 
     with atomic_open(file) as stream:
         for number, record in enumerate(records, start=1):
             values = parse_record(record, task, f"{file}:{number}")
-            kept = {field: value for field, value in values.items() if field in record}
-            stream.write(json_line(kept))
+            stream.write(json_line({field: value for field, value in values.items() if field in record}))
     return number
 
 
-def _read_records(file: Path, task: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``file:line`` and checked fields; empty lines are passed over."""
+def read_answers(folder: Path) -> list[str]:
+    """Return the answers of visual question answering, by label; empty lines are passed over.
+
+    Raises:
+        FileNotFoundError: if the folder has no ``answer2label.txt``.
+        UserError: naming file and line: no JSON, another label than the place counted from 0, an answer twice;
+            or fewer than two answers.
+    """
+    file = folder / ANSWERS_FILE
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing: make the data with mhmoe prepare image-text, or as unilm's scripts do"
-        )
-    for place, record in read_json_lines(file):
-        yield place, parse_record(record, task, place)
+        raise FileNotFoundError(f"{file} is missing: it names the answers, one per line, as unilm's scripts write it")
+    answers: dict[str, str] = {}
+    for place, row in read_json_lines(file):
+        if not isinstance(row, dict) or not isinstance(row.get("answer"), str) or type(row.get("label")) is not int:
+            raise UserError(f'{place}: must be {{"answer": text, "label": number}}')
+        answer, label = row["answer"], row["label"]
+        if label != len(answers):
+            raise UserError(f"{place}: label {label}, must be its place counted from 0: {len(answers)}")
+        if answer in answers:
+            raise UserError(f"{place}: answer {answer!r} is on line {answers[answer].rpartition(':')[2]} too")
+        answers[answer] = place
+    if len(answers) < 2:
+        raise UserError(f"{file}: {len(answers)} answers, must be at least two")
+    return list(answers)
 
 
-def _check_vocabulary(values: dict[str, Any], size: int | None, place: str) -> None:
-    largest = max(values.get("text_segment") or (0,))
-    if size is not None and largest >= size:
-        raise UserError(f"{place}: token id {largest}, dict.txt has {size:,} words: made with another dictionary")
+def write_answers(folder: Path, answers: Sequence[str]) -> None:
+    """Write ``answer2label.txt`` atomically, with an answer's position as its label."""
+    with atomic_open(folder / ANSWERS_FILE) as stream:
+        stream.writelines(json_line({"answer": answer, "label": label}) for label, answer in enumerate(answers))

@@ -19,8 +19,16 @@ from ...common.files import atomic_path, read_utf8_lines, refuse_path_separator,
 from ...common.locks import LOCK, exclusive_lock
 from ...data.documents import clean_line
 from ...data.identity import MANIFEST, read_manifest
-from ...data.multimodal.answers import ANSWERS_FILE, read_answers
-from ...data.multimodal.index import NAMES, TASKS, Index, index_files, read_index, write_index
+from ...data.multimodal.index import (
+    ANSWERS_FILE,
+    NAMES,
+    TASKS,
+    Index,
+    index_files,
+    read_answers,
+    read_index,
+    write_index,
+)
 from ...data.sentencepiece_vocabulary import open_model
 from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
 from ..archives import Say

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
-from ...data.multimodal.answers import ANSWERS_FILE, write_answers
+from ...data.multimodal.index import ANSWERS_FILE, write_answers
 from ..archives import Say
 from ..splits import SPLITS
 from .images import SourceImage

@@ -8,7 +8,13 @@ import pytest
 import torch
 from image_folders import settings, words, write_images
 
-from mhmoe_fairseq.data.datasets import CaptionDataset, ImagePairs, LabelledImages, RetrievalDataset, VQADataset
+from mhmoe_fairseq.data.datasets.labelled import (
+    CaptionDataset,
+    ImagePairs,
+    LabelledImages,
+    RetrievalDataset,
+    VQADataset,
+)
 from mhmoe_fairseq.data.images.reading import ImageError, read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform, TrainTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index

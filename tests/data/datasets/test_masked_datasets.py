@@ -11,8 +11,8 @@ from fairseq.data import ListDataset, RoundRobinZipDatasets
 from fairseq.data.iterators import EpochBatchIterator
 from image_folders import settings, words, write_images
 
-from mhmoe_fairseq.data.datasets import DatasetSettings, MaskedImages, MaskedPairs, MaskedTexts
-from mhmoe_fairseq.data.datasets.base import ImageTextDataset
+from mhmoe_fairseq.data.datasets.base import DatasetSettings, ImageTextDataset
+from mhmoe_fairseq.data.datasets.masked import MaskedImages, MaskedPairs, MaskedTexts
 from mhmoe_fairseq.data.images.reading import ImageError, read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationViews, PretrainingViews
 from mhmoe_fairseq.data.multimodal.index import read_index, write_index
