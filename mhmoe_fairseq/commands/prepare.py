@@ -11,8 +11,7 @@ from ..common.errors import UserError
 from ..common.files import require_files
 from ..data.documents import DEDUP_CHOICES
 from ..data.languages import PAPER_LANGUAGES, parse_languages
-from ..data.sentencepiece_vocabulary import MODELS, check_vocab_size
-from ..data.tiktoken_vocabulary import TOKENIZERS, check_tokenizer
+from ..data.vocabularies import MODELS, TOKENIZERS, check_tokenizer, check_vocab_size
 from ..prepare import classification
 from ..prepare.base import CorpusSettings, Preparation, TextSettings
 from ..prepare.english import EnglishPreparation, EnglishSettings

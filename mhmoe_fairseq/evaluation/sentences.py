@@ -19,7 +19,7 @@ from ..data.classification.labels import Labels, given_labels
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.identity import MANIFEST
 from ..data.languages import get_language
-from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
+from ..data.vocabularies import SentencePieceVocabulary
 from ..tasks.sentence_classification import FIRST
 from .expert_loads import LoadCounter
 from .records import Metric, Record, mean_percent

@@ -13,9 +13,13 @@ import numpy as np
 from ..common.files import sha256_of
 from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
-from ..data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
-from ..data.tiktoken_vocabulary import TiktokenDictionaryVocabulary
-from ..data.vocabulary import Vocabulary, build_dictionary, save_dictionary
+from ..data.vocabularies import (
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+    Vocabulary,
+    train_sentencepiece,
+    write_dictionary,
+)
 from .archives import Say
 from .binarize import binarize
 from .splits import check_shares
@@ -148,7 +152,7 @@ class Preparation(ABC, Generic[SomeSettings]):
 
         Args:
             learnt_on, remark: what is said of the lines.
-            max_lines: see :func:`~mhmoe_fairseq.data.sentencepiece_vocabulary.train_sentencepiece`; None for all.
+            max_lines: see :func:`~mhmoe_fairseq.data.vocabularies.train_sentencepiece`; None for all.
         """
         start, settings = time.monotonic(), self.settings
         train_sentencepiece(
@@ -164,7 +168,7 @@ class Preparation(ABC, Generic[SomeSettings]):
     def vocabulary(self) -> Vocabulary:
         """The rank file's vocabulary, or the one of the SentencePiece model without one."""
         ranks = getattr(self.settings, "tiktoken_ranks", None)
-        return TiktokenDictionaryVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
+        return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
 
     def binarise(self, split: str, folder: str = "") -> dict[str, float]:
         """Binarises ``text/SPLIT.txt`` in a stage, with the dictionary for ``train``; returns its counts.
@@ -190,9 +194,8 @@ class Preparation(ABC, Generic[SomeSettings]):
 
     def save_dictionary(self, occurrences: np.ndarray) -> None:
         """Writes ``dict.txt`` from the occurrences of every dictionary index."""
-        symbols = self.vocabulary.symbols
-        dictionary = build_dictionary(symbols, occurrences, self.extra_symbols, self.dictionary_multiple)
-        save_dictionary(dictionary, self.partial / DICTIONARY)
+        path, symbols = self.partial / DICTIONARY, self.vocabulary.symbols
+        write_dictionary(path, symbols, occurrences, self.extra_symbols, self.dictionary_multiple)
 
 
 def binary_files(split: str, folder: str = "") -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..common.files import atomic_path
-from ..data.vocabulary import NUM_SPECIALS, Vocabulary
+from ..data.vocabularies import NUM_SPECIALS, Vocabulary
 
 _EOS, _UNK = 2, 3
 _BATCH_LINES = 2000

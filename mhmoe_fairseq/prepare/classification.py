@@ -14,9 +14,7 @@ from ..common.files import atomic_path, require_files, sha256_of
 from ..data.classification.examples import Example, Fields, file_format, read_examples
 from ..data.classification.labels import Labels, found_labels, given_labels
 from ..data.languages import get_language
-from ..data.sentencepiece_vocabulary import SentencePieceVocabulary
-from ..data.tiktoken_vocabulary import TiktokenDictionaryVocabulary
-from ..data.vocabulary import NUM_SPECIALS, Vocabulary
+from ..data.vocabularies import NUM_SPECIALS, SentencePieceVocabulary, TiktokenVocabulary, Vocabulary
 from .base import DICTIONARY, MODEL_FILE, Preparation, Settings
 from .binarize import dataset_writer
 from .sources.base import fingerprint
@@ -123,7 +121,7 @@ def open_labelled_text(files: Sequence[LabelledFile], folder: Path, tiktoken_ran
         raise UserError(f"--data {folder}: has no {DICTIONARY}; name the folder that the language model was trained on")
     if tiktoken_ranks is None and not tokenizer.is_file():
         raise UserError(f"--data {folder}: has no {MODEL_FILE}; of a model with tiktoken give --tiktoken-ranks FILE")
-    vocabulary = (SentencePieceVocabulary if tiktoken_ranks is None else TiktokenDictionaryVocabulary)(tokenizer)
+    vocabulary = (SentencePieceVocabulary if tiktoken_ranks is None else TiktokenVocabulary)(tokenizer)
     _compare(dictionary, tokenizer, vocabulary)
     copied = (DICTIONARY, MODEL_FILE) if tiktoken_ranks is None else (DICTIONARY,)
     return LabelledText(files, folder, vocabulary, copied, tiktoken_ranks)

@@ -15,7 +15,7 @@ from ..common.errors import UserError
 from ..data.binarised import check_split
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.languages import language_symbol
-from ..data.vocabulary import NUM_SPECIALS
+from ..data.vocabularies import NUM_SPECIALS
 from ..training import ParallelTask, TrainingFlags
 from .finetuning import NamesClasses
 from .starting_checkpoint import check_starting_checkpoint

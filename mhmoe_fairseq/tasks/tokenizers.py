@@ -8,7 +8,7 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, Sentencepi
 from fairseq.dataclass import FairseqDataclass
 
 from ..common.errors import UserError
-from ..data.tiktoken_vocabulary import TiktokenVocabulary
+from ..data.vocabularies import TiktokenVocabulary
 
 _FLAG = "--mhmoe-tiktoken-ranks"
 

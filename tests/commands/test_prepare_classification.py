@@ -10,8 +10,7 @@ from labelled import XNLI_LABELS, prepare, write_jsonl, write_official_tsv, xnli
 from trained_model import sentences
 
 from mhmoe_fairseq.common.files import read_json
-from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
-from mhmoe_fairseq.data.vocabulary import build_dictionary, save_dictionary
+from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary, train_sentencepiece, write_dictionary
 from mhmoe_fairseq.prepare.classification import ClassificationPreparation
 
 CODES = ("en", "de", "zh")
@@ -27,7 +26,7 @@ def lm_data(tmp_path_factory):
     )
     vocabulary = SentencePieceVocabulary(folder / "sentencepiece.model")
     symbols = [*vocabulary.symbols, "__de__"]
-    save_dictionary(build_dictionary(symbols, np.ones(len(symbols) + 4, dtype=np.int64)), folder / "dict.txt")
+    write_dictionary(folder / "dict.txt", symbols, np.ones(len(symbols) + 4, dtype=np.int64))
     return folder
 
 

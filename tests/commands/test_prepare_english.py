@@ -127,7 +127,7 @@ def test_tiktoken_ranks_become_the_dictionary(run, tmp_path, text_corpus, byte_r
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
     from fairseq.data import Dictionary, data_utils
 
-    from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenVocabulary
+    from mhmoe_fairseq.data.vocabularies import TiktokenVocabulary
 
     dest = tmp_path / "d"
     arguments = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]

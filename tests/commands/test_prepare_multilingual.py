@@ -75,7 +75,7 @@ def test_all_files_of_a_language_are_read_and_the_others_named(tmp_path, name):
 def test_json_lines_to_data_that_fairseq_loads(run, tmp_path, jsonl):
     from fairseq.data import Dictionary, data_utils
 
-    from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary
+    from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary
 
     dest = tmp_path / "data"
     arguments = ["--source", "jsonl", jsonl, "--langs", "de,en,ru,th", "--dest", dest, *SMALL]
@@ -110,7 +110,7 @@ def test_tiktoken_ranks_serve_all_languages(run, tmp_path, jsonl, byte_ranks):
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
     from fairseq.data import Dictionary, data_utils
 
-    from mhmoe_fairseq.data.tiktoken_vocabulary import TiktokenVocabulary
+    from mhmoe_fairseq.data.vocabularies import TiktokenVocabulary
 
     dest = tmp_path / "data"
     arguments = ["--source", "jsonl", jsonl, "--langs", "de,th", "--dest", dest]

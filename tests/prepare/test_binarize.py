@@ -5,8 +5,7 @@ import pytest
 from fairseq.data import Dictionary, TokenBlockDataset, data_utils
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceBPE, SentencepieceConfig
 
-from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, train_sentencepiece
-from mhmoe_fairseq.data.vocabulary import build_dictionary, save_dictionary
+from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary, train_sentencepiece, write_dictionary
 from mhmoe_fairseq.prepare.binarize import binarize
 
 
@@ -21,7 +20,7 @@ def prepared(tmp_path, sentences):
     (tmp_path / "train.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     vocabulary = SentencePieceVocabulary(tmp_path / "m.model")
     counts, occurrences = binarize(tmp_path / "train.txt", tmp_path / "train", vocabulary)
-    save_dictionary(build_dictionary(vocabulary.symbols, occurrences), tmp_path / "dict.txt")
+    write_dictionary(tmp_path / "dict.txt", vocabulary.symbols, occurrences)
     return tmp_path, lines, counts, occurrences
 
 
@@ -72,6 +71,6 @@ def test_complete_doc_blocks_never_cross_a_document(prepared):
     assert sum(map(len, stream)) == counts.tokens  # every byte of the text is scored
 
 
-def test_a_symbol_that_occurs_twice_is_a_bug_not_a_shifted_dictionary():
+def test_a_symbol_that_occurs_twice_is_a_bug_not_a_shifted_dictionary(tmp_path):
     with pytest.raises(RuntimeError, match="'b' occurs twice"):
-        build_dictionary(["a", "b", "b"], np.zeros(7, dtype=np.int64))
+        write_dictionary(tmp_path / "dict.txt", ["a", "b", "b"], np.zeros(7, dtype=np.int64))

@@ -16,6 +16,7 @@ MIN_SIDE = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 _WHITE = (255, 255, 255, 255)
 _LARGEST_16_BIT = 65535
+_TOO_LARGE = f"more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded"
 # By Pillow's name for how the samples lie in a PNG: 2 and 4 bits are spread over 8, of 16 the upper 8 are kept.
 _SCALES: dict[str, Callable[[Any], Any]] = {
     "L;2": lambda grey: grey * 85,
@@ -48,7 +49,11 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
-            _check_size(path, *image.size)
+            width, height = image.size
+            if min(width, height) < MIN_SIDE:
+                raise ImageError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"{path}: {width} x {height} pixels, {_TOO_LARGE}")
             scale = _scale_of_samples(image)
             image.load()
             if "transparency" in image.info and scale is not None:
@@ -61,27 +66,16 @@ def read_image(path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path}: more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded") from error
+        raise ImageError(f"{path}: {_TOO_LARGE}") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         if isinstance(error, OSError) and error.errno is not None:  # no right to read it, a broken disk, ...
             raise
-        raise ImageError(f"{path}: truncated or damaged image ({_reason(error)})") from error
-
-
-def _check_size(path: Path, width: int, height: int) -> None:
-    if min(width, height) < MIN_SIDE:
-        raise ImageError(f"{path}: {width} x {height} pixels, each side must have at least {MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{path}: {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels, the most that is decoded"
-        )
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: truncated or damaged image ({reason})") from error
 
 
 def _scale_of_samples(image: Image.Image) -> Callable[[Any], Any] | None:
-    """From a PNG's transparent colour, as the file has it, to the values that Pillow makes of such pixels.
-
-    None where they are the same. Before the pixels are decoded: then Pillow forgets how many bits they had.
-    """
+    """Return what makes of a PNG's transparent colour, as the file has it, the value that Pillow gives such pixels."""
     layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
     return _SCALES.get(layout) if isinstance(layout, str) else None
 
@@ -108,7 +102,3 @@ def _from_16_bit(path: Path, image: Image.Image) -> Image.Image:
     if "transparency" in image.info:
         grey[values == image.info["transparency"]] = _WHITE[0]
     return Image.fromarray(grey)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...common.errors import UserError
-from ..vocabulary import NUM_SPECIALS
+from ..vocabularies import NUM_SPECIALS
 
 MISSING = -1  # a number that a row does not have
 _LARGEST_ID = 2**31 - 1
@@ -28,6 +28,9 @@ class Lists:
 
     def __init__(self, values: np.ndarray, offsets: np.ndarray, null_rows: np.ndarray) -> None:
         self.values, self._offsets, self.null_rows = values, offsets, null_rows
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
 
     def __getitem__(self, row: int) -> Any:
         """Return the row's numbers, ``(length,)``; none for a null list."""
@@ -91,7 +94,7 @@ class Field:
     is_nullable: bool = False
 
 
-def _require(is_met: bool, rule: str) -> None:
+def _require(is_met: object, rule: str) -> None:
     if not is_met:
         raise ValueError(rule)
 

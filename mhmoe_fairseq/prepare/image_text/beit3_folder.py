@@ -29,8 +29,7 @@ from ...data.multimodal.index import (
     read_index,
     write_index,
 )
-from ...data.sentencepiece_vocabulary import open_model
-from ...data.vocabulary import NUM_SPECIALS, build_dictionary, save_dictionary
+from ...data.vocabularies import NUM_SPECIALS, open_model, write_dictionary
 from ..archives import Say
 from ..base import DICTIONARY, MODEL_FILE, complete_manifest
 from ..binarize import dataset_writer
@@ -136,7 +135,7 @@ class Completion:
             self._note(MODEL_FILE)
         symbols = PieceVocabulary(model).symbols
         counts = np.zeros(NUM_SPECIALS + len(symbols), dtype=np.int64)
-        save_dictionary(build_dictionary(symbols, counts, [MASK], multiple=1), path)
+        write_dictionary(path, symbols, counts, [MASK], multiple=1)
         self._note(DICTIONARY)
 
     def _note(self, *names: str) -> None:

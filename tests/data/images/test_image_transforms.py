@@ -9,15 +9,16 @@ import torch
 from PIL import Image
 
 from mhmoe_fairseq.data.images import transforms
-from mhmoe_fairseq.data.images.randaugment import OPERATIONS, randaugment
 from mhmoe_fairseq.data.images.transforms import (
     IMAGENET,
+    OPERATIONS,
     EvaluationTransform,
     EvaluationViews,
     PretrainingViews,
     TrainTransform,
     draw_crop,
     jitter_colours,
+    randaugment,
 )
 
 
@@ -248,7 +249,7 @@ def test_two_operations_each_half_of_the_time(monkeypatch):
     counted = {
         name: (lambda image, level, sign, name=name: done.append((name, level, sign)) or image) for name in OPERATIONS
     }
-    monkeypatch.setattr("mhmoe_fairseq.data.images.randaugment.OPERATIONS", counted)
+    monkeypatch.setattr("mhmoe_fairseq.data.images.transforms.OPERATIONS", counted)
     for seed in range(1000):
         randaugment(noise(4, 4), rng(seed))
     assert 900 < len(done) < 1100 and {level for _, level, _ in done} == {0.7}

@@ -1,10 +1,19 @@
-"""The SentencePiece vocabulary: fairseq's indices, lossless, deterministic, clear about an impossible size."""
+"""Vocabularies: SentencePiece's with fairseq's indices, lossless and deterministic; tiktoken's without a download."""
+
+import base64
+import sys
 
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.data import sentencepiece_vocabulary
-from mhmoe_fairseq.data.sentencepiece_vocabulary import SentencePieceVocabulary, check_vocab_size, train_sentencepiece
+from mhmoe_fairseq.data import vocabularies
+from mhmoe_fairseq.data.vocabularies import (
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+    check_vocab_size,
+    load_ranks,
+    train_sentencepiece,
+)
 
 
 def train(path, lines, vocab_size=330, model="unigram", max_lines=10**6, seed=1):
@@ -48,14 +57,14 @@ def test_a_size_that_the_corpus_cannot_fill_is_refused(tmp_path, sentences, mode
 
 
 def test_lines_above_sentencepieces_limit_are_cut_not_dropped(tmp_path, sentences, monkeypatch):
-    monkeypatch.setattr(sentencepiece_vocabulary, "_MAX_LINE_BYTES", 200)
+    monkeypatch.setattr(vocabularies, "_MAX_LINE_BYTES", 200)
     short = sentences(300)
     lines = [" ".join(short[start : start + 20]) for start in range(0, 300, 20)]
     assert min(map(len, lines)) > 200
-    pieces = [piece for line in lines for piece in sentencepiece_vocabulary._cut(line)]
+    pieces = [piece for line in lines for piece in vocabularies._cut(line)]
     assert [word for piece in pieces for word in piece.split()] == " ".join(short).split()
     assert max(len(piece.encode()) for piece in pieces) <= 200
-    assert "".join(sentencepiece_vocabulary._cut("\u20ac" * 333)) == "\u20ac" * 333  # where there is no space
+    assert "".join(vocabularies._cut("\u20ac" * 333)) == "\u20ac" * 333  # where there is no space
     assert len(train(tmp_path / "m.model", lines).symbols) + 4 == 330
 
 
@@ -81,3 +90,54 @@ def test_a_model_with_other_special_ids_is_refused(tmp_path, sentences):
     )
     with pytest.raises(UserError, match="m.model: its <s>, <pad>, </s>, <unk> have ids \\(1, -1, 2, 0\\)"):
         SentencePieceVocabulary(tmp_path / "m.model")
+
+
+TOKENS = [bytes([value]) for value in range(256)] + [b"th", b"the", b" the", b"\xc3\xb6"]
+
+
+def write_ranks(path, tokens=TOKENS):
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path
+
+
+def test_ranks_are_read(tmp_path):
+    assert load_ranks(write_ranks(tmp_path / "r.tiktoken")) == {token: rank for rank, token in enumerate(TOKENS)}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"dGhl 0\nbroken\n", "r.tiktoken:2: a rank file has 'BASE64 RANK' on each line"),
+        (b"!!!! 0\n", "r.tiktoken:1: "),
+        (b"dGhl zero\n", "r.tiktoken:1: "),
+        (b"", "--tiktoken-ranks .*r.tiktoken: the ranks of its 0 tokens must be 0, 1, 2"),
+        (b"dGhl 0\ndGhh 2\n", "must be 0, 1, 2, ... without a gap"),
+        (b"dGhl 0\n", "byte 0x00 has no token"),
+    ],
+)
+def test_malformed_rank_files_are_named(tmp_path, content, message):
+    path = tmp_path / "r.tiktoken"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_ranks(path)
+
+
+def test_a_missing_rank_file_or_package_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--tiktoken-ranks: no such file: .*none.tiktoken"):
+        load_ranks(tmp_path / "none.tiktoken")
+    monkeypatch.setitem(sys.modules, "tiktoken", None)  # what Python itself uses for "cannot be imported"
+    with pytest.raises(UserError, match="tiktoken: the package is not installed; pip install 'mhmoe_fairseq"):
+        TiktokenVocabulary(write_ranks(tmp_path / "r.tiktoken"))
+
+
+def test_encoding_merges_by_rank_and_round_trips(tmp_path):
+    pytest.importorskip("tiktoken", reason="tiktoken is an extra")
+    path = write_ranks(tmp_path / "r.tiktoken")
+    vocabulary = TiktokenVocabulary(path)
+    assert vocabulary.encode("the the") == [257, 258]
+    text = "the <|endoftext|> größer 漢字\n\n  x1234"
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.decode([0xC3]) == "\ufffd"
+    assert vocabulary.encode_lines(["the the", ""]) == [[261, 262], []]
+    assert vocabulary.symbols == [str(rank) for rank in range(260)]
+    assert vocabulary.describe()["rank_file"] == "r.tiktoken"
