@@ -9,10 +9,12 @@ from ..common.arguments import existing_file, existing_folder, output_folder, pl
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import require_files, sha256_of, write_json
-from ..common.tables import markdown_table, number
+from ..common.tables import columns_table, number
 from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_record, record_file, write_record
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..analysis.routing.diversity import PatchDiversity
 
 _INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # of images: the first that the folder has
@@ -114,25 +116,28 @@ def _read_kept(file: Path, origin: tuple[str, str, str]) -> Record | None:
 
 def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
     """Route images with every checkpoint, print, write and draw to how many experts their patches go."""
-    from ..analysis.routing.diversity import measure_diversity, num_updates
+    from ..analysis.routing.diversity import measure_diversity, prepare_images
     from ..checkpoints.open import read_settings
-    from ..data.images.reading import read_image
+    from ..evaluation.evaluate import describe_checkpoint
 
-    images = args.image or choose_images(args.data, args.split, args.images or 8)
-    require_files(images, "--data")
-    for image in images:
-        read_image(image)  # one that cannot be read ends it here
-    settings = [read_settings(checkpoint)["task"] for checkpoint in args.checkpoints]
-    if len({(task.get("img_size"), task.get("patch_size")) for task in settings}) > 1:
+    paths = args.image or choose_images(args.data, args.split, args.images or 8)
+    require_files(paths, "--data")
+    tasks = [read_settings(checkpoint)["task"] for checkpoint in args.checkpoints]
+    sizes = {(task.get("img_size"), task.get("patch_size")) for task in tasks}
+    if len(sizes) > 1:
         raise UserError("the checkpoints are of models with different --img-size or --patch-size")
+    [(img_size, _)] = sizes
+    if img_size is None:
+        raise UserError(f"{args.checkpoints[0]} is a language model: it has no image patches")
+    images = prepare_images(paths, img_size)
     # A training's last checkpoint is often its best, too: one of each number of updates is enough.
-    by_updates = {num_updates(checkpoint): checkpoint for checkpoint in reversed(args.checkpoints)}
+    origins = {origin["updates"] or 0: origin for origin in map(describe_checkpoint, reversed(args.checkpoints))}
     measured = []
     with quiet():
-        for _, checkpoint in sorted(by_updates.items()):
-            say(f"routing {len(images)} images with {checkpoint}")
-            measured.append(measure_diversity(checkpoint, args.data, images))
-        files = _write_diversity(args, measured, images, settings[0]["img_size"])
+        for _, origin in sorted(origins.items()):
+            say(f"routing {len(images)} images with {origin['path']}")
+            measured.append(measure_diversity(origin, args.data, images))
+        files = _write_diversity(args, measured, paths, images)
     say(describe_diversity(measured))
     return files
 
@@ -154,21 +159,21 @@ def choose_images(data: Path, split: str, count: int) -> list[Path]:
 
 
 def _write_diversity(
-    args: argparse.Namespace, measured: "list[PatchDiversity]", images: list[Path], img_size: int
+    args: argparse.Namespace, measured: "list[PatchDiversity]", paths: list[Path], images: "Tensor"
 ) -> list[Path]:
     from ..analysis.reports.plots import draw_curves, draw_overlays
-    from ..analysis.routing.diversity import prepare_images, shown
+    from ..analysis.routing.diversity import shown
 
     out = args.out or args.checkpoints[0].parent
     files = [out / "diversity.json"]
-    names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in images]
+    names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in paths]
     write_json(files[0], {"images": names, "checkpoints": [diversity.as_json() for diversity in measured]})
     if args.no_plots:
         return files
     files += [out / "diversity.png", out / "diversity-course.png"]
     title = f"{args.checkpoints[0].resolve().parent.name}: different experts of each patch's sub-tokens"
     rows = {f"{each.updates:,}\nupdates": each.counts_BLhw.double().mean(1).numpy() for each in measured}
-    draw_overlays(files[1], [shown(image) for image in prepare_images(images, img_size)], rows, title)
+    draw_overlays(files[1], [shown(image) for image in images], rows, title)
     curves = {
         name: [(each.updates, value) for each in measured if (value := each.mean(flat=flat)) is not None]
         for name, flat in (("patches of one colour", True), ("other patches", False))
@@ -180,17 +185,11 @@ def _write_diversity(
 
 def describe_diversity(measured: "list[PatchDiversity]") -> str:
     """A table with a row for every checkpoint."""
-    layers = measured[0].layers
-    header = ["updates", "experts per patch", "one colour", "others", *(f"layer {layer + 1}" for layer in layers)]
-    rows = [
-        [
-            f"{diversity.updates:,}",
-            *(number(diversity.mean(flat=flat)) for flat in (None, True, False)),
-            *(number(diversity.mean(index)) for index in range(len(layers))),
-        ]
-        for diversity in measured
-    ]
+    means = {"experts per patch": {}, "one colour": {"flat": True}, "others": {"flat": False}}
+    means |= {f"layer {layer + 1}": {"layer": index} for index, layer in enumerate(measured[0].layers)}
+    columns = {"updates": [f"{each.updates:,}" for each in measured]}
+    columns |= {title: [number(each.mean(**which)) for each in measured] for title, which in means.items()}
     return (
         f"different experts of a patch's sub-tokens, at most {measured[0].most}, mean of the MoE layers; one colour: "
-        f"patches without any drawing\n\n{markdown_table(header, rows)}"
+        f"patches without any drawing\n\n{columns_table(columns)}"
     )

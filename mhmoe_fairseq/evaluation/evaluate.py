@@ -83,7 +83,7 @@ def with_origin(record: Record, opened: Opened) -> Record:
     return dataclasses.replace(
         record,
         model=_describe_model(opened),
-        checkpoint=_describe_checkpoint(opened.file),
+        checkpoint=describe_checkpoint(opened.file),
         provenance=describe_origin(str(opened.device), opened.precision),
     )
 
@@ -110,8 +110,8 @@ def _describe_model(opened: Opened) -> dict[str, Any]:
     }
 
 
-def _describe_checkpoint(file: Path) -> dict[str, Any]:
-    """Path, SHA-256, and how many updates it was trained for."""
+def describe_checkpoint(file: Path) -> dict[str, Any]:
+    """Return path, SHA-256, and how many updates it was trained for, None if it does not say."""
     history = read_trained(file).get("optimizer_history") or [{}]
     return {"path": str(file), "sha256": sha256_of(file), "updates": history[-1].get("num_updates")}
 

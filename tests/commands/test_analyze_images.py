@@ -8,7 +8,7 @@ from console import evaluation_record, run_console
 from image_text_data import prepare_shapes
 from images_and_words import training_words
 
-from mhmoe_fairseq.analysis.routing.diversity import flat_patches, measure_diversity, shown
+from mhmoe_fairseq.analysis.routing.diversity import flat_patches, measure_diversity, prepare_images, shown
 from mhmoe_fairseq.checkpoints.open import open_model
 from mhmoe_fairseq.commands.analyze import choose_images
 from mhmoe_fairseq.commands.main import main
@@ -70,7 +70,8 @@ def test_diversity_counts_the_experts_of_every_patch(run, data):
     """Against routing patch by patch with the model's own layers."""
     images = choose_images(data, "valid", 3)
     assert len(images) == 3
-    measured = measure_diversity(run / "checkpoint_last.pt", data, images)
+    origin = {"path": str(run / "checkpoint_last.pt"), "sha256": "", "updates": 4}
+    measured = measure_diversity(origin, data, prepare_images(images, 32))
     opened = open_model(run / "checkpoint_last.pt", data)
     model, task = opened.model, opened.task
     transform = EvaluationTransform(task.args.img_size)
@@ -79,12 +80,12 @@ def test_diversity_counts_the_experts_of_every_patch(run, data):
         module.moe_layer.register_forward_pre_hook(lambda module, given, layer=layer: inputs.update({layer: given[0]}))
     for number, path in enumerate(images):
         model(images=transform(read_image(path))[None])
-        for place, layer in enumerate(measured.layers):
+        for index, layer in enumerate(measured.layers):
             moe = model.beit3.encoder.layers[layer].moe_layer
             for patch in range(16):
                 subtokens = moe.head_projection(inputs[layer][0, 1 + patch]).view(2, -1)
                 experts = {int(expert) for row in moe.router(subtokens) for expert in row.topk(2).indices}
-                assert int(measured.counts_BLhw[number, place].flatten()[patch]) == len(experts)
+                assert int(measured.counts_BLhw[number, index].flatten()[patch]) == len(experts)
     assert (measured.updates, measured.most) == (4, 4)
 
 

@@ -9,13 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...checkpoints.files import read_trained
 from ...checkpoints.open import open_model
 from ...common.errors import UserError
-from ...common.files import sha256_of
 from ...data.images.reading import read_image
 from ...data.images.transforms import EvaluationTransform
-from .listening import RoutedCall, distinct_experts, expert_layers, listening, most_distinct, num_experts
+from .listening import RoutedCall, expert_layers, listening, most_distinct
 
 _FLAT = 0.05  # a patch whose pixels, from -1 to 1, differ by less than this shows one colour
 _BATCH = 32
@@ -26,22 +24,23 @@ class PatchDiversity:
     """How one checkpoint routes some images, each shown alone, without text.
 
     Attributes:
-        checkpoint: the file.
-        sha256: its digest.
-        updates: how long it was trained.
+        checkpoint: path, SHA-256 and number of updates, as ``describe_checkpoint`` gives them.
         layers: indices of the MoE layers in the encoder, from 0.
         counts_BLhw: ``(images, layers, rows, columns)``, different experts of each patch's sub-tokens.
         is_flat_Bhw: bool ``(images, rows, columns)``, patches of one colour.
         most: as many experts as there can be: all of a layer, or heads times top-k.
     """
 
-    checkpoint: Path
-    sha256: str
-    updates: int
+    checkpoint: dict[str, Any]
     layers: list[int]
     counts_BLhw: Tensor
     is_flat_Bhw: Tensor
     most: int
+
+    @property
+    def updates(self) -> int:
+        """How long it was trained; 0 if it does not say."""
+        return self.checkpoint["updates"] or 0
 
     def mean(self, layer: int | None = None, flat: bool | None = None) -> float | None:
         """The mean number of experts per patch; None if there is no such patch.
@@ -59,8 +58,8 @@ class PatchDiversity:
     def as_json(self) -> dict[str, Any]:
         """The counts and their means, ready for JSON."""
         return {
-            "checkpoint": self.checkpoint.name,
-            "checkpoint_sha256": self.sha256,
+            "checkpoint": Path(self.checkpoint["path"]).name,
+            "checkpoint_sha256": self.checkpoint["sha256"],
             "updates": self.updates,
             "layers": self.layers,
             "most": self.most,
@@ -73,41 +72,32 @@ class PatchDiversity:
 
 
 @torch.no_grad()
-def measure_diversity(checkpoint: Path, data: Path, paths: Sequence[Path]) -> PatchDiversity:
+def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) -> PatchDiversity:
     """Route images and count.
 
     Args:
-        checkpoint: a model of images and text with experts.
+        checkpoint: what ``describe_checkpoint`` says of a model of images and text with experts.
         data: its prepared folder.
+        images: ``(B, 3, H, W)`` as ``prepare_images`` gives them.
 
     Raises:
-        UserError, OSError: a dense model or another kind of checkpoint, or an image that cannot be read.
+        UserError: it is a dense model.
     """
-    opened = open_model(checkpoint, data)
-    if not hasattr(opened.model, "beit3"):
-        raise UserError(f"{checkpoint} is a language model: it has no image patches")
+    opened = open_model(checkpoint["path"], data)
     layers, task = expert_layers(opened.model), opened.task
     if not layers:
-        raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
-    images = prepare_images(paths, task.args.img_size)
-    experts, counts = num_experts(opened.model, layers[0]), []
+        raise UserError(f"{checkpoint['path']} is a dense model: it has no experts to measure")
+    counts = []
 
     def count(call: RoutedCall) -> None:
-        patches = [distinct_experts(call.choices[layer][:, 1:], experts) for layer in layers]
-        counts.append(torch.stack([distinct.view(-1, *task.grid) for distinct in patches], dim=1).cpu())
+        patches = [call.distinct(layer)[:, 1:].view(-1, *task.grid) for layer in layers]
+        counts.append(torch.stack(patches, dim=1).cpu())
 
     with listening(opened.model, count):
         for batch in images.split(_BATCH):
             opened.model(images=batch.to(opened.device))
-    return PatchDiversity(
-        checkpoint=checkpoint,
-        sha256=sha256_of(checkpoint),
-        updates=num_updates(checkpoint),
-        layers=layers,
-        counts_BLhw=torch.cat(counts),
-        is_flat_Bhw=flat_patches(images, task.args.patch_size),
-        most=most_distinct(opened.model),
-    )
+    is_flat_Bhw = flat_patches(images, task.args.patch_size)
+    return PatchDiversity(checkpoint, layers, torch.cat(counts), is_flat_Bhw, most_distinct(opened.model))
 
 
 def prepare_images(paths: Sequence[Path], size: int) -> Tensor:
@@ -126,9 +116,3 @@ def flat_patches(images: Tensor, patch_size: int) -> Tensor:
     """Which patches show one colour: ``(B, 3, H, W) -> bool (B, rows, columns)``."""
     patches = images.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size).flatten(4)
     return (patches.amax(-1) - patches.amin(-1)).amax(1) < _FLAT
-
-
-def num_updates(checkpoint: Path) -> int:
-    """How many updates a checkpoint was trained for; 0 if it does not say."""
-    history = read_trained(checkpoint).get("optimizer_history") or [{}]
-    return int(history[-1].get("num_updates", 0))

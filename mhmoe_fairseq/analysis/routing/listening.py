@@ -1,20 +1,26 @@
 """Listen to the gates of a model of images and text: which experts every position goes to, while the model works."""
 
+import dataclasses
 import functools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...common.errors import UserError
+from ...evaluation.expert_loads import POOLS
+from ...evaluation.records import ExpertLoads, LayerLoads, Metric, Record
 from ...moe import MHMoELayer
 from ...moe.gate import Assignment
 from ...torchscale_ext.feed_forward import SeparateExperts
 
-IMAGE, TEXT, PAIR = "image", "text", "pair"
+# What positions are told apart in a model of images and text, in the order of tables.
+GROUPS = ("image", "text", "image of pairs", "text of pairs")
 
 
 @dataclass(frozen=True)
@@ -22,17 +28,22 @@ class RoutedCall:
     """One call of the model.
 
     Attributes:
-        modality: ``image``, ``text`` or ``pair``.
-        image_positions: how many of the L positions are the image's, the class token first.
-        is_real: bool ``(B, L)``, False where padded.
+        groups: bool ``(B, L)`` for each of ``GROUPS`` that the call has: its positions, without padding. A call that
+            only keeps other processes company is all padding.
         choices: by MoE layer, ``(B, L, H, K)`` experts of each sub-token, before any is dropped for lack of capacity;
             where each modality has experts of its own, the text's follow the image's.
+        num_experts: of a layer, both modalities' together.
     """
 
-    modality: str
-    image_positions: int
-    is_real: Tensor
+    groups: dict[str, Tensor]
     choices: dict[int, Tensor]
+    num_experts: int
+
+    def distinct(self, layer: int) -> Tensor:
+        """To how many different experts the sub-tokens of each position go, ``(B, L)``."""
+        choices = self.choices[layer].flatten(2)
+        used = torch.zeros(*choices.shape[:2], self.num_experts, dtype=torch.bool, device=choices.device)
+        return used.scatter(-1, choices, True).sum(-1)
 
 
 @contextmanager
@@ -41,62 +52,46 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
 
     Args:
         model: ``MHMoEBEiT3`` with MoE layers, in evaluation mode.
-        hear: is given each call when the model returns.
+        hear: is given each call when the model's encoder returns.
 
     Raises:
         UserError: a layer's experts cannot be listened to.
     """
     layers = {index: pools_of(model, index) for index in expert_layers(model)}
-    heard: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    heard: dict[int, list[Tensor]] = defaultdict(list)
 
-    def note(index: int, heads: int, assignment: Assignment) -> None:
-        choices = assignment.choices_NK.view(-1, heads, assignment.choices_NK.size(-1))
-        heard.setdefault(index, []).append((choices, _is_real(assignment).view(-1, heads)[:, 0]))
+    def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
+        heard[index].append(assignment.choices_NK)
 
     def end_call(module: nn.Module, given: Any, output: tuple[Tensor, dict[str, Any]]) -> None:
-        padding_mask, split = output[1]["padding_mask"], output[1]["image_positions"]
-        modality, length = (IMAGE, split) if padding_mask is None else (PAIR if split else TEXT, padding_mask.size(1))
-        joined = {index: _joined(parts, split, length, layers[index]) for index, parts in heard.items()}
-        heard.clear()
-        is_real = next(iter(joined.values()))[1]
-        hear(RoutedCall(modality, split, is_real, {index: choices for index, (choices, _) in joined.items()}))
+        features, extra = output
+        (batch, length), split = features.shape[:2], extra["image_positions"]
+        choices = {}
+        for index, pools in layers.items():
+            config, sizes = pools[0].config, [length] if len(pools) == 1 else [split, length - split]
+            by_pool = [
+                chosen_NK.view(batch, size, config.subtokens_per_token, config.top_k) + pool * config.num_experts
+                for pool, (chosen_NK, size) in enumerate(zip(heard.pop(index), sizes))
+            ]
+            choices[index] = torch.cat(by_pool, dim=1)
+        was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
+        is_real = torch.full((batch, length), was_routed, device=features.device)
+        if extra["padding_mask"] is not None:
+            is_real &= ~extra["padding_mask"]
+        groups = {"image" if split else "text": is_real}
+        if 0 < split < length:
+            is_image = torch.arange(length, device=features.device) < split
+            groups = {"image of pairs": is_real & is_image, "text of pairs": is_real & ~is_image}
+        hear(RoutedCall(groups, choices, len(pools) * config.num_experts))
 
-    handles = [model.register_forward_hook(end_call)]
+    handles = [model.beit3.register_forward_hook(end_call)]
     for index, pools in layers.items():
-        for pool in pools:
-            hook = functools.partial(_call_with_output, functools.partial(note, index, pool.config.subtokens_per_token))
-            handles.append(pool.gate.register_forward_hook(hook))
+        handles += [pool.gate.register_forward_hook(functools.partial(note, index)) for pool in pools]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _call_with_output(hear: Callable[[Any], None], module: nn.Module, given: Any, output: Any) -> None:
-    """A forward hook that passes the output on and leaves it as it is."""
-    hear(output)
-
-
-def _is_real(assignment: Assignment) -> Tensor:
-    """Bool ``(N,)``: the sub-tokens that are not padding, in evaluation."""
-    if assignment.kept_NK is None:
-        return torch.ones_like(assignment.choices_NK[:, 0], dtype=torch.bool)
-    real_NK = assignment.kept_NK if assignment.dropped_NK is None else assignment.kept_NK | assignment.dropped_NK
-    return real_NK[:, 0]
-
-
-def _joined(
-    parts: list[tuple[Tensor, Tensor]], split: int, length: int, pools: list[MHMoELayer]
-) -> tuple[Tensor, Tensor]:
-    """Choices ``(B, L, H, K)`` of a layer's pool, or of its pools for images and text, and what is real ``(B, L)``."""
-    batch = sum(len(is_real) for _, is_real in parts) // length
-    sizes = [length] if len(parts) == 1 else [split, length - split]
-    choices = [chosen.view(batch, size, *chosen.shape[1:]) for (chosen, _), size in zip(parts, sizes)]
-    is_real = [real.view(batch, size) for (_, real), size in zip(parts, sizes)]
-    if len(parts) > 1:
-        choices[1] = choices[1] + pools[0].config.num_experts
-    return torch.cat(choices, dim=1), torch.cat(is_real, dim=1)
 
 
 def expert_layers(model: nn.Module) -> list[int]:
@@ -117,18 +112,56 @@ def pools_of(model: nn.Module, index: int) -> list[MHMoELayer]:
     return pools
 
 
-def num_experts(model: nn.Module, index: int) -> int:
-    """How many experts a layer has, those of both modalities together where each has its own."""
-    return sum(pool.config.num_experts for pool in pools_of(model, index))
-
-
 def most_distinct(model: nn.Module) -> int:
     """To how many different experts the sub-tokens of one position can go."""
     config = pools_of(model, expert_layers(model)[0])[0].config
     return min(config.num_experts, config.subtokens_per_token * config.top_k)
 
 
-def distinct_experts(choices: Tensor, experts: int) -> Tensor:
-    """To how many different experts the sub-tokens of each position go, ``(..., H, K) -> (...)``."""
-    used = torch.zeros(*choices.shape[:-2], experts, dtype=torch.bool, device=choices.device)
-    return used.scatter(-1, choices.flatten(-2), True).sum(-1)
+class PositionCounts:
+    """Expert loads of the positions of images and of texts, alone and in pairs.
+
+    Args:
+        model: ``MHMoEBEiT3`` with MoE layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._pools = {layer: len(pools_of(model, layer)) for layer in expert_layers(model)}
+        self._most_distinct = most_distinct(model)
+        self._positions: Counter[str] = Counter()
+        self._loads: dict[tuple[str, int], Any] = defaultdict(int)  # group, layer -> assignments to each expert
+        self._distinct: Counter[tuple[str, int]] = Counter()  # of different experts, summed over positions
+
+    def add(self, call: RoutedCall) -> None:
+        """Count one call's positions."""
+        for group, positions in call.groups.items():
+            self._positions[group] += int(positions.sum())
+            for layer, choices in call.choices.items():
+                load_E = torch.bincount(choices[positions].flatten(), minlength=call.num_experts)
+                self._loads[group, layer] += load_E.cpu()
+                self._distinct[group, layer] += int(call.distinct(layer)[positions].sum())
+
+    def added_to(self, record: Record) -> Record:
+        """The record of an evaluation as one of routing, with the groups that have positions as its parts."""
+        groups = {group: self._positions[group] for group in GROUPS if self._positions[group]}
+        spread = {
+            group: [self._distinct[group, layer] / count for layer in self._pools] for group, count in groups.items()
+        }
+        parts = {
+            group: {"experts per position": Metric(float(np.mean(spread[group])), "experts", count=count)}
+            for group, count in groups.items()
+        }
+        rows = [
+            LayerLoads(layer, load_E.tolist(), group, name)
+            for group in groups
+            for layer, pools in self._pools.items()
+            for name, load_E in zip((None,) if pools == 1 else POOLS, self._loads[group, layer].chunk(pools))
+            if load_E.any()
+        ]
+        return dataclasses.replace(
+            record,
+            what="routing",
+            parts=parts,
+            experts=ExpertLoads([*record.experts.of(None).layers, *rows]),
+            settings={**record.settings, "experts_per_position": spread, "most_experts": self._most_distinct},
+        )

@@ -4,8 +4,7 @@ import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3
 
-from mhmoe_fairseq.analysis.routing.listening import distinct_experts, expert_layers, listening, num_experts
-from mhmoe_fairseq.analysis.routing.measure import GROUPS, PositionCounts, group_positions
+from mhmoe_fairseq.analysis.routing.listening import GROUPS, PositionCounts, RoutedCall, expert_layers, listening
 from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads, Metric, Record
 
 LENGTHS = [5, 2, 7]
@@ -30,17 +29,18 @@ def test_choices_add_up_to_the_layers_loads(kind, experts):
     with listening(model, calls.append):
         _, extra = model(**batch_of(kind))
     (call,) = calls
-    text = 0 if kind == "image" else max(LENGTHS)
-    assert (call.modality, call.image_positions) == (kind, 0 if kind == "text" else IMAGE_POSITIONS)
-    assert call.is_real.shape == (3, call.image_positions + text)
-    assert int((~call.is_real).sum()) == (0 if kind == "image" else 3 * max(LENGTHS) - sum(LENGTHS))
+    image, text = 0 if kind == "text" else IMAGE_POSITIONS, 0 if kind == "image" else max(LENGTHS)
+    assert list(call.groups) == (["image of pairs", "text of pairs"] if kind == "pair" else [kind])
+    is_real = sum(call.groups.values()) == 1  # no position belongs to two groups
+    assert is_real.shape == (3, image + text)
+    assert int((~is_real).sum()) == (0 if kind == "image" else 3 * max(LENGTHS) - sum(LENGTHS))
     assert expert_layers(model) == [0, 1, 2] == sorted(call.choices)
     for layer, choices in call.choices.items():
-        assert choices.shape == (*call.is_real.shape, 2, 2)
-        load = torch.bincount(choices[call.is_real].flatten(), minlength=num_experts(model, layer))
+        assert choices.shape == (*is_real.shape, 2, 2)
+        load = torch.bincount(choices[is_real].flatten(), minlength=call.num_experts)
         assert torch.equal(load, extra["moe"][layer].stats.expert_load.flatten().long())
     if experts == "separate":
-        is_image = torch.arange(call.is_real.size(1)) < call.image_positions
+        is_image = torch.arange(image + text) < image
         assert all(bool((choices[:, is_image] < 6).all()) for choices in call.choices.values())
         assert all(bool((choices[:, ~is_image] >= 6).all()) for choices in call.choices.values())
 
@@ -73,10 +73,10 @@ def test_nothing_is_heard_outside():
 
 def test_distinct_experts():
     choices = torch.randint(0, 7, (5, 4, 3, 2), generator=torch.Generator().manual_seed(0))
-    counts = distinct_experts(choices, 7)
+    counts = RoutedCall({}, {1: choices}, 7).distinct(1)
     for row in range(5):
-        for place in range(4):
-            assert int(counts[row, place]) == len(set(choices[row, place].flatten().tolist()))
+        for position in range(4):
+            assert int(counts[row, position]) == len(set(choices[row, position].flatten().tolist()))
 
 
 @pytest.mark.parametrize("experts", ["shared", "separate"])
@@ -122,14 +122,3 @@ def test_a_layer_that_does_not_tell_its_choices_is_refused_by_name():
     with pytest.raises(ValueError, match=r"layer 2 \(Identity\) does not tell which experts"):
         with listening(model, print):
             pass
-
-
-@torch.no_grad()
-def test_padding_belongs_to_no_group():
-    model = model_of()
-    calls = []
-    with listening(model, calls.append):
-        model(**batch_of("pair"))
-    masks = dict(group_positions(calls[0]))
-    assert torch.equal(masks["image of pairs"] | masks["text of pairs"], calls[0].is_real)
-    assert not (masks["image of pairs"] & masks["text of pairs"]).any()
