@@ -50,39 +50,38 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         args: an ``ImageTextTaskConfig`` or a subclass's.
 
     Attributes:
+        folder: the data.
+        dictionary: of the text, with ``<mask>``, whose id is ``mask_index``.
         grid: rows and columns of patches.
 
     Raises:
         FileNotFoundError: if the data folder or its dictionary is missing.
-        UserError: naming the flag or file, its value and the rule.
+        UserError: naming the flag or file, its value and the rule; or if the folder was prepared for another task.
     """
 
     num_visual_tokens = 0
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
-        self.dictionary = load_dictionary(self.folder)
+        self.folder = Path(args.data)
+        check_folder(self.folder)
+        kind = read_manifest(self.folder).get("kind", KIND)
+        if kind != KIND:
+            rule = f"images and text are made by mhmoe prepare {KIND}"
+            raise UserError(f"{self.folder / MANIFEST}: this folder holds {kind} data: {rule}")
+        self.dictionary = Dictionary.load(str(self.folder / "dict.txt"))
+        self.mask_index = mask_index(self.dictionary)
         self.grid = self.dataset_settings("train").grid
 
     @property
-    def folder(self) -> Path:
-        """The data."""
-        return Path(self.args.data)
-
-    @property
-    def mask_index(self) -> int:
-        """The id of ``<mask>``."""
-        return mask_index(self.dictionary)
-
-    @property
     def source_dictionary(self) -> Dictionary:
-        """Of the text."""
+        """fairseq's name for the dictionary."""
         return self.dictionary
 
     target_dictionary = source_dictionary
 
     def dataset_settings(self, split: str) -> DatasetSettings:
-        """What the data sets of a split are read by: ``train`` has other orders, crops and masks in every epoch.
+        """Return what the data sets of a split are read by: ``train`` has other orders, crops and masks in every epoch.
 
         Masks of held-out splits are the same whatever ``--seed``, since runs with several seeds are compared.
         """
@@ -118,20 +117,3 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         Args:
             may_be_new: whether a checkpoint may lack them, as one of pre-training does.
         """
-
-
-def load_dictionary(folder: Path) -> Dictionary:
-    """``dict.txt`` of a folder of images and text.
-
-    Raises:
-        FileNotFoundError: if the folder or its dictionary is missing.
-        UserError: if the folder was prepared for another task, or the dictionary has no ``<mask>``.
-    """
-    check_folder(folder)
-    kind = read_manifest(folder).get("kind", KIND)
-    if kind != KIND:
-        rule = f"images and text are made by mhmoe prepare {KIND}"
-        raise UserError(f"{folder / MANIFEST}: this folder holds {kind} data: {rule}")
-    dictionary = Dictionary.load(str(folder / "dict.txt"))
-    mask_index(dictionary)
-    return dictionary

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -83,11 +83,11 @@ class CaptioningTask(ImageTextFineTuning):
         return Specials(dictionary.bos(), dictionary.eos(), never)
 
     def encode(self, caption: str) -> list[int]:
-        """A caption's ids, without specials."""
+        """Return a caption's ids, without specials."""
         return [self.dictionary.index(piece) for piece in self.tokenizer.encode(caption).split()]
 
     def decode(self, tokens: tuple[int, ...]) -> str:
-        """The text of ids without specials."""
+        """Return the text of ids without specials."""
         return self.tokenizer.decode(" ".join(self.dictionary[token] for token in tokens))
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
@@ -96,17 +96,12 @@ class CaptioningTask(ImageTextFineTuning):
         read = index, self.dataset_settings(split), self.build_transform(split), self.args.caption_mask_prob
         if split == "train":
             self.datasets[split] = CaptionDataset(*read)
-            return
-        references = read_ground_truth(self.folder / GROUND_TRUTH[split])
-        ids = {image: self.encode(captions[0]) for image, captions in references.items()}
-        self.datasets[split] = ReferencedCaptions(*read, split, references, ids)
+        else:
+            references = read_ground_truth(self.folder / GROUND_TRUTH[split])
+            self.datasets[split] = ReferencedCaptions(*read, split, references, self.encode)
 
     def write_captions(self, model: nn.Module, images: Tensor, search: CaptionSearch | None = None) -> list[str]:
-        """A caption for each of ``(B, 3, H, W)`` images.
-
-        Args:
-            search: other than validation's.
-        """
+        """Return a caption for each of ``(B, 3, H, W)`` images; by another search than validation's, if given."""
         found = search_captions(model, images, search or self.search, self.specials, self._are_all_done)
         return [self.decode(caption.tokens) for caption in found]
 
@@ -116,7 +111,7 @@ class CaptioningTask(ImageTextFineTuning):
             return is_done
         group = distributed_utils.get_global_group()
         device = "cuda" if torch.distributed.get_backend(group) == "nccl" else "cpu"
-        waiting = torch.tensor([0 if is_done else 1], device=device)
+        waiting = torch.tensor([not is_done], dtype=torch.long, device=device)
         distributed_utils.all_reduce(waiting, group)
         return not waiting.any()
 
@@ -134,13 +129,12 @@ class CaptioningTask(ImageTextFineTuning):
 class ReferencedCaptions(CaptionDataset):
     """A split's images, each once, with its first reference masked as in training, always alike.
 
-    A batch has ``text_targets`` as in training, and ``split``.
+    A batch has ``split`` besides what :class:`CaptionDataset` gives, of which the other arguments are.
 
     Args:
-        index, settings, transform, fraction: as of :class:`CaptionDataset`; not for training.
         split: its name.
         references: captions by image id.
-        ids: the first caption of each image, by image id, in the dictionary's ids without specials.
+        encode: turns a caption into the dictionary's ids, without specials.
 
     Attributes:
         cider: scores a caption of the image of a row, which batches have as ``id``.
@@ -157,7 +151,7 @@ class ReferencedCaptions(CaptionDataset):
         fraction: float,
         split: str,
         references: Mapping[int, Sequence[str]],
-        ids: Mapping[int, Sequence[int]],
+        encode: Callable[[str], list[int]],
     ) -> None:
         super().__init__(index, settings, transform, fraction)
         self.split = split
@@ -168,7 +162,7 @@ class ReferencedCaptions(CaptionDataset):
                 f"{index.files[0]}: {len(unknown)} of {len(images)} images have no reference caption, first image_id "
                 f"{unknown[0]}"
             )
-        self._texts = [settings.text(ids[image]) for image in images]
+        self._texts = [settings.text(np.array(encode(references[image][0]))) for image in images]
         self.sizes = self.sizes + np.array([len(text) for text in self._texts], dtype=np.int32)
         self.cider = CiderD([[tokenize(caption) for caption in references[image]] for image in images])
 

@@ -1,24 +1,32 @@
-"""What fine-tuning tasks share: learning rates by layer, transforms, a head, a split's labels, names of classes."""
+"""Fine-tuning on images and text: what its tasks share, and those with a head of their own on the rows of an index."""
 
+import functools
 import logging
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
+from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
-from fairseq.tasks import FairseqTask
-from torch import nn
+from fairseq.tasks import FairseqTask, register_task
+from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..data.datasets.base import DatasetSettings, ImageTextDataset
+from ..common.files import read_json
+from ..data.datasets.base import ImageTextDataset
+from ..data.datasets.labelled import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.identity import read_manifest
-from ..data.images.transforms import EvaluationTransform, TrainTransform
-from ..data.multimodal.index import Index, read_index
+from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
+from ..data.multimodal.index import ANSWERS_FILE, NAMES, Index, read_answers, read_index
+from ..metrics.recall import RANKS, VectorMeter
+from ..models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 from ..training.optimizer import scale_learning_rates
 from .base import ImageTextTask, ImageTextTaskConfig
 
 logger = logging.getLogger(__name__)
 
 _MOST_LISTED = 8
+_CLASSES_FILE = "imagenet.classes.json"
 
 
 @dataclass
@@ -51,6 +59,32 @@ class ClassifierConfig(ImageTextFineTuningConfig):
     )
 
 
+@dataclass
+class ImageClassificationTaskConfig(ClassifierConfig):
+    """Flags of image classification."""
+
+    num_classes: Optional[int] = field(
+        default=None, metadata={"help": f"number of classes (default: as many as {_CLASSES_FILE} in the data names)"}
+    )
+    imagenet_views: bool = field(
+        default=False,
+        metadata={
+            "help": "as BEiT-3 on ImageNet: training crops of 8 % and more, evaluation on the central square of 7/8 of "
+            "the shorter side, ImageNet's mean and deviation (default: as in the other tasks)"
+        },
+    )
+
+
+@dataclass
+class RetrievalTaskConfig(ImageTextFineTuningConfig):
+    """Flags of retrieval."""
+
+    retrieval_set: Optional[str] = field(
+        default=None,
+        metadata={"help": "coco_retrieval or flickr30k (default: the first of them that the data folder has)"},
+    )
+
+
 class NamesClasses(FairseqTask):
     """Stands in front of a task whose checkpoints keep the names of its classes.
 
@@ -60,10 +94,10 @@ class NamesClasses(FairseqTask):
     """
 
     classes: list[str] | None = None
-    classes_source = ""
+    classes_source: Path
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: the names of the classes."""
+        """Return what checkpoints keep of the task: the names of the classes."""
         return {} if self.classes is None else {"classes": self.classes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,7 +126,7 @@ class ImageTextFineTuning(ImageTextTask):
         return model
 
     def build_transform(self, split: str) -> Any:
-        """What is done to a split's images: nothing random but in training."""
+        """Return what is done to a split's images: nothing random but in training."""
         if split == "train":
             return TrainTransform(self.args.img_size, self.args.randaug, flip=not self.args.no_flip)
         return EvaluationTransform(self.args.img_size)
@@ -104,7 +138,7 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
     Attributes:
         head_name: in the model and in checkpoints.
         head_type: the head's class; made of the model's width, the number of ``classes`` if there are any, and
-            ``center``.
+            ``center`` if the task has that flag.
         index_task: whose index files it reads, see ``data.multimodal.index``.
         index_name: which of the data sets of that task; None for the only or first one.
         dataset_type: the data set's class; made of an index, settings, a transform and, again, the number of classes.
@@ -124,15 +158,12 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
 
     def build_head(self, embed_dim: int) -> nn.Module:
         """Return a new head for a model of that width."""
-        return self.head_type(embed_dim, *self._sizes, center=self.args.center_features)
+        options = {"center": self.args.center_features} if hasattr(self.args, "center_features") else {}
+        return self.head_type(embed_dim, *self._sizes, **options)
 
     def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
         """Register the head."""
         model.register_head(self.head_name, self.build_head(model.beit3.settings.encoder_embed_dim), may_be_new)
-
-    def build_dataset(self, index: Index, settings: DatasetSettings, transform: Any) -> ImageTextDataset:
-        """Return the data set of an index."""
-        return self.dataset_type(index, settings, transform, *self._sizes)
 
     @property
     def has_derived_labels(self) -> bool:
@@ -145,7 +176,8 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
 
     def read_split(self, split: str) -> ImageTextDataset:
         """Return the samples of a split: whether they have labels is theirs to tell, with ``has_targets``."""
-        return self.build_dataset(self.read_index(split), self.dataset_settings(split), self.build_transform(split))
+        settings, transform = self.dataset_settings(split), self.build_transform(split)
+        return self.dataset_type(self.read_index(split), settings, transform, *self._sizes)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; a ``UserError`` says that it has no labels."""
@@ -156,3 +188,114 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
             )
         logger.info(f"{split}: {len(dataset):,} samples")
         self.datasets[split] = dataset
+
+
+@register_task("mhmoe_nlvr2", dataclass=ClassifierConfig)
+class NLVR2Task(HeadTask):
+    """Statements about pairs of images: are they true?
+
+    The files are BEiT-3's: ``nlvr2.{train,dev,test-P}.index.jsonl``. Validation logs ``accuracy`` in percent: select
+    with ``--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric``.
+    """
+
+    head_name, head_type = "nlvr2", NLVR2Head
+    index_task, dataset_type = "nlvr2", ImagePairs
+    may_be_derived = True
+
+
+@register_task("mhmoe_vqa", dataclass=ClassifierConfig)
+class VQATask(HeadTask):
+    """Questions about images, answered from a vocabulary, with soft scores.
+
+    The files are BEiT-3's: ``vqa.{train,trainable_val,rest_val,test}.jsonl`` and ``answer2label.txt``. Validation logs
+    ``vqa_score``, the mean soft score of the answers in percent: select with ``--best-checkpoint-metric vqa_score
+    --maximize-best-checkpoint-metric``.
+    """
+
+    head_name, head_type = "vqa", VQAHead
+    index_task, dataset_type = "vqa", VQADataset
+    may_be_derived = True
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        self.classes_source = self.folder / ANSWERS_FILE
+        self.classes = read_answers(self.folder)
+
+
+@register_task("mhmoe_image_classification", dataclass=ImageClassificationTaskConfig)
+class ImageClassificationTask(HeadTask):
+    """Classes of images.
+
+    The files are BEiT-3's: ``imagenet.{train,val}.index.jsonl``, of which ``val`` is also the test split where there is
+    no ``imagenet.test.index.jsonl``, and ``imagenet.classes.json``, the list of the classes' names, in place of which
+    ``--num-classes`` may be given.
+    Validation logs ``accuracy`` and ``accuracy5`` in percent: select with ``--best-checkpoint-metric accuracy
+    --maximize-best-checkpoint-metric``.
+    """
+
+    head_name, head_type = "image_classification", ImageClassificationHead
+    index_task, dataset_type = "imagenet", LabelledImages
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        self.classes_source = self.folder / _CLASSES_FILE
+        self.classes = _class_names(self.classes_source, args.num_classes)
+
+    def build_transform(self, split: str) -> Any:
+        """Return what is done to a split's images: nothing random but in training."""
+        if not self.args.imagenet_views:
+            return super().build_transform(split)
+        size, flip = self.args.img_size, not self.args.no_flip
+        if split == "train":
+            return TrainTransform(size, self.args.randaug, min_scale=0.08, flip=flip, by=IMAGENET)
+        return EvaluationTransform(size, 0.875, by=IMAGENET)
+
+
+def _class_names(file: Path, num_classes: int | None) -> list[str]:
+    """Return the names of the classes by label; numbers if there is no such file."""
+    if not file.is_file():
+        if num_classes is None:
+            raise UserError(f"--num-classes is missing, and so is {file}, which would name the classes")
+        return [str(label) for label in range(num_classes)]
+    names = read_json(file)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{file}: must be a JSON list of the classes' names, by label")
+    if num_classes not in (None, len(names)):
+        raise UserError(f"--num-classes ({num_classes}): {file} names {len(names)} classes")
+    if len(names) < 2:
+        raise UserError(f"--num-classes ({len(names)}) must be at least 2")
+    return names
+
+
+@register_task("mhmoe_retrieval", dataclass=RetrievalTaskConfig)
+class RetrievalTask(HeadTask):
+    """Images and their captions, found by each other.
+
+    The files are BEiT-3's: ``coco_retrieval.{train,val,test}.jsonl``, or ``flickr30k``'s. Validation compares all
+    images with all captions of the split and logs in percent how often a caption of the image is among the 1, 5
+    and 10 most similar ones (``text_r1``, ...), how often the caption's image is (``image_r1``, ...), and
+    ``mean_recall``, the mean of the six: select with ``--best-checkpoint-metric mean_recall
+    --maximize-best-checkpoint-metric``.
+    """
+
+    head_name, head_type = "retrieval", RetrievalHead
+    index_task, dataset_type = "retrieval", RetrievalDataset
+
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        names = NAMES[self.index_task]
+        if args.retrieval_set not in (None, *names):
+            raise UserError(f"--retrieval-set ({args.retrieval_set}) must be one of {', '.join(names)}")
+        self.index_name = args.retrieval_set
+
+    def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
+        """Return the contrastive loss; recall over all batches so far, of all ranks, goes to fairseq's metrics."""
+        found = criterion.embed(model, sample)
+        metrics.log_custom(VectorMeter, "_vectors", criterion.vectors(found, sample))
+        for name in (*(f"{direction}_r{rank}" for direction in ("text", "image") for rank in RANKS), "mean_recall"):
+            metrics.log_derived(name, functools.partial(_recall, name))
+        return criterion.outcome(sample, *criterion.compare(found))
+
+
+def _recall(name: str, meters: Any) -> float:
+    return round(meters["_vectors"].recalls[name], 2)

@@ -58,7 +58,10 @@ class MaskedMultimodalTask(ImageTextTask):
     """
 
     def __init__(self, args: Any) -> None:
-        self.modalities = read_modalities(args.modalities)
+        names = [name.strip() for name in args.modalities.split(",")]
+        if not set(names) <= set(MODALITIES) or len(set(names)) < len(names):
+            raise UserError(f"--modalities ({args.modalities}) must be some of {','.join(MODALITIES)}, each once")
+        self.modalities = tuple(name for name in MODALITIES if name in names)
         if args.visual_tokenizer and self.modalities == ("text",):
             raise UserError(
                 f"--visual-tokenizer ({args.visual_tokenizer}) is for patches, and --modalities ({args.modalities}) "
@@ -94,7 +97,7 @@ class MaskedMultimodalTask(ImageTextTask):
         return Path(self.args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
 
     def image_targets(self, batch: dict[str, Any]) -> Tensor:
-        """``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is, in float32."""
+        """Return ``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is, in float32."""
         images = batch["tokenizer_images"]
         return self.visual_tokenizer.to(images.device).encode(images.float() / 255)
 
@@ -109,8 +112,7 @@ class MaskedMultimodalTask(ImageTextTask):
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split of every modality; an error names the file that is missing or broken."""
         parts = {name: self._read(name, split) for name in self.modalities}
-        counts = ", ".join(f"{len(part):,} of {name}" for name, part in parts.items())
-        logger.info(f"{split}: {counts}")
+        logger.info(f"{split}: {', '.join(f'{len(part):,} of {name}' for name, part in parts.items())}")
         is_training = split == "train"
         self.datasets[split] = TrainingModalities(parts, self.args.seed) if is_training else EvaluationModalities(parts)
 
@@ -130,36 +132,22 @@ class MaskedMultimodalTask(ImageTextTask):
         return MaskedPairs(index, settings, views, self.args.image_mask_prob, self.args.pair_text_mask_prob)
 
     def state_dict(self) -> dict[str, Any]:
-        """What checkpoints keep of the task: which visual tokenizer there was."""
+        """Return what checkpoints keep of the task: which visual tokenizer there was."""
         return {"visual_tokenizer": self._tokenizer_digest} if self.has_images else {}
 
     @functools.cached_property
     def _tokenizer_digest(self) -> str:
-        return digest_of(self.visual_tokenizer)
+        """SHA-256 of what decides the visual tokenizer's ids: its kind and its tensors."""
+        tokenizer = self.visual_tokenizer
+        digest = hashlib.sha256(f"{tokenizer.kind} {tokenizer.image_size} {tokenizer.patch_size}".encode())
+        for name, tensor in sorted(tokenizer.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+        return digest.hexdigest()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse another visual tokenizer than the checkpoint's, whose ids would mean other patches."""
         saved = state_dict.get("visual_tokenizer")
         if saved is not None and self.has_images and saved != self._tokenizer_digest:
-            raise UserError(
-                f"--visual-tokenizer ({self._tokenizer_file}) is not the "
-                "one that the checkpoint was trained with: its ids mean other patches"
-            )
-
-
-def read_modalities(text: str) -> tuple[str, ...]:
-    """Return the modalities of ``--modalities``, in our order; a ``UserError`` tells which there are."""
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if name not in MODALITIES]
-    if unknown or len(set(names)) < len(names):
-        raise UserError(f"--modalities ({text}) must be some of {','.join(MODALITIES)}, each once")
-    return tuple(name for name in MODALITIES if name in names)
-
-
-def digest_of(tokenizer: VisualTokenizer) -> str:
-    """SHA-256 of what decides a visual tokenizer's ids: its kind and its tensors."""
-    digest = hashlib.sha256(f"{tokenizer.kind} {tokenizer.image_size} {tokenizer.patch_size}".encode())
-    for name, tensor in sorted(tokenizer.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    return digest.hexdigest()
+            rule = "is not the one that the checkpoint was trained with: its ids mean other patches"
+            raise UserError(f"--visual-tokenizer ({self._tokenizer_file}) {rule}")

@@ -1,11 +1,13 @@
 """Language modelling in several languages: temperature sampling, and metrics of every language."""
 
 import copy
+import filecmp
 import functools
 import itertools
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..common.files import sha256_of
+from ..criterions.base import total
 from ..criterions.moe_cross_entropy import MoECrossEntropyCriterion
 from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
 from ..data.identity import read_manifest
@@ -93,19 +96,19 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
     @functools.cached_property
     def _symbols(self) -> dict[str, int]:
         """Language -> its symbol's index in the dictionary; empty without ``--mhmoe-language-token``."""
-        symbols = {language: language_symbol(language) for language in self.languages}
-        if not self.args.mhmoe_language_token:
-            return {}
-        for symbol in symbols.values():
-            if symbol not in self.dictionary.indices:
+        symbols = {}
+        for language in self.languages if self.args.mhmoe_language_token else ():
+            symbol = language_symbol(language)
+            if symbol not in self.dictionary:
                 raise UserError(
                     f"--mhmoe-language-token: dict.txt has no {symbol}: prepare the data with "
                     "`mhmoe prepare multilingual`, whose dictionaries hold a symbol for every language"
                 )
-        return {language: self.dictionary.index(symbol) for language, symbol in symbols.items()}
+            symbols[language] = self.dictionary.index(symbol)
+        return symbols
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint says of the task."""
+        """Return what a checkpoint says of the task."""
         return {**super().state_dict(), "language_token": bool(self.args.mhmoe_language_token)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,14 +175,14 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
             left_out = counted["tokens"] - int(part.sizes.sum()) if counted else -1
             if counted and 0 <= left_out < max(counted["documents"], 1):
                 found[language] = float(counted["chars"] - left_out)
-        unknown = ", ".join(language for language in parts if language not in found)
+        unknown = ", ".join(sorted(parts.keys() - found.keys()))
         if unknown:
             reason = f"{folder / 'manifest.json'} does not tell the characters of {unknown}"
             logger.info(f"{split}: no bits per character, since {reason}")
         return found
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
-        """One batch of a validation, its loss summed for every language too if the criterion is ours."""
+        """Return the outcome of one batch, its loss summed for every language too if the criterion is ours."""
         if not isinstance(criterion, MoECrossEntropyCriterion):
             return super().evaluate_batch(sample, model, criterion)
         losses, sample_size, log = criterion(model, sample, reduce=False)
@@ -231,26 +234,19 @@ def check_languages(folder: Path, languages: list[str], dictionary: Path) -> Non
         UserError: naming two languages with the same text, or another dictionary.
     """
     for split in ("train", "valid", "test"):
-        texts = {language: folder / language / f"{split}.bin" for language in languages}
-        texts = {language: path for language, path in texts.items() if path.is_file()}
+        files = {language: folder / language / f"{split}.bin" for language in languages}
+        texts = {language: file for language, file in files.items() if file.is_file() and file.stat().st_size}
         for one, other in itertools.combinations(texts, 2):
-            if _have_same_content(texts[one], texts[other]):
+            if filecmp.cmp(texts[one], texts[other], shallow=False):
                 raise UserError(f"{texts[one]} and {texts[other]} are the same text: {one} and {other} need their own")
-    used = sha256_of(dictionary)
     for language in languages:
         own = folder / language / "dict.txt"
-        if own.is_file() and sha256_of(own) != used:
+        if own.is_file() and not filecmp.cmp(own, dictionary, shallow=False):
             raise UserError(f"{own} differs from {dictionary}: all languages share one dictionary")
+    used = sha256_of(dictionary)
     recorded = read_manifest(folder).get("files", {}).get("dict.txt", {}).get("sha256", used)
     if recorded != used:
         raise UserError(f"{dictionary} is not the dictionary that {folder} was binarised with, says its manifest.json")
-
-
-def _have_same_content(one: Path, other: Path) -> bool:
-    if one.samefile(other):
-        return True
-    size = one.stat().st_size
-    return size > 0 and size == other.stat().st_size and sha256_of(one) == sha256_of(other)
 
 
 def language_sums(sample: dict[str, Any], losses: Tensor, num_languages: int, pad: int) -> dict[str, Tensor]:
@@ -275,26 +271,27 @@ def language_sums(sample: dict[str, Any], losses: Tensor, num_languages: int, pa
 def log_languages(languages: list[str], logging_outputs: list[dict[str, Any]]) -> None:
     """Log ``ppl_de`` and, where characters are known, ``bpc_de`` of every language, and ``bpc`` of all together."""
     # Hidden meters (leading underscore) add the sums up; metrics come from the sums of the whole set.
-    keys = [key for key in _SUMS if any(key in log for log in logging_outputs)]
-    for key in keys:
-        metrics.log_scalar(f"_{key}", sum(log[key] for log in logging_outputs if key in log), weight=1)
-    tokens = sum(log["language_tokens"] for log in logging_outputs if "language_tokens" in log)
-    for index, language in enumerate(languages if keys else []):
-        if tokens[index] > 0:
+    sums = {key: total(logging_outputs, key) for key in _SUMS if any(key in log for log in logging_outputs)}
+    for key, values in sums.items():
+        metrics.log_scalar(f"_{key}", values, weight=1)
+    has_characters = "language_characters" in sums
+    for index, language in enumerate(languages if sums else []):
+        if sums["language_tokens"][index] > 0:
             metrics.log_derived(f"ppl_{language}", functools.partial(_perplexity, index), _PRIORITY)
-            if "language_characters" in keys:
+            if has_characters:
                 metrics.log_derived(f"bpc_{language}", functools.partial(_bits_per_character, [index]), _PRIORITY)
-    if "language_characters" in keys:
+    if has_characters:
         metrics.log_derived("bpc", functools.partial(_bits_per_character, range(len(languages))), _PRIORITY)
 
 
 def _perplexity(language: int, meters: Any) -> float:
-    nats, tokens = (float(meters[f"_language_{key}"].sum[language]) for key in ("loss", "tokens"))
-    return utils.get_perplexity(nats / tokens / math.log(2))
+    return utils.get_perplexity(_bits([language], "tokens", meters))
 
 
-def _bits_per_character(languages: range | list[int], meters: Any) -> float:
-    nats, characters = (
-        sum(float(meters[f"_language_{key}"].sum[language]) for language in languages) for key in ("loss", "characters")
-    )
-    return round(nats / characters / math.log(2), 4)
+def _bits_per_character(languages: Sequence[int], meters: Any) -> float:
+    return round(_bits(languages, "characters", meters), 4)
+
+
+def _bits(languages: Sequence[int], per: str, meters: Any) -> float:
+    nats, count = (sum(float(meters[f"_language_{key}"].sum[index]) for index in languages) for key in ("loss", per))
+    return nats / count / math.log(2)

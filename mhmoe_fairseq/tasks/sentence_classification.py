@@ -73,9 +73,14 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         name, folder = args.classification_head_name, Path(args.data)
         if not name or "." in name:  # it becomes a part of the weights' names
             raise UserError(f"--classification-head-name ({name}) must be a name without a dot")
-        self.dictionary = Dictionary.load(str(find_dictionary(folder)))
-        self.classes_source = str(folder / LABELS / "dict.txt")
-        self.classes = read_classes(folder / LABELS / "dict.txt")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data folder {folder} does not exist")
+        self.dictionary = Dictionary.load(str(_first_of(folder / "dict.txt", folder / FIRST / "dict.txt")))
+        self.classes_source = _first_of(folder / LABELS / "dict.txt")
+        labels = Dictionary.load(str(self.classes_source))
+        self.classes = [name for name in labels.symbols[labels.nspecial :] if not name.startswith("madeupword")]
+        if len(self.classes) < 2:
+            raise UserError(f"{self.classes_source} has {len(self.classes)} classes, and there must be at least two")
         if args.num_classes not in (None, len(self.classes)):
             raise UserError(
                 f"--num-classes ({args.num_classes}): {self.classes_source} has {len(self.classes)} classes"
@@ -122,22 +127,18 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         )
 
     def sentence_folders(self) -> list[str]:
-        """``input0``, and ``input1`` if the data are pairs."""
-        has_pairs = any((Path(self.args.data) / SECOND).glob("*.idx"))
-        return [FIRST, SECOND] if has_pairs else [FIRST]
+        """Return ``input0``, and ``input1`` if the data are pairs."""
+        return [FIRST, SECOND] if any(Path(self.args.data, SECOND).glob("*.idx")) else [FIRST]
 
     def build_dataset_for_inference(self, *args: Any, **kwargs: Any) -> FairseqDataset:
         """Refuse prompts: what a fine-tuned model would write after them means nothing."""
         raise UserError("the model was fine-tuned to classify: continue text with the language model that it came from")
 
     def first_token(self, split: str) -> int:
-        """The first token of every input: ``</s>``, after which pre-training's lines start, or a language's symbol.
+        """Return the first token of every input: ``</s>``, as in pre-training's lines, or a language's symbol.
 
-        Args:
-            split: with ``--mhmoe-language-token`` of a name such as ``valid_de``.
-
-        Raises:
-            UserError: if it names no language, or the dictionary has no symbol for it.
+        With ``--mhmoe-language-token`` a ``UserError`` says that the split is not called such as ``valid_de``, or that
+        the dictionary has no symbol for the language.
         """
         if not self.args.mhmoe_language_token:
             return self.dictionary.eos()
@@ -151,19 +152,19 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         return self.dictionary.index(symbol)
 
     def max_positions(self) -> int:
-        """Longest input in tokens; longer ones are cut to it."""
+        """Return the most tokens of an input; longer ones are cut."""
         return min(self.args.tokens_per_sample, self.args.max_target_positions or self.args.tokens_per_sample)
 
     @property
     def source_dictionary(self) -> Dictionary:
-        """The language model's, which the model ties its embeddings by; the classes are ``classes``."""
+        """The language model's dictionary; the classes are ``classes``."""
         return self.dictionary
 
     target_dictionary = source_dictionary
 
     def _parts(self, split: str) -> list[str]:
         """``[split]``, or the splits that it stands for: ``valid`` for ``valid_de`` and ``valid_en``."""
-        folder = Path(self.args.data) / FIRST
+        folder = Path(self.args.data, FIRST)
         if (folder / f"{split}.idx").is_file():
             return [split]
         return sorted(file.stem for file in folder.glob(f"{split}_*.idx")) or [split]
@@ -188,29 +189,8 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         return data_utils.load_indexed_dataset(str(Path(self.args.data) / folder / part), self.dictionary)
 
 
-def find_dictionary(folder: Path) -> Path:
-    """Return ``dict.txt`` of the folder itself, or fairseq-preprocess's in ``input0``; it must be there."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data folder {folder} does not exist")
-    own = folder / "dict.txt"
-    return own if own.is_file() else _existing(folder / FIRST / "dict.txt", own)
-
-
-def read_classes(file: Path) -> list[str]:
-    """Return the names of the classes, by id, from fairseq's dictionary of labels.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        UserError: if it has fewer than two classes.
-    """
-    dictionary = Dictionary.load(str(_existing(file, file)))
-    classes = [symbol for symbol in dictionary.symbols[dictionary.nspecial :] if not symbol.startswith("madeupword")]
-    if len(classes) < 2:
-        raise UserError(f"{file} has {len(classes)} classes, and there must be at least two")
-    return classes
-
-
-def _existing(file: Path, named: Path) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{named} is missing: make the data with mhmoe prepare classification")
-    return file
+def _first_of(*files: Path) -> Path:
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"{files[0]} is missing: make the data with mhmoe prepare classification")

@@ -20,11 +20,20 @@ _HEADS = "classification_heads."
 def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
     """Compare the files of ``--finetune-from-model`` and ``--restore-file``, if there are any, with the model.
 
-    It is in training, with its heads; ``args`` are the task's flags. Errors are those of ``check_pretrained``.
+    They must have its dictionary and all of its parameters but new heads, and no other. A model that loads checkpoints
+    of other sizes says with ``fitted_state(state)`` what it would load.
+
+    Args:
+        model: in training, with its heads.
+        args: the task's flags.
+
+    Raises:
+        UserError: naming the checkpoint and the first thing that differs.
     """
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():
-            check_pretrained(model, Path(name), read_trained(Path(name))["model"], args.data)
+            for difference in _differences(model, read_trained(Path(name))["model"], args.data):
+                raise UserError(f"{name}: {difference}")
 
 
 def check_resumed_sizes(model: nn.Module, args: Any) -> None:
@@ -40,18 +49,17 @@ def check_resumed_sizes(model: nn.Module, args: Any) -> None:
         UserError: naming the flag, the file and what to do.
     """
     file = resumed_checkpoint(args)
-    if file is None or args.reset_optimizer:
-        return
-    saved = read_trained(file)
+    saved = {} if file is None or args.reset_optimizer else read_trained(file)
     if not saved.get("last_optimizer_state"):
         return
-    new_run = f", or begin a new run with --finetune-from-model {file} and another --save-dir"
     for flag, unit, before, now in resized_tables(model, saved["model"]):
-        is_longer = flag == "--max-text-length" and now > before  # which a new run is refused, too
+        new_run = f", or begin a new run with --finetune-from-model {file} and another --save-dir"
+        if flag == "--max-text-length" and now > before:
+            new_run = ""  # which would be refused, too
         raise UserError(
             f"{flag} ({getattr(args, flag[2:].replace('-', '_'))}): the model has positions for {now} {unit}, {file} "
             f"has them for {before}, and its optimizer's state cannot be resumed with another number: give {flag} as "
-            f"in its training{'' if is_longer else new_run}"
+            f"in its training{new_run}"
         )
 
 
@@ -61,47 +69,32 @@ def resumed_checkpoint(args: Any) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_pretrained(model: nn.Module, checkpoint: Path, state: Mapping[str, Tensor], data: str) -> None:
-    """The checkpoint has the model's dictionary and all of its parameters but new heads, and no other.
-
-    A model that loads checkpoints of other sizes says with ``fitted_state(state)`` what it would load.
-
-    Args:
-        model: in training, with its heads.
-        checkpoint: its name, for messages.
-        state: its ``model``.
-        data: the data folder, for messages.
-
-    Raises:
-        UserError: naming the checkpoint and the first thing that differs.
-    """
-    for name, fingerprint in model.named_buffers():
+def _differences(model: nn.Module, state: Mapping[str, Tensor], data: str) -> Iterator[str]:
+    """What is to be mended before a checkpoint's ``state`` can be loaded, the most telling first."""
+    buffers = dict(model.named_buffers())
+    for name, fingerprint in buffers.items():
         owner, found, _ = name.rpartition(_FINGERPRINT)
         if found and name in state and not torch.equal(state[name], fingerprint.cpu()):
             embedding = state[owner + model.get_submodule(owner.rstrip(".")).embedding_name]
-            raise UserError(
-                f"{checkpoint}: its dictionary ({embedding.size(0):,} words, other symbols or another order) is not "
-                f"that of {data}: prepare the data with --data naming the folder that the pre-trained model was "
-                "trained on"
+            yield (
+                f"its dictionary ({embedding.size(0):,} words, other symbols or another order) is not that of {data}: "
+                "prepare the data with --data naming the folder that the pre-trained model was trained on"
             )
     try:
-        fitted = model.fitted_state(state) if hasattr(model, "fitted_state") else state
+        state = model.fitted_state(state) if hasattr(model, "fitted_state") else state
     except ValueError as error:
-        raise UserError(f"{checkpoint}: {error}") from error
-    for difference in _differences(model, fitted):
-        raise UserError(f"{checkpoint}: {difference}: give --arch and the model's flags as in its training")
-
-
-def _differences(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[str]:
+        yield str(error)
     # A rank holds a part of the experts, checkpoints hold all: their shapes differ in the first dimension.
     sharded = {id(shard.parameter) for shard in sharded_experts(model)}
     expected = dict(model.named_parameters(remove_duplicate=False))  # tied weights are saved under both names
+    remedy = "give --arch and the model's flags as in its training"
     for name, parameter in expected.items():
         first = 1 if id(parameter) in sharded else 0
         if name not in state:
             if not name.startswith(_HEADS):
-                yield f"it has no parameter {name}"
+                yield f"it has no parameter {name}: {remedy}"
         elif state[name].shape[first:] != parameter.shape[first:]:
-            yield f"its {name} is of shape {tuple(state[name].shape)}, this model's of {tuple(parameter.shape)}"
-    for name in sorted(state.keys() - expected.keys() - {name for name, _ in model.named_buffers()}):
-        yield f"this model has no parameter {name}"
+            shapes = f"of shape {tuple(state[name].shape)}, this model's of {tuple(parameter.shape)}"
+            yield f"its {name} is {shapes}: {remedy}"
+    for name in sorted(state.keys() - expected.keys() - buffers.keys()):
+        yield f"this model has no parameter {name}: {remedy}"

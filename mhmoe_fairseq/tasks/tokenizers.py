@@ -13,14 +13,9 @@ from ..data.vocabularies import TiktokenVocabulary
 _FLAG = "--mhmoe-tiktoken-ranks"
 
 
-@dataclass
-class WholeSentencepieceConfig(SentencepieceConfig):
-    """fairseq's own options, ``--sentencepiece-model`` first of all."""
-
-
-@register_bpe("mhmoe_sentencepiece", dataclass=WholeSentencepieceConfig)
+@register_bpe("mhmoe_sentencepiece", dataclass=SentencepieceConfig)
 class WholeSentencepieceBPE(SentencepieceBPE):
-    """Text <-> pieces, without loss.
+    """Text <-> pieces, without loss, with fairseq's own options.
 
     fairseq's ``sentencepiece`` encodes alike but joins pieces as strings, so that the byte pieces of a character
     outside the vocabulary stay visible: "caf<0xC3><0xA9>".
