@@ -114,16 +114,14 @@ def existing_path(text: str) -> Path:
 
 def existing_file(text: str) -> Path:
     """A file, or a pipe, that can be read."""
-    path = existing_path(text)
-    if path.is_dir():
+    if (path := existing_path(text)).is_dir():
         raise _refused(text, "must be a file, not a folder")
     return path
 
 
 def existing_folder(text: str) -> Path:
     """A folder that can be read."""
-    path = existing_path(text)
-    if not path.is_dir():
+    if not (path := existing_path(text)).is_dir():
         raise _refused(text, "must be a folder, not a file")
     return path
 

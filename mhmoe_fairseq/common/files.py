@@ -96,7 +96,7 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
+        while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
@@ -113,10 +113,8 @@ def refuse_path_separator(path: Path, flag: str) -> None:
 def require_files(paths: list[Path], flag: str) -> None:
     """Checks that every path is a readable file; ``UserError`` names ``flag`` and the first that is not."""
     for path in paths:
-        if not path.exists():
-            raise UserError(f"{flag}: no such file: {path}")
         if not path.is_file():
-            raise UserError(f"{flag}: not a file: {path}")
+            raise UserError(f"{flag}: {'not a file' if path.exists() else 'no such file'}: {path}")
         if not os.access(path, os.R_OK):
             raise UserError(f"{flag}: no permission to read {path}")
 
@@ -149,7 +147,7 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields ``file:line`` and the value of every line that is not empty; ``.gz`` and the like as ``read_utf8_lines``.
+    """Yields ``file:line`` and the value of every line that is not empty, read as by ``read_utf8_lines``.
 
     Raises:
         UserError: a line is not JSON (names file:line).

@@ -18,12 +18,10 @@ _LARGEST_FLOAT = 3.4e38  # of float32
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds.
+    """Finite numbers between two bounds; an infinite one means the largest 32-bit number.
 
     Args:
-        low, high: the bounds; none above means the largest 32-bit number.
         open_low, open_high: whether the bound itself is outside.
-        integer: whole numbers only.
     """
 
     low: float = -math.inf
@@ -101,13 +99,10 @@ def flag(name: str) -> str:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuse a number outside the range that :data:`FLAGS` gives ``name``.
+    """Raises ``UserError`` for a number outside the range that :data:`FLAGS` gives ``name``.
 
     Args:
         value: a number, several in a list or as text (``--adam-betas "(0.9, 0.98)"``); None means not given.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
     """
     for number in _numbers(value):
         if problem := FLAGS[name].problem(number):
@@ -115,14 +110,7 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_flags(values: Any) -> None:
-    """``check_flag`` for all attributes of ``values`` that :data:`FLAGS` knows.
-
-    Args:
-        values: a dataclass, a namespace or a node of fairseq's configuration.
-
-    Raises:
-        UserError: as ``check_flag``.
-    """
+    """Checks all attributes that :data:`FLAGS` knows, of a dataclass, a namespace or fairseq's configuration."""
     for name in FLAGS:
         check_flag(name, getattr(values, name, None))
 

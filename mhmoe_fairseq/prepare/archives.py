@@ -148,11 +148,10 @@ def npm_registry() -> Optional[str]:
     """Returns the registry of ``NPM_CONFIG_REGISTRY`` (in either case, as npm reads it) or ``~/.npmrc``, if any."""
     found = os.environ.get(_REGISTRY) or os.environ.get(_REGISTRY.lower())
     settings = Path.home() / ".npmrc"
-    if found or not settings.is_file():
-        return found or None
-    pairs = (line.partition("=") for line in settings.read_text(encoding="utf-8", errors="replace").splitlines())
+    lines = settings.read_text(encoding="utf-8", errors="replace").splitlines() if settings.is_file() else []
+    pairs = (line.partition("=") for line in lines)
     values = (value.strip().strip("\"'") for key, _, value in pairs if key.strip() == "registry")
-    return next(filter(None, values), None)
+    return next(filter(None, [found, *values]), None)
 
 
 def _download_tarball(archive: Archive, target: Path) -> Path:

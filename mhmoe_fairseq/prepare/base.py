@@ -10,6 +10,7 @@ from typing import Any, Callable, ClassVar, Generic, Iterable, Optional, TypeVar
 
 import numpy as np
 
+from ..common.errors import UserError
 from ..common.files import sha256_of
 from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
@@ -22,7 +23,6 @@ from ..data.vocabularies import (
 )
 from .archives import Say
 from .binarize import binarize
-from .splits import check_shares
 from .workspace import Workspace, open_workspace
 
 MODEL_FILE, DICTIONARY = "sentencepiece.model", "dict.txt"
@@ -60,7 +60,9 @@ class CorpusSettings(Settings):
     seed: int = 1
 
     def __post_init__(self) -> None:
-        check_shares(self.shares)
+        if self.shares["train"] <= 0:
+            flags = f"--valid-fraction {self.valid_fraction:g} and --test-fraction {self.test_fraction:g}"
+            raise UserError(f"{flags}: their sum must be below 1, the rest is the training part")
 
     @property
     def shares(self) -> dict[str, float]:

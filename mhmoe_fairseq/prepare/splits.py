@@ -18,17 +18,6 @@ class DocumentSize(NamedTuple):
     split: Optional[str] = None
 
 
-def check_shares(shares: Mapping[str, float]) -> None:
-    """``UserError`` unless the held-out shares are in [0, 1) and leave something to train on."""
-    held_out = {split: share for split, share in shares.items() if split != "train"}
-    for split, share in held_out.items():
-        if not 0 <= share < 1:
-            raise UserError(f"--{split}-fraction {share:g}: must be at least 0 and below 1")
-    if sum(held_out.values()) >= 1:
-        flags = " and ".join(f"--{split}-fraction {share:g}" for split, share in held_out.items())
-        raise UserError(f"{flags}: their sum must be below 1, the rest is the training part")
-
-
 def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Optional[str]:
     """Returns a sentence about parts far from their shares, if any: documents are never divided between parts.
 

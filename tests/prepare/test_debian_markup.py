@@ -44,7 +44,7 @@ def test_blocks_of_html():
     <h1 id="hd_1">A <em>heading</em></h1><p id="par_1">First
     line &amp; more</p><pre><code>no(code);</code></pre><ul><li>One<li>Two</ul><!-- <p>no</p> -->
     <script>if (a < b) no();</script>a &lt; b</body></html>"""
-    assert [tuple(block) for block in formats.blocks(page)] == [
+    assert list(formats.blocks(page)) == [
         ("hd_1", "A heading"), ("par_1", "First line & more"), ("", "One"), ("", "Two"), ("", "a < b"),
     ]  # fmt: skip
 
@@ -53,13 +53,13 @@ def test_blocks_of_mallard():
     page = """<page><info><credit type="author"><name>Somebody</name></credit><desc>Short <app>Orca</app> note.</desc>
     </info><title>Title</title><p>Press <key>A</key>.</p><screen>no</screen>
     <media type="image" src="x"/><p>End</p></page>"""
-    assert [block.text for block in formats.blocks(page)] == ["Short Orca note.", "Title", "Press A.", "End"]
+    assert [text for _, text in formats.blocks(page)] == ["Short Orca note.", "Title", "Press A.", "End"]
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_catalogue(make_catalogue, order):
     content = make_catalogue({"dialog|ok\x04_Fine": "_Gut", "one\0many": "eins\0viele"}, order)
-    messages = [tuple(message) for message in formats.read_catalogue(content, "x.mo")]
+    messages = list(formats.read_catalogue(content, "x.mo"))
     assert sorted(messages) == [("", "many", "viele"), ("dialog|ok", "_Fine", "_Gut")]
 
 

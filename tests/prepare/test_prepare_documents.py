@@ -121,12 +121,9 @@ def test_splits_of_the_source_are_kept():
     assert assign_splits(sizes, shares(0.5, 0.4), 1) == ["valid", "train", "train"]
 
 
-@pytest.mark.parametrize(
-    "valid, test, message",
-    [(-0.1, 0, "--valid-fraction -0.1"), (0, 1.0, "--test-fraction 1"), (0.5, 0.5, "sum must be below 1")],
-)
-def test_impossible_fractions(valid, test, message):
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("valid, test", [(0, 1.0), (0.5, 0.5)])
+def test_impossible_fractions(valid, test):
+    with pytest.raises(UserError, match=f"--test-fraction {test:g}: their sum must be below 1"):
         shares(valid, test)
 
 

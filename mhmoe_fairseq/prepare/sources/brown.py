@@ -24,16 +24,11 @@ def brown_documents(path: Path) -> Iterator[Document]:
         lines: list[str] = []
         for line in content.decode("latin-1").splitlines():
             sentence = detokenise(line)
-            if lines and _starts_closing(line):
+            if lines and (line.split() or [""])[0].rsplit("/", 1)[0] in _CLOSING:
                 lines[-1] += sentence  # the corpus cuts sentences before a closing quote or bracket
             elif sentence:
                 lines.append(sentence)
         yield Document(name.rsplit("/", 1)[1], lines)
-
-
-def _starts_closing(line: str) -> bool:
-    first = line.split(maxsplit=1)[:1]
-    return bool(first) and first[0].rsplit("/", 1)[0] in _CLOSING
 
 
 def detokenise(line: str) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
 
@@ -118,12 +119,12 @@ def _emoji_names(member: Member) -> Labelled:
 
 def _catalogue(member: Member) -> Labelled:
     """Yields translations, and English from the German catalogue: unit = dialogue or message, key = message."""
-    for message in read_catalogue(member.content, f"{member.package}: {member.path}"):
-        unit = f"{member.path}:{message.context.split('|')[0] or _digest(message.english)}"
-        key = f"{unit}:{_digest(message.context + message.english)}"
-        yield member.language, Passage(member.path, unit, [message_text(message.translation)], key)
+    for context, english, translation in read_catalogue(member.content, f"{member.package}: {member.path}"):
+        unit = f"{member.path}:{context.split('|')[0] or _digest(english)}"
+        key = f"{unit}:{_digest(context + english)}"
+        yield member.language, Passage(member.path, unit, [message_text(translation)], key)
         if member.language == "de":
-            yield "en", Passage(member.path, unit, [message_text(message.english)], key)
+            yield "en", Passage(member.path, unit, [message_text(english)], key)
 
 
 def _digest(text: str) -> str:
@@ -134,8 +135,8 @@ def _libreoffice_help(member: Member) -> Labelled:
     """Yields the paragraphs of a page of help: document and unit = page, key = the paragraph's identifier."""
     page = member.text
     body = page[page.find('id="DisplayArea"') : page.find('<div id="SearchFrame">')].partition(">")[2]
-    for identifier, same in groupby(blocks(_HIDDEN_VARIANT.sub("", body)), key=lambda block: block.id):
-        lines = [block.text for block in same if not _BROKEN_INCLUDE.search(block.text)]
+    for identifier, same in groupby(blocks(_HIDDEN_VARIANT.sub("", body)), key=itemgetter(0)):
+        lines = [text for _, text in same if not _BROKEN_INCLUDE.search(text)]
         key = f"{member.path}#{identifier}" if identifier.startswith(("par_id", "hd_id")) else None
         yield member.language, Passage(member.path, member.path, lines, key)
 
@@ -154,8 +155,7 @@ def _manual_page(member: Member) -> Labelled:
 
 def _page(member: Member) -> Labelled:
     """Yields one page of HTML or Mallard: document and unit = page."""
-    lines = [block.text for block in blocks(member.text)]
-    yield member.language, Passage(member.path, member.path, lines)
+    yield member.language, Passage(member.path, member.path, [text for _, text in blocks(member.text)])
 
 
 def _per_language(prefix: str, codes: str) -> dict[str, tuple[str, ...]]:
@@ -243,12 +243,10 @@ class DebianDocs:
     ) -> MultilingualCorpus:
         """Fetches and extracts every family, one stage each, into ``folder``.
 
-        English is extracted in any case: it tells what is not translated.
-
         Raises:
             UserError: no package of any family can be had, or a package that the suite has cannot be fetched or read.
         """
-        wanted = list(dict.fromkeys([*languages, "en"]))
+        wanted = list(dict.fromkeys([*languages, "en"]))  # English tells what is not translated
         records: dict[str, dict[str, Any]] = {}
         for name in self.families:
             outputs = [f"{folder.name}/{name}/{code}.jsonl" for code in wanted]

@@ -3,7 +3,7 @@
 import html
 import re
 import struct
-from typing import Iterator, NamedTuple
+from typing import Iterator
 
 from ...common.errors import UserError
 
@@ -46,20 +46,16 @@ _GLYPHS = {
 _CHARACTERS = {"-": "-", "e": "\\", " ": " ", "~": " ", "0": " ", "'": "\u00b4", "`": "`", ".": ".", "\\": "\\"}
 
 
-class Block(NamedTuple):
-    """One paragraph, heading, list item or cell: its ``id`` attribute (may be empty) and its text in one line."""
+def blocks(markup: str) -> Iterator[tuple[str, str]]:
+    """Yields ``id`` (may be empty) and text of every paragraph, heading, item and cell of HTML or Mallard.
 
-    id: str
-    text: str
-
-
-def blocks(markup: str) -> Iterator[Block]:
-    """Yields the non-empty blocks of HTML or Mallard: no code, navigation or head, no inline tags."""
+    There is no code, navigation or head among them; a text is one line without tags.
+    """
     markup = _SKIPPED.sub(" ", markup)
     position, identifier = 0, ""
     for tag in [*_BLOCK.finditer(markup), None]:
         if text := plain(markup[position : tag.start() if tag else None]):
-            yield Block(identifier, text)
+            yield identifier, text
         if tag:
             found = _ID.search(tag["attributes"])
             identifier = found[1] if found and not tag["close"] else ""
@@ -104,16 +100,12 @@ def _choose(braces: re.Match[str]) -> str:
     return forms[-1] if forms and name in ("PLURAL", "GRAMMAR") else ""
 
 
-class Message(NamedTuple):
-    """A message: its context (may be empty), the English text and the translation; of plurals the last form."""
+def read_catalogue(content: bytes, name: str) -> Iterator[tuple[str, str, str]]:
+    """Yields context (may be empty), English and translation, of plurals the last form, of a ``.mo`` file's messages.
 
-    context: str
-    english: str
-    translation: str
-
-
-def read_catalogue(content: bytes, name: str) -> Iterator[Message]:
-    """Yields the messages of one ``.mo`` file in its order, no header; ``UserError`` names a damaged one."""
+    Raises:
+        UserError: not such a file (``name``), or a damaged one.
+    """
     try:
         order = _MAGICS[content[:4]]
         number, originals, translations = struct.unpack(f"{order}3I", content[8:20])
@@ -121,7 +113,7 @@ def read_catalogue(content: bytes, name: str) -> Iterator[Message]:
             context, _, english = _catalogue_text(content, order, originals + 8 * index).rpartition("\x04")
             if english:
                 translation = _catalogue_text(content, order, translations + 8 * index)
-                yield Message(context, *(text.rsplit("\0", 1)[-1] for text in (english, translation)))
+                yield context, english.rsplit("\0", 1)[-1], translation.rsplit("\0", 1)[-1]
     except (KeyError, struct.error, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not a gettext catalogue in UTF-8 ({error})") from error
 

