@@ -116,9 +116,10 @@ class Preparation(ABC, Generic[SomeSettings]):
     partial: Path = field(init=False)
     stage: Callable[[str, list[str], Callable[[], Any]], Any] = field(init=False)
 
-    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag that decide whether an earlier preparation is the same one."""
+        source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
+        return {"source": source, **self.settings.identity()}
 
     @abstractmethod
     def make(self) -> dict[str, Any]:

@@ -55,11 +55,6 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
     extra_symbols = (MASK,)
     dictionary_multiple = 1
 
-    def identity(self) -> dict[str, Any]:
-        """Returns the settings by flag that decide the prepared data."""
-        source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
-        return {"source": source, **self.settings.identity()}
-
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
         provenance = self.stage("images", [CATALOGUE, SENTENCES], self._open)

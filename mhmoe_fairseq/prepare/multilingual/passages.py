@@ -40,15 +40,13 @@ class MultilingualCorpus:
         provenance: what the manifest says about it.
         sources: language -> where its text is from.
         missing: language -> what it lacks -> why.
-        passages: from a language's code to ``(family, passage)`` pairs in a fixed order.
-        has_english: whether ``passages("en")`` is the English text of the same families.
+        passages: from a language's code to ``(family, passage)`` pairs in a fixed order; none without English.
     """
 
     provenance: dict[str, Any]
     sources: Mapping[str, Sequence[str]]
     missing: Mapping[str, Mapping[str, str]]
     passages: Callable[[str], Iterator[tuple[str, Passage]]]
-    has_english: bool
 
 
 @contextlib.contextmanager

@@ -26,11 +26,6 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
     kind = "multilingual"
     _english: Optional[Mapping[str, Any]] = None
 
-    def identity(self) -> dict[str, Any]:
-        """Returns the settings by flag that decide the prepared data."""
-        source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
-        return {"source": source, **self.settings.identity()}
-
     @property
     def extra_symbols(self) -> tuple[str, ...]:
         """Symbols of XNLI's languages and all prepared ones: the dictionary is the same whichever a model is given."""
@@ -80,8 +75,7 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
 
     def _make_corpus(self, code: str, corpus: MultilingualCorpus, made: LanguageCorpus) -> dict[str, Any]:
         if self._english is None:
-            needed = self.settings.filter_lines and corpus.has_english
-            self._english = english_lines(corpus.passages("en")) if needed else {}
+            self._english = english_lines(corpus.passages("en")) if self.settings.filter_lines else {}
         record = made.make(corpus.passages(code), self._english)
         sizes = {split: self._text(code, split).stat().st_size for split in self.settings.splits}
         self._refuse_empty(code, sizes)

@@ -263,7 +263,6 @@ class DebianDocs:
             sources={code: [name for name in self.families if name not in missing[code]] for code in languages},
             missing=missing,
             passages=partial(_read, folder, self.families),
-            has_english=True,
         )
 
 

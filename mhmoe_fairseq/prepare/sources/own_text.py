@@ -211,8 +211,7 @@ class LanguageFolder:
             provenance={"licence": _LICENCE, "left_out": tell_left_out(self.name, self._unread(languages), say)},
             sources={code: [path.name for path in self.files(code)] for code in languages},
             missing={code: {} for code in languages},
-            passages=self._passages,
-            has_english="en" in languages,
+            passages=lambda code: self._passages(code) if code in languages else iter(()),
         )
 
     def _passages(self, code: str) -> Iterator[tuple[str, Passage]]:
