@@ -9,8 +9,7 @@ tensor of another shape or an argument that does not exist? Then ``ValueError`` 
 class UserError(ValueError):
     """A bad flag, file or environment: the message names it, its value and the rule it breaks.
 
-    ``mhmoe`` and fairseq's commands print it as one line (``mhmoe: error: ...``) and exit with status 2; in Python it
-    is a :class:`ValueError` like any other.
+    ``mhmoe`` and fairseq's commands print it as one line (``mhmoe: error: ...``) and exit with status 2.
     """
 
 

@@ -32,7 +32,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def _system_error(error: BaseException | None) -> int | None:
-    """The number of the system's error behind ``error``, also where a library turned it into one of its own.
+    """The number of the system's error behind ``error``; a library may have turned it into one of its own.
 
     ``torch.save`` raises a RuntimeError while it handles the OSError, safetensors writes the number into its message.
     """
@@ -147,11 +147,7 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields ``file:line`` and the value of every line that is not empty, read as by ``read_utf8_lines``.
-
-    Raises:
-        UserError: a line is not JSON (names file:line).
-    """
+    """Yields ``file:line`` and value of every line that is not empty; ``UserError`` names one that is not JSON."""
     for number, line in enumerate(read_utf8_lines(path), start=1):
         if line.strip():
             try:

@@ -18,14 +18,10 @@ _held: dict[Path, IO[str]] = {}  # for as long as this process lives
 
 
 def exclusive_lock(path: Path, flag: str) -> IO[str]:
-    """Locks a file and returns it: closing it lets go. Where the file system has no locks there is a warning.
-
-    Args:
-        path: the file, in the folder that is written to.
-        flag: what named the folder, for messages.
+    """Locks a file of a folder and returns it: closing it lets go. Without locks in the file system there is a warning.
 
     Raises:
-        UserError: if another run holds it.
+        UserError: another run holds it; ``flag`` named the folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
@@ -48,11 +44,7 @@ def exclusive_lock(path: Path, flag: str) -> IO[str]:
 
 
 def hold_folder(folder: Path, flag: str) -> None:
-    """Keeps other runs out of a folder until this process ends; again in the same process it changes nothing.
-
-    Raises:
-        UserError: if another run holds it.
-    """
+    """Keeps other runs out of a folder until this process ends, or raises ``UserError`` if another run holds it."""
     path = folder.resolve() / LOCK
     if path not in _held:
         _held[path] = exclusive_lock(path, flag)

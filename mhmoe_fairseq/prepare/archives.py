@@ -155,11 +155,7 @@ def npm_registry() -> Optional[str]:
 
 
 def _download_tarball(archive: Archive, target: Path) -> Path:
-    """Writes the tarball of an npm package to ``target``, without npm; its hash is the caller's to check.
-
-    Raises:
-        UserError: the registry is no web address, or does not answer with the file.
-    """
+    """Writes the tarball of an npm package to ``target``, without npm; its hash is the caller's to check."""
     registry = npm_registry() or ""
     if not registry.startswith(("https://", "http://")):
         raise UserError(f"{_REGISTRY} {registry}: must be a registry's address, https://...")
@@ -190,8 +186,7 @@ def iter_tar_members(
     """Yields ``(name, content)`` of the regular files of a tar archive whose name is wanted, by name.
 
     Args:
-        path: the compressed archive, or the file to name in an error when ``content`` is given.
-        content: the bytes of the compressed archive, when it lies inside another file.
+        content: the bytes of the archive, when it lies inside another file, ``path``.
     """
     try:
         with tarfile.open(path, mode="r:*", fileobj=None if content is None else io.BytesIO(content)) as archive:
@@ -206,11 +201,7 @@ def iter_tar_members(
 
 
 def iter_deb_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
-    """Yields name and content of the wanted files of a Debian package, by name; ``.gz`` is unpacked and not named.
-
-    Raises:
-        UserError: the package or a file in it is damaged.
-    """
+    """Yields name, without ``.gz``, and unpacked content of the wanted files of a Debian package, by name."""
     for name, content in iter_tar_members(path, is_wanted, read_deb_data(path)):
         try:
             unpacked = gzip.decompress(content) if name.endswith(".gz") else content

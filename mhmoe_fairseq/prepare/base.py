@@ -47,11 +47,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):
-    """The settings of preparations that learn a vocabulary and hold out parts.
-
-    Raises:
-        UserError: held-out shares that leave nothing to train on.
-    """
+    """The settings of preparations that learn a vocabulary and hold out parts, but not all."""
 
     vocab_size: int = 8000
     tokenizer_model: str = "unigram"
@@ -151,11 +147,10 @@ class Preparation(ABC, Generic[SomeSettings]):
     def train_vocabulary(
         self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""
     ) -> None:
-        """Trains SentencePiece on ``lines``.
+        """Trains SentencePiece on ``lines``, at most about ``max_lines`` of them.
 
         Args:
             learnt_on, remark: what is said of the lines.
-            max_lines: see :func:`~mhmoe_fairseq.data.vocabularies.train_sentencepiece`; None for all.
         """
         start, settings = time.monotonic(), self.settings
         train_sentencepiece(
@@ -174,11 +169,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
 
     def binarise(self, split: str, folder: str = "") -> dict[str, float]:
-        """Binarises ``text/SPLIT.txt`` in a stage, with the dictionary for ``train``; returns its counts.
-
-        Args:
-            folder: prefix of the binarised files.
-        """
+        """Binarises ``text/SPLIT.txt`` in a stage, with the dictionary for ``train``; returns its counts."""
         return self.stage(f"binarise {split}", binary_files(split, folder), partial(self._binarise, split, folder))
 
     def _binarise(self, split: str, folder: str) -> dict[str, float]:

@@ -22,7 +22,6 @@ class EnglishSettings(TextSettings):
     """How English text is prepared.
 
     Args:
-        tokenizer: ``sentencepiece`` or ``tiktoken``.
         dedup: what is kept only where it occurs first; see :class:`~mhmoe_fairseq.data.documents.Cleaner`.
     """
 
@@ -94,11 +93,7 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
 
 def write_corpus(documents: Iterable[Document], text: Path, sizes: Path) -> tuple[int, int]:
-    """Writes the documents one after the other to ``text``, and ``BYTES SPLIT`` per document to ``sizes``.
-
-    Returns:
-        number of documents and of bytes.
-    """
+    """Writes all documents to ``text``, ``BYTES SPLIT`` of each to ``sizes``; returns how many documents and bytes."""
     num_documents = num_bytes = 0
     with atomic_open(sizes) as index, atomic_open(text) as stream:
         for document in tqdm(documents, desc="read and clean", unit=" documents", disable=None):

@@ -19,11 +19,7 @@ class DocumentSize(NamedTuple):
 
 
 def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Optional[str]:
-    """Returns a sentence about parts far from their shares, if any: documents are never divided between parts.
-
-    Args:
-        sizes: bytes of every part.
-    """
+    """Returns a sentence about parts whose sizes in bytes are far from their shares, if there are any."""
     total = sum(sizes.values())
     found = {split: size / total for split, size in sizes.items()} if total else {}
     if all((shares[split] - _SLACK) / _FAR <= found[split] <= shares[split] * _FAR + _SLACK for split in found):

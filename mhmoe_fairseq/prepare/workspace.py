@@ -25,7 +25,6 @@ class Workspace:
     """One destination folder, held by one process at a time (see :func:`open_workspace`).
 
     Args:
-        dest: the folder.
         settings: flag name without dashes -> value; two preparations with equal settings make equal data.
     """
 
@@ -41,8 +40,7 @@ class Workspace:
         An unfinished preparation of other settings is thrown away: only time is lost.
 
         Raises:
-            UserError: without ``overwrite``, the folder holds data of other settings, damaged data, or data that
-                was not made here.
+            UserError: without ``overwrite``, the folder holds data of other settings, damaged or not made here.
         """
         progress = read_json(path) if (path := self.partial / _PROGRESS).exists() else {}
         if progress.get("publishing"):
@@ -87,11 +85,7 @@ class Workspace:
         return True
 
     def stage(self, name: str, outputs: list[str], make: Callable[[], Any]) -> Any:
-        """Returns the result of ``make()``, from the record if this stage was finished and its outputs are intact.
-
-        Args:
-            outputs: files that ``make`` writes, relative to ``partial``.
-        """
+        """Returns the result of ``make()``, or what is recorded of it if the ``outputs`` that it wrote are intact."""
         done = self._stages.get(name)
         if done is not None and all(_size(self.partial / file) == size for file, size in done["outputs"].items()):
             return done["result"]

@@ -42,11 +42,7 @@ class MultilingualSettings(TextSettings):
 
 
 class LanguageCorpus:
-    """Makes the corpus of one language.
-
-    Args:
-        folder: for the result, ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl``; scratch files beside them.
-    """
+    """Makes ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl`` of one language in a folder."""
 
     def __init__(self, language: Language, folder: Path, settings: MultilingualSettings):
         self._language = language
@@ -122,11 +118,7 @@ class LanguageCorpus:
         return int(position(self._settings.seed, "cap", passage.unit) * _NUM_STEPS)
 
     def _write(self, split: str, limit: int) -> None:
-        """Writes one part's text, an empty line between two documents, and its passages that have a key.
-
-        Args:
-            limit: how many steps of the order are kept.
-        """
+        """Writes a part's text, an empty line between documents, and its passages with a key; ``limit`` is in steps."""
         document, keyed = None, []
         with atomic_open(self._folder / "text" / self._language.code / f"{split}.txt") as stream:
             for passage in read_passages(self._scratch(split)):

@@ -71,11 +71,7 @@ def fits(letters: Counter[str], language: Language) -> bool:
 
 
 def judge(line: str, language: Language, english: Container[str]) -> str:
-    """Returns :data:`KEPT`, or why a cleaned line of a translated corpus is left out.
-
-    Args:
-        english: the English lines of the same family of sources.
-    """
+    """Returns :data:`KEPT`, or why a line is left out of a translated corpus whose English lines are ``english``."""
     letters = letters_by_script(line)
     if len(line) + (_CJK_WEIGHT - 1) * letters["CJK"] < _MIN_WIDTH:
         return SHORT

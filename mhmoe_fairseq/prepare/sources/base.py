@@ -41,11 +41,7 @@ class SourceKind(NamedTuple):
 
 
 class Sources(dict[str, SourceKind], Generic[S]):
-    """A registry of sources by name.
-
-    Args:
-        default: the one that is taken without ``--source``.
-    """
+    """A registry of sources by name; ``default`` is taken without ``--source``."""
 
     def __init__(self, default: str):
         super().__init__()
@@ -63,11 +59,7 @@ class Sources(dict[str, SourceKind], Generic[S]):
             group.add_argument(flag, **settings)
 
     def build(self, args: argparse.Namespace) -> S:
-        """Returns the source that ``--source`` names.
-
-        Raises:
-            UserError: an unknown name, paths where none belong, none where they do, or what the source refuses.
-        """
+        """Returns the source that ``--source`` names; ``UserError`` for an unknown one, or paths that do not fit."""
         name, *paths = args.source
         if name not in self:
             raise UserError(f"--source {name}: must be one of {', '.join(self)}")
@@ -144,7 +136,7 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def tell_left_out(source: str, reasons: Iterable[tuple[str, str]], say: Say) -> LeftOut:
-    """Says which files of the user's a source does not read, one line for each reason; returns all of them.
+    """Says which of the user's files a source does not read, one line for each reason; returns all of them.
 
     Args:
         reasons: a file's name within the folder, and why it is not read.

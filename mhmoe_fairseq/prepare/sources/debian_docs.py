@@ -79,11 +79,7 @@ class Family:
         return {package: held for package, held in wanted.items() if held}
 
     def read(self, package: Path, languages: Sequence[str]) -> Labelled:
-        """Yields language and passage from a package, which is read once for all languages wanted.
-
-        Raises:
-            UserError: the package or a file in it is damaged.
-        """
+        """Yields language and passage from a package, read once for all; ``UserError`` if it is damaged."""
         wanted = {*languages, *([self.english_in] if "en" in languages else [])}
         for name, content in iter_deb_members(package, lambda name: self._locate(name)[0] in wanted):
             for language, passage in self.parse(Member(*self._locate(name), content, package)):
@@ -241,11 +237,7 @@ class DebianDocs:
     def open(
         self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
     ) -> MultilingualCorpus:
-        """Fetches and extracts every family, one stage each, into ``folder``.
-
-        Raises:
-            UserError: no package of any family can be had, or a package that the suite has cannot be fetched or read.
-        """
+        """Extracts every family into ``folder``, one stage each; ``UserError`` if no package is there, or one is damaged."""
         wanted = list(dict.fromkeys([*languages, "en"]))  # English tells what is not translated
         records: dict[str, dict[str, Any]] = {}
         for name in self.families:

@@ -101,11 +101,7 @@ def _choose(braces: re.Match[str]) -> str:
 
 
 def read_catalogue(content: bytes, name: str) -> Iterator[tuple[str, str, str]]:
-    """Yields context (may be empty), English and translation, of plurals the last form, of a ``.mo`` file's messages.
-
-    Raises:
-        UserError: not such a file (``name``), or a damaged one.
-    """
+    """Yields context (may be empty), English and translation of a ``.mo`` file's messages; of plurals the last form."""
     try:
         order = _MAGICS[content[:4]]
         number, originals, translations = struct.unpack(f"{order}3I", content[8:20])

@@ -175,11 +175,7 @@ _ROOT = "/Documentation/"
 
 
 def linux_documents(path: Path) -> Iterator[Document]:
-    """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``.
-
-    Raises:
-        UserError: the package or a file in it is damaged.
-    """
+    """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``."""
     for name, content in iter_deb_members(path, _is_wanted):
         yield Document(name.split(_ROOT, 1)[1], prose_lines(content.decode("utf-8", "replace")))
 

@@ -32,11 +32,10 @@ _LICENCE = "the user's own text: its terms are the user's to know"
 
 @dataclass(frozen=True)
 class OwnText:
-    """English files of the user; nothing is fetched.
+    """English files of the user, read one after the other; nothing is fetched.
 
     Args:
-        files: in the order in which they are read, each with the split that it must go to, if any.
-        read: from a file to its documents.
+        files: each with the split that it must go to, if any.
     """
 
     name: str
@@ -128,11 +127,7 @@ def jsonl_documents(path: Path, field: str) -> Iterator[Document]:
 
 
 def jsonl_records(path: Path, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ``file:line`` and the object of every non-empty line.
-
-    Raises:
-        UserError: a line is not a JSON object with a string in ``field`` (names file:line).
-    """
+    """Yields ``file:line`` and object of every non-empty line; ``UserError`` if one has no string in ``field``."""
     for location, record in read_json_lines(path):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise UserError(f"{location}: needs an object with a string in the field {field!r} (--jsonl-field)")
@@ -146,9 +141,7 @@ class LanguageFolder:
     """One file, one folder of files, or both per language.
 
     Args:
-        name: ``text`` or ``jsonl``.
         ending: of the files' names, without ``.gz``.
-        folder: with the languages' files.
         read: from a file and its name to passages.
         options: flags that change what is read, for the identity.
     """
@@ -173,11 +166,7 @@ class LanguageFolder:
         return found
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Returns the files' names, sizes and hashes; all are read once to see that they are UTF-8.
-
-        Raises:
-            UserError: no such folder, a language without files, two languages with the same file, or invalid UTF-8.
-        """
+        """Returns names, sizes and hashes of the files; ``UserError`` if one is not UTF-8, or two languages' are the same."""
         if not self.folder.is_dir():
             raise UserError(f"--source {self.name} {self.folder}: no such folder")
         files = {code: self.files(code) for code in languages}

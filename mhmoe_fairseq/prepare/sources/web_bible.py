@@ -23,11 +23,7 @@ _PSALM_HEADING = re.compile(r"\s{2,}(?:BOOK [IV]+\s+)?(Psalm \d+)\b\s*(.*)$", re
 
 
 def web_bible_documents(path: Path) -> Iterator[Document]:
-    """Yields the chapters of the wheel at ``path`` in canonical order.
-
-    Raises:
-        UserError: the wheel does not have the expected layout.
-    """
+    """Yields the chapters in canonical order; ``UserError`` if the wheel does not have the expected layout."""
     text, starts, ends = _parse(path)
     heading: list[str] = []
     for chapter, verses in groupby(sorted(starts), key=lambda verse: verse // 1000):
