@@ -166,7 +166,7 @@ class LanguageFolder:
         return found
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Returns names, sizes and hashes of the files; ``UserError`` if one is not UTF-8, or two languages' are the same."""
+        """Returns the files by language; ``UserError`` if one is not UTF-8, or the same text is there for two languages."""
         if not self.folder.is_dir():
             raise UserError(f"--source {self.name} {self.folder}: no such folder")
         files = {code: self.files(code) for code in languages}
