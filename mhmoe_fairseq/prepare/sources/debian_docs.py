@@ -237,7 +237,7 @@ class DebianDocs:
     def open(
         self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
     ) -> MultilingualCorpus:
-        """Extracts every family into ``folder``, one stage each; ``UserError`` if there is no package or a damaged one."""
+        """Extracts the families into ``folder``, each in a stage; ``UserError`` if there is none, or one is damaged."""
         wanted = list(dict.fromkeys([*languages, "en"]))  # English tells what is not translated
         records: dict[str, dict[str, Any]] = {}
         for name in self.families:

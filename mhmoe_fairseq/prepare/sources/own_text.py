@@ -166,7 +166,7 @@ class LanguageFolder:
         return found
 
     def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Returns the files by language; ``UserError`` if one is no UTF-8, or the same text stands for two languages."""
+        """Returns the files by language; ``UserError`` if one is not UTF-8, or two languages have the same text."""
         if not self.folder.is_dir():
             raise UserError(f"--source {self.name} {self.folder}: no such folder")
         files = {code: self.files(code) for code in languages}
