@@ -262,7 +262,7 @@ def _classification(args: argparse.Namespace) -> classification.ClassificationPr
     words = {split: getattr(args, split) for split in SPLITS}
     files = classification.labelled_files(words, several_languages=args.language_field is not None)
     settings = classification.ClassificationSettings.from_flags(args)
-    source = classification.open_labelled_text(files, args.data, args.tiktoken_ranks)
+    source = classification.LabelledText(files, args.data, args.tiktoken_ranks)
     return classification.ClassificationPreparation(source, settings, args.dest, say)
 
 

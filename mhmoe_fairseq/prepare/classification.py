@@ -4,13 +4,13 @@ import contextlib
 import shutil
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Optional, Sequence
+from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from ..common.errors import UserError
-from ..common.files import atomic_path, require_files, sha256_of
+from ..common.files import atomic_open, atomic_path, require_files, sha256_of
 from ..data.classification.examples import Example, Fields, file_format, read_examples
 from ..data.classification.labels import Labels, found_labels, given_labels
 from ..data.languages import get_language
@@ -23,10 +23,13 @@ from .splits import SPLITS
 _EOS = 2
 _BATCH = 2000
 _LABEL_DICTIONARY = "label/dict.txt"
+_NEEDED = {
+    DICTIONARY: "name the folder that the language model was trained on",
+    MODEL_FILE: "of a model with tiktoken give --tiktoken-ranks FILE",
+}
 
 
-@dataclass(frozen=True)
-class LabelledFile:
+class LabelledFile(NamedTuple):
     """One input: which split and language it is, and where."""
 
     split: str
@@ -52,8 +55,7 @@ def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) 
         several_languages: whether a file may hold several languages.
 
     Raises:
-        UserError: a word that is not LANG=FILE, an unknown language, one given twice, a file that is missing, of
-            another format, or given for two languages or splits.
+        UserError: naming the flag and what is wrong with its word or file.
     """
     files: list[LabelledFile] = []
     for split, word in [(part, word) for part in SPLITS for word in words[part]]:
@@ -79,21 +81,45 @@ def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """What is prepared: labelled files, and what turns text into the ids that a language model knows.
+    """Labelled files, and the dictionary and tokenizer that turn text into the ids that a language model knows.
 
     Args:
-        files: the labelled files.
-        folder: prepared data of the language model.
-        vocabulary: its tokenizer.
-        copied: the language model's files that the fine-tuning data copy, by name.
-        tiktoken_ranks: its rank file, if it has one.
+        folder: made by ``mhmoe prepare english`` or ``multilingual``, or by hand.
+        tiktoken_ranks: rank file, where the model was trained with one.
+
+    Raises:
+        UserError: dictionary or tokenizer are missing, or they do not belong together.
     """
 
     files: Sequence[LabelledFile]
     folder: Path
-    vocabulary: Vocabulary
-    copied: tuple[str, ...]
     tiktoken_ranks: Optional[Path] = None
+
+    def __post_init__(self) -> None:
+        from fairseq.data import Dictionary
+
+        for name in self.copied:
+            if not (self.folder / name).is_file():
+                raise UserError(f"--data {self.folder}: has no {name}; {_NEEDED[name]}")
+        file, expected = self.folder / DICTIONARY, self.vocabulary.symbols
+        found = Dictionary.load(str(file)).symbols[NUM_SPECIALS:]
+        for number, (symbol, other) in enumerate(zip_longest(expected, found[: len(expected)]), start=1):
+            if symbol != other:  # after all of the tokenizer's symbols others, as of languages, may follow
+                raise UserError(
+                    f"{file}:{number}: {'its end' if other is None else repr(other)} where "
+                    f"{self.tiktoken_ranks or self.folder / MODEL_FILE} has {symbol!r}: the dictionary is another model's"
+                )
+
+    @property
+    def copied(self) -> list[str]:
+        """The language model's files that the fine-tuning data copy."""
+        return [DICTIONARY] if self.tiktoken_ranks else [DICTIONARY, MODEL_FILE]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The language model's tokenizer."""
+        ranks = self.tiktoken_ranks
+        return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.folder / MODEL_FILE)
 
     def identity(self) -> dict[str, Any]:
         """Returns names, sizes and hashes of the files by flag."""
@@ -106,46 +132,11 @@ class LabelledText:
         return identity
 
 
-def open_labelled_text(files: Sequence[LabelledFile], folder: Path, tiktoken_ranks: Optional[Path]) -> LabelledText:
-    """Opens the dictionary and the tokenizer in ``folder`` and compares them.
-
-    Args:
-        folder: made by ``mhmoe prepare english`` or ``multilingual``, or by hand.
-        tiktoken_ranks: rank file, where the model was trained with one.
-
-    Raises:
-        UserError: one of the two is missing, or they do not belong together.
-    """
-    dictionary, tokenizer = folder / DICTIONARY, tiktoken_ranks or folder / MODEL_FILE
-    if not dictionary.is_file():
-        raise UserError(f"--data {folder}: has no {DICTIONARY}; name the folder that the language model was trained on")
-    if tiktoken_ranks is None and not tokenizer.is_file():
-        raise UserError(f"--data {folder}: has no {MODEL_FILE}; of a model with tiktoken give --tiktoken-ranks FILE")
-    vocabulary = (SentencePieceVocabulary if tiktoken_ranks is None else TiktokenVocabulary)(tokenizer)
-    _compare(dictionary, tokenizer, vocabulary)
-    copied = (DICTIONARY, MODEL_FILE) if tiktoken_ranks is None else (DICTIONARY,)
-    return LabelledText(files, folder, vocabulary, copied, tiktoken_ranks)
-
-
-def _compare(file: Path, tokenizer: Path, vocabulary: Vocabulary) -> None:
-    """``UserError`` unless the dictionary starts with the tokenizer's symbols; others, as languages', may follow."""
-    from fairseq.data import Dictionary
-
-    symbols = Dictionary.load(str(file)).symbols[NUM_SPECIALS:]
-    for index, symbol in enumerate(vocabulary.symbols):
-        if index >= len(symbols) or symbols[index] != symbol:
-            found = repr(symbols[index]) if index < len(symbols) else "its end"
-            raise UserError(
-                f"{file}:{index + 1}: {found} where {tokenizer} has {symbol!r}: the dictionary is another model's"
-            )
-
-
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
     """How the files are read.
 
     Args:
-        text_fields, label_field, language_field: names of the fields.
         labels: the classes, with other spellings (``contradiction=contradictory``); None to take them from the
             training files.
         skip_labels: examples with these are left out.
@@ -189,9 +180,9 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
             tuple(map(tuple, spellings)), frozenset(settings.skip_labels), settings.label_field,
             are_ordered=settings.labels is not None,
         )  # fmt: skip
-        self.stage("language model", list(text.copied), self._copy_language_model)
+        self.stage("language model", text.copied, self._copy_language_model)
         outputs, splits = [_LABEL_DICTIONARY, *text.copied], {}
-        for file in self.source.files:
+        for file in text.files:
             made = [f"{folder}/{file.name}.{end}" for folder in (*self._folders, "label") for end in ("bin", "idx")]
             splits[file.name] = self.stage(f"binarise {file.name}", made, partial(self._binarise_file, file, labels))
             outputs += made
@@ -207,7 +198,7 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
     def _folders(self) -> list[str]:
         return [f"input{index}" for index in range(len(self.settings.text_fields))]
 
-    def _check_all(self) -> list[list[str]]:
+    def _check_all(self) -> Sequence[Sequence[str]]:
         """Reads every file once, so that the last one's mistakes show before the first is binarised."""
         settings = self.settings
         if settings.labels is None:
@@ -217,8 +208,8 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
             labels = given_labels(settings.labels, settings.skip_labels, settings.label_field)
         in_training: Counter[int] = Counter()
         for file in self.source.files:
-            classes = [labels.find(example) for example in self._read(file)]
-            found = Counter(index for index in classes if index is not None)
+            found = Counter(labels.find(example) for example in self._read(file))
+            found.pop(None, None)
             if not found:
                 of_language = f" of language {file.language}" if settings.language_field else ""
                 raise UserError(f"{file.flag}: no example{of_language} in it")
@@ -228,10 +219,9 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
         if absent:
             raise UserError(f"--train: no example of class {absent[0]!r}, which could not be learnt")
         self.say(f"classes: {', '.join(labels.names)}")
-        with atomic_path(self.partial / _LABEL_DICTIONARY) as temporary:
-            lines = (f"{name} {in_training[index]}\n" for index, name in enumerate(labels.names))
-            temporary.write_text("".join(lines), encoding="utf-8")
-        return [list(spellings) for spellings in labels.spellings]
+        with atomic_open(self.partial / _LABEL_DICTIONARY) as stream:
+            stream.writelines(f"{name} {in_training[index]}\n".encode() for index, name in enumerate(labels.names))
+        return labels.spellings
 
     def _read(self, file: LabelledFile, others: Optional[Counter[str]] = None) -> Iterator[Example]:
         is_shared = sum(other.path.resolve() == file.path.resolve() for other in self.source.files) > 1
@@ -243,26 +233,28 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
                 shutil.copyfile(self.source.folder / name, temporary)
 
     def _binarise_file(self, file: LabelledFile, labels: Labels) -> dict[str, Any]:
-        prefixes = [self.partial / folder / file.name for folder in self._folders]
-        vocab_size = len(self.source.vocabulary.symbols) + NUM_SPECIALS
+        vocabulary = self.source.vocabulary
+        sizes = dict.fromkeys(self._folders, len(vocabulary.symbols)) | {"label": len(labels.names)}
         lengths: list[int] = []
-        classes, others = Counter[str](), Counter[str]()
-        skipped = 0
+        classes, others = Counter[Optional[int]](), Counter[str]()
         with contextlib.ExitStack() as stack:
-            inputs = [stack.enter_context(dataset_writer(prefix, vocab_size)) for prefix in prefixes]
-            label_prefix = self.partial / "label" / file.name
-            add_label = stack.enter_context(dataset_writer(label_prefix, NUM_SPECIALS + len(labels.names)))
+            *inputs, add_label = (
+                stack.enter_context(dataset_writer(self.partial / folder / file.name, NUM_SPECIALS + size))
+                for folder, size in sizes.items()
+            )
             examples = self._read(file, others)
             while batch := list(islice(examples, _BATCH)):
-                kept = [(example, index) for example in batch if (index := labels.find(example)) is not None]
-                skipped += len(batch) - len(kept)
-                for sentences, (_, index) in zip(self._encode([example for example, _ in kept]), kept):
+                found = [labels.find(example) for example in batch]
+                classes.update(found)
+                columns = zip(*(example.texts for example, index in zip(batch, found) if index is not None))
+                encoded = [vocabulary.encode_lines(list(column)) for column in columns]
+                for index, *sentences in zip((index for index in found if index is not None), *encoded):
                     for add, ids in zip(inputs, sentences):
                         add([*ids, _EOS])
                     add_label([NUM_SPECIALS + index, _EOS])
-                    classes[labels.names[index]] += 1
                     lengths.append(1 + sum(len(ids) + 1 for ids in sentences))
-        counts = {name: classes[name] for name in labels.names}
+        skipped = classes.pop(None, 0)
+        counts = {name: classes[index] for index, name in enumerate(labels.names)}
         tokens, longest = sum(lengths), max(lengths)
         other_languages = ", ".join(f"{tag} {count}" for tag, count in sorted(others.items()))
         besides = f" (of other languages besides: {other_languages})" if others else ""
@@ -274,8 +266,3 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
             "language": file.language, "examples": len(lengths), "skipped": skipped, "classes": counts,
             "tokens": tokens, "longest": longest, "in_other_languages": dict(others),
         }  # fmt: skip
-
-    def _encode(self, examples: list[Example]) -> Iterator[tuple[list[int], ...]]:
-        """Yields the ids of each example's one or two sentences, without end marks."""
-        columns = zip(*(example.texts for example in examples))
-        return zip(*(self.source.vocabulary.encode_lines(list(column)) for column in columns))
