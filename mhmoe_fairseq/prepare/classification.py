@@ -105,9 +105,9 @@ class LabelledText:
         found = Dictionary.load(str(file)).symbols[NUM_SPECIALS:]
         for number, (symbol, other) in enumerate(zip_longest(expected, found[: len(expected)]), start=1):
             if symbol != other:  # after all of the tokenizer's symbols others, as of languages, may follow
+                shown, tokenizer = repr(other) if other else "its end", self.tiktoken_ranks or self.folder / MODEL_FILE
                 raise UserError(
-                    f"{file}:{number}: {'its end' if other is None else repr(other)} where "
-                    f"{self.tiktoken_ranks or self.folder / MODEL_FILE} has {symbol!r}: the dictionary is another model's"
+                    f"{file}:{number}: {shown} where {tokenizer} has {symbol!r}: the dictionary is another model's"
                 )
 
     @property

@@ -7,13 +7,13 @@ all its skin tones is a unit, which is never divided.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, NamedTuple, Sequence
 
 from ....common.errors import UserError
 from ....data.documents import clean_line
-from ...archives import Archive, FetchedArchive, Say, fetch, iter_tar_members
+from ...archives import Archive, Say, fetch, iter_tar_members
 from ...image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts
 from ..base import IMAGE_SOURCES, SourceKind
 
@@ -49,16 +49,6 @@ class Annotation(NamedTuple):
 Names = Mapping[str, Annotation]  # by character, in one language
 
 
-class Entry(NamedTuple):
-    """A row of emoji.json, or one of its skin tones."""
-
-    image: str
-    characters: str
-    base: str
-    group: str
-    subgroup: str
-
-
 @dataclass(frozen=True)
 class EmojiSource:
     """The default source of images."""
@@ -77,52 +67,58 @@ class EmojiSource:
             UserError: a package that cannot be fetched or read, or a language that CLDR does not have.
         """
         archives = [fetch(archive, cache_dir, say) for archive in (ARTWORK, ANNOTATIONS, DERIVED)]
-        names = read_names(archives[1], archives[2], list(dict.fromkeys([*languages, "en"])))
-        contents = dict(iter_tar_members(archives[0].path, _is_wanted))
-        entries = list(_entries(contents, str(archives[0].path)))
-        images = [image for entry in entries if (image := _image(entry, names, languages)) is not None]
+        artwork, plain, derived = (archive.path for archive in archives)
+        names = read_names({"annotations": plain, "annotationsDerived": derived}, [*languages, "en"])
+        contents = dict(iter_tar_members(artwork, _is_wanted))
+        drawings = list(_drawings(contents, artwork))
+        images = [image for drawing in drawings if (image := _named(*drawing, names, languages)) is not None]
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
         for image in images:
             (folder / image.path).write_bytes(contents[_FOLDER + Path(image.path).name])
         sentences = [sentence for language in languages for sentence in _sentences(names[language], language)]
         packages = [archive.provenance() for archive in archives]
-        provenance = {"packages": packages, "unnamed": len(entries) - len(images)}
-        return OpenedImages(provenance, images, sentences)
+        return OpenedImages({"packages": packages, "unnamed": len(drawings) - len(images)}, images, sentences)
 
 
 def _is_wanted(member: str) -> bool:
     return member == _INDEX or (member.startswith(_FOLDER) and member.endswith(".png"))
 
 
-def _entries(contents: dict[str, bytes], origin: str) -> Iterator[Entry]:
-    """Yields every emoji that has an image, its skin tones after it."""
+def _drawings(contents: dict[str, bytes], origin: Path) -> Iterator[tuple[str, SourceImage]]:
+    """Yields characters and image of every emoji that has one, its skin tones after it; they have no captions yet."""
     try:
-        rows: list[dict[str, Any]] = json.loads(contents[_INDEX])
-        for row in rows:
+        for row in json.loads(contents[_INDEX]):
             if row["category"] == _NO_IMAGES_OF_THEIR_OWN:
                 continue
             for variant in (row, *row.get("skin_variations", {}).values()):
                 if _FOLDER + variant["image"] in contents:
-                    characters = "".join(chr(int(code, 16)) for code in variant["unified"].split("-"))
-                    yield Entry(variant["image"], characters, row["unified"], row["category"], row["subcategory"])
+                    unit, kinds = _unit(_characters(row)), {"group": row["category"], "subgroup": row["subcategory"]}
+                    yield _characters(variant), SourceImage(f"{IMAGES}/{variant['image']}", {}, unit, **kinds)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{origin}: {_INDEX} is not the index of emoji-datasource ({error})") from error
 
 
-def _image(entry: Entry, names: Mapping[str, Names], languages: Sequence[str]) -> SourceImage | None:
+def _characters(row: dict[str, str]) -> str:
+    return "".join(chr(int(code, 16)) for code in row["unified"].split("-"))
+
+
+def _unit(characters: str) -> str:
+    return "-".join(f"{ord(character):04x}" for character in characters if character not in {_VARIATION, *_TONES})
+
+
+def _named(
+    characters: str, drawing: SourceImage, names: Mapping[str, Names], languages: Sequence[str]
+) -> SourceImage | None:
     """Returns the image with its captions; None where a language has no name for it."""
-    named = {language: _find(names[language], entry.characters) for language in languages}
-    english = _find(names["en"], entry.characters)
-    captions = {language: [annotation.name] for language, annotation in named.items() if annotation is not None}
-    if english is None or len(captions) < len(languages):
+    bare = characters.replace(_VARIATION, "")  # CLDR writes them with or without it
+    found = {language: known.get(characters) or known.get(bare) for language, known in names.items()}
+    english = found["en"]
+    if english is None or None in found.values():
         return None
-    codes = [code for code in entry.base.lower().split("-") if chr(int(code, 16)) not in {_VARIATION, *_TONES}]
     # The name without person, colour and size: ``woman firefighter`` and ``firefighter`` are one family.
-    family = " ".join(_VARIED.sub(" ", english.name.split(":")[0]).split()) or entry.subgroup
-    return SourceImage(
-        f"{IMAGES}/{entry.image}", captions, "-".join(codes), family=family, group=entry.group,
-        subgroup=entry.subgroup, keywords=english.keywords, facts=_facts(english.name),
-    )  # fmt: skip
+    family = " ".join(_VARIED.sub(" ", english.name.split(":")[0]).split()) or drawing.subgroup
+    captions = {language: [found[language].name] for language in languages}
+    return replace(drawing, captions=captions, family=family, keywords=english.keywords, facts=_facts(english.name))
 
 
 def _facts(name: str) -> dict[str, str]:
@@ -130,55 +126,41 @@ def _facts(name: str) -> dict[str, str]:
     person = _PERSON.match(title)
     facts = {"person": person[1]} if person else colour_facts(title)
     tones = [part for part in details.split(", ") if part.endswith(" skin tone")]
-    if len(tones) == 1:
-        facts["tone"] = tones[0].removesuffix(" skin tone")
-    return facts
+    return {**facts, "tone": tones[0].removesuffix(" skin tone")} if len(tones) == 1 else facts
 
 
 def _sentences(names: Names, language: str) -> Iterator[Sentence]:
     """Yields ``name: keyword, keyword`` of every character, also without an image; skin tones would repeat it."""
-    for characters, annotation in names.items():
+    for characters, (name, keywords) in names.items():
         if _TONES.isdisjoint(characters):
-            unit = "-".join(f"{ord(character):04x}" for character in characters if character != _VARIATION)
-            others = [keyword for keyword in annotation.keywords if keyword != annotation.name]
-            text = f"{annotation.name}: {', '.join(others)}" if others else annotation.name
-            yield Sentence(unit, language, text)
+            others = ", ".join(keyword for keyword in keywords if keyword != name)
+            yield Sentence(_unit(characters), language, f"{name}: {others}" if others else name)
 
 
-def _find(names: Names, characters: str) -> Annotation | None:
-    """Returns the annotation of a character sequence, written with or without variation selectors."""
-    return names.get(characters) or names.get(characters.replace(_VARIATION, ""))
-
-
-def read_names(annotations: FetchedArchive, derived: FetchedArchive, languages: Sequence[str]) -> Mapping[str, Names]:
+def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[str, dict[str, Annotation]]:
     """Returns CLDR's names by language.
+
+    Args:
+        archives: by the key under which their files have the names.
 
     Raises:
         UserError: CLDR does not have a language, or an archive is damaged.
     """
     found: dict[str, dict[str, Annotation]] = {language: {} for language in languages}
-    for archive, key in ((annotations, "annotations"), (derived, "annotationsDerived")):
+    for key, archive in archives.items():
         members = {f"package/{key}/{language}/annotations.json": language for language in languages}
-        for member, content in iter_tar_members(archive.path, members.__contains__):
-            found[members[member]].update(_parse(content, key, f"{archive.path}: {member}"))
+        for member, content in iter_tar_members(archive, members.__contains__):
+            try:
+                for characters, row in json.loads(content)[key]["annotations"].items():
+                    if row.get("tts"):
+                        keywords = tuple(filter(None, map(clean_line, row.get("default", ()))))
+                        found[members[member]][characters] = Annotation(clean_line(row["tts"][0]), keywords)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{archive}: {member}: not CLDR's annotations ({error})") from error
     for language, entries in found.items():
         if not entries:
             raise UserError(f"--langs {language}: CLDR {VERSION} has no names in it")
     return found
-
-
-def _parse(content: bytes, key: str, origin: str) -> dict[str, Annotation]:
-    try:
-        rows = json.loads(content)[key]["annotations"]
-        return {
-            characters: Annotation(
-                clean_line(row["tts"][0]), tuple(filter(None, map(clean_line, row.get("default", ()))))
-            )
-            for characters, row in rows.items()
-            if row.get("tts")
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{origin}: not CLDR's annotations ({error})") from error
 
 
 IMAGE_SOURCES["emoji"] = SourceKind(lambda args: EmojiSource())

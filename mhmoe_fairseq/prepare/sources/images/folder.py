@@ -10,6 +10,7 @@ import json
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Iterator, Mapping, Sequence
 
@@ -22,8 +23,6 @@ from ..base import IMAGE_SOURCES, ONE_FOLDER, SourceKind, tell_left_out, walk_fi
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _JSONL, _TSV = "captions.jsonl", "captions.tsv"
-
-Captions = dict[str, dict[str, list[str]]]  # image -> language -> captions
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,10 @@ class FolderSource:
         Raises:
             UserError: no such folder, or no image in it.
         """
-        sizes = {file: file.stat().st_size for file in self._files()}
+        sizes = {file: file.stat().st_size for file in self._files}
         texts = [self.folder / name for name in (_JSONL, _TSV)]
         captions = {text.name: sha256_of(text) for text in texts if text.is_file()}
-        beside = {text: sha256_of(text) for file in sizes if (text := file.with_suffix(".txt")).is_file()}
-        if beside:
+        if beside := {text: sha256_of(text) for file in sizes if (text := file.with_suffix(".txt")).is_file()}:
             captions["beside pictures"] = self._digest(beside)
         return {  # by the names that finished folders know
             "pictures": len(sizes),
@@ -61,12 +59,14 @@ class FolderSource:
         Raises:
             UserError: naming file and line of a caption that is no good, or of an image that is not there.
         """
-        files = self._files()
-        left_out = tell_left_out(self.name, self._unread(files), say)
-        captions = self._captions(languages[0])
+        left_out = tell_left_out(self.name, self._unread(), say)
+        captions: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))  # by image and language
+        for name, language, text in self._caption_lines(languages[0]):
+            if cleaned := clean_line(text):
+                captions[PurePosixPath(name).as_posix()][language].append(cleaned)
         unread = Counter(code for found in captions.values() for code in found if code not in languages)
         images = []
-        for file in files:
+        for file in self._files:
             name = self._name(file)
             target = folder / IMAGES / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class FolderSource:
             found = captions.pop(name, {})
             images.append(
                 SourceImage(
-                    f"{IMAGES}/{name}", {language: found[language] for language in languages if found.get(language)},
+                    f"{IMAGES}/{name}", {language: found[language] for language in languages if language in found},
                     unit=sha256_of(file)[:16], facts=colour_facts(" ".join(found.get("en", ()))),
                     **kinds_by_folder(name),
                 )
@@ -94,6 +94,7 @@ class FolderSource:
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
 
+    @cached_property
     def _files(self) -> list[Path]:
         if not self.folder.is_dir():
             raise UserError(f"--source folder {self.folder}: no such folder")
@@ -102,9 +103,10 @@ class FolderSource:
             raise UserError(f"--source folder {self.folder}: has no image ({', '.join(SUFFIXES)})")
         return files
 
-    def _unread(self, files: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    def _unread(self) -> Iterator[tuple[str, str]]:
         """Yields what is neither an image nor captions, with the reason."""
-        read = {*files, *(file.with_suffix(".txt") for file in files), self.folder / _JSONL, self.folder / _TSV}
+        images = set(self._files)
+        read = {*images, *(file.with_suffix(".txt") for file in images), self.folder / _JSONL, self.folder / _TSV}
         for file in walk_files(self.folder):
             if file in read:
                 continue
@@ -123,13 +125,6 @@ class FolderSource:
         named = sorted((self._name(file), value) for file, value in values.items())
         return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
-    def _captions(self, default_language: str) -> Captions:
-        found: Captions = defaultdict(lambda: defaultdict(list))
-        for name, language, text in self._caption_lines(default_language):
-            if cleaned := clean_line(text):
-                found[PurePosixPath(name).as_posix()][language].append(cleaned)
-        return found
-
     def _caption_lines(self, default_language: str) -> Iterator[tuple[str, str, str]]:
         """Yields image, language and caption."""
         if (self.folder / _JSONL).is_file():
@@ -140,9 +135,8 @@ class FolderSource:
                 if line.strip() and not (tab and name and text.strip()):
                     raise UserError(f"{self.folder / _TSV}:{number}: must be an image, a tab and its caption")
                 yield name, default_language, text
-        for file in self._files():
-            beside = file.with_suffix(".txt")
-            if beside.is_file():
+        for file in self._files:
+            if (beside := file.with_suffix(".txt")).is_file():
                 yield from ((self._name(file), default_language, line) for line in read_utf8_lines(beside))
 
 
