@@ -19,16 +19,7 @@ from ...common.files import atomic_path, read_utf8_lines, refuse_path_separator,
 from ...common.locks import LOCK, exclusive_lock
 from ...data.documents import clean_line
 from ...data.identity import MANIFEST, read_manifest
-from ...data.multimodal.index import (
-    ANSWERS_FILE,
-    NAMES,
-    TASKS,
-    Index,
-    index_files,
-    read_answers,
-    read_index,
-    write_index,
-)
+from ...data.multimodal import index as beit3
 from ...data.vocabularies import NUM_SPECIALS, open_model, write_dictionary
 from ..archives import Say
 from ..base import DICTIONARY, MODEL_FILE, complete_manifest
@@ -117,26 +108,21 @@ class Completion:
         """The dictionary, written first where it is missing."""
         from fairseq.data import Dictionary
 
-        path = self.folder / DICTIONARY
+        path, upstream, model = (self.folder / name for name in (DICTIONARY, _UPSTREAM_MODEL, MODEL_FILE))
         if not path.is_file():
-            self._write_dictionary(path)
+            if not model.is_file():
+                if not upstream.is_file():
+                    raise UserError(f"{self.folder}: has neither {DICTIONARY} nor {_UPSTREAM_MODEL} nor {MODEL_FILE}")
+                with atomic_path(model) as temporary:
+                    shutil.copyfile(upstream, temporary)
+                self._note(MODEL_FILE)
+            symbols = PieceVocabulary(model).symbols
+            write_dictionary(path, symbols, np.zeros(NUM_SPECIALS + len(symbols), dtype=np.int64), [MASK], multiple=1)
+            self._note(DICTIONARY)
         symbols = Dictionary.load(str(path)).symbols
         if MASK not in symbols:
             raise UserError(f"{path}: has no {MASK}, which stands after the last piece")
         return symbols
-
-    def _write_dictionary(self, path: Path) -> None:
-        upstream, model = self.folder / _UPSTREAM_MODEL, self.folder / MODEL_FILE
-        if not model.is_file():
-            if not upstream.is_file():
-                raise UserError(f"{self.folder}: has neither {DICTIONARY} nor {_UPSTREAM_MODEL} nor {MODEL_FILE}")
-            with atomic_path(model) as temporary:
-                shutil.copyfile(upstream, temporary)
-            self._note(MODEL_FILE)
-        symbols = PieceVocabulary(model).symbols
-        counts = np.zeros(NUM_SPECIALS + len(symbols), dtype=np.int64)
-        write_dictionary(path, symbols, counts, [MASK], multiple=1)
-        self._note(DICTIONARY)
 
     def _note(self, *names: str) -> None:
         self.made += names
@@ -147,7 +133,7 @@ class Completion:
         """Reads every index that is there, to its last line; returns lines by file."""
         counts: dict[str, int] = {}
         for task, split, name in _all_indexes():
-            files = index_files(self.folder, task, split, name)
+            files = beit3.index_files(self.folder, task, split, name)
             if not files[0].is_file() or files[0].name in counts:
                 continue
             index = self._read(task, split, name)
@@ -160,12 +146,12 @@ class Completion:
             raise UserError(f"--source {_SOURCE} {self.folder}: has none of BEiT-3's index files")
         return counts
 
-    def _read(self, task: str, split: str, name: str | None = None) -> Index:
-        return read_index(self.folder, task, split, name, vocabulary_size=len(self._symbols))
+    def _read(self, task: str, split: str, name: str | None = None) -> beit3.Index:
+        return beit3.read_index(self.folder, task, split, name, vocabulary_size=len(self._symbols))
 
-    def _check_images(self, index: Index) -> None:
+    def _check_images(self, index: beit3.Index) -> None:
         for column in ("image_path", "image2_path"):
-            paths = [self.folder / index[column][row] for row in range(len(index))] if column in index else []
+            paths = [self.folder / path for path in index[column]] if column in index else []
             missing = [row for row, path in enumerate(paths) if not path.is_file()]
             if missing:
                 raise UserError(
@@ -173,18 +159,18 @@ class Completion:
                     f"({len(missing)} of {len(index)} lines name one that is not there)"
                 )
 
-    def _check_labels(self, index: Index) -> None:
-        answers = len(read_answers(self.folder))
-        for row in range(len(index)):
-            if (largest := max(index["labels"][row].tolist(), default=-1)) >= answers:
-                raise UserError(f"{index.place(row)}: label {largest}, {ANSWERS_FILE} has {answers} answers")
+    def _check_labels(self, index: beit3.Index) -> None:
+        answers = len(beit3.read_answers(self.folder))
+        for row, labels in enumerate(index["labels"]):
+            if (largest := max(labels.tolist(), default=-1)) >= answers:
+                raise UserError(f"{index.place(row)}: label {largest}, {beit3.ANSWERS_FILE} has {answers} answers")
 
     def _is_there(self, task: str, split: str) -> bool:
-        return index_files(self.folder, task, split)[0].is_file()
+        return beit3.index_files(self.folder, task, split)[0].is_file()
 
     def _write(self, task: str, split: str, rows: Iterable[dict[str, Any]]) -> None:
-        file = index_files(self.folder, task, split)[0]
-        write_index(file, task, rows)
+        file = beit3.index_files(self.folder, task, split)[0]
+        beit3.write_index(file, task, rows)
         self._note(file.name)
 
     def _make_pairs(self, split: str) -> None:
@@ -193,14 +179,13 @@ class Completion:
         source = next((task for task in sources if self._is_there(task, split)), None)
         if source is not None and not self._is_there("pair", split):
             index = self._read(source, split)
-            self._write("pair", split, (index.record(row) for row in range(len(index))))
+            self._write("pair", split, map(index.record, range(len(index))))
 
     def _make_images(self, split: str) -> None:
         """Writes ImageNet's images where they are there, and the pairs'; each once."""
         sources = [task for task in ("imagenet", "pair") if self._is_there(task, split)]
         if sources and not self._is_there("image", split):
-            indexes = [self._read(task, split) for task in sources]
-            paths = dict.fromkeys(index["image_path"][row] for index in indexes for row in range(len(index)))
+            paths = dict.fromkeys(path for task in sources for path in self._read(task, split)["image_path"])
             self._write("image", split, ({"image_path": path} for path in paths))
 
     def _make_texts(self, split: str) -> None:
@@ -211,8 +196,7 @@ class Completion:
         if self.text_data is not None:
             lines = self._encode(self.text_data / f"{split}.txt")
         elif self._is_there("pair", split):
-            index = self._read("pair", split)
-            lines = iter(dict.fromkeys(tuple(index["text_segment"][row].tolist()) for row in range(len(index))))
+            lines = iter(dict.fromkeys(tuple(ids.tolist()) for ids in self._read("pair", split)["text_segment"]))
         else:
             return
         with dataset_writer(prefix, len(self._symbols)) as add:
@@ -227,12 +211,11 @@ class Completion:
         return map(PieceVocabulary(model).encode, filter(None, map(clean_line, read_utf8_lines(text))))
 
     def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
-        settings, file = self.tokenizer, self.folder / TOKENIZER_FILE
-        if settings is None or file.is_file() or not self._is_there("image", "train"):
+        if self.tokenizer is None or (self.folder / TOKENIZER_FILE).is_file() or not self._is_there("image", "train"):
             return None
         from ..visual_tokenizers.fitting import fit_into  # which needs PyTorch
 
-        record = fit_into(self.folder, settings, self.say)
+        record = fit_into(self.folder, self.tokenizer, self.say)
         self._note(TOKENIZER_FILE)
         return record
 
@@ -252,7 +235,7 @@ class Completion:
 
 
 def _all_indexes() -> Iterator[tuple[str, str, str | None]]:
-    for task in TASKS:
-        for name in NAMES.get(task, (None,)):
+    for task in beit3.TASKS:
+        for name in beit3.NAMES.get(task, (None,)):
             for split in (*SPLITS, "test-dev") if task == "vqa" else SPLITS:
                 yield task, split, name
