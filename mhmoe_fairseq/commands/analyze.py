@@ -56,11 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write.
-
-    Raises:
-        UserError, OSError: for a bad flag, checkpoint, image or data folder, before the measurement.
-    """
+    """Measure, print and write; a bad flag, checkpoint, image or data folder ends it before the measurement."""
     from ..analysis.reports.plots import require_matplotlib
 
     for name in _OF_ONE_KIND[args.diversity]:
@@ -143,11 +139,7 @@ def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
 
 
 def choose_images(data: Path, split: str, count: int) -> list[Path]:
-    """Different images of a split, evenly spread over its index.
-
-    Raises:
-        FileNotFoundError, UserError: if the folder has no index of images, or a broken one.
-    """
+    """Different images of a split, evenly spread over its index, which must be there and whole."""
     import numpy as np
 
     from ..data.multimodal.index import index_files, read_index

@@ -4,6 +4,7 @@ Parameters and FLOPs; with ``--ranks`` the memory, traffic and time of a trainin
 """
 
 import argparse
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..analysis.plan.table_11 import P1, PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES
@@ -11,7 +12,7 @@ from ..common.arguments import ArgumentParser, output_file, real, whole
 from ..common.console import say
 from ..common.errors import UserError
 from ..common.files import write_json
-from ..common.tables import MISSING, markdown_table, millions
+from ..common.tables import MISSING, columns_table, markdown_table, millions
 
 if TYPE_CHECKING:
     from ..analysis.plan.planning import PlanRow, PlanSettings
@@ -84,11 +85,7 @@ def parse_rest(args: argparse.Namespace, words: list[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the plan.
-
-    Raises:
-        UserError: for an unknown architecture, or anything that building the model refuses.
-    """
+    """Print the plan; ``UserError`` for an unknown architecture, or anything that building the model refuses."""
     from ..analysis.plan.planning import plan
     from ..analysis.plan.ranks import describe_ranks
 
@@ -141,10 +138,11 @@ def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     from ..models.architectures import KINDS
     from ..models.options import options_with
 
-    names = set(options_with()) - {"tokens_per_sample", "moe_expert_count"}
-    given = {name: getattr(args, name, None) for name in names}
+    given = {
+        name: getattr(args, name, None) for name in set(options_with()) - {"tokens_per_sample", "moe_expert_count"}
+    }
     sizes = {f"{KINDS[kind].stack}_{name}": getattr(args, name) for name in _SHORT_SIZES.values()}
-    given.update({name: value for name, value in sizes.items() if value is not None})
+    given |= {name: value for name, value in sizes.items() if value is not None}
     return {name: value for name, value in given.items() if value not in (None, False)}
 
 
@@ -165,32 +163,26 @@ def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:
             "one position's forward pass through the encoder, matrix products only, attention over {:,} positions.",
         ),
     }[kind]
-    lines = [
-        f"{settings.arch}, vocabulary {settings.vocab_size:,}, {embedding}; parameters counted on the model's own "
-        "modules",
-        "",
-        markdown_table(header, cells),
-        "",
+    notes = [
         "sum: all parameters. active: without the experts that a sub-token's K choices leave out.",
         f"MFLOPs/token: {flops.format(rows[0].counts.context)}",
         *(f"{row.family}: {row.note}" for row in rows if row.note),
     ]
     if has_paper:
-        lines.append(f"paper: {P1}, table 11, in millions as printed there; all other columns are ours.")
+        notes.append(f"paper: {P1}, table 11, in millions as printed there; all other columns are ours.")
+    head = f"{settings.arch}, vocabulary {settings.vocab_size:,}, {embedding}; parameters counted on the model's own "
+    paragraphs = [f"{head}modules", markdown_table(header, cells), "\n".join(notes)]
     if kind == "beit3":
-        lines += ["", _parts_table(rows)]
+        parts = list(dict.fromkeys(part for row in rows for part in row.parts))
+        columns = {"part": parts}
+        for row in rows:
+            name = row.family if row.experts is None else f"{row.family} {row.experts}"
+            columns[name] = [millions(row.parts.get(part)) for part in parts]
+        paragraphs.append(columns_table(columns))
         if has_paper:
             told = "The paper's own text does not say how its multimodal rows come about; ours are not fitted to them."
-            lines += ["", told]
-    return "\n".join(lines)
-
-
-def _parts_table(rows: "list[PlanRow]") -> str:
-    """Parameters by part, a column for each model."""
-    parts = list(dict.fromkeys(part for row in rows for part in row.parts))
-    header = ["part", *(row.family if row.experts is None else f"{row.family} {row.experts}" for row in rows)]
-    cells = [[part, *(millions(row.parts[part]) if part in row.parts else MISSING for row in rows)] for part in parts]
-    return markdown_table(header, cells)
+            paragraphs.append(told)
+    return "\n\n".join(paragraphs)
 
 
 def _cells(row: "PlanRow") -> list[str]:
@@ -221,5 +213,5 @@ def _as_json(row: "PlanRow") -> dict[str, Any]:
         "context": counts.context,
         "params_by_part": row.parts,
         "paper_millions": row.paper and dict(zip(("non_expert", "expert", "total"), row.paper)),
-        "ranks": None if row.ranks is None else row.ranks.as_json(),
+        "ranks": None if row.ranks is None else dataclasses.asdict(row.ranks),
     }

@@ -35,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the report.
-
-    Raises:
-        UserError: for missing or unreadable runs, runs of other data, an unknown table, or missing matplotlib.
-    """
+    """Write the report; ``UserError`` for runs that are missing, broken or of other data, or an unknown table."""
     tables = {name: experiment.paper for name, experiment in EXPERIMENTS.items() if experiment.paper is not None}
     if args.paper is not None and args.paper not in tables:
         raise UserError(f"--paper ({args.paper}) must be one of {', '.join(tables)}")

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..analysis.reports import write_report
-from ..analysis.reports.run_logs import parse_record, read_training_log
+from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.locks import LOCK, exclusive_lock

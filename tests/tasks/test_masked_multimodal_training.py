@@ -13,7 +13,7 @@ from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from images_and_words import SHAPES, training_words, write_images_and_words, write_tokenizer
 
-from mhmoe_fairseq.analysis.reports.run_logs import TrainingLog, read_training_log
+from mhmoe_fairseq.analysis.reports.runs import TrainingLog, read_training_log
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.masked_multimodal import PARTS

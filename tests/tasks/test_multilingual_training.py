@@ -12,7 +12,7 @@ from console import evaluate, evaluated, evaluation_record, train
 from multilingual_data import LANGUAGES, write_languages
 from workers import TRAIN_FLAGS, Workers
 
-from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
+from mhmoe_fairseq.analysis.reports.runs import read_training_log
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.records import Record
 

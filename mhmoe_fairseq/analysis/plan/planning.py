@@ -17,13 +17,10 @@ from .table_11 import PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES, SAME_MODEL, TABLE_
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is planned.
+    """What is planned: a named architecture with its baselines, with each of the numbers of experts.
 
     Args:
-        arch: a named architecture; its baselines come with it.
-        experts: numbers of experts.
         flags: the model's, by name.
-        tokens_per_sample: for attention's FLOPs.
         num_visual_tokens: BEiT-3's scores for masked patches.
         cluster: the machines; None to leave out memory, traffic and time.
         cpu: activation memory as on CPUs.
@@ -65,7 +62,7 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
     """Count the architecture and its baselines (dense, and the one-head reference) for every number of experts.
 
     Raises:
-        UserError: for an unknown architecture, or anything that building the model refuses.
+        UserError: for an unknown architecture, or what building the model refuses.
     """
     architecture, dictionary = settings.architecture, blank_dictionary(settings.vocab_size)
     families = {"dense": ["dense"], "mhmoe": ["dense", "xmoe", "mhmoe"]}.get(

@@ -1,10 +1,8 @@
 """Many ranks on paper: who shares experts with whom; memory, all-to-all and time of models, and tables of several."""
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ...common.errors import UserError
 from ...common.tables import MISSING, byte_size, duration, markdown_table, millions
@@ -30,11 +28,6 @@ class Precision:
     gradients: int
     optimizer: int
     host: int
-
-    @property
-    def total(self) -> int:
-        """On a rank, while training."""
-        return self.weights + self.gradients + self.optimizer
 
 
 # fairseq's checkpoints hold weights and Adam's moments in fp32, whatever was trained in.
@@ -182,7 +175,6 @@ class RankPlan:
     """One model on a cluster, per rank.
 
     Attributes:
-        name: the family.
         size: ranks that share one bank of experts.
         experts: of one MoE layer on a rank; None for a dense model.
         rounded: bytes of half-precision copies of weights.
@@ -194,6 +186,7 @@ class RankPlan:
         train_flops: of one micro-batch, forward and backward.
         gradient_seconds: summing gradients, once per update.
         compute_seconds: of one micro-batch; None if the ranks' speed is not known.
+        exchange_seconds: all transfers of all layers in one micro-batch.
     """
 
     name: str
@@ -210,15 +203,7 @@ class RankPlan:
     train_flops: int
     gradient_seconds: float
     compute_seconds: float | None
-
-    @property
-    def exchange_seconds(self) -> float:
-        """All transfers of all layers in one micro-batch."""
-        return 0.0 if self.traffic is None else self.moe_layers * self.traffic.transfers * self.traffic.seconds
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        return {**dataclasses.asdict(self), "exchange_seconds": self.exchange_seconds}
+    exchange_seconds: float
 
 
 def plan_ranks(
@@ -228,9 +213,10 @@ def plan_ranks(
     backend = "loop" if cpu else "grouped" if shape.half else "blocked"
     memory = ActivationMemory(shape, backend, exchanged=size > 1, cpu=cpu)
     parameters = RankParameters(counts.non_expert, counts.expert // size)
-    moe, traffic, experts, largest = counts.moe, None, None, 0
+    moe, traffic, experts, largest, exchange_seconds = counts.moe, None, None, 0, 0.0
     if moe is not None:
         traffic = exchange(moe, cluster, size, element=shape.element, recompute=shape.recompute)
+        exchange_seconds = counts.moe_layers * traffic.transfers * traffic.seconds
         experts = moe.num_experts // size
         largest = 4 * experts * moe.expert_ffn_dim * moe.subtoken_dim
     flops = cluster.tokens * counts.flops_per_token * (4 if shape.recompute else 3)
@@ -253,6 +239,7 @@ def plan_ranks(
         train_flops=flops,
         gradient_seconds=dense_seconds + expert_seconds,
         compute_seconds=None if cluster.flops is None else flops / cluster.flops,
+        exchange_seconds=exchange_seconds,
     )
 
 
@@ -299,7 +286,8 @@ def _memory(plan: RankPlan, ranks: int) -> dict[str, str]:
         "expert parameters on a rank": millions(plan.parameters.expert),
         **{
             f"weights + gradients + Adam: {precision.flags}": byte_size(
-                precision.total * parameters + (plan.rounded if precision is PRECISIONS[0] else 0)
+                (precision.weights + precision.gradients + precision.optimizer) * parameters
+                + (plan.rounded if precision is PRECISIONS[0] else 0)
             )
             for precision in PRECISIONS
         },

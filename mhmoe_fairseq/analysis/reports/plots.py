@@ -26,27 +26,19 @@ Plot = tuple[str, Callable[[Path, Any, str, Any], None], Any, str, Any]
 def draw_all(folder: Path, plots: Iterable[Plot]) -> Iterator[tuple[str, Path]]:
     """Draw plots into a folder; yields title and file of each."""
     for name, draw, values, title, label in plots:
-        path = folder / f"{name}.png"
+        path = folder / f"{name.replace(' ', '-').replace('/', '-per-')}.png"
         draw(path, values, title, label)
         yield title, path
 
 
 def require_matplotlib() -> None:
-    """Check that plots can be drawn.
-
-    Raises:
-        UserError: with the line that installs matplotlib.
-    """
+    """Raise ``UserError`` with the line that installs matplotlib, where it is not there."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("plots need matplotlib: pip install 'mhmoe-fairseq[plots]' (or pip install matplotlib)")
 
 
 def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], title: str, ylabel: str) -> None:
-    """Draw values over updates, a line for every curve; a perplexity on a logarithmic scale.
-
-    Args:
-        curves: name -> updates and value of each point.
-    """
+    """Draw a line for every curve (name -> updates and value of each point); a perplexity on a logarithmic scale."""
     with _figure(path, 7.0, 4.2) as figure:
         axes = figure.subplots()
         for name, points in curves.items():
@@ -61,8 +53,7 @@ def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]],
 def draw_bars(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
     """Draw a group of bars for every part, one for each model: mean over seeds, with its standard deviation.
 
-    Args:
-        values: model -> part, such as a language -> a value for each seed.
+    ``values`` are by model, by part such as a language, and by seed.
     """
     parts = list(dict.fromkeys(part for by_part in values.values() for part in by_part))
     width = 1 / (len(values) + 1)
@@ -108,7 +99,6 @@ def draw_loads(path: Path, maps: Mapping[str, Mapping[str, Sequence[float]]], ti
 
     Args:
         maps: title of a map -> row -> load of each of E experts.
-        ylabel: what a row is.
     """
     relative = {name: relative_load(list(rows.values())) for name, rows in maps.items()}
     highest = min(4.0, max(2.0, *(math.ceil(load_RE.max()) for load_RE in relative.values())))
@@ -123,11 +113,7 @@ def draw_loads(path: Path, maps: Mapping[str, Mapping[str, Sequence[float]]], ti
 
 
 def draw_matrices(path: Path, matrices: Mapping[str, np.ndarray], title: str, names: Sequence[str]) -> None:
-    """Draw square matrices of shares side by side, rows and columns with the same names.
-
-    Args:
-        matrices: title -> ``(G, G)`` with values from 0 to 1.
-    """
+    """Draw matrices ``(G, G)`` of shares from 0 to 1, by their titles side by side, rows and columns of G names."""
     size = 2.2 + 0.3 * len(names)
     with _figure(path, len(matrices) * size, size) as figure:
         all_axes = figure.subplots(1, len(matrices), squeeze=False)[0]
@@ -175,11 +161,7 @@ def draw_overlays(path: Path, images: Sequence[Any], rows: Mapping[str, np.ndarr
 
 @contextlib.contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator["Figure"]:
-    """An empty figure, so many inches wide and high; what is drawn becomes a PNG, whole or not at all.
-
-    Raises:
-        UserError: without matplotlib.
-    """
+    """An empty figure, so many inches wide and high; what is drawn becomes a PNG, whole or not at all."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

@@ -165,13 +165,9 @@ def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[Column]
             for metric, parts in part_columns(models, what, name).items():
                 values = {model.name: {part.title: part.values(model) for part in parts[:-1]} for model in models}
                 title = f"{what.capitalize()} by part: {SHORT.get(metric, metric)}, {name} split"
-                yield _file_stem(f"{what} {metric} {name}"), draw_bars, values, title, metric
+                yield f"{what} {metric} {name}", draw_bars, values, title, metric
     for column in columns:
         values = {model.name: seeds for model in models if (seeds := column.values(model))}
         if column.split == split and any(len(seeds) > 1 for seeds in values.values()):
             title = f"{column.title.capitalize()}: mean, standard deviation, seeds"
-            yield _file_stem(f"seeds {column.title}"), draw_seeds, values, title, column.metric
-
-
-def _file_stem(words: str) -> str:
-    return words.replace(" ", "-").replace("/", "-per-")
+            yield f"seeds {column.title}", draw_seeds, values, title, column.metric

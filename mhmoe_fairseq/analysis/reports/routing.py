@@ -14,9 +14,7 @@ from .runs import Model
 def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str:
     """Tables for the terminal: of the layers, then of languages or modalities where there are several.
 
-    Args:
-        record: with expert loads.
-        threshold: an expert is active from this share of the uniform load on.
+    ``threshold`` is the share of the uniform load from which on an expert is active.
     """
     whole, metric = record.experts.of(None), record.metrics.get("loss", record.main)
     experts, counted = len(whole.layers[0].loads), metric.unit.partition("/")[2] or "example"
@@ -150,12 +148,7 @@ def activation_plot(name: str, experts: Mapping[str, ExpertLoads], threshold: fl
 
 
 def part_plots(stem: str, model: str, record: Record) -> Iterator[Plot]:
-    """A heat map of parts by experts for every layer, and matrices of what languages share; none without parts.
-
-    Args:
-        stem: what the names of the files begin with.
-        record: with expert loads.
-    """
+    """A heat map of parts by experts for every layer, and matrices of what languages share; none without parts."""
     if not record.experts.parts:
         return
     loads = PartLoads.of(record.experts)

@@ -5,18 +5,90 @@ evaluate``, ``mhmoe zero-shot``), where experts were analysed ``routing-SPLIT.js
 command that trained it: ``command.sh``.
 """
 
+import contextlib
+import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...common.errors import UserError
 from ...data.identity import identify_data
-from ...evaluation.records import Metric, Record, read_record
-from .run_logs import TrainingLog, read_training_log
+from ...evaluation.records import Record, read_record
 
 _SEED = re.compile(r"seed-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """Records of one run in order; keys as fairseq logs them, values as numbers, ``num_updates`` in each.
+
+    Attributes:
+        inner: every ``--log-interval`` updates, such as ``loss``, ``gate_loss``, ``wps``.
+        valid: every validation, such as ``valid_loss``, ``valid_ppl``, ``valid_moe_active``.
+    """
+
+    inner: list[dict[str, float]]
+    valid: list[dict[str, float]]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates of the latest record."""
+        return int(max(record["num_updates"] for record in (*self.inner[-1:], *self.valid[-1:])))
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """Updates and value of ``key`` in each record that has it."""
+        records = self.valid if key.startswith("valid_") else self.inner
+        return [(record["num_updates"], record[key]) for record in records if key in record]
+
+    def tokens_per_second(self) -> float | None:
+        """Median training speed over the log intervals; None without records.
+
+        The first interval (warm-up) and those that a validation interrupted are left out where others remain.
+        """
+        speeds, validated = self.curve("wps"), [record["num_updates"] for record in self.valid]
+        undisturbed = [
+            speed
+            for (start, _), (end, speed) in zip(speeds, speeds[1:])
+            if not any(start <= update < end for update in validated)
+        ]
+        chosen = undisturbed or [speed for _, speed in speeds[1:] or speeds]
+        return statistics.median(chosen) if chosen else None
+
+
+def read_training_log(path: Path) -> TrainingLog:
+    """Read a log file; ``UserError`` if it is missing or holds no record.
+
+    Records that a resumed run or fairseq's repeated handlers wrote twice count once, the last.
+    """
+    inner: dict[float, dict[str, float]] = {}
+    valid: dict[float, dict[str, float]] = {}
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        record = parse_record(line)
+        if "valid_num_updates" in record:
+            valid[record["valid_num_updates"]] = {**record, "num_updates": record["valid_num_updates"]}
+        elif "num_updates" in record:
+            inner[record["num_updates"]] = record
+    if not inner and not valid:
+        raise UserError(f"{path} has no training record: train with --log-format json --log-file {path}")
+    return TrainingLog([inner[key] for key in sorted(inner)], [valid[key] for key in sorted(valid)])
+
+
+def parse_record(line: str) -> dict[str, float]:
+    """The numbers of one JSON record; empty for any other line, such as the one a killed run cut short."""
+    try:
+        values: Any = json.loads(line[max(line.find("{"), 0) :])
+    except json.JSONDecodeError:
+        return {}
+    numbers = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        with contextlib.suppress(TypeError, ValueError):
+            numbers[key] = float(value)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -47,15 +119,6 @@ class Model:
 
     name: str
     runs: list[Run]
-
-    def metrics(self, what: str, split: str, name: str, part: str | None = None) -> dict[str, Metric]:
-        """Seed -> one metric of the whole split, or of a language, modality or task, where it was measured."""
-        found = {}
-        for run, record in all_records([self]):
-            measured = record.metrics if part is None else record.parts.get(part, {})
-            if (record.what, record.split) == (what, split) and name in measured:
-                found[run.path.name] = measured[name]
-        return found
 
 
 def all_records(models: Iterable[Model]) -> Iterator[tuple[Run, Record]]:
@@ -96,10 +159,8 @@ def _read_run(path: Path) -> Run:
 def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict[str, list[Path]]:
     """Model -> its run folders, in the order given.
 
-    Each path is a run, or a folder that holds some: MODEL/seed-N, TASK/MODEL, TASK/MODEL/seed-N, MODEL.
-
-    Args:
-        names: only these models, in this order.
+    Each path is a run, or a folder that holds some: MODEL/seed-N, TASK/MODEL, TASK/MODEL/seed-N, MODEL. With ``names``
+    only these models, in this order.
 
     Raises:
         UserError: naming a path or a model that has no run.
@@ -130,10 +191,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def require_one_data(models: Iterable[Model], folder: Path | None) -> None:
-    """Check that records of one kind are of the same data, and predict the same visual tokenizer's ids.
-
-    Args:
-        folder: check, too, that all are of the data in this folder.
+    """Check that records of one kind are of the same data (``folder``'s, if given) and the same visual tokenizer's ids.
 
     Raises:
         UserError: naming the first two runs that do not compare.

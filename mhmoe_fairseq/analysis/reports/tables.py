@@ -86,7 +86,12 @@ class Column:
 
     def measured(self, model: Model) -> dict[str, Metric]:
         """Seed -> the metric, where it was measured."""
-        return model.metrics(self.what, self.split, self.metric, self.part)
+        found = {}
+        for run, record in all_records([model]):
+            metrics = record.metrics if self.part is None else record.parts.get(self.part, {})
+            if (record.what, record.split) == (self.what, self.split) and self.metric in metrics:
+                found[run.path.name] = metrics[self.metric]
+        return found
 
     def values(self, model: Model) -> list[float]:
         """The metric of every seed that has it."""
@@ -145,10 +150,17 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
     against = next((model for model in models if model.name == reference), None)
     if reference is not None and against is None:
         raise UserError(f"--reference ({reference}) must be one of {', '.join(model.name for model in models)}")
+    sizes = [counts_of(model) for model in models]
     table = {
         "model": [model.name for model in models],
         "seeds": [str(len({run.path.name for run in model.runs})) for model in models],
-        **{title: [cell(counts_of(model)) for model in models] for title, cell in _COUNTS.items()},
+        "heads": [str(size.get("heads") or MISSING) for size in sizes],
+        "experts x width": [
+            f"{size['experts']} x {size['expert_width']:,}" if size.get("experts") else MISSING for size in sizes
+        ],
+        "parameters": [millions(size.get("parameters")) for size in sizes],
+        "active": [millions(size.get("active")) for size in sizes],
+        "MFLOPs/token": [number(size["flops_per_token"] / 1e6) if size else MISSING for size in sizes],
         "tokens/s": [spread(_speeds(model), 0) for model in models],
         "updates": [_updates(model, ",") for model in models],
         **{column.title: [column.cell(model) for model in models] for column in columns},
@@ -166,17 +178,6 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         for title, cells in table.items():
             cells.append(f"*{guess}*" if title == "model" else row.get(title, MISSING))
     return columns_table(table)
-
-
-_COUNTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "heads": lambda counts: str(counts.get("heads") or MISSING),
-    "experts x width": lambda counts: (
-        f"{counts['experts']} x {counts['expert_width']:,}" if counts.get("experts") else MISSING
-    ),
-    "parameters": lambda counts: millions(counts.get("parameters")),
-    "active": lambda counts: millions(counts.get("active")),
-    "MFLOPs/token": lambda counts: number(counts["flops_per_token"] / 1e6) if counts else MISSING,
-}
 
 
 def _speeds(model: Model) -> list[float]:

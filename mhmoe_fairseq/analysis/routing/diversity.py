@@ -43,7 +43,7 @@ class PatchDiversity:
         return self.checkpoint["updates"] or 0
 
     def mean(self, layer: int | None = None, flat: bool | None = None) -> float | None:
-        """The mean number of experts per patch; None if there is no such patch.
+        """Return the mean number of experts per patch, None if there is no such patch.
 
         Args:
             layer: an index into ``layers``; None for all of them.
@@ -73,15 +73,11 @@ class PatchDiversity:
 
 @torch.no_grad()
 def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) -> PatchDiversity:
-    """Route images and count.
+    """Route images and count; ``UserError`` for a dense model.
 
     Args:
         checkpoint: what ``describe_checkpoint`` says of a model of images and text with experts.
-        data: its prepared folder.
         images: ``(B, 3, H, W)`` as ``prepare_images`` gives them.
-
-    Raises:
-        UserError: it is a dense model.
     """
     opened = open_model(checkpoint["path"], data)
     layers, task = expert_layers(opened.model), opened.task

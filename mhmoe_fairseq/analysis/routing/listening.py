@@ -48,11 +48,10 @@ class RoutedCall:
 
 @contextmanager
 def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[None]:
-    """Tell ``hear`` of every call of the model inside this context.
+    """Tell ``hear`` of every call of the model inside this context, when the encoder returns.
 
     Args:
         model: ``MHMoEBEiT3`` with MoE layers, in evaluation mode.
-        hear: is given each call when the model's encoder returns.
 
     Raises:
         UserError: a layer's experts cannot be listened to.
@@ -100,11 +99,7 @@ def expert_layers(model: nn.Module) -> list[int]:
 
 
 def pools_of(model: nn.Module, index: int) -> list[MHMoELayer]:
-    """The experts of a layer: one pool, or one for images and one for text.
-
-    Raises:
-        UserError: the layer does not tell which experts it chose.
-    """
+    """The experts of a layer: a pool, or one for images and one for text; ``UserError`` if it does not tell choices."""
     layer = model.beit3.encoder.layers[index].moe_layer
     pools = [layer.A, layer.B] if isinstance(layer, SeparateExperts) else [layer]
     if not all(isinstance(pool, MHMoELayer) for pool in pools):
@@ -119,11 +114,7 @@ def most_distinct(model: nn.Module) -> int:
 
 
 class PositionCounts:
-    """Expert loads of the positions of images and of texts, alone and in pairs.
-
-    Args:
-        model: ``MHMoEBEiT3`` with MoE layers.
-    """
+    """Expert loads of the positions of images and of texts, alone and in pairs, of ``MHMoEBEiT3`` with MoE layers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._pools = {layer: len(pools_of(model, layer)) for layer in expert_layers(model)}

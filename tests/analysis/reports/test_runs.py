@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.analysis.reports.run_logs import read_training_log
+from mhmoe_fairseq.analysis.reports.runs import read_training_log
 
 
 def inner(updates: int, wps: float = 100, **more: object) -> str:
