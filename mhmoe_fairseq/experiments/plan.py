@@ -274,8 +274,8 @@ class Plan:
             raise UserError(f"--start ({recipe.name}) must not be what is trained itself")
         return self.start
 
-    def search(self) -> dict[str, dict[str, Run]]:
-        """Returns the search's runs by model and learning rate; empty where nothing is searched.
+    def search(self) -> list[Run]:
+        """Returns the search's runs, one for each model and learning rate; none where nothing is searched.
 
         Raises:
             UserError: the experiment has several kinds of trainings.
@@ -291,7 +291,7 @@ class Plan:
             return replace(run, name=name, folder=self.out / name, updates=updates, lr=lr, splits=())
 
         first = [run for run in self.runs() if run.seed == seed] if len(lrs) > 1 else []
-        return {run.model: {lr: with_lr(run, lr) for lr in lrs} for run in first}
+        return [with_lr(run, lr) for run in first for lr in lrs]
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""

@@ -50,7 +50,7 @@ def call(
     )
     if running is not None:
         running.append(process)
-    with open(output or os.devnull, "a", encoding="utf-8") as kept:
+    with process, open(output or os.devnull, "a", encoding="utf-8") as kept:
         try:
             for line in process.stdout or ():
                 kept.write(line)
@@ -60,9 +60,7 @@ def call(
         except BaseException:
             process.terminate()
             raise
-        finally:
-            status = process.wait()
-    if status:
+    if process.returncode:
         raise UserError(last_error(lines))
 
 
@@ -83,21 +81,20 @@ class Progress:
 
     total: int
     clock: Callable[[], float] = time.monotonic
+    first: dict[str, int] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
-    skipped: int = 0
     start: float | None = None
 
     def reach(self, run: str, update: int) -> str:
         """Takes note of a run's update; returns the time that remains, empty while nothing is known."""
-        if self.start is None:
-            self.start = self.clock()
-        if run not in self.done:  # a resumed run's earlier updates took none of this time
-            self.skipped += update
+        self.start = self.clock() if self.start is None else self.start
+        self.first.setdefault(run, update)  # a resumed run's earlier updates took none of this time
         self.done[run] = update
-        new = sum(self.done.values()) - self.skipped
+        done = sum(self.done.values())
+        new = done - sum(self.first.values())
         if new <= 0:
             return ""
-        seconds = (self.clock() - self.start) / new * max(self.total - sum(self.done.values()), 0)
+        seconds = (self.clock() - self.start) / new * max(self.total - done, 0)
         return f"; about {seconds / 60:.0f} min of training left" if seconds >= 60 else ""
 
 
@@ -157,13 +154,13 @@ class Runner:
         """The best learning rate of every model, by the last validation loss."""
         losses: dict[str, dict[str, float]] = {}
         search = self.plan.search()
-        for together in with_starts([run for runs in search.values() for run in runs.values()]):
+        for together in with_starts(search):
             self._finish(together)
-        for model, runs in search.items():
-            for lr, run in runs.items():
-                losses.setdefault(model, {})[lr] = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
-                for checkpoint in run.folder.glob("checkpoint*.pt"):  # the loss alone is needed
-                    checkpoint.unlink()
+        for run in search:
+            loss = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
+            losses.setdefault(run.model, {})[str(run.lr)] = loss
+            for checkpoint in run.folder.glob("checkpoint*.pt"):  # the loss alone is needed
+                checkpoint.unlink()
         best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
         if best:
             write_json(self.plan.out / "search.json", {"valid_loss_bits": losses, "best_lr": best})
@@ -173,11 +170,10 @@ class Runner:
     def _finish(self, runs: list[Run]) -> None:
         """Trains and evaluates; a failure lets what is running end, and begins nothing more."""
         states = {run.name: run.state() for run in runs}
-        to_train = [run for run in runs if states[run.name] not in ("trained", "finished")]
-        progress = Progress(sum(run.updates for run in to_train))
-        for run in runs:
-            if states[run.name] == "finished":
-                self._tell(f"{run.name}: already finished")
+        progress = Progress(sum(run.updates for run in runs if states[run.name] not in ("trained", "finished")))
+        for name, state in states.items():
+            if state == "finished":
+                self._tell(f"{name}: already finished")
         todo = [run for run in runs if states[run.name] != "finished"]
         if self.jobs > 1:  # the last model of a table is the largest: it starts first
             todo.reverse()
@@ -214,10 +210,10 @@ class Runner:
             raise UserError(f"--data ({run.data}) holds no prepared data for {run.name}: make it with mhmoe prepare")
         if state == "changed":
             self._tell(f"{run.name}: command, data or start have changed, starting afresh")
+            if run.choice.is_first:
+                _empty(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
         if run.choice.is_first:
-            if state == "changed":
-                _empty(run.folder)
             run.keep(finished=False)
         self._tell(f"{run.name}: training, {run.updates} updates")
         node = "" if run.choice.is_first else f"-node{run.choice.node_rank}"
@@ -261,10 +257,8 @@ def _empty(folder: Path) -> None:
 
 def dry_run(plan: Plan) -> Iterator[str]:
     """Yields what would be called, a line each; remarks begin with ``#``."""
-    for _, words in plan.preparations():
-        if words:
-            yield shlex.join(words)
-    search = [run for runs in plan.search().values() for run in runs.values()]
+    yield from (shlex.join(words) for _, words in plan.preparations() if words)
+    search = plan.search()
     yield from (shlex.join(run.training()) for run in search)
     if search:
         yield "# below, --lr is the best of these for each model on the validation split"

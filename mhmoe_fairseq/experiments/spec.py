@@ -61,9 +61,7 @@ class Scale:
     """A recipe's settings at one scale.
 
     Attributes:
-        updates: of one training.
         samples: of one update, however many processes share it.
-        flags: of ``fairseq-train``.
         batch: samples per process and step; None: all of the process's share of an update.
         validations: how often a training is validated and saved.
         warmup: updates; None: a tenth, of long trainings 10,000.

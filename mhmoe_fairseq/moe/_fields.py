@@ -1,7 +1,4 @@
-"""How a configuration declares its fields, and the check of them.
-
-Choices are a ``Literal``, names in a registry and numbers in a range ``Annotated`` with it.
-"""
+"""How a configuration declares its fields: ``Literal``, or ``Annotated`` with a registry or range; and their check."""
 
 import functools
 import re
@@ -22,9 +19,7 @@ class ConfigError(UserError):
     """A field whose value breaks a rule: ``field (value) rule``.
 
     Args:
-        field: its name.
-        value: its value.
-        rule: what it has to be. Other fields stand in it in braces, so that :meth:`message` can call them otherwise.
+        rule: what the value has to be. Other fields stand in it in braces, for :meth:`message` to call them otherwise.
 
     >>> error = ConfigError("num_heads", 5, "must divide {embed_dim} (64)")
     >>> str(error)

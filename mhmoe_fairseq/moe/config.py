@@ -27,14 +27,12 @@ class MHMoEConfig(RouterFields, GateFields):
         num_heads: MH-MoE heads H, the number of sub-tokens each token is split into.
         expert_ffn_dim: inner width F of one expert.
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (three matrices per expert).
-        expert_bias: whether the experts' linear maps have biases.
         expert_layernorm: LayerNorm on the inner activation (TorchScale's sub-LN).
         activation_dropout: dropout on the inner activation.
         dropout: dropout on the layer's output, applied once.
         head_projection, merge_projection: linear maps before the split and after the merge;
             None means "present when ``num_heads > 1``".
         num_projection_layers: layers in each projection, ReLU between them (P1 table 7).
-        projection_bias: whether the projections have biases.
         split: False keeps whole tokens (P1 table 6, "without token splitting"); the experts
             then work on D dimensions and ``num_heads`` only decides the projections' default.
         subtoken_residual: add the sub-token to the experts' sum (P1 equation 6).
@@ -133,11 +131,12 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def num_params(self) -> int:
         """All parameters of the layer."""
-        return self._num_always_active_params() + self.num_experts * self.num_expert_params()
+        return self.num_active_params() + (self.num_experts - self.top_k) * self.num_expert_params()
 
     def num_active_params(self) -> int:
         """Parameters one sub-token uses: projections, router, shared expert and K experts."""
-        return self._num_always_active_params() + self.top_k * self.num_expert_params()
+        always = self.num_projection_params() + self.num_router_params() + self.num_shared_expert_params()
+        return always + self.top_k * self.num_expert_params()
 
     def counts(self) -> "LayerCounts":
         """All counts together."""
@@ -156,9 +155,6 @@ class MHMoEConfig(RouterFields, GateFields):
     def _num_projection_matrices(self) -> int:
         return (self.has_head_projection + self.has_merge_projection) * self.num_projection_layers
 
-    def _num_always_active_params(self) -> int:
-        return self.num_projection_params() + self.num_router_params() + self.num_shared_expert_params()
-
     @classmethod
     def matching(
         cls,
@@ -166,8 +162,6 @@ class MHMoEConfig(RouterFields, GateFields):
         *,
         budget: Literal["params", "flops"],
         num_heads: int,
-        top_k: int | None = None,
-        num_projection_layers: int = 1,
         multiple_of: int = 8,
         expert_multiple: int = 1,
         **changes: Any,
@@ -179,12 +173,9 @@ class MHMoEConfig(RouterFields, GateFields):
             budget: ``"params"`` (paper 1's beta): same E and k, the widest expert whose layer has at most
                 the reference's parameters. ``"flops"`` (paper 2): expert width from equal FLOPs, then the
                 number of experts from equal parameters.
-            num_heads: heads H of the result.
-            top_k: experts per sub-token (default: the reference's).
-            num_projection_layers: layers in each projection.
             multiple_of: the expert width is a multiple of this.
             expert_multiple: under ``"flops"`` the number of experts is a multiple of this.
-            **changes: further fields to change, such as ``split=False``.
+            **changes: further fields to change, such as ``top_k``; without it ``num_projection_layers`` is 1.
 
         Raises:
             ConfigError: if no width fits the budget (``params``: within 0.5 % below).
@@ -196,13 +187,7 @@ class MHMoEConfig(RouterFields, GateFields):
             problem = SIZE.problem(multiple)
             if problem is not None:
                 raise ConfigError(name, multiple, problem)
-        base = dataclasses.replace(
-            reference,
-            num_heads=num_heads,
-            top_k=reference.top_k if top_k is None else top_k,
-            num_projection_layers=num_projection_layers,
-            **changes,
-        )
+        base = dataclasses.replace(reference, num_heads=num_heads, **{"num_projection_layers": 1, **changes})
         if budget == "params":
             return _match_params(base, reference, multiple_of)
         if budget == "flops":
@@ -218,13 +203,7 @@ class MHMoEConfig(RouterFields, GateFields):
 
 
 class LayerCounts(NamedTuple):
-    """What a layer has and spends.
-
-    Attributes:
-        params: all parameters.
-        expert_params: parameters of all routed experts.
-        active_params: parameters that one sub-token uses.
-        flops_per_token: FLOPs of one token's forward pass, matrix products only (2 per multiply-add).
+    """Parameters: all, those of all routed experts, those that one sub-token uses; and ``MHMoEConfig.flops_per_token``.
 
     >>> MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16, router="linear").counts()
     LayerCounts(params=1152, expert_params=1120, active_params=592, flops_per_token=1088)

@@ -26,7 +26,7 @@ from ._modes import without_autocast
 from .config import MHMoEConfig
 from .cpu.loop import loop_ffn, loop_obstacle
 from .dispatch import DispatchPlan, combine
-from .parallelism import ExpertParallelism, Traffic, exchanged_ffn, local_experts
+from .parallelism import ExpertParallelism, Traffic, exchanged_ffn
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
 
@@ -38,8 +38,6 @@ class ExpertFFN(nn.Module):
     activation. Initialised like ``nn.Linear``, each expert from a generator of its own.
 
     Args:
-        config: sizes and activation.
-        backend: one of ``BACKENDS``.
         parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
 
     >>> experts = ExpertFFN(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))
@@ -58,8 +56,11 @@ class ExpertFFN(nn.Module):
         self.config = config
         self.backend = backend
         self.parallel = parallel if parallel is not None and parallel.size > 1 else None
-        self.local_experts = local_experts(self.parallel, config.num_experts)
-        e, f, d = len(self.local_experts), config.expert_ffn_dim, config.subtoken_dim
+        size, rank = (1, 0) if self.parallel is None else (self.parallel.size, self.parallel.rank)
+        if config.num_experts % size:
+            raise ValueError(f"expert parallelism over {size} processes must divide num_experts ({config.num_experts})")
+        e, f, d = config.num_experts // size, config.expert_ffn_dim, config.subtoken_dim
+        self.local_experts = range(rank * e, (rank + 1) * e)
         bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
 
         def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
@@ -75,7 +76,7 @@ class ExpertFFN(nn.Module):
         self.fc2_bias = parameter(bias, e, d)
         self.reset_parameters()
         if self.parallel is not None:
-            self.parallel.shard(self, config.num_experts)
+            self.parallel.shard(self)
 
     def reset_parameters(self) -> None:
         """``nn.Linear``'s default: uniform in +-1/sqrt(fan_in), biases included.

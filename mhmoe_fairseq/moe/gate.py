@@ -99,7 +99,6 @@ class Gate(nn.Module):
         """Choose experts and weights, in four steps: choose, apply the policy, apply the capacity, weigh.
 
         Args:
-            logits_NE: the router's output.
             padding_mask_N: True where padded.
             noise: Gumbel noise ``(N, E)`` (policy ``sampling``) or uniform ``(N,)`` (``random``) in place of fresh
                 draws. The policies apply in training only; evaluation draws no random number.

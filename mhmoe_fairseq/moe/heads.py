@@ -57,7 +57,6 @@ class Projection(nn.ModuleList):
     """``num_projection_layers`` square linear maps ``(..., D) -> (..., D)`` with ReLU between them (P1 table 7).
 
     Args:
-        config: width, number of layers, biases.
         gain: of the Xavier-uniform initial weights (P1 appendix E: 1/sqrt(2) before the split, 1 after the merge).
         zero_bias: whether biases begin at zero, as the merge projection's do.
 

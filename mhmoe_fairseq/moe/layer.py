@@ -57,10 +57,7 @@ class MHMoELayer(nn.Module):
       5. optionally the sub-token itself (P1 equation 6) and a shared expert's output (P2);
       6. merge, merge projection, dropout.
 
-    ``num_heads=1`` without projections is a plain sparse MoE layer, the X-MoE or SMoE baseline.
-
     Args:
-        config: what to compute.
         backend: how the experts compute: ``"auto"`` (by device, dtype and shape), ``"loop"``, ``"grouped"`` or
             ``"blocked"``; see :mod:`.experts`.
         parallel: the processes over which experts, and with ``balance_scope="global"`` losses, extend; None for one.

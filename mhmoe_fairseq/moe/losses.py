@@ -47,8 +47,6 @@ def router_sums(
     """Sums over the real sub-tokens of a batch.
 
     Args:
-        logits_NE: the router's output.
-        assignment: the gate's answer to it.
         padding_mask_N: True where padded.
         count: first choices (``"top1"``, GShard), or all choices divided by K (``"topk"``).
 

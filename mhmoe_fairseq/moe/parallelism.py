@@ -35,7 +35,7 @@ class ExpertParallelism(Protocol):
     size: int
     rank: int
 
-    def shard(self, module: nn.Module, num_experts: int) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Told once the module has its parameters, of which dim 0 is this process's experts."""
 
     def scale_gradient(self, weight: Tensor) -> Tensor:
@@ -53,23 +53,6 @@ class ExpertParallelism(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all data-parallel processes, differentiable."""
-
-
-def local_experts(parallel: ExpertParallelism | None, num_experts: int) -> range:
-    """The experts that live on this process.
-
-    Raises:
-        ValueError: if the processes cannot have equally many.
-
-    >>> local_experts(None, num_experts=4)
-    range(0, 4)
-    """
-    if parallel is None:
-        return range(num_experts)
-    if num_experts % parallel.size:
-        raise ValueError(f"expert parallelism over {parallel.size} processes must divide num_experts ({num_experts})")
-    local = num_experts // parallel.size
-    return range(parallel.rank * local, (parallel.rank + 1) * local)
 
 
 def exchanged_ffn(

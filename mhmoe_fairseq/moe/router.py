@@ -26,7 +26,6 @@ class RouterFields:
     """What :class:`MHMoEConfig` says about the router.
 
     Args:
-        num_experts: experts E.
         router: a name in ``ROUTERS``: ``"xmoe"`` (low-dimensional, normalised experts) or ``"linear"``.
         router_dim: width of the X-MoE router's projection.
         router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).

@@ -35,7 +35,6 @@ class DistributedExperts:
     """The expert parallelism that a layer is given; see ``moe.parallelism.ExpertParallelism``.
 
     Attributes:
-        groups: this process's place.
         counter: real transfers since the start; may be replaced.
     """
 
@@ -49,9 +48,9 @@ class DistributedExperts:
         """Itself: a copy of a model talks to the same processes."""
         return self
 
-    def shard(self, module: nn.Module, num_experts: int) -> None:
+    def shard(self, module: nn.Module) -> None:
         """Mark the parameters, and make saved states those of one process."""
-        shard_experts(module, num_experts, self.groups)
+        shard_experts(module, self.groups)
 
     def scale_gradient(self, weight: Tensor) -> Tensor:
         """The identity, the gradient divided by the number of data-parallel processes.

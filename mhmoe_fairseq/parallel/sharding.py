@@ -43,10 +43,9 @@ class RankGroups:
 
 @dataclass
 class ExpertShards:
-    """What a sharded module remembers: its share, and whole tensors that wait for ``state_dict()``."""
+    """What a sharded module remembers: who shares it, and whole tensors that wait for ``state_dict()``."""
 
     groups: RankGroups
-    num_experts: int
     provided: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -100,7 +99,7 @@ def sharded_experts(model: nn.Module) -> list[ShardedParameter]:
             attribute,
             parameter,
             shards.groups,
-            full_size=shards.num_experts,
+            full_size=shards.groups.size * parameter.size(0),
             first=shards.groups.rank * parameter.size(0),
         )
         for prefix, module in model.named_modules()
@@ -109,12 +108,12 @@ def sharded_experts(model: nn.Module) -> list[ShardedParameter]:
     ]
 
 
-def shard_experts(module: nn.Module, num_experts: int, groups: RankGroups) -> None:
-    """Declare that dim 0 of each of the module's own parameters is this process's share of ``num_experts``.
+def shard_experts(module: nn.Module, groups: RankGroups) -> None:
+    """Declare that dim 0 of each of the module's own parameters is this process's share of all experts.
 
     The mark ``expert`` tells fairseq not to average these parameters over the data-parallel processes.
     """
-    setattr(module, _ATTRIBUTE, ExpertShards(groups, num_experts))
+    setattr(module, _ATTRIBUTE, ExpertShards(groups))
     for parameter in module.parameters(recurse=False):
         parameter.expert = True  # type: ignore[attr-defined]
     module.register_state_dict_post_hook(_put_whole)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from moe_oracle import relative_error
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.cpu.norm import NormedLinear, stats_dtype
+from mhmoe_fairseq.moe.cpu.norm import NormedLinear
 
 
 def build(dtype=torch.float64, **changes):
@@ -94,7 +94,7 @@ def test_gradcheck_with_dropout(monkeypatch, dropout, activation):
 def normed_linear(rows, norm_w, norm_b, weight, bias, grad):
     """Output and gradients of input and parameters by ``NormedLinear``."""
     layer = NormedLinear(norm_w, norm_b, weight, bias)
-    mean, rstd = torch.empty(2, len(rows), dtype=stats_dtype(rows.dtype))
+    mean, rstd = torch.empty(2, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     output, input_grad = torch.empty_like(grad), torch.empty_like(rows)
     layer.forward(rows.clone(), mean, rstd, output)
     centered, scaled = rows - mean[:, None].to(rows.dtype), grad * rstd[:, None].to(rows.dtype)

@@ -20,7 +20,7 @@ from .._expert_network import ExpertWeights, expert_network
 from .._modes import in_forward_mode, without_autocast
 from ..dispatch import DispatchPlan, combine
 from . import memory as _cpu_memory
-from .norm import NormedLinear, stats_dtype
+from .norm import NormedLinear
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
 _PIECE_ROWS = 1024
@@ -138,7 +138,7 @@ class _LoopFFN(torch.autograd.Function):
         kept_rows = rows if training else min(rows, _PIECE_ROWS)
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         gate_RF = None if gate_w is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
-        stats_2R = x_Nd.new_empty((2, kept_rows), dtype=stats_dtype(x_Nd.dtype))
+        stats_2R = x_Nd.new_empty((2, kept_rows), dtype=torch.promote_types(x_Nd.dtype, torch.float32))
         scratch_SPF = _scratch(1 + bool(settings.dropout), rows, hidden_RF)
         y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[ends[-1] :].zero_()  # rows of the virtual expert

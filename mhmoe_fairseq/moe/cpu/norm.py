@@ -21,11 +21,6 @@ from . import memory as _cpu_memory
 _EPS = 1e-5  # F.layer_norm's
 
 
-def stats_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype means and deviations of ``dtype`` activations are kept."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 class NormedLinear(NamedTuple):
     """One expert's LayerNorm and the linear map behind it."""
 
