@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..common.arguments import (
     add_action,
@@ -74,30 +74,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mean.add_argument("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
     for writer in (convert, mean):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    _add_import_arguments(add_action(actions, "import-official", "import a checkpoint of the official MH-MoE"))
 
-
-def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    official = add_action(actions, "import-official", "import a checkpoint of the official MH-MoE")
+    official.add_argument(
         "checkpoint", metavar="CKPT", type=existing_file,
         help="a whole checkpoint, or one of NAME-shared.pt, NAME-rank-0.pt, ...: all of them are then read",
     )  # fmt: skip
-    parser.add_argument(
+    official.add_argument(
         "--out", required=True, metavar="DIR", type=output_folder, help="folder for model.pt or moe_layers.pt"
     )
-    parser.add_argument(
+    official.add_argument(
         "--data", metavar="DIR", type=existing_folder,
         help="folder with the model's dict.txt (and sentencepiece.model), copied beside model.pt",
     )  # fmt: skip
-    parser.add_argument(
+    official.add_argument(
         "--routing", choices=("capacity", "dropless"), default="capacity",
         help="capacity, what the model was trained with, or dropless, where results do not depend on the batch",
     )  # fmt: skip
-    parser.add_argument(
+    official.add_argument(
         "--layers-only", action="store_true",
         help="write only the MoE layers, for MHMoELayer in plain PyTorch: moe_layers.pt, {layer: {config, state}}",
     )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace files of these names in --out")
+    official.add_argument("--overwrite", action="store_true", help="replace files of these names in --out")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,7 +115,8 @@ def _inspect(args: argparse.Namespace) -> None:
     summaries = [summarize(path, read_checkpoint(path)) for path in args.checkpoint]
     say("\n\n".join(map(describe, summaries)))
     if args.json:
-        write_json(args.json, [as_json(summary) for summary in summaries])
+        figures = [{**dataclasses.asdict(one), "path": str(one.path), "total": one.total} for one in summaries]
+        write_json(args.json, figures)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -137,7 +136,11 @@ def _convert(args: argparse.Namespace) -> None:
     summary = summarize(args.source, checkpoint)  # before anything is replaced: it finds what is no checkpoint
     write_checkpoint(checkpoint, args.target, overwrite=args.overwrite)
     say(f"{args.target}: {summary.total:,} parameters, {byte_size(args.target.stat().st_size)}")
-    say(_what_is_kept(summary, dropped))
+    if summary.optimizer:
+        say("everything is kept: a training resumes from it as from the source")
+    else:
+        reason = f"optimizer state: {'left out' if dropped else 'not in the source'}; a training cannot resume"
+        say(f"{reason}, but --finetune-from-model starts from the weights")
 
 
 def _average(args: argparse.Namespace) -> None:
@@ -149,30 +152,18 @@ def _average(args: argparse.Namespace) -> None:
         args.inputs, args.num_epoch_checkpoints, args.num_update_checkpoints, args.checkpoint_upper_bound
     )
     write_checkpoint(average(paths), args.output, overwrite=args.overwrite)
-    say(f"{args.output}: the mean of {len(paths)} checkpoints, without optimizer state")
-    for path in paths:
-        say(f"  {path}")
+    head = f"{args.output}: the mean of {len(paths)} checkpoints, without optimizer state"
+    say("\n  ".join([head, *map(str, paths)]))
 
 
 def _import_official(args: argparse.Namespace) -> None:
     from ..checkpoints.official.importing import import_official
 
-    lines = import_official(
-        args.checkpoint, args.out, routing=args.routing, data=args.data, layers_only=args.layers_only,
-        overwrite=args.overwrite,
-    )  # fmt: skip
-    for line in lines:
-        say(line)
+    options = {name: getattr(args, name) for name in ("routing", "data", "layers_only", "overwrite")}
+    say("\n".join(import_official(args.checkpoint, args.out, **options)))
 
 
 _ACTIONS = {"inspect": _inspect, "convert": _convert, "average": _average, "import-official": _import_official}
-
-
-def _what_is_kept(summary: "CheckpointSummary", dropped: bool) -> str:
-    if summary.optimizer:
-        return "everything is kept: a training resumes from it as from the source"
-    reason = "left out" if dropped else "not in the source"
-    return f"optimizer state: {reason}; a training cannot resume, but --finetune-from-model starts from the weights"
 
 
 def describe(summary: "CheckpointSummary") -> str:
@@ -194,11 +185,6 @@ def describe(summary: "CheckpointSummary") -> str:
         f"data: {summary.data or MISSING}, corpus {summary.corpus or 'not at hand, nor its manifest'}",
     ]
     return "\n".join(lines)
-
-
-def as_json(summary: "CheckpointSummary") -> dict[str, Any]:
-    """The figures of one file as plain data."""
-    return {**dataclasses.asdict(summary), "path": str(summary.path), "total": summary.total}
 
 
 def _model_line(summary: "CheckpointSummary") -> str:

@@ -5,6 +5,7 @@ stored configuration. ``base`` is the paper's model.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,21 +21,13 @@ from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions,
 
 @dataclass(frozen=True)
 class Kind:
-    """What is built: a language model or BEiT-3.
+    """What is built: a language model or BEiT-3."""
 
-    Attributes:
-        model: its registered name.
-        options: its flags.
-        stack: how its flags of sizes begin.
-        from_task: options that fairseq fills from the task and from its own groups, and their values without a task.
-        defaults: of flags that the other kind has not.
-    """
-
-    model: str
+    model: str  # its registered name
     options: type[MoEOptions]
-    stack: str
-    from_task: dict[str, Any]
-    defaults: dict[str, Any]
+    stack: str  # how its flags of sizes begin
+    from_task: dict[str, Any]  # options that fairseq fills from the task, and their values without one
+    defaults: dict[str, Any]  # of flags that the other kind has not
 
 
 KINDS = {
@@ -66,42 +59,36 @@ def fill(args: Any, **defaults: Any) -> None:
 
 
 def dense(args: Any) -> None:
-    """No MoE layers.
-
-    Raises:
-        UserError: if ``--moe-freq`` asks for some.
-    """
+    """No MoE layers; ``UserError`` if ``--moe-freq`` asks for some."""
     if getattr(args, "moe_freq", None):
         raise UserError(f"--moe-freq ({args.moe_freq}) contradicts a dense_* architecture")
     fill(args, moe_freq=0)
 
 
 def sparse(args: Any, router: str) -> None:
-    """An MoE layer every second layer, eight experts, two per token, one head."""
+    """GShard's sparse MoE: an MoE layer every second layer, eight experts, two per token, one head.
+
+    Its router is linear; X-MoE's is low-dimensional and normalised.
+    """
     top_k = 1 if getattr(args, "moe_top1_expert", None) else 2
     fill(args, moe_freq=2, moe_expert_count=8, moe_top_k=top_k, mhmoe_heads_number=1)
     if str(getattr(args, "mhmoe_router", None) or "arch") == "arch":
         args.mhmoe_router = "xmoe" if getattr(args, "use_xmoe", None) else router
 
 
-def smoe(args: Any) -> None:
-    """GShard's sparse MoE: linear router."""
-    sparse(args, router="linear")
-
-
-def xmoe(args: Any) -> None:
-    """X-MoE: the same with its low-dimensional, normalised router."""
-    sparse(args, router="xmoe")
-
-
 def mhmoe(args: Any) -> None:
     """Four heads, and experts that spend X-MoE's parameters unless their width is given."""
     fill(args, mhmoe_heads_number=4)
     fill(args, mhmoe_budget="params" if getattr(args, "moe_ffn_dim", None) is None else "none")
-    xmoe(args)
+    sparse(args, router="xmoe")
 
 
-FAMILIES: dict[str, Callable[[Any], None]] = {"dense": dense, "smoe": smoe, "xmoe": xmoe, "mhmoe": mhmoe}
+FAMILIES: dict[str, Callable[[Any], None]] = {
+    "dense": dense,
+    "smoe": functools.partial(sparse, router="linear"),
+    "xmoe": functools.partial(sparse, router="xmoe"),
+    "mhmoe": mhmoe,
+}
 
 
 # ---------------------------------------------------------------------- architectures
@@ -142,11 +129,7 @@ for _name, _architecture in ARCHITECTURES.items():
 
 
 def named_architecture(name: str) -> Architecture:
-    """The architecture of a name.
-
-    Raises:
-        UserError: if there is none, naming those that there are.
-    """
+    """The architecture of a name; ``UserError`` naming all of them if there is none."""
     if name not in ARCHITECTURES:
         raise UserError(f"--arch ({name}) must be one of {', '.join(sorted(ARCHITECTURES))}")
     return ARCHITECTURES[name]

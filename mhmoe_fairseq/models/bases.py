@@ -96,12 +96,10 @@ def fingerprint(dictionary: Dictionary) -> list[int]:
 
 
 def spread_experts(settings: Settings, options: Any, task: Any) -> None:
-    """Set a model's ``parallel`` where a task of ours builds it for training; every process must call it alike.
+    """Set ``parallel`` where a task of ours builds a model for training; every process must call it alike.
 
-    For evaluation, in one process, and of TorchScale's own layer, every process has all experts.
-
-    Raises:
-        UserError: as ``expert_parallel_size``.
+    For evaluation, in one process, and of TorchScale's own layer, every process has all experts. Errors are those of
+    ``expert_parallel_size``.
     """
     if isinstance(task, ParallelTask) and task.is_training:
         moe = None if settings.feed_forward == "torchscale" else settings.moe

@@ -1,25 +1,39 @@
 """The masked multimodal model ``mhmoe_beit3``: BEiT-3 with dense, sparse MoE, X-MoE or MH-MoE layers by its options."""
 
+import logging
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..compat import refuse_tpu
+from ..data.multimodal.masking import mask_index
 from ..moe.parallelism import ExpertParallelism
+from ..torchscale_ext.attention import KeyValueCache
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
-from ..torchscale_ext.settings import EncoderSettings
+from ..torchscale_ext.settings import UNUSED_POSITIONS, EncoderSettings
 from .bases import ComputePrecision, RemembersVocabulary, spread_experts
-from .beit3_checkpoints import drop_other_heads, fit_state
-from .captions import MASK_SYMBOL, WritesCaptions
+from .captions import CaptionState
 from .flags import encoder_settings
+from .heads import TaskHeads
 from .options import BEIT3_NAME, BEiT3Options
+
+logger = logging.getLogger(__name__)
+
+IMAGE_POSITIONS = "beit3.encoder.embed_positions.A.weight"
+TEXT_POSITIONS = "beit3.encoder.embed_positions.B.weight"
+# Before the patches: the unused rows and the class token's.
+_FIRST_PATCH = UNUSED_POSITIONS + 1
 
 
 @register_model(BEIT3_NAME, dataclass=BEiT3Options)
-class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFairseqModel):
+class MHMoEBEiT3(ComputePrecision, RemembersVocabulary, BaseFairseqModel):
     """Images, texts, and images with a text; ``--arch`` names one of ``models.architectures``.
 
     Its parameters have the names of unilm's BEiT-3 (``beit3.*``), and the heads: ``text_head``, the vocabulary's scores
@@ -34,7 +48,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
     Attributes:
         beit3: everything but heads.
         image_head: None without visual tokens.
-        heads: by name; empty but in fine-tuning.
+        heads: of fine-tuning.
     """
 
     def __init__(
@@ -46,9 +60,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         self.beit3 = MultiwayBEiT3(settings, dictionary.pad())
         self.text_head = build_output_layer(width, len(dictionary))
         self.image_head = build_output_layer(width, num_visual_tokens) if num_visual_tokens else None
-        self.heads = nn.ModuleDict()
-        self._new_heads: set[str] = set()
-        self._leaves_out_other_heads = False
+        self.heads = TaskHeads()
         self.set_precision(options)
         self.remember_vocabulary(dictionary, "beit3.text_embed.weight")
 
@@ -68,8 +80,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
                 f"model {BEIT3_NAME} needs an architecture, such as mhmoe_beit3_tiny: --arch or model._name"
             )
         refuse_tpu(args.tpu)
-        if MASK_SYMBOL not in task.source_dictionary:
-            raise UserError(f"the data's dict.txt has no {MASK_SYMBOL}: prepare it with mhmoe prepare image-text")
+        mask_index(task.source_dictionary)
         settings = encoder_settings(args, len(task.source_dictionary))
         spread_experts(settings, args, task)
         return cls(args, settings, task.source_dictionary, task.num_visual_tokens)
@@ -85,10 +96,8 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         """Features of every position, or what a head makes of them.
 
         Args:
-            text_tokens: ``(B, S)``, the padding symbol where padded.
+            text_tokens, masked_patches, attention: as in ``MultiwayBEiT3``.
             images: ``(B, 3, H, W)``, normalised.
-            masked_patches: bool ``(B, patches)``, True where the mask token replaces the patch.
-            attention: ``full``, or ``caption``: the image sees itself, a token the image and the text up to itself.
             head: a registered head; it reads the features before the final norm if its ``normalize_output`` is False.
 
         Returns:
@@ -112,11 +121,7 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
             return self.text_head(features)
 
     def image_logits(self, features: Tensor) -> Tensor:
-        """``(..., D) -> (..., visual tokens)``.
-
-        Raises:
-            ValueError: if the model was built without visual tokens.
-        """
+        """``(..., D) -> (..., visual tokens)``; ``ValueError`` if the model was built without visual tokens."""
         if self.image_head is None:
             raise ValueError("the model has no head for masked patches: its task has no visual tokens")
         with self.autocast(features.device.type):
@@ -127,22 +132,61 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
 
         Args:
             name: for ``forward(head=name)``.
-            module: the head.
-            may_be_new: a checkpoint without it, a pre-trained one, leaves it as it is initialised; otherwise a missing
-                head is as much an error as any other missing parameter.
+            may_be_new: see ``TaskHeads``.
         """
-        self.heads[name] = module
-        if may_be_new:
-            self._new_heads.add(name)
+        self.heads.register(name, module, may_be_new)
 
-    def leave_out_other_heads(self) -> None:
-        """From now on a checkpoint's heads that the model has not, of another task, are left out when it is loaded."""
-        self._leaves_out_other_heads = True
+    @torch.no_grad()
+    def start_captions(self, images: Tensor) -> CaptionState:
+        """Read ``(B, 3, H, W)`` images; no token has been written.
 
-    def fitted_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint's parameters as this model would load them; see ``fit_state``."""
+        Each token is predicted from a trailing mask token. What an earlier position computes never changes with later
+        ones, since the image sees itself alone and a token the image and the text up to itself: keys and values are
+        computed once.
+        """
+        state = CaptionState([KeyValueCache() for _ in self.beit3.encoder.layers])
+        with self.autocast(images.device.type):
+            self.beit3(images=images, caches=state.caches)
+        return state
+
+    @torch.no_grad()
+    def next_token_logits(self, state: CaptionState, tokens: Tensor) -> Tensor:
+        """Append a token to every caption, and score the next one.
+
+        Args:
+            state: updated.
+            tokens: ``(B,)``, the first time the beginning-of-sentence symbol.
+
+        Returns:
+            ``(B, vocabulary)``: the scores of a ``<mask>`` that stands next.
+
+        Raises:
+            UserError: if the next token would be longer than ``--max-text-length``.
+        """
+        pairs = torch.stack([tokens, torch.full_like(tokens, mask_index(self.dictionary))], dim=1)
+        keys = 1 + self.beit3.vision_embed.num_patches + state.num_tokens + 2
+        visible = torch.ones(2, keys, dtype=torch.bool, device=tokens.device)
+        visible[0, -1] = False  # the token does not see the mask, which is not of the caption
+        with self.autocast(tokens.device.type):
+            embedded = self.beit3.embed_text(pairs, state.num_tokens)
+            features, _ = self.beit3.encoder(embedded, 0, None, visible, state.caches)
+        for cache in state.caches:
+            cache.drop_last()
+        state.num_tokens += 1
+        return self.text_logits(features[:, -1])
+
+    def fitted_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's parameters as this model would load them.
+
+        The image's position table is resized to the model's grid of patches, the text's cut to the model's length; the
+        head of masked patches is left out if the model has none; other heads as in ``TaskHeads``.
+
+        Raises:
+            UserError: if the checkpoint's texts were shorter than the model's.
+        """
         fitted = dict(state)
         self._fit(fitted)
+        self.heads.fit(fitted, "heads.")
         return fitted
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
@@ -150,9 +194,26 @@ class MHMoEBEiT3(ComputePrecision, WritesCaptions, RemembersVocabulary, BaseFair
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _fit(self, state: dict[str, Any], prefix: str = "") -> None:
-        if self._leaves_out_other_heads:
-            drop_other_heads(self, state, prefix)
-        fit_state(self, state, self._new_heads, prefix)
+        for name, fit in ((IMAGE_POSITIONS, resize_image_positions), (TEXT_POSITIONS, cut_text_positions)):
+            if prefix + name in state:
+                state[prefix + name] = fit(state[prefix + name], self.get_parameter(name).size(0))
+        if self.image_head is None:
+            for name in [name for name in state if name.startswith(f"{prefix}image_head.")]:
+                del state[name]
+
+    def resized_tables(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int, int]]:
+        """The position tables of a state dictionary that are not of the model's size.
+
+        Yields:
+            the flag that sets the size, what it counts, how many the dictionary has and how many the model.
+        """
+        for name, flag, unit, others in (
+            (IMAGE_POSITIONS, "--img-size", "patches", _FIRST_PATCH),
+            (TEXT_POSITIONS, "--max-text-length", "tokens", UNUSED_POSITIONS),
+        ):
+            rows = self.get_parameter(name).size(0)
+            if name in state and state[name].size(0) != rows:
+                yield flag, unit, state[name].size(0) - others, rows - others
 
 
 def build_beit3(
@@ -169,3 +230,30 @@ def build_output_layer(width: int, size: int) -> nn.Linear:
     nn.init.normal_(layer.weight, std=INITIAL_DEVIATION)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def resize_image_positions(table: Tensor, rows: int) -> Tensor:
+    """Bicubically, as BEiT does; the class token's row is kept. ``(rows', D) -> (rows, D)``.
+
+    Raises:
+        UserError: if the table's rows do not fit a square of patches.
+    """
+    if table.size(0) == rows:
+        return table
+    before, after = (math.isqrt(size - _FIRST_PATCH) for size in (table.size(0), rows))
+    if before**2 != table.size(0) - _FIRST_PATCH:
+        raise UserError(f"{IMAGE_POSITIONS}: {table.size(0)} rows are not the positions of a square of patches")
+    logger.info(f"positions of {before}x{before} patches are resized to {after}x{after} (--img-size)")
+    grid = table[_FIRST_PATCH:].float().t().reshape(1, -1, before, before)
+    resized = F.interpolate(grid, size=(after, after), mode="bicubic", align_corners=False)
+    return torch.cat([table[:_FIRST_PATCH], resized.flatten(2)[0].t().to(table.dtype)])
+
+
+def cut_text_positions(table: Tensor, rows: int) -> Tensor:
+    """The first ``rows`` of a longer table; ``UserError`` if it is shorter: nothing has been learnt for the rest."""
+    if table.size(0) < rows:
+        raise UserError(
+            f"--max-text-length ({rows - UNUSED_POSITIONS}): the checkpoint has positions for "
+            f"{table.size(0) - UNUSED_POSITIONS} tokens only"
+        )
+    return table[:rows]

@@ -1,35 +1,22 @@
-"""Captions token by token from an encoder (BEiT-3), and the beam search over a model that writes so.
-
-Each token is predicted from a trailing mask token. What an earlier position computes never changes with later ones,
-since the image sees itself alone and a token the image and the text up to itself: keys and values are computed once.
-"""
+"""Captions by beam search over a model that writes token by token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from fairseq.data import Dictionary
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.errors import UserError
 from ..torchscale_ext.attention import KeyValueCache
-from ..torchscale_ext.beit3 import MultiwayBEiT3
-
-MASK_SYMBOL = "<mask>"
 
 
 @dataclass
 class CaptionState:
-    """Images and the captions so far, a row each.
+    """Images and the captions so far, a row each."""
 
-    Attributes:
-        caches: keys and values of each layer.
-        num_tokens: length of the captions so far.
-    """
-
-    caches: list[KeyValueCache]
-    num_tokens: int = 0
+    caches: list[KeyValueCache]  # of each layer
+    num_tokens: int = 0  # of the captions so far
 
     def reorder(self, rows: Tensor) -> None:
         """Follow beam search: row ``i`` becomes what row ``rows[i]`` was; there may be more rows than before."""
@@ -37,74 +24,12 @@ class CaptionState:
             cache.reorder(rows)
 
 
-class WritesCaptions(nn.Module):
-    """Among a model's bases: incremental decoding."""
-
-    beit3: MultiwayBEiT3
-    dictionary: Dictionary
-    autocast: Any
-    text_logits: Any
-
-    @torch.no_grad()
-    def start_captions(self, images: Tensor) -> CaptionState:
-        """Read ``(B, 3, H, W)`` images; no token has been written."""
-        state = CaptionState([KeyValueCache() for _ in self.beit3.encoder.layers])
-        with self.autocast(images.device.type):
-            self.beit3(images=images, caches=state.caches)
-        return state
-
-    @torch.no_grad()
-    def next_token_logits(self, state: CaptionState, tokens: Tensor) -> Tensor:
-        """Append a token to every caption, and score the next one.
-
-        Args:
-            state: updated.
-            tokens: ``(B,)``, the first time the beginning-of-sentence symbol.
-
-        Returns:
-            ``(B, vocabulary)``: the scores of a ``<mask>`` that stands next.
-
-        Raises:
-            UserError: if the next token would be longer than ``--max-text-length``.
-        """
-        start = state.num_tokens
-        pairs = torch.stack([tokens, torch.full_like(tokens, self.dictionary.index(MASK_SYMBOL))], dim=1)
-        keys = 1 + self.beit3.vision_embed.num_patches + start + 2
-        visible = torch.ones(2, keys, dtype=torch.bool, device=tokens.device)
-        visible[0, -1] = False  # the token does not see the mask, which is not of the caption
-        with self.autocast(tokens.device.type):
-            features, _ = self.beit3.step(pairs, start, visible, state.caches)
-        for cache in state.caches:
-            cache.drop_last()
-        state.num_tokens += 1
-        return self.text_logits(features[:, -1])
-
-
-# ---------------------------------------------------------------------- beam search
-
-
-class CaptionWriter(Protocol):
-    """What the search needs of a model; B rows."""
-
-    def start_captions(self, images: Tensor) -> Any:
-        """A state of ``(B, 3, H, W)`` images, without text, with ``reorder(index)`` that selects its rows."""
-
-    def next_token_logits(self, state: Any, tokens: Tensor) -> Tensor:
-        """Append ``(B,)`` tokens to the state's texts; ``(B, vocabulary)`` logits of what follows."""
-
-
 class Specials(NamedTuple):
-    """Ids of the vocabulary's special symbols.
+    """Ids of the vocabulary's special symbols."""
 
-    Attributes:
-        bos: what a caption starts with.
-        eos: what ends it.
-        never: ids that no caption has.
-    """
-
-    bos: int
-    eos: int
-    never: tuple[int, ...] = ()
+    bos: int  # what a caption starts with
+    eos: int  # what ends it
+    never: tuple[int, ...]  # ids that no caption has
 
 
 @dataclass(frozen=True)
@@ -134,24 +59,15 @@ class CaptionSearch:
 
 
 class Caption(NamedTuple):
-    """What the search found for an image.
+    """What the search found for an image."""
 
-    Attributes:
-        tokens: ids, without the symbols that start and end it.
-        score: log-probability in nats over the power of the length; minus infinity if the model gave no number.
-    """
-
-    tokens: tuple[int, ...]
-    score: float
+    tokens: tuple[int, ...]  # ids, without the symbols that start and end it
+    score: float  # log-probability in nats over the power of the length; minus infinity if the model gave no number
 
 
 @torch.no_grad()
 def search_captions(
-    model: CaptionWriter,
-    images: Tensor,
-    search: CaptionSearch,
-    specials: Specials,
-    are_all_done: Callable[[bool], bool] = bool,
+    model: Any, images: Tensor, search: CaptionSearch, specials: Specials, are_all_done: Callable[[bool], bool] = bool
 ) -> list[Caption]:
     """The best caption of every image.
 
@@ -160,21 +76,20 @@ def search_captions(
     same in any batch.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, with ``start_captions`` and ``next_token_logits`` as ``MHMoEBEiT3`` has them.
         images: ``(B, 3, H, W)``, at least one.
         are_all_done: told after every step whether this process's images are done, answers whether to stop. Where a
             step of the model needs all processes, they must be given the same answer.
     """
     beams = _Beams(len(images), search, specials, images.device)
     state = model.start_captions(images)
-    state.reorder(beams.first_rows())
+    state.reorder(torch.arange(len(images), device=images.device).repeat_interleave(search.beam))
     for _ in range(search.max_len):
-        logits = model.next_token_logits(state, beams.last_tokens())
-        rows = beams.advance(logits)
-        if are_all_done(beams.are_done()):
+        rows = beams.advance(model.next_token_logits(state, beams.tokens_BKS[:, :, -1].flatten()))
+        if are_all_done(bool(beams.is_done_B.all())):
             break
         state.reorder(rows)
-    return beams.best()
+    return [Caption(tokens, score) for tokens, score in zip(beams.best_tokens, beams.best_score_B.tolist())]
 
 
 class _Beams:
@@ -191,22 +106,6 @@ class _Beams:
         self.is_done_B = torch.zeros(images, dtype=torch.bool, device=device)
         self.best_score_B = torch.full((images,), -torch.inf, device=device)
         self.best_tokens: list[tuple[int, ...]] = [()] * images
-
-    def first_rows(self) -> Tensor:
-        """``(B * K,)`` the image of every row."""
-        return torch.arange(len(self.is_done_B), device=self.is_done_B.device).repeat_interleave(self.search.beam)
-
-    def last_tokens(self) -> Tensor:
-        """``(B * K,)`` the newest token of every row."""
-        return self.tokens_BKS[:, :, -1].flatten()
-
-    def are_done(self) -> bool:
-        """Whether nothing can change any image's best caption."""
-        return bool(self.is_done_B.all())
-
-    def best(self) -> list[Caption]:
-        """The best hypothesis that ended, for every image."""
-        return [Caption(tokens, score) for tokens, score in zip(self.best_tokens, self.best_score_B.tolist())]
 
     def advance(self, logits: Tensor) -> Tensor:
         """Take the best continuations.

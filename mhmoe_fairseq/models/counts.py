@@ -47,11 +47,6 @@ class ModelCounts:
         return self.non_expert + self.expert
 
 
-def count_model(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> ModelCounts:
-    """Build the model of filled options on ``meta`` and count it; arguments and errors as in ``build_on_meta``."""
-    return count_built(build_on_meta(options, dictionary, num_visual_tokens), context_of(options))
-
-
 def count_built(model: nn.Module, context: int) -> ModelCounts:
     """Count a model that ``build_language_model`` or ``build_beit3`` made, for attention over ``context`` positions."""
     stack = stack_of_layers(model)
@@ -106,7 +101,6 @@ def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int =
 
     Args:
         options: of a language model or of BEiT-3.
-        dictionary: of the text.
         num_visual_tokens: BEiT-3's scores for masked patches.
 
     Raises:
@@ -122,11 +116,7 @@ def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int =
 
 
 def blank_dictionary(size: int) -> Dictionary:
-    """A dictionary with ``size`` meaningless entries.
-
-    Raises:
-        UserError: if the special symbols alone need more.
-    """
+    """A dictionary with ``size`` meaningless entries; ``UserError`` if the special symbols alone need more."""
     dictionary = Dictionary()
     if size <= len(dictionary):
         raise UserError(f"--vocab-size ({size}) must be more than the {len(dictionary)} special symbols")

@@ -18,7 +18,7 @@ from ..moe import ConfigError, MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported
-from .options import BEiT3Options, LanguageModelOptions, MoEOptions
+from .options import BEiT3Options, LanguageModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,10 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
     Raises:
         UserError: naming the flag, its value and the rule, for anything contradictory or impossible.
     """
-    shared = _shared_settings(options)
     return DecoderSettings(
-        **shared,
+        **_shared_settings(options),
         parallel=parallel,
-        feed_forward="torchscale" if is_torchscale(options) else "moe",
+        feed_forward="torchscale" if _text(options.mhmoe_routing) == "torchscale" else "moe",
         share_decoder_input_output_embed=not options.no_share_decoder_input_output_embed,
         max_target_positions=options.max_target_positions or options.tokens_per_sample,
         vocab_size=vocab_size,
@@ -52,9 +51,8 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
 
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
     """Returns everything that a BEiT-3 encoder is built from; fails as ``decoder_settings`` does."""
-    feed_forward = "separate" if text(options.mhmoe_modality_experts) == "separate" else "moe"
-    shared = _shared_settings(options)
-    return EncoderSettings(**shared, parallel=parallel, feed_forward=feed_forward, vocab_size=vocab_size)
+    kind = "separate" if _text(options.mhmoe_modality_experts) == "separate" else "moe"
+    return EncoderSettings(**_shared_settings(options), parallel=parallel, feed_forward=kind, vocab_size=vocab_size)
 
 
 def moe_config(options: Any) -> MHMoEConfig | None:
@@ -80,16 +78,6 @@ def expert_parallel_size(
     return asked
 
 
-def is_torchscale(options: Any) -> bool:
-    """Whether TorchScale's own MoE layer is asked for."""
-    return text(options.mhmoe_routing) == "torchscale"
-
-
-def text(choice: Any) -> str | None:
-    """A choice as plain text: fairseq hands over enum members or strings."""
-    return None if choice is None else str(choice)
-
-
 # ---------------------------------------------------------------------- the transformer
 
 
@@ -112,7 +100,7 @@ def _check_stack(options: Any) -> None:
     if stack == "encoder":
         if options.img_size % options.patch_size:
             raise UserError(f"--patch-size ({options.patch_size}) must divide --img-size ({options.img_size})")
-        if is_torchscale(options):
+        if _text(options.mhmoe_routing) == "torchscale":
             raise UserError(
                 "--mhmoe-routing torchscale is for language models: TorchScale's encoder refuses MoE layers for two "
                 "modalities; use --mhmoe-routing capacity, which makes the same choices"
@@ -136,7 +124,7 @@ def _moe_config(options: Any) -> MHMoEConfig | None:
     _check_moe(options)
     with _flags_for_fields(options):
         moe = _with_budget(options)
-        if is_torchscale(options):
+        if _text(options.mhmoe_routing) == "torchscale":
             check_supported(moe)
         return moe
 
@@ -152,17 +140,15 @@ def _with_budget(options: Any) -> MHMoEConfig:
     reference = MHMoEConfig(num_heads=1, **fields, **_preset(options, heads=1))
     changes = {"num_projection_layers": 1, **of_heads, **_preset(options, heads)}
     plain = MHMoEConfig(num_heads=heads, **{**fields, **changes})
-    budget = text(options.mhmoe_budget) or "none"
+    budget = _text(options.mhmoe_budget) or "none"
     if budget == "none" or plain.num_params() == reference.num_params():
         return plain
-    problem: ConfigError | None = None
     for multiple in _WIDTH_MULTIPLES:
         try:
             return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
         except ConfigError as error:
-            problem = error
-    assert problem is not None
-    raise ConfigError(problem.field, problem.value, f"{problem.rule}; or set the width yourself: --moe-ffn-dim")
+            problem = ConfigError(error.field, error.value, f"{error.rule}; or set the width yourself: --moe-ffn-dim")
+    raise problem
 
 
 def _layer_fields(options: Any) -> dict[str, Any]:
@@ -172,14 +158,14 @@ def _layer_fields(options: Any) -> dict[str, Any]:
         layer, value = entry.metadata["layer"], _value(options, entry)
         if layer is not None and value is not None:
             values[layer] = entry.metadata["values"].get(value, value)
-    if text(options.mhmoe_routing) in (None, "dropless"):  # without effect there; the warning is given
+    if _text(options.mhmoe_routing) in (None, "dropless"):  # without effect there; the warning is given
         values.pop("second_expert_policy", None)
     return values
 
 
 def _preset(options: Any, heads: int) -> dict[str, Any]:
     """The router's fields that ``--mhmoe-router-preset`` sets."""
-    if text(options.mhmoe_router_preset) != "p1":
+    if _text(options.mhmoe_router_preset) != "p1":
         return {}
     return {"router_dim": max(1, round(16 / heads)), "router_normalize": "both", "router_temperature": 0.3}
 
@@ -189,14 +175,14 @@ def _check_dense(options: Any) -> None:
     for name in _given(options, "moe", "heads", "capacity", "xmoe"):
         if not name.startswith("mhmoe_"):
             logger.warning(f"{flag(name)} has no effect: the model is dense (--moe-freq 0)")
-        elif name != "mhmoe_router" or text(options.mhmoe_router) != "arch":
+        elif name != "mhmoe_router" or _text(options.mhmoe_router) != "arch":
             raise UserError(
                 f"{flag(name)} needs MoE layers, but the model is dense (--moe-freq 0): take smoe_*, xmoe_* or mhmoe_*"
             )
 
 
 def _check_moe(options: Any) -> None:
-    router, budget, routing = (text(getattr(options, f"mhmoe_{name}")) for name in ("router", "budget", "routing"))
+    router, budget, routing = (_text(getattr(options, f"mhmoe_{name}")) for name in ("router", "budget", "routing"))
     if options.moe_top1_expert and options.moe_top_k != 1:
         raise UserError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
     if options.use_xmoe and router != "xmoe":
@@ -235,13 +221,14 @@ def _flags_for_fields(options: Any) -> Iterator[None]:
 # ---------------------------------------------------------------------- helpers
 
 
-def _kind(options: Any) -> type[MoEOptions]:
-    return LanguageModelOptions if getattr(options, "encoder_layers", None) is None else BEiT3Options
+def _text(choice: Any) -> str | None:
+    """A choice as plain text: fairseq hands over enum members or strings."""
+    return None if choice is None else str(choice)
 
 
 def _stack(options: Any) -> str:
     """How the flags of sizes begin."""
-    return "decoder" if _kind(options) is LanguageModelOptions else "encoder"
+    return "decoder" if getattr(options, "encoder_layers", None) is None else "encoder"
 
 
 def _size(options: Any, name: str) -> int:
@@ -250,7 +237,8 @@ def _size(options: Any, name: str) -> int:
 
 def _entries(options: Any) -> list[dataclasses.Field]:
     """The fields that are options, in their order."""
-    return [entry for entry in dataclasses.fields(_kind(options)) if entry.metadata]
+    kind = LanguageModelOptions if _stack(options) == "decoder" else BEiT3Options
+    return [entry for entry in dataclasses.fields(kind) if entry.metadata]
 
 
 def _value(options: Any, entry: dataclasses.Field) -> Any:

@@ -26,6 +26,46 @@ _INITIAL_TEMPERATURE = 0.07
 _LEAST_WEIGHT = 0.02  # of a new batch in the running mean: it is of the last 50 batches or so
 
 
+class TaskHeads(nn.ModuleDict):
+    """A model's heads by name; empty but in fine-tuning.
+
+    Attributes:
+        leaves_out_others: a checkpoint's heads that the model has not, of another task, are left out when it is loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._new: set[str] = set()
+        self.leaves_out_others = False
+
+    def register(self, name: str, head: nn.Module, may_be_new: bool) -> None:
+        """Add a head.
+
+        Args:
+            may_be_new: a checkpoint without it, a pre-trained one, leaves it as it is initialised; otherwise a missing
+                head is as much an error as any other missing parameter.
+        """
+        self[name] = head
+        if may_be_new:
+            self._new.add(name)
+
+    def fit(self, state: dict[str, Any], prefix: str) -> None:
+        """Change a state dictionary, its heads' names behind ``prefix``, in place into one that can be loaded."""
+        saved = {name: name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)}
+        if self.leaves_out_others:
+            for head in sorted(set(saved.values()) - set(self)):
+                logger.info(f"the checkpoint's head {head!r} is another task's: it is left out")
+            for name in [name for name, head in saved.items() if head not in self]:
+                del state[name]
+        for head in self._new - set(saved.values()):
+            logger.info(f"the checkpoint has no head {head!r}: it starts from its initial weights")
+            state.update({f"{prefix}{head}.{name}": value for name, value in self[head].state_dict().items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.fit(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class LastTokenHead(nn.Linear):
     """Class logits of a causal language model from each row's last token, which has seen all others.
 
@@ -33,21 +73,16 @@ class LastTokenHead(nn.Linear):
         embed_dim: width of the features.
         num_classes: two or more.
         dropout: on the features.
-        name: of the head, for messages.
-        may_be_new: in training, a checkpoint without this head, that of a language model, leaves it as it is
-            initialised; otherwise a missing head is as much an error as any other missing parameter.
 
     Raises:
         UserError: naming the flag, its value and the rule.
     """
 
-    def __init__(self, embed_dim: int, num_classes: int, dropout: float, name: str, may_be_new: bool) -> None:
+    def __init__(self, embed_dim: int, num_classes: int, dropout: float) -> None:
         check_flag("num_classes", num_classes)
         check_flag("mhmoe_head_dropout", dropout)
         super().__init__(embed_dim, num_classes)
         self.dropout = nn.Dropout(dropout)
-        self.name = name
-        self.may_be_new = may_be_new
 
     def reset_parameters(self) -> None:
         """Small random weights and no bias, so that a new head starts close to indifference."""
@@ -66,13 +101,18 @@ class LastTokenHead(nn.Linear):
         rows = torch.arange(features.size(0), device=features.device)
         return super().forward(self.dropout(features[rows, last].to(self.weight.dtype)))
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.may_be_new:
-            start_new_head(self, self.name, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+class _ClassificationHead(nn.Module):
+    """What the heads have in common that choose among ``number`` classes."""
+
+    def __init__(self, width: int, number: int, center: bool, what: str = "classes") -> None:
+        super().__init__()
+        if number < 2:
+            raise UserError(f"a classification head needs at least 2 {what}, the data have {number}")
+        self.norm = CenteredLayerNorm(width) if center else nn.LayerNorm(width)
 
 
-class VQAHead(nn.Module):
+class VQAHead(_ClassificationHead):
     """One logit per answer, from the class token: ``(B, L, D) -> (B, answers)``.
 
     The biases start where one answer of all is expected (the prior of Lin et al., 2017, section 3.3), other than in
@@ -82,20 +122,17 @@ class VQAHead(nn.Module):
     normalize_output = False
 
     def __init__(self, embed_dim: int, num_answers: int, center: bool = False) -> None:
-        super().__init__()
-        require_classes(num_answers, "answers")
-        self.norm = _norm(embed_dim, center)
+        super().__init__(embed_dim, num_answers, center, "answers")
         self.pooler = _linear(embed_dim, embed_dim)
         self.classifier = _two_layers(embed_dim, 2 * embed_dim, num_answers)
         nn.init.constant_(self.classifier[-1].bias, -math.log(num_answers - 1))
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """Logits."""
-        pooled = torch.tanh(self.pooler(self.norm(features[:, 0])))
-        return self.classifier(pooled)
+        return self.classifier(torch.tanh(self.pooler(self.norm(features[:, 0]))))
 
 
-class NLVR2Head(nn.Module):
+class NLVR2Head(_ClassificationHead):
     """Logits of "false" and "true" for a statement about two images, from both class and both first text tokens.
 
     Only the last layer starts small, in BEiT-3 the first, too: with hidden units that differ from the start, a short
@@ -105,11 +142,9 @@ class NLVR2Head(nn.Module):
     normalize_output = True
 
     def __init__(self, embed_dim: int, num_classes: int = 2, center: bool = False) -> None:
-        super().__init__()
-        require_classes(num_classes, "classes")
-        self.norm = _norm(4 * embed_dim, center)
+        super().__init__(4 * embed_dim, num_classes, center)
         self.classifier = _two_layers(4 * embed_dim, 2 * embed_dim, num_classes)
-        _start_small(self.classifier[-1])
+        self.classifier[-1].weight.data.mul_(_SMALL_START)
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """``(2 B, L, D) -> (B, classes)``: the left images' rows, then the right images', each with the statement."""
@@ -118,17 +153,15 @@ class NLVR2Head(nn.Module):
         return self.classifier(self.norm(torch.cat([left, right], dim=-1)))
 
 
-class ImageClassificationHead(nn.Module):
+class ImageClassificationHead(_ClassificationHead):
     """Class logits of an image from the mean of its patches, without the class token: ``(B, L, D) -> (B, classes)``."""
 
     normalize_output = False
 
     def __init__(self, embed_dim: int, num_classes: int, center: bool = False) -> None:
-        super().__init__()
-        require_classes(num_classes, "classes")
-        self.norm = _norm(embed_dim, center)
+        super().__init__(embed_dim, num_classes, center)
         self.classifier = _linear(embed_dim, num_classes)
-        _start_small(self.classifier)
+        self.classifier.weight.data.mul_(_SMALL_START)
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """Logits."""
@@ -160,10 +193,9 @@ class RetrievalHead(nn.Module):
 class CenteredLayerNorm(nn.LayerNorm):
     """Layer normalisation of features from which their running mean over the training rows is taken away.
 
-    Class tokens of a pre-trained encoder have most of their length in common. LayerNorm keeps that, and a new head's
-    gradients are of it more than of what tells the rows apart. Without it they are not: mean-only batch normalisation
-    (Salimans and Kingma, 2016, section 3), and the centring half of the BatchNorm before MAE's linear probe (He et al.,
-    2022, appendix A.1), but by the running mean in training, too. Ranks share the mean.
+    Class tokens of a pre-trained encoder have most of their length in common, and a new head's gradients are of that
+    more than of what tells the rows apart. Mean-only batch normalisation (Salimans and Kingma, 2016, section 3), as
+    before MAE's linear probe (He et al., 2022, appendix A.1), but by the running mean in training, too. Ranks share it.
 
     Attributes:
         running_mean: ``(width,)``: of all rows so far, later of the last 50 batches or so.
@@ -201,24 +233,6 @@ class CenteredLayerNorm(nn.LayerNorm):
         self.running_mean.lerp_(mean, weight.to(mean.dtype))
 
 
-def require_classes(number: int, what: str) -> None:
-    """Raise ``UserError`` unless there is something to choose from."""
-    if number < 2:
-        raise UserError(f"a classification head needs at least 2 {what}, the data have {number}")
-
-
-def start_new_head(head: nn.Module, name: str, state: dict[str, Any], prefix: str) -> None:
-    """Let a head that a checkpoint's ``state`` lacks keep its initial values; its names start with ``prefix``."""
-    own = {prefix + key: value.detach() for key, value in head.state_dict().items()}
-    if own and not own.keys() & state.keys():
-        logger.info(f"the checkpoint has no head {name!r}: it starts from its initial weights")
-        state.update(own)
-
-
-def _norm(width: int, center: bool) -> nn.LayerNorm:
-    return CenteredLayerNorm(width) if center else nn.LayerNorm(width)
-
-
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
     linear = nn.Linear(inputs, outputs, bias=bias)
     nn.init.trunc_normal_(linear.weight, std=_INITIAL_DEVIATION)
@@ -229,7 +243,3 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(_linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), _linear(hidden, outputs))
-
-
-def _start_small(linear: nn.Linear) -> None:
-    linear.weight.data.mul_(_SMALL_START)

@@ -18,20 +18,14 @@ from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from ..torchscale_ext.settings import DecoderSettings
 from .bases import ComputePrecision, RemembersVocabulary, spread_experts
 from .flags import decoder_settings
-from .heads import LastTokenHead
+from .heads import LastTokenHead, TaskHeads
 from .options import MODEL_NAME, LanguageModelOptions
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 
 
 class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, FairseqIncrementalDecoder):
-    """The decoder as fairseq knows it: dictionary, precision, generation.
-
-    Args:
-        options: ``LanguageModelOptions``.
-        settings: what ``decoder_settings`` makes of them.
-        dictionary: of inputs and outputs.
-    """
+    """The decoder as fairseq knows it, with ``settings`` made of the options by ``decoder_settings``."""
 
     def __init__(self, options: Any, settings: DecoderSettings, dictionary: Dictionary) -> None:
         embedding = build_embedding(dictionary, settings.decoder_embed_dim)
@@ -41,11 +35,7 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
         self.remember_vocabulary(dictionary, "embed_tokens.weight")
 
     def forward(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """As ``MHMoEDecoder.forward``, in the precision of ``--mhmoe-precision``.
-
-        Raises:
-            UserError: when training in fp16 without loss scaling.
-        """
+        """As ``MHMoEDecoder.forward``, in ``--mhmoe-precision``; ``UserError`` in training in fp16 unscaled."""
         with self.autocast(prev_output_tokens.device.type):
             return super().forward(prev_output_tokens, **kwargs)
 
@@ -63,12 +53,12 @@ class MHMoELanguageModel(FairseqLanguageModel):
     """Decoder-only language model; ``--arch`` names one of ``models.architectures``.
 
     Attributes:
-        classification_heads: by name; empty but in the tasks of fine-tuning.
+        classification_heads: of fine-tuning.
     """
 
     def __init__(self, decoder: LanguageModelDecoder) -> None:
         super().__init__(decoder)
-        self.classification_heads = nn.ModuleDict()
+        self.classification_heads = TaskHeads()
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> "MHMoELanguageModel":
@@ -92,13 +82,14 @@ class MHMoELanguageModel(FairseqLanguageModel):
         """Add a head on the last token of each row; it is saved and loaded with the model.
 
         Args:
-            name, num_classes, dropout, may_be_new: as in ``LastTokenHead``.
+            num_classes, dropout: as in ``LastTokenHead``.
+            may_be_new: see ``TaskHeads``.
 
         Raises:
             UserError: if a number is out of range.
         """
-        width = self.decoder.embed_dim
-        self.classification_heads[name] = LastTokenHead(width, num_classes, dropout, name, may_be_new)
+        head = LastTokenHead(self.decoder.embed_dim, num_classes, dropout)
+        self.classification_heads.register(name, head, may_be_new)
 
     def forward(
         self, src_tokens: Tensor, classification_head_name: str | None = None, **kwargs: Any

@@ -65,8 +65,11 @@ def option(
 
 
 @dataclass
-class TransformerOptions(FairseqDataclass):
-    """The transformer around the MoE layers, but its sizes; spelled as in fairseq and TorchScale."""
+class MoEOptions(FairseqDataclass):
+    """What all models share; the plugin's own flags start with ``--mhmoe-``.
+
+    Others are spelled as in fairseq, TorchScale and the official MH-MoE repository.
+    """
 
     activation_fn: Optional[ACTIVATION_CHOICES] = option(
         "activation of dense networks and experts; silu means SwiGLU, with a gate matrix",
@@ -105,12 +108,6 @@ class TransformerOptions(FairseqDataclass):
         "fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's own --bf16 means TPU: do not use it",
         affects="nothing",
     )
-
-
-@dataclass
-class LineageMoEOptions(TransformerOptions):
-    """MoE flags spelled as in TorchScale and the official MH-MoE repository."""
-
     moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model", stack=True)
     moe_expert_count: Optional[int] = option(
         "experts per MoE layer (of the reference, under --mhmoe-budget flops)", needs="moe", layer="num_experts"
@@ -142,12 +139,6 @@ class LineageMoEOptions(TransformerOptions):
     mhmoe_heads_number: Optional[int] = option(
         "MH-MoE heads: sub-tokens that each token is split into", needs="heads", layer="num_heads"
     )
-
-
-@dataclass
-class MoEOptions(LineageMoEOptions):
-    """What all models share; the plugin's own MoE flags start with ``--mhmoe-``."""
-
     mhmoe_routing: Optional[ROUTING_CHOICES] = option(
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
         "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process)",

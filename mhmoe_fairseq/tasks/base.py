@@ -106,7 +106,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
             raise UserError("--arch: this task needs a model of images and text of ours, such as mhmoe_beit3_tiny")
         self.add_heads(model, may_be_new=not from_checkpoint)
         if not from_checkpoint:
-            model.leave_out_other_heads()
+            model.heads.leaves_out_others = True
             check_starting_checkpoint(model, self.args)
             check_resumed_sizes(model, self.args)
         return model

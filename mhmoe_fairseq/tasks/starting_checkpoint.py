@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..checkpoints.files import read_trained
 from ..common.errors import UserError
-from ..models.beit3_checkpoints import resized_tables
 from ..parallel import sharded_experts
 
 RESUMED = "checkpoint_last.pt"  # fairseq's default: a run of the same task, in --save-dir
@@ -52,7 +51,7 @@ def check_resumed_sizes(model: nn.Module, args: Any) -> None:
     saved = {} if file is None or args.reset_optimizer else read_trained(file)
     if not saved.get("last_optimizer_state"):
         return
-    for flag, unit, before, now in resized_tables(model, saved["model"]):
+    for flag, unit, before, now in model.resized_tables(saved["model"]):
         new_run = f", or begin a new run with --finetune-from-model {file} and another --save-dir"
         if flag == "--max-text-length" and now > before:
             new_run = ""  # which would be refused, too

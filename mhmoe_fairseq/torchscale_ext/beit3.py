@@ -108,17 +108,3 @@ class MultiwayBEiT3(nn.Module):
             raise UserError(f"a text of {end} tokens; --max-text-length is {self.settings.max_text_length}")
         positions = self.encoder.embed_positions.B.weight
         return self.text_embed(tokens) + positions[UNUSED_POSITIONS + start : UNUSED_POSITIONS + end]
-
-    def step(
-        self, tokens: Tensor, start: int, visible: Tensor, caches: Sequence[KeyValueCache]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Features of text positions that follow what is in ``caches``.
-
-        Args:
-            tokens: ``(B, S)``, none of them padding, at text positions from ``start`` on.
-            visible: bool ``(S, all keys)``.
-
-        Returns:
-            ``(B, S, D)`` and the encoder's ``extra``.
-        """
-        return self.encoder(self.embed_text(tokens, start), 0, None, visible, caches)

@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from language_models import SMALL, small_dictionary, small_model
+from language_models import SMALL, count_model, small_dictionary, small_model
 
 from mhmoe_fairseq.analysis.plan.planning import PlanSettings, plan
 from mhmoe_fairseq.analysis.plan.table_11 import PAPER_VOCAB_SIZES, TABLE_11
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.counts import count_built, count_model
+from mhmoe_fairseq.models.counts import count_built
 
 EXPERTS = [8, 16, 32, 64, 128, 256]
 MILLION = 10**6
@@ -78,7 +78,7 @@ def test_counts_are_those_of_the_built_model(family: str) -> None:
 def test_meta_counts_equal_the_built_models() -> None:
     options = architecture_options("mhmoe_lm_tiny", mhmoe_budget="none", dropout=0.0, **SMALL)
     options.tokens_per_sample = 16
-    assert count_model(options, small_dictionary()) == count_built(small_model("mhmoe_lm_tiny"), 16)
+    assert count_model(options) == count_built(small_model("mhmoe_lm_tiny"), 16)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_meta_counts_equal_the_built_models() -> None:
 def test_counts_of_other_models(flags: dict) -> None:
     options = architecture_options("xmoe_lm_tiny", dropout=0.0, **SMALL, **flags)
     built = small_model("xmoe_lm_tiny", **flags)
-    counts = count_model(options, small_dictionary())
+    counts = count_model(options)
     assert counts.total == sum(parameter.numel() for parameter in built.parameters())
     assert counts.expert == sum(
         parameter.numel() for name, parameter in built.named_parameters() if ".experts." in name

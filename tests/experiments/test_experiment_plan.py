@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fairseq_arguments import parse_mhmoe, parse_words
+from language_models import count_model
 
 from mhmoe_fairseq.commands.main import build_parser
 from mhmoe_fairseq.commands.reproduce import plans_of
@@ -13,7 +14,7 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.experiments import EXPERIMENTS
 from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.experiments.runner import dry_run
-from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, count_model
+from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary
 from mhmoe_fairseq.models.options import LanguageModelOptions
 
 SCALES = ("cpu", "paper")

@@ -13,8 +13,7 @@ from moe_oracle import losses_of
 from torch import nn
 
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
-from mhmoe_fairseq.models.beit3_checkpoints import resize_image_positions
+from mhmoe_fairseq.models.beit3 import MHMoEBEiT3, resize_image_positions
 from mhmoe_fairseq.models.flags import encoder_settings, moe_config
 
 A = "beit3.encoder.embed_positions.A.weight"
@@ -99,7 +98,7 @@ def test_pools_for_each_modality_need_experts():
 def test_building_from_a_task():
     model = MHMoEBEiT3.build_model(options(), task())
     assert model.image_head.out_features == 6 and model.text_head.out_features == len(beit3_dictionary())
-    with pytest.raises(ValueError, match="has no <mask>: prepare it with mhmoe prepare image-text"):
+    with pytest.raises(ValueError, match="has no <mask>: make dict.txt with mhmoe prepare image-text"):
         MHMoEBEiT3.build_model(options(), task(source_dictionary=Dictionary()))
     with pytest.raises(ValueError, match="--tpu"):
         MHMoEBEiT3.build_model(options(tpu=True), task())
@@ -241,7 +240,7 @@ def test_a_checkpoint_of_another_task(caplog):
     model.register_head("statements", FirstPosition(32, 2))
     with pytest.raises(RuntimeError, match="Unexpected key.*heads.answers"):
         model.load_state_dict(state)
-    model.leave_out_other_heads()
+    model.heads.leaves_out_others = True
     initial = model.heads["statements"].weight.clone()
     with caplog.at_level(logging.INFO):
         model.load_state_dict(state)
@@ -251,7 +250,7 @@ def test_a_checkpoint_of_another_task(caplog):
     assert "heads.answers.weight" in state
 
     captioning = small_beit3(num_visual_tokens=0)  # has no head of its own
-    captioning.leave_out_other_heads()
+    captioning.heads.leaves_out_others = True
     captioning.load_state_dict(state)
     assert torch.equal(captioning.beit3.text_embed.weight, state["beit3.text_embed.weight"])
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from language_models import small_dictionary, small_model, token_rows
+from language_models import count_model, small_model, token_rows
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mhmoe_fairseq.analysis.plan.activation_memory import ActivationMemory, shape_of
 from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.counts import count_built, count_model
+from mhmoe_fairseq.models.counts import count_built
 from mhmoe_fairseq.moe import ConfigError, MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.config import choices
 from mhmoe_fairseq.moe.router import ROUTERS, Router, RouterFields
@@ -58,8 +58,8 @@ def test_it_is_counted_like_the_built_layer() -> None:
 def test_models_plans_and_analyses_use_it_or_refuse_it_by_name() -> None:
     model = small_model(mhmoe_router="two_layers").eval()
     options = architecture_options("mhmoe_lm_tiny", mhmoe_router="two_layers")
-    counts = count_model(options, small_dictionary())
-    linear = count_model(architecture_options("mhmoe_lm_tiny", mhmoe_router="linear"), small_dictionary())
+    counts = count_model(options)
+    linear = count_model(architecture_options("mhmoe_lm_tiny", mhmoe_router="linear"))
     assert counts.total - linear.total > 0 and counts.flops_per_token != linear.flops_per_token
     assert count_built(model, 8).total == sum(parameter.numel() for parameter in model.parameters())
     loads = LoadCounter(model.decoder.layers)

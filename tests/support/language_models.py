@@ -7,6 +7,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.counts import ModelCounts, build_on_meta, context_of, count_built
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel, build_language_model
 from mhmoe_fairseq.moe.parallelism import ExpertParallelism
 
@@ -35,6 +36,10 @@ def small_model(
         flags.setdefault("mhmoe_budget", "none")  # no expert width comes within 0.5 % of so few parameters
     options = architecture_options(arch, **flags)
     return build_language_model(options, dictionary or small_dictionary(), parallel)
+
+
+def count_model(options: Any, dictionary: Dictionary | None = None) -> ModelCounts:
+    return count_built(build_on_meta(options, dictionary or small_dictionary()), context_of(options))
 
 
 def token_rows(lengths: list[int], seed: int = 0, words: int = 44) -> Tensor:

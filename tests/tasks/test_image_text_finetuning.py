@@ -23,7 +23,7 @@ from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, write_index
 from mhmoe_fairseq.metrics.recall import recalls
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.beit3_checkpoints import TEXT_POSITIONS
+from mhmoe_fairseq.models.beit3 import TEXT_POSITIONS
 from mhmoe_fairseq.models.heads import CenteredLayerNorm
 from mhmoe_fairseq.training.parameter_notes import notes_of
 
