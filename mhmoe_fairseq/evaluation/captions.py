@@ -12,8 +12,7 @@ from ..data.datasets.labelled import CaptionDataset
 from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
 from ..data.multimodal.index import index_files, read_index
-from ..metrics.baselines import best_constant_caption
-from ..metrics.captions import read_ground_truth, score_captions
+from ..metrics.captions import best_constant_caption, read_ground_truth, score_captions
 from ..models.captions import CaptionSearch
 from ..tasks.captioning import GROUND_TRUTH, NAME
 from .expert_loads import LoadCounter

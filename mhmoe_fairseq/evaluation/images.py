@@ -7,7 +7,8 @@ the evaluation servers and scripts take.
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,17 @@ from torch import Tensor
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
-from ..common.files import atomic_open, write_json
+from ..common.files import write_json, write_text
 from ..criterions.base import GateLossConfig
 from ..criterions.retrieval import RetrievalCriterion
 from ..data.datasets.labelled import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
-from ..metrics.baselines import TextOnly
 from ..metrics.recall import RANKS, VectorMeter, chance_of_recall
 from .expert_loads import LoadCounter
 from .records import Metric, Record, mean_percent
 
 Batches = Iterator[dict[str, Any]]
 Metrics = dict[str, Metric]
-# Weights of a row's labels in an index: an answer scores its weight.
-Weights = Callable[[Index, int], dict[int, float]]
 
 
 @torch.no_grad()
@@ -70,38 +68,28 @@ def evaluate_images(
 
 def _answer(opened: Opened, dataset: VQADataset, batches: Batches, output: Path | None) -> Metrics:
     """``accuracy`` is the mean soft score, VQA's."""
-    ids, labels, scores = [], [], []
-    for batch in batches:
-        best = _logits(opened, batch).argmax(dim=1)
-        ids += batch["question_ids"].tolist()
-        labels += best.tolist()
-        if batch["targets"] is not None:
-            scores += batch["targets"].gather(1, best[:, None])[:, 0].tolist()
-    answers = [opened.task.classes[label] for label in labels]
+    index, best = dataset.index, _best(opened, batches)
     if output is not None:
-        write_objects(output, [{"question_id": number, "answer": answer} for number, answer in zip(ids, answers)])
+        answers = zip(index["qid"].tolist(), best)
+        write_objects(output, ({"question_id": qid, "answer": opened.task.classes[label]} for qid, label in answers))
     if not dataset.has_targets:
         return {}
-    return {"accuracy": mean_percent(scores, text_baselines(opened, dataset.index, _answer_weights, "question"))}
+    return {"accuracy": mean_percent(_scores(index, best), text_baselines(opened, index, "question"))}
 
 
 def _judge(opened: Opened, dataset: ImagePairs, batches: Batches, output: Path | None) -> Metrics:
-    identifiers, judgements, labels = [], [], []
-    for batch in batches:
-        judgements += _logits(opened, batch).argmax(dim=1).tolist()
-        identifiers += batch["identifiers"]
-        if batch["targets"] is not None:
-            labels += batch["targets"].tolist()
+    index, best = dataset.index, _best(opened, batches)
+    identifiers = list(index["identifier"])
     if output is not None:
-        write_rows(output, ([name, str(bool(judged))] for name, judged in zip(identifiers, judgements)))
+        write_rows(output, ([name, str(bool(judged))] for name, judged in zip(identifiers, best)))
     if not dataset.has_targets:
         return {}
-    is_right = [judged == label for judged, label in zip(judgements, labels)]
-    baselines = text_baselines(opened, dataset.index, _class_weights, "statement")
-    return {"accuracy": mean_percent(is_right, baselines), **consistency(identifiers, is_right)}
+    scores = _scores(index, best)
+    accuracy = mean_percent(scores, text_baselines(opened, index, "statement"))
+    return {"accuracy": accuracy, **consistency(identifiers, scores)}
 
 
-def consistency(identifiers: Sequence[str], is_right: Sequence[bool]) -> Metrics:
+def consistency(identifiers: Sequence[str], is_right: Sequence[float]) -> Metrics:
     """Share of sentences that are judged rightly with all of their images, as NLVR2 defines it.
 
     ``test1-12-0-1`` is the pair of images 0 with sentence 1 of set 12; where an identifier is of another form there is
@@ -110,7 +98,7 @@ def consistency(identifiers: Sequence[str], is_right: Sequence[bool]) -> Metrics
     parts = [identifier.split("-") for identifier in identifiers]
     if any(len(part) != 4 for part in parts):
         return {}
-    sentences: dict[tuple[str, ...], bool] = {}
+    sentences: dict[tuple[str, ...], float] = {}
     for (split, number, _, sentence), right in zip(parts, is_right):
         key = (split, number, sentence)
         sentences[key] = sentences.get(key, True) and right
@@ -160,41 +148,60 @@ _PREDICT: dict[str, tuple[str, Callable[..., Metrics]]] = {
 }
 
 
-def text_baselines(opened: Opened, scored: Index, weights: Weights, text: str) -> dict[str, float]:
+def text_baselines(opened: Opened, scored: Index, text: str) -> dict[str, float]:
     """What answering from the text alone scores in percent, learnt on the training split; nothing if there is none.
 
     Args:
         scored: the rows to answer.
-        weights: of a row's labels.
         text: what the texts are; the other baseline always gives one answer.
     """
     try:
         training = opened.task.read_index("train")
     except FileNotFoundError:
         return {}
-    baseline = TextOnly((_text(training, row), weights(training, row)) for row in range(len(training)))
-    rows = [(_text(scored, row), weights(scored, row)) for row in range(len(scored))]
-    by_text = np.mean([right.get(baseline.answer(text), 0.0) for text, right in rows])
-    always_one = np.mean([right.get(baseline.majority, 0.0) for _, right in rows])
-    return {f"{text} only": 100 * float(by_text), "most frequent answer": 100 * float(always_one)}
+    answers, majority = answers_by_text((_text(training, row), _weights(training, row)) for row in range(len(training)))
+    by_text = _scores(scored, [answers.get(_text(scored, row), majority) for row in range(len(scored))])
+    always_one = _scores(scored, [majority] * len(scored))
+    return {
+        f"{text} only": 100 * float(np.mean(by_text)),
+        "most frequent answer": 100 * float(np.mean(always_one)),
+    }
+
+
+def answers_by_text(examples: Iterable[tuple[Hashable, Mapping[int, float]]]) -> tuple[dict[Hashable, int], int]:
+    """The answer that each text of the training set most often has, and the most frequent of all; of equals the lowest.
+
+    Args:
+        examples: texts, each with the weights of its labels.
+
+    Raises:
+        UserError: if no example has a label.
+    """
+    by_text: dict[Hashable, Counter[int]] = {}
+    total: Counter[int] = Counter()
+    for text, weights in examples:
+        by_text.setdefault(text, Counter()).update(weights)
+        total.update(weights)
+    if not total:
+        raise UserError("the training set has no labels")
+    return {text: _heaviest(weights) for text, weights in by_text.items() if weights}, _heaviest(total)
+
+
+def _heaviest(weights: Counter[int]) -> int:
+    return min(weights, key=lambda label: (-weights[label], label))
 
 
 def write_objects(path: Path, objects: Iterable[dict[str, Any]]) -> None:
     """Write a JSON list atomically, a line for each object."""
-    lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in objects)
-    _write(path, f"[\n{lines}\n]\n")
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
+    write_text(path, f"[\n{lines}\n]\n")
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[str]]) -> None:
     """Write CSV atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    _write(path, text.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_open(path) as stream:
-        stream.write(text.encode())
+    write_text(path, text.getvalue())
 
 
 def _logits(opened: Opened, batch: dict[str, Any]) -> Tensor:
@@ -202,13 +209,21 @@ def _logits(opened: Opened, batch: dict[str, Any]) -> Tensor:
     return opened.model(**batch["net_input"], head=opened.task.head_name)[0].float()
 
 
+def _best(opened: Opened, batches: Batches) -> list[int]:
+    """The most probable label of every row."""
+    return [label for batch in batches for label in _logits(opened, batch).argmax(dim=1).tolist()]
+
+
+def _scores(index: Index, answers: Sequence[int]) -> list[float]:
+    """What a label for each row scores: its weight among those of the row."""
+    return [_weights(index, row).get(label, 0.0) for row, label in enumerate(answers)]
+
+
+def _weights(index: Index, row: int) -> dict[int, float]:
+    if "labels" in index:
+        return dict(zip(index["labels"][row].tolist(), index["scores"][row].tolist()))
+    return {int(index["label"][row]): 1.0}
+
+
 def _text(index: Index, row: int) -> tuple[int, ...]:
     return tuple(index["text_segment"][row].tolist())
-
-
-def _answer_weights(index: Index, row: int) -> dict[int, float]:
-    return dict(zip(index["labels"][row].tolist(), index["scores"][row].tolist()))
-
-
-def _class_weights(index: Index, row: int) -> dict[int, float]:
-    return {int(index["label"][row]): 1.0}

@@ -1,1 +1,1 @@
-"""Measures of a model's answers: captions, recall, baselines."""
+"""Measures of a model's answers: captions, recall."""

@@ -25,12 +25,13 @@ def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, f
         text's image is among the K most similar to it; ``mean_recall`` of the six. Of equally similar ones the right
         one counts as the last, so that a model that gives all the same vector finds nothing.
     """
-    best_text = _ranks_of_texts(images, texts, image_of_text)
-    best_image = _ranks_of_images(images, texts, image_of_text)
+    image_ids = torch.arange(len(images), device=images.device)
+    of_images = (images, image_ids, texts, image_of_text)
+    of_texts = (texts, image_of_text, images, image_ids)
     found = {}
-    for direction, ranks in (("text", best_text), ("image", best_image)):
-        for most in RANKS:
-            found[f"{direction}_r{most}"] = 100 * float((ranks < most).double().mean())
+    for direction, pairs in (("text", of_images), ("image", of_texts)):
+        ranks = _ranks(*pairs)
+        found |= {f"{direction}_r{most}": 100 * float((ranks < most).double().mean()) for most in RANKS}
     return {**found, "mean_recall": sum(found.values()) / len(found)}
 
 
@@ -49,25 +50,14 @@ def chance_of_recall(texts_of_image: Sequence[int]) -> float:
     return 100 * sum(by_rank) / len(by_rank)
 
 
-def _ranks_of_texts(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """``(I,)``: how many other texts are at least as similar to an image as the most similar one of its own."""
+def _ranks(queries: Tensor, query_ids: Tensor, answers: Tensor, answer_ids: Tensor) -> Tensor:
+    """``(Q,)``: how many other answers are at least as similar to a query as the most similar one with its id."""
     ranks = []
-    for start in range(0, len(images), _CHUNK):
-        similarity = images[start : start + _CHUNK] @ texts.T
-        rows = torch.arange(start, start + len(similarity), device=images.device)
-        is_own = image_of_text[None] == rows[:, None]
+    for some, ids in zip(queries.split(_CHUNK), query_ids.split(_CHUNK)):
+        similarity = some @ answers.T
+        is_own = answer_ids[None] == ids[:, None]
         best = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
         ranks.append(((similarity >= best) & ~is_own).sum(dim=1))
-    return torch.cat(ranks)
-
-
-def _ranks_of_images(images: Tensor, texts: Tensor, image_of_text: Tensor) -> Tensor:
-    """``(T,)``: how many other images are at least as similar to a text as its own."""
-    ranks = []
-    for start in range(0, len(texts), _CHUNK):
-        similarity = texts[start : start + _CHUNK] @ images.T
-        own = similarity.gather(1, image_of_text[start : start + _CHUNK, None])
-        ranks.append((similarity >= own).sum(dim=1) - 1)
     return torch.cat(ranks)
 
 

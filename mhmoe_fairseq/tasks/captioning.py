@@ -15,7 +15,8 @@ from ..common.errors import UserError
 from ..data.datasets.base import DatasetSettings, Sample
 from ..data.datasets.labelled import CaptionDataset, Transform
 from ..data.multimodal.index import Index, read_index
-from ..metrics.captions import CiderD, read_ground_truth, tokenize
+from ..metrics.caption_words import tokenize
+from ..metrics.captions import CiderD, read_ground_truth
 from ..models.captions import CaptionSearch, Specials, search_captions
 from .finetuning import ImageTextFineTuning, ImageTextFineTuningConfig
 from .tokenizers import WholeSentencepieceBPE

@@ -11,7 +11,8 @@ from image_text_data import COLOURS, SHAPES, SIZES, prepare_shapes
 from images_and_words import training_words
 
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.metrics.captions import CiderD, read_ground_truth, tokenize
+from mhmoe_fairseq.metrics.caption_words import tokenize
+from mhmoe_fairseq.metrics.captions import CiderD, read_ground_truth
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mhmoe_fairseq.checkpoints.open import Opened
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.multimodal.index import Index, index_files, read_index, write_index
 from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
-from mhmoe_fairseq.evaluation.images import consistency, evaluate_images, write_rows
+from mhmoe_fairseq.evaluation.images import answers_by_text, consistency, evaluate_images, write_rows
 from mhmoe_fairseq.evaluation.records import Record
 from mhmoe_fairseq.metrics.recall import chance_of_recall
 
@@ -182,3 +182,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_rows(file, [["\ud800"]])
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_the_heaviest_answer_of_the_text_or_of_all() -> None:
+    training = [
+        ("what colour", {3: 1.0, 1: 0.3}), ("what colour", {2: 1.0}), ("what colour", {2: 0.3, 3: 0.3}),
+        ("is it red", {5: 1.0}), ("is it red", {4: 1.0}), ("no answer", {}), ("what kind", {6: 1.2}),
+    ]  # fmt: skip
+    # Of colours and of all, 2 and 3 have 1.3 each: the lower one.
+    assert answers_by_text(training) == ({"what colour": 2, "is it red": 4, "what kind": 6}, 2)
+    with pytest.raises(UserError, match="no labels"):
+        answers_by_text([("what", {})])

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from mhmoe_fairseq.metrics.captions import tokenize
+from mhmoe_fairseq.metrics.caption_words import tokenize
 
 # What pycocoevalcap 1.2 made of these lines.
 STORED = {

@@ -13,7 +13,8 @@ from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from language_models import FAMILIES
 
 from mhmoe_fairseq.data.multimodal.masking import masked_count
-from mhmoe_fairseq.metrics.captions import CiderD, tokenize
+from mhmoe_fairseq.metrics.caption_words import tokenize
+from mhmoe_fairseq.metrics.captions import CiderD
 from mhmoe_fairseq.models.captions import CaptionSearch, search_captions
 from mhmoe_fairseq.tasks.captioning import CaptioningTask
 
