@@ -62,7 +62,7 @@ def outcome(action):
         return f"{type(error).__name__}: {error}"
 
 if sys.argv[1] == "repaired":
-    import mhmoe_fairseq.evaluation.text  # with fairseq-eval-lm's module, which configures logging, too
+    import mhmoe_fairseq.evaluation.perplexity  # with fairseq-eval-lm's module, which configures logging, too
 root = logging.getLogger()
 found = {"blocks": outcome(lines_as_blocks), "sent": outcome(what_rank_0_sends), "warnings": seen}
 print(json.dumps({**found, "logging": [root.level, len(root.handlers)]}))

@@ -18,10 +18,9 @@ from ..models.options import BEiT3Options, LanguageModelOptions
 from .captions import evaluate_captions
 from .expert_loads import LoadCounter
 from .images import evaluate_images
-from .masked import evaluate_masked
+from .perplexity import evaluate_masked, evaluate_text
 from .records import Record, describe_origin
 from .sentences import evaluate_sentences
-from .text import evaluate_text
 
 # By the task's name. Their keyword arguments are the options of ``mhmoe evaluate`` that have a meaning for it.
 EVALUATIONS: dict[str, Callable[..., Record]] = {
