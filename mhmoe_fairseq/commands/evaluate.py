@@ -1,7 +1,6 @@
 """``mhmoe evaluate``: how good a checkpoint is on a split, by the measures of the task that it was trained with."""
 
 import argparse
-from typing import TYPE_CHECKING
 
 from ..common.arguments import (
     existing_file,
@@ -16,9 +15,7 @@ from ..common.arguments import (
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.tables import MISSING, markdown_table, number
-
-if TYPE_CHECKING:
-    from ..evaluation.records import Metric, Record
+from ..evaluation.records import Metric, Record, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
@@ -27,31 +24,28 @@ _NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "imag
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe evaluate``; one without a meaning for the checkpoint's task is refused."""
-    parser.add_argument(
-        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
+    add(
         "--data", type=existing_folder, metavar="DIR", help="folder of mhmoe prepare; that of the training if not given"
     )
-    parser.add_argument(
+    add(
         "--split", type=plain_name, default="test",
         help="train, valid, test, one language's, such as test_de, or of questions test-dev",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--record", "--json", "--scores", type=output_file, metavar="FILE",
         help="where the record is written; record-SPLIT.json beside the checkpoint if not given",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--output", "--predictions", type=output_file, metavar="FILE",
         help="write the predictions: of sentences a JSON object a line, of questions JSON as VQAv2's server takes it, "
         "of statements NLVR2's CSV, of images' classes a CSV, captions as COCO's server takes them",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=whole(), metavar="N", help="most examples, or blocks, per batch (32)")
-    parser.add_argument(
-        "--max-tokens", type=whole(), metavar="N", help="most tokens per batch of text (36000; of sentences 4096)"
-    )
-    parser.add_argument("--num-workers", type=whole(at_least=0), metavar="N", help="processes that decode images (0)")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add("--batch-size", type=whole(), metavar="N", help="most examples, or blocks, per batch (32)")
+    add("--max-tokens", type=whole(), metavar="N", help="most tokens per batch of text (36000; of sentences 4096)")
+    add("--num-workers", type=whole(at_least=0), metavar="N", help="processes that decode images (0)")
+    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
     text = parser.add_argument_group("text in several languages")
     text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
     masked = parser.add_argument_group("masked images")
@@ -72,31 +66,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sentence_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--splits", type=plain_name, nargs="+", metavar="NAME", help="several splits in place of one")
-    group.add_argument(
+    add = group.add_argument
+    add("--splits", type=plain_name, nargs="+", metavar="NAME", help="several splits in place of one")
+    add(
         "--input", nargs="+", metavar="LANG=FILE",
         help="files of texts by language, as for mhmoe prepare classification, in place of a split",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--text-fields", type=nonempty, nargs="+", metavar="NAME",
         help="of --input: fields of the text; the training's if not given",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--label-field", type=nonempty, metavar="NAME",
         help="of --input: field of the label; without it there is no accuracy",
     )  # fmt: skip
-    group.add_argument(
-        "--language-field", type=nonempty, metavar="NAME", help="of --input: field of the language's code"
-    )
+    add("--language-field", type=nonempty, metavar="NAME", help="of --input: field of the language's code")
 
 
 def add_caption_arguments(group: argparse._ArgumentGroup) -> None:
     """The flags of a search for captions besides ``--beam``."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--length-penalty", type=real(), metavar="P",
         help="captions are compared by log-probability over their length to the power P; the training's",
     )  # fmt: skip
-    group.add_argument("--max-len", type=whole(), metavar="N", help="most tokens of a caption; the training's")
+    add("--max-len", type=whole(), metavar="N", help="most tokens of a caption; the training's")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,14 +103,16 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--image: mhmoe generate CHECKPOINT --image FILE captions single images")
     from ..checkpoints.open import open_model, read_settings
     from ..evaluation.evaluate import evaluate, split_options
-    from ..evaluation.records import record_file, write_record
     from ..models.language_model import find_checkpoint
 
     file = find_checkpoint(args.checkpoint, None)
     options = {name: value for name, value in vars(args).items() if name not in _NOT_OPTIONS}
     overrides, options = split_options(read_settings(file), options)
     if args.record is None:
-        _require_place(record_file(file.parent, args.split))
+        try:
+            output_file(str(record_file(file.parent, args.split)))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--record {error}: give --record FILE") from None
     with quiet():
         opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides)
         record = evaluate(opened, args.split, **options)
@@ -128,14 +124,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_place(path: str) -> None:
-    try:
-        output_file(str(path))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"--record {error}: give --record FILE") from None
-
-
-def describe(record: "Record") -> str:
+def describe(record: Record) -> str:
     """A table with a row for every part and one for all, then how it was measured, and what is absent."""
     lines = []
     if record.metrics:
@@ -153,7 +142,7 @@ def describe(record: "Record") -> str:
     return "\n".join(lines)
 
 
-def _cells(metrics: "dict[str, Metric]") -> dict[str, str]:
+def _cells(metrics: dict[str, Metric]) -> dict[str, str]:
     """Column -> cell: how many were scored, the metrics, and beside each what guesses reach."""
     counts = [metric.count for metric in metrics.values() if metric.count is not None]
     cells = {"scored": f"{counts[0]:,}"} if counts else {}

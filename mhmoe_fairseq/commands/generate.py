@@ -15,10 +15,9 @@ _OF_TEXT, _OF_IMAGES = ("sampling", "top_k", "top_p", "json"), ("output", "lengt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of ``mhmoe generate``."""
-    parser.add_argument(
-        "checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
+    add(
         "--data", type=existing_folder, metavar="DIR",
         help="folder with dict.txt and sentencepiece.model; the checkpoint's own, or that of its training data",
     )  # fmt: skip
@@ -31,31 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a UTF-8 file with one prompt per line; - reads stdin",
     )
     prompts.add_argument("--image", nargs="+", type=existing_file, metavar="FILE", help="images to caption")
-    parser.add_argument(
-        "--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included"
-    )
-    parser.add_argument(
-        "--beam",
-        type=whole(),
-        metavar="B",
+    add("--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included")
+    add(
+        "--beam", type=whole(), metavar="B",
         help="hypotheses kept by beam search; 1 is greedy, and what texts have if not given; captions, the training's",
-    )
-    parser.add_argument("--sampling", action="store_true", help="draw tokens in place of searching the best text")
-    parser.add_argument("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
-    parser.add_argument("--top-k", type=whole(), metavar="K", help="sample among the K most probable tokens")
-    parser.add_argument(
-        "--top-p",
-        type=real(above=0, at_most=1),
-        metavar="P",
+    )  # fmt: skip
+    add("--sampling", action="store_true", help="draw tokens in place of searching the best text")
+    add("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
+    add("--top-k", type=whole(), metavar="K", help="sample among the K most probable tokens")
+    add(
+        "--top-p", type=real(above=0, at_most=1), metavar="P",
         help="sample among the likeliest tokens of joint probability P",
-    )
-    parser.add_argument("--seed", type=seed, default=1, help="of the sampling")
-    parser.add_argument("--batch-size", type=whole(), default=8, metavar="N", help="prompts that are decoded together")
-    parser.add_argument(
+    )  # fmt: skip
+    add("--seed", type=seed, default=1, help="of the sampling")
+    add("--batch-size", type=whole(), default=8, metavar="N", help="prompts that are decoded together")
+    add(
         "--json", action="store_true",
         help="print a JSON object per prompt: prompt, text, score (mean log-probability in nats), tokens, token_scores",
     )  # fmt: skip
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
     captions = parser.add_argument_group("captions of --image")
     captions.add_argument("--output", type=output_file, metavar="FILE", help='write [{"image_path", "caption"}]')
     add_caption_arguments(captions)

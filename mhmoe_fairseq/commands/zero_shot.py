@@ -1,15 +1,15 @@
 """``mhmoe zero-shot``: language models on tasks that they were not trained for."""
 
 import argparse
-import contextlib
+import dataclasses
 import hashlib
 import json
-import math
+import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..common.arguments import (
     add_action,
@@ -23,16 +23,11 @@ from ..common.arguments import (
 )
 from ..common.console import quiet, say
 from ..common.errors import UserError
-from ..common.files import read_json, require_files, sha256_of, write_json
-from ..common.tables import MISSING, markdown_table
-
-if TYPE_CHECKING:
-    from ..evaluation.probe import Item
-    from ..evaluation.records import Metric, Record
-    from ..evaluation.xnli import XnliSet
+from ..common.files import read_json, require_files, sha256_of
+from ..common.tables import markdown_table, number
+from ..evaluation.records import Record, mean_of, record_file, write_record
 
 PROBE = "cross-lingual probe of our own, not XNLI: which of n sentences translates the one before it"
-_MODEL_FLAGS = ("--model", "-M")
 _OTHER_COMMANDS = ("ls", "validate")
 _HELP = """mhmoe zero-shot lm-eval: lm-eval's command line with the model mhmoe, which --model need not name.
 
@@ -58,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "lm-eval", help="any of lm-evaluation-harness, by its own flags", prefix_chars="\0", add_help=False
     )
     words.add_argument("words", nargs="*", help="lm-eval's own arguments; --model mhmoe is added")
+    words.set_defaults(record=None)
     xnli = add_action(kinds, "xnli", "XNLI in every language, from your copy of it")
     _add_xnli_arguments(xnli)
     probe = add_action(kinds, "probe", "cross-lingual probe from aligned held-out text, not XNLI")
@@ -68,59 +64,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser, *former: str) -> None:
     """The flags of both; ``former`` are other names of ``--record``."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
         help="checkpoints of language models, or folders that hold one, to compare",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--record", *former, type=output_file, metavar="FILE",
         help="where a single checkpoint's record is written; record-zero-shot-TASKS.json beside it if not given",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--language-token", action=argparse.BooleanOptionalAction,
         help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
-    parser.add_argument("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
-    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
+    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def _add_xnli_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--data", type=existing_folder, metavar="DIR",
         help="folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--xnli-dir", type=existing_folder, required=True, metavar="DIR",
         help="your copy of XNLI: the official files, or a JSON lines file per language",
     )  # fmt: skip
-    parser.add_argument(
-        "--langs", type=nonempty, metavar="CODES", help="languages, with commas in between (default: all there are)"
-    )
-    parser.add_argument(
-        "--split", choices=("validation", "test"), default="validation", help="lm-eval and the paper use validation"
-    )
-    parser.add_argument("--limit", type=whole(), metavar="N", help="only N examples of each language, for a trial")
-    parser.add_argument(
+    add("--langs", type=nonempty, metavar="CODES", help="languages, with commas in between (default: all there are)")
+    add("--split", choices=("validation", "test"), default="validation", help="lm-eval and the paper use validation")
+    add("--limit", type=whole(), metavar="N", help="only N examples of each language, for a trial")
+    add(
         "--out", type=output_folder, default=Path("outputs/xnli"), metavar="DIR",
         help="folder for the scores of every example and lm-eval's task files",
     )  # fmt: skip
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data", type=existing_folder, required=True, metavar="DIR", help="folder made by mhmoe prepare multilingual"
-    )
-    parser.add_argument("--split", choices=("valid", "test"), default="test", help="of the aligned text")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--data", type=existing_folder, required=True, metavar="DIR", help="folder made by mhmoe prepare multilingual")
+    add("--split", choices=("valid", "test"), default="test", help="of the aligned text")
+    add(
         "--pairs", metavar="PAIRS",
         help="such as en-de,de-en: context-candidates (default: English with each, both ways)",
     )  # fmt: skip
-    parser.add_argument("--candidates", type=whole(at_least=2), default=4, metavar="N", help="sentences to choose from")
-    parser.add_argument("--max-items", type=whole(), default=200, metavar="N", help="most questions per pair")
-    parser.add_argument(
-        "--min-characters", type=whole(at_least=0), default=10, metavar="N", help="shorter sentences are left out"
-    )
-    parser.add_argument("--seed", type=seed, default=1, help="of questions, distractors and their order")
+    add("--candidates", type=whole(at_least=2), default=4, metavar="N", help="sentences to choose from")
+    add("--max-items", type=whole(), default=200, metavar="N", help="most questions per pair")
+    add("--min-characters", type=whole(at_least=0), default=10, metavar="N", help="shorter sentences are left out")
+    add("--seed", type=seed, default=1, help="of questions, distractors and their order")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,21 +123,16 @@ def run(args: argparse.Namespace) -> int:
     return {"lm-eval": _run_lm_eval, "xnli": _run_xnli, "probe": _run_probe}[args.kind](args)
 
 
-def _write(args: argparse.Namespace, file: Path, record: "Record") -> None:
-    from ..evaluation.records import record_file, write_record
+def _write(args: argparse.Namespace, record: Record, file: Path, hub: Any) -> Record:
+    """Write what a checkpoint's model was found to do, with what it was measured with."""
+    from ..checkpoints.open import Opened
+    from ..evaluation.evaluate import with_origin
 
+    record = with_origin(record, Opened.of_text_model(hub, file))
     path = args.record or record_file(file.parent, f"zero-shot-{args.kind}")
     write_record(path, record)
     say(f"written: {path}")
-
-
-def _mean(metrics: "Sequence[Metric]") -> "Metric":
-    """The mean of several sets' accuracies, with the standard error of the examples alone."""
-    from ..evaluation.records import Metric
-
-    value = sum(metric.value for metric in metrics) / len(metrics)
-    stderr = math.sqrt(sum((metric.stderr or 0.0) ** 2 for metric in metrics)) / len(metrics)
-    return Metric(value, "%", stderr, sum(metric.count or 0 for metric in metrics), metrics[0].baselines)
+    return record
 
 
 def name_models(checkpoints: Sequence[Path]) -> list[str]:
@@ -164,8 +150,12 @@ def name_models(checkpoints: Sequence[Path]) -> list[str]:
     return next(names for names in named if len(set(names)) == len(names))
 
 
-def _record_each(args: argparse.Namespace, evaluate: "Callable[[str, Path], Record]") -> "dict[str, Record]":
-    """Evaluate one checkpoint after the other and write what was found at once; the records by name."""
+def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], tuple[Record, Any]]) -> dict[str, Record]:
+    """Evaluate one checkpoint after the other and write what was found at once; the records by name.
+
+    Args:
+        evaluate: gives the record of a name and file, and the model.
+    """
     from ..models.language_model import find_checkpoint
 
     if args.record is not None and len(args.checkpoint) > 1:
@@ -174,29 +164,25 @@ def _record_each(args: argparse.Namespace, evaluate: "Callable[[str, Path], Reco
     records = {}
     for name, file in zip(name_models(args.checkpoint), files):
         with quiet():
-            records[name] = evaluate(name, file)
-        _write(args, file, records[name])
+            record, hub = evaluate(name, file)
+        records[name] = _write(args, record, file, hub)
     return records
-
-
-# ---------------------------------------------------------------------- lm-eval
 
 
 def _run_lm_eval(args: argparse.Namespace) -> int:
     """Hand over to lm-eval, and make a record of the results of one of our models."""
     if {"-h", "--help"} & set(args.words) and not set(args.words) & set(_OTHER_COMMANDS):
         say(_HELP.removesuffix("\n"))
-    from ..evaluation.lm_eval_support import require_lm_eval
+    from ..evaluation.lm_eval_model import record_of  # registers the model, or says how to install lm-eval
 
-    require_lm_eval()
+    before, words = sys.argv, complete(args.words)
     from lm_eval.__main__ import cli_evaluate
 
-    from ..evaluation import lm_eval_model  # noqa: F401  (registers the model)
-
-    before = sys.argv
-    with _results_folder(complete(args.words)) as (folder, words):
+    with tempfile.TemporaryDirectory() as temporary:
+        given = _read_words(words)
+        folder = Path(given.output_path or temporary)
         known = set(folder.rglob("results_*.json"))
-        sys.argv = ["lm-eval", *words]
+        sys.argv = ["lm-eval", *words, *(["--output_path", temporary] if given.model and not given.output_path else [])]
         try:
             cli_evaluate()
         except ValueError as error:  # lm-eval's word for a task or argument that there is not
@@ -204,58 +190,49 @@ def _run_lm_eval(args: argparse.Namespace) -> int:
         finally:
             sys.argv = before
         for path in set(folder.rglob("results_*.json")) - known:
-            _record_lm_eval(args, read_json(path))
+            results = read_json(path)
+            if (found := _open_evaluated(results["config"])) is not None:
+                _write(args, record_of(results), *found)
     return 0
 
 
 def complete(words: list[str]) -> list[str]:
     """lm-eval's arguments with our model, unless they name one or do not run a model."""
-    named = any(word.split("=")[0] in _MODEL_FLAGS for word in words)
-    if named or not words or words[0] in _OTHER_COMMANDS:
+    if _read_words(words).model or not words or words[0] in _OTHER_COMMANDS:
         return words
     return [*words, "--model", "mhmoe"]
 
 
-@contextlib.contextmanager
-def _results_folder(words: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Where lm-eval writes its results, a temporary folder unless the words name one; and the words that say so."""
-    for word, after in zip(words, [*words[1:], ""]):
-        flag, is_one_word, value = word.partition("=")
-        if flag in ("--output_path", "-o"):
-            yield Path(value if is_one_word else after), words
-            return
-    with tempfile.TemporaryDirectory() as folder:
-        has_model = any(word.split("=")[0] in _MODEL_FLAGS for word in words)
-        yield Path(folder), [*words, "--output_path", folder] if has_model else words
+def _read_words(words: list[str]) -> argparse.Namespace:
+    """What lm-eval's arguments say of the model and of the folder of its results."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "-M")
+    parser.add_argument("--output_path", "-o")
+    return parser.parse_known_args(words)[0]
 
 
-def _record_lm_eval(args: argparse.Namespace, results: dict[str, Any]) -> None:
-    from ..checkpoints.open import Opened, open_text_model
-    from ..evaluation.evaluate import with_origin
-    from ..evaluation.lm_eval_support import record_of
+def _open_evaluated(config: dict[str, Any]) -> tuple[Path, Any] | None:
+    """Our checkpoint that lm-eval's results are of, and its model; None if they are of another's model."""
+    from ..checkpoints.open import open_text_model
     from ..models.language_model import find_checkpoint
 
-    given = results["config"].get("model_args") or {}
+    given = config.get("model_args") or {}
     if isinstance(given, str):
         given = dict(word.split("=", 1) for word in given.split(",") if "=" in word)
-    if results["config"].get("model") != "mhmoe" or "checkpoint" not in given:
-        return
+    if config.get("model") != "mhmoe" or "checkpoint" not in given:
+        return None
     file = find_checkpoint(Path(given["checkpoint"]), None)
-    opened = Opened.of_text_model(open_text_model(file, given.get("data"), given.get("device")), file)
-    args.record = None
-    _write(args, file, with_origin(record_of(results), opened))
-
-
-# ---------------------------------------------------------------------- XNLI
+    return file, open_text_model(file, given.get("data"), given.get("device"))
 
 
 def _run_xnli(args: argparse.Namespace) -> int:
-    from ..evaluation.lm_eval_support import require_lm_eval, stay_offline
-
-    require_lm_eval()
-    stay_offline()
+    # Keeps lm-eval and its data library off the network: they read this when they are imported.
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+        os.environ.setdefault(variable, "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from ..data.languages import parse_languages
-    from ..evaluation.xnli import read_xnli, write_tasks
+    from ..evaluation.lm_eval_model import MHMoEHarnessModel
+    from ..evaluation.xnli import evaluate_xnli, read_xnli, write_tasks
 
     codes = None if args.langs is None else parse_languages(args.langs)
     name_models(args.checkpoint)
@@ -263,150 +240,90 @@ def _run_xnli(args: argparse.Namespace) -> int:
     for path, reason in {name: why for one in sets for name, why in one.left_out.items()}.items():
         say(f"left out: {path}: {reason}")
     write_tasks(args.out / "tasks", sets, args.split)
-    records = _record_each(args, lambda name, file: _evaluate_xnli(args, name, file, sets))
+    files = {one.code: {"path": str(one.path), "sha256": one.sha256, "left_out": one.left_out} for one in sets}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    data = {"path": str(args.xnli_dir), "digest": digest, "split": args.split, "files": files}
+
+    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
+        device = "cpu" if args.cpu else None
+        model = MHMoEHarnessModel(
+            file, args.data, batch_size="auto", max_batch_tokens=args.max_batch_tokens, device=device
+        )
+        record = evaluate_xnli(
+            model, [one.code for one in sets], args.out / "tasks", args.out / "scores" / name.replace("/", "_"),
+            language_symbols=args.language_token, limit=args.limit, say=lambda line: say(f"{name}: {line}"),
+        )  # fmt: skip
+        return dataclasses.replace(record, data=data), model.hub
+
+    records = _record_each(args, evaluate)
     say(describe_xnli(records, args.split, args.limit))
     return 0
 
 
-def _evaluate_xnli(args: argparse.Namespace, name: str, file: Path, sets: "list[XnliSet]") -> "Record":
-    import lm_eval
-
-    from ..checkpoints.open import Opened, was_trained_with
-    from ..data.languages import PAPER_LANGUAGES
-    from ..evaluation.evaluate import with_origin
-    from ..evaluation.lm_eval_model import MHMoEHarnessModel
-    from ..evaluation.records import Record
-    from ..evaluation.xnli import evaluate_xnli
-
-    model = MHMoEHarnessModel(
-        checkpoint=str(file),
-        data=None if args.data is None else str(args.data),
-        batch_size="auto",
-        max_batch_tokens=args.max_batch_tokens,
-        device="cpu" if args.cpu else None,
-    )
-    symbols = args.language_token
-    if symbols is None:
-        symbols = was_trained_with(model.hub, "mhmoe_language_token")
-    results = {}
-    codes = [one.code for one in sets]
-    for result in evaluate_xnli(model, args.out / "tasks", codes, language_symbols=symbols, limit=args.limit):
-        say(f"{name}: {result.code} {_cell(result.accuracy)}")
-        results[result.code] = result
-        rows = [{"log_probs": row, "label": label} for row, label in zip(result.log_probs, result.labels)]
-        write_json(args.out / "scores" / name.replace("/", "_") / f"{result.code}.json", rows)
-    metrics = {"accuracy": _mean([result.accuracy for result in results.values()])}
-    if set(PAPER_LANGUAGES) <= set(results):
-        metrics["mean of the paper's languages"] = _mean([results[code].accuracy for code in PAPER_LANGUAGES])
-    kept = {one.code: {"path": str(one.path), "sha256": one.sha256, "left_out": one.left_out} for one in sets}
-    record = Record(
-        "zero-shot",
-        "xnli",
-        metrics,
-        {code: {"accuracy": result.accuracy} for code, result in results.items()},
-        settings={
-            "language symbols": symbols,
-            "limit": args.limit,
-            "predicted": {code: result.predicted() for code, result in results.items()},
-            "prompts, targets and metric": f"lm-eval {lm_eval.__version__}",
-        },
-        data={"path": str(args.xnli_dir), "digest": _digest(kept), "split": args.split, "files": kept},
-    )
-    return with_origin(record, Opened.of_text_model(model.hub, file))
-
-
-def _digest(files: Any) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def describe_xnli(records: "dict[str, Record]", split: str, limit: int | None) -> str:
+def describe_xnli(records: dict[str, Record], split: str, limit: int | None) -> str:
     """Ours and the paper's, in percent."""
     from ..experiments import EXPERIMENTS
 
     paper = EXPERIMENTS["table3"].paper
-    parts = {name: record.values("accuracy") for name, record in records.items()}
     first = next(iter(records.values()))
+    codes = list(first.parts)
+    rows = {}
+    for name, record in records.items():
+        rows[f"ours: {name}"] = record.values("accuracy")
+        if (mean := record.metrics.get("mean of the paper's languages")) is not None:
+            rows[f"ours: {name}"]["avg"] = mean.value
+    rows |= {f"paper: {name}": values for name, values in paper.values.items()}
+    table = [[name, *(number(values.get(code), 1) for code in [*codes, "avg"])] for name, values in rows.items()]
     counts = {metrics["accuracy"].count for metrics in first.parts.values()}
     size = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    codes = list(first.parts)
-    rows = []
-    for name, record in records.items():
-        mean = record.metrics.get("mean of the paper's languages")
-        cells = [f"{parts[name][code]:.1f}" for code in codes]
-        rows.append([f"ours: {name}", *cells, MISSING if mean is None else f"{mean.value:.1f}"])
-    for name, values in paper.values.items():
-        cells = [f"{values[code]:.1f}" if code in values else MISSING for code in [*codes, "avg"]]
-        rows.append([f"paper: {name}", *cells])
     trial = "" if limit is None else f"; a trial: --limit {limit}"
     return "\n".join([
         f"Zero-shot XNLI accuracy (%), {split}, {size} examples per language{trial}; chance 33.3; "
         "avg: mean of the paper's 14 languages.",
         f"The paper's rows ({paper.title}) are other models on other training data: beside ours, not mixed with them.",
         "",
-        markdown_table(["model", *codes, "avg"], rows),
+        markdown_table(["model", *codes, "avg"], table),
     ])  # fmt: skip
 
 
-# ---------------------------------------------------------------------- probe
-
-
 def _run_probe(args: argparse.Namespace) -> int:
-    from ..evaluation.probe import default_pairs, make_items, parse_pairs, read_aligned
+    from ..checkpoints.open import open_text_model
+    from ..evaluation.probe import default_pairs, make_items, parse_pairs, probe, read_aligned
+    from ..evaluation.scoring import TextScorer
 
     path = args.data / "aligned" / f"{args.split}.jsonl"
     require_files([path], "--data")
     aligned = read_aligned(path)
+    how = {"candidates": args.candidates, "seed": args.seed, "min_characters": args.min_characters}
     pairs = parse_pairs(args.pairs) if args.pairs is not None else default_pairs(aligned)
-    items = {
-        pair: make_items(
-            aligned, *pair, candidates=args.candidates, seed=args.seed, most=args.max_items,
-            min_characters=args.min_characters,
-        )
-        for pair in pairs
-    }  # fmt: skip
-    records = _record_each(args, lambda name, file: _probe(args, file, path, items))
+    items = {pair: make_items(aligned, *pair, most=args.max_items, **how) for pair in pairs}
+    settings = {"what": PROBE, **how, "max_items": args.max_items, "language symbols": args.language_token}
+    data = {"path": str(path), "digest": sha256_of(path), "split": args.split}
+
+    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
+        hub = open_text_model(file, args.data, "cpu" if args.cpu else None)
+        scorer = TextScorer(hub, batch_tokens=args.max_batch_tokens)
+        parts = {
+            f"{source}-{target}": probe(scorer, questions, source, target, language_symbols=args.language_token)
+            for (source, target), questions in items.items()
+        }
+        metrics = {way: mean_of([found[way] for found in parts.values()]) for way in next(iter(parts.values()))}
+        return Record("zero-shot", "probe", metrics, parts, settings=settings, data=data), hub
+
+    records = _record_each(args, evaluate)
     say(describe_probe(records, args.candidates, args.split))
     return 0
 
 
-def _probe(args: argparse.Namespace, file: Path, path: Path, items: "dict[tuple[str, str], list[Item]]") -> "Record":
-    from ..checkpoints.open import Opened, open_text_model
-    from ..evaluation.evaluate import with_origin
-    from ..evaluation.probe import probe
-    from ..evaluation.records import Record
-    from ..evaluation.scoring import TextScorer
-
-    hub = open_text_model(file, args.data, "cpu" if args.cpu else None)
-    scorer = TextScorer(hub, batch_tokens=args.max_batch_tokens)
-    parts = {
-        f"{source}-{target}": probe(scorer, questions, source, target, language_symbols=args.language_token)
-        for (source, target), questions in items.items()
-    }
-    ways = next(iter(parts.values()))
-    record = Record(
-        "zero-shot",
-        "probe",
-        {way: _mean([metrics[way] for metrics in parts.values()]) for way in ways},
-        parts,
-        settings={
-            "what": PROBE,
-            **{name: getattr(args, name) for name in ("candidates", "max_items", "min_characters", "seed")},
-            "language symbols": args.language_token,
-        },
-        data={"path": str(path), "digest": sha256_of(path), "split": args.split},
-    )
-    return with_origin(record, Opened.of_text_model(hub, file))
-
-
-def describe_probe(records: "dict[str, Record]", candidates: int, split: str) -> str:
+def describe_probe(records: dict[str, Record], candidates: int, split: str) -> str:
     """A row for every pair and their mean, two columns for every model."""
     first = next(iter(records.values()))
     header = ["pair", "items", *(f"{name}: {way}" for name in records for way in first.metrics)]
     rows = []
     for pair in [*first.parts, None]:
-        of_models = [record.metrics if pair is None else record.parts[pair] for record in records.values()]
-        cells = [_cell(metric) for metrics in of_models for metric in metrics.values()]
-        rows.append([pair or "mean", str(next(iter(of_models[0].values())).count), *cells])
+        found = [record.metrics if pair is None else record.parts[pair] for record in records.values()]
+        cells = [f"{metric.value:.1f} ± {metric.stderr:.1f}" for metrics in found for metric in metrics.values()]
+        rows.append([pair or "mean", str(next(iter(found[0].values())).count), *cells])
     return "\n".join([
         f"{PROBE[0].upper()}{PROBE[1:]} (n = {candidates}, {split} split).",
         f"Accuracy in percent and its standard error; chance is {100 / candidates:.1f}. Pair: language of the "
@@ -414,7 +331,3 @@ def describe_probe(records: "dict[str, Record]", candidates: int, split: str) ->
         "",
         markdown_table(header, rows),
     ])  # fmt: skip
-
-
-def _cell(metric: "Metric") -> str:
-    return f"{metric.value:.1f} ± {metric.stderr:.1f}"

@@ -53,7 +53,12 @@ def evaluate_captions(
         raise UserError(f"--split {split}: must be one of {', '.join(GROUND_TRUTH)}")
     search = find_search(opened, beam, length_penalty, max_len)
     references = _references(opened, split)
-    captions = _caption_split(opened, split, search, batch_size)
+    index = read_index(opened.task.folder, "captioning", split, NAME)
+    dataset = CaptionDataset(index, opened.task.dataset_settings(split), EvaluationTransform(opened.task.args.img_size))
+    captions: dict[int, str] = {}
+    for batch in opened.batches(dataset, batch_size):
+        written = opened.task.write_captions(opened.model, batch["net_input"]["images"], search)
+        captions.update(zip(batch["image_ids"].tolist(), written))
     if output is not None:
         write_objects(output, [{"image_id": image, "caption": caption} for image, caption in captions.items()])
     settings: dict[str, Any] = {"beam": search.beam, "length penalty": search.length_penalty}
@@ -105,18 +110,6 @@ def caption_images(opened: Opened, paths: Sequence[Path], search: CaptionSearch,
     for start in range(0, len(paths), batch_size):
         batch = torch.stack([transform(read_image(path)) for path in paths[start : start + batch_size]])
         yield from opened.task.write_captions(opened.model, batch.to(opened.device), search)
-
-
-def _caption_split(opened: Opened, split: str, search: CaptionSearch, batch_size: int) -> dict[int, str]:
-    """A caption for every image of a split, by image id, in the index's order."""
-    index = read_index(opened.task.folder, "captioning", split, NAME)
-    transform = EvaluationTransform(opened.task.args.img_size)
-    dataset = CaptionDataset(index, opened.task.dataset_settings(split), transform)
-    captions: dict[int, str] = {}
-    for batch in opened.batches(dataset, batch_size):
-        written = opened.task.write_captions(opened.model, batch["net_input"]["images"], search)
-        captions.update(zip(batch["image_ids"].tolist(), written))
-    return captions
 
 
 def _references(opened: Opened, split: str) -> dict[int, list[str]] | None:

@@ -73,24 +73,37 @@ def evaluate(opened: Opened, split: str = "test", **options: Any) -> Record:
     """
     counter = LoadCounter(opened.layers)
     record = _evaluation_of(opened.task_name)(opened, split, counter, **options)
-    data = {**_describe_data(opened), "split": record.split, **record.data}
+    identity = opened.identity
+    kind = "image-text" if identity.has_images else "multilingual" if identity.languages else "text"
+    data = {
+        "path": str(opened.data),
+        "digest": identity.digest,
+        "source": identity.source,
+        "kind": read_manifest(opened.data).get("kind", kind),
+        "languages": list(identity.languages),
+        "split": record.split,
+        **record.data,
+    }
     return with_origin(dataclasses.replace(record, experts=counter.loads, data=data), opened)
 
 
 def with_origin(record: Record, opened: Opened) -> Record:
     """The record with what was measured and what it was measured with: model, checkpoint, provenance."""
-    return dataclasses.replace(
-        record,
-        model=_describe_model(opened),
-        checkpoint=describe_checkpoint(opened.file),
-        provenance=describe_origin(str(opened.device), opened.precision),
-    )
+    checkpoint = describe_checkpoint(opened.file)
+    provenance = describe_origin(str(opened.device), opened.precision)
+    return dataclasses.replace(record, model=_describe_model(opened), checkpoint=checkpoint, provenance=provenance)
 
 
 def _evaluation_of(task: str) -> Callable[..., Record]:
     if task not in EVALUATIONS:
         raise UserError(f"the checkpoint was trained with task {task}; known are {', '.join(EVALUATIONS)}")
     return EVALUATIONS[task]
+
+
+def describe_checkpoint(file: Path) -> dict[str, Any]:
+    """Return path, SHA-256, and how many updates it was trained for, None if it does not say."""
+    history = read_trained(file).get("optimizer_history") or [{}]
+    return {"path": str(file), "sha256": sha256_of(file), "updates": history[-1].get("num_updates")}
 
 
 def _describe_model(opened: Opened) -> dict[str, Any]:
@@ -102,26 +115,5 @@ def _describe_model(opened: Opened) -> dict[str, Any]:
     if counts.moe is not None:
         numbers |= {"experts": counts.moe.num_experts, "top_k": counts.moe.top_k, "heads": counts.moe.num_heads}
         numbers["expert_width"] = counts.moe.expert_ffn_dim
-    return {
-        "arch": options.get("_name"),
-        "settings": opened.settings,
-        "counts": {"parameters": counts.total, **numbers},
-    }
-
-
-def describe_checkpoint(file: Path) -> dict[str, Any]:
-    """Return path, SHA-256, and how many updates it was trained for, None if it does not say."""
-    history = read_trained(file).get("optimizer_history") or [{}]
-    return {"path": str(file), "sha256": sha256_of(file), "updates": history[-1].get("num_updates")}
-
-
-def _describe_data(opened: Opened) -> dict[str, Any]:
-    identity = opened.identity
-    kind = "image-text" if identity.has_images else "multilingual" if identity.languages else "text"
-    return {
-        "path": str(opened.data),
-        "digest": identity.digest,
-        "source": identity.source,
-        "kind": read_manifest(opened.data).get("kind", kind),
-        "languages": list(identity.languages),
-    }
+    numbers = {"parameters": counts.total, **numbers}
+    return {"arch": options.get("_name"), "settings": opened.settings, "counts": numbers}

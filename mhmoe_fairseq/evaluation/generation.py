@@ -13,7 +13,6 @@ import fairseq.search
 import torch
 from fairseq import utils
 from fairseq.hub_utils import GeneratorHubInterface
-from fairseq.sequence_generator import SequenceGenerator
 from torch import Tensor
 
 from ..common.errors import UserError
@@ -52,10 +51,11 @@ class Search:
             raise UserError(f"--temperature ({self.temperature}) must be positive")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p ({self.top_p}) must be in (0, 1]")
-        if self.top_k is not None and self.top_p is not None:
+        limits = [flag for flag, value in (("--top-k", self.top_k), ("--top-p", self.top_p)) if value is not None]
+        if len(limits) > 1:
             raise UserError("--top-k and --top-p exclude each other")
-        if not self.sampling and (self.top_k is not None or self.top_p is not None):
-            raise UserError(f"--{'top-k' if self.top_k is not None else 'top-p'} needs --sampling")
+        if limits and not self.sampling:
+            raise UserError(f"{limits[0]} needs --sampling")
 
 
 class PromptSampling(fairseq.search.Sampling):
@@ -111,28 +111,23 @@ def continue_prompts(
         raise UserError(f"--top-k ({search.top_k}) must be at most {len(model.tgt_dict)}, the words of the dictionary")
     longest = min(search.max_len_b, model.models[0].max_decoder_positions() - 1)
     encoded = [_encode(model, prompt, longest) for prompt in prompts]
-    generator = _build_generator(model, search)
-    for start in range(0, len(prompts), batch_size):
-        if search.sampling:
-            torch.manual_seed(search.seed)
-        batch = slice(start, start + batch_size)
-        found = model.task.inference_step(generator, model.models, _batch(model, encoded[batch]))
-        for prompt, hypotheses in zip(prompts[batch], found):
-            yield _continuation(model, prompt, hypotheses[0])
-
-
-def _build_generator(model: GeneratorHubInterface, search: Search) -> SequenceGenerator:
     options = SimpleNamespace(beam=search.beam, max_len_b=search.max_len_b, temperature=search.temperature)
     generator = model.task.build_generator(model.models, options)
     if search.sampling:
         generator.search = PromptSampling(model.tgt_dict, search.top_k or -1, search.top_p or -1.0)
-    return generator
-
-
-def _batch(model: GeneratorHubInterface, encoded: list[Tensor]) -> dict[str, Any]:
-    dataset = model.task.build_dataset_for_inference(encoded, [len(tokens) for tokens in encoded])
-    sample = dataset.collater([dataset[index] for index in range(len(encoded))])
-    return utils.apply_to_sample(lambda tensor: tensor.to(model.device), sample)
+    for start in range(0, len(prompts), batch_size):
+        if search.sampling:
+            torch.manual_seed(search.seed)
+        batch = encoded[start : start + batch_size]
+        dataset = model.task.build_dataset_for_inference(batch, [len(tokens) for tokens in batch])
+        sample = dataset.collater([dataset[index] for index in range(len(batch))])
+        sample = utils.apply_to_sample(lambda tensor: tensor.to(model.device), sample)
+        hypotheses = model.task.inference_step(generator, model.models, sample)
+        for prompt, (best, *_) in zip(prompts[start:], hypotheses):
+            tokens = best["tokens"]
+            words = [model.tgt_dict[int(token)] for token in tokens]
+            score, scores = float(best["score"]), best["positional_scores"].tolist()
+            yield Continuation(prompt, model.decode(tokens), score, words, scores)
 
 
 def _encode(model: GeneratorHubInterface, prompt: str, longest: int) -> Tensor:
@@ -149,17 +144,6 @@ def _encode(model: GeneratorHubInterface, prompt: str, longest: int) -> Tensor:
     if tokens.eq(model.src_dict.unk()).any():
         raise UserError(f"prompt {shown} has words that the dictionary lacks: {model.string(tokens)}")
     return tokens
-
-
-def _continuation(model: GeneratorHubInterface, prompt: str, hypothesis: dict[str, Tensor]) -> Continuation:
-    tokens = hypothesis["tokens"]
-    return Continuation(
-        prompt=prompt,
-        text=model.decode(tokens),
-        score=float(hypothesis["score"]),
-        tokens=[model.tgt_dict[int(token)] for token in tokens],
-        token_scores=hypothesis["positional_scores"].tolist(),
-    )
 
 
 @dataclass(frozen=True)
@@ -253,13 +237,10 @@ class StopDecoder:
 
     def _finished(self, prompt: Sequence[int], new: list[int], ending: Ending) -> str | None:
         """The text of a row's new tokens if they end it, else None."""
-        if new[-1] == self.dictionary.eos():
-            text = self._text(prompt, new[:-1])
-            cut = ending.cut(text)
-            return text if cut is None else cut
-        text = self._text(prompt, new)
+        ends = new[-1] == self.dictionary.eos()
+        text = self._text(prompt, new[:-1] if ends else new)
         cut = ending.cut(text)
-        return text if cut is None and len(new) >= ending.max_tokens else cut
+        return text if cut is None and (ends or len(new) >= ending.max_tokens) else cut
 
     def _text(self, prompt: Sequence[int], new: list[int]) -> str:
         """What ``new`` adds to the prompt's last line: alone it would lose a space at its start."""

@@ -10,24 +10,26 @@ Several processes: lm-eval takes every one for rank 0 of 1, so each scores all r
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from ..common.errors import UserError
 
 try:
     import lm_eval.models  # noqa: F401  (lm-eval fills its registry of models only while it is empty)
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-except ModuleNotFoundError:
-    from .lm_eval_support import require_lm_eval
-
-    require_lm_eval()  # says how to install it
-    raise
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":
+        raise
+    raise UserError('lm-eval is not installed: pip install "mhmoe-fairseq[lm-eval]"') from error
 from tqdm import tqdm
 
 from ..checkpoints.open import open_text_model, was_trained_with
-from ..common.errors import UserError
 from ..models.bases import fingerprint
 from .generation import Ending, Search, StopDecoder
+from .records import Metric, Record
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
 
 logger = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ class MHMoEHarnessModel(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: str | None = None,
-        data: str | None = None,
+        checkpoint: str | Path | None = None,
+        data: str | Path | None = None,
         lang: str | None = None,
         batch_size: int | str | None = 1,
         max_batch_size: int | None = None,
@@ -77,7 +79,7 @@ class MHMoEHarnessModel(TemplateLM):
         if checkpoint is None:
             raise UserError("--model_args checkpoint=FILE is needed: a checkpoint, or the folder that holds one")
         rows = _rows(batch_size, max_batch_size)
-        self.hub = open_text_model(str(checkpoint), data, device)
+        self.hub = open_text_model(checkpoint, data, device)
         self.scorer = TextScorer(
             self.hub, batch_size=rows, batch_tokens=max_batch_tokens, max_length=max_length, language=lang, clean=clean
         )
@@ -115,13 +117,10 @@ class MHMoEHarnessModel(TemplateLM):
         """Ids of a text; the leading symbol is added where it is scored, so ``add_special_tokens`` says nothing."""
         return self.scorer.encode(string)
 
-    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        return self.scorer.encode_pair(context, continuation)
-
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would give it."""
         pairs = [request.args for request in requests]
-        encoded = [(pair, *self._encode_pair(*pair)) for pair in pairs]
+        encoded = [(pair, *self.scorer.encode_pair(*pair)) for pair in pairs]
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -165,23 +164,15 @@ class MHMoEHarnessModel(TemplateLM):
     def _generate(self, contexts: Sequence[str], arguments: dict[str, Any], bar: tqdm) -> list[str]:
         search, ending = read_generation_arguments(arguments, self.max_gen_toks, self.max_length)
         decoder = StopDecoder(self.hub, search)
-        room = self.max_length + 1 - ending.max_tokens  # the last new token is never read
-        prompts = [self._cut_prompt(self.scorer.encode(context), room) for context in contexts]
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+        room = self.max_length - ending.max_tokens  # for the context: the last new token is never read
+        encoded = [self.scorer.encode(context) for context in contexts]
+        prompts = [[self.prefix_token_id, *context[max(0, len(context) - room) :]] for context in encoded]
         found: list[str] = [""] * len(prompts)
-        start = 0
-        while start < len(order):
-            rows = max(1, self.scorer.batch_tokens // (len(prompts[order[start]]) + ending.max_tokens))
-            batch = order[start : start + min(rows, self.scorer.batch_size or rows)]
-            for index, text in zip(batch, decoder.continue_prompts([prompts[index] for index in batch], ending)):
-                found[index] = text
+        for batch in self.scorer.batches(range(len(prompts)), lambda row: len(prompts[row]) + ending.max_tokens):
+            for row, text in zip(batch, decoder.continue_prompts([prompts[row] for row in batch], ending)):
+                found[row] = text
             bar.update(len(batch))
-            start += len(batch)
         return found
-
-    def _cut_prompt(self, context: list[int], room: int) -> list[int]:
-        """The context that ``room`` tokens can hold, its leading symbol included."""
-        return [self.prefix_token_id, *context[max(0, len(context) - room + 1) :]]
 
 
 def read_generation_arguments(arguments: dict[str, Any], default: int, max_length: int) -> tuple[Search, Ending]:
@@ -227,3 +218,31 @@ def _rows(batch_size: int | str | None, max_batch_size: int | None) -> int | Non
     if not str(batch_size).isdigit() or int(batch_size) < 1:
         raise UserError(f"--batch_size ({batch_size}) must be a positive number or auto")
     return int(batch_size)
+
+
+def record_of(results: dict[str, Any]) -> Record:
+    """What lm-eval wrote into its results file, task by task; the main metric is the mean of the tasks' first ones.
+
+    Raises:
+        UserError: no task has a number.
+    """
+    parts = {task: found for task, values in results["results"].items() if (found := _metrics(results, task, values))}
+    if not parts:
+        raise UserError("lm-eval's results hold no number")
+    firsts = [next(iter(metrics.values())) for metrics in parts.values()]
+    mean = Metric(sum(metric.value for metric in firsts) / len(firsts), "", count=len(firsts))
+    version = {"lm-eval": results["lm_eval_version"]}
+    return Record("zero-shot", "lm-eval", {"mean over tasks": mean}, parts, settings=version)
+
+
+def _metrics(results: dict[str, Any], task: str, values: dict[str, Any]) -> dict[str, Metric]:
+    """``acc,none`` and the like, and their standard errors, as lm-eval names them."""
+    count = results.get("n-samples", {}).get(task, {}).get("effective")
+    found = {}
+    for key, value in values.items():
+        name, _, variant = key.partition(",")
+        if variant and not name.endswith("_stderr") and isinstance(value, (int, float)):
+            stderr = values.get(f"{name}_stderr,{variant}")
+            title = name if variant == "none" else f"{name}, {variant}"
+            found[title] = Metric(value, "", stderr if isinstance(stderr, (int, float)) else None, count)
+    return found

@@ -36,13 +36,11 @@ class Item(NamedTuple):
     """One question.
 
     Attributes:
-        key: of the aligned text.
         context: the sentence.
         candidates: sentences of the other language.
         answer: index of the translation.
     """
 
-    key: str
     context: str
     candidates: tuple[str, ...]
     answer: int
@@ -82,18 +80,14 @@ def make_items(
     Args:
         source: the language of the contexts.
         target: that of the candidates.
-        candidates: per question, the translation counted.
+        candidates: per question, at least 2, the translation counted.
         seed: of the choice of questions, distractors and their order.
         most: at most so many questions, drawn at random.
         min_characters: shorter sentences are left out.
 
     Raises:
-        UserError: a bad number, or too little text aligned.
+        UserError: too little text is aligned.
     """
-    if candidates < 2:
-        raise UserError(f"--candidates ({candidates}) must be at least 2")
-    if most is not None and most < 1:
-        raise UserError(f"--max-items ({most}) must be at least 1")
     by_target: dict[str, Aligned] = {}
     for one in sorted(aligned, key=lambda one: one.key):
         before, after = one.text.get(source, ""), one.text.get(target, "")
@@ -122,7 +116,7 @@ def _item(pool: list[Aligned], index: int, source: str, target: str, candidates:
     draw = random.Random(f"{seed} {source} {target} {one.key}")
     texts = [one.text[target], *(other.text[target] for other in draw.sample(apart, candidates - 1))]
     draw.shuffle(texts)
-    return Item(one.key, one.text[source], tuple(texts), texts.index(one.text[target]))
+    return Item(one.text[source], tuple(texts), texts.index(one.text[target]))
 
 
 def score_items(
@@ -137,20 +131,16 @@ def score_items(
     if language_symbols is None:
         language_symbols = was_trained_with(scorer.model, "mhmoe_language_token")
     middle = scorer.language_id(target) if language_symbols else scorer.dictionary.eos()
-    pairs = [
-        ([*scorer.encode(item.context), middle], scorer.encode(candidate))
-        for item in items
-        for candidate in item.candidates
-    ]
     scorer.set_language(source if language_symbols else None)
-    after = scorer.score_all(pairs)
-    texts = list(dict.fromkeys(candidate for item in items for candidate in item.candidates))
+    contexts = [[*scorer.encode(item.context), middle] for item in items]
+    pairs = [(context, scorer.encode(text)) for context, item in zip(contexts, items) for text in item.candidates]
+    after = iter(scorer.score_all(pairs))
     scorer.set_language(target if language_symbols else None)
+    texts = list(dict.fromkeys(text for item in items for text in item.candidates))
     alone = dict(zip(texts, scorer.score_all([([], scorer.encode(text)) for text in texts])))
-    rows = iter(after)
     return (
-        [[next(rows) for _ in item.candidates] for item in items],
-        [[alone[candidate] for candidate in item.candidates] for item in items],
+        [[next(after) for _ in item.candidates] for item in items],
+        [[alone[text] for text in item.candidates] for item in items],
     )
 
 

@@ -62,6 +62,13 @@ def mean_percent(scores: Sequence[float], baselines: dict[str, float] | None = N
     return Metric(100 * mean, "%", 100 * deviation / math.sqrt(len(scores)), len(scores), baselines or {})
 
 
+def mean_of(metrics: Sequence[Metric]) -> Metric:
+    """The mean of several sets' percentages, with the standard error of the examples alone."""
+    value = sum(metric.value for metric in metrics) / len(metrics)
+    stderr = math.sqrt(sum((metric.stderr or 0.0) ** 2 for metric in metrics)) / len(metrics)
+    return Metric(value, "%", stderr, sum(metric.count or 0 for metric in metrics), metrics[0].baselines)
+
+
 @dataclass(frozen=True)
 class LayerLoads:
     """How one pool of experts of one MoE layer was used.

@@ -12,8 +12,10 @@ Models with capacity routing, whose experts refuse tokens by what else is in the
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import os.path
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from fairseq.hub_utils import GeneratorHubInterface
@@ -24,6 +26,7 @@ from ..common.errors import UserError
 from ..data.documents import clean_line
 from ..data.languages import language_symbol
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 8192
@@ -147,9 +150,7 @@ class TextScorer:
         """
         whole = self.encode(context + continuation)
         known = self.encode(context.rstrip())
-        length = 0
-        while length < min(len(known), len(whole)) and known[length] == whole[length]:
-            length += 1
+        length = len(os.path.commonprefix([known, whole]))
         if length == len(whole):
             raise UserError(
                 f"the continuation {continuation!r} of {context[-40:]!r} has no token to score: white space alone, and "
@@ -169,21 +170,17 @@ class TextScorer:
         Yields:
             the index of a pair and its score, in order of completion.
         """
-        pending: list[tuple[int, Window]] = []
-        parts: dict[int, list[Score]] = {}
-        waiting: dict[int, int] = {}
-        for index, (context, continuation) in enumerate(pairs):
-            found = self.windows([self.leading_symbol, *context, *continuation], len(continuation))
-            pending += [(index, window) for window in found]
-            parts[index], waiting[index] = [], len(found)
-            if not found:
-                yield index, _total([])
-        pending.sort(key=lambda entry: -len(entry[1].inputs))
-        for batch in self._batches(pending):
+        windows = [
+            self.windows([self.leading_symbol, *context, *continuation], len(continuation))
+            for context, continuation in pairs
+        ]
+        yield from ((index, _total([])) for index, found in enumerate(windows) if not found)
+        pending = [(index, window) for index, found in enumerate(windows) for window in found]
+        parts: dict[int, list[Score]] = defaultdict(list)
+        for batch in self.batches(pending, lambda entry: len(entry[1].inputs)):
             for (index, _), score in zip(batch, self._score_batch([window for _, window in batch])):
                 parts[index].append(score)
-                waiting[index] -= 1
-                if not waiting[index]:
+                if len(parts[index]) == len(windows[index]):
                     yield index, _total(parts.pop(index))
 
     def score_all(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
@@ -204,10 +201,12 @@ class TextScorer:
             start = end
         return found
 
-    def _batches(self, pending: list[tuple[int, Window]]) -> Iterator[list[tuple[int, Window]]]:
+    def batches(self, entries: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+        """The entries, the longest first, in batches of no more rows and tokens than the scorer may read at once."""
+        pending = sorted(entries, key=length, reverse=True)
         start = 0
         while start < len(pending):
-            rows = max(1, self.batch_tokens // len(pending[start][1].inputs))
+            rows = max(1, self.batch_tokens // length(pending[start]))
             rows = min(rows, self.batch_size or rows)
             yield pending[start : start + rows]
             start += rows
@@ -235,16 +234,12 @@ class TextScorer:
         rows = max(1, _LOGITS_AT_ONCE // len(self.dictionary))
         log_probs, is_best = [], []
         for some, wanted in zip(features.split(rows), targets.split(rows)):
-            predicted = self.log_probs(some)
+            with self.decoder.autocast(some.device.type):
+                logits = self.decoder.output_layer(some)
+            predicted = logits.float().log_softmax(-1)
             log_probs.append(predicted.gather(1, wanted[:, None])[:, 0].cpu().double())
             is_best.append(predicted.argmax(1).eq(wanted).cpu())
         return torch.cat(log_probs), torch.cat(is_best)
-
-    def log_probs(self, features: Tensor) -> Tensor:
-        """``(N, D)`` features -> ``(N, vocabulary)`` float32 log-probabilities, as fairseq normalises them."""
-        with self.decoder.autocast(features.device.type):
-            logits = self.decoder.output_layer(features)
-        return logits.float().log_softmax(-1)
 
 
 def _total(parts: list[Score]) -> Score:

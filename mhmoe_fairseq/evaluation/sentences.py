@@ -1,6 +1,5 @@
 """Classes of sentences and pairs of sentences by a fine-tuned language model, language by language."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from fairseq.data import ListDataset
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
-from ..common.files import atomic_open, read_json, require_files
+from ..common.files import atomic_open, json_line, require_files
 from ..data.classification.examples import Example, Fields, read_examples
 from ..data.classification.labels import Labels, given_labels
 from ..data.datasets.sentence_pairs import LabelledSentences
-from ..data.identity import MANIFEST
+from ..data.identity import MANIFEST, read_manifest
 from ..data.languages import get_language
 from ..data.vocabularies import SentencePieceVocabulary
 from ..tasks.sentence_classification import FIRST
@@ -106,8 +105,11 @@ def evaluate_sentences(
         name, parts = ("+".join(splits), splits) if splits else _parts_of(opened, split)
         datasets = {part: opened.task.read_split(part) for part in parts}
     else:
-        name, fields = _INPUT, Fields(_text_fields(opened, text_fields), label_field, language_field)
-        datasets = dict(_encoded(opened, fields, word, input) for word in input)
+        text_fields = text_fields or read_manifest(opened.data).get("fields")
+        if text_fields is None:
+            raise UserError(f"--input: {opened.data / MANIFEST} is missing; give --text-fields")
+        fields = Fields(tuple(text_fields), label_field, language_field)
+        name, datasets = _INPUT, dict(_encoded(opened, fields, word, input) for word in input)
     results = {}
     for part, dataset in datasets.items():
         language = part.partition("_")[2]
@@ -115,8 +117,7 @@ def evaluate_sentences(
             results[language] = _classify(opened, part, dataset, max_tokens)
     if output is not None:
         with atomic_open(output) as stream:
-            for row in (row for result in results.values() for row in result.predicted()):
-                stream.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            stream.writelines(json_line(row) for result in results.values() for row in result.predicted())
     by_language = {
         language: metrics for language, result in results.items() if language and (metrics := result.metrics())
     }
@@ -147,15 +148,6 @@ def _parts_of(opened: Opened, split: str) -> tuple[str, list[str]]:
         if found:
             return name, found
     return split, [split]  # reading it says what is missing
-
-
-def _text_fields(opened: Opened, given: Sequence[str] | None) -> tuple[str, ...]:
-    if given is not None:
-        return tuple(given)
-    manifest = opened.data / MANIFEST
-    if not manifest.is_file():
-        raise UserError(f"--input: {manifest} is missing; give --text-fields")
-    return tuple(read_json(manifest)["fields"])
 
 
 def _encoded(opened: Opened, fields: Fields, word: str, words: Sequence[str]) -> tuple[str, LabelledSentences]:
@@ -196,8 +188,7 @@ def _labels(opened: Opened, fields: Fields, examples: Sequence[Example]) -> np.n
     """``(examples,)`` classes in the spellings of the data's ``--labels``; only with these a number stands for one."""
     if fields.label is None:
         return np.full(len(examples), UNLABELLED)
-    manifest = opened.data / MANIFEST
-    given = read_json(manifest).get("settings", {}).get("labels") if manifest.is_file() else None
+    given = read_manifest(opened.data).get("settings", {}).get("labels")
     if given is not None:
         labels = given_labels(given, (), "label")
     else:

@@ -9,18 +9,17 @@ and 2.
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
-from ..common.files import atomic_open, read_utf8_lines, sha256_of
+from ..common.files import json_line, read_utf8_lines, sha256_of, write_json, write_text
 from ..data.classification.examples import Fields, file_format, read_examples
 from ..data.classification.labels import Labels
-from ..data.languages import XNLI_LANGUAGES, get_language
-from .lm_eval_support import require_lm_eval
-from .records import Metric
+from ..data.languages import PAPER_LANGUAGES, XNLI_LANGUAGES, get_language
+from .records import Metric, Record, mean_of
 
 if TYPE_CHECKING:
     from .lm_eval_model import MHMoEHarnessModel
@@ -36,23 +35,9 @@ _SINGLE = (
 )  # fmt: skip
 _PREMISE, _HYPOTHESIS, _LABEL = ("premise", "sentence1"), ("hypothesis", "hypo", "sentence2"), ("label", "gold_label")
 CHANCE = 100 / len(LABELS)
-# PyYAML reads a JSON string as YAML; the keys are those of lm-eval's task files.
-_TASK = """\
-include: {include}
-dataset_path: json
-dataset_name: null
-dataset_kwargs:
-  data_files:
-    {split}: {data}
-  cache_dir: {cache}
-training_split: null
-validation_split: {validation}
-test_split: {test}
-"""
 
 
-@dataclass(frozen=True)
-class XnliSet:
+class XnliSet(NamedTuple):
     """The examples of one language.
 
     Attributes:
@@ -67,7 +52,7 @@ class XnliSet:
     path: Path
     sha256: str
     examples: tuple[dict[str, str | int], ...]
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str]
 
 
 def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> list[XnliSet]:
@@ -97,7 +82,9 @@ def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> l
             raise UserError(f"{files[0]}: no example of {code}")
     if not found:
         raise UserError(f"--xnli-dir {folder}: no XNLI {split} file in it; {_expected(split, 'de')}")
-    _refuse_twins(found)
+    for one, other in itertools.combinations(found, 2):
+        if one.examples == other.examples:
+            raise UserError(f"{one.path} and {other.path}: the same examples for {one.code} and {other.code}")
     return found
 
 
@@ -156,12 +143,6 @@ def _field_names(path: Path) -> list[str]:
         return [""]  # reading the line says what is wrong with it
 
 
-def _refuse_twins(sets: list[XnliSet]) -> None:
-    for one, other in itertools.combinations(sets, 2):
-        if one.examples == other.examples:
-            raise UserError(f"{one.path} and {other.path}: the same examples for {one.code} and {other.code}")
-
-
 def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
     """Write each language's examples, in the format that the packaged task reads, and its task.
 
@@ -171,9 +152,11 @@ def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
         the tasks' names.
 
     Raises:
-        UserError: lm-eval is not installed, or has no such task.
+        UserError: lm-eval has no such task.
     """
-    packaged = require_lm_eval() / "xnli"
+    import lm_eval
+
+    packaged = Path(lm_eval.__file__).parent / "tasks" / "xnli"
     folder = folder.resolve()
     names = []
     for one in sets:
@@ -182,70 +165,77 @@ def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
         if not include.is_file():
             raise UserError(f"{include}: lm-eval has no task {name}; another version of it may")
         data = folder / f"{name}.jsonl"
-        lines = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in one.examples)
-        text = _TASK.format(
-            include=json.dumps(str(include)),
-            split=split,
-            data=json.dumps(str(data)),
-            cache=json.dumps(str(folder / "cache")),
-            validation="validation" if split == "validation" else "null",
-            test="test" if split == "test" else "null",
-        )
-        for path, content in ((data, lines), (folder / f"{name}.yaml", text)):
-            with atomic_open(path) as stream:
-                stream.write(content.encode())
+        write_text(data, "".join(json_line(example).decode() for example in one.examples))
+        task = {
+            "include": str(include),
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(data)}, "cache_dir": str(folder / "cache")},
+            "training_split": None,
+            "validation_split": "validation" if split == "validation" else None,
+            "test_split": "test" if split == "test" else None,
+        }
+        write_json(folder / f"{name}.yaml", task)  # what is JSON is YAML
         names.append(name)
     return names
 
 
-@dataclass(frozen=True)
-class LanguageResult:
-    """One language's answers.
-
-    Attributes:
-        code: the language.
-        accuracy: lm-eval's ``acc`` and its standard error, in percent.
-        log_probs: every example's three candidates, in the order of ``LABELS``.
-        labels: the right answers.
-    """
-
-    code: str
-    accuracy: Metric
-    log_probs: list[list[float]]
-    labels: list[int]
-
-    def predicted(self) -> dict[str, int]:
-        """How often each label was chosen: near chance, most models choose one almost always."""
-        chosen = [row.index(max(row)) for row in self.log_probs]
-        return {label: chosen.count(index) for index, label in enumerate(LABELS)}
-
-
 def evaluate_xnli(
-    model: "MHMoEHarnessModel", tasks: Path, codes: Sequence[str], *, language_symbols: bool, limit: int | None = None
-) -> Iterator[LanguageResult]:
-    """Evaluate one language after the other.
+    model: "MHMoEHarnessModel",
+    codes: Sequence[str],
+    tasks: Path,
+    scores: Path,
+    *,
+    language_symbols: bool | None,
+    limit: int | None,
+    say: Callable[[str], None],
+) -> Record:
+    """Evaluate one language after the other: lm-eval's ``acc``, and how often each label was predicted.
+
+    A model that knows nothing predicts one label almost always.
 
     Args:
         model: lm-eval's view of the model.
-        tasks: folder of ``write_tasks``.
-        codes: languages with a task there.
-        language_symbols: lead every text with its language's symbol.
+        codes: languages with a task in ``tasks``, the folder of ``write_tasks``.
+        scores: folder for the candidates' log-probabilities, in the order of ``LABELS``, and the right answers.
+        language_symbols: lead every text with its language's symbol; None: if the model was trained so.
         limit: score only so many examples of each.
+        say: told of each language when it is done.
     """
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
+    if language_symbols is None:
+        language_symbols = was_trained_with(model.hub, "mhmoe_language_token")
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    accuracies, predicted = {}, {}
     for code in codes:
         model.scorer.set_language(code if language_symbols else None)
         name = f"xnli_{code}"
-        found = simple_evaluate(model=model, tasks=[name], task_manager=manager, limit=limit, log_samples=True)
+        found = lm_eval.simple_evaluate(model=model, tasks=[name], task_manager=manager, limit=limit, log_samples=True)
         samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-        accuracy, stderr = (100 * float(found["results"][name][key]) for key in ("acc,none", "acc_stderr,none"))
-        yield LanguageResult(
-            code=code,
-            accuracy=Metric(accuracy, "%", stderr, len(samples), {"chance": CHANCE}),
-            log_probs=[[float(log_prob) for log_prob, _ in sample["filtered_resps"]] for sample in samples],
-            labels=[int(sample["target"]) for sample in samples],
-        )
+        value, stderr = (100 * float(found["results"][name][key]) for key in ("acc,none", "acc_stderr,none"))
+        accuracies[code] = Metric(value, "%", stderr, len(samples), {"chance": CHANCE})
+        say(f"{code} {value:.1f} ± {stderr:.1f}")
+        log_probs = [[float(log_prob) for log_prob, _ in sample["filtered_resps"]] for sample in samples]
+        labels = [int(sample["target"]) for sample in samples]
+        rows = [{"log_probs": row, "label": label} for row, label in zip(log_probs, labels)]
+        write_json(scores / f"{code}.json", rows)
+        chosen = [row.index(max(row)) for row in log_probs]
+        predicted[code] = {label: chosen.count(index) for index, label in enumerate(LABELS)}
+    metrics = {"accuracy": mean_of(list(accuracies.values()))}
+    if set(PAPER_LANGUAGES) <= set(accuracies):
+        metrics["mean of the paper's languages"] = mean_of([accuracies[code] for code in PAPER_LANGUAGES])
+    return Record(
+        "zero-shot",
+        "xnli",
+        metrics,
+        {code: {"accuracy": accuracy} for code, accuracy in accuracies.items()},
+        settings={
+            "language symbols": language_symbols,
+            "limit": limit,
+            "predicted": predicted,
+            "prompts, targets and metric": f"lm-eval {lm_eval.__version__}",
+        },
+    )

@@ -97,7 +97,7 @@ def test_single_images(run, data, tmp_path, capsys):
 
 
 def test_references_of_other_images_are_noticed_before_anything_is_decoded(run, data, tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr("mhmoe_fairseq.evaluation.captions._caption_split")
+    monkeypatch.delattr("mhmoe_fairseq.evaluation.captions.CaptionDataset")
     moved = tmp_path / "data"
     moved.mkdir()
     for file in data.iterdir():

@@ -234,13 +234,13 @@ def test_help_is_ours_and_lm_evals(capsys):
     assert "--model_args of mhmoe" in out and "lm-evaluation-harness" in out
 
 
-def test_without_lm_eval(monkeypatch, capsys):
+def test_without_lm_eval(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "mhmoe_fairseq.evaluation.lm_eval_model")
     install = 'lm-eval is not installed: pip install "mhmoe-fairseq[lm-eval]"'
     with pytest.raises(ValueError) as error:
         importlib.import_module("mhmoe_fairseq.evaluation.lm_eval_model")
     assert str(error.value) == install
-    for words in (["lm-eval", "--tasks", "piqa"], ["xnli", "--checkpoint", "x", "--xnli-dir", "y"]):
+    for words in (["lm-eval", "--tasks", "piqa"], ["xnli", "--checkpoint", str(tmp_path), "--xnli-dir", str(tmp_path)]):
         assert main(["zero-shot", *words]) == 2
         assert capsys.readouterr().err == f"mhmoe zero-shot: error: {install}\n"

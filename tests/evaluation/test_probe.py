@@ -54,15 +54,6 @@ def test_untranslated_short_and_repeated_sentences_are_left_out():
     assert make_items(extra, "en", "de") == make_items(aligned, "en", "de")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"candidates": 1}, r"--candidates \(1\) must be at least 2"), ({"most": 0}, r"--max-items \(0\)")],
-)
-def test_bad_numbers(options, message):
-    with pytest.raises(ValueError, match=message):
-        make_items(aligned_text(10), "en", "de", **options)
-
-
 def right(metrics: dict) -> dict[str, int]:
     """Right answers, by the way to choose."""
     return {way: round(metric.value * metric.count / 100) for way, metric in metrics.items()}
@@ -93,7 +84,7 @@ def test_choices_by_length_and_by_gain(monkeypatch):
     """The right answer is the better per token and the worse in all; the other one gains more."""
     after, alone = [Score(-6.0, False, 6), Score(-3.0, False, 2)], [Score(-6.5, False, 6), Score(-9.0, False, 2)]
     monkeypatch.setattr("mhmoe_fairseq.evaluation.probe.score_items", lambda *_, **__: ([after], [alone]))
-    item = Item("key", "context", ("long", "short"), answer=0)
+    item = Item("context", ("long", "short"), answer=0)
     assert right(probe(None, [item], "en", "de")) == {"per token": 1, "PMI": 0}
 
 
@@ -144,6 +135,7 @@ def test_bad_input_is_one_line(trained_model, data, capsys):
         (["--pairs", "en-de,en-de"], good, "--pairs en-de: given twice"),
         (["--pairs", "en-ru"], good, "en-ru: 0 aligned sentences"),
         (["--candidates", "1"], good, "--candidates (1) must be at least 2"),
+        (["--max-items", "0"], good, "--max-items (0) must be at least 1"),
         ([], good + "{\n", "test.jsonl:41: not valid JSON"),
         ([], good + '{"text": {}}\n', "test.jsonl:41: needs a JSON object with a field 'key'"),
         ([], good + '{"key": "a", "text": {"en": 1}}\n', "test.jsonl:41: field 'text' must be an object of texts"),
