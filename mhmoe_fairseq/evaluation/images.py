@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
-from ..common.files import write_json, write_text
+from ..common.files import atomic_open, write_json
 from ..criterions.base import GateLossConfig
 from ..criterions.retrieval import RetrievalCriterion
 from ..data.datasets.labelled import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
@@ -194,14 +194,16 @@ def _heaviest(weights: Counter[int]) -> int:
 def write_objects(path: Path, objects: Iterable[dict[str, Any]]) -> None:
     """Write a JSON list atomically, a line for each object."""
     lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in objects)
-    write_text(path, f"[\n{lines}\n]\n")
+    with atomic_open(path) as stream:
+        stream.write(f"[\n{lines}\n]\n".encode())
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[str]]) -> None:
     """Write CSV atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())
+    with atomic_open(path) as stream:
+        stream.write(text.getvalue().encode())
 
 
 def _logits(opened: Opened, batch: dict[str, Any]) -> Tensor:

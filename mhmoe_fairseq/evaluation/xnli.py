@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
-from ..common.files import json_line, read_utf8_lines, sha256_of, write_json, write_text
+from ..common.files import atomic_open, json_line, read_utf8_lines, sha256_of, write_json
 from ..data.classification.examples import Fields, file_format, read_examples
 from ..data.classification.labels import Labels
 from ..data.languages import PAPER_LANGUAGES, XNLI_LANGUAGES, get_language
@@ -165,7 +165,8 @@ def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
         if not include.is_file():
             raise UserError(f"{include}: lm-eval has no task {name}; another version of it may")
         data = folder / f"{name}.jsonl"
-        write_text(data, "".join(json_line(example).decode() for example in one.examples))
+        with atomic_open(data) as stream:
+            stream.writelines(map(json_line, one.examples))
         task = {
             "include": str(include),
             "dataset_path": "json",
