@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add_corpus_arguments(
-    parser: argparse.ArgumentParser, sources: Sources[Any], settings: type[CorpusSettings], *, held_out: str,
+    parser: argparse.ArgumentParser, sources: Sources, settings: type[CorpusSettings], *, held_out: str,
     drawn: str, **lowest: float,
 ) -> None:  # fmt: skip
     """Adds the flags of everything that is fetched and divided.

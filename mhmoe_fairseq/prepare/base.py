@@ -12,6 +12,7 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import sha256_of
+from ..common.locks import LOCK, exclusive_lock
 from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
 from ..data.vocabularies import (
@@ -23,7 +24,7 @@ from ..data.vocabularies import (
 )
 from .archives import Say
 from .binarize import binarize
-from .workspace import Workspace, open_workspace
+from .workspace import Workspace
 
 MODEL_FILE, DICTIONARY = "sentencepiece.model", "dict.txt"
 _TOOLS = ("mhmoe_fairseq", "fairseq", "fairseq-fixed", "sentencepiece", "tiktoken", "numpy", "torch")
@@ -128,8 +129,9 @@ class Preparation(ABC, Generic[SomeSettings]):
             UserError: other settings already in ``dest``, another run holds it, bad input, no room, or a client that is
                 missing or fails.
         """
-        with open_workspace(dest, self.identity()) as self.workspace:
-            self.partial, self.stage = self.workspace.partial, self.workspace.stage
+        self.workspace = Workspace(dest, self.identity())
+        self.partial, self.stage = self.workspace.partial, self.workspace.stage
+        with exclusive_lock(dest / LOCK, "--dest"):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
                 self.say(f"{dest}: already prepared with these settings, nothing to do")

@@ -5,16 +5,14 @@ then what ``DEST`` held before stays complete and usable. ``DEST/.partial/progre
 finished stages, so that the same command continues where it was killed.
 """
 
-import contextlib
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Mapping
 
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, read_json, refuse_path_separator, sha256_of, write_json
-from ..common.locks import LOCK, exclusive_lock
 from ..data.identity import MANIFEST, read_manifest
 
 _OUTPUT_NAMES = ("dict.txt", "train.bin", "train.idx", "text/train.txt")
@@ -22,13 +20,14 @@ _PARTIAL, _PROGRESS = ".partial", "progress.json"
 
 
 class Workspace:
-    """One destination folder, held by one process at a time (see :func:`open_workspace`).
+    """One destination folder; ``UserError`` if fairseq could not read from it.
 
     Args:
         settings: flag name without dashes -> value; two preparations with equal settings make equal data.
     """
 
     def __init__(self, dest: Path, settings: Mapping[str, Any]):
+        refuse_path_separator(dest, "--dest")
         self.dest = dest
         self.partial = dest / _PARTIAL
         self.settings = json.loads(json.dumps(settings))  # as the manifest has them
@@ -131,16 +130,6 @@ def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, An
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in names}
 
 
-@contextlib.contextmanager
-def open_workspace(dest: Path, settings: Mapping[str, Any]) -> Iterator[Workspace]:
-    """Creates and locks ``dest``; ``UserError`` when it is a file, no path for fairseq, or held by another run."""
-    refuse_path_separator(dest, "--dest")
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"--dest {dest}: is a file, must be a folder")
-    with exclusive_lock(dest / LOCK, "--dest"):
-        yield Workspace(dest, settings)
-
-
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, str, str] | None:
     """Returns name and both values of the first setting that differs; inside ``source`` of the part that differs."""
     for name in [*new, *(old.keys() - new.keys())]:
@@ -150,11 +139,7 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[s
         flag = f"--{name.replace('_', '-')}"
         if isinstance(before, dict) and isinstance(now, dict):
             inner = next(part for part in [*now, *before] if before.get(part) != now.get(part))
-            return f"{flag} {inner}", _show(before.get(inner)), _show(now.get(inner))
-        return flag, _show(before), _show(now)
+            flag, before, now = f"{flag} {inner}", before.get(inner), now.get(inner)
+        old_text, new_text = (text if len(text) <= 100 else text[:97] + "..." for text in (str(before), str(now)))
+        return flag, old_text, new_text
     return None
-
-
-def _show(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -9,7 +9,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Generic, Iterable, Iterator, Mapping, NamedTuple, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Protocol
 
 from ...common.errors import UserError
 from ...common.files import sha256_of
@@ -20,8 +20,6 @@ LeftOut = Mapping[str, list[str]]  # why -> names within the folder
 _SHOWN = 3
 NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."
 _NEEDS = {NOTHING: "takes nothing", ONE_FOLDER: "needs one folder", FILES: "needs at least one file"}
-
-S = TypeVar("S")
 
 
 class SourceKind(NamedTuple):
@@ -40,7 +38,7 @@ class SourceKind(NamedTuple):
     flags: Mapping[str, Mapping[str, Any]] = {}
 
 
-class Sources(dict[str, SourceKind], Generic[S]):
+class Sources(dict[str, SourceKind]):
     """A registry of sources by name; ``default`` is taken without ``--source``."""
 
     def __init__(self, default: str):
@@ -54,11 +52,10 @@ class Sources(dict[str, SourceKind], Generic[S]):
             "--source", nargs="+", default=[self._default], metavar=("NAME", "PATH"), help="; ".join(names)
         )
         group = parser.add_argument_group("sources")
-        flags = {flag: settings for kind in self.values() for flag, settings in kind.flags.items()}
-        for flag, settings in flags.items():
+        for flag, settings in {flag: kind.flags[flag] for kind in self.values() for flag in kind.flags}.items():
             group.add_argument(flag, **settings)
 
-    def build(self, args: argparse.Namespace) -> S:
+    def build(self, args: argparse.Namespace) -> Any:
         """Returns the source that ``--source`` names; ``UserError`` for an unknown one, or paths that do not fit."""
         name, *paths = args.source
         if name not in self:
@@ -76,7 +73,7 @@ class OpenedSource(NamedTuple):
     documents: Iterator[Document]
 
 
-class Source:
+class Source(Protocol):
     """English text by name; ``unit`` says what a document and a line are, ``options`` are flags that change it."""
 
     name: str
@@ -86,11 +83,9 @@ class Source:
 
     def identity(self) -> dict[str, object]:
         """Returns what makes two preparations differ (versions, hashes of input files), without fetching anything."""
-        raise NotImplementedError
 
     def open(self, cache_dir: Path, say: Say) -> OpenedSource:
         """Fetches what is needed and returns the documents."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -113,9 +108,7 @@ class PackagedSource(Source):
         return OpenedSource(fetched.provenance(), self.read(fetched.path))
 
 
-ENGLISH_SOURCES: Sources[Source] = Sources("web-bible")
-MULTILINGUAL_SOURCES: Sources[Any] = Sources("debian-docs")
-IMAGE_SOURCES: Sources[Any] = Sources("emoji")
+ENGLISH_SOURCES, MULTILINGUAL_SOURCES, IMAGE_SOURCES = Sources("web-bible"), Sources("debian-docs"), Sources("emoji")
 
 
 def fingerprint(path: Path) -> dict[str, object]:
