@@ -92,11 +92,7 @@ class FetchedArchive:
 
 
 def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
-    """Returns the archive from ``cache_dir``, downloading it first if it is not there or not the pinned file.
-
-    Raises:
-        UserError: no client, a failed download, or a hash that is not the pinned one.
-    """
+    """Returns the archive from ``cache_dir``, downloaded if need be; ``UserError`` without client, file, right hash."""
     cached = _newest(cache_dir, archive.filename)
     if cached is not None:
         digest = sha256_of(cached)

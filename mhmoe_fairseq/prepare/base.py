@@ -126,8 +126,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         """Prepares ``dest`` and returns the manifest; does nothing if that was done before with equal settings.
 
         Raises:
-            UserError: other settings already in ``dest``, another run holds it, bad input, no room, or a client that is
-                missing or fails.
+            UserError: ``dest`` has other settings or is held by another run; bad input, no room, a client that fails.
         """
         self.workspace = Workspace(dest, self.identity())
         self.partial, self.stage = self.workspace.partial, self.workspace.stage

@@ -4,7 +4,7 @@ import pytest
 
 from mhmoe_fairseq.data.documents import SeenTexts
 from mhmoe_fairseq.data.languages import get_language
-from mhmoe_fairseq.prepare.multilingual.lines import (  # fmt: skip
+from mhmoe_fairseq.prepare.multilingual.cleaning import (  # fmt: skip
     KEPT,
     fits,
     foreign_letters,

@@ -1,6 +1,5 @@
 """Passages: the pieces of text that sources of many languages yield, their files, and those that are translations."""
 
-import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -49,19 +48,15 @@ class MultilingualCorpus:
     passages: Callable[[str], Iterator[tuple[str, Passage]]]
 
 
-@contextlib.contextmanager
-def open_passages(path: Path) -> Iterator[Callable[[Passage], object]]:
-    """Gives a function that writes a passage, as one JSON list a line, to ``path``, which appears at the end."""
-    with atomic_open(path) as stream:
-        # half a surrogate pair cannot be written in UTF-8
-        yield lambda passage: stream.write((json.dumps(passage, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+def passage_line(passage: Passage) -> bytes:
+    """Returns a passage as a line of a file; half a surrogate pair, which UTF-8 cannot write, becomes ``?``."""
+    return (json.dumps(passage, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
 def write_passages(passages: Iterable[Passage], path: Path) -> None:
     """Writes all of ``passages`` to ``path``, atomically."""
-    with open_passages(path) as write:
-        for passage in passages:
-            write(passage)
+    with atomic_open(path) as stream:
+        stream.writelines(map(passage_line, passages))
 
 
 def read_passages(path: Path) -> Iterator[Passage]:

@@ -13,8 +13,7 @@ from ...data.languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
 from ..base import DICTIONARY, MODEL_FILE, Preparation
 from ..binarize import binarize, count_text, iter_lines
 from ..splits import unlike_shares
-from .cleaning import LanguageCorpus, MultilingualSettings, english_lines
-from .lines import spot_check
+from .cleaning import LanguageCorpus, MultilingualSettings, english_lines, spot_check
 from .passages import MultilingualCorpus, write_aligned
 
 _SPOT_CHECK = "spot_check.json"

@@ -16,7 +16,6 @@ from ...common.files import sha256_of
 from ...data.documents import Document
 from ..archives import Archive, Say, fetch
 
-LeftOut = Mapping[str, list[str]]  # why -> names within the folder
 _SHOWN = 3
 NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."
 _NEEDS = {NOTHING: "takes nothing", ONE_FOLDER: "needs one folder", FILES: "needs at least one file"}
@@ -128,8 +127,8 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield path
 
 
-def tell_left_out(source: str, reasons: Iterable[tuple[str, str]], say: Say) -> LeftOut:
-    """Says which of the user's files a source does not read, one line for each reason; returns all of them.
+def tell_left_out(source: str, reasons: Iterable[tuple[str, str]], say: Say) -> dict[str, list[str]]:
+    """Says which of the user's files a source does not read, one line for each reason; returns names by reason.
 
     Args:
         reasons: a file's name within the folder, and why it is not read.

@@ -20,8 +20,9 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Seque
 
 from ...common.arguments import nonempty
 from ...common.errors import UserError
+from ...common.files import atomic_open
 from ..archives import Archive, Say, fetch, iter_deb_members
-from ..multilingual.passages import MultilingualCorpus, Passage, Stage, open_passages, read_passages
+from ..multilingual.passages import MultilingualCorpus, Passage, Stage, passage_line, read_passages
 from .base import MULTILINGUAL_SOURCES, SourceKind
 from .debian_formats import annotation_lines, blocks, manual_paragraphs, message_text, read_catalogue, wiki_text
 
@@ -254,7 +255,9 @@ class DebianDocs:
             provenance={"families": records},
             sources={code: [name for name in self.families if name not in missing[code]] for code in languages},
             missing=missing,
-            passages=partial(_read, folder, self.families),
+            passages=lambda code: (
+                (name, passage) for name in self.families for passage in read_passages(folder / name / f"{code}.jsonl")
+            ),
         )
 
 
@@ -268,18 +271,12 @@ def _missing(records: dict[str, dict[str, Any]], code: str) -> dict[str, str]:
     return missing
 
 
-def _read(folder: Path, families: Sequence[str], code: str) -> Iterator[tuple[str, Passage]]:
-    for name in families:
-        for passage in read_passages(folder / name / f"{code}.jsonl"):
-            yield name, passage
-
-
 def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> dict[str, Any]:
     """Writes a family's passages by language; returns its packages with versions and hashes, and counts."""
     packages, absent = [], []
     counts: Counter[str] = Counter()
     with contextlib.ExitStack() as stack:
-        write = {code: stack.enter_context(open_passages(folder / f"{code}.jsonl")) for code in languages}
+        streams = {code: stack.enter_context(atomic_open(folder / f"{code}.jsonl")) for code in languages}
         for package, held in family.packages_for(languages).items():
             archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
             if not any(cache_dir.glob(archive.filename)) and not _suite_has(package):
@@ -288,7 +285,7 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
             fetched = fetch(archive, cache_dir, say)
             packages.append(fetched.provenance())
             for code, passage in family.read(fetched.path, held):
-                write[code](passage)
+                streams[code].write(passage_line(passage))
                 counts[code] += 1
     say(f"extract: {family.name} ({family.summary}): {sum(counts.values())} passages")
     return {"licence": family.licence, "packages": packages, "absent": absent, "passages": dict(counts)}

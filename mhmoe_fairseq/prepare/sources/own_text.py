@@ -86,14 +86,14 @@ def shard_source(folder: Path) -> OwnText:
 
 def _shard_names(index: Path) -> list[str]:
     """Returns the shards of one JSON file; ``UserError`` when it is not a list of objects with a ``source`` list."""
-    names: list[str] = []
     entries = read_json(index)
-    for entry in entries if isinstance(entries, list) else [None]:
-        sources = entry.get("source") if isinstance(entry, dict) else None
-        if not isinstance(sources, list) or not all(isinstance(name, str) for name in sources):
-            raise UserError(f"{index}: must be a list of objects, each with a list of shard paths under 'source'")
-        names.extend(sources)
-    return names
+    try:
+        sources = [entry["source"] for entry in entries] if isinstance(entries, list) else [None]
+    except (TypeError, KeyError):
+        sources = [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in sources):
+        raise UserError(f"{index}: must be a list of objects, each with a list of shard paths under 'source'")
+    return [name for names in sources for name in names]
 
 
 def text_documents(path: Path, separator: str) -> Iterator[Document]:

@@ -43,11 +43,10 @@ def _parse(path: Path) -> tuple[str, dict[int, int], dict[int, int]]:
         tree = ast.parse(read_zip_member(path, _MEMBER))
         calls = [node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)]
         text, starts, ends = (ast.literal_eval(node) for node in calls[0].args[1:4])
-    except (SyntaxError, ValueError, IndexError) as error:
+        if not isinstance(text, str) or starts.keys() != ends.keys():
+            raise ValueError("no text with start and end offsets")
+    except (SyntaxError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{path}: {_MEMBER} has an unexpected layout ({error})") from error
-    tables = isinstance(starts, dict) and isinstance(ends, dict) and starts.keys() == ends.keys()
-    if not isinstance(text, str) or not tables:
-        raise UserError(f"{path}: {_MEMBER} has an unexpected layout (no text with start and end offsets)")
     return text, starts, ends
 
 
