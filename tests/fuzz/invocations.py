@@ -119,7 +119,9 @@ def write_trained_fixtures(root: Path) -> None:
 def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
     """Commands that read a trained model."""
     return {
-        ("evaluate",): {"checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"]},
+        ("evaluate",): {
+            "checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"], "--record": ["record.json"],
+        },
         ("analyze",): {"checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
                        "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
@@ -129,7 +131,7 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         },
         ("zero-shot", "probe"): {
             "--checkpoint": [f"{root}/multilingual"], "--data": [f"{root}/languages"], "--candidates": ["2"],
-            "--max-items": ["3"],
+            "--max-items": ["3"], "--record": ["record.json"],
         },
     }  # fmt: skip
 

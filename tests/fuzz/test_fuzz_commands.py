@@ -27,6 +27,8 @@ CLASHES = {
     "--decoder-ffn-embed-dim": "--moe-ffn-dim",
     "--document-separator": "its training part",
     "--max-patches": "--vocab-size",
+    "--diversity": "pair.valid.jsonl",
+    "--image": "mhmoe_captioning",
 }
 # Their own command lines are another program's.
 FOREIGN = {("zero-shot", "lm-eval")}
@@ -93,6 +95,8 @@ def words_of(command: tuple[str, ...], call: Call, option: Option, value: str | 
                   for word in ([value] if name == option.name else given)]  # fmt: skip
     if option.is_flag:
         words.append(option.name if value is None else f"{option.name}={value}")
+    if command == ("reproduce",):  # what stands behind -- are flags of fairseq-train
+        return (*command, *positional, *words[len(command) :])
     return (*words, *(["--"] if positional else []), *positional)
 
 
