@@ -24,32 +24,26 @@ _COUNTED = "counted"  # criterions read it too, of a batch and of its parts
 
 @dataclass(frozen=True)
 class FillingCollater:
-    """A data set's collate function that makes a filler of no samples, where the data set's own makes nothing.
-
-    Args:
-        dataset: where the filler comes from.
-        collate: the data set's own function.
-        samples: numbers of the samples that make a filler.
-    """
+    """A data set's own collate function; of no samples it makes a filler of some of the data set's, and not nothing."""
 
     dataset: FairseqDataset
     collate: Callable[[list], Any]
-    samples: Sequence[int]
+    filling: Sequence[int]
 
     def __call__(self, samples: list[Any]) -> Any:
-        """One batch."""
+        """Return one batch."""
         if samples:
             return self.collate(samples)
-        return {**self.collate([self.dataset[number] for number in self.samples]), _COUNTED: False}
+        return {**self.collate([self.dataset[number] for number in self.filling]), _COUNTED: False}
 
 
 def is_filler(sample: dict[str, Any]) -> bool:
-    """Whether a batch is there only for the calls that all ranks make together."""
+    """Return whether a batch is there only for the calls that all ranks make together."""
     return not sample.get(_COUNTED, True)
 
 
 def without_metrics(outcome: tuple[Tensor, Any, dict[str, Any]]) -> tuple[Tensor, Any, dict[str, Any]]:
-    """Loss, sample size and what is logged of a filler: the same keys as other ranks have, all zero."""
+    """Return a filler's loss, sample size and log: the same keys as other ranks have, all zero."""
     loss, sample_size, log = outcome
     zeros = {key: torch.zeros_like(value) if torch.is_tensor(value) else 0 for key, value in log.items()}
     return torch.zeros_like(loss), sample_size * 0, zeros
@@ -65,7 +59,7 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
 
     @classmethod
     def of(cls, iterator: EpochBatchIterator, has_fillers: bool = False) -> "ResumableEpochBatchIterator":
-        """``iterator`` itself, made one of this class: both fairseq versions construct it, with other arguments.
+        """Return ``iterator`` itself, made one of this class: both fairseq versions construct it, in other ways.
 
         Args:
             has_fillers: whether a rank without a batch gets a filler, as in training, or nothing.
@@ -76,15 +70,14 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
         return iterator
 
     def state_dict(self) -> dict[str, Any]:
-        """fairseq's state and the number of ranks that it counts for."""
+        """Return fairseq's state and the number of ranks that it counts for."""
         return {**super().state_dict(), "num_shards": self.num_shards}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the saved run stopped.
 
         A position between two rounds of the new ranks is moved back to the round's start: up to W - 1 batches are seen
-        again, none is left out. States of stock fairseq, which do not tell their number of ranks, count as this
-        one's.
+        again, none is left out. States of stock fairseq, which do not tell their number of ranks, count as this one's.
         """
         seen_by_each = state_dict.get("iterations_in_epoch", 0)
         saved_shards = state_dict.get("num_shards", self.num_shards)
@@ -97,10 +90,8 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
     def _tell(self, seen: int, saved_shards: int) -> None:
         logger.info(f"resuming on {self.num_shards} ranks what {saved_shards} saved, after {seen} batches of the epoch")
         if seen % self.num_shards:
-            logger.warning(
-                f"{seen} batches are no multiple of {self.num_shards} ranks: {seen % self.num_shards} of them will be "
-                "seen again"
-            )
+            again = f"{seen % self.num_shards} of them will be seen again"
+            logger.warning(f"{seen} batches are no multiple of {self.num_shards} ranks: {again}")
         if self.grouped_shuffling:
             logger.warning(
                 f"--grouped-shuffling orders an epoch by the number of ranks ({saved_shards} when saved, "

@@ -1,6 +1,11 @@
-"""Training with stock fairseq: flags and combinations that would go wrong are refused, with what to give."""
+"""What would go wrong in a training with stock fairseq is refused before the first update, with what to give instead.
 
+That is flags and combinations of them, processes that nobody connected, and a folder that another training writes to.
+"""
+
+import os
 from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -9,11 +14,25 @@ from fairseq.dataclass import FairseqDataclass
 from omegaconf import II
 
 from ..common.errors import UserError
+from ..common.files import refuse_path_separator
+from ..common.locks import hold_folder
 from ..common.ranges import check_flags
 
 OPTIMIZER = "mhmoe_adam"
 _GPU_BACKENDS = ("pytorch_ddp", "c10d")  # two names of one
 _DDP_BACKENDS = ("legacy_ddp", "no_c10d")  # two names of one; it leaves the experts' gradients to us
+# What tells how many processes were started, who sets it, and what makes fairseq connect them. torch reads the rank
+# from torchrun's environment where fairseq names -1.
+_LAUNCHERS = {
+    "WORLD_SIZE": (
+        "torchrun",
+        "distributed_training.distributed_world_size={n} distributed_training.distributed_rank=-1 "
+        "distributed_training.distributed_init_method=env:// distributed_training.distributed_no_spawn=true "
+        "to fairseq-hydra-train, or --distributed-world-size {n} --distributed-rank -1 "
+        "--distributed-init-method env:// --distributed-no-spawn to fairseq-train",
+    ),
+    "SLURM_STEP_NUM_TASKS": ("srun", "--distributed-world-size {n} --distributed-port PORT to fairseq-train"),
+}
 
 
 @dataclass
@@ -45,20 +64,17 @@ class TrainingFlags(FairseqDataclass):
 
 
 def check_training_numbers(flags: TrainingFlags) -> None:
-    """Refuse, before training, a number of fairseq's own flags that would end it later, or spoil it without a word."""
+    """Refuse a number of fairseq's own flags that would end the training later, or spoil it without a word."""
     for group in ("optimization_config", "optimizer_config", "lr_scheduler_config", "criterion_config", "ema_config"):
         check_flags(getattr(flags, group, None))
 
 
 def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None:
-    """Stop before training where fairseq would treat sharded experts as if every rank held the same ones.
+    """Stop, with a ``UserError``, where fairseq would treat sharded experts as if every rank held the same ones.
 
     Args:
         flags: the task's configuration.
         expert_parallel_size: ranks that share one bank of experts, more than one.
-
-    Raises:
-        UserError: naming the flag, its value, the rule and the reason.
     """
     for problem in problems(flags):
         raise UserError(
@@ -68,7 +84,7 @@ def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None
 
 
 def problems(flags: TrainingFlags) -> list[str]:
-    """Every flag that does not go with experts on several ranks: its name, its value, the rule and the reason."""
+    """Return the flags that do not go with experts on several ranks: each name, value, rule and reason."""
     name, backend, zero = optimizer_name(flags), flags.ddp_backend, flags.zero_sharding
     rules = {
         f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of all "
@@ -104,14 +120,52 @@ def flattens_gradients(flags: TrainingFlags) -> bool:
 def refuse_ddp_without_gpus(flags: TrainingFlags) -> None:
     """Refuse fairseq's default backend for ranks on CPUs: it would be given the number of a GPU that there is not."""
     is_alone = not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
-    if is_alone or flags.ddp_backend not in _GPU_BACKENDS:
-        return
-    if flags.cpu or not torch.cuda.is_available():
+    needs_gpus = not is_alone and flags.ddp_backend in _GPU_BACKENDS
+    if needs_gpus and (flags.cpu or not torch.cuda.is_available()):
         raise UserError(
             f"--ddp-backend ({flags.ddp_backend}) needs a GPU for every rank: on CPUs give --ddp-backend legacy_ddp"
         )
 
 
 def optimizer_name(flags: TrainingFlags) -> Any:
-    """What ``--optimizer`` names."""
+    """Return what ``--optimizer`` names."""
     return getattr(flags.optimizer_config, "_name", flags.optimizer_config)
+
+
+def require_process_group() -> None:
+    """Stop, with a ``UserError`` that names the flags, if this process is one of several that fairseq did not connect.
+
+    Each would train on all the data and overwrite the others' checkpoints, without a word. It happens where fairseq
+    does not read the launcher's environment: under ``srun`` without the flags that the message names, and under
+    ``torchrun`` with ``fairseq-hydra-train``, which loads this package after it has looked, when
+    ``compat.follow_launchers`` comes too late.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return
+    for variable, (launcher, flags) in _LAUNCHERS.items():
+        started = os.environ.get(variable, "1")
+        if started.isdecimal() and int(started) > 1:
+            raise UserError(
+                f"{variable} ({started}): {launcher} started {started} processes, but fairseq has not connected them, "
+                "so each would train alone and overwrite the others' checkpoints. "
+                f"Add {flags.format(n=started)}. If each is meant to train alone, with a --save-dir of its own, "
+                f"unset {variable}"
+            )
+
+
+def hold_save_dir(flags: TrainingFlags) -> None:
+    """Keep other trainings out of the checkpoints' folder while this one runs.
+
+    Two runs would mix their checkpoints without a word, until one fails over a file that the other has renamed. fairseq
+    has made the folder by now; where there is none, nothing is trained.
+
+    Raises:
+        UserError: if no command could open the checkpoints there, or another training, of this machine or of one that
+            shares its files, saves there.
+    """
+    folder = Path(flags.save_dir)
+    if flags.no_save:
+        return
+    refuse_path_separator(folder, "--save-dir")
+    if folder.is_dir() and (not dist.is_initialized() or dist.get_rank() == 0):
+        hold_folder(folder, "--save-dir")

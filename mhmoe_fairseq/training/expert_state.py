@@ -2,12 +2,15 @@
 
 fairseq has one moment at which all ranks meet before a save: ``Trainer.consolidate_optimizer`` calls
 ``consolidate_state_dict`` of the inner torch optimizer, if it has one. What comes after, rank 0 does alone.
+
+fairseq gives optimizers bare parameters, and notes tell them more. ``param_group`` is the only attribute besides
+``expert`` that both fairseq versions hand on to the fp32 copies that ``FP16Optimizer`` steps on. Its own reader is the
+composite optimizer, which is refused wherever notes are taken.
 """
 
 import datetime
 import sys
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,27 +18,35 @@ from torch import Tensor, nn
 
 from ..parallel import ShardedParameter, sharded_experts
 from .checks import TrainingFlags, refuse_unsafe_flags
-from .parameter_notes import notes_of, take_note
 
 # How long rank 0 waits for the others: one that has died must not hold up the rest for the half hour that process
 # groups wait by default.
 GATHER_TIMEOUT = datetime.timedelta(seconds=120)
 
 
-def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
-    """Get a new model ready for fairseq's trainer, if its experts are shared out over ranks; unsafe flags are refused.
+class ParameterNotes(NamedTuple):
+    """What the parameter is a part of, if experts are shared out over ranks, and the factor of its learning rate."""
 
-    The optimizer is given bare parameters; notes tell it which of them are parts of something larger.
-    """
+    shard: ShardedParameter | None = None
+    lr_scale: float = 1.0
+
+
+def notes_of(parameter: nn.Parameter) -> ParameterNotes:
+    """Return a parameter's notes, empty ones if it has none."""
+    notes = getattr(parameter, "param_group", None)
+    return notes if isinstance(notes, ParameterNotes) else ParameterNotes()
+
+
+def take_note(parameter: nn.Parameter, **changes: Any) -> None:
+    """Change some of a parameter's notes."""
+    parameter.param_group = notes_of(parameter)._replace(**changes)  # type: ignore[attr-defined]
+
+
+def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
+    """Note what an optimizer must know of a new model's experts on several ranks; unsafe flags are refused."""
     for shard in sharded_experts(model):
         refuse_unsafe_flags(flags, shard.groups.size)
         take_note(shard.parameter, shard=shard)
-
-
-def shards_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, ShardedParameter]:
-    """The marked ones among an optimizer's parameters, in order."""
-    noted = ((parameter, notes_of(parameter).shard) for parameter in parameters)
-    return {parameter: shard for parameter, shard in noted if shard is not None}
 
 
 class ExpertState:

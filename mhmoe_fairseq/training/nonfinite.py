@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def is_looking_for_nan() -> bool:
-    """Whether fairseq is repeating an update whose gradient was not finite, to find out where; it ends afterwards."""
+    """Return whether fairseq repeats an update whose gradient was not finite, to find out where, before it ends."""
     return isinstance(sys.exc_info()[1], FloatingPointError)
 
 
 def latest_routing(model: nn.Module) -> dict[nn.Module, RoutingStats]:
-    """What every layer with experts routed in its latest forward pass, kept up to date by a hook."""
+    """Return what every layer with experts routed in its latest forward pass, kept up to date by a hook."""
     latest: dict[nn.Module, RoutingStats] = {}
     for layer in model.modules():
         if getattr(layer, "is_moe_layer", False):
@@ -40,18 +40,15 @@ def report_nonfinite(model: nn.Module, loss: Tensor, what: str, routing: dict[nn
         routing: what its layers with experts routed, see ``latest_routing``.
     """
     rank = f"rank {dist.get_rank()}, " if dist.is_initialized() else ""
-    lines = "\n".join(f"  {name}: {', '.join(_facts(layer, routing.get(layer)))}" for name, layer in _layers(model))
-    logger.error(f"{rank}{what}: loss {float(loss.detach().sum()):g}; layer by layer on this rank:\n{lines}")
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What gives routing counts, and the modules before and after: each parameter once."""
-    layers = {name: module for name, module in model.named_modules() if hasattr(module, "is_moe_layer")}
+    lines = [f"{rank}{what}: loss {float(loss.detach().sum()):g}; layer by layer on this rank:"]
+    # What gives routing counts, and the modules before and after: each parameter once.
+    layers = [f"{name}." for name, module in model.named_modules() if hasattr(module, "is_moe_layer")]
     for name, module in model.named_modules():
-        has_own = any(True for _ in module.parameters(recurse=False))
-        inside = any(name.startswith(f"{layer}.") for layer in layers)
-        if name in layers or (has_own and not inside):
-            yield name.removeprefix("module.").removeprefix("module."), module
+        has_own = next(module.parameters(recurse=False), None) is not None
+        if f"{name}." in layers or (has_own and not name.startswith(tuple(layers))):
+            shown = name.removeprefix("module.").removeprefix("module.")
+            lines.append(f"  {shown}: {', '.join(_facts(module, routing.get(module)))}")
+    logger.error("\n".join(lines))
 
 
 def _facts(layer: nn.Module, stats: RoutingStats | None) -> Iterator[str]:
@@ -59,17 +56,11 @@ def _facts(layer: nn.Module, stats: RoutingStats | None) -> Iterator[str]:
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
     if gradients:
         yield f"gnorm {_norm(gradients):g}"
-    if stats is not None:
-        for pool in zip(*stats.by_pool()):
-            yield from _routing_facts(RoutingStats(*pool))
-
-
-def _routing_facts(pool: RoutingStats) -> Iterator[str]:
-    loads = " ".join(f"{load:.0f}" for load in pool.expert_load.tolist())
-    yield f"router entropy {float(pool.entropy / pool.num_subtokens.clamp(min=1)):g}"
-    yield f"dropped {float(pool.dropped):.0f}"
-    yield f"largest load over mean {float(load_max_over_mean(pool.expert_load)):g}"
-    yield f"expert loads {loads}"
+    for load, dropped, entropy, num_subtokens in zip(*stats.by_pool()) if stats is not None else ():
+        yield f"router entropy {float(entropy / num_subtokens.clamp(min=1)):g}"
+        yield f"dropped {float(dropped):.0f}"
+        yield f"largest load over mean {float(load_max_over_mean(load)):g}"
+        yield f"expert loads {' '.join(f'{number:.0f}' for number in load.tolist())}"
 
 
 def _norm(tensors: list[Tensor]) -> float:

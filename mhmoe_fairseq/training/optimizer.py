@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..common.errors import UserError
 from ..common.ranges import check_flag
 from .checks import OPTIMIZER, TrainingFlags, flattens_gradients, optimizer_name
-from .expert_state import ExpertState, shards_of
-from .parameter_notes import notes_of, take_note
+from .expert_state import ExpertState, notes_of, take_note
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +40,13 @@ class MHMoEAdam(FairseqAdam):
     def __init__(self, cfg: FairseqAdamConfig, params: Iterable[nn.Parameter]) -> None:
         super().__init__(cfg, _groups_by_scale(list(params)))
         self.set_lr(self.optimizer_config["lr"])
-        self._shards = shards_of(self.params)
+        shards = {parameter: notes_of(parameter).shard for parameter in self.params}
+        self._shards = {parameter: shard for parameter, shard in shards.items() if shard is not None}
         if self._shards:
             ExpertState(self._optimizer, self._shards)
 
     def get_lr(self) -> float:
-        """The learning rate of the run, of which groups have their factors."""
+        """Return the learning rate of the run, of which groups have their factors."""
         group = self.param_groups[0]
         return group["lr"] / group.get(_SCALE, 1.0)
 
@@ -57,13 +57,13 @@ class MHMoEAdam(FairseqAdam):
 
     def load_state_dict(self, state_dict: dict[str, Any], optimizer_overrides: dict[str, Any] | None = None) -> None:
         """Continue where a run stopped; one with other factors of the learning rate is refused."""
-        saved, own = (
-            [group.get(_SCALE, 1.0) for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
-        )
+        both = state_dict["param_groups"], self.param_groups
+        saved, own = ([group.get(_SCALE, 1.0) for group in groups] for groups in both)
         if saved != own:
+            before, now = (", ".join(f"{scale:.3g}" for scale in scales) for scales in (saved, own))
             raise UserError(
-                f"--layer-decay, --head-lr-multiplier: the run that is resumed had the factors {_listed(saved)} of the "
-                f"learning rate, this one has {_listed(own)}: give the same flags, or --reset-optimizer"
+                f"--layer-decay, --head-lr-multiplier: the run that is resumed had the factors {before} of the "
+                f"learning rate, this one has {now}: give the same flags, or --reset-optimizer"
             )
         super().load_state_dict(state_dict, optimizer_overrides)
         if optimizer_overrides and "lr" in optimizer_overrides:
@@ -82,7 +82,7 @@ class MHMoEAdam(FairseqAdam):
                 dist.all_reduce(shard.parameter.grad, group=shard.groups.replicas)
 
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """The norm of the whole model's gradient, every expert counted once; the same on every rank.
+        """Return the norm of the whole model's gradient, every expert counted once; the same on every rank.
 
         fairseq's own function scales the experts' gradients but leaves them out of the norm.
         """
@@ -113,10 +113,6 @@ def _groups_by_scale(parameters: list[nn.Parameter]) -> list[Any]:
     return [{"params": members, _SCALE: scale} for scale, members in groups.items()]
 
 
-def _listed(scales: list[float]) -> str:
-    return ", ".join(f"{scale:.3g}" for scale in scales)
-
-
 # Checkpoints name the class of their optimizer, and fairseq resumes them with a class of that name only. Both Adams
 # are the same one: what was saved with --optimizer adam goes on with mhmoe_adam, and the other way round.
 MHMoEAdam.__name__ = FairseqAdam.__name__
@@ -140,7 +136,9 @@ def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: fl
     check_flag("head_lr_multiplier", head_multiplier)
     if layer_decay == 1 and head_multiplier == 1:
         return
-    _refuse_unable(flags, "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier")
+    flag = "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier"
+    for problem in _obstacles(flags):
+        raise UserError(f"{flag}: {problem}")
     parameters = dict(model.named_parameters())
     num_layers = 1 + max((int(layer.group(1)) for layer in map(_LAYER.search, parameters) if layer), default=-1)
     for name, parameter in parameters.items():
@@ -161,14 +159,14 @@ def learning_rate_scale(name: str, num_layers: int, layer_decay: float, head_mul
     return layer_decay ** (num_layers + 1) if _EMBEDDING.search(name) else 1.0
 
 
-def _refuse_unable(flags: TrainingFlags, flag: str) -> None:
+def _obstacles(flags: TrainingFlags) -> Iterator[str]:
     """Learning rates by parameter need an optimizer that has parameter groups, and parameters that stay apart."""
     name = optimizer_name(flags)
     if name != OPTIMIZER:
-        raise UserError(f"{flag}: --optimizer ({name}) must be {OPTIMIZER}: others have one learning rate for all")
+        yield f"--optimizer ({name}) must be {OPTIMIZER}: others have one learning rate for all"
     if flattens_gradients(flags):
-        raise UserError(f"{flag}: --fp16 needs --fp16-no-flatten-grads: one flat tensor has one learning rate")
+        yield "--fp16 needs --fp16-no-flatten-grads: one flat tensor has one learning rate"
     if flags.zero_sharding != "none":
-        raise UserError(f"{flag}: --zero-sharding ({flags.zero_sharding}) must be none: it forms groups of its own")
+        yield f"--zero-sharding ({flags.zero_sharding}) must be none: it forms groups of its own"
     if flags.ddp_backend == "fully_sharded":
-        raise UserError(f"{flag}: --ddp-backend fully_sharded makes one flat tensor, which has one learning rate")
+        yield "--ddp-backend fully_sharded makes one flat tensor, which has one learning rate"

@@ -19,9 +19,9 @@ from ..moe import RoutingStats
 from ..moe.layer import taken_for_padding
 from ..parallel import sharded_experts
 from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
-from .checks import check_training_numbers, refuse_ddp_without_gpus
+from .checks import check_training_numbers, hold_save_dir, refuse_ddp_without_gpus, require_process_group
 from .expert_state import prepare_sharded_model
-from .failures import guard_ranks, hold_save_dir, no_lone_recovery, require_process_group
+from .failures import guard_ranks, no_lone_recovery
 from .nonfinite import is_looking_for_nan, latest_routing, report_nonfinite
 from .router_updates import RouterUpdates
 
@@ -80,7 +80,10 @@ class ParallelTask(FairseqTask):
         self._routing = latest_routing(model)
         prepare_sharded_model(model, self.args)
         if self.is_training:
-            self._guard(model)
+            shards = sharded_experts(model)
+            self.has_spread_experts = bool(shards)
+            groups = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}
+            guard_ranks((groups | {distributed_utils.get_global_group()}) - {None})
             self._router_updates = RouterUpdates(model)
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
@@ -91,16 +94,8 @@ class ParallelTask(FairseqTask):
             )
         return model
 
-    def _guard(self, model: nn.Module) -> None:
-        """Bound every wait of this rank for another."""
-        shards = sharded_experts(model)
-        self.has_spread_experts = bool(shards)
-        own = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}
-        everyone = distributed_utils.get_global_group()
-        guard_ranks([*own, *([] if everyone is None else [everyone])])
-
     def build_criterion(self, *args: Any, **kwargs: Any) -> FairseqCriterion:
-        """fairseq's criterion; one that leaves out the balance loss of a model with experts is told of."""
+        """Return fairseq's criterion; one that leaves out the balance loss of a model with experts is told of."""
         criterion = super().build_criterion(*args, **kwargs)
         if self.is_training and self._has_experts and not hasattr(criterion, "gate_losses"):
             logger.warning(
@@ -111,7 +106,7 @@ class ParallelTask(FairseqTask):
         return criterion
 
     def get_batch_iterator(self, dataset: FairseqDataset, *args: Any, epoch: int = 1, **kwargs: Any) -> Any:
-        """fairseq's ``EpochBatchIterator``, resumable in any epoch and on any number of ranks; training has fillers.
+        """Return fairseq's iterator, resumable in any epoch and on any number of ranks; training has fillers.
 
         fairseq-fixed 0.12.3.1 forms the batches by the epoch in which the iterator is made, and a run that goes on for
         several epochs keeps those of its first. A resumed run must not form others. A dataset that has other samples

@@ -13,7 +13,7 @@ from console import SERVER, train, write_corpus
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock, hold_folder
-from mhmoe_fairseq.training.failures import hold_save_dir
+from mhmoe_fairseq.training.checks import hold_save_dir
 
 
 def hold_and_fork(folder: str, told) -> None:

@@ -25,7 +25,7 @@ from mhmoe_fairseq.metrics.recall import recalls
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import TEXT_POSITIONS
 from mhmoe_fairseq.models.heads import CenteredLayerNorm
-from mhmoe_fairseq.training.parameter_notes import notes_of
+from mhmoe_fairseq.training.expert_state import notes_of
 
 SHAPES = {"img_size": IMG_SIZE, "patch_size": PATCH_SIZE, "max_text_length": 16}
 OWN_FLAGS = {"layer_decay": 1.0, "head_lr_multiplier": 1.0, "randaug": False, "no_flip": False}

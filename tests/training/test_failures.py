@@ -16,10 +16,10 @@ from killable import Ranks
 from language_models import small_model, token_rows
 from workers import TRAIN_FLAGS
 
-from mhmoe_fairseq.training import watch as watch_module
-from mhmoe_fairseq.training.failures import guard_ranks, no_lone_recovery, require_process_group
+from mhmoe_fairseq.training import failures
+from mhmoe_fairseq.training.checks import require_process_group
+from mhmoe_fairseq.training.failures import Board, Watch, guard_ranks, no_lone_recovery
 from mhmoe_fairseq.training.nonfinite import latest_routing, report_nonfinite
-from mhmoe_fairseq.training.watch import Board, Watch
 
 MODEL = (
     "--arch", "mhmoe_lm_tiny", "--decoder-layers", 2, "--moe-expert-count", 4, "--tokens-per-sample", 32,
@@ -149,7 +149,7 @@ class Clock:
 @pytest.fixture()
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(watch_module, "time", clock)
+    monkeypatch.setattr(failures, "time", clock)
     return clock
 
 
