@@ -29,9 +29,16 @@ class SplitCounts:
     characters: int = 0
     words: int = 0
     lines: int = 0
-    documents: int = 0
+    documents: int = 1
     tokens: int = 0
     unknown_tokens: int = 0
+
+    def add(self, line: str) -> None:
+        """Counts a line of the text, which ends a document where it is empty."""
+        self.characters += len(line) + 1
+        self.words += len(line.split())
+        self.lines += line != ""
+        self.documents += line == ""
 
     def as_dict(self) -> dict[str, float]:
         """Returns the counts and the bytes per token."""
@@ -56,16 +63,16 @@ def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCou
     Returns:
         the counts, and the occurrences of every dictionary index: (len(symbols) + 4,) int64.
     """
-    vocab_size = len(vocabulary.symbols) + NUM_SPECIALS
+    vocab_size, lines = len(vocabulary.symbols) + NUM_SPECIALS, _lines(text)
     occurrences = np.zeros(vocab_size, dtype=np.int64)
-    counts = SplitCounts(bytes=text.stat().st_size, documents=1)
+    counts = SplitCounts(bytes=text.stat().st_size)
     bar = tqdm(desc=f"binarise {prefix.name}", total=counts.bytes, unit="B", unit_scale=True, disable=None)
     with dataset_writer(prefix, vocab_size) as add, bar:
-        for lines in _batches(text):
-            items = [np.array([*ids, _EOS], dtype=np.int64) for ids in vocabulary.encode_lines(lines)]
-            for line, item in zip(lines, items):
+        while batch := list(islice(lines, _BATCH_LINES)):
+            items = [np.array([*ids, _EOS], dtype=np.int64) for ids in vocabulary.encode_lines(batch)]
+            for line, item in zip(batch, items):
                 add(item)
-                _count(counts, line)
+                counts.add(line)
                 bar.update(len(line.encode()) + 1)
             occurrences += np.bincount(np.concatenate(items), minlength=vocab_size)
     counts.tokens = int(occurrences.sum())
@@ -75,28 +82,18 @@ def binarize(text: Path, prefix: Path, vocabulary: Vocabulary) -> tuple[SplitCou
 
 def count_text(text: Path) -> SplitCounts:
     """Counts the sizes of a text file, without tokens."""
-    counts = SplitCounts(bytes=text.stat().st_size, documents=1)
-    for lines in _batches(text):
-        for line in lines:
-            _count(counts, line)
+    counts = SplitCounts(bytes=text.stat().st_size)
+    for line in _lines(text):
+        counts.add(line)
     return counts
 
 
 def iter_lines(text: Path) -> Iterator[str]:
-    """Yields the lines of a text file that are not empty."""
+    """Returns the lines of a text file that are not empty."""
+    return filter(None, _lines(text))
+
+
+def _lines(text: Path) -> Iterator[str]:
     with open(text, encoding="utf-8", newline="\n") as stream:
-        yield from (line.rstrip("\n") for line in stream if line != "\n")
-
-
-def _batches(text: Path) -> Iterator[list[str]]:
-    with open(text, encoding="utf-8", newline="\n") as stream:
-        lines = (line.rstrip("\n") for line in stream)
-        while batch := list(islice(lines, _BATCH_LINES)):
-            yield batch
-
-
-def _count(counts: SplitCounts, line: str) -> None:
-    counts.characters += len(line) + 1
-    counts.words += len(line.split())
-    counts.lines += 1 if line else 0
-    counts.documents += 0 if line else 1
+        for line in stream:
+            yield line.rstrip("\n")

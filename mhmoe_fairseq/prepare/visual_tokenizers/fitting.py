@@ -207,59 +207,47 @@ def _draw(distances: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def train_vqvae(images: Tensor, settings: VQVAESettings, say: Say) -> VQVAE:
-    """Trains the small network on batches drawn from (B, 3, S, S), and says its error ten times."""
-    trainer, start, errors = Trainer(settings), time.monotonic(), []
+    """Trains the small network on batches of images (B, 3, S, S); says their mean squared error ten times."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = VQVAE(settings.vocab_size, settings.patch_size, settings.image_size).to(settings.device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    load = torch.zeros(settings.vocab_size, device=settings.device)  # of each code, a moving average
+    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.updates)
+    start, errors = time.monotonic(), []
     for update in range(1, settings.updates + 1):
-        errors.append(trainer.step(images))
+        batch = images[torch.randint(len(images), (settings.batch_size,), generator=generator)].to(settings.device)
+        vectors = model.vectors(batch)
+        ids = model.choose(vectors.detach())
+        chosen = model.codes[ids]
+        passed = vectors + (chosen - vectors).detach()  # the decoder's gradient goes on as if nothing were replaced
+        error = F.mse_loss(model.from_vectors(passed), batch)
+        loss = error + settings.commitment * F.mse_loss(vectors, chosen)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        _move_codes(model.codes, load, vectors.detach().flatten(0, 1), ids.flatten(), settings.decay, generator)
+        errors.append(float(error.detach()))
         if update % max(1, settings.updates // _REPORTS) == 0 or update == settings.updates:
             recent = sum(errors) / len(errors)
             say(f"vqvae {update}/{settings.updates}: mean squared error {recent:.5f}, {time.monotonic() - start:.0f} s")
             errors = []
-    return trainer.model.cpu().eval().requires_grad_(False)
+    return model.cpu().eval().requires_grad_(False)
 
 
-class Trainer:
-    """One training; the codes' loads are kept beside the model, which stays free of them."""
-
-    def __init__(self, settings: VQVAESettings):
-        self._settings = settings
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            model = VQVAE(settings.vocab_size, settings.patch_size, settings.image_size)
-        self.model = model.to(settings.device)
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._load = torch.zeros(settings.vocab_size, device=settings.device)
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), settings.learning_rate, betas=(0.9, 0.95))
-        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, settings.updates)
-
-    def step(self, images: Tensor) -> float:
-        """Makes one update on a batch drawn from ``images`` (B, 3, S, S); returns their mean squared error."""
-        settings = self._settings
-        batch = images[self._draw(len(images), settings.batch_size)].to(settings.device)
-        vectors = self.model.vectors(batch)
-        ids = self.model.choose(vectors.detach())
-        chosen = self.model.codes[ids]
-        passed = vectors + (chosen - vectors).detach()  # the decoder's gradient goes on as if nothing were replaced
-        error = F.mse_loss(self.model.from_vectors(passed), batch)
-        loss = error + settings.commitment * F.mse_loss(vectors, chosen)
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-        self._schedule.step()
-        self._move_codes(vectors.detach().flatten(0, 1), ids.flatten())
-        return float(error.detach())
-
-    def _move_codes(self, vectors: Tensor, ids: Tensor) -> None:
-        settings, codes = self._settings, self.model.codes
-        counts = torch.bincount(ids, minlength=settings.vocab_size)
-        self._load.mul_(settings.decay).add_(counts / len(ids), alpha=1 - settings.decay)
-        means = F.normalize(torch.zeros_like(codes).index_add_(0, ids, vectors), dim=1)
-        moved = F.normalize(settings.decay * codes + (1 - settings.decay) * means, dim=1)
-        codes.copy_(torch.where(counts[:, None] > 0, moved, codes))
-        dead = (self._load < _DEAD_SHARE / settings.vocab_size).nonzero()[:, 0]
-        if len(dead):
-            codes[dead] = vectors[self._draw(len(vectors), len(dead)).to(vectors.device)]
-            self._load[dead] = 1 / settings.vocab_size
-
-    def _draw(self, of: int, count: int) -> Tensor:
-        return torch.randint(of, (count,), generator=self._generator)
+def _move_codes(
+    codes: Tensor, load: Tensor, vectors: Tensor, ids: Tensor, decay: float, generator: torch.Generator
+) -> None:
+    """Moves codes towards the mean of the vectors that chose them, and those that few choose onto drawn vectors."""
+    counts = torch.bincount(ids, minlength=len(codes))
+    load.mul_(decay).add_(counts / len(ids), alpha=1 - decay)
+    means = F.normalize(torch.zeros_like(codes).index_add_(0, ids, vectors), dim=1)
+    moved = F.normalize(decay * codes + (1 - decay) * means, dim=1)
+    codes.copy_(torch.where(counts[:, None] > 0, moved, codes))
+    dead = (load < _DEAD_SHARE / len(codes)).nonzero()[:, 0]
+    if len(dead):
+        drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
+        codes[dead] = vectors[drawn]
+        load[dead] = 1 / len(codes)
