@@ -83,17 +83,13 @@ def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) 
 class LabelledText:
     """Labelled files, and the dictionary and tokenizer that turn text into the ids that a language model knows.
 
-    Args:
-        folder: made by ``mhmoe prepare english`` or ``multilingual``, or by hand.
-        tiktoken_ranks: rank file, where the model was trained with one.
-
     Raises:
         UserError: dictionary or tokenizer are missing, or they do not belong together.
     """
 
     files: Sequence[LabelledFile]
-    folder: Path
-    tiktoken_ranks: Optional[Path] = None
+    folder: Path  # made by ``mhmoe prepare english`` or ``multilingual``, or by hand
+    tiktoken_ranks: Optional[Path] = None  # where the model was trained with a rank file
 
     def __post_init__(self) -> None:
         from fairseq.data import Dictionary
@@ -136,11 +132,6 @@ class LabelledText:
 class ClassificationSettings(Settings):
     """How the files are read.
 
-    Args:
-        labels: the classes, with other spellings (``contradiction=contradictory``); None to take them from the
-            training files.
-        skip_labels: examples with these are left out.
-
     Raises:
         UserError: naming the flag and the rule that it breaks.
     """
@@ -148,8 +139,8 @@ class ClassificationSettings(Settings):
     text_fields: Sequence[str]
     label_field: str
     language_field: Optional[str]
-    labels: Optional[Sequence[str]] = None
-    skip_labels: Sequence[str] = ()
+    labels: Optional[Sequence[str]] = None  # ``contradiction=contradictory``; None to find them in training files
+    skip_labels: Sequence[str] = ()  # examples with these are left out
 
     def __post_init__(self) -> None:
         if len(self.text_fields) > 2 or len(set(self.text_fields)) < len(self.text_fields):

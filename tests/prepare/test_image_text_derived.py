@@ -143,7 +143,7 @@ def family_of(number):
 
 def test_units_stay_whole_and_families_stay_known():
     images = [family_of(number) for number in range(60)]
-    sentences = [Sentence(f"text{number}", "en", "words") for number in range(40)]
+    sentences = [Sentence(f"text{number}", "words") for number in range(40)]
     assigned = assign_units(images, sentences, SHARES, 1)
     counts = Counter(assigned[image.unit] for image in images)
     assert counts == {"train": 36, "valid": 12, "test": 12}

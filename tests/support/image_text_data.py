@@ -47,7 +47,7 @@ class Shapes:
             for size in SIZES
         ]
         sentences = [
-            Sentence(f"{first}-{second}-{shape}", language, self._sentence(language, first, second, shape))
+            Sentence(f"{first}-{second}-{shape}", self._sentence(language, first, second, shape))
             for language in languages
             for first in COLOURS
             for second in COLOURS

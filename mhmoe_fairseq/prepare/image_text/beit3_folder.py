@@ -59,17 +59,12 @@ class PieceVocabulary:
 
 @dataclass
 class Completion:
-    """One run over one folder; ``made`` are the files that it wrote.
-
-    Args:
-        text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt``; None for the captions themselves.
-        tokenizer: settings of the visual tokenizer; without them no tokenizer is fitted.
-    """
+    """One run over one folder; ``made`` are the files that it wrote."""
 
     folder: Path
     say: Say
-    text_data: Optional[Path] = None
-    tokenizer: Optional[KMeansSettings] = None
+    text_data: Optional[Path] = None  # folder with ``train.txt``, ...; None for the captions themselves
+    tokenizer: Optional[KMeansSettings] = None  # None to fit none
     made: list[str] = field(default_factory=list)
 
     def run(self, dest: Path, *, overwrite: bool = False) -> dict[str, Any]:

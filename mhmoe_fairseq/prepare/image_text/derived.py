@@ -58,15 +58,10 @@ class Derived(NamedTuple):
 
 @dataclass(frozen=True)
 class DerivedSettings:
-    """How many are made.
+    """How many are made."""
 
-    Args:
-        min_answer_count: answers that fewer training questions have are no classes.
-        statements: of the training part; each held-out part has a fifth of that.
-    """
-
-    min_answer_count: int = 3
-    statements: int = 10_000
+    min_answer_count: int = 3  # answers that fewer training questions have are no classes
+    statements: int = 10_000  # of the training part; each held-out part has a fifth of that
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Protocol, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Protocol, Sequence
 
 from tqdm import tqdm
 
@@ -26,35 +26,24 @@ _COLOUR = re.compile(rf"\b({'|'.join(COLOURS)})\b")
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image and what its source says about it.
+    """One image and what its source says about it."""
 
-    Args:
-        path: relative to the prepared folder, ``images/...``; it names the image everywhere.
-        captions: language -> captions; cleaned lines.
-        unit: images of one unit, such as one drawing in several skin tones, go to the same part.
-        family: units of one family differ in something that captions name; empty where nothing is known. Only for a
-            family that training has seen too, a held-out image's caption can be put together.
-        group: coarse kind; empty if unknown.
-        subgroup: finer kind; empty if unknown.
-        keywords: English words that fit.
-        facts: what the metadata tell beyond that, such as ``{"colour": "red"}``.
-    """
-
-    path: str
-    captions: dict[str, list[str]]
-    unit: str
+    path: str  # relative to the prepared folder, ``images/...``; it names the image everywhere
+    captions: dict[str, list[str]]  # by language; cleaned lines
+    unit: str  # images of one unit, such as one drawing in several skin tones, go to the same part
+    # Units of one family differ in something that captions name; empty where nothing is known. Only for a family that
+    # training has seen too, a held-out image's caption can be put together.
     family: str = ""
-    group: str = ""
-    subgroup: str = ""
-    keywords: tuple[str, ...] = ()
-    facts: dict[str, str] = field(default_factory=dict)
+    group: str = ""  # coarse kind; empty if unknown
+    subgroup: str = ""  # finer kind; empty if unknown
+    keywords: tuple[str, ...] = ()  # English words that fit
+    facts: dict[str, str] = field(default_factory=dict)  # what else the metadata tell, such as ``{"colour": "red"}``
 
 
 class Sentence(NamedTuple):
     """A line of text; it follows the images of its unit into their part."""
 
     unit: str
-    language: str
     text: str
 
 
@@ -92,41 +81,33 @@ def kinds_by_folder(name: str) -> dict[str, str]:
     return dict(zip(("group", "subgroup"), (*PurePosixPath(name).parts[:-1], "", "")))
 
 
-def caption_sentences(images: Iterable[SourceImage]) -> Iterator[Sentence]:
-    """Yields every caption as a line of text, for sources that have no other text."""
-    for image in images:
-        for language, captions in image.captions.items():
-            yield from (Sentence(image.unit, language, caption) for caption in captions)
+def caption_sentences(images: Iterable[SourceImage]) -> list[Sentence]:
+    """Returns every caption as a line of text, for sources that have no other text."""
+    return [Sentence(image.unit, text) for image in images for texts in image.captions.values() for text in texts]
 
 
-def keep_images(folder: Path, opened: OpenedImages) -> tuple[OpenedImages, dict[str, Any]]:
+def keep_images(folder: Path, opened: OpenedImages) -> OpenedImages:
     """Leaves out images that cannot be read, joins units that show the same one, and writes the catalogue.
-
-    Returns:
-        what is left, and what the manifest says of the rest.
 
     Raises:
         UserError: no image can be read.
     """
     kept, problems = _readable(folder, opened.images)
     joined = _joined_units(folder, kept)
-    left = OpenedImages(
-        opened.provenance,
-        [replace(image, unit=joined[image.unit]) for image in kept],
-        [sentence._replace(unit=joined.get(sentence.unit, sentence.unit)) for sentence in opened.sentences],
-    )
-    for name, rows in ((SENTENCES, map(Sentence._asdict, left.sentences)), (CATALOGUE, map(asdict, left.images))):
+    images = [replace(image, unit=joined[image.unit]) for image in kept]
+    sentences = [Sentence(joined.get(unit, unit), text) for unit, text in opened.sentences]
+    for name, rows in ((SENTENCES, map(Sentence._asdict, sentences)), (CATALOGUE, map(asdict, images))):
         with atomic_open(folder / name) as stream:
             stream.writelines(map(json_line, rows))
     gone = sum(unit != root for unit, root in joined.items())
-    return left, {"images": len(kept), "joined_things": gone, "unreadable": problems}
+    return OpenedImages({"images": len(kept), "joined_things": gone, "unreadable": problems}, images, sentences)
 
 
 def read_catalogue(folder: Path) -> tuple[list[SourceImage], list[Sentence]]:
     """Returns the images and sentences that :func:`keep_images` left, in the same order."""
     rows = [row for _, row in read_json_lines(folder / CATALOGUE)]
     images = [SourceImage(**{**row, "keywords": tuple(row["keywords"])}) for row in rows]
-    return images, [Sentence(**row) for _, row in read_json_lines(folder / SENTENCES)]
+    return images, [Sentence(row["unit"], row["text"]) for _, row in read_json_lines(folder / SENTENCES)]
 
 
 def _readable(folder: Path, images: Sequence[SourceImage]) -> tuple[list[SourceImage], list[str]]:

@@ -20,19 +20,12 @@ Rows = Iterable[dict[str, Any]]
 
 @dataclass(frozen=True)
 class IndexWriter:
-    """Writes index files into ``folder``; every method that writes returns counts by file.
-
-    Args:
-        folder: the prepared folder.
-        encode: texts to dictionary indices, without end marks.
-        images: all of them by part; an ``image_id`` counts through the parts in this order.
-        language: of captioning, retrieval and derived data; pairs are written in all languages.
-    """
+    """Writes index files into ``folder``; every method that writes returns counts by file."""
 
     folder: Path
-    encode: Callable[[list[str]], list[list[int]]]
-    images: Mapping[str, Sequence[SourceImage]]
-    language: str
+    encode: Callable[[list[str]], list[list[int]]]  # texts to dictionary indices, without end marks
+    images: Mapping[str, Sequence[SourceImage]]  # by part; an ``image_id`` counts through the parts in this order
+    language: str  # of captioning, retrieval and derived data; pairs are written in all languages
 
     def write(self, task: str, rows_of: Callable[[str], Rows]) -> dict[str, int]:
         """Writes the index of each part that has rows; their ``text_segment`` is a text, which is encoded here."""

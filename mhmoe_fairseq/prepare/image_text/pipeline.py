@@ -22,22 +22,15 @@ _ASSIGNED = "parts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTextSettings(CorpusSettings):
-    """How images and texts are prepared.
+    """How images and texts are prepared."""
 
-    Args:
-        languages: of captions and sentences; captioning, retrieval and derived data are in the first.
-        text_data: folder with ``train.txt``, ``valid.txt`` and ``test.txt`` in place of the source's sentences.
-        derived: how many questions and statements are derived; None to derive nothing.
-        tokenizer: how the visual tokenizer is fitted; None to fit none.
-    """
-
-    languages: tuple[str, ...] = ("en",)
+    languages: tuple[str, ...] = ("en",)  # of captions; captioning, retrieval and derived data are in the first
     vocab_size: int = 2000
     valid_fraction: float = 0.1
     test_fraction: float = 0.1
-    text_data: Optional[Path] = None
-    derived: Optional[DerivedSettings] = DerivedSettings()
-    tokenizer: Optional[KMeansSettings] = KMeansSettings()
+    text_data: Optional[Path] = None  # folder with ``train.txt``, ... in place of the source's sentences
+    derived: Optional[DerivedSettings] = DerivedSettings()  # None to derive nothing
+    tokenizer: Optional[KMeansSettings] = KMeansSettings()  # None to fit none
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag, the languages as ``langs``, texts as their hashes."""
@@ -82,11 +75,11 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
     def _open(self) -> dict[str, Any]:
         start = time.monotonic()
         opened = self.source.open(self.settings.languages, self.partial, self.cache_dir, self.say)
-        kept, record = keep_images(self.partial, opened)
+        record, images, sentences = keep_images(self.partial, opened)
         self.say(
-            f"images: {len(kept.images)} of {len({image.unit for image in kept.images})} things "
+            f"images: {len(images)} of {len({image.unit for image in images})} things "
             f"({record['joined_things']} joined to others with the same image), {len(record['unreadable'])} left out; "
-            f"{len(kept.sentences)} sentences; {time.monotonic() - start:.1f} s"
+            f"{len(sentences)} sentences; {time.monotonic() - start:.1f} s"
         )
         return {**opened.provenance, **record}
 

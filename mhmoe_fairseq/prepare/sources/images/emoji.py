@@ -75,7 +75,7 @@ class EmojiSource:
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
         for image in images:
             (folder / image.path).write_bytes(contents[_FOLDER + Path(image.path).name])
-        sentences = [sentence for language in languages for sentence in _sentences(names[language], language)]
+        sentences = [sentence for language in languages for sentence in _sentences(names[language])]
         packages = [archive.provenance() for archive in archives]
         return OpenedImages({"packages": packages, "unnamed": len(drawings) - len(images)}, images, sentences)
 
@@ -129,12 +129,12 @@ def _facts(name: str) -> dict[str, str]:
     return {**facts, "tone": tones[0].removesuffix(" skin tone")} if len(tones) == 1 else facts
 
 
-def _sentences(names: Names, language: str) -> Iterator[Sentence]:
+def _sentences(names: Names) -> Iterator[Sentence]:
     """Yields ``name: keyword, keyword`` of every character, also without an image; skin tones would repeat it."""
     for characters, (name, keywords) in names.items():
         if _TONES.isdisjoint(characters):
             others = ", ".join(keyword for keyword in keywords if keyword != name)
-            yield Sentence(_unit(characters), language, f"{name}: {others}" if others else name)
+            yield Sentence(_unit(characters), f"{name}: {others}" if others else name)
 
 
 def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[str, dict[str, Annotation]]:

@@ -89,7 +89,7 @@ class FolderSource:
             "folder": self.folder.name, "captioned": captioned, "left_out": left_out,
             "captions_in_other_languages": dict(unread),
         }  # fmt: skip
-        return OpenedImages(provenance, images, list(caption_sentences(images)))
+        return OpenedImages(provenance, images, caption_sentences(images))
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()

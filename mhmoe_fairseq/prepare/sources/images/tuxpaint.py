@@ -58,7 +58,7 @@ class TuxPaintSource:
             (folder / image.path).write_bytes(content)
             images.append(image)
         provenance = {**fetched.provenance(), "without_caption": len(drawings) - len(images)}
-        return OpenedImages(provenance, images, list(caption_sentences(images)))
+        return OpenedImages(provenance, images, caption_sentences(images))
 
 
 def _is_wanted(member: str) -> bool:
