@@ -55,12 +55,9 @@ def _add_corpus_arguments(
     parser: argparse.ArgumentParser, sources: Sources, settings: type[CorpusSettings], *, held_out: str,
     drawn: str, **lowest: float,
 ) -> None:  # fmt: skip
-    """Adds the flags of everything that is fetched and divided.
+    """Adds the flags of everything that is fetched and divided, with defaults of ``settings``.
 
     Args:
-        settings: hold the defaults.
-        held_out: what a share is a share of.
-        drawn: what the seed decides.
         lowest: a bound of the shares, see :func:`real`.
     """
     sources.add_arguments(parser)
@@ -77,24 +74,18 @@ def _add_corpus_arguments(
 
 
 def _add_vocabulary_arguments(group: argparse._ArgumentGroup, settings: type[CorpusSettings]) -> None:
+    if issubclass(settings, TextSettings):
+        group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
+        group.add_argument(
+            "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
+        )
+        lines = "learn pieces from at most about N lines"
+        add_fields(group, settings, ("tokenizer_lines", arguments.whole(), "N", lines))
     add_fields(
         group, settings,
         ("vocab_size", arguments.whole(), "N", "SentencePiece's pieces"),
         ("tokenizer_model", MODELS, None, "SentencePiece's model"),
     )  # fmt: skip
-
-
-def _add_text_vocabulary_arguments(
-    parser: argparse.ArgumentParser, settings: type[TextSettings]
-) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("vocabulary")
-    group.add_argument("--tokenizer", choices=TOKENIZERS, default="sentencepiece", help="kind")
-    group.add_argument(
-        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="rank file for --tokenizer tiktoken"
-    )
-    _add_vocabulary_arguments(group, settings)
-    add_fields(group, settings, ("tokenizer_lines", arguments.whole(), "N", "learn pieces from at most about N lines"))
-    return group
 
 
 def _cache_dir(args: argparse.Namespace) -> Path:
@@ -108,7 +99,7 @@ def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     deduplicated = "what is kept only where it occurs first in the whole corpus, before the split"
     add_fields(parser, EnglishSettings, ("dedup", DEDUP_CHOICES, None, deduplicated))
-    _add_text_vocabulary_arguments(parser, EnglishSettings)
+    _add_vocabulary_arguments(parser.add_argument_group("vocabulary"), EnglishSettings)
 
 
 def _english(args: argparse.Namespace) -> EnglishPreparation:
@@ -133,7 +124,8 @@ def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
         "--line-filter", choices=("auto", "on", "off"), default="auto",
         help="drop short lines, lines in another script, and untranslated English; auto: for debian-docs only",
     )  # fmt: skip
-    group = _add_text_vocabulary_arguments(parser, MultilingualSettings)
+    group = parser.add_argument_group("vocabulary")
+    _add_vocabulary_arguments(group, MultilingualSettings)
     sampled = "languages are drawn by (their share of the characters) ** A; 1 as they are, 0 all alike"
     add_fields(group, MultilingualSettings, ("vocab_sampling_alpha", real(0, 1), "A", sampled))
 
@@ -193,7 +185,7 @@ def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
     settings = ImageTextSettings.from_flags(
         args,
         languages=_codes(args.langs),
-        text_data=_text_folder(args.text_data),
+        text_data=args.text_data and _text_folder(args.text_data),
         derived=None if args.no_derived else DerivedSettings(args.min_answer_count, args.statements),
         tokenizer=None if args.no_visual_tokenizer else tokenizer,
     )
@@ -211,10 +203,8 @@ def _codes(langs: str) -> tuple[str, ...]:
     return codes
 
 
-def _text_folder(folder: Path | None) -> Path | None:
+def _text_folder(folder: Path) -> Path:
     """Returns the folder with train.txt, valid.txt and test.txt, which is text/ in a prepared folder."""
-    if folder is None:
-        return None
     inner = folder / "text" if (folder / "text").is_dir() else folder
     require_files([inner / f"{split}.txt" for split in SPLITS], "--text-data")
     return inner

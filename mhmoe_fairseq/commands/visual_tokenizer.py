@@ -64,12 +64,23 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
         fit, vqvae,
         ("updates", whole(), "N", "vqvae: steps"),
         ("batch_size", whole(), "N", "vqvae: images in a step"),
-        ("device", str, None, "vqvae: where to train"),
+        ("device", _device, None, "vqvae: where to train"),
     )  # fmt: skip
     fit.add_argument(
         "--lr", dest="learning_rate", type=real(above=0, below=1), default=vqvae.learning_rate, metavar="RATE",
         help="vqvae: at the start",
     )  # fmt: skip
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"({name}): PyTorch cannot use it here ({reason})") from error
+    return name
 
 
 def run(args: argparse.Namespace) -> int:

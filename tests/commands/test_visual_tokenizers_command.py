@@ -86,7 +86,7 @@ def test_info_and_encode(run, shapes, tmp_path):
         (["--vocab-size", "5000"], "5000 codes (--vocab-size, in mhmoe prepare --visual-vocab-size): more than the"),
         (["--kind", "vqvae", "--updates", "0"], "--updates (0) must be at least 1"),
         (["--kind", "vqvae", "--lr", "2"], "--lr (2) must be in (0, 1)"),
-        (["--kind", "vqvae", "--device", "nothing"], "--device nothing: PyTorch cannot use it here"),
+        (["--kind", "vqvae", "--device", "nothing"], "--device (nothing): PyTorch cannot use it here"),
     ],
 )
 def test_bad_flags_are_one_line(run, shapes, tmp_path, arguments, message):

@@ -97,14 +97,14 @@ class Derivation:
             record["files"] |= _write_questions(writer, labels, known)
             record["questions"] = {"answers": len(labels)}
             for split, made in known.items():
-                entry = {**_describe("questions", made), "dropped_rare_answers": len(self.questions[split]) - len(made)}
-                if split != "train":
-                    entry["question_only_accuracy"] = question_only_baseline(known["train"], made)
-                record["questions"][split] = entry
-            blind = record["questions"]["test"]["question_only_accuracy"]["by_question"]
+                dropped = len(self.questions[split]) - len(made)
+                record["questions"][split] = {**_describe("questions", made), "dropped_rare_answers": dropped}
+            for split in ("valid", "test"):
+                blind = question_only_baseline(known["train"], known[split])
+                record["questions"][split]["question_only_accuracy"] = blind
             say(
                 f"questions ({NOTE}): {_counts(known)}; {len(labels)} answers; without looking at the test images "
-                f"{blind:.1f} % are right"
+                f"{blind['by_question']:.1f} % are right"
             )
         if self.statements["train"]:
             record["files"] |= _write_statements(writer, self.statements)
@@ -197,12 +197,8 @@ def _yes_or_no(images: Sequence[SourceImage], form: str, generator: random.Rando
 
 def answer_vocabulary(questions: Iterable[Derived], min_count: int) -> list[str]:
     """Returns answers that occur at least ``min_count`` times in training, the most frequent first."""
-    counts = Counter(question.answer for question in questions)
-    return [answer for answer in _by_frequency(counts) if counts[answer] >= min_count]
-
-
-def _by_frequency(counts: Counter[str]) -> list[str]:
-    return sorted(counts, key=lambda answer: (-counts[answer], answer))
+    counts = Counter(sorted(question.answer for question in questions))  # of equals the first by name
+    return [answer for answer, number in counts.most_common() if number >= min_count]
 
 
 def question_only_baseline(train: Sequence[Derived], held_out: Sequence[Derived]) -> dict[str, float]:
@@ -212,19 +208,19 @@ def question_only_baseline(train: Sequence[Derived], held_out: Sequence[Derived]
         ``by_form``: most frequent among all questions of its form; ``by_question``: among questions of the same words,
         where training has them.
     """
-    by_form, by_text = defaultdict(Counter), defaultdict(Counter)
-    for question in train:
-        by_form[question.form][question.answer] += 1
-        by_text[question.text][question.answer] += 1
 
-    def accuracy(counts_for: Callable[[Derived], Counter[str]]) -> float:
-        right = sum(question.answer in _by_frequency(counts_for(question))[:1] for question in held_out)
-        return round(100 * right / max(1, len(held_out)), 2)
+    def guesses(field: str) -> dict[str, str]:
+        asked: dict[str, list[Derived]] = defaultdict(list)
+        for question in train:
+            asked[getattr(question, field)].append(question)
+        return {key: answer_vocabulary(questions, 1)[0] for key, questions in asked.items()}
 
-    return {
-        "by_form": accuracy(lambda question: by_form[question.form]),
-        "by_question": accuracy(lambda question: by_text.get(question.text) or by_form[question.form]),
+    by_form, by_text = guesses("form"), guesses("text")
+    right = {
+        "by_form": sum(by_form.get(asked.form) == asked.answer for asked in held_out),
+        "by_question": sum(by_text.get(asked.text, by_form.get(asked.form)) == asked.answer for asked in held_out),
     }
+    return {name: round(100 * count / max(1, len(held_out)), 2) for name, count in right.items()}
 
 
 def _words(image: SourceImage) -> tuple[str, ...]:

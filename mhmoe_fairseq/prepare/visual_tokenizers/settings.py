@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...common.errors import UserError
-
 TOKENIZER_FILE = "visual_tokenizer.pt"
 
 
@@ -48,14 +46,3 @@ class VQVAESettings(FitSettings):
     commitment: float = 0.25  # weight of the vectors' distance from their codes, beside the error of the images
     device: str = "cpu"
     max_images: ClassVar[int] = 4096
-
-    def check(self, vocab_flag: str = "--vocab-size") -> None:
-        """``UserError`` as for every kind, and for a device that PyTorch cannot use."""
-        import torch
-
-        super().check(vocab_flag)
-        try:
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--device {self.device}: PyTorch cannot use it here ({reason})") from error
