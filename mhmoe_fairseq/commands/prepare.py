@@ -21,7 +21,7 @@ from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSetting
 from ..prepare.multilingual.cleaning import MultilingualSettings
 from ..prepare.multilingual.pipeline import MultilingualPreparation
 from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES, Sources
-from ..prepare.sources.images.folder import Beit3Folder
+from ..prepare.sources.image_folder import Beit3Folder
 from ..prepare.splits import SPLITS
 from ..prepare.visual_tokenizers.settings import KMeansSettings
 

@@ -41,7 +41,7 @@ from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
         ("multilingual", "--vocab-sampling-alpha 2", "--vocab-sampling-alpha (2) must be in [0, 1]"),
         ("multilingual", "--tokenizer tiktoken", "--tokenizer tiktoken: needs --tiktoken-ranks FILE"),
         ("multilingual", "--valid-fraction 0.6 --test-fraction 0.5", "their sum must be below 1"),
-        ("image-text", "--source coco", "--source coco: must be one of emoji, folder, beit3-index, tuxpaint"),
+        ("image-text", "--source coco", "--source coco: must be one of folder, beit3-index, emoji, tuxpaint"),
         ("image-text", "--source folder", "--source folder: needs one folder after it, got none"),
         ("image-text", "--source emoji x", "--source emoji: takes nothing after it, got x"),
         ("image-text", "--valid-fraction 0", "--valid-fraction (0) must be in (0, 1)"),

@@ -12,11 +12,10 @@ import pytest
 from PIL import Image
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.prepare.image_text.images import colour_facts
-from mhmoe_fairseq.prepare.sources.images import emoji
-from mhmoe_fairseq.prepare.sources.images.emoji import EmojiSource
-from mhmoe_fairseq.prepare.sources.images.folder import FolderSource
-from mhmoe_fairseq.prepare.sources.images.tuxpaint import TuxPaintSource
+from mhmoe_fairseq.prepare.image_text.images import caption_sentences, colour_facts
+from mhmoe_fairseq.prepare.sources import image_packages
+from mhmoe_fairseq.prepare.sources.image_folder import FolderSource
+from mhmoe_fairseq.prepare.sources.image_packages import EmojiSource, TuxPaintSource
 
 
 def png(colour="red"):
@@ -87,12 +86,12 @@ def emoji_packages(tmp_path, monkeypatch):
     files |= {"package/emoji.json": emoji_rows(), "package/img/google/sheets/64.png": b"not read"}
     names = {language: annotations(language) for language in ("en", "de", "fr")}
     packages = {
-        (emoji, "ARTWORK"): files,
-        (emoji, "ANNOTATIONS"): {
+        (image_packages, "ARTWORK"): files,
+        (image_packages, "ANNOTATIONS"): {
             f"package/annotations/{language}/annotations.json": {"annotations": {"annotations": plain}}
             for language, (plain, _) in names.items()
         },
-        (emoji, "DERIVED"): {
+        (image_packages, "DERIVED"): {
             f"package/annotationsDerived/{language}/annotations.json": {"annotationsDerived": {"annotations": derived}}
             for language, (_, derived) in names.items()
         },
@@ -138,14 +137,14 @@ def test_a_language_that_cldr_lacks(tmp_path, emoji_packages):
 
 def test_a_package_of_another_layout(tmp_path, emoji_packages, monkeypatch):
     for name, files in (("ARTWORK", {"package/emoji.json": {"no": "list"}}), ("ARTWORK", {})):
-        path = emoji_packages / emoji.ARTWORK.filename
-        monkeypatch.setattr(emoji, name, replace(emoji.ARTWORK, sha256=tarball(path, files)))
+        path = emoji_packages / image_packages.ARTWORK.filename
+        monkeypatch.setattr(image_packages, name, replace(image_packages.ARTWORK, sha256=tarball(path, files)))
         with pytest.raises(UserError, match="is not the index of emoji-datasource"):
             open_source(EmojiSource(), tmp_path, emoji_packages)
 
 
 def test_the_real_packages_are_pinned():
-    for archive in (emoji.ARTWORK, emoji.ANNOTATIONS, emoji.DERIVED):
+    for archive in (image_packages.ARTWORK, image_packages.ANNOTATIONS, image_packages.DERIVED):
         assert len(archive.sha256) == 64 and archive.version in archive.filename
         assert archive.package in EmojiSource().identity(["en"])
 
@@ -167,7 +166,8 @@ def test_tux_paint(tmp_path, make_deb):
     assert mug.captions == {"en": ["A red mug."], "de": ["Eine rote Tasse."], "zh": ["\u676f\u5b50"]}
     assert (mug.group, mug.subgroup, mug.facts) == ("household", "dishes", {"colour": "red"})
     assert opened.provenance["without_caption"] == 1 and opened.provenance["version"] == "1.0-1"
-    assert [sentence.text for sentence in opened.sentences] == ["A red mug.", "Eine rote Tasse.", "\u676f\u5b50"]
+    texts = [sentence.text for sentence in caption_sentences(opened.images)]
+    assert texts == ["A red mug.", "Eine rote Tasse.", "\u676f\u5b50"]
 
 
 @pytest.fixture

@@ -3,12 +3,13 @@
 No content is in two parts: images are divided by units, and units that show the same image are one.
 """
 
+import hashlib
 import random
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Iterable, Mapping, NamedTuple, Protocol, Sequence
+from typing import Any, Iterable, Mapping, NamedTuple, Optional, Protocol, Sequence
 
 from tqdm import tqdm
 
@@ -48,26 +49,26 @@ class Sentence(NamedTuple):
 
 
 class OpenedImages(NamedTuple):
-    """What a source gave: provenance for the manifest, images (already written), and sentences."""
+    """What a source gave: provenance for the manifest, images (already written), and text without images."""
 
     provenance: dict[str, Any]
     images: list[SourceImage]
-    sentences: list[Sentence]
+    sentences: Optional[list[Sentence]] = None  # None for the captions
 
 
 class ImageSource(Protocol):
-    """Images by name of their source; its identity is what makes two preparations differ."""
+    """Images by name of their source.
+
+    ``identity`` is what makes two preparations differ, without fetching anything. ``open`` writes the images under
+    ``folder / "images"``.
+    """
 
     name: str
     licence: str
 
-    def identity(self, languages: Sequence[str]) -> dict[str, object]:
-        """Returns JSON values, without fetching anything."""
-        ...
+    def identity(self, languages: Sequence[str]) -> dict[str, object]: ...
 
-    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
-        """Writes the images under ``folder / "images"``."""
-        ...
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages: ...
 
 
 def colour_facts(text: str) -> dict[str, str]:
@@ -76,13 +77,25 @@ def colour_facts(text: str) -> dict[str, str]:
     return {"colour": found.pop()} if len(found) == 1 else {}
 
 
-def kinds_by_folder(name: str) -> dict[str, str]:
-    """Returns an image's first two folders as its ``group`` and ``subgroup``."""
-    return dict(zip(("group", "subgroup"), (*PurePosixPath(name).parts[:-1], "", "")))
+def file_image(
+    folder: Path, name: PurePosixPath, content: bytes, captions: dict[str, list[str]], english: str,
+    keywords: tuple[str, ...] = (),
+) -> SourceImage:  # fmt: skip
+    """Writes an image and returns it: its first two folders are its kinds, and equal content is one unit.
+
+    Args:
+        english: text in which a colour may be named.
+    """
+    path = folder / IMAGES / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    group, subgroup, *_ = (*name.parts[:-1], "", "")
+    unit = hashlib.sha256(content).hexdigest()[:16]
+    return SourceImage(f"{IMAGES}/{name}", captions, unit, "", group, subgroup, keywords, colour_facts(english))
 
 
 def caption_sentences(images: Iterable[SourceImage]) -> list[Sentence]:
-    """Returns every caption as a line of text, for sources that have no other text."""
+    """Returns every caption as a line of text."""
     return [Sentence(image.unit, text) for image in images for texts in image.captions.values() for text in texts]
 
 
@@ -95,7 +108,8 @@ def keep_images(folder: Path, opened: OpenedImages) -> OpenedImages:
     kept, problems = _readable(folder, opened.images)
     joined = _joined_units(folder, kept)
     images = [replace(image, unit=joined[image.unit]) for image in kept]
-    sentences = [Sentence(joined.get(unit, unit), text) for unit, text in opened.sentences]
+    found = caption_sentences(opened.images) if opened.sentences is None else opened.sentences
+    sentences = [Sentence(joined.get(unit, unit), text) for unit, text in found]
     for name, rows in ((SENTENCES, map(Sentence._asdict, sentences)), (CATALOGUE, map(asdict, images))):
         with atomic_open(folder / name) as stream:
             stream.writelines(map(json_line, rows))

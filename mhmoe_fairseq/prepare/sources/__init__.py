@@ -1,4 +1,4 @@
-"""Where text and images come from: one module per source, which puts itself into a registry of :mod:`.base`.
+"""Where text and images come from: every module puts its sources into a registry of :mod:`.base`.
 
 A new source is a new module here: it needs no entry anywhere else.
 """

@@ -1,21 +1,21 @@
-"""Noto's emoji, 64 x 64 pixels, with CLDR's names in any of its languages as captions.
+"""Images of packages: Noto's emoji with CLDR's names, and Tux Paint's stamps with a sentence in many languages.
 
-There is one drawing per concept, so that a caption of a held-out drawing can only be put together where its parts are
-known: person and occupation, colour and shape, skin tone. Those that differ in such a part are a family; a drawing with
-all its skin tones is a unit, which is never divided.
+Of emoji there is one drawing per concept, so that a caption of a held-out drawing can only be put together where its
+parts are known: person and occupation, colour and shape, skin tone. Those that differ in such a part are a family; a
+drawing with all its skin tones is a unit, which is never divided.
 """
 
 import json
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Iterator, Mapping, NamedTuple, Sequence
 
-from ....common.errors import UserError
-from ....data.documents import clean_line
-from ...archives import Archive, Say, fetch, iter_tar_members
-from ...image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts
-from ..base import IMAGE_SOURCES, SourceKind
+from ...common.errors import UserError
+from ...data.documents import clean_line
+from ..archives import Archive, Say, fetch, iter_deb_members, iter_tar_members
+from ..image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts, file_image
+from .base import IMAGE_SOURCES, SourceKind
 
 _INSTEAD = "choose another source (folder DIR needs no download)"
 
@@ -30,6 +30,11 @@ ANNOTATIONS = _npm("cldr-annotations-full", VERSION, "28576e51225deb51e3ddd734b0
 DERIVED = _npm(
     "cldr-annotations-derived-full", VERSION, "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e"
 )
+STAMPS = Archive(
+    "apt-get", "tuxpaint-stamps-default", None, "tuxpaint-stamps-default_*.deb",
+    instead="choose another source (emoji needs npm, folder DIR no download)",
+)  # fmt: skip
+_STAMPS, _VARIANTS, _REGIONS = "./usr/share/tuxpaint/stamps/", ("_mirror", "_flip"), {"zh_CN": "zh", "pt_PT": "pt"}
 _VARIATION = "\ufe0f"
 _INDEX, _FOLDER = "package/emoji.json", "package/img/google/64/"
 _TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
@@ -51,7 +56,7 @@ Names = Mapping[str, Annotation]  # by character, in one language
 
 @dataclass(frozen=True)
 class EmojiSource:
-    """The default source of images."""
+    """The default source of images: Noto's emoji, 64 x 64 pixels, with CLDR's names in any of its languages."""
 
     name: str = "emoji"
     licence: str = "images: Noto Emoji, Apache-2.0; index: emoji-datasource, MIT; names: Unicode CLDR, Unicode-3.0"
@@ -69,7 +74,7 @@ class EmojiSource:
         archives = [fetch(archive, cache_dir, say) for archive in (ARTWORK, ANNOTATIONS, DERIVED)]
         artwork, plain, derived = (archive.path for archive in archives)
         names = read_names({"annotations": plain, "annotationsDerived": derived}, [*languages, "en"])
-        contents = dict(iter_tar_members(artwork, _is_wanted))
+        contents = dict(iter_tar_members(artwork, lambda name: name == _INDEX or name.startswith(_FOLDER)))
         drawings = list(_drawings(contents, artwork))
         images = [image for drawing in drawings if (image := _named(*drawing, names, languages)) is not None]
         (folder / IMAGES).mkdir(parents=True, exist_ok=True)
@@ -78,10 +83,6 @@ class EmojiSource:
         sentences = [sentence for language in languages for sentence in _sentences(names[language])]
         packages = [archive.provenance() for archive in archives]
         return OpenedImages({"packages": packages, "unnamed": len(drawings) - len(images)}, images, sentences)
-
-
-def _is_wanted(member: str) -> bool:
-    return member == _INDEX or (member.startswith(_FOLDER) and member.endswith(".png"))
 
 
 def _drawings(contents: dict[str, bytes], origin: Path) -> Iterator[tuple[str, SourceImage]]:
@@ -163,4 +164,58 @@ def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[s
     return found
 
 
+@dataclass(frozen=True)
+class TuxPaintSource:
+    """About 750 drawings and photographs with captions such as ``A pair of blue jeans with patches.``
+
+    Only PNG files are read; a third as many stamps are SVG drawings, which Pillow cannot draw.
+    """
+
+    name: str = "tuxpaint"
+    licence: str = "GPL-2 (Tux Paint stamps; see the package's copyright file)"
+
+    def identity(self, languages: Sequence[str]) -> dict[str, object]:
+        """Returns the package; its version is what the Debian suite has, and only recorded."""
+        return {"package": STAMPS.package}
+
+    def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
+        """Fetches the package and writes the stamps that have a caption in one of the languages.
+
+        Raises:
+            UserError: the package cannot be fetched or read.
+        """
+        fetched = fetch(STAMPS, cache_dir, say)
+        members = dict(iter_deb_members(fetched.path, _is_stamp))
+        drawings = {name.removesuffix(".png"): content for name, content in members.items() if name.endswith(".png")}
+        images = []
+        for stem, content in drawings.items():
+            texts = dict(_stamp_captions(members.get(f"{stem}.txt", b"")))
+            captions = {language: [texts[language]] for language in languages if language in texts}
+            if not captions:
+                continue
+            path = PurePosixPath(f"{stem}.png").relative_to(_STAMPS)
+            keywords = tuple(dict.fromkeys(part.replace("_", " ") for part in path.parts[:-1]))
+            images.append(file_image(folder, path, content, captions, texts.get("en", ""), keywords))
+        return OpenedImages({**fetched.provenance(), "without_caption": len(drawings) - len(images)}, images)
+
+
+def _is_stamp(member: str) -> bool:
+    stem, _, suffix = member.rpartition(".")
+    return member.startswith(_STAMPS) and suffix in ("png", "txt") and not stem.endswith(_VARIANTS)
+
+
+def _stamp_captions(content: bytes) -> Iterator[tuple[str, str]]:
+    """Yields language and caption: English on the first line, then ``de.utf8=...``."""
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines()):
+        key, _, text = line.partition("=")
+        code, is_utf8, _ = key.partition(".utf8")
+        if number == 0:
+            code, text = "en", line
+        elif not is_utf8:
+            continue
+        if cleaned := clean_line(text):
+            yield _REGIONS.get(code, code), cleaned
+
+
 IMAGE_SOURCES["emoji"] = SourceKind(lambda args: EmojiSource())
+IMAGE_SOURCES["tuxpaint"] = SourceKind(lambda args: TuxPaintSource())

@@ -7,19 +7,18 @@ in ``b.txt`` beside ``b.jpg``, a caption per line. An image's first folder is it
 
 import hashlib
 import json
-import shutil
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Iterator, Mapping, Sequence
 
-from ....common.errors import UserError
-from ....common.files import read_json_lines, read_utf8_lines, sha256_of
-from ....data.documents import clean_line
-from ...archives import Say
-from ...image_text.images import IMAGES, OpenedImages, SourceImage, caption_sentences, colour_facts, kinds_by_folder
-from ..base import IMAGE_SOURCES, ONE_FOLDER, SourceKind, tell_left_out, walk_files
+from ...common.errors import UserError
+from ...common.files import read_json_lines, read_utf8_lines, sha256_of
+from ...data.documents import clean_line
+from ..archives import Say
+from ..image_text.images import OpenedImages, file_image
+from .base import IMAGE_SOURCES, ONE_FOLDER, SourceKind, tell_left_out, walk_files
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _JSONL, _TSV = "captions.jsonl", "captions.tsv"
@@ -68,17 +67,10 @@ class FolderSource:
         images = []
         for file in self._files:
             name = self._name(file)
-            target = folder / IMAGES / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target)
             found = captions.pop(name, {})
-            images.append(
-                SourceImage(
-                    f"{IMAGES}/{name}", {language: found[language] for language in languages if language in found},
-                    unit=sha256_of(file)[:16], facts=colour_facts(" ".join(found.get("en", ()))),
-                    **kinds_by_folder(name),
-                )
-            )  # fmt: skip
+            read = {language: found[language] for language in languages if language in found}
+            english = " ".join(found.get("en", ()))
+            images.append(file_image(folder, PurePosixPath(name), file.read_bytes(), read, english))
         if captions:
             raise UserError(f"--source folder {self.folder}: a caption is for {min(captions)}, which is not there")
         captioned = sum(bool(image.captions) for image in images)
@@ -89,7 +81,7 @@ class FolderSource:
             "folder": self.folder.name, "captioned": captioned, "left_out": left_out,
             "captions_in_other_languages": dict(unread),
         }  # fmt: skip
-        return OpenedImages(provenance, images, caption_sentences(images))
+        return OpenedImages(provenance, images)
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.folder).as_posix()
@@ -154,7 +146,7 @@ def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str
 
 @dataclass(frozen=True)
 class Beit3Folder:
-    """A folder of unilm's BEiT-3 scripts, which is completed in place (see :mod:`~...image_text.beit3_folder`)."""
+    """A folder of unilm's BEiT-3 scripts, which is completed in place (see :mod:`~..image_text.beit3_folder`)."""
 
     folder: Path
 
