@@ -38,11 +38,8 @@ examples:
   python scripts/bench_layer.py --tokens 512 2048 --experts 8 --dtypes bf16 --rivals gemm loop
       a part of it
 
-reading the report:
-  "ours / rival" below 1 means that ours is faster; the range behind it is the
-  smallest and the largest pair, a wide one means that the machine was busy.
-  Only runs on an idle machine are worth keeping. An interrupted run leaves a
-  report that says it is incomplete.
+In the report "ours / rival" below 1 means that ours is faster; a wide range behind
+it means that the machine was busy. docs/benchmarks/README.md says more.
 """
 RIVALS = ("gemm", "loop", "torchscale", "mixtral-grouped", "mixtral-eager")
 TORCHSCALE_MAX_TOKENS = 4096  # its dispatch tensors grow with T squared: 8 GB there

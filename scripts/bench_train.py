@@ -42,14 +42,11 @@ examples:
       update; half an hour on two cores, and 12 GB of memory
   python scripts/bench_train.py --ranks 2 --size small --sentences 16 --models mhmoe-params
       two ranks of one thread against one process of two: the other target
-  python scripts/bench_train.py --size tiny --pairs 3
-      a look at the report in some minutes
   python scripts/bench_train.py --data data/english
       on the training split of a folder that `mhmoe prepare` wrote
 
-The tokens are synthetic unless --data is given: independent draws by Zipf's law,
-so that routing meets frequent and rare words. Weights are fresh, hence routing is
-as balanced as at the start of a training.
+The tokens are draws by Zipf's law unless --data is given. Weights are fresh, hence
+routing is as balanced as at the start of a training.
 """
 REFERENCE = "xmoe"
 SPEED_TARGET = ("mhmoe-flops", 0.95)  # of X-MoE's tokens/s, at the default setting

@@ -1,6 +1,6 @@
 """Put plausible bugs into a copy of the package, one at a time, and see whether the tests notice.
 
-The bugs stand in scripts/mutants/*.toml (format: scripts/_mutants.py), their outcomes in scripts/mutants/outcomes.json;
+The bugs stand in tests/mutants/*.toml (format: tests/support/mutants.py), their outcomes in outcomes.json there;
 a mutant runs again only when its file, its tests or the mutant itself has changed. The report is written from all that
 is known.
 """
@@ -24,9 +24,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from _mutants import LISTS, ListError, Mutant, read_mutants
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests" / "support"))
+
+from mutants import LISTS, ListError, Mutant, read_mutants  # noqa: E402
+
 OUTCOMES, REPORT, LOG = LISTS / "outcomes.json", Path("docs/mutants.md"), "pytest.txt"
 KILLED, TIMED_OUT, SURVIVED, BROKEN, NOT_RUN = VERDICTS = ("killed", "timed out", "survived", "broken", "not run")
 PRELOADED = ["torch", "fairseq", "torchscale.architecture.decoder"]  # slower to import than most tests; never our own
@@ -41,7 +43,7 @@ _HEAD = """\
 # Mutants
 
 Plausible bugs that were put into the code one at a time, and whether the default tests noticed. Written by
-`make mutate` (`scripts/mutate.py`) from the lists in `scripts/mutants`; a mutant is described by its function and by
+`make mutate` (`scripts/mutate.py`) from the lists in `tests/mutants`; a mutant is described by its function and by
 what it changes there, so that it can be carried over when code moves. A run that hung is noticed, too.
 """
 
@@ -182,23 +184,12 @@ def report(told: Sequence[tuple[Mutant, Outcome]]) -> str:
         counts = Counter(outcome["verdict"] for _, outcome in pairs)
         lines.append(f"| {name} | {len(pairs)} | {' | '.join(str(counts[verdict]) for verdict in VERDICTS)} |")
     for name, pairs in lists.items():
-        lines += ["", f"## {name}", "| change | function | from | to | noticed by |", "|---|---|---|---|---|"]
-        lines += [_row(mutant, outcome) for mutant, outcome in pairs]
+        lines += ["", f"## {name}", "| change | function | noticed by |", "|---|---|---|"]
+        for mutant, outcome in pairs:
+            test, verdict = f"`{outcome['test']}`", outcome["verdict"]
+            noticed = test if verdict == KILLED else f"**{verdict}** {test if outcome['test'] else ''}"
+            lines.append(f"| {mutant.change.replace('|', '&#124;')} | `{mutant.function or mutant.path}` | {noticed} |")
     return "\n".join(lines) + "\n"
-
-
-def _row(mutant: Mutant, outcome: Outcome) -> str:
-    test, verdict = _code(outcome["test"]), f"**{outcome['verdict']}**"
-    noticed = test if outcome["verdict"] == KILLED else f"{verdict}: {test}" if outcome["test"] else verdict
-    function = f"{mutant.module}: {mutant.function or 'module'}" if mutant.module else mutant.function
-    cells = (mutant.change, _code(function), _code(mutant.expression), _code(mutant.becomes), noticed)
-    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def _code(text: str) -> str:
-    """Returns inline code on one line."""
-    line = " ⏎ ".join(part.strip() for part in text.strip().splitlines())
-    return f"`` {line} ``" if "`" in line else f"`{line}`"
 
 
 def _write(path: Path, text: str) -> None:

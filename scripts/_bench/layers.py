@@ -47,10 +47,6 @@ class Setting:
         self.config()  # the layer's own checks: heads divide the width, k at most E, ...
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
     def sub_dim(self) -> int:
         """Width d of a sub-token."""
         return self.embed_dim // self.num_heads
@@ -248,10 +244,10 @@ class Step:
     """One training step of a module, without the optimiser; gradients start from None as after ``zero_grad``."""
 
     def __init__(self, module: nn.Module, setting: Setting) -> None:
-        self.module = module.to(setting.torch_dtype)
+        self.module = module.to(DTYPES[setting.dtype])
         self.parameters = list(module.parameters())
         generator, shape = torch.Generator().manual_seed(SEED), (setting.tokens, setting.embed_dim)
-        self.x, self.grad = (torch.randn(shape, generator=generator).to(setting.torch_dtype) for _ in range(2))
+        self.x, self.grad = (torch.randn(shape, generator=generator).to(DTYPES[setting.dtype]) for _ in range(2))
         self.x.requires_grad_()  # as inside a network
 
     def tensors(self) -> list[Tensor]:
@@ -296,7 +292,7 @@ def build(name: str, setting: Setting) -> Callable[[], object]:
     """Returns the named contender, ready to be called: one call is one forward and backward pass."""
     torch.manual_seed(SEED)
     if name == "gemm":
-        return gemm_bound(setting.config(), setting.tokens, setting.torch_dtype)
+        return gemm_bound(setting.config(), setting.tokens, DTYPES[setting.dtype])
     return Step(BUILDERS[name](setting), setting)
 
 

@@ -38,8 +38,8 @@ def project(tmp_path: Path) -> Path:
         "        total = a + b  # the sum\n        if total > 100:\n            total = a + 0\n        return total\n"
         "class Other:\n    def of(self, a):\n        return a * (a * 3)\n",
         "tests/test_sum.py": "from mhmoe_fairseq.add import Sum\ndef test_sum():\n    assert Sum().of(2, 3) == 5\n",
-        "scripts/mutants/add.toml": LIST,
-        "scripts/_mutants.py": (SCRIPTS / "_mutants.py").read_text(),
+        "tests/mutants/add.toml": LIST,
+        "tests/support/mutants.py": (SCRIPTS.parent / "tests/support/mutants.py").read_text(),
         "scripts/mutate.py": re.sub(r"(?<=PRELOADED = )\[.*?\]", "[]", (SCRIPTS / "mutate.py").read_text()),
         "docs/mutants.md": "",
     }.items():
@@ -72,7 +72,7 @@ def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(mutate: Muta
     broken = LIST.replace("subtracts", "no sum").replace('"Sum.of"', '""').replace('"a+b"', '"1"')
     broken = broken.replace('"a - b"', '"1 / 0"').partition("\n[[")[2] + 'module = "add"\n'
     parts = [LIST, survivor.partition("\n[[")[2], broken]
-    (project / "scripts/mutants/add.toml").write_text("\n[[".join(parts))
+    (project / "tests/mutants/add.toml").write_text("\n[[".join(parts))
     before = (project / "mhmoe_fairseq/add.py").read_text()
     report = project / "docs/mutants.md"
 
@@ -80,8 +80,8 @@ def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(mutate: Muta
     done = mutate()
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1].startswith("3 mutants, 3 run: 1 noticed (33.3%), 1 survived, 1 broken")
-    assert "| subtracts | `Sum.of` | `a+b` | `a - b` | `tests/test_sum.py::test_sum` |" in report.read_text()
-    assert "**broken**: `tests/test_sum.py`" in report.read_text() and "| the | limit |" not in report.read_text()
+    assert "| subtracts | `Sum.of` | `tests/test_sum.py::test_sum` |" in report.read_text()
+    assert "**broken** `tests/test_sum.py`" in report.read_text() and "| the | limit |" not in report.read_text()
     assert (project / "mhmoe_fairseq/add.py").read_text() == before
 
     assert len(mutate().stdout.splitlines()) == 1  # nothing ran again
@@ -94,7 +94,7 @@ def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(mutate: Muta
 def test_a_run_that_hangs_ends(mutate: Mutate, project: Path) -> None:
     hang = 'becomes = """import time\ntime.sleep(60)"""'
     text = LIST.replace('"a+b"', '"total = a + b"').replace('becomes = "a - b"', hang)
-    (project / "scripts/mutants/add.toml").write_text(text)
+    (project / "tests/mutants/add.toml").write_text(text)
     assert "timed out (5 s): subtracts" in mutate("--time-limit", "5").stdout
 
 
@@ -128,7 +128,7 @@ def test_a_test_that_fails_without_a_mutant_is_named(mutate: Mutate, project: Pa
     ],
 )
 def test_a_list_that_does_not_fit_is_refused(mutate: Mutate, project: Path, old: str, new: str, message: str) -> None:
-    (project / "scripts/mutants/add.toml").write_text(LIST.replace(old, new))
+    (project / "tests/mutants/add.toml").write_text(LIST.replace(old, new))
     done = mutate("--check")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
@@ -136,18 +136,18 @@ def test_a_list_that_does_not_fit_is_refused(mutate: Mutate, project: Path, old:
 @READS_TOML
 def test_all_that_does_not_fit_is_named_at_once(mutate: Mutate, project: Path) -> None:
     second = LIST.partition("\n[[")[2].replace("subtracts", "adds").replace("a+b", "a + d")
-    (project / "scripts/mutants/add.toml").write_text(LIST.replace("a+b", "a + c") + f"[[{second}")
+    (project / "tests/mutants/add.toml").write_text(LIST.replace("a+b", "a + c") + f"[[{second}")
     error = mutate("--check").stderr
     assert "'subtracts': 'a + c' is not in" in error and "'adds': 'a + d' is not in" in error
 
 
 @READS_TOML
-def test_constants_of_a_class_and_of_a_module(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
+def test_constants_of_a_class_and_of_a_module(project: Path) -> None:
+    mutants = importlib.import_module("mutants")
     entries = [("", 'module = "add"\n', "1", "10"), ("Sum", "", "2", "20"), ("Other.of", "occurrence = 2\n", "a", "b")]
     changed = {"": "LIMIT = 10", "Sum": "SIZE = 20", "Other.of": "return a * (b * 3)"}
     for function, more, expression, becomes in entries:
         text = LIST.replace('"Sum.of"', f'"{function}"').replace('"a+b"', f'"{expression}"')
-        (project / "scripts/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
-        [mutant] = importlib.import_module("_mutants").read_mutants(project)
+        (project / "tests/mutants/add.toml").write_text(text.replace('"a - b"', f'"{becomes}"') + more)
+        [mutant] = mutants.read_mutants(project)
         assert changed[function] in mutant.after

@@ -30,7 +30,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit("mutate: error: the lists of mutants are TOML, which Python reads from 3.11 on") from None
 
-LISTS = Path("scripts/mutants")
+LISTS = Path("tests/mutants")
 PACKAGE = Path("mhmoe_fairseq")
 _REQUIRED = {"change", "function", "expression", "becomes"}
 _OPTIONAL = {"module", "occurrence", "tests"}
