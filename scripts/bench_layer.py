@@ -3,6 +3,7 @@
 import argparse
 import gc
 import multiprocessing
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -101,8 +102,8 @@ class Run:
         contenders = () if args.no_memory else [name for name in ("mhmoe", *rivals) if name != "gemm"]
         self.memory = [(setting, name) for setting in measured for name in contenders if runs_at(name, setting)]
         self.verified = [setting for setting in points if setting.dtype == "fp32"]
-        sizes = sorted({setting.tokens for setting in points})
-        self.profiled = [setting for setting in points if setting.tokens == sizes[len(sizes) // 2]]
+        middle = statistics.median_high({setting.tokens for setting in points})
+        self.profiled = [setting for setting in points if setting.tokens == middle]
 
     def __call__(self) -> Results:
         """Verifies, measures, times, takes apart; the report is written after every part."""

@@ -36,8 +36,7 @@ def compiler_problems() -> list[str]:
         return []
     problems = []
     compiler = os.environ.get("CXX", "c++").split()[0]
-    works = shutil.which(compiler) and subprocess.run([compiler, "--version"], capture_output=True).returncode == 0
-    if not works:
+    if not shutil.which(compiler) or subprocess.run([compiler, "--version"], capture_output=True).returncode:
         problems.append(f"no C++ compiler ({compiler}), which fairseq needs: install g++ or clang, or set CXX")
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     if not os.path.exists(header):

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 import mhmoe_fairseq
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.counts import ModelCounts, count_model
+from mhmoe_fairseq.models.counts import ModelCounts, build_on_meta, context_of, count_built
 
 from .console import add_numbers
 
@@ -40,14 +41,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="as --mhmoe-precision")
 
 
-def model_flags(name: str, args: argparse.Namespace) -> dict[str, str]:
+def model_flags(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns architecture and flags of a model, by the names of its fields."""
     family, _, budget = name.partition("-")
     flags = {"arch": f"{family}_lm_{args.size}", "mhmoe_precision": args.precision}
     if family != "dense":
-        flags |= {"moe_expert_count": str(args.experts), "moe_top_k": str(args.top_k)}
+        flags |= {"moe_expert_count": args.experts, "moe_top_k": args.top_k}
     if family == "mhmoe":
-        flags |= {"mhmoe_heads_number": str(args.heads), "mhmoe_budget": budget}
+        flags |= {"mhmoe_heads_number": args.heads, "mhmoe_budget": budget}
     return flags
 
 
@@ -55,7 +56,11 @@ def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
     """Returns the flags of model, task, criterion and optimiser, and of the batch, which the ranks share."""
     together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if ranks > 1 else []
     return [
-        *(word for flag, value in model_flags(name, args).items() for word in (f"--{flag.replace('_', '-')}", value)),
+        *(
+            word
+            for flag, value in model_flags(name, args).items()
+            for word in (f"--{flag.replace('_', '-')}", str(value))
+        ),
         *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy", "--dropout", "0"),
         *("--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"),
         *("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
@@ -65,9 +70,8 @@ def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
 
 def count(data: str, name: str, args: argparse.Namespace) -> ModelCounts:
     """Returns what ``fairseq-train`` would build."""
-    flags = model_flags(name, args)
-    numbers = {flag: int(value) if value.isdigit() else value for flag, value in flags.items() if flag != "arch"}
-    return count_model(architecture_options(flags["arch"], **numbers), Dictionary.load(str(Path(data) / "dict.txt")))
+    options = architecture_options(**model_flags(name, args))
+    return count_built(build_on_meta(options, Dictionary.load(str(Path(data) / "dict.txt"))), context_of(options))
 
 
 @dataclass(frozen=True)
