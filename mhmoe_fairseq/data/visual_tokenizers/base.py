@@ -12,6 +12,8 @@ from ...common.ranges import SIZE, Range
 from ..tensor_files import save_tensors
 
 FORMAT = 1
+SIZES = ("vocab_size", "patch_size", "image_size")
+Provenance = dict[str, Any] | None
 _MAX_SCORES = 1 << 24  # entries of one block of vector-code scores: 64 MB of float32
 
 
@@ -33,7 +35,7 @@ class VisualTokenizer(nn.Module, ABC):
     can_decode: ClassVar[bool] = True
 
     def __init__(
-        self, vocab_size: int, patch_size: int, image_size: int, provenance: dict[str, Any] | None, **settings: Any
+        self, vocab_size: int, patch_size: int, image_size: int, *, provenance: Provenance = None, **settings: Any
     ) -> None:
         super().__init__()
         check_sizes(vocab_size, patch_size, image_size)
@@ -43,8 +45,7 @@ class VisualTokenizer(nn.Module, ABC):
     @property
     def token_shape(self) -> tuple[int, int]:
         """Rows and columns of the grid of ids."""
-        side = self.image_size // self.patch_size
-        return side, side
+        return (self.image_size // self.patch_size,) * 2
 
     @property
     def device(self) -> torch.device:
@@ -53,7 +54,7 @@ class VisualTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Ids of the patches, row by row.
+        """Return the ids of the patches, row by row.
 
         Args:
             images: (B, 3, image_size, image_size), values in [0, 1]; moved to the tokenizer's device.
@@ -79,18 +80,16 @@ class VisualTokenizer(nn.Module, ABC):
     def _encode(self, images: Tensor) -> Tensor:
         """As :meth:`encode`, for checked images on the right device."""
 
-    @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
-        """Images of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
+        """Return the images of ids (B, N): (B, 3, image_size, image_size) in [0, 1]; only where :attr:`can_decode`."""
+        raise UserError(f"a {self.kind} tokenizer cannot show what its ids stand for: it does not decode to pixels")
 
     def save(self, path: Path) -> None:
-        """Writes plain tensors and values to ``path``, atomically."""
+        """Write plain tensors and values to ``path``, atomically."""
         content = {
             "format": FORMAT,
             "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "patch_size": self.patch_size,
-            "image_size": self.image_size,
+            **{name: getattr(self, name) for name in SIZES},
             "settings": self.settings,
             "state": {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()},
             "provenance": self.provenance,
@@ -113,11 +112,7 @@ def check_sizes(vocab_size: int, patch_size: int, image_size: int, vocab_flag: s
 
 
 def check_range(images: Tensor) -> None:
-    """Only values in [0, 1]; of tensors on the CPU, since elsewhere the host would wait for the device.
-
-    Raises:
-        ValueError: for others.
-    """
+    """``ValueError`` for values outside [0, 1], on the CPU only: elsewhere the host would wait for the device."""
     if images.device.type != "cpu" or not images.numel():
         return
     low, high = float(images.min()), float(images.max())
@@ -136,14 +131,9 @@ def from_patches(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
 
 
 def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code with the smallest Euclidean distance; the first of equals.
+    """Return the index of the code with the smallest Euclidean distance, the first of equals.
 
-    Args:
-        vectors: (R, D).
-        codes: (K, D).
-
-    Returns:
-        (R,) int64.
+    ``vectors`` (R, D) and ``codes`` (K, D) give (R,) int64.
     """
     half_norms = codes.square().sum(1) / 2
     rows = max(1, _MAX_SCORES // len(codes))

@@ -9,15 +9,13 @@ whatever the batch holds (theirs looks at the largest value).
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...common.errors import UserError
-from .base import VisualTokenizer, nearest
+from .base import Provenance, VisualTokenizer, nearest
 
 _HEAD_WIDTH = 64  # of all released models; a checkpoint does not say it
 _NORM_EPS = 1e-6
@@ -52,17 +50,13 @@ class _Block(nn.Module):
         self.attn = _Attention(width, num_heads)
         self.norm2 = nn.LayerNorm(width, _NORM_EPS)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner_width), "fc2": nn.Linear(inner_width, width)})
-        if is_scaled:
-            self.gamma_1 = nn.Parameter(torch.ones(width))
-            self.gamma_2 = nn.Parameter(torch.ones(width))
-        self.is_scaled = is_scaled
+        self.gamma_1 = nn.Parameter(torch.ones(width)) if is_scaled else 1
+        self.gamma_2 = nn.Parameter(torch.ones(width)) if is_scaled else 1
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        attended = self.attn(self.norm1(x))
-        x = x + (self.gamma_1 * attended if self.is_scaled else attended)
-        transformed = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-        return x + (self.gamma_2 * transformed if self.is_scaled else transformed)
+        x = x + self.gamma_1 * self.attn(self.norm1(x))
+        return x + self.gamma_2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class _Encoder(nn.Module):
@@ -75,8 +69,7 @@ class _Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + num_patches, width))
-        blocks = [_Block(width, inner_width, width // _HEAD_WIDTH, scaled) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(_Block(width, inner_width, width // _HEAD_WIDTH, scaled) for _ in range(depth))
         self.final_norm = final_norm
         self.add_module(final_norm, nn.LayerNorm(width, _NORM_EPS))
 
@@ -90,13 +83,11 @@ class _Encoder(nn.Module):
 
 
 class VQKD(VisualTokenizer):
-    """The tokenizer of a BEiT v2 checkpoint; see :func:`read_vqkd`.
+    """The tokenizer of a BEiT v2 checkpoint.
 
     Args:
-        width: of the encoder, a multiple of 64.
-        inner_width: of its feed-forward networks.
-        depth: its layers.
-        code_width: of a code.
+        width, inner_width: of the encoder, a multiple of 64, and of its feed-forward networks.
+        depth: the encoder's layers.
         final_norm: name of its last layer norm: ``fc_norm``, or ``norm``.
         scaled: whether the layers' outputs are scaled.
     """
@@ -105,19 +96,19 @@ class VQKD(VisualTokenizer):
     can_decode = False
 
     def __init__(
-        self, vocab_size: int, patch_size: int, image_size: int, provenance: dict[str, Any] | None = None, *,
-        width: int, inner_width: int, depth: int, code_width: int, final_norm: str = "fc_norm", scaled: bool = False,
+        self, *sizes: int, provenance: Provenance = None, width: int, inner_width: int, depth: int, code_width: int,
+        final_norm: str = "fc_norm", scaled: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(
-            vocab_size, patch_size, image_size, provenance, width=width, inner_width=inner_width, depth=depth,
-            code_width=code_width, final_norm=final_norm, scaled=scaled,
+            *sizes, provenance=provenance, width=width, inner_width=inner_width, depth=depth, code_width=code_width,
+            final_norm=final_norm, scaled=scaled,
         )  # fmt: skip
         if final_norm not in ("fc_norm", "norm"):
             raise ValueError(f"final_norm {final_norm!r}: must be fc_norm or norm")
-        rows, columns = self.token_shape
-        self.encoder = _Encoder(width, inner_width, depth, patch_size, rows * columns, final_norm, scaled)
+        patches = math.prod(self.token_shape)
+        self.encoder = _Encoder(width, inner_width, depth, self.patch_size, patches, final_norm, scaled)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_width))
-        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(vocab_size, code_width)})
+        self.quantize = nn.ModuleDict({"embedding": nn.Embedding(self.vocab_size, code_width)})
         self.requires_grad_(False)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -125,59 +116,41 @@ class VQKD(VisualTokenizer):
         vectors = F.normalize(features, dim=-1)
         return nearest(vectors.flatten(0, 1), self.quantize["embedding"].weight).view(vectors.shape[:2])
 
-    def decode(self, ids: Tensor) -> Tensor:
-        """Always an error: VQ-KD's decoder predicts a teacher's features, not pixels."""
-        raise UserError("a vqkd tokenizer cannot show what its ids stand for: it does not decode to pixels")
-
-
-def is_vqkd_checkpoint(content: Mapping[str, Any]) -> bool:
-    """Whether a file's content has the layout of BEiT v2's checkpoints."""
-    return _CODES in _weights(content)
-
-
-def read_vqkd(content: Mapping[str, Any], path: Path) -> VQKD:
-    """The tokenizer out of a checkpoint with ``model`` or ``state_dict``; decoder and teacher are passed over.
-
-    Args:
-        content: what the file holds.
-        path: that file, for errors.
-
-    Raises:
-        UserError: a tensor is missing, of another shape, or of a layout that BEiT v2 did not release.
-    """
-    weights = _weights(content)
-    wanted = (_ENCODER, _PROJECTION, _CODES)
-    kept = {name: value for name, value in weights.items() if name.startswith(wanted)}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            tokenizer = VQKD(**_shape(kept), provenance={"read_from": "a VQ-KD checkpoint of BEiT v2"})
-        tokenizer.load_state_dict({name: value.float() for name, value in kept.items()})
-    except (KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path}: not the layout of BEiT v2's VQ-KD checkpoints ({reason})") from error
-    return tokenizer.eval()
-
 
 def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
     weights = content.get("model", content.get("state_dict"))
     return weights if isinstance(weights, Mapping) else {}
 
 
-def _shape(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The constructor's arguments, from the tensors' shapes."""
+def is_vqkd_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Return whether a file's content has the layout of BEiT v2's checkpoints."""
+    return _CODES in _weights(content)
+
+
+def as_saved(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's content as :meth:`VisualTokenizer.save` lays it out, without decoder and teacher.
+
+    Raises:
+        KeyError, RuntimeError: a tensor is missing, or of a layout that BEiT v2 did not release.
+    """
+    wanted = (_ENCODER, _PROJECTION, _CODES)
+    weights = {name: value.float() for name, value in _weights(content).items() if name.startswith(wanted)}
     vocab_size, code_width = weights[_CODES].shape
     width, _, patch_size, _ = weights["encoder.patch_embed.proj.weight"].shape
-    side = math.isqrt(weights["encoder.pos_embed"].shape[1] - 1)
     if width % _HEAD_WIDTH:
         raise RuntimeError(f"a width of {width} is no multiple of {_HEAD_WIDTH}, the width of an attention head")
     return {
         "vocab_size": vocab_size,
         "patch_size": patch_size,
-        "image_size": side * patch_size,
-        "width": width,
-        "inner_width": len(weights["encoder.blocks.0.mlp.fc1.weight"]),
-        "depth": 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.blocks.")),
-        "code_width": code_width,
-        "final_norm": "fc_norm" if "encoder.fc_norm.weight" in weights else "norm",
-        "scaled": "encoder.blocks.0.gamma_1" in weights,
+        "image_size": math.isqrt(weights["encoder.pos_embed"].shape[1] - 1) * patch_size,
+        "settings": {
+            "width": width,
+            "inner_width": len(weights["encoder.blocks.0.mlp.fc1.weight"]),
+            "depth": 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.blocks.")),
+            "code_width": code_width,
+            "final_norm": "fc_norm" if "encoder.fc_norm.weight" in weights else "norm",
+            "scaled": "encoder.blocks.0.gamma_1" in weights,
+        },
+        "state": weights,
+        "provenance": {"read_from": "a VQ-KD checkpoint of BEiT v2"},
     }
