@@ -1,1 +1,0 @@
-"""Labelled sentences and pairs, such as XNLI's, for fine-tuning."""
