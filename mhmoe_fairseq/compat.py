@@ -61,10 +61,10 @@ import logging
 import os
 import pickle
 import sys
-import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,8 +100,7 @@ def logging_as_found() -> Iterator[None]:
         yield
     finally:
         root.setLevel(level)
-        for handler in [handler for handler in root.handlers if handler not in handlers]:
-            root.removeHandler(handler)
+        root.handlers[:] = handlers
 
 
 def restore_numpy_compat() -> None:
@@ -110,7 +109,7 @@ def restore_numpy_compat() -> None:
         np.compat = SimpleNamespace(long=np.int64)
 
 
-def checkpoint_globals() -> list[typing.Any]:
+def checkpoint_globals() -> list[Any]:
     """The classes in the checkpoint that rank 0 broadcasts on resume: containers, no code.
 
     The saved file itself holds plain containers only; fairseq turns its configuration into omegaconf
@@ -120,8 +119,8 @@ def checkpoint_globals() -> list[typing.Any]:
     from omegaconf import AnyNode, DictConfig, ListConfig
     from omegaconf.base import ContainerMetadata, Metadata
 
-    omegaconf_classes = [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode]
-    return [*omegaconf_classes, typing.Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
+    plain = [Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
+    return [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode, *plain]
 
 
 def allow_checkpoint_globals() -> None:
@@ -129,30 +128,33 @@ def allow_checkpoint_globals() -> None:
     torch.serialization.add_safe_globals(checkpoint_globals())
 
 
+def _replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: the function, which gets the stock one before its arguments, takes that one's place, once."""
+
+    def install(ours: Callable[..., Any]) -> None:
+        stock = getattr(owner, name)
+        if not hasattr(stock, "__wrapped__"):  # else it is ours already
+            setattr(owner, name, functools.wraps(stock)(lambda *args, **kwargs: ours(stock, *args, **kwargs)))
+
+    return install
+
+
 def copy_integers_into_averages() -> None:
     """Let fairseq's moving average take counters and fingerprints from the model, and average tied tensors once."""
     from fairseq.models.ema import EMA
 
-    stock = EMA.__init__
-    if hasattr(stock, "__wrapped__"):  # ours already
-        return
-
-    @functools.wraps(stock)
-    def remember_integers(self: typing.Any, model: torch.nn.Module, *args: typing.Any, **kwargs: typing.Any) -> None:
+    @_replaces(EMA, "__init__")
+    def remember_integers(stock: Any, self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         stock(self, model, *args, **kwargs)
         state = model.state_dict().items()
         self.skip_keys = {*self.skip_keys, *(name for name, value in state if not value.is_floating_point())}
 
-    stock_step = EMA._step_internal
-
-    @functools.wraps(stock_step)
-    def step_once(self: typing.Any, new_model: torch.nn.Module, updates: int | None = None) -> None:
+    @_replaces(EMA, "_step_internal")
+    def step_once(stock: Any, self: Any, new_model: torch.nn.Module, updates: int | None = None) -> None:
         # A tensor with two names, as a tied embedding has, is averaged under its first: fairseq would do it twice.
         names = {value.data_ptr(): name for name, value in reversed(self.model.state_dict().items())}
         firsts = {name: value for name, value in new_model.state_dict().items() if name in names.values()}
-        stock_step(self, SimpleNamespace(state_dict=lambda: firsts), updates)
-
-    EMA.__init__, EMA._step_internal = remember_integers, step_once
+        stock(self, SimpleNamespace(state_dict=lambda: firsts), updates)
 
 
 def explain_refused_checkpoints() -> None:
@@ -162,12 +164,8 @@ def explain_refused_checkpoints() -> None:
     """
     from fairseq import checkpoint_utils
 
-    stock = checkpoint_utils.load_checkpoint_to_cpu
-    if hasattr(stock, "__wrapped__"):  # ours already
-        return
-
-    @functools.wraps(stock)
-    def load_checkpoint_to_cpu(path: str, *args: typing.Any, **kwargs: typing.Any) -> dict[str, typing.Any]:
+    @_replaces(checkpoint_utils, "load_checkpoint_to_cpu")
+    def load(stock: Any, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             state = stock(path, *args, **kwargs)
         except pickle.UnpicklingError as error:
@@ -175,8 +173,6 @@ def explain_refused_checkpoints() -> None:
         if isinstance(state.get("model"), collections.abc.Mapping):
             state["model"] = without_wrapper(state["model"])
         return state
-
-    checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
 
 
 def accept_installed_user_dir() -> None:
@@ -198,27 +194,20 @@ def follow_launchers() -> None:
     """Let ``call_main`` find torchrun's and SLURM's environment where fairseq misses it, then look itself."""
     from fairseq.distributed import utils
 
-    stock = utils.infer_init_method
-    if hasattr(stock, "__wrapped__"):  # ours already
-        return
-
-    @functools.wraps(stock)
-    def infer_init_method(config: typing.Any, force_distributed: bool = False) -> None:
+    @_replaces(utils, "infer_init_method")
+    def infer(stock: Any, config: Any, force_distributed: bool = False) -> None:
         read_torchrun(config)
         read_slurm(config)
         stock(config, force_distributed)
 
-    utils.infer_init_method = infer_init_method
 
-
-def read_torchrun(config: typing.Any) -> None:
+def read_torchrun(config: Any) -> None:
     """Fill in world size, rank and init method from torchrun's environment where fairseq-fixed would miss them.
 
     It looks only if ``--distributed-world-size`` is more than 1, whose default is the number of this node's GPUs (at
     least 1), and takes the rank modulo that number. With two GPUs or more it finds everything itself.
 
-    Args:
-        config: fairseq's ``distributed_training`` configuration; left as it is if it names an init method.
+    ``config``, fairseq's ``distributed_training``, is left as it is if it names an init method.
     """
     started_by_torchrun = all(name in os.environ for name in TORCHRUN_VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
     if not started_by_torchrun or config.distributed_init_method is not None or config.tpu:
@@ -232,12 +221,11 @@ def read_torchrun(config: typing.Any) -> None:
     config.distributed_no_spawn = True  # torchrun has started the processes
 
 
-def read_slurm(config: typing.Any) -> None:
+def read_slurm(config: Any) -> None:
     """Without a GPU, read SLURM's environment with fairseq's own function, but without its CUDA calls after it.
 
-    Args:
-        config: fairseq's ``distributed_training`` configuration. As in fairseq, SLURM is looked at if
-            ``--distributed-world-size`` and ``--distributed-port`` are given and nothing else connects the processes.
+    As in fairseq, SLURM is looked at if ``--distributed-world-size`` and ``--distributed-port`` are given and nothing
+    else connects the processes.
 
     Raises:
         UserError: if there is one task on each node, of which fairseq makes one process for each GPU.
@@ -264,14 +252,10 @@ def silence_import_warnings() -> None:
 
 
 def refuse_tpu(tpu: bool) -> None:
-    """Stop before any work where fairseq would look for a TPU.
+    """Stop with a ``UserError``, before any work, where fairseq would look for a TPU.
 
-    Args:
-        tpu: ``cfg.tpu`` of a task or model configuration, where ``II("common.tpu")`` stands. fairseq sets
-            it for ``--tpu`` and, silently, for ``--bf16`` and ``--memory-efficient-bf16``.
-
-    Raises:
-        UserError: if it is set.
+    ``tpu`` is ``cfg.tpu`` of a task or model configuration, where ``II("common.tpu")`` stands. fairseq sets it for
+    ``--tpu`` and, silently, for ``--bf16`` and ``--memory-efficient-bf16``.
     """
     if tpu:
         raise UserError(
