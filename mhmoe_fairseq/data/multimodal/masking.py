@@ -16,28 +16,20 @@ if TYPE_CHECKING:
     from fairseq.data import Dictionary
 
 MASK_SYMBOL = "<mask>"
-ASPECT = (0.3, 1 / 0.3)
+ASPECT = (0.3, 1 / 0.3)  # height of a block in widths
 _SMALLEST_BLOCK, _BEIT_PATCHES = 16, 196  # BEiT: blocks of at least 16 of 14 x 14 patches
 _TRIES = 10
 _REPLACED_BY_MASK, _REPLACED_BY_WORD = 0.8, 0.1
 
 
-def block_mask(
-    grid: tuple[int, int],
-    num_masked: int,
-    rng: np.random.Generator,
-    min_patches: int | None = None,
-    aspect: tuple[float, float] = ASPECT,
-) -> Tensor:
-    """Exactly ``num_masked`` patches, in rectangles as far as these fit, as BEiT masks them.
+def block_mask(grid: tuple[int, int], num_masked: int, rng: np.random.Generator) -> Tensor:
+    """Mask exactly ``num_masked`` patches, in rectangles as far as these fit, as BEiT masks them.
 
-    Rectangles of random area, aspect and place are added as long as they bring no more patches than are missing; where
-    ten in a row do not fit, single patches make up the number.
+    Rectangles of random area, aspect and position are added as long as they bring no more patches than are missing;
+    where ten in a row do not fit, single patches make up the number.
 
     Args:
         grid: rows and columns of patches.
-        min_patches: of the smallest rectangle; None for BEiT's share of the grid, 16 of 14 x 14.
-        aspect: smallest and largest height of a rectangle in widths; drawn uniformly in the logarithm.
 
     Returns:
         ``(rows * columns,)`` bool, row by row.
@@ -48,14 +40,9 @@ def block_mask(
     rows, columns = grid
     if not 0 <= num_masked <= rows * columns:
         raise ValueError(f"num_masked ({num_masked}) must be between 0 and {rows * columns}, all {rows} x {columns}")
-    if min_patches is None:
-        min_patches = max(1, rows * columns * _SMALLEST_BLOCK // _BEIT_PATCHES)
     mask = np.zeros(grid, dtype=bool)
     missing = num_masked
-    while missing:
-        block = _fitting_block(mask, missing, rng, min_patches, aspect)
-        if block is None:
-            break
+    while missing and (block := _fitting_block(mask, missing, rng)) is not None:
         missing -= int((~mask[block]).sum())
         mask[block] = True
     free = np.flatnonzero(~mask.ravel())
@@ -63,14 +50,13 @@ def block_mask(
     return torch.from_numpy(mask.ravel())
 
 
-def _fitting_block(
-    mask: np.ndarray, missing: int, rng: np.random.Generator, min_patches: int, aspect: tuple[float, float]
-) -> tuple[slice, slice] | None:
+def _fitting_block(mask: np.ndarray, missing: int, rng: np.random.Generator) -> tuple[slice, slice] | None:
     """A rectangle with at least one and at most ``missing`` free patches, or None after ten that have not."""
     rows, columns = mask.shape
+    min_patches = max(1, rows * columns * _SMALLEST_BLOCK // _BEIT_PATCHES)
     for _ in range(_TRIES):
         area = rng.uniform(min_patches, max(min_patches, missing))
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
         height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if not (0 < height <= rows and 0 < width <= columns):
             continue
@@ -82,10 +68,7 @@ def _fitting_block(
 
 
 def masked_count(size: int, fraction: float) -> int:
-    """How many of ``size`` patches or tokens are masked: the nearest number to the fraction, at least one.
-
-    There is nothing to mask of nothing.
-    """
+    """Return how many of ``size`` patches or tokens are masked: the number nearest to the fraction, at least 1 of any."""
     return min(size, max(1, math.floor(size * fraction + 0.5)))
 
 
@@ -96,7 +79,7 @@ def check_fraction(fraction: float, flag: str) -> None:
 
 
 def mask_index(dictionary: "Dictionary") -> int:
-    """The id of ``<mask>``; ``UserError`` if the dictionary has none."""
+    """Return the id of ``<mask>``; ``UserError`` if the dictionary has none."""
     if MASK_SYMBOL not in dictionary:
         raise UserError(
             f"the dictionary has no {MASK_SYMBOL}: make dict.txt with mhmoe prepare image-text, or add a last line "

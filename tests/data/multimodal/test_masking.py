@@ -7,15 +7,8 @@ import pytest
 import torch
 from fairseq.data import Dictionary
 
-from mhmoe_fairseq.data.multimodal.masking import (
-    ASPECT,
-    _fitting_block,
-    block_mask,
-    check_fraction,
-    mask_index,
-    mask_text,
-    masked_count,
-)
+from mhmoe_fairseq.data.multimodal import masking
+from mhmoe_fairseq.data.multimodal.masking import block_mask, check_fraction, mask_index, mask_text, masked_count
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +56,33 @@ def test_masks_are_blocks():
     assert np.mean(blocks) > 1.4 * np.mean(scattered)
 
 
-def test_the_first_block_is_a_rectangle_of_allowed_shape():
+def smallest_is(monkeypatch: pytest.MonkeyPatch, patches: int, grid: tuple[int, int]) -> None:
+    monkeypatch.setattr(masking, "_SMALLEST_BLOCK", patches)
+    monkeypatch.setattr(masking, "_BEIT_PATCHES", math.prod(grid))
+
+
+def test_the_first_block_is_a_rectangle_of_allowed_shape(monkeypatch):
     """With as many patches as the smallest block has, that block is all there is."""
+    smallest_is(monkeypatch, 36, (20, 20))
+    monkeypatch.setattr(masking, "ASPECT", (1.0, 1.0))
     for seed in range(50):
-        mask = block_mask((20, 20), 36, rng(seed), min_patches=36, aspect=(1.0, 1.0)).view(20, 20).numpy()
+        mask = block_mask((20, 20), 36, rng(seed)).view(20, 20).numpy()
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         assert len(rows) == len(columns) == 6 and mask.sum() == 36
         assert mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
 
 
 @pytest.mark.parametrize("grid, smallest", [((14, 14), 16), ((28, 28), 64), ((7, 7), 4), ((2, 2), 1)])
-def test_the_smallest_block_is_beits_share_of_the_grid(grid, smallest):
+def test_the_smallest_block_is_beits_share_of_the_grid(grid, smallest, monkeypatch):
     number = masked_count(grid[0] * grid[1], 0.4)
-    for seed in range(20):
-        given = block_mask(grid, number, rng(seed), min_patches=smallest)
-        assert torch.equal(block_mask(grid, number, rng(seed)), given)
+    masks = [block_mask(grid, number, rng(seed)) for seed in range(20)]
+    smallest_is(monkeypatch, smallest, grid)
+    assert all(torch.equal(block_mask(grid, number, rng(seed)), mask) for seed, mask in enumerate(masks))
 
 
 def test_blocks_are_as_often_tall_as_wide_and_aspects_uniform_in_the_logarithm():
     free = np.zeros((60, 60), dtype=bool)
-    blocks = [_fitting_block(free, 200, rng(seed), 100, ASPECT) for seed in range(900)]
+    blocks = [masking._fitting_block(free, 600, rng(seed)) for seed in range(900)]
     aspects = np.log([(rows.stop - rows.start) / (columns.stop - columns.start) for rows, columns in blocks])
     widest = math.log(1 / 0.3)
     assert 0.9 * widest < aspects.max() < 1.1 * widest and 0.9 * widest < -aspects.min() < 1.1 * widest
