@@ -15,11 +15,7 @@ _CHECKED_TOKENS = 2**20
 
 
 def check_folder(folder: Path) -> None:
-    """The folder of one shard has a dictionary.
-
-    Raises:
-        FileNotFoundError: naming what is missing.
-    """
+    """Check that the folder of a shard has a dictionary: a ``FileNotFoundError`` names what is missing."""
     if not folder.is_dir():
         raise FileNotFoundError(f"data folder {folder} does not exist")
     if not (folder / "dict.txt").is_file():
@@ -27,7 +23,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_split(prefix: Path, vocabulary_size: int) -> None:
-    """``prefix.idx`` and ``prefix.bin`` are there, complete, and use the dictionary's ids.
+    """Check that ``prefix.idx`` and ``prefix.bin`` are there, complete, and use the dictionary's ids.
 
     Formats other than fairseq's default memory map are left to fairseq. Ids are looked at in the first million tokens.
 
@@ -41,9 +37,10 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
     for file in (index, data):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: binarise the data, see mhmoe prepare")
-    dtype, sizes = _read_index(index)
-    if sizes is None:
+    read = _read_index(index)
+    if read is None:
         return
+    dtype, sizes = read
     expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
     actual = data.stat().st_size
     if actual != expected:
@@ -57,12 +54,12 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
         )
 
 
-def _read_index(index: Path) -> tuple[np.dtype, np.ndarray | None]:
+def _read_index(index: Path) -> tuple[np.dtype, np.ndarray] | None:
     """Token type and line lengths; None for another format than the memory map."""
     with open(index, "rb") as file:
         header = file.read(_HEADER.size)
     if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
-        return np.dtype(np.int64), None
+        return None
     if len(header) < _HEADER.size:
         raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
     _, _, code, lines = _HEADER.unpack(header)

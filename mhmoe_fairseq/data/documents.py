@@ -17,7 +17,7 @@ _SENTENCEPIECE_SPACE = "\u2581"
 
 
 class Document(NamedTuple):
-    """One document: where it came from, its lines, and the split it must go to when the source says so."""
+    """A document: where it came from, its lines, and the split it must go to when the source says so."""
 
     name: str
     lines: list[str]
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
 
 def clean_line(line: str) -> str:
-    """One line in NFC with single spaces: no control characters, no leading or trailing space.
+    """Return the line in NFC with single spaces: no control characters, no leading or trailing space.
 
     fairseq splits encoded lines at every Unicode white space, so only the plain space may remain.
     """
@@ -40,7 +40,7 @@ class SeenTexts:
         self._digests: set[bytes] = set()
 
     def add(self, text: str) -> bool:
-        """Remembers ``text``; whether it is new."""
+        """Remember a text; return whether it is new."""
         before = len(self._digests)
         self._digests.add(_digest(text))
         return len(self._digests) > before
@@ -66,7 +66,7 @@ class Cleaner:
     _seen: SeenTexts = field(default_factory=SeenTexts, repr=False)
 
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Yields the documents that still have a line."""
+        """Yield the documents that still have a line."""
         for document in documents:
             lines = [clean_line(line) for line in document.lines]
             self.counts["lines_read"] += len(lines)

@@ -9,11 +9,10 @@ from ..common.errors import UserError
 
 @dataclass(frozen=True)
 class Language:
-    """One language.
+    """A language.
 
     Args:
         code: ISO 639-1, as XNLI and XLM use it.
-        name: in English.
         scripts: Unicode scripts of its writing, by the first word of a character's Unicode name (``LATIN``,
             ``CJK``, ...); the first one is its main script.
     """
@@ -53,24 +52,24 @@ PAPER_LANGUAGES = tuple(code for code in XNLI_LANGUAGES if code != "ar")
 
 
 def language_symbol(code: str) -> str:
-    """The dictionary's symbol for a language: ``__de__``."""
+    """Return the dictionary's symbol for a language: ``__de__``."""
     return f"__{code}__"
 
 
 def get_language(code: str, flag: str = "--langs") -> Language:
-    """The language with this code; ``UserError`` names ``flag`` and the codes there are."""
+    """Return the language with this code; ``UserError`` names ``flag`` and the codes there are."""
     if code not in LANGUAGES:
         raise UserError(f"{flag} {code}: no such language; known are {', '.join(LANGUAGES)}")
     return LANGUAGES[code]
 
 
 def language_of(tag: str) -> str:
-    """The language's code out of a tag that says more: ``zh`` of ``zh-Hans``, ``zh_CN`` and ``ZH``."""
+    """Return the language's code out of a tag that says more: ``zh`` of ``zh-Hans``, ``zh_CN`` and ``ZH``."""
     return re.split("[-_]", tag.strip(), maxsplit=1)[0].lower()
 
 
 def parse_languages(text: str | Iterable[str], flag: str = "--langs") -> tuple[str, ...]:
-    """Codes out of ``de,fr`` or ``["de", "fr"]``, in the order given.
+    """Return the codes in ``de,fr`` or ``["de", "fr"]``, in the order given.
 
     Raises:
         UserError: no code, an unknown one, or one that is given twice.

@@ -18,11 +18,10 @@ Value = TypeVar("Value")
 
 
 def load_tensors(path: Path, *, what: str = "checkpoint", mmap: bool = False, classes: Sequence[Any] = ()) -> Any:
-    """What the file holds: tensors and plain values; nothing in it is run, and no other object is made.
+    """Return what a file of ``torch.save`` holds: tensors and plain values; nothing in it is run.
 
     Args:
-        path: of ``torch.save``.
-        what: it should be, for messages.
+        what: what it should be, for messages.
         mmap: map the tensors and read them when they are used; only of files in today's layout, a zip archive.
         classes: further classes of plain values that may be in it.
 
@@ -42,12 +41,11 @@ def load_tensors(path: Path, *, what: str = "checkpoint", mmap: bool = False, cl
 
 
 def unreadable(path: Path | str, error: Exception, what: str = "checkpoint") -> UserError:
-    """The error to show for what ``torch.load`` raised.
+    """Return the error to show for what ``torch.load`` raised.
 
     It never repeats PyTorch's advice to load the file with ``weights_only=False``, which would run what is in it.
     """
-    found = _REFUSED.search(str(error))
-    if found is not None:
+    if found := _REFUSED.search(str(error)):
         return UserError(
             f"{path}: refused, not run: it holds an object of {found[1]}, and only tensors and plain data are read"
         )
@@ -65,10 +63,7 @@ def save_tensors(value: Any, path: Path) -> None:
 
 
 def without_wrapper(state: Mapping[str, Value]) -> Mapping[str, Value]:
-    """A state dictionary without the ``module.`` of a model that was saved inside DistributedDataParallel.
-
-    Only where every name begins so; another one is returned as it is.
-    """
+    """Return a state dictionary without the ``module.`` of DistributedDataParallel, if every name begins so."""
     if not state or not all(isinstance(name, str) and name.startswith(_WRAPPER) for name in state):
         return state
     return type(state)((name.removeprefix(_WRAPPER), value) for name, value in state.items())  # type: ignore[call-arg]

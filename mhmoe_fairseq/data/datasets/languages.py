@@ -15,15 +15,12 @@ class LanguagesDataset(WholeBatches, SizedRows):
     A batch has fairseq's keys, ``languages``, ``(B,)``: the number of each row's language in the task's list, and
     ``characters``, ``(B,)``, if they are known for all languages: what each row's targets stand for, on average.
 
-    Args:
-        parts: language -> its blocks.
-        numbers: language -> its number in the task's list.
-        symbols: language -> the word that stands in place of the context before a block's first target; empty to
-            leave that context as it is. Targets stay the same, so that perplexities compare.
-        characters: language -> characters of its text, where known.
-
-    Attributes:
-        characters: the same, or empty unless they are known for all languages.
+    Args, all of them by language:
+        parts: its blocks.
+        numbers: its number in the task's list.
+        symbols: the word that stands in place of the context before a block's first target; without one that context
+            is left as it is. Targets stay the same, so that perplexities compare.
+        characters: how many its text has, where known.
     """
 
     def __init__(
@@ -33,21 +30,17 @@ class LanguagesDataset(WholeBatches, SizedRows):
         symbols: dict[str, int] | None = None,
         characters: dict[str, float] | None = None,
     ) -> None:
-        self.parts = parts
-        self.languages = list(parts)
-        self.symbols = symbols or {}
+        self.parts, self.languages, self.symbols = parts, list(parts), symbols or {}
         self.sizes = np.concatenate([part.sizes for part in parts.values()])
-        self.characters = characters or {}
-        if not set(parts) <= set(self.characters):
-            self.characters = {}
+        self.characters = characters if characters and set(parts) <= set(characters) else {}
         self._per_token = {name: count / parts[name].sizes.sum() for name, count in self.characters.items()}
         self._numbers = torch.tensor([numbers[language] for language in parts])
-        self._ends = np.cumsum([len(part) for part in parts.values()])
+        self.starts = np.cumsum([0, *map(len, parts.values())])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = self.language_at(index)
+        position = int(self.language_at(index))
         language = self.languages[position]
-        sample = self.parts[language][int(index) - self.first_block(position)]
+        sample = self.parts[language][int(index - self.starts[position])]
         if language in self.symbols:
             source = sample["source"].clone()
             source[0] = self.symbols[language]
@@ -57,16 +50,12 @@ class LanguagesDataset(WholeBatches, SizedRows):
             sample["characters"] = len(sample["target"]) * self._per_token[language]
         return sample
 
-    def language_at(self, index: int) -> int:
-        """Which of ``languages`` a block belongs to."""
-        return int(np.searchsorted(self._ends, index, side="right"))
-
-    def first_block(self, position: int) -> int:
-        """The number of a language's first block."""
-        return int(self._ends[position - 1]) if position else 0
+    def language_at(self, indices: int | np.ndarray) -> np.ndarray:
+        """Return which of ``languages`` blocks belong to; the first block of each is in ``starts``."""
+        return np.searchsorted(self.starts, indices, side="right") - 1
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch."""
+        """Return a batch."""
         if not samples:
             return {}
         batch = self.parts[self.languages[0]].collater(samples)  # all parts are made with the same settings
@@ -76,7 +65,7 @@ class LanguagesDataset(WholeBatches, SizedRows):
         return batch
 
     def ordered_indices(self) -> np.ndarray:
-        """All blocks by length, equally long ones in random order, as fairseq orders the blocks of one text."""
+        """Return all blocks by length, equally long ones in random order, as fairseq orders the blocks of one text."""
         return np.lexsort([np.random.permutation(len(self)), self.sizes])
 
 
@@ -96,8 +85,7 @@ class SampledLanguagesDataset(LanguagesDataset):
     def __init__(self, *args: Any, alpha: float, seed: int, num_shards: int = 1) -> None:
         super().__init__(*args)
         self.seed, self.num_shards, self.epoch = seed, num_shards, 1
-        lengths = np.array([len(part) for part in self.parts.values()])
-        self.counts = sampled_counts(lengths, alpha)
+        self.counts = sampled_counts(np.diff(self.starts), alpha)
 
     def set_epoch(self, epoch: int) -> None:
         """fairseq's hook before an epoch."""
@@ -105,10 +93,10 @@ class SampledLanguagesDataset(LanguagesDataset):
         self.epoch = epoch
 
     def ordered_indices(self) -> np.ndarray:
-        """This epoch's blocks, some of them several times, by length and equally long ones in random order."""
+        """Return this epoch's blocks, some of them several times, by length and equally long ones in random order."""
         visit = (self.epoch - 1) // self.num_shards
         chosen = [
-            self.first_block(position) + passes(len(part), self.counts[position], visit, self.seed, language)
+            self.starts[position] + passes(len(part), self.counts[position], visit, self.seed, language)
             for position, (language, part) in enumerate(self.parts.items())
         ]
         indices = np.concatenate(chosen)
@@ -125,15 +113,14 @@ class LanguageContextDataset(WholeBatches, LMContextWindowDataset):
     _last_language: int | None = None
 
     def batch_by_size(self, indices: np.ndarray, *args: object, **kwargs: object) -> list[np.ndarray]:
-        """Batches of ``indices``, which come in order, apart by language."""
-        positions = np.array([self.dataset.language_at(index) for index in indices])
+        """Return batches of ``indices``, which come in order, apart by language."""
         batches: list[np.ndarray] = []
-        for run in np.split(indices, np.flatnonzero(np.diff(positions)) + 1):
+        for run in np.split(indices, np.flatnonzero(np.diff(self.dataset.language_at(indices))) + 1):
             batches += super().batch_by_size(run, *args, **kwargs)
         return batches
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """One batch, with the context that the same language's previous batch left."""
+        """Return a batch with the context that the same language's previous batch left."""
         language = int(samples[0]["language"])
         if language != self._last_language:
             self.prev_tokens = np.empty([0])
@@ -152,7 +139,7 @@ def sampling_shares(sizes: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def sampled_counts(sizes: np.ndarray, alpha: float) -> np.ndarray:
-    """Blocks of every language in one epoch, ``(L,)``: their sum is that of ``sizes``, each within one of its share.
+    """Return each language's blocks in an epoch, ``(L,)``: as many as ``sizes`` in all, each within one of its share.
 
     With alpha 1 they are ``sizes``: an epoch is then every block once.
     """

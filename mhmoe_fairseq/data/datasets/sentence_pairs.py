@@ -16,37 +16,25 @@ class LabelledSentences(SizedRows):
 
     A sentence becomes ``</s> tokens </s>``, a pair ``</s> first </s> second </s>``: lines as the language model saw
     them in pre-training, so that nothing new has to be learnt but the head, which reads the last ``</s>``.
-    An example that is longer than ``longest`` loses tokens at the end of its longer sentence, one at a time, of the
-    second if both are as long; every ``</s>`` stays.
+    Examples that are longer than ``longest`` are cut, see ``cut_longest_first``; every ``</s>`` stays.
 
     Args:
-        sentences: one or two data sets of equal length, whose items are tokens with ``</s>`` at the end; they have
-            ``sizes``.
+        sentences: one or two data sets of equal length, whose items are tokens with ``</s>`` at the end.
         labels: ``(examples,)`` class ids.
         starts: ``(examples,)`` the first token of each, ``</s>`` or the symbol of a language.
         longest: tokens of an example, all counted.
-        pad: index of the padding symbol.
-        seed: of the order of examples of one length, which is that of the training split; None keeps their order.
+        seed: of the order of examples of one length, for training; None keeps their order.
 
     Raises:
         UserError: if ``longest`` leaves no token of a sentence.
     """
 
     def __init__(
-        self,
-        sentences: Sequence[Any],
-        labels: np.ndarray,
-        starts: np.ndarray,
-        *,
-        longest: int,
-        pad: int,
+        self, sentences: Sequence[Any], labels: np.ndarray, starts: np.ndarray, *, longest: int, pad: int,
         seed: int | None = None,
-    ) -> None:
-        self._sentences = list(sentences)
-        self._labels = labels
-        self._starts = starts
-        self._pad = pad
-        self._seed = seed
+    ) -> None:  # fmt: skip
+        self._sentences, self._labels, self._starts = list(sentences), labels, starts
+        self._pad, self._seed = pad, seed
         least = 1 + 2 * len(self._sentences)
         if longest < least:
             raise UserError(
@@ -66,7 +54,7 @@ class LabelledSentences(SizedRows):
         return {"id": index, "tokens": torch.cat(parts), "target": int(self._labels[index])}
 
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch: ``net_input`` with ``src_tokens (B, S)``, padded on the right, and ``target (B,)``."""
+        """Return a batch: ``net_input`` with ``src_tokens (B, S)``, padded on the right, and ``target (B,)``."""
         if not samples:
             return {}
         rows: list[Tensor] = [sample["tokens"] for sample in samples]
@@ -79,29 +67,21 @@ class LabelledSentences(SizedRows):
         }
 
     def ordered_indices(self) -> np.ndarray:
-        """All examples, short ones first: a batch has rows of about one length."""
+        """Return all examples, short ones first: a batch has rows of about one length."""
         order = np.arange(len(self))
         if self._seed is not None:
             np.random.default_rng(self._seed).shuffle(order)
         return order[np.argsort(self.sizes[order], kind="stable")]
 
-    def batch_by_size(
-        self, indices: np.ndarray, *args: Any, required_batch_size_multiple: int = 1, **kwargs: Any
-    ) -> list[np.ndarray]:
-        """Batches that hold every example: fairseq-fixed drops a last one of another multiple."""
-        return super().batch_by_size(indices, *args, required_batch_size_multiple=1, **kwargs)
+    def batch_by_size(self, indices: np.ndarray, *args: Any, **kwargs: Any) -> list[np.ndarray]:
+        """Return batches that hold every example: fairseq-fixed drops a last one of another multiple."""
+        return super().batch_by_size(indices, *args, **{**kwargs, "required_batch_size_multiple": 1})
 
 
 def cut_longest_first(lengths: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
-    """How many tokens of each sentence stay where all together may have ``room``.
+    """Return how many tokens of each sentence, of one or two ``lengths (examples,)``, stay where all may have ``room``.
 
     Tokens are taken from the longer sentence, one at a time, from the second of two that are as long.
-
-    Args:
-        lengths: of one or two sentences, each ``(examples,)``.
-
-    Returns:
-        arrays of the same shapes.
     """
     if len(lengths) == 1:
         return [np.minimum(lengths[0], room)]

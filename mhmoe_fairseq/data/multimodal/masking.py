@@ -68,7 +68,7 @@ def _fitting_block(mask: np.ndarray, missing: int, rng: np.random.Generator) -> 
 
 
 def masked_count(size: int, fraction: float) -> int:
-    """Return how many of ``size`` patches or tokens are masked: the number nearest to the fraction, at least 1 of any."""
+    """Return how many of so many patches or tokens are masked: nearest to the fraction, at least one unless size is 0."""
     return min(size, max(1, math.floor(size * fraction + 0.5)))
 
 
