@@ -13,7 +13,7 @@ from fairseq.data import ListDataset
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..common.files import atomic_open, json_line, require_files
-from ..data.classification import Example, Fields, read_examples, Labels, given_labels
+from ..data.classification import Example, Fields, Labels, given_labels, read_examples
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.identity import MANIFEST, read_manifest
 from ..data.languages import get_language

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
 from ..common.files import atomic_open, json_line, read_utf8_lines, sha256_of, write_json
-from ..data.classification import Fields, file_format, read_examples, Labels
+from ..data.classification import Fields, Labels, file_format, read_examples
 from ..data.languages import PAPER_LANGUAGES, XNLI_LANGUAGES, get_language
 from .records import Metric, Record, mean_of
 

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
 from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
-from ..data.classification import Example, Fields, file_format, read_examples, Labels, found_labels, given_labels
+from ..data.classification import Example, Fields, Labels, file_format, found_labels, given_labels, read_examples
 from ..data.languages import get_language
 from ..data.vocabularies import NUM_SPECIALS, SentencePieceVocabulary, TiktokenVocabulary, Vocabulary
 from .base import DICTIONARY, MODEL_FILE, Preparation, Settings

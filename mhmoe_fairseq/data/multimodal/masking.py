@@ -68,7 +68,7 @@ def _fitting_block(mask: np.ndarray, missing: int, rng: np.random.Generator) -> 
 
 
 def masked_count(size: int, fraction: float) -> int:
-    """Return how many of so many patches or tokens are masked: nearest to the fraction, at least one unless size is 0."""
+    """Return how many of ``size`` patches or tokens are masked: nearest to the fraction, at least one of any."""
     return min(size, max(1, math.floor(size * fraction + 0.5)))
 
 
