@@ -4,6 +4,4 @@ from .. import register
 
 register()
 
-from . import captioning, classification, masked_multimodal, moe_cross_entropy, retrieval
-
-__all__ = ["captioning", "classification", "masked_multimodal", "moe_cross_entropy", "retrieval"]
+from . import captioning, classification, masked_multimodal, moe_cross_entropy, retrieval  # noqa: F401

@@ -37,60 +37,10 @@ class GateLossConfig(FairseqDataclass):
     )
 
 
-class GateLosses:
-    """``loss + sample_size * (w_b * balance + w_z * z)``: what every criterion adds to its own loss.
-
-    ``balance`` and ``z`` are the layers' values combined by sum or average; a dense model has neither.
-
-    Raises:
-        UserError: naming a flag of the criterion whose number is out of its range.
-    """
-
-    def __init__(self, cfg: GateLossConfig) -> None:
-        check_flags(cfg)
-        self.gate_weight, self.z_weight = cfg.moe_gate_loss_wt, cfg.mhmoe_z_loss_wt
-        self.combine = torch.sum if str(cfg.moe_gate_loss_combine_method) == "sum" else torch.mean
-
-    def add_to(
-        self, loss: Tensor, calls: list[dict[str, Any]], sample_size: float, counted: list[bool] | None = None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Add the auxiliary losses of one batch, the mean of those of the model's calls.
-
-        Args:
-            loss: the criterion's own, summed over what ``sample_size`` counts.
-            calls: what the model returned beside its logits, in each call that the batch took.
-            sample_size: what the loss is later divided by.
-            counted: of each call, whether it enters the metrics (default: all do). All enter the loss, and what is
-                logged has the same keys, since ranks that add their logs up may count different calls.
-
-        Returns:
-            the whole loss, and what to log of the MoE layers, all of it additive; nothing for a dense model. Every pool
-            of every layer has a row in the routing counts, every layer one in the traffic's.
-        """
-        counted = [True] * len(calls) if counted is None else counted
-        share, logged_share = sample_size / len(calls), sample_size / max(sum(counted), 1)
-        log: dict[str, Any] = {}
-        for extra, is_counted in zip(calls, counted):
-            layers = [output for output in extra.get("moe", []) if output is not None]
-            if not layers:
-                continue
-            balance = self.combine(torch.stack([layer.balance_loss for layer in layers]))
-            z = self.combine(torch.stack([layer.z_loss for layer in layers]))
-            loss = loss + share * (self.gate_weight * balance + self.z_weight * z)
-            counts = zip(*(layer.stats.by_pool() for layer in layers))
-            traffic = zip(*(layer.traffic for layer in layers if layer.traffic is not None))
-            new = {
-                "gate_loss": balance.detach() * logged_share,
-                "z_loss": z.detach() * logged_share,
-                **dict(zip(_COUNTS, map(torch.cat, counts))),
-                **{key: torch.tensor(sent, dtype=torch.float64) for key, sent in zip(_TRAFFIC, traffic)},
-            }
-            log = {key: log.get(key, 0) + value * is_counted for key, value in new.items()}
-        return loss, log
-
-
 class MoECriterion(FairseqCriterion):
     """Base of all criterions: ``loss = sum of the rows' losses + sample_size * (w_b * balance + w_z * z)``.
+
+    ``balance`` and ``z`` are the MoE layers' losses combined by sum or average; a dense model has neither.
 
     The logs give the mean loss in bits (``loss``) without the auxiliary losses, so that models with and without MoE
     layers, and any weights, compare; the percentages; how many samples stand for one with a bad image (``replaced``),
@@ -113,8 +63,8 @@ class MoECriterion(FairseqCriterion):
 
     def __init__(self, task: Any, cfg: GateLossConfig) -> None:
         super().__init__(task)
+        check_flags(cfg)
         self.cfg = cfg
-        self.gate_losses = GateLosses(cfg)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
@@ -147,8 +97,46 @@ class MoECriterion(FairseqCriterion):
         log["loss"] = losses.detach().sum()
         if "num_replaced" in sample:  # samples that stand for one with a bad image
             log["num_replaced"] = sample["num_replaced"]
-        loss, gate_log = self.gate_losses.add_to(losses.sum(), calls, log["sample_size"])
+        loss, gate_log = self.add_gate_losses(losses.sum(), calls, log["sample_size"])
         return loss if reduce else losses, log["sample_size"], {**log, **gate_log}
+
+    def add_gate_losses(
+        self, loss: Tensor, calls: list[dict[str, Any]], sample_size: float, counted: list[bool] | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Add the auxiliary losses of one batch, the mean of those of the model's calls.
+
+        Args:
+            loss: the criterion's own, summed over what ``sample_size`` counts.
+            calls: what the model returned beside its logits, in each call that the batch took.
+            sample_size: what the loss is later divided by.
+            counted: of each call, whether it enters the metrics (default: all do). All enter the loss, and what is
+                logged has the same keys, since ranks that add their logs up may count different calls.
+
+        Returns:
+            the whole loss, and what to log of the MoE layers, all of it additive; nothing for a dense model. Every pool
+            of every layer has a row in the routing counts, every layer one in the traffic's.
+        """
+        combine = torch.sum if str(self.cfg.moe_gate_loss_combine_method) == "sum" else torch.mean
+        counted = [True] * len(calls) if counted is None else counted
+        share, logged_share = sample_size / len(calls), sample_size / max(sum(counted), 1)
+        log: dict[str, Any] = {}
+        for extra, is_counted in zip(calls, counted):
+            layers = [output for output in extra.get("moe", []) if output is not None]
+            if not layers:
+                continue
+            balance = combine(torch.stack([layer.balance_loss for layer in layers]))
+            z = combine(torch.stack([layer.z_loss for layer in layers]))
+            loss = loss + share * (self.cfg.moe_gate_loss_wt * balance + self.cfg.mhmoe_z_loss_wt * z)
+            counts = zip(*(layer.stats.by_pool() for layer in layers))
+            traffic = zip(*(layer.traffic for layer in layers if layer.traffic is not None))
+            new = {
+                "gate_loss": balance.detach() * logged_share,
+                "z_loss": z.detach() * logged_share,
+                **dict(zip(_COUNTS, map(torch.cat, counts))),
+                **{key: torch.tensor(sent, dtype=torch.float64) for key, sent in zip(_TRAFFIC, traffic)},
+            }
+            log = {key: log.get(key, 0) + value * is_counted for key, value in new.items()}
+        return loss, log
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:

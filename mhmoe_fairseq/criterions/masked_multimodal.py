@@ -96,7 +96,7 @@ class MaskedMultimodalCriterion(MoECriterion):
         averages_parts = str(self.cfg.masked_loss_average) == "part"
         sample_size = sample["nsentences"] if averages_parts else targets.sum()
         loss = sample_size * (losses / targets.clamp(min=1)).mean() if averages_parts else losses.sum()
-        loss, log = self.gate_losses.add_to(loss, extras, sample_size, counted)
+        loss, log = self.add_gate_losses(loss, extras, sample_size, counted)
         scored = [batch for batch, is_counted in zip(batches.values(), counted) if is_counted]
         log |= {
             "ntokens": sum(batch["num_positions"] for batch in scored),

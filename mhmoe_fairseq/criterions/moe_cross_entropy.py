@@ -22,9 +22,8 @@ class MoECrossEntropyConfig(GateLossConfig):
 class MoECrossEntropyCriterion(MoECriterion):
     """``loss = cross entropy in nats, summed over targets, + sample_size * (w_b * balance + w_z * z)``.
 
-    ``balance`` and ``z`` are the layers' values combined by sum or average. A dense model has neither, and its loss is
-    plain cross entropy. The logs give cross entropy alone, in bits as everywhere in fairseq (``loss``, and ``ppl``
-    from it).
+    A dense model has neither ``balance`` nor ``z``, and its loss is plain cross entropy. The logs give cross entropy
+    alone, in bits as everywhere in fairseq (``loss``, and ``ppl`` from it).
     """
 
     nll = "loss"

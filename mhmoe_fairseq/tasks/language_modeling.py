@@ -27,7 +27,12 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
     Data are one folder or several shards ``a:b:c``, one per epoch in turn, each with ``train.{bin,idx}``; the first
     has ``dict.txt`` and the validation and test splits.
+
+    Attributes:
+        context_type: the class of a data set whose blocks are each read with some tokens before them.
     """
+
+    context_type: type[FairseqDataset] = LMContextWindowDataset
 
     @classmethod
     def check_args(cls, args: Any) -> None:
@@ -89,16 +94,11 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
         """Batches for ``fairseq-eval-lm`` with all of the blocks, or a ``UserError`` that names what does not fit."""
         require_fitting_blocks(dataset.sizes, max_positions, max_tokens, context_window)
         if context_window > 0:
-            dataset = self.with_context(dataset, context_window)
+            pad = self.source_dictionary.pad()
+            dataset = self.context_type(dataset, self.args.tokens_per_sample, context_window, pad)
         return super().eval_lm_dataloader(dataset, max_tokens, batch_size, max_positions, **kwargs)
-
-    def with_context(self, dataset: MonolingualDataset, context_window: int) -> FairseqDataset:
-        """The blocks, each read with as many tokens before it."""
-        return LMContextWindowDataset(
-            dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
-        )
 
 
 def data_folders(args: Any) -> list[Path]:
-    """The shards' folders of ``data``, one at least."""
+    """Return the shards' folders of ``data``, one at least."""
     return [Path(path) for path in utils.split_paths(args.data)]

@@ -71,6 +71,8 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
     The dictionary depends on neither ``--langs`` nor ``--mhmoe-language-token``.
     """
 
+    context_type = LanguageContextDataset
+
     @classmethod
     def check_args(cls, args: Any) -> None:
         """Refuse flags before anything is loaded, with a ``UserError`` that names flag, value and rule."""
@@ -123,14 +125,12 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         """Check and load a split of all languages, or, as ``valid_de``, of one; an error names the file."""
         base, chosen = self.split_of(split)
         parts = {language: self._load_part(language, base, epoch, combine, **kwargs) for language in chosen}
-        numbers = {language: number for number, language in enumerate(self.languages)}
-        if split != "train":
-            self.datasets[split] = LanguagesDataset(parts, numbers, self._symbols, self._characters(base, parts))
-            return
-        alpha, shards = self.args.multilang_sampling_alpha, len(data_folders(self.args))
-        self.datasets[split] = SampledLanguagesDataset(
-            parts, numbers, self._symbols, alpha=alpha, seed=self.args.seed, num_shards=shards
-        )
+        read = parts, {language: number for number, language in enumerate(self.languages)}, self._symbols
+        if split == "train":
+            sampling = {"alpha": self.args.multilang_sampling_alpha, "num_shards": len(data_folders(self.args))}
+            self.datasets[split] = SampledLanguagesDataset(*read, seed=self.args.seed, **sampling)
+        else:
+            self.datasets[split] = LanguagesDataset(*read, self._characters(base, parts))
 
     def split_of(self, split: str) -> tuple[str, list[str]]:
         """Return the files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``."""
@@ -155,10 +155,8 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         words = torch.cat([part[block]["target"] for block in range(min(len(part), _CHECKED_BLOCKS))])
         unknown = words.eq(self.dictionary.unk()).float().mean().item()
         if unknown > 0.5:  # a model would learn to predict <unk>
-            raise UserError(
-                f"{split} of {language}: {unknown:.0%} of its words are unknown; dict.txt is a dictionary of other "
-                "languages"
-            )
+            problem = f"{unknown:.0%} of its words are unknown; dict.txt is a dictionary of other languages"
+            raise UserError(f"{split} of {language}: {problem}")
         return part
 
     def _characters(self, split: str, parts: dict[str, MonolingualDataset]) -> dict[str, float]:
@@ -194,45 +192,27 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         super().reduce_metrics(logging_outputs, criterion)
         log_languages(self.languages, logging_outputs)
 
-    def with_context(self, dataset: LanguagesDataset, context_window: int) -> LanguageContextDataset:
-        """The blocks, each read with as many tokens before it, which never come from another language."""
-        return LanguageContextDataset(
-            dataset, self.args.tokens_per_sample, context_window, self.source_dictionary.pad()
-        )
-
 
 def find_languages(folder: Path, langs: str) -> list[str]:
-    """The languages of ``--langs``, else every folder with a training set; sorted.
-
-    Raises:
-        UserError: naming a language that is given twice or has no folder, or saying that there is none at all.
-    """
-    available = sorted(path.parent.name for path in folder.glob("*/*.idx"))
+    """Return the languages of ``--langs``, else all with a training set, sorted; a ``UserError`` names a bad one."""
     if not langs:
         found = sorted(path.parent.name for path in folder.glob("*/train.idx"))
         if not found:
             raise UserError(f"{folder} has no language: no folder in it, such as {folder}/de, has a train.idx")
         return found
+    available = sorted({path.parent.name for path in folder.glob("*/*.idx")})
     asked = [language.strip() for language in langs.split(",")]
     for language in asked:
         if asked.count(language) > 1:
             raise UserError(f"--langs ({langs}) names {language} twice")
         if language not in available:
-            there = ", ".join(dict.fromkeys(available)) or "none"
+            there = ", ".join(available) or "none"
             raise UserError(f"--langs ({langs}): {folder} has no binarised text of {language!r}; it has {there}")
     return sorted(asked)
 
 
 def check_languages(folder: Path, languages: list[str], dictionary: Path) -> None:
-    """The languages' files are their own, and of the dictionary.
-
-    Args:
-        folder: the data, or one shard of them.
-        dictionary: the file that is read.
-
-    Raises:
-        UserError: naming two languages with the same text, or another dictionary.
-    """
+    """Refuse, with a ``UserError``, two languages with the same text in a shard, or another dictionary than is read."""
     for split in ("train", "valid", "test"):
         files = {language: folder / language / f"{split}.bin" for language in languages}
         texts = {language: file for language, file in files.items() if file.is_file() and file.stat().st_size}

@@ -89,7 +89,10 @@ class ExpertState:
             raise error
         self._whole = {}
         if error is not self._handled_at_start and dist.get_rank() > 0:
-            self._let_states_be_built()
+            # Before ``crash.pt`` fairseq 0.12.2 builds the state on every rank, and throws it away on all but rank 0.
+            for index, (_, shard) in self._shards.items():
+                shard.provide_part()
+                self._whole[index] = {}
         if dist.get_rank() >= self._num_ranks:  # rank 0 is in the first bank, which has all experts
             return
         for index, (parameter, shard) in self._shards.items():
@@ -100,12 +103,6 @@ class ExpertState:
             tensors = {key: value for key, value in state.items() if getattr(value, "shape", None) == parameter.shape}
             whole = {key: self._on_rank_0(value) for key, value in tensors.items()}
             self._whole[index] = {key: value for key, value in whole.items() if value is not None}
-
-    def _let_states_be_built(self) -> None:
-        """Before ``crash.pt`` fairseq 0.12.2 builds the state on every rank, and throws it away on all but rank 0."""
-        for index, (_, shard) in self._shards.items():
-            shard.provide_part()
-            self._whole[index] = {}
 
     def _on_rank_0(self, part: Tensor) -> Tensor | None:
         """``(E / P, ...) -> (E, ...)`` in host memory on rank 0, None elsewhere."""

@@ -97,7 +97,7 @@ class ParallelTask(FairseqTask):
     def build_criterion(self, *args: Any, **kwargs: Any) -> FairseqCriterion:
         """Return fairseq's criterion; one that leaves out the balance loss of a model with experts is told of."""
         criterion = super().build_criterion(*args, **kwargs)
-        if self.is_training and self._has_experts and not hasattr(criterion, "gate_losses"):
+        if self.is_training and self._has_experts and not hasattr(criterion, "add_gate_losses"):
             logger.warning(
                 f"--criterion ({type(criterion).__name__}) leaves out the MoE layers' balance loss, so that few "
                 "experts may get most tokens: give --criterion moe_cross_entropy (for images or classes the one that "

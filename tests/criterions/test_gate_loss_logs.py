@@ -6,7 +6,7 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.base import GateLossConfig, GateLosses, log_layers
+from mhmoe_fairseq.criterions.base import GateLossConfig, MoECriterion, log_layers
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.parallelism import Traffic
 
@@ -23,13 +23,13 @@ def extra_of(losses: list[tuple[float, float] | None], traffic: list[tuple[int, 
     return {"moe": outputs}
 
 
-def losses(combine: str) -> GateLosses:
+def losses(combine: str) -> MoECriterion:
     flags = {"moe_gate_loss_wt": 0.5, "moe_gate_loss_combine_method": combine, "mhmoe_z_loss_wt": 0.25}
-    return GateLosses(GateLossConfig(**flags))
+    return MoECriterion(None, GateLossConfig(**flags))
 
 
 def log_of(extra: dict[str, Any], sample_size: int) -> dict[str, Any]:
-    return losses("average").add_to(torch.zeros(()), [extra], sample_size)[1]
+    return losses("average").add_gate_losses(torch.zeros(()), [extra], sample_size)[1]
 
 
 def logged(*updates: list[dict[str, Any]]) -> dict[str, float]:
@@ -43,14 +43,14 @@ def logged(*updates: list[dict[str, Any]]) -> dict[str, float]:
 @pytest.mark.parametrize("combine, balance, z", [("sum", 4.0, 10.0), ("average", 2.0, 5.0)])
 def test_both_losses_are_combined_weighted_and_scaled_by_the_sample_size(combine, balance, z):
     extra = extra_of([None, (1.0, 2.0), None, (3.0, 8.0)])
-    loss, log = losses(combine).add_to(torch.tensor(7.0), [extra], 6)
+    loss, log = losses(combine).add_gate_losses(torch.tensor(7.0), [extra], 6)
     assert float(loss) == pytest.approx(7 + 6 * (0.5 * balance + 0.25 * z))
     assert (float(log["gate_loss"]), float(log["z_loss"])) == (6 * balance, 6 * z)  # without the weights
 
 
 def test_several_calls_weigh_alike_and_figures_are_of_those_that_count():
     extras = [extra_of([(1.0, 0.0)]), extra_of([(5.0, 2.0)])]
-    loss, log = losses("average").add_to(torch.tensor(0.0), extras, 6, counted=[True, False])
+    loss, log = losses("average").add_gate_losses(torch.tensor(0.0), extras, 6, counted=[True, False])
     assert float(loss) == pytest.approx(6 * (0.5 * 3 + 0.25 * 1))
     assert (float(log["gate_loss"]), float(log["z_loss"])) == (6, 0)
     assert float(log["moe_load"].sum()) == 4
@@ -75,7 +75,7 @@ def test_the_exchange_is_logged_for_an_average_layer_and_update_over_all_ranks()
 
 
 def test_a_dense_batch_among_others_has_no_part_in_the_figures():
-    dense = {"n": 4, **losses("sum").add_to(torch.tensor(3.0), [extra_of([None, None])], 4)[1]}
+    dense = {"n": 4, **losses("sum").add_gate_losses(torch.tensor(3.0), [extra_of([None, None])], 4)[1]}
     assert dense == {"n": 4}
     sparse = {**log_of(extra_of([(1.0, 1.0)]), 4), "n": 4}
     values = logged([sparse, dense])

@@ -7,7 +7,7 @@ import torch
 from beit3_models import IMAGE_POSITIONS, beit3_batch, small_beit3
 from fairseq.logging import metrics
 
-from mhmoe_fairseq.criterions.base import GateLossConfig, GateLosses, log_layers
+from mhmoe_fairseq.criterions.base import GateLossConfig, MoECriterion, log_layers
 from mhmoe_fairseq.moe import MHMoEOutput, RoutingStats
 from mhmoe_fairseq.moe.stats import active_share, load_max_over_mean
 
@@ -25,7 +25,7 @@ def outputs_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> list[MH
 @torch.no_grad()
 def log_of(model: torch.nn.Module, kind: str, lengths: list[int]) -> dict[str, Any]:
     extra = model(**beit3_batch(kind, lengths))[1]
-    return GateLosses(GateLossConfig()).add_to(torch.zeros(()), [extra], 1)[1]
+    return MoECriterion(None, GateLossConfig()).add_gate_losses(torch.zeros(()), [extra], 1)[1]
 
 
 def logged(*logs: dict[str, Any]) -> dict[str, float]:
