@@ -4,4 +4,4 @@ from .. import register
 
 register()
 
-from . import captioning, classification, masked_multimodal, moe_cross_entropy, retrieval  # noqa: F401
+from . import captioning, finetuning, masked_multimodal, moe_cross_entropy  # noqa: F401

@@ -20,7 +20,7 @@ from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..common.files import atomic_open, write_json
 from ..criterions.base import GateLossConfig
-from ..criterions.retrieval import RetrievalCriterion
+from ..criterions.finetuning import RetrievalCriterion
 from ..data.datasets.labelled import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
 from ..data.multimodal.index import Index
 from ..metrics.recall import RANKS, VectorMeter, chance_of_recall

@@ -73,12 +73,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         self.mask_index = mask_index(self.dictionary)
         self.grid = self.dataset_settings("train").grid
 
-    @property
-    def source_dictionary(self) -> Dictionary:
-        """fairseq's name for the dictionary."""
-        return self.dictionary
-
-    target_dictionary = source_dictionary
+    source_dictionary = target_dictionary = property(lambda self: self.dictionary)  # fairseq's names
 
     def dataset_settings(self, split: str) -> DatasetSettings:
         """Return what the data sets of a split are read by: ``train`` has other orders, crops and masks in every epoch.

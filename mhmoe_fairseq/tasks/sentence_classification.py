@@ -96,12 +96,8 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
             raise UserError(
                 "--arch: mhmoe_sentence_classification needs a language model of ours, such as mhmoe_lm_tiny"
             )
-        model.register_classification_head(
-            self.args.classification_head_name,
-            num_classes=len(self.classes),
-            dropout=self.args.mhmoe_head_dropout,
-            may_be_new=not from_checkpoint,
-        )
+        name, dropout = self.args.classification_head_name, self.args.mhmoe_head_dropout
+        model.register_classification_head(name, len(self.classes), dropout=dropout, may_be_new=not from_checkpoint)
         if not from_checkpoint:
             check_starting_checkpoint(model, self.args)
         return model
@@ -155,12 +151,8 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
         """Return the most tokens of an input; longer ones are cut."""
         return min(self.args.tokens_per_sample, self.args.max_target_positions or self.args.tokens_per_sample)
 
-    @property
-    def source_dictionary(self) -> Dictionary:
-        """The language model's dictionary; the classes are ``classes``."""
-        return self.dictionary
-
-    target_dictionary = source_dictionary
+    # fairseq's names; the classes are ``classes``.
+    source_dictionary = target_dictionary = property(lambda self: self.dictionary)
 
     def _parts(self, split: str) -> list[str]:
         """``[split]``, or the splits that it stands for: ``valid`` for ``valid_de`` and ``valid_en``."""

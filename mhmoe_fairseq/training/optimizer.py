@@ -12,7 +12,6 @@ from fairseq.optim.adam import FairseqAdam, FairseqAdamConfig
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..common.ranges import check_flag
 from .checks import OPTIMIZER, TrainingFlags, flattens_gradients, optimizer_name
 from .expert_state import ExpertState, notes_of, take_note
 
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 _SCALE = "lr_scale"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)\w*embed\w*\.")
-HEADS = "heads."
 
 
 @register_optimizer(OPTIMIZER, dataclass=FairseqAdamConfig)
@@ -127,13 +125,8 @@ def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: fl
 
     Args:
         model: with its heads under ``heads``.
-        flags: the task's configuration.
-
-    Raises:
-        UserError: naming the flag, its value and the rule.
+        flags: the task's configuration; a ``UserError`` says what else of it excludes such factors.
     """
-    check_flag("layer_decay", layer_decay)
-    check_flag("head_lr_multiplier", head_multiplier)
     if layer_decay == 1 and head_multiplier == 1:
         return
     flag = "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier"
@@ -151,7 +144,7 @@ def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: fl
 
 def learning_rate_scale(name: str, num_layers: int, layer_decay: float, head_multiplier: float) -> float:
     """Return the factor for the parameter of a name; see ``scale_learning_rates``."""
-    if name.startswith(HEADS):
+    if name.startswith("heads."):
         return head_multiplier
     layer = _LAYER.search(name)  # before embeddings: an X-MoE router has expert embeddings
     if layer:

@@ -20,11 +20,11 @@ class RouterUpdates:
     Nothing is done, and no process waits for another, where no router of the model has such a method of its own.
 
     Args:
-        model: in training; None has no routers.
+        model: in training.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        layers = (layer for layer in ([] if model is None else model.modules()) if isinstance(layer, MHMoELayer))
+    def __init__(self, model: nn.Module) -> None:
+        layers = (layer for layer in model.modules() if isinstance(layer, MHMoELayer))
         self._layers = [layer for layer in layers if type(layer.router).after_update is not Router.after_update]
         self._parameters = list(model.parameters()) if self._layers else []
         self._loads: list[Tensor] = []
@@ -32,10 +32,7 @@ class RouterUpdates:
             layer.register_forward_hook(functools.partial(self._add, index))
 
     def begin_batch(self) -> None:
-        """Begin to count anew if no gradient is there yet, so that an update that was skipped is forgotten.
-
-        To be called before each batch of a training.
-        """
+        """Before a batch, count anew if no gradient is there yet, so that an update that was skipped is forgotten."""
         if all(parameter.grad is None for parameter in self._parameters):
             sizes = [(layer.config.num_experts, next(layer.parameters()).device) for layer in self._layers]
             self._loads = [torch.zeros(experts, device=device) for experts, device in sizes]

@@ -47,7 +47,7 @@ class ParallelTask(FairseqTask):
     has_spread_experts = False
     num_updates = 0
     _has_experts = False
-    _router_updates = RouterUpdates()
+    _router_updates = RouterUpdates(nn.Module())
     _routing: Mapping[nn.Module, RoutingStats] = MappingProxyType({})
     _has_reported = False
 

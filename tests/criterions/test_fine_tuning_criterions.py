@@ -9,9 +9,8 @@ from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from fairseq.logging import metrics
 from moe_oracle import losses_of
 
-from mhmoe_fairseq.criterions import classification as classes
+from mhmoe_fairseq.criterions import finetuning
 from mhmoe_fairseq.criterions.base import GateLossConfig
-from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
 from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
 
 WIDTH, ANSWERS, CLASSES = 32, 7, 8
@@ -22,12 +21,12 @@ HEADS = {
     "retrieval": lambda: RetrievalHead(WIDTH),
 }
 CRITERIONS = {
-    "vqa": classes.VQACriterion,
-    "nlvr2": classes.NLVR2Criterion,
-    "image_classification": classes.ImageClassificationCriterion,
-    "retrieval": RetrievalCriterion,
+    "vqa": finetuning.VQACriterion,
+    "nlvr2": finetuning.NLVR2Criterion,
+    "image_classification": finetuning.ImageClassificationCriterion,
+    "retrieval": finetuning.RetrievalCriterion,
 }
-CONFIGS = {"image_classification": classes.ImageClassificationConfig}  # 0.1 of label smoothing
+CONFIGS = {"image_classification": finetuning.ImageClassificationConfig}  # 0.1 of label smoothing
 
 
 def model_of(name, arch="mhmoe_beit3_tiny", **flags):

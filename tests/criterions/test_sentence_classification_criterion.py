@@ -10,7 +10,7 @@ from fairseq.logging import metrics
 from language_models import small_dictionary, small_model, token_rows
 from moe_oracle import losses_of
 
-from mhmoe_fairseq.criterions.classification import SentenceClassificationConfig, SentenceClassificationCriterion
+from mhmoe_fairseq.criterions.finetuning import SentenceClassificationConfig, SentenceClassificationCriterion
 from mhmoe_fairseq.criterions.moe_cross_entropy import MoECrossEntropyConfig, MoECrossEntropyCriterion
 
 TASK = SimpleNamespace(target_dictionary=small_dictionary())

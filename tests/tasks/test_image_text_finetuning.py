@@ -17,7 +17,7 @@ from images_and_words import IMG_SIZE, PATCH_SIZE
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.criterions.base import GateLossConfig
-from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
+from mhmoe_fairseq.criterions.finetuning import RetrievalCriterion
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, write_index

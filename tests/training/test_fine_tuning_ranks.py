@@ -10,7 +10,7 @@ from beit3_models import beit3_batch, beit3_dictionary, small_beit3
 from decayed_models import FACTORS, build, inputs, step
 
 from mhmoe_fairseq.criterions.base import GateLossConfig
-from mhmoe_fairseq.criterions.retrieval import RetrievalCriterion
+from mhmoe_fairseq.criterions.finetuning import RetrievalCriterion
 from mhmoe_fairseq.models.heads import CenteredLayerNorm, RetrievalHead
 from mhmoe_fairseq.moe.layer import taken_for_padding
 from mhmoe_fairseq.parallel import expert_parallelism, gather_rows
