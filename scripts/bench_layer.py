@@ -181,7 +181,7 @@ def measure_memory(name: str, setting: Setting, threads: int) -> Peak:
     torch.set_num_threads(threads)
     build(name, Setting(**{**vars(setting), "tokens": min(64, setting.tokens)}))()
     step = build(name, setting)
-    return measure(step, step.clear, step.tensors())
+    return measure(step, step.clear, step.tensors)
 
 
 def run(args: argparse.Namespace) -> int:

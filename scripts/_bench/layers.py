@@ -249,10 +249,7 @@ class Step:
         generator, shape = torch.Generator().manual_seed(SEED), (setting.tokens, setting.embed_dim)
         self.x, self.grad = (torch.randn(shape, generator=generator).to(DTYPES[setting.dtype]) for _ in range(2))
         self.x.requires_grad_()  # as inside a network
-
-    def tensors(self) -> list[Tensor]:
-        """What exists before and after a step."""
-        return [*self.parameters, *self.module.buffers(), self.x, self.grad]
+        self.tensors = [*self.parameters, *module.buffers(), self.x, self.grad]  # exist before and after a step
 
     def clear(self) -> None:
         """Forget every gradient."""

@@ -14,6 +14,7 @@ import torch
 from fairseq.data import Dictionary, indexed_dataset
 
 import mhmoe_fairseq
+from mhmoe_fairseq.common.ranges import flag
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.counts import ModelCounts, build_on_meta, context_of, count_built
 
@@ -56,11 +57,7 @@ def flags_of(name: str, args: argparse.Namespace, ranks: int = 1) -> list[str]:
     """Returns the flags of model, task, criterion and optimiser, and of the batch, which the ranks share."""
     together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if ranks > 1 else []
     return [
-        *(
-            word
-            for flag, value in model_flags(name, args).items()
-            for word in (f"--{flag.replace('_', '-')}", str(value))
-        ),
+        *(word for field, value in model_flags(name, args).items() for word in (flag(field), str(value))),
         *("--task", "mhmoe_language_modeling", "--criterion", "moe_cross_entropy", "--dropout", "0"),
         *("--tokens-per-sample", str(args.tokens_per_sample), "--sample-break-mode", "none"),
         *("--optimizer", "mhmoe_adam", "--adam-betas", "(0.9, 0.98)", "--lr", "5e-4", "--clip-norm", "0"),
