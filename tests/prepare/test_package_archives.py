@@ -47,7 +47,7 @@ def test_fetch_runs_the_client_once_and_then_uses_the_cache(npm, tmp_path):
     assert first.path == second.path == cache / "corpus-demo-1.0.0.tgz"
     assert first.path.read_bytes() == CONTENT
     assert log.read_text() == "pack --silent --ignore-scripts corpus-demo@1.0.0\n"
-    assert first.provenance() == {
+    assert first.provenance == {
         "package": "corpus-demo", "client": "npm", "version": "1.0.0", "archive": "corpus-demo-1.0.0.tgz",
         "archive_bytes": len(CONTENT), "archive_sha256": ARCHIVE.sha256,
     }  # fmt: skip

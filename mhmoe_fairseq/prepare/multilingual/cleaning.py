@@ -9,7 +9,7 @@ import heapq
 import math
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -253,9 +253,8 @@ def _num_bytes(passage: Passage) -> int:
 
 def english_lines(passages: Iterable[tuple[str, Passage]]) -> dict[str, SeenTexts]:
     """Returns the cleaned lines of every family."""
-    lines: dict[str, SeenTexts] = {}
+    lines: dict[str, SeenTexts] = defaultdict(SeenTexts)
     for family, passage in passages:
-        seen = lines.setdefault(family, SeenTexts())
-        for line in map(clean_line, passage.lines):
-            seen.add(line)
+        for line in passage.lines:
+            lines[family].add(clean_line(line))
     return lines

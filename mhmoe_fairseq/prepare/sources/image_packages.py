@@ -81,7 +81,7 @@ class EmojiSource:
         for image in images:
             (folder / image.path).write_bytes(contents[_FOLDER + Path(image.path).name])
         sentences = [sentence for language in languages for sentence in _sentences(names[language])]
-        packages = [archive.provenance() for archive in archives]
+        packages = [archive.provenance for archive in archives]
         return OpenedImages({"packages": packages, "unnamed": len(drawings) - len(images)}, images, sentences)
 
 
@@ -196,7 +196,7 @@ class TuxPaintSource:
             path = PurePosixPath(f"{stem}.png").relative_to(_STAMPS)
             keywords = tuple(dict.fromkeys(part.replace("_", " ") for part in path.parts[:-1]))
             images.append(file_image(folder, path, content, captions, texts.get("en", ""), keywords))
-        return OpenedImages({**fetched.provenance(), "without_caption": len(drawings) - len(images)}, images)
+        return OpenedImages({**fetched.provenance, "without_caption": len(drawings) - len(images)}, images)
 
 
 def _is_stamp(member: str) -> bool:
