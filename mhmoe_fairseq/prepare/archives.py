@@ -155,16 +155,16 @@ def _download_tarball(archive: Archive, folder: Path) -> Path:
     if not registry.startswith(("https://", "http://")):
         raise UserError(f"{_REGISTRY} {registry}: must be a registry's address, https://...")
     name = f"{archive.package.rpartition('/')[2]}-{archive.version}.tgz"
-    address = f"{registry.rstrip('/')}/{archive.package}/-/{name}"
+    address, target = f"{registry.rstrip('/')}/{archive.package}/-/{name}", folder / archive.filename
     try:
         with (
             urllib.request.urlopen(address, timeout=_TIMEOUT) as answer,
-            open(folder / archive.filename, "wb") as stream,
+            open(target, "wb") as stream,
         ):
             shutil.copyfileobj(answer, stream)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise UserError(f"--source: {address} cannot be fetched ({error})") from error
-    return folder / archive.filename
+    return target
 
 
 def read_zip_member(path: Path, member: str) -> bytes:

@@ -17,7 +17,7 @@ from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 @pytest.mark.parametrize(
     "kind, arguments, message",
     [
-        ("english", "--source bible", "--source bible: must be one of brown, docstrings, "),
+        ("english", "--source bible", "--source bible: must be one of brown, web-bible, "),
         ("english", "--source text", "--source text: needs at least one file after it, got none"),
         ("english", "--source brown x.txt", "--source brown: takes nothing after it, got x.txt"),
         ("english", "--source text missing.txt", "--source text: no such file: missing.txt"),

@@ -8,9 +8,8 @@ import pytest
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare.sources import own_text
-from mhmoe_fairseq.prepare.sources.brown import brown_documents, detokenise
+from mhmoe_fairseq.prepare.sources.corpora import brown_documents, detokenise, web_bible_documents
 from mhmoe_fairseq.prepare.sources.documentation import DocstringSource, docstring_documents, linux_documents
-from mhmoe_fairseq.prepare.sources.web_bible import web_bible_documents
 
 
 def test_web_bible_chapters_and_verses(bible_wheel):

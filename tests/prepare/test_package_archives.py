@@ -15,9 +15,8 @@ import pytest
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.prepare import archives
 from mhmoe_fairseq.prepare.sources.base import PackagedSource
-from mhmoe_fairseq.prepare.sources.brown import BROWN
+from mhmoe_fairseq.prepare.sources.corpora import BROWN, WEB_BIBLE
 from mhmoe_fairseq.prepare.sources.documentation import linux_doc
-from mhmoe_fairseq.prepare.sources.web_bible import WEB_BIBLE
 
 CONTENT = b"an archive's bytes"
 ARCHIVE = archives.Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz", hashlib.sha256(CONTENT).hexdigest())
