@@ -12,8 +12,8 @@ from mhmoe_fairseq.prepare.multilingual.cleaning import (
     english_lines,
     steps_within,
 )
-from mhmoe_fairseq.prepare.multilingual.passages import Passage, read_passages, write_aligned, write_passages
-from mhmoe_fairseq.prepare.multilingual.pipeline import language_shares, sample_lines
+from mhmoe_fairseq.prepare.multilingual.pipeline import language_shares, sample_lines, write_aligned
+from mhmoe_fairseq.prepare.sources.base import Passage, read_passages, write_passages
 from mhmoe_fairseq.prepare.splits import position, split_of
 
 

@@ -20,8 +20,8 @@ from ...data.documents import SeenTexts, clean_line
 from ...data.languages import Language
 from ..base import TextSettings
 from ..binarize import iter_lines
+from ..sources.base import Passage, read_passages, write_passages
 from ..splits import position, split_of
-from .passages import Passage, read_passages, write_passages
 
 # First words of letters' names that tell no script: ª º µ, modifier letters, letters of formulas.
 _NO_SCRIPT = frozenset("FEMININE MASCULINE MICRO MODIFIER MATHEMATICAL DOUBLE SCRIPT BLACK ANGSTROM".split())

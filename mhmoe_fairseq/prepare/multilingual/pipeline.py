@@ -1,6 +1,7 @@
 """Text in many languages: cleaned, the same keys held out in all of them, one vocabulary, binarised per language."""
 
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Optional
@@ -8,13 +9,13 @@ from typing import Any, Iterator, Mapping, Optional
 import numpy as np
 
 from ...common.errors import UserError
-from ...common.files import atomic_open, write_json
+from ...common.files import atomic_open, json_line, write_json
 from ...data.languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
 from ..base import DICTIONARY, MODEL_FILE, Preparation
 from ..binarize import binarize, count_text, iter_lines
+from ..sources.base import MultilingualCorpus, read_passages
 from ..splits import unlike_shares
 from .cleaning import LanguageCorpus, MultilingualSettings, english_lines, spot_check
-from .passages import MultilingualCorpus, write_aligned
 
 _SPOT_CHECK = "spot_check.json"
 
@@ -178,3 +179,25 @@ def sample_lines(texts: Mapping[str, Path], rates: Mapping[str, float], seed: in
         for line in iter_lines(text):
             for _ in range(int(whole) + (generator.random() < rest)):
                 yield line
+
+
+def write_aligned(files: Mapping[str, Path], target: Path) -> dict[str, int]:
+    """Writes ``{"key": ..., "text": {"en": ..., "de": ...}}`` for every key that two languages or more have.
+
+    Args:
+        files: language -> passages that have keys.
+
+    Returns:
+        how many keys there are (``keys``), and how many each language has.
+    """
+    texts: dict[str, dict[str, str]] = {}
+    for code, file in files.items():
+        for passage in read_passages(file):
+            texts.setdefault(str(passage.key), {}).setdefault(code, " ".join(passage.lines))
+    counts: Counter[str] = Counter()
+    with atomic_open(target) as stream:
+        for key in sorted(texts):
+            if len(texts[key]) > 1:
+                counts.update(["keys", *texts[key]])
+                stream.write(json_line({"key": key, "text": texts[key]}))
+    return dict(counts)

@@ -22,8 +22,7 @@ from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...common.files import atomic_open
 from ..archives import Archive, Say, fetch, iter_deb_members
-from ..multilingual.passages import MultilingualCorpus, Passage, Stage, passage_line, read_passages
-from .base import MULTILINGUAL_SOURCES, SourceKind
+from .base import MULTILINGUAL_SOURCES, MultilingualCorpus, Passage, SourceKind, Stage, passage_line, read_passages
 from .debian_formats import annotation_lines, blocks, manual_paragraphs, message_text, read_catalogue, wiki_text
 
 _MIN_PARAGRAPH = 40  # characters of a manual page's paragraph; shorter ones are terms and synopses

@@ -13,14 +13,16 @@ from ...common.errors import UserError
 from ...common.files import read_json, read_json_lines, read_utf8_lines, require_files
 from ...data.documents import Document
 from ..archives import Say
-from ..multilingual.passages import MultilingualCorpus, Passage, Stage
 from .base import (
     ENGLISH_SOURCES,
     FILES,
     MULTILINGUAL_SOURCES,
     ONE_FOLDER,
+    MultilingualCorpus,
     OpenedSource,
+    Passage,
     SourceKind,
+    Stage,
     fingerprint,
     tell_left_out,
     walk_files,
