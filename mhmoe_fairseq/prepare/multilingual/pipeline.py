@@ -184,9 +184,6 @@ def sample_lines(texts: Mapping[str, Path], rates: Mapping[str, float], seed: in
 def write_aligned(files: Mapping[str, Path], target: Path) -> dict[str, int]:
     """Writes ``{"key": ..., "text": {"en": ..., "de": ...}}`` for every key that two languages or more have.
 
-    Args:
-        files: language -> passages that have keys.
-
     Returns:
         how many keys there are (``keys``), and how many each language has.
     """

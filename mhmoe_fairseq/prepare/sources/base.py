@@ -125,8 +125,7 @@ class Passage(NamedTuple):
     key: Optional[str] = None
 
 
-@dataclass(frozen=True)
-class MultilingualCorpus:
+class MultilingualCorpus(NamedTuple):
     """A source that is ready to be read: what its ``open(languages, folder, stage, cache_dir, say)`` returns.
 
     Besides a ``name`` a source has ``filter_lines``, whether lines in other scripts and untranslated English are

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,8 +30,7 @@ _HIDDEN_VARIANT = re.compile(
     r"<span hidden=\"true\" id=\"[^\"]*\" class=\"[A-Z]+\">(?:<span[^>]*>[^<]*</span>|[^<])*</span>"
 )
 _BROKEN_INCLUDE = re.compile(r"text/\S+\.xhp#")  # LibreOffice's mark of a paragraph that does not exist
-
-_INSTEAD = "choose other families (--debian-families)"
+_INSTEAD = "choose other families (--debian-families) or another source (text DIR, jsonl DIR)"
 
 Labelled = Iterator[tuple[str, Passage]]
 
@@ -278,7 +276,7 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
         streams = {code: stack.enter_context(atomic_open(folder / f"{code}.jsonl")) for code in languages}
         for package, held in family.packages_for(languages).items():
             archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
-            if not any(cache_dir.glob(archive.filename)) and not _suite_has(package):
+            if not any(cache_dir.glob(archive.filename)) and not _suite_has(archive):
                 absent.append(package)
                 continue
             fetched = fetch(archive, cache_dir, say)
@@ -290,14 +288,10 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
     return {"licence": family.licence, "packages": packages, "absent": absent, "passages": dict(counts)}
 
 
-def _suite_has(package: str) -> bool:
+def _suite_has(archive: Archive) -> bool:
     """Whether apt knows the package; ``UserError`` without apt."""
-    if shutil.which("apt-cache") is None:
-        raise UserError(
-            f"--source debian-docs: {package} is fetched with apt-get, which is not installed here; put "
-            f"{package}_*.deb into --cache-dir, or choose another source (text DIR, jsonl DIR)"
-        )
-    shown = subprocess.run(["apt-cache", "show", "--no-all-versions", package], capture_output=True, text=True)
+    archive.check_client()
+    shown = subprocess.run(["apt-cache", "show", "--no-all-versions", archive.package], capture_output=True, text=True)
     return shown.returncode == 0 and bool(shown.stdout.strip())
 
 

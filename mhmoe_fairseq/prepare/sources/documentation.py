@@ -10,12 +10,12 @@ import re
 import sysconfig
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Iterator
 
 from ...common.arguments import nonempty
 from ...common.errors import UserError
+from ...common.provenance import versions
 from ...data.documents import Document
 from ..archives import Archive, Say, iter_deb_members
 from .base import ENGLISH_SOURCES, OpenedSource, PackagedSource, Source, SourceKind
@@ -111,12 +111,11 @@ class DocstringSource(Source):
 
 
 def _version(package: str) -> str:
-    if package == "stdlib":
-        return platform.python_version()
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError as error:
-        raise UserError(f"--docstring-packages: {package} is not installed here; leave it out or install it") from error
+    name = "python" if package == "stdlib" else package
+    found = versions([package])
+    if name not in found:
+        raise UserError(f"--docstring-packages: {package} is not installed here; leave it out or install it")
+    return found[name]
 
 
 def _folder(package: str) -> Path:
