@@ -55,11 +55,14 @@ class CaptioningTask(ImageTextFineTuning):
 
     Attributes:
         search: how validation decodes.
+        specials: what the search may not write, and how captions start and end.
     """
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.search = self.build_search(args.caption_beam, args.caption_length_penalty, args.caption_max_len)
+        bos, eos = self.dictionary.bos(), self.dictionary.eos()
+        self.specials = Specials(bos, eos, (bos, self.dictionary.pad(), self.dictionary.unk(), self.mask_index))
 
     def build_search(self, beam: int, length_penalty: float, max_len: int | None) -> CaptionSearch:
         """Return how to decode, by default as many tokens as the model has positions for; more are refused."""
@@ -75,13 +78,6 @@ class CaptioningTask(ImageTextFineTuning):
         if not model.is_file():
             raise FileNotFoundError(f"{model} is missing: it turns tokens into words")
         return WholeSentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))
-
-    @property
-    def specials(self) -> Specials:
-        """What the search may not write, and how captions start and end."""
-        dictionary = self.dictionary
-        never = (dictionary.bos(), dictionary.pad(), dictionary.unk(), self.mask_index)
-        return Specials(dictionary.bos(), dictionary.eos(), never)
 
     def encode(self, caption: str) -> list[int]:
         """Return a caption's ids, without specials."""
@@ -117,7 +113,7 @@ class CaptioningTask(ImageTextFineTuning):
         return not waiting.any()
 
     def evaluate_batch(self, sample: dict, model: nn.Module, criterion: Any) -> tuple[Tensor, Any, dict]:
-        """The loss on masked references, and the sum of the CIDEr of decoded captions."""
+        """Return the loss on masked references, and log the sum of the CIDEr of decoded captions."""
         loss, sample_size, log = super().evaluate_batch(sample, model, criterion)
         captions = self.write_captions(model, sample["net_input"]["images"])
         cider = self.datasets[sample["split"]].cider

@@ -1,6 +1,5 @@
 """Fine-tuning on images and text: what its tasks share, and those with a head of their own on the rows of an index."""
 
-import functools
 import logging
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from pathlib import Path
@@ -136,7 +135,6 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
     """Base of the tasks with a head of their own, on the rows of an index.
 
     Attributes:
-        head_name: in the model and in checkpoints.
         head_type: the head's class; made of the model's width, the number of ``classes`` if there are any, and
             ``center`` if the task has that flag.
         index_task: whose index files it reads, see ``data.multimodal.index``.
@@ -145,7 +143,6 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
         may_be_derived: whether ``mhmoe prepare`` derives such labels where the source has none.
     """
 
-    head_name = ""
     head_type: type[nn.Module]
     index_task = ""
     index_name: str | None = None
@@ -160,10 +157,6 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
         """Return a new head for a model of that width."""
         options = {"center": self.args.center_features} if hasattr(self.args, "center_features") else {}
         return self.head_type(embed_dim, *self._sizes, **options)
-
-    def add_heads(self, model: BaseFairseqModel, may_be_new: bool) -> None:
-        """Register the head."""
-        model.register_head(self.head_name, self.build_head(model.beit3.settings.encoder_embed_dim), may_be_new)
 
     @property
     def has_derived_labels(self) -> bool:
@@ -293,9 +286,5 @@ class RetrievalTask(HeadTask):
         found = criterion.embed(model, sample)
         metrics.log_custom(VectorMeter, "_vectors", criterion.vectors(found, sample))
         for name in (*(f"{direction}_r{rank}" for direction in ("text", "image") for rank in RANKS), "mean_recall"):
-            metrics.log_derived(name, functools.partial(_recall, name))
+            metrics.log_derived(name, lambda meters, name=name: round(meters["_vectors"].recalls[name], 2))
         return criterion.outcome(sample, *criterion.compare(found))
-
-
-def _recall(name: str, meters: Any) -> float:
-    return round(meters["_vectors"].recalls[name], 2)

@@ -21,8 +21,7 @@ from ..data.datasets.modalities import EvaluationModalities, TrainingModalities
 from ..data.images.transforms import EvaluationViews, PretrainingViews
 from ..data.multimodal.index import read_index
 from ..data.visual_tokenizers import VisualTokenizer, load_visual_tokenizer
-from .base import ImageTextTask, ImageTextTaskConfig
-from .starting_checkpoint import resumed_checkpoint
+from .base import ImageTextTask, ImageTextTaskConfig, resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.languages import language_symbol
 from ..data.vocabularies import NUM_SPECIALS
 from ..training import ParallelTask, TrainingFlags
+from .base import check_starting_checkpoint
 from .finetuning import NamesClasses
-from .starting_checkpoint import check_starting_checkpoint
 
 logger = logging.getLogger(__name__)
 

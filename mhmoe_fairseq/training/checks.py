@@ -69,22 +69,11 @@ def check_training_numbers(flags: TrainingFlags) -> None:
         check_flags(getattr(flags, group, None))
 
 
-def refuse_unsafe_flags(flags: TrainingFlags, expert_parallel_size: int) -> None:
-    """Stop, with a ``UserError``, where fairseq would treat sharded experts as if every rank held the same ones.
-
-    Args:
-        flags: the task's configuration.
-        expert_parallel_size: ranks that share one bank of experts, more than one.
-    """
-    for problem in problems(flags):
-        raise UserError(
-            f"{problem}. (Experts are spread over {expert_parallel_size} ranks. Where every rank holds them all, with "
-            "--mhmoe-expert-parallel-size 1, this is not needed.)"
-        )
-
-
 def problems(flags: TrainingFlags) -> list[str]:
-    """Return the flags that do not go with experts on several ranks: each name, value, rule and reason."""
+    """Return the flags under which fairseq would treat sharded experts as if every rank held the same ones.
+
+    Each with its name, value, rule and reason.
+    """
     name, backend, zero = optimizer_name(flags), flags.ddp_backend, flags.zero_sharding
     rules = {
         f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of all "

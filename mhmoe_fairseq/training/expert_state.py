@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..common.errors import UserError
 from ..parallel import ShardedParameter, sharded_experts
-from .checks import TrainingFlags, refuse_unsafe_flags
+from .checks import TrainingFlags, problems
 
 # How long rank 0 waits for the others: one that has died must not hold up the rest for the half hour that process
 # groups wait by default.
@@ -45,7 +46,11 @@ def take_note(parameter: nn.Parameter, **changes: Any) -> None:
 def prepare_sharded_model(model: nn.Module, flags: TrainingFlags) -> None:
     """Note what an optimizer must know of a new model's experts on several ranks; unsafe flags are refused."""
     for shard in sharded_experts(model):
-        refuse_unsafe_flags(flags, shard.groups.size)
+        for problem in problems(flags):
+            raise UserError(
+                f"{problem}. (Experts are spread over {shard.groups.size} ranks. Where every rank holds them all, with "
+                "--mhmoe-expert-parallel-size 1, this is not needed.)"
+            )
         take_note(shard.parameter, shard=shard)
 
 
@@ -107,11 +112,9 @@ class ExpertState:
     def _on_rank_0(self, part: Tensor) -> Tensor | None:
         """``(E / P, ...) -> (E, ...)`` in host memory on rank 0, None elsewhere."""
         part = part.cpu().contiguous()
-        if dist.get_rank() > 0:
-            dist.gather(part, dst=0, group=self._cpu_group)
-            return None
-        whole = part.new_empty(part.size(0) * self._num_ranks, *part.shape[1:])
-        dist.gather(part, list(whole.chunk(self._num_ranks)), dst=0, group=self._cpu_group)
+        whole = None if dist.get_rank() > 0 else part.new_empty(part.size(0) * self._num_ranks, *part.shape[1:])
+        pieces = None if whole is None else list(whole.chunk(self._num_ranks))
+        dist.gather(part, pieces, dst=0, group=self._cpu_group)
         return whole
 
     def _put_whole(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
