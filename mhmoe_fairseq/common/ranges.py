@@ -53,14 +53,10 @@ class Range:
 
 
 ANY = Range()
-ANY_INTEGER = Range(integer=True)
 POSITIVE = Range(low=0, open_low=True)
-NOT_NEGATIVE = Range(low=0)
 SHARE = Range(low=0, high=1)
 BELOW_ONE = Range(low=0, high=1, open_high=True)
 INSIDE = Range(low=0, high=1, open_low=True, open_high=True)
-FACTOR = Range(low=0, high=1, open_low=True)
-EXPONENT = Range(low=0, high=100)  # more would leave what a number holds
 COUNT = Range(low=0, integer=True)
 SIZE = Range(low=1, integer=True)
 SEED = Range(low=0, high=2**32 - 1, integer=True)  # what PyTorch, NumPy, SentencePiece and random all take
@@ -78,13 +74,13 @@ _FLAGS_BY_RANGE = {
         force_anneal""",
     # moe_eval_capacity_token_fraction: 0 or below means the training rule
     ANY: "moe_eval_capacity_token_fraction stop_min_lr warmup_init_lr min_lr lr_period_updates",
-    ANY_INTEGER: "output_dictionary_size",
+    Range(integer=True): "output_dictionary_size",
     POSITIVE: "mhmoe_capacity_factor mhmoe_router_temperature head_lr_multiplier t_mult",
-    NOT_NEGATIVE: """moe_gate_loss_wt mhmoe_z_loss_wt sentencepiece_alpha lr adam_eps weight_decay clip_norm max_update
+    Range(low=0): """moe_gate_loss_wt mhmoe_z_loss_wt sentencepiece_alpha lr adam_eps weight_decay clip_norm max_update
         stop_time_hours warmup_updates lr_shrink max_lr end_learning_rate power total_num_update""",
-    EXPONENT: "multilang_sampling_alpha caption_length_penalty",
+    Range(low=0, high=100): "multilang_sampling_alpha caption_length_penalty",  # of powers that a number can hold
     INSIDE: "image_mask_prob text_mask_prob pair_text_mask_prob caption_mask_prob",
-    FACTOR: "layer_decay",
+    Range(low=0, high=1, open_low=True): "layer_decay",
     SHARE: "ema_decay",
     SEED: "seed",
     Range(low=2, integer=True): "num_classes caption_max_len",  # the latter a word and the end

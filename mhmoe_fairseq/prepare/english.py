@@ -19,11 +19,7 @@ _CORPUS, _SIZES = "corpus.txt", "corpus.sizes"
 
 @dataclass(frozen=True, kw_only=True)
 class EnglishSettings(TextSettings):
-    """How English text is prepared.
-
-    Args:
-        dedup: what is kept only where it occurs first; see :class:`~mhmoe_fairseq.data.documents.Cleaner`.
-    """
+    """How English text is prepared; for ``dedup`` see :class:`~mhmoe_fairseq.data.documents.Cleaner`."""
 
     tokenizer: str = "sentencepiece"
     dedup: str = "lines"

@@ -94,10 +94,7 @@ class Workspace:
         return result
 
     def publish(self, manifest: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Adds the files' sizes and hashes to ``manifest``, moves everything into ``dest`` and returns the manifest.
-
-        Files of an earlier preparation that this one does not have (another tokenizer's model) are removed.
-        """
+        """Moves the outputs into ``dest``, in place of an earlier preparation's; returns the manifest, with their hashes."""
         files = describe_files(self.partial, sorted(outputs))
         complete = {**manifest, "settings": self.settings, "files": files}
         write_json(self.partial / MANIFEST, complete)

@@ -92,12 +92,8 @@ def _choose(braces: re.Match[str]) -> str:
     """Returns what ``{{NAME:argument|form|form}}`` shows: the last plural, the first gender, a grammar form's word."""
     name, _, rest = braces[1].partition(":")
     forms = [form for form in rest.split("|")[1:] if not re.match(r"^\d+=", form)]
-    name = name.strip().upper()
-    if name == "SITENAME":
-        return "Wiki"
-    if name == "GENDER":
-        return forms[0] if forms else ""
-    return forms[-1] if forms and name in ("PLURAL", "GRAMMAR") else ""
+    shown = {"SITENAME": ["Wiki"], "GENDER": forms[:1], "PLURAL": forms[-1:], "GRAMMAR": forms[-1:]}
+    return "".join(shown.get(name.strip().upper(), ()))
 
 
 def read_catalogue(content: bytes, name: str) -> Iterator[tuple[str, str, str]]:

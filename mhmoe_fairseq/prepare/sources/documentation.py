@@ -86,10 +86,7 @@ _LONG_STRING = 200  # add_docstr and pydoc topics are plain strings, not docstri
 
 @dataclass(frozen=True)
 class DocstringSource(Source):
-    """Docstrings of installed distributions (``stdlib`` is Python's own library), which are parsed, never imported.
-
-    The text depends on the packages' versions, which are part of the identity.
-    """
+    """Docstrings of installed distributions (``stdlib`` is Python's own library), which are parsed, never imported."""
 
     packages: tuple[str, ...] = DEFAULT_PACKAGES
     name: str = "docstrings"
@@ -128,11 +125,7 @@ def _folder(package: str) -> Path:
 
 
 def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterator[Document]:
-    """Yields one document per module under ``folder``; tests and vendored packages are left out.
-
-    Args:
-        unread: takes the names of modules that do not parse (templates, other versions of Python).
-    """
+    """Yields a document per module, no tests or vendored ones; ``unread`` takes the names of those that do not parse."""
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder)
         if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):

@@ -34,11 +34,7 @@ _LICENCE = "the user's own text: its terms are the user's to know"
 
 @dataclass(frozen=True)
 class OwnText:
-    """English files of the user, read one after the other; nothing is fetched.
-
-    Args:
-        files: each with the split that it must go to, if any.
-    """
+    """English files of the user, each with the split that it must go to, if any; nothing is fetched."""
 
     name: str
     unit: str
@@ -171,10 +167,10 @@ class LanguageFolder:
         """Returns the files by language; ``UserError`` if one is not UTF-8, or two languages have the same text."""
         if not self.folder.is_dir():
             raise UserError(f"--source {self.name} {self.folder}: no such folder")
-        files = {code: self.files(code) for code in languages}
+        files = [(code, path) for code in languages for path in self.files(code)]
         inputs: dict[str, list[dict[str, object]]] = {code: [] for code in languages}
         owners: dict[object, tuple[str, Path]] = {}
-        for code, path in ((code, path) for code, paths in files.items() for path in paths):
+        for code, path in files:
             inputs[code].append(fingerprint(path))
             owner, other = owners.setdefault(inputs[code][-1]["sha256"], (code, path))
             if owner != code:
