@@ -125,7 +125,7 @@ def _folder(package: str) -> Path:
 
 
 def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterator[Document]:
-    """Yields a document per module, no tests or vendored ones; ``unread`` takes the names of those that do not parse."""
+    """Yields a document per module, no tests or vendored ones; ``unread`` takes the names of what does not parse."""
     for path in sorted(folder.rglob("*.py")):
         relative = path.relative_to(folder)
         if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
