@@ -94,7 +94,7 @@ class Workspace:
         return result
 
     def publish(self, manifest: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
-        """Moves the outputs into ``dest``, in place of an earlier preparation's; returns the manifest, now with hashes."""
+        """Moves the outputs into ``dest``, in place of an earlier preparation's; returns the manifest with hashes."""
         files = describe_files(self.partial, sorted(outputs))
         complete = {**manifest, "settings": self.settings, "files": files}
         write_json(self.partial / MANIFEST, complete)

@@ -184,7 +184,7 @@ def walk_files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def tell_left_out(source: str, reasons: Iterable[tuple[str, str]], say: Say) -> dict[str, list[str]]:
-    """Says, one line for each reason, which of the user's files (name, reason) are not read; returns names by reason."""
+    """Says, one line a reason, which of the user's files (name, reason) are not read; returns the names by reason."""
     left_out: dict[str, list[str]] = defaultdict(list)
     for name, reason in reasons:
         left_out[reason].append(name)
