@@ -68,12 +68,10 @@ class Cleaner:
     def clean(self, documents: Iterable[Document]) -> Iterator[Document]:
         """Yield the documents that still have a line."""
         for document in documents:
-            lines = [clean_line(line) for line in document.lines]
-            self.counts["lines_read"] += len(lines)
-            kept = [line for line in lines if line]
-            self.counts["empty_lines"] += len(lines) - len(kept)
-            kept = self._deduplicate(kept)
-            if kept:
+            lines = list(filter(None, map(clean_line, document.lines)))
+            self.counts["lines_read"] += len(document.lines)
+            self.counts["empty_lines"] += len(document.lines) - len(lines)
+            if kept := self._deduplicate(lines):
                 yield document._replace(lines=kept)
             else:
                 self.counts["empty_or_duplicate_documents"] += 1

@@ -55,13 +55,8 @@ class VQADataset(IndexedDataset):
     def __init__(self, index: Index, settings: DatasetSettings, transform: Transform, num_answers: int) -> None:
         super().__init__(index, settings, transform)
         self.num_answers = num_answers
-        labels = index["labels"]
-        self.has_targets = len(labels.values) > 0
-        if self.has_targets and labels.values.max() >= num_answers:
-            row = next(row for row in range(len(index)) if max(labels[row], default=0) >= num_answers)
-            raise UserError(
-                f"{index.place(row)}: answer {max(labels[row])}, answer2label.txt has {num_answers:,} answers"
-            )
+        self.has_targets = len(index["labels"].values) > 0
+        index.check_ids("labels", num_answers, "answer {}, answer2label.txt has {:,} answers")
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add ``targets``."""
@@ -120,9 +115,8 @@ class LabelledImages(IndexedDataset):
         self, index: Index, settings: DatasetSettings, transform: Transform, num_classes: int | None = None
     ) -> None:
         super().__init__(index, settings, transform)
-        if num_classes is not None and index["label"].max() >= num_classes:
-            row = int(np.argmax(index["label"] >= num_classes))
-            raise UserError(f"{index.place(row)}: class {index['label'][row]}, there are {num_classes:,} classes")
+        if num_classes is not None:
+            index.check_ids("label", num_classes, "class {}, there are {:,} classes")
 
 
 class CaptionDataset(IndexedDataset):

@@ -19,6 +19,7 @@ from ..vocabularies import NUM_SPECIALS
 
 MISSING = -1  # a number that a row does not have
 _LARGEST_ID = 2**31 - 1
+_SHOWN = 80  # characters of a value in a message
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NUM_CONTROLS = NUM_SPECIALS - 1  # <s>, <pad>, </s>; <unk> may be in a text
 
@@ -35,6 +36,10 @@ class Lists:
     def __getitem__(self, row: int) -> Any:
         """Return the row's numbers, ``(length,)``; none for a null list."""
         return self.values[self._offsets[row] : self._offsets[row + 1]]
+
+    def row_of(self, position: int) -> int:
+        """Return the row whose list has the number at a position of ``values``."""
+        return int(np.searchsorted(self._offsets, position, side="right")) - 1
 
     @property
     def lengths(self) -> np.ndarray:
@@ -176,10 +181,7 @@ FIELDS: dict[str, dict[str, Field]] = {
 
 
 def parse_record(record: Any, task: str, place: str) -> dict[str, Any]:
-    """The fields of one line, checked; fields that the task does not have are passed over.
-
-    Returns:
-        all the task's fields; None for one that is null or that the line lacks.
+    """Return a line's fields, checked: all that the task has and no other, None for what is null or not there.
 
     Raises:
         UserError: naming ``place``, the field, its value and the rule.
@@ -207,9 +209,6 @@ def _value(record: Mapping[str, Any], name: str, field: Field, place: str) -> An
     try:
         return field.parse(value)
     except ValueError as error:
-        raise UserError(f"{place}: field {name!r} is {_short(value)}: {error}") from error
-
-
-def _short(value: Any, length: int = 80) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= length else text[: length - 3] + "..."
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."
+        raise UserError(f"{place}: field {name!r} is {shown}: {error}") from error

@@ -6,6 +6,7 @@ them, so that COCO, VQAv2, NLVR2, Flickr30k and ImageNet work as prepared by tho
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ NAMES = {"captioning": ("coco_captioning", "nocaps"), "retrieval": ("coco_retrie
 _TRAINED_ON = {("nocaps", "train"): "coco_captioning"}
 
 
+@dataclass(frozen=True, eq=False)
 class Index:
     """The rows of a split by column: ``index["image_path"][row]``.
 
@@ -55,34 +57,38 @@ class Index:
         lines: ``(rows,)`` the line of each row in its file.
     """
 
-    def __init__(
-        self,
-        task: str,
-        columns: dict[str, Lists | np.ndarray],
-        files: Sequence[Path],
-        starts: Sequence[int],
-        lines: np.ndarray,
-    ) -> None:
-        self.task, self.files = task, tuple(files)
-        self._columns, self._starts, self._lines = columns, np.asarray(starts), lines
+    task: str
+    columns: dict[str, Lists | np.ndarray]
+    files: list[Path]
+    starts: list[int]
+    lines: np.ndarray
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self.lines)
 
     def __getitem__(self, field: str) -> Any:
-        return self._columns[field]
+        return self.columns[field]
 
     def __contains__(self, field: str) -> bool:
-        return field in self._columns
+        return field in self.columns
 
     def place(self, row: int) -> str:
         """Return ``file:line`` of a row."""
-        return f"{self.files[np.searchsorted(self._starts, row, side='right') - 1]}:{self._lines[row]}"
+        return f"{self.files[np.searchsorted(self.starts, row, side='right') - 1]}:{self.lines[row]}"
+
+    def check_ids(self, field: str, limit: int, message: str) -> None:
+        """``UserError`` for the first id that is not below ``limit``: its line, and ``message`` with both numbers."""
+        column = self.columns[field]
+        ids = column.values if isinstance(column, Lists) else column
+        if ids.max(initial=-1) >= limit:
+            first = int(np.argmax(ids >= limit))
+            row = column.row_of(first) if isinstance(column, Lists) else first
+            raise UserError(f"{self.place(row)}: {message.format(ids[first], limit)}")
 
     def record(self, row: int) -> dict[str, Any]:
         """Return a row as its file has it, without optional fields that it lacks."""
         record = {}
-        for name, column in self._columns.items():
+        for name, column in self.columns.items():
             is_none = row in column.null_rows if isinstance(column, Lists) else column[row] == MISSING
             if not (is_none and FIELDS[self.task][name].is_optional):
                 value = None if is_none else column[row]
