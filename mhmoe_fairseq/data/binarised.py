@@ -37,14 +37,18 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
     for file in (index, data):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: binarise the data, see mhmoe prepare")
-    read = _read_index(index)
-    if read is None:
+    with open(index, "rb") as file:
+        header = file.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
         return
-    dtype, sizes = read
+    if len(header) < _HEADER.size:
+        raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
+    _, _, code, lines = _HEADER.unpack(header)
+    _check_size(index, _HEADER.size + lines * _BYTES_PER_LINE, "its header says", "truncated")
+    dtype = np.dtype(_code_to_dtype[code])
+    sizes = np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)
     expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
-    actual = data.stat().st_size
-    if actual != expected:
-        raise UserError(f"{data} has {actual:,} bytes, {index.name} says {expected:,}: truncated, or of another run")
+    _check_size(data, expected, f"{index.name} says", "truncated, or of another run")
     if not expected:
         raise UserError(f"{data} is empty: there is no text in this split")
     largest = int(np.memmap(data, dtype=dtype, mode="r")[:_CHECKED_TOKENS].max())
@@ -54,16 +58,7 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
         )
 
 
-def _read_index(index: Path) -> tuple[np.dtype, np.ndarray] | None:
-    """Token type and line lengths; None for another format than the memory map."""
-    with open(index, "rb") as file:
-        header = file.read(_HEADER.size)
-    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
-        return None
-    if len(header) < _HEADER.size:
-        raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
-    _, _, code, lines = _HEADER.unpack(header)
-    expected = _HEADER.size + lines * _BYTES_PER_LINE
-    if index.stat().st_size != expected:
-        raise UserError(f"{index} has {index.stat().st_size:,} bytes, its header says {expected:,}: truncated")
-    return np.dtype(_code_to_dtype[code]), np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)
+def _check_size(file: Path, expected: int, source: str, fault: str) -> None:
+    actual = file.stat().st_size
+    if actual != expected:
+        raise UserError(f"{file} has {actual:,} bytes, {source} {expected:,}: {fault}")

@@ -56,7 +56,7 @@ def evaluate_images(
     task = opened.task
     what, predict = _PREDICT[task.index_task]
     dataset = task.read_split(split)
-    if output is None and not getattr(dataset, "has_targets", True):
+    if output is None and not dataset.has_targets:
         raise UserError(f"--split {split} has no labels to score by: give --output FILE for the predictions")
     with counter.counting():
         metrics = predict(opened, dataset, opened.batches(dataset, batch_size, num_workers), output)

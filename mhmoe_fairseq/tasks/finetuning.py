@@ -175,7 +175,7 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; a ``UserError`` says that it has no labels."""
         dataset = self.read_split(split)
-        if not getattr(dataset, "has_targets", True):
+        if not dataset.has_targets:
             raise UserError(
                 f"{dataset.index.files[0]} has no labels to train on or to score by: only mhmoe evaluate reads it"
             )

@@ -1,7 +1,7 @@
 """Data sets of images with questions, statements, classes or captions, all of them rows of an index."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,11 +22,26 @@ class IndexedDataset(ImageTextDataset):
 
     Args:
         transform: ``TrainTransform`` or ``EvaluationTransform``.
+        num_classes: of what rows are labelled with, where that is known.
+
+    Attributes:
+        labels: field with a row's class or classes, and the message for one that is not below ``num_classes``.
+        has_targets: whether the split is labelled.
+
+    Raises:
+        UserError: naming the line of such a class.
     """
 
-    def __init__(self, index: Index, settings: DatasetSettings, transform: Transform) -> None:
+    labels: ClassVar[tuple[str, str]]
+    has_targets = True
+
+    def __init__(
+        self, index: Index, settings: DatasetSettings, transform: Transform, num_classes: int | None = None
+    ) -> None:
         super().__init__(settings.positions(index), settings, index)
-        self.transform = transform
+        self.transform, self.num_classes = transform, num_classes
+        if num_classes is not None:
+            index.check_ids(*self.labels, num_classes)
 
     def make_sample(self, row: int, rng: np.random.Generator) -> Sample:
         """Return ``image``, and ``text`` if there are texts."""
@@ -37,30 +52,24 @@ class IndexedDataset(ImageTextDataset):
 
 
 class VQADataset(IndexedDataset):
-    """Questions about images.
+    """Questions about images, whose classes are the answers.
 
     A batch has ``question_ids (B,)`` and ``targets (B, answers)`` float, the soft score of every answer, or None if
     the split has no answers.
-
-    Args:
-        num_answers: of ``answer2label.txt``.
-
-    Raises:
-        UserError: naming the line whose answer that file does not have.
     """
 
     stream = 4
     numbers = {"question_ids": "qid"}
+    labels = ("labels", "answer {}, answer2label.txt has {:,} answers")
 
-    def __init__(self, index: Index, settings: DatasetSettings, transform: Transform, num_answers: int) -> None:
-        super().__init__(index, settings, transform)
-        self.num_answers = num_answers
-        self.has_targets = len(index["labels"].values) > 0
-        index.check_ids("labels", num_answers, "answer {}, answer2label.txt has {:,} answers")
+    @property
+    def has_targets(self) -> bool:
+        """Whether any question has an answer."""
+        return len(self.index["labels"].values) > 0
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add ``targets``."""
-        batch["targets"] = torch.zeros(len(samples), self.num_answers) if self.has_targets else None
+        batch["targets"] = torch.zeros(len(samples), self.num_classes) if self.has_targets else None
         if self.has_targets:
             for scores, row in zip(batch["targets"], batch["id"].tolist()):
                 scores[torch.from_numpy(self.index["labels"][row]).long()] = torch.from_numpy(self.index["scores"][row])
@@ -102,21 +111,11 @@ class ImagePairs(IndexedDataset):
 
 
 class LabelledImages(IndexedDataset):
-    """Images with a class; a batch has ``targets (B,)``.
-
-    Raises:
-        UserError: naming the line of a class that is not below ``num_classes``.
-    """
+    """Images with a class; a batch has ``targets (B,)``."""
 
     stream = 6
     numbers = {"targets": "label"}
-
-    def __init__(
-        self, index: Index, settings: DatasetSettings, transform: Transform, num_classes: int | None = None
-    ) -> None:
-        super().__init__(index, settings, transform)
-        if num_classes is not None:
-            index.check_ids("label", num_classes, "class {}, there are {:,} classes")
+    labels = ("label", "class {}, there are {:,} classes")
 
 
 class CaptionDataset(IndexedDataset):

@@ -121,11 +121,9 @@ class EvaluationViews:
     def __call__(
         self, image: Image.Image, rng: np.random.Generator | None = None, box: Box | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return ``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1].
+        """Return ``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1], of a part.
 
-        Args:
-            rng: not used: no draw is made.
-            box: the part that is seen; None for the whole image.
+        No draw is made; None for ``box`` stands for the whole image.
         """
         view = F.to_tensor(resize(image, self.size, box))
         is_one = self.size == self.tokenizer_size

@@ -76,7 +76,7 @@ class Index:
         """Return ``file:line`` of a row."""
         return f"{self.files[np.searchsorted(self.starts, row, side='right') - 1]}:{self.lines[row]}"
 
-    def check_ids(self, field: str, limit: int, message: str) -> None:
+    def check_ids(self, field: str, message: str, limit: int) -> None:
         """``UserError`` for the first id that is not below ``limit``: its line, and ``message`` with both numbers."""
         column = self.columns[field]
         ids = column.values if isinstance(column, Lists) else column

@@ -22,8 +22,7 @@ class VisualTokenizer(nn.Module, ABC):
 
     Args:
         vocab_size: number of codes.
-        patch_size: side of a patch in pixels.
-        image_size: side of the square images that :meth:`encode` takes; a multiple of ``patch_size``.
+        patch_size, image_size: sides in pixels of a patch and of the square images that :meth:`encode` takes.
         provenance: how it was made (JSON values), for people to read.
         settings: what else the constructor of its kind takes (JSON values).
 

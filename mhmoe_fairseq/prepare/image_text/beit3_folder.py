@@ -135,7 +135,7 @@ class Completion:
             self._check_images(index)
             if task == "vqa":
                 answers = len(beit3.read_answers(self.folder))
-                index.check_ids("labels", answers, f"label {{}}, {beit3.ANSWERS_FILE} has {{}} answers")
+                index.check_ids("labels", f"label {{}}, {beit3.ANSWERS_FILE} has {{}} answers", answers)
             counts[files[0].name] = len(index)
             self.say(f"index: {', '.join(file.name for file in files)}: {len(index)} lines")
         if not counts:

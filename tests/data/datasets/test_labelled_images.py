@@ -54,7 +54,7 @@ QUESTIONS = [
 
 
 def test_questions(folder):
-    dataset = VQADataset(index_of(folder, "vqa", *QUESTIONS), settings(folder), TRAIN, num_answers=5)
+    dataset = VQADataset(index_of(folder, "vqa", *QUESTIONS), settings(folder), TRAIN, num_classes=5)
     batch = batch_of(dataset)
     expected = np.zeros((3, 5))
     for row, question in enumerate(QUESTIONS):
@@ -72,7 +72,7 @@ def test_questions(folder):
 
 def test_questions_without_answers(folder):
     index = index_of(folder, "vqa", {**QUESTIONS[0], "labels": [], "scores": []}, QUESTIONS[2], split="test")
-    batch = batch_of(VQADataset(index, settings(folder, training=False), EVALUATION, num_answers=5))
+    batch = batch_of(VQADataset(index, settings(folder, training=False), EVALUATION, num_classes=5))
     assert batch["targets"] is None and batch["question_ids"].tolist() == [70, 72]
     assert torch.equal(batch["net_input"]["images"][1], whole(folder, 1))
 
@@ -80,7 +80,7 @@ def test_questions_without_answers(folder):
 def test_an_answer_that_the_vocabulary_lacks(folder):
     index = index_of(folder, "vqa", *QUESTIONS)
     with pytest.raises(ValueError, match=r"vqa\.train\.jsonl:2: answer 4, answer2label\.txt has 4 answers"):
-        VQADataset(index, settings(folder), TRAIN, num_answers=4)
+        VQADataset(index, settings(folder), TRAIN, num_classes=4)
 
 
 def statement(left: int, right: int, number: int, **label: int) -> dict[str, Any]:
