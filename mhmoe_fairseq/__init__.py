@@ -27,7 +27,7 @@ def register() -> None:
     with compat.logging_as_found():
         compat.apply()
         from . import criterions, models, tasks, training  # noqa: F401  (imported for their registrations)
-        from .commands.refusals import refuse_in_one_line
+        from .commands.main import refuse_in_one_line
 
         training.save_atomically()
         refuse_in_one_line()

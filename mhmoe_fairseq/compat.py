@@ -44,7 +44,7 @@ Other patches at run time, which live beside what they serve:
 ``training/saving.py``                    ``PathManager.copy`` and ``torch_persistent_save``: fairseq
                                           copies a checkpoint over the old one byte by byte.
 ``training/failures.py`` and              ``sys.excepthook``: the rank that failed tells the others; a
-``commands/refusals.py``                  refusal of ours in a fairseq command is one line.
+``commands/main.py``                      refusal of ours in a fairseq command is one line.
 ``training/optimizer.py``                 ``__name__`` of our Adam is fairseq's, as checkpoints have it.
 ``training/batches.py`` and               ``__class__`` of fairseq's batch iterator and dataset: it drops
 ``data/datasets/batching.py``             the last batch unless ``--required-batch-size-multiple 1``, and

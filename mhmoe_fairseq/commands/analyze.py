@@ -3,19 +3,18 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import existing_file, existing_folder, output_folder, plain_name, real, whole
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import require_files, sha256_of, write_json
+from ..common.ranges import flag
 from ..common.tables import columns_table, number
 from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_record, record_file, write_record
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ..analysis.routing.diversity import PatchDiversity
 
 _INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # of images: the first that the folder has
 _OF_ONE_KIND = {True: ("threshold", "batch_size"), False: ("image", "images")}  # flags that need the other kind
@@ -61,10 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name in _OF_ONE_KIND[args.diversity]:
         if getattr(args, name) is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag} has no meaning with --diversity" if args.diversity else f"{flag} needs --diversity"
-            )
+            raise UserError(f"{flag(name)} {'has no meaning with' if args.diversity else 'needs'} --diversity")
     if len(args.checkpoints) > 1 and not args.diversity:
         raise UserError("several checkpoints need --diversity")
     if not args.no_plots:
@@ -151,37 +147,45 @@ def choose_images(data: Path, split: str, count: int) -> list[Path]:
 
 
 def _write_diversity(
-    args: argparse.Namespace, measured: "list[PatchDiversity]", paths: list[Path], images: "Tensor"
+    args: argparse.Namespace, measured: list[dict[str, Any]], paths: list[Path], images: "Tensor"
 ) -> list[Path]:
+    import numpy as np
+
     from ..analysis.reports.plots import draw_curves, draw_overlays
     from ..analysis.routing.diversity import shown
 
     out = args.out or args.checkpoints[0].parent
     files = [out / "diversity.json"]
     names = [str(path.relative_to(args.data)) if path.is_relative_to(args.data) else path.name for path in paths]
-    write_json(files[0], {"images": names, "checkpoints": [diversity.as_json() for diversity in measured]})
+    write_json(files[0], {"images": names, "checkpoints": measured})
     if args.no_plots:
         return files
     files += [out / "diversity.png", out / "diversity-course.png"]
     title = f"{args.checkpoints[0].resolve().parent.name}: different experts of each patch's sub-tokens"
-    rows = {f"{each.updates:,}\nupdates": each.counts_BLhw.double().mean(1).numpy() for each in measured}
+    rows = {f"{each['updates']:,}\nupdates": np.mean(each["counts"], axis=1) for each in measured}
     draw_overlays(files[1], [shown(image) for image in images], rows, title)
     curves = {
-        name: [(each.updates, value) for each in measured if (value := each.mean(flat=flat)) is not None]
-        for name, flat in (("patches of one colour", True), ("other patches", False))
+        name: points
+        for name, mean in (("patches of one colour", "mean_flat"), ("other patches", "mean_drawn"))
+        if (points := [(each["updates"], each[mean]) for each in measured if each[mean] is not None])
     }
-    curves = {name: points for name, points in curves.items() if points}
     draw_curves(files[2], curves, title, "experts per patch, mean of the layers")
     return files
 
 
-def describe_diversity(measured: "list[PatchDiversity]") -> str:
+def describe_diversity(measured: list[dict[str, Any]]) -> str:
     """A table with a row for every checkpoint."""
-    means = {"experts per patch": {}, "one colour": {"flat": True}, "others": {"flat": False}}
-    means |= {f"layer {layer + 1}": {"layer": index} for index, layer in enumerate(measured[0].layers)}
-    columns = {"updates": [f"{each.updates:,}" for each in measured]}
-    columns |= {title: [number(each.mean(**which)) for each in measured] for title, which in means.items()}
+    columns = {
+        "updates": [f"{each['updates']:,}" for each in measured],
+        "experts per patch": [number(each["mean"]) for each in measured],
+        "one colour": [number(each["mean_flat"]) for each in measured],
+        "others": [number(each["mean_drawn"]) for each in measured],
+        **{
+            f"layer {layer + 1}": [number(each["mean_by_layer"][index]) for each in measured]
+            for index, layer in enumerate(measured[0]["layers"])
+        },
+    }
     return (
-        f"different experts of a patch's sub-tokens, at most {measured[0].most}, mean of the MoE layers; one colour: "
-        f"patches without any drawing\n\n{columns_table(columns)}"
+        f"different experts of a patch's sub-tokens, at most {measured[0]['most']}, mean of the MoE layers; "
+        f"one colour: patches without any drawing\n\n{columns_table(columns)}"
     )

@@ -2,7 +2,8 @@
 
 Every sub-command lives in a module with ``add_arguments(parser)`` and ``run(args) -> int``, imported only when it is
 called, and with ``parse_rest(args, words)`` if it takes flags that only heavier imports know. At module level it
-imports neither PyTorch nor fairseq, so that ``--help`` comes at once.
+imports neither PyTorch nor fairseq, so that ``--help`` comes at once. Here is, too, how fairseq's commands show a
+refusal of ours: as ``mhmoe`` does, in one line and with status 2.
 """
 
 import contextlib
@@ -11,12 +12,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 
 from .. import register
 from ..common.arguments import ArgumentParser, add_action
 from ..common.errors import USER_ERRORS, UserError
 
+_PACKAGE = Path(__file__).resolve().parent.parent
 _SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
 
 # By name, beside ``user-dir``: what a command is for. Its module has the name with an underscore for the hyphen.
@@ -84,14 +86,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    argv = with_new_name(argv)
+    if argv and argv[0] in ALIASES:
+        new = ALIASES[argv[0]]
+        print(f"mhmoe {argv[0]} is now: mhmoe {' '.join(new)}", file=sys.stderr)
+        argv = [*new, *argv[1:]]
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         _require_text(argv)
         parser = build_parser(command)
         args, rest = parser.parse_known_args(argv)
         if args.command == "user-dir":
-            print(Path(__file__).resolve().parent.parent)
+            print(_PACKAGE)
             return 0
         if args.command not in WITHOUT_FAIRSEQ:
             register()
@@ -106,15 +111,6 @@ def _run(argv: list[str]) -> int:
         return 2
 
 
-def with_new_name(argv: list[str]) -> list[str]:
-    """The call with today's name of its command; a former name is told today's on stderr."""
-    if not argv or argv[0] not in ALIASES:
-        return argv
-    new = ALIASES[argv[0]]
-    print(f"mhmoe {argv[0]} is now: mhmoe {' '.join(new)}", file=sys.stderr)
-    return [*new, *argv[1:]]
-
-
 def _require_text(argv: list[str]) -> None:
     """``UserError`` if a word has bytes that are no text: neither tokenizers nor files of ours could take them."""
     for index, word in enumerate(argv):
@@ -125,3 +121,32 @@ def _require_text(argv: list[str]) -> None:
             raise UserError(
                 f"{before} {ascii(word)}: must be UTF-8 text, byte 0x{ord(word[error.start]) & 0xFF:02x} is not"
             ) from error
+
+
+def refuse_in_one_line() -> None:
+    """Let fairseq's commands, and only they, end without a traceback where this package has refused something.
+
+    fairseq has no place for it: its commands let every error through to the interpreter.
+    """
+    program = Path(sys.argv[0] if sys.argv else "")
+    if not program.name.startswith("fairseq-") and program.parent.name != "fairseq_cli":
+        return
+    stock = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not is_refusal(error, trace):
+            stock(kind, error, trace)
+            return
+        sys.stdout.flush()
+        sys.stderr.write(f"{program.stem}: error: {error}\n")
+        raise SystemExit(2)
+
+    sys.excepthook = hook
+
+
+def is_refusal(error: BaseException, trace: TracebackType | None) -> bool:
+    """Whether this package raised an error itself (at the end of ``trace``), and the user can mend it."""
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_here = trace is not None and _PACKAGE in Path(trace.tb_frame.f_code.co_filename).parents
+    return isinstance(error, UserError) or (raised_here and isinstance(error, USER_ERRORS))

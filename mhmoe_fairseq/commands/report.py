@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ..analysis.reports import write_report
+from ..analysis.reports.report import write_report
 from ..analysis.reports.runs import find_runs
 from ..common.arguments import existing_folder, output_file, plain_name
 from ..common.console import quiet, say

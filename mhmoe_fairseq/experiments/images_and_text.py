@@ -1,6 +1,6 @@
 """Masked multimodal modelling and what is fine-tuned from it: recipes, the paper's tables and figure, our own study."""
 
-from ..analysis.reports import PaperTable
+from ..analysis.reports.tables import PaperTable
 from .language_models import COMMON, FIVE, P1, THREE, table_1
 from .spec import Experiment, Recipe, Scale, Stage
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..analysis.reports import PaperTable
+from ..analysis.reports.tables import PaperTable
 from ..common.errors import UserError
 from .spec import Experiment, Recipe, Scale, Stage
 

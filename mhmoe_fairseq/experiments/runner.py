@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..analysis.reports import write_report
+from ..analysis.reports.report import write_report
 from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..analysis.reports import PaperTable
+from ..analysis.reports.tables import PaperTable
 from ..common.errors import UserError
 
 Flags = dict[str, tuple[str, ...]]

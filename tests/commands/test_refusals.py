@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mhmoe_fairseq.commands.refusals import is_refusal, refuse_in_one_line
+from mhmoe_fairseq.commands.main import is_refusal, refuse_in_one_line
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.moe import MHMoEConfig
 
@@ -57,7 +57,7 @@ def test_the_interpreter_ends_with_one_line_only_where_we_refuse(
     tmp_path: Path, words: list[str], status: int, line: str
 ) -> None:
     (tmp_path / "fairseq-train").write_text(
-        "import sys\nfrom mhmoe_fairseq.commands.refusals import refuse_in_one_line\n"
+        "import sys\nfrom mhmoe_fairseq.commands.main import refuse_in_one_line\n"
         "from mhmoe_fairseq.common.errors import UserError\nrefuse_in_one_line()\n"
         "raise UserError('--flag (1) must be 2') if len(sys.argv) > 1 else RuntimeError('ours')\n"
     )

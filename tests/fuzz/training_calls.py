@@ -16,7 +16,7 @@ from images_and_words import training_words as pretraining_words
 from labelled import training_words as classification_words
 from options import Option, options_of
 
-from mhmoe_fairseq.commands.refusals import refuse_in_one_line
+from mhmoe_fairseq.commands.main import refuse_in_one_line
 
 _ENDS = ("--disable-validation", "--no-save", "--max-update", "1")
 _LANGUAGE_MODEL = (

@@ -69,7 +69,6 @@ class Cluster:
         """A ring all-reduce of ``size`` bytes on each rank, by bandwidth alone.
 
         Args:
-            members: ranks that sum.
             apart: distance of neighbours in rank numbers: 1 for consecutive ranks.
             at_once: such rings that share a node's network.
         """
@@ -246,11 +245,10 @@ def plan_ranks(
 def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, recompute: bool) -> str:
     """Tables, one column for each model, and how to read them."""
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
-    nodes_in_words = "1 node" if nodes == 1 else f"{nodes:,} nodes"
     traffic = {plan.name: _traffic(plan.traffic) for plan in plans if plan.traffic is not None}
     paragraphs = [
-        f"{cluster.ranks:,} ranks on {nodes_in_words}, {cluster.tokens:,} tokens per rank and micro-batch, "
-        f"{2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
+        f"{cluster.ranks:,} ranks on {nodes:,} node{'s' if nodes > 1 else ''}, {cluster.tokens:,} tokens per rank and "
+        f"micro-batch, {2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
         _table("memory", {plan.name: _memory(plan, cluster.ranks) for plan in plans}),
         "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.\n"

@@ -16,8 +16,6 @@ from .runs import mean_and_deviation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_OPACITY = 0.75  # of what is laid over an image
-
 
 # Name of the file, the function that draws it, values, title, and what the vertical axis or rows and columns are.
 Plot = tuple[str, Callable[[Path, Any, str, Any], None], Any, str, Any]
@@ -151,7 +149,7 @@ def draw_overlays(path: Path, images: Sequence[Any], rows: Mapping[str, np.ndarr
                 axes.set(xticks=[], yticks=[])
                 if values_Bhw is not None:
                     overlay = axes.imshow(
-                        values_Bhw[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=_OPACITY,
+                        values_Bhw[index], extent=(-0.5, width - 0.5, height - 0.5, -0.5), alpha=0.75,
                         vmin=1, vmax=highest, cmap="viridis", interpolation="nearest",
                     )  # fmt: skip
             axes_of_row[0].set_ylabel(name, fontsize=8)

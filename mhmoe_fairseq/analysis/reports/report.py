@@ -5,23 +5,10 @@ from pathlib import Path
 
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
+from . import tables
 from .plots import Plot, draw_all, draw_bars, draw_curves, draw_seeds, require_matplotlib
 from .routing import activation_plot, part_plots, routing_section
 from .runs import Model, all_records, evaluations, read_model, require_one_data
-from .tables import (
-    PART_NAMES,
-    SHORT,
-    Column,
-    PaperTable,
-    against_guessing,
-    columns_of,
-    counts_of,
-    differing_settings,
-    overview,
-    paper_section,
-    part_columns,
-    parts_section,
-)
 
 _NOTES = {
     "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages. bits/byte and bits/char "
@@ -43,7 +30,7 @@ def write_report(
     *,
     split: str = "test",
     reference: str | None = None,
-    paper: PaperTable | None = None,
+    paper: tables.PaperTable | None = None,
     data: Path | None = None,
     plots: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -69,9 +56,13 @@ def write_report(
         require_matplotlib()
     models = [read_model(name, folders) for name, folders in runs.items()]
     require_one_data(models, data)
-    columns = columns_of(models, split)
-    parts = [parts_section(models, what, name) for what, splits in evaluations(models).items() for name in splits[::-1]]
-    head = _joined(overview(models, columns, split, reference), against_guessing(models, columns), *parts)
+    columns = tables.columns_of(models, split)
+    parts = [
+        tables.parts_section(models, what, name)
+        for what, splits in evaluations(models).items()
+        for name in splits[::-1]
+    ]
+    head = _joined(tables.overview(models, columns, split, reference), tables.against_guessing(models, columns), *parts)
     drawn = draw_all(out.parent / f"{out.stem}-plots", _plots(models, split, columns) if plots else [])
     text = _joined(
         "# Models side by side",
@@ -79,10 +70,10 @@ def write_report(
         head,
         _notes(models, split),
         routing_section(models, split),
-        differing_settings(models),
+        tables.differing_settings(models),
         *(f"## {title}\n\n![{title}]({path.relative_to(out.parent).as_posix()})" for title, path in drawn),
         _commands(models),
-        paper_section(paper, models, columns, split),
+        tables.paper_section(paper, models, columns, split) if paper else "",
     )
     with atomic_open(out) as stream:
         stream.write(f"{text}\n".encode())
@@ -107,7 +98,7 @@ def _data_lines(models: Sequence[Model]) -> str:
 
 def _notes(models: Sequence[Model], split: str) -> str:
     records = [record for _, record in all_records(models)]
-    contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := counts_of(model)))
+    contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := tables.counts_of(model)))
     lines = [
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
         f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
@@ -136,14 +127,14 @@ def _commands(models: Sequence[Model]) -> str:
     return "\n".join(["## Commands\n\n```bash", *lines, "```"]) if lines else ""
 
 
-def _plots(models: Sequence[Model], split: str, columns: Sequence[Column]) -> Iterator[Plot]:
+def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]) -> Iterator[Plot]:
     """All plots that the records and logs have values for."""
     wanted = {
         "valid_ppl": ("Validation perplexity", "perplexity"),
         "gate_loss": ("Balance loss in training (1 = uniform)", "balance loss"),
         **{
             f"valid_{part}_ppl": (f"Validation perplexity, masked {name}", "perplexity")
-            for part, name in PART_NAMES.items()
+            for part, name in tables.PART_NAMES.items()
         },
     }
     logs = {model.name: model.runs[0].log for model in models if model.runs[0].log is not None}
@@ -158,13 +149,13 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[Column]) -> It
         yield from part_plots(f"routing-{name}", name, record)
 
 
-def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[Column]) -> Iterator[Plot]:
+def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]) -> Iterator[Plot]:
     """Every metric by language, modality or task, and the seeds of the main metrics."""
     for what, splits in evaluations(models).items():
         for name in splits:
-            for metric, parts in part_columns(models, what, name).items():
+            for metric, parts in tables.part_columns(models, what, name).items():
                 values = {model.name: {part.title: part.values(model) for part in parts[:-1]} for model in models}
-                title = f"{what.capitalize()} by part: {SHORT.get(metric, metric)}, {name} split"
+                title = f"{what.capitalize()} by part: {tables.SHORT.get(metric, metric)}, {name} split"
                 yield f"{what} {metric} {name}", draw_bars, values, title, metric
     for column in columns:
         values = {model.name: seeds for model in models if (seeds := column.values(model))}

@@ -276,10 +276,8 @@ def _setting(run: Run, section: str, name: str) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def paper_section(paper: PaperTable | None, models: Sequence[Model], columns: Sequence[Column], split: str) -> str:
+def paper_section(paper: PaperTable, models: Sequence[Model], columns: Sequence[Column], split: str) -> str:
     """The paper's own table, a row for each of its models, with ours below where we have the model."""
-    if paper is None:
-        return ""
     numbers = {
         name: values if isinstance(values, Mapping) else {paper.metric: values} for name, values in paper.values.items()
     }

@@ -1,7 +1,6 @@
 """To how many different experts the sub-tokens of every patch of an image go (P1's figures 8 and 10)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,65 +18,21 @@ _FLAT = 0.05  # a patch whose pixels, from -1 to 1, differ by less than this sho
 _BATCH = 32
 
 
-@dataclass(frozen=True)
-class PatchDiversity:
-    """How one checkpoint routes some images, each shown alone, without text.
-
-    Attributes:
-        checkpoint: path, SHA-256 and number of updates, as ``describe_checkpoint`` gives them.
-        layers: indices of the MoE layers in the encoder, from 0.
-        counts_BLhw: ``(images, layers, rows, columns)``, different experts of each patch's sub-tokens.
-        is_flat_Bhw: bool ``(images, rows, columns)``, patches of one colour.
-        most: as many experts as there can be: all of a layer, or heads times top-k.
-    """
-
-    checkpoint: dict[str, Any]
-    layers: list[int]
-    counts_BLhw: Tensor
-    is_flat_Bhw: Tensor
-    most: int
-
-    @property
-    def updates(self) -> int:
-        """How long it was trained; 0 if it does not say."""
-        return self.checkpoint["updates"] or 0
-
-    def mean(self, layer: int | None = None, flat: bool | None = None) -> float | None:
-        """Return the mean number of experts per patch, None if there is no such patch.
-
-        Args:
-            layer: an index into ``layers``; None for all of them.
-            flat: patches of one colour, or the others; None for all.
-        """
-        counts_BLhw = self.counts_BLhw if layer is None else self.counts_BLhw[:, layer : layer + 1]
-        counts_Bhw = counts_BLhw.double().mean(1)
-        if flat is not None:
-            counts_Bhw = counts_Bhw[self.is_flat_Bhw == flat]
-        return float(counts_Bhw.mean()) if counts_Bhw.numel() else None
-
-    def as_json(self) -> dict[str, Any]:
-        """The counts and their means, ready for JSON."""
-        return {
-            "checkpoint": Path(self.checkpoint["path"]).name,
-            "checkpoint_sha256": self.checkpoint["sha256"],
-            "updates": self.updates,
-            "layers": self.layers,
-            "most": self.most,
-            "mean": self.mean(),
-            "mean_flat": self.mean(flat=True),
-            "mean_drawn": self.mean(flat=False),
-            "mean_by_layer": [self.mean(index) for index in range(len(self.layers))],
-            "counts": self.counts_BLhw.tolist(),
-        }
-
-
 @torch.no_grad()
-def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) -> PatchDiversity:
-    """Route images and count; ``UserError`` for a dense model.
+def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) -> dict[str, Any]:
+    """Route images, each shown alone, without text, and count the experts of every patch.
 
     Args:
         checkpoint: what ``describe_checkpoint`` says of a model of images and text with experts.
         images: ``(B, 3, H, W)`` as ``prepare_images`` gives them.
+
+    Returns:
+        ready for JSON: the checkpoint; ``layers``, indices of the MoE layers from 0; ``most``, how many experts a patch
+        can have; ``counts`` by image, layer, row and column; and their means, of patches of one colour (``mean_flat``)
+        and of the others (``mean_drawn``), None where there are none, and by layer.
+
+    Raises:
+        UserError: it is a dense model.
     """
     opened = open_model(checkpoint["path"], data)
     layers, task = expert_layers(opened.model), opened.task
@@ -92,8 +47,21 @@ def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) ->
     with listening(opened.model, count):
         for batch in images.split(_BATCH):
             opened.model(images=batch.to(opened.device))
-    is_flat_Bhw = flat_patches(images, task.args.patch_size)
-    return PatchDiversity(checkpoint, layers, torch.cat(counts), is_flat_Bhw, most_distinct(opened.model))
+    counts_BLhw, is_flat_Bhw = torch.cat(counts), flat_patches(images, task.args.patch_size)
+    means_Bhw = counts_BLhw.double().mean(1)
+    flat, drawn = means_Bhw[is_flat_Bhw], means_Bhw[~is_flat_Bhw]
+    return {
+        "checkpoint": Path(checkpoint["path"]).name,
+        "checkpoint_sha256": checkpoint["sha256"],
+        "updates": checkpoint["updates"] or 0,
+        "layers": layers,
+        "most": most_distinct(opened.model),
+        "mean": float(means_Bhw.mean()),
+        "mean_flat": float(flat.mean()) if len(flat) else None,
+        "mean_drawn": float(drawn.mean()) if len(drawn) else None,
+        "mean_by_layer": counts_BLhw.double().mean((0, 2, 3)).tolist(),
+        "counts": counts_BLhw.tolist(),
+    }
 
 
 def prepare_images(paths: Sequence[Path], size: int) -> Tensor:

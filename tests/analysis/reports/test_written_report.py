@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from written_runs import loads, make_record, text_metrics, write_run
 
-from mhmoe_fairseq.analysis.reports import PaperTable, write_report
+from mhmoe_fairseq.analysis.reports.report import write_report
 from mhmoe_fairseq.analysis.reports.runs import find_runs
+from mhmoe_fairseq.analysis.reports.tables import PaperTable
 from mhmoe_fairseq.evaluation.records import Metric
 
 PNG = b"\x89PNG"
