@@ -104,10 +104,8 @@ def sha256_of(path: Path) -> str:
 def refuse_path_separator(path: Path, flag: str) -> None:
     """``UserError`` if fairseq could not open what is made at ``path``: it takes ``:`` for the end of a path."""
     if os.pathsep in str(path.absolute()):
-        rule = (
-            f"must have no {os.pathsep!r} in its path ({path.absolute()}), which fairseq takes for the separator of two"
-        )
-        raise UserError(f"{flag} {path}: {rule}")
+        rule = f"must have no {os.pathsep!r} in its path ({path.absolute()})"
+        raise UserError(f"{flag} {path}: {rule}, which fairseq takes for the separator of two")
 
 
 def require_files(paths: list[Path], flag: str) -> None:
@@ -134,14 +132,11 @@ def read_utf8_lines(path: Path) -> Iterator[str]:
             for raw in stream:
                 if offset == 0 and raw.startswith(b"\xef\xbb\xbf"):
                     raw, offset = raw[3:], 3
-                try:
-                    yield from raw.decode("utf-8").rstrip("\r\n").split("\r")
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{path}: invalid UTF-8 at byte {offset + error.start} (0x{raw[error.start]:02x}); "
-                        "the corpus must be UTF-8 text"
-                    ) from error
+                yield from raw.decode("utf-8").rstrip("\r\n").split("\r")
                 offset += len(raw)
+    except UnicodeDecodeError as error:
+        found = f"byte {offset + error.start} (0x{error.object[error.start]:02x})"
+        raise UserError(f"{path}: invalid UTF-8 at {found}; the corpus must be UTF-8 text") from error
     except (gzip.BadGzipFile, EOFError) as error:
         raise UserError(f"{path}: damaged gzip file ({error})") from error
 

@@ -42,7 +42,7 @@ def exclusive_lock(path: Path, flag: str) -> IO[str]:
 
 
 def hold_folder(folder: Path, flag: str) -> None:
-    """Keeps other runs out of a folder until this process ends, or raises ``UserError`` if another run holds it."""
+    """Keeps other runs out of a folder until this process ends; ``UserError`` if another one holds it already."""
     path = folder.resolve() / LOCK
     if path not in _held:
         _held[path] = exclusive_lock(path, flag)

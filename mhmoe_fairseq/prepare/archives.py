@@ -199,7 +199,7 @@ def iter_tar_members(
 
 
 def iter_deb_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
-    """Yields name, without ``.gz``, and unpacked content of the wanted files of a Debian package, by name."""
+    """Yields name, without ``.gz``, and content of the wanted files of a Debian package; ``UserError`` if damaged."""
     for name, content in iter_tar_members(path, is_wanted, read_deb_data(path)):
         try:
             unpacked = gzip.decompress(content) if name.endswith(".gz") else content

@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings(Settings):
-    """The settings of preparations that learn a vocabulary and hold out parts, but not all."""
+    """The settings of preparations that learn a vocabulary and hold out parts; ``UserError`` if they hold out all."""
 
     vocab_size: int = 8000
     tokenizer_model: str = "unigram"
@@ -170,7 +170,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
 
     def binarise(self, split: str, folder: str = "") -> dict[str, float]:
-        """Binarises ``text/SPLIT.txt`` in a stage, with the dictionary for ``train``; returns its counts."""
+        """Binarises ``text/SPLIT.txt`` into ``folder`` in a stage, the dictionary with train; returns its counts."""
         return self.stage(f"binarise {split}", binary_files(split, folder), partial(self._binarise, split, folder))
 
     def _binarise(self, split: str, folder: str) -> dict[str, float]:

@@ -182,7 +182,7 @@ def sample_lines(texts: Mapping[str, Path], rates: Mapping[str, float], seed: in
 
 
 def write_aligned(files: Mapping[str, Path], target: Path) -> dict[str, int]:
-    """Writes ``{"key": ..., "text": {"de": ...}}`` for each key of several languages; counts ``keys`` and languages."""
+    """Writes ``{"key": ..., "text": {"de": ...}}`` for each key of several languages; returns counts of both."""
     texts: dict[str, dict[str, str]] = {}
     for code, file in files.items():
         for passage in read_passages(file):
