@@ -137,7 +137,7 @@ def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str,
     kept = slice(None) if batch.get("counted", True) else slice(0)
     found = {}
     for part, (_, kind) in ((part, of) for part, of in PARTS.items() if of[0] == modality):
-        indices = batch["masked_patch_places" if kind == "patches" else "masked_token_places"][kept]
+        indices = batch["masked_patch_indices" if kind == "patches" else "masked_token_indices"][kept]
         targets = task.image_targets(batch) if kind == "patches" else batch["text_targets"]
         found[part] = (indices, targets.flatten().index_select(0, indices))
     return found

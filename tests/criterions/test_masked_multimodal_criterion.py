@@ -243,8 +243,8 @@ def test_an_interval_without_targets_of_a_part(data: Path) -> None:
     model, batch = build_model(task, "dense_beit3_tiny"), batch_of(task)
     criterion = criterion_of(task)
     with_words = criterion(model, batch)[2]
-    no_words = batch["pair"]["masked_token_places"][:0]
-    without = criterion(model, {**batch, "pair": {**batch["pair"], "masked_token_places": no_words}})[2]
+    no_words = batch["pair"]["masked_token_indices"][:0]
+    without = criterion(model, {**batch, "pair": {**batch["pair"], "masked_token_indices": no_words}})[2]
     assert int(with_words["pair_text_targets"]) > 0 == int(without["pair_text_targets"])
     with metrics.aggregate(new_root=True) as found:
         criterion.reduce_metrics([with_words])

@@ -15,12 +15,11 @@ class LanguagesDataset(WholeBatches, SizedRows):
     A batch has fairseq's keys, ``languages``, ``(B,)``: the number of each row's language in the task's list, and
     ``characters``, ``(B,)``, if they are known for all languages: what each row's targets stand for, on average.
 
-    Args, all of them by language:
-        parts: its blocks.
-        numbers: its number in the task's list.
-        symbols: the word that stands in place of the context before a block's first target; without one that context
-            is left as it is. Targets stay the same, so that perplexities compare.
-        characters: how many its text has, where known.
+    Args:
+        parts, numbers: language -> its blocks, and its number in the task's list.
+        symbols: language -> the word that stands in place of the context before a block's first target; where there is
+            none that context is left as it is. Targets stay the same, so that perplexities compare.
+        characters: language -> characters of its text, where known.
     """
 
     def __init__(

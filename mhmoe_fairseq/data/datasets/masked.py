@@ -22,8 +22,8 @@ class MaskedDataset(ImageTextDataset):
     A batch has ``text_targets (B, S)`` with padding where nothing is predicted, ``tokenizer_images (B, 3, H2, W2)``
     uint8, ``ntokens``, the masked tokens and patches, ``num_positions``, those of the model without padding, and
     ``net_input`` with ``text_tokens (B, S)``, ``images (B, 3, H, W)`` and ``masked_patches (B, N)`` bool. Where the
-    targets and the masked patches are, as indices of these flattened, is in ``masked_token_places`` and
-    ``masked_patch_places``, ``(M,)``: from a mask the host would have to learn their number, and wait for the device.
+    targets and the masked patches are, as indices of these flattened, is in ``masked_token_indices`` and
+    ``masked_patch_indices``, ``(M,)``: from a mask the host would have to learn their number, and wait for the device.
     What the modality has not is None.
     """
 
@@ -33,8 +33,8 @@ class MaskedDataset(ImageTextDataset):
         targets = batch["text_targets"] = self.stack(samples, "text_targets", pad)
         batch["tokenizer_images"] = self.stack(samples, "tokenizer_image")
         patches = batch["net_input"]["masked_patches"] = self.stack(samples, "masked_patches")
-        tokens_at = batch["masked_token_places"] = None if targets is None else _indices(targets.ne(pad))
-        patches_at = batch["masked_patch_places"] = None if patches is None else _indices(patches)
+        tokens_at = batch["masked_token_indices"] = None if targets is None else _indices(targets.ne(pad))
+        patches_at = batch["masked_patch_indices"] = None if patches is None else _indices(patches)
         batch["ntokens"] = sum(len(found) for found in (tokens_at, patches_at) if found is not None)
         class_positions = 0 if patches is None else patches.numel() + len(samples)
         batch["num_positions"] = class_positions + sum(len(sample.get("text", ())) for sample in samples)

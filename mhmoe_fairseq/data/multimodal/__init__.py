@@ -1,4 +1,1 @@
-"""Images and texts: index files, decoding, transforms, masking and the data sets of BEiT-3's tasks.
-
-Nothing is imported here: reading and writing index files needs neither torch nor fairseq.
-"""
+"""Images and texts: index files, which are read without torch and fairseq, and what masked data modelling hides."""

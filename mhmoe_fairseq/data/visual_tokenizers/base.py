@@ -132,9 +132,9 @@ def from_patches(patches: Tensor, patch_size: int, image_size: int) -> Tensor:
 def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     """Return the index of the code with the smallest Euclidean distance, the first of equals.
 
-    ``vectors`` (R, D) and ``codes`` (K, D) give (R,) int64.
+    ``vectors`` (..., D) and ``codes`` (K, D) give (...) int64.
     """
     half_norms = codes.square().sum(1) / 2
-    rows = max(1, _MAX_SCORES // len(codes))
-    found = [(torch.addmm(half_norms, block, codes.T, alpha=-1)).argmin(1) for block in vectors.split(rows)]
-    return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.long)
+    blocks = vectors.flatten(0, -2).split(max(1, _MAX_SCORES // len(codes)))
+    found = [torch.addmm(half_norms, block, codes.T, alpha=-1).argmin(1) for block in blocks]
+    return torch.cat(found).view(vectors.shape[:-1])

@@ -31,8 +31,7 @@ class PatchKMeans(VisualTokenizer):
         self.register_buffer("mean", torch.zeros(width) if mean is None else mean)
 
     def _encode(self, images: Tensor) -> Tensor:
-        patches = to_patches(images, self.patch_size) - self.mean
-        return nearest(patches.flatten(0, 1), self.centroids).view(patches.shape[:2])
+        return nearest(to_patches(images, self.patch_size) - self.mean, self.centroids)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class VQVAE(VisualTokenizer):
 
     def choose(self, vectors: Tensor) -> Tensor:
         """Ids of the nearest codes: (B, N, code_width) -> (B, N)."""
-        return nearest(vectors.flatten(0, 1), self.codes).view(vectors.shape[:2])
+        return nearest(vectors, self.codes)
 
     def _on_grid(self, blocks: nn.Module, features: Tensor) -> Tensor:
         grid = features.transpose(1, 2).unflatten(2, self.token_shape)

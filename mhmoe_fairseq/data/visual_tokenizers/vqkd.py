@@ -113,8 +113,7 @@ class VQKD(VisualTokenizer):
 
     def _encode(self, images: Tensor) -> Tensor:
         features = self.encode_task_layer(self.encoder(images * 255 / 127.5 - 1))
-        vectors = F.normalize(features, dim=-1)
-        return nearest(vectors.flatten(0, 1), self.quantize["embedding"].weight).view(vectors.shape[:2])
+        return nearest(F.normalize(features, dim=-1), self.quantize["embedding"].weight)
 
 
 def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:

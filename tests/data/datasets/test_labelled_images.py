@@ -94,8 +94,8 @@ def test_statements_have_all_left_images_first(folder):
     batch = batch_of(dataset)
     images = batch["net_input"]["images"]
     assert images.shape == (4, 3, 32, 32)
-    for place, number in enumerate([0, 2, 1, 3]):
-        assert torch.equal(images[place], whole(folder, number))
+    for index, number in enumerate([0, 2, 1, 3]):
+        assert torch.equal(images[index], whole(folder, number))
     first, second = [0, *words(0, 1), 2, 1], [0, *words(1, 2), 2]
     assert batch["net_input"]["text_tokens"].tolist() == [first, second, first, second]
     assert batch["targets"].tolist() == [1, 0] and batch["identifiers"] == ["dev-0-0", "dev-1-0"]
@@ -149,8 +149,8 @@ def test_captions_in_evaluation_have_one_row_per_image(folder):
     batch = batch_of(dataset)
     assert len(dataset) == 3 and batch["image_ids"].tolist() == [500, 7, 3]
     assert batch["net_input"]["text_tokens"] is None and "text_targets" not in batch
-    for place, number in enumerate([0, 1, 2]):
-        assert torch.equal(batch["net_input"]["images"][place], whole(folder, number))
+    for index, number in enumerate([0, 1, 2]):
+        assert torch.equal(batch["net_input"]["images"][index], whole(folder, number))
     assert dataset.sizes.tolist() == [17] * 3 and batch["ntokens"] == 3
     assert dataset.place(2).endswith("coco_captioning.val.jsonl:4")
 

@@ -90,11 +90,11 @@ def test_a_batch_of_pairs(folder):
         assert int(is_target.sum()) == (max(1, (min(length, 8) + 1) // 2) if length else 0)
     assert batch["ntokens"] == 7 * 6 + int(targets.ne(1).sum())
     assert batch["num_positions"] == sum(17 + min(length, 8) + 2 for length in LENGTHS)
-    assert batch["masked_token_places"].tolist() == [
-        place for place in range(70) if targets[place // 10, place % 10] != 1
+    assert batch["masked_token_indices"].tolist() == [
+        index for index in range(70) if targets[index // 10, index % 10] != 1
     ]
     masked = batch["net_input"]["masked_patches"]
-    assert batch["masked_patch_places"].tolist() == [place for place in range(112) if masked[place // 16, place % 16]]
+    assert batch["masked_patch_indices"].tolist() == [index for index in range(112) if masked[index // 16, index % 16]]
     assert batch["net_input"]["images"].shape == (7, 3, 32, 32)
     assert dataset.sizes.tolist() == [17 + min(length, 8) + 2 for length in LENGTHS]
 
@@ -118,7 +118,7 @@ def test_a_batch_of_texts(folder):
     assert batch["net_input"]["text_tokens"].shape == (2, 8)
     assert batch["net_input"]["images"] is batch["net_input"]["masked_patches"] is batch["tokenizer_images"] is None
     assert batch["ntokens"] == 2 == int(batch["text_targets"].ne(1).sum())
-    assert batch["masked_patch_places"] is None and batch["num_positions"] == 5 + 8
+    assert batch["masked_patch_indices"] is None and batch["num_positions"] == 5 + 8
 
 
 def test_no_text_at_all(folder):
