@@ -128,7 +128,7 @@ def allow_checkpoint_globals() -> None:
     torch.serialization.add_safe_globals(checkpoint_globals())
 
 
-def _replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
+def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:
     """Decorator: the function, which gets the stock one before its arguments, takes that one's place, once."""
 
     def install(ours: Callable[..., Any]) -> None:
@@ -143,13 +143,13 @@ def copy_integers_into_averages() -> None:
     """Let fairseq's moving average take counters and fingerprints from the model, and average tied tensors once."""
     from fairseq.models.ema import EMA
 
-    @_replaces(EMA, "__init__")
+    @replaces(EMA, "__init__")
     def remember_integers(stock: Any, self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         stock(self, model, *args, **kwargs)
         state = model.state_dict().items()
         self.skip_keys = {*self.skip_keys, *(name for name, value in state if not value.is_floating_point())}
 
-    @_replaces(EMA, "_step_internal")
+    @replaces(EMA, "_step_internal")
     def step_once(stock: Any, self: Any, new_model: torch.nn.Module, updates: int | None = None) -> None:
         # A tensor with two names, as a tied embedding has, is averaged under its first: fairseq would do it twice.
         names = {value.data_ptr(): name for name, value in reversed(self.model.state_dict().items())}
@@ -164,7 +164,7 @@ def explain_refused_checkpoints() -> None:
     """
     from fairseq import checkpoint_utils
 
-    @_replaces(checkpoint_utils, "load_checkpoint_to_cpu")
+    @replaces(checkpoint_utils, "load_checkpoint_to_cpu")
     def load(stock: Any, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
             state = stock(path, *args, **kwargs)
@@ -194,7 +194,7 @@ def follow_launchers() -> None:
     """Let ``call_main`` find torchrun's and SLURM's environment where fairseq misses it, then look itself."""
     from fairseq.distributed import utils
 
-    @_replaces(utils, "infer_init_method")
+    @replaces(utils, "infer_init_method")
     def infer(stock: Any, config: Any, force_distributed: bool = False) -> None:
         read_torchrun(config)
         read_slurm(config)

@@ -98,20 +98,13 @@ class VQACriterion(ClassificationCriterion):
 
 
 class Embeddings(NamedTuple):
-    """The images and texts of a batch of all ranks, and what compares them.
-
-    Attributes:
-        images, texts: ``(rows, D)`` of length 1; row i of both belong together.
-        own: this rank's rows.
-        scale: factor of their similarities.
-        extras: what the model's two calls returned beside them.
-    """
+    """The images and texts of a batch of all ranks, ``(rows, D)`` of length 1; row i of both belong together."""
 
     images: Tensor
     texts: Tensor
-    own: slice
-    scale: Tensor
-    extras: list[dict[str, Any]]
+    own: slice  # this rank's rows
+    scale: Tensor  # factor of their similarities
+    extras: list[dict[str, Any]]  # what the model's two calls returned beside them
 
 
 @register_criterion("mhmoe_retrieval", dataclass=GateLossConfig)

@@ -1,7 +1,6 @@
 """What a model looked like when its loss or gradient became NaN or infinite."""
 
 import logging
-import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,11 +11,6 @@ from ..moe import RoutingStats
 from ..moe.stats import load_max_over_mean
 
 logger = logging.getLogger(__name__)
-
-
-def is_looking_for_nan() -> bool:
-    """Return whether fairseq repeats an update whose gradient was not finite, to find out where, before it ends."""
-    return isinstance(sys.exc_info()[1], FloatingPointError)
 
 
 def latest_routing(model: nn.Module) -> dict[nn.Module, RoutingStats]:
