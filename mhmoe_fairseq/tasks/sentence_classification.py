@@ -111,12 +111,12 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
 
     def read_split(self, split: str) -> LabelledSentences:
         """Return the examples of a split; an error names the file that is missing, broken or of another dictionary."""
-        parts = self._parts(split)
-        labels = [self._check(part) for part in parts]
+        parts = {part: self._read(part) for part in self._parts(split)}
+        columns = zip(*(sentences for sentences, _ in parts.values()))
         return LabelledSentences(
-            [ConcatDataset([self._read(folder, part) for part in parts]) for folder in self.sentence_folders()],
-            np.concatenate(labels),
-            np.concatenate([np.full(len(ids), self.first_token(part)) for part, ids in zip(parts, labels)]),
+            [ConcatDataset(column) for column in columns],
+            np.concatenate([classes for _, classes in parts.values()]),
+            np.concatenate([np.full(len(classes), self.first_token(part)) for part, (_, classes) in parts.items()]),
             longest=self.max_positions(),
             pad=self.dictionary.pad(),
             seed=self.args.seed if split.partition("_")[0] == "train" else None,
@@ -161,24 +161,21 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
             return [split]
         return sorted(file.stem for file in folder.glob(f"{split}_*.idx")) or [split]
 
-    def _check(self, part: str) -> np.ndarray:
-        """``(examples,)`` classes of a split whose files are complete, of these dictionaries and equally long."""
-        folder = Path(self.args.data)
-        sizes = {name: len(self.dictionary) for name in self.sentence_folders()}
+    def _read(self, part: str) -> tuple[list[Any], np.ndarray]:
+        """Data sets of the sentences and ``(examples,)`` classes of a split, its files complete and equally long."""
+        folder, read = Path(self.args.data), {}
+        sizes = dict.fromkeys(self.sentence_folders(), len(self.dictionary))
         for name, size in {**sizes, LABELS: NUM_SPECIALS + len(self.classes)}.items():
             check_split(folder / name / part, size)
-        counts = {name: len(self._read(name, part)) for name in (*sizes, LABELS)}
-        if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            read[name] = data_utils.load_indexed_dataset(str(folder / name / part), self.dictionary)
+        if len({len(rows) for rows in read.values()}) > 1:
+            listed = ", ".join(f"{name} {len(rows):,}" for name, rows in read.items())
             raise UserError(f"{folder}: {part} has different numbers of examples ({listed})")
-        classes = np.array([int(item[0]) for item in self._read(LABELS, part)]) - NUM_SPECIALS
+        classes = np.array([int(item[0]) for item in read.pop(LABELS)]) - NUM_SPECIALS
         wrong = np.flatnonzero(classes < 0)
         if len(wrong):
             raise UserError(f"{folder / LABELS / part}.bin: example {wrong[0] + 1:,} has no class of label/dict.txt")
-        return classes
-
-    def _read(self, folder: str, part: str) -> Any:
-        return data_utils.load_indexed_dataset(str(Path(self.args.data) / folder / part), self.dictionary)
+        return list(read.values()), classes
 
 
 def _first_of(*files: Path) -> Path:

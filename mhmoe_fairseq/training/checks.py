@@ -74,35 +74,29 @@ def problems(flags: TrainingFlags) -> list[str]:
 
     Each with its name, value, rule and reason.
     """
-    name, backend, zero = optimizer_name(flags), flags.ddp_backend, flags.zero_sharding
-    rules = {
-        f"--optimizer ({name}) must be {OPTIMIZER}, the same Adam, which averages, clips and saves the experts of all "
-        "ranks": name == OPTIMIZER,
-        "--fp16-adam-stats must be off: each rank scales its statistics by itself, and a checkpoint has one scale": (
-            not getattr(flags.optimizer_config, "fp16_adam_stats", False)
-        ),
-        f"--ddp-backend ({backend}) must be legacy_ddp: other backends average the gradients of different experts": (
-            backend in _DDP_BACKENDS
-        ),
-        f"--zero-sharding ({zero}) must be none: it gives every rank's parameters to other ranks": zero == "none",
-        "--use-bmuf must be off: it averages the parameters of different experts": not flags.use_bmuf,
-        f"--model-parallel-size ({flags.model_parallel_size}) must be 1: experts are shared out over all ranks": (
-            flags.model_parallel_size == 1
-        ),
-        "--store-ema must be off: the moving average of rank 0 would be saved with its own experts only": (
-            not flags.store_ema
-        ),
-        "--no-save-optimizer-state must be off: fairseq then does not collect the experts of other ranks either": (
-            not flags.no_save_optimizer_state
-        ),
-        "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16: in one flat tensor experts cannot be told "
-        "from the rest": not flattens_gradients(flags),
-    }
-    return [problem for problem, holds in rules.items() if not holds]
+    name, adam_stats = optimizer_name(flags), getattr(flags.optimizer_config, "fp16_adam_stats", False)
+    allowed = (
+        ("--optimizer", name, (OPTIMIZER,), ", the same Adam, which averages, clips and saves all ranks' experts"),
+        ("--ddp-backend", flags.ddp_backend, _DDP_BACKENDS, ": others average the gradients of different experts"),
+        ("--zero-sharding", flags.zero_sharding, ("none",), ": it gives every rank's parameters to other ranks"),
+        ("--model-parallel-size", flags.model_parallel_size, (1,), ": experts are shared out over all ranks"),
+    )
+    off = (
+        ("--fp16-adam-stats", adam_stats, "each rank scales its statistics by itself, and a checkpoint has one scale"),
+        ("--use-bmuf", flags.use_bmuf, "it averages the parameters of different experts"),
+        ("--store-ema", flags.store_ema, "the moving average of rank 0 would be saved with its own experts only"),
+        ("--no-save-optimizer-state", flags.no_save_optimizer_state, "fairseq then collects no other ranks' experts"),
+    )
+    found = [f"{flag} ({value}) must be {ok[0]}{reason}" for flag, value, ok, reason in allowed if value not in ok]
+    found += [f"{flag} must be off: {reason}" for flag, is_on, reason in off if is_on]
+    if flattens_gradients(flags):
+        rule = "needs --fp16-no-flatten-grads or --memory-efficient-fp16"
+        found.append(f"--fp16 {rule}: in one flat tensor experts cannot be told from the rest")
+    return found
 
 
 def flattens_gradients(flags: TrainingFlags) -> bool:
-    """Whether fairseq makes one flat tensor of all gradients, as ``--fp16`` does unless it is told otherwise."""
+    """Return whether fairseq makes one flat tensor of all gradients, as ``--fp16`` does unless it is told otherwise."""
     return flags.fp16 and not (flags.memory_efficient_fp16 or flags.fp16_no_flatten_grads)
 
 

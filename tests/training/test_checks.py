@@ -8,11 +8,11 @@ from mhmoe_fairseq.training.checks import problems
 
 REFUSED = {
     "--optimizer adam": "--optimizer (adam) must be mhmoe_adam",
-    "--fp16-adam-stats": "--fp16-adam-stats must be off",
     "--ddp-backend pytorch_ddp": "--ddp-backend (pytorch_ddp) must be legacy_ddp",
     "--zero-sharding os": "--zero-sharding (os) must be none",
-    "--use-bmuf": "--use-bmuf must be off",
     "--model-parallel-size 2": "--model-parallel-size (2) must be 1",
+    "--fp16-adam-stats": "--fp16-adam-stats must be off",
+    "--use-bmuf": "--use-bmuf must be off",
     "--store-ema": "--store-ema must be off",
     "--no-save-optimizer-state": "--no-save-optimizer-state must be off",
     "--fp16": "--fp16 needs --fp16-no-flatten-grads or --memory-efficient-fp16",
