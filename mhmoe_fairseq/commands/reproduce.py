@@ -48,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Lists, prints, shows or runs.
-
-    Raises:
-        UserError: for a bad name, flag or combination, before anything runs; for what fails while it runs.
-    """
+    """Lists, prints, shows or runs; ``UserError`` for bad settings, before anything runs, and for what fails then."""
     if args.list:
         width = max(map(len, EXPERIMENTS))
         say("\n".join(f"{name:{width}}  {experiment.summary}" for name, experiment in EXPERIMENTS.items()))
@@ -74,11 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
-    """Yields the plan of the experiment, or of each of its parts.
-
-    Raises:
-        UserError: for a bad name or combination.
-    """
+    """Yields the plan of the experiment, or of each of its parts; ``UserError`` for a bad name or combination."""
     if args.name not in EXPERIMENTS:
         raise UserError(f"NAME ({args.name or ''}) must be one of {', '.join(EXPERIMENTS)}")
     experiment = EXPERIMENTS[args.name]

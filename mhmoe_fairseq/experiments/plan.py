@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,7 @@ class Choice:
         return ["torchrun", *meeting, "--nproc_per_node", str(self.nproc), "-m", "fairseq_cli.train"]
 
     def share(self, scale: Scale) -> Flags:
-        """Returns the flags that share an update out, the same update for any number of processes.
-
-        Raises:
-            UserError: the processes and their batch do not divide its samples.
-        """
+        """Returns the flags that share an update out, always the same; ``UserError`` if its samples are not divided."""
         processes, batch = self.nproc * self.nnodes, self.batch or scale.batch
         if scale.samples % (processes * (batch or 1)):
             raise UserError(
@@ -165,8 +162,7 @@ class Run:
     def state(self) -> str:
         """Returns ``missing``, ``changed``, ``cut off``, ``trained`` or, evaluated too, ``finished``.
 
-        Raises:
-            UserError: the folder holds something else.
+        A folder with checkpoints of something else is a ``UserError``.
         """
         if not (self.folder / STATE).is_file():
             if any(self.folder.glob("*.pt")):
@@ -208,11 +204,7 @@ class Plan:
     best_lrs: dict[str, str] = field(default_factory=dict)
 
     def names(self) -> list[str]:
-        """Returns the models' names.
-
-        Raises:
-            UserError: a name or pattern fits no model.
-        """
+        """Returns the models' names; ``UserError`` if what the user chose fits no model."""
         own = self.experiment.models
         if not self.models:
             return list(self.choice.scale == "paper" and self.experiment.paper_models or own)
@@ -262,11 +254,7 @@ class Plan:
         )  # fmt: skip
 
     def start_of(self, recipe: Recipe) -> Recipe | None:
-        """Returns the recipe whose runs a recipe's start from.
-
-        Raises:
-            UserError: it would be the recipe itself.
-        """
+        """Returns the recipe whose runs a recipe's start from; ``UserError`` if the user chose the recipe itself."""
         start = recipe.start.get(self.choice.scale)
         if start is None or self.start is None or not self.is_own(recipe):
             return start
@@ -275,11 +263,7 @@ class Plan:
         return self.start
 
     def search(self) -> list[Run]:
-        """Returns the search's runs, one for each model and learning rate; none where nothing is searched.
-
-        Raises:
-            UserError: the experiment has several kinds of trainings.
-        """
+        """Returns the search's runs, for each model and learning rate one; several kinds of training: ``UserError``."""
         lrs, seed = self.experiment.lrs, self.experiment.seeds[0]
         if len(lrs) > 1 and len(self.experiment.stages) > 1:
             raise UserError(
@@ -305,30 +289,26 @@ class Plan:
             yield self.data_of(recipe), words
 
     def following(self) -> Iterator[list[str]]:
-        """Yields the commands after the trainings.
-
-        Raises:
-            UserError: one needs ``--xnli``, which was not given.
-        """
-        folders = [run.folder for run in self.runs()]
+        """Yields the commands after the trainings, the report's last; ``UserError`` if one lacks ``--xnli``."""
+        experiment, folders = self.experiment, [run.folder for run in self.runs()]
         lists = {
             "{runs}": [str(folder) for folder in folders],
             "{checkpoints}": [str(path) for folder in folders for path in _kept_checkpoints(folder)],
         }
-        for command in self.experiment.after:
+        for command in experiment.after:
             if "{xnli}" in command and self.xnli is None:
-                raise UserError(f"--xnli must be the folder of your copy of XNLI for {self.experiment.name}")
-            data = self.data_of(self.experiment.stages[0].recipe) if self.experiment.stages else ""
+                raise UserError(f"--xnli must be the folder of your copy of XNLI for {experiment.name}")
+            data = self.data_of(experiment.stages[0].recipe) if experiment.stages else ""
             fields = {"data": data, "out": self.out, "xnli": self.xnli}
             words: list[str] = []
             for word in command.split():
                 words += lists[word] if word in lists else [word.format_map(fields)]
             yield words
-
-    def reported(self) -> dict[str, list[Path]]:
-        """Returns the folders of each model's runs, of all stages."""
-        runs = self.runs()
-        return {run.model: [other.folder for other in runs if other.model == run.model] for run in runs}
+        if experiment.has_report:
+            words = ["mhmoe", "report", *lists["{runs}"], "--out", str(self.out / experiment.report)]
+            words += [] if experiment.paper is None else ["--paper", experiment.name]
+            words += ["--reference", experiment.reference] if experiment.reference in self.names() else []
+            yield words if find_spec("matplotlib") else [*words, "--no-plots"]
 
 
 def with_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:

@@ -12,16 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
-from ..analysis.reports.report import write_report
 from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import write_json
 from ..common.locks import LOCK, exclusive_lock
-from .plan import SPLITS, Plan, Run, with_starts
-from .spec import Experiment
+from .plan import Plan, Run, with_starts
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
@@ -115,11 +112,7 @@ class Runner:
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def work(self) -> None:
-        """Prepares, searches, trains, evaluates, follows up and reports.
-
-        Raises:
-            UserError: something fails; what ran beside it was let end, and is kept.
-        """
+        """Prepares, searches, trains, evaluates, follows up, reports; before a ``UserError`` what runs is let end."""
         plan = self.plan
         list(plan.following())  # what is missing is told before hours of training
         for folder, words in plan.preparations():
@@ -132,20 +125,10 @@ class Runner:
         if not plan.choice.is_first:
             return
         for words in plan.following():
+            if "--no-plots" in words:
+                self._tell("no plots: matplotlib is not installed (extra plots)")
             self.say(shlex.join(words))
             call(words, self.threads, self.say)
-        if plan.experiment.has_report:
-            self._report(plan.experiment)
-
-    def _report(self, experiment: Experiment) -> None:
-        reference = experiment.reference if experiment.reference in self.plan.names() else None
-        plots = find_spec("matplotlib") is not None
-        if not plots:
-            self._tell("no plots: matplotlib is not installed (extra plots)")
-        write_report(
-            self.plan.reported(), self.plan.out / experiment.report, split=SPLITS[-1], reference=reference,
-            paper=experiment.paper, plots=plots, say=self.say,
-        )  # fmt: skip
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
@@ -266,10 +249,6 @@ def dry_run(plan: Plan) -> Iterator[str]:
         yield shlex.join(run.training())
         yield from (shlex.join(run.evaluation(split)) for split in run.splits)
     yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
-    if plan.experiment.has_report:
-        folders = [str(folder) for folders in plan.reported().values() for folder in folders]
-        paper = [] if plan.experiment.paper is None else ["--paper", plan.experiment.name]
-        yield shlex.join(["mhmoe", "report", *folders, *paper, "--out", str(plan.out / plan.experiment.report)])
 
 
 def _known(plan: Plan) -> list[Run]:

@@ -17,11 +17,7 @@ Flags = dict[str, tuple[str, ...]]
 
 
 def parse_flags(text: str | Sequence[str]) -> Flags:
-    """Returns each flag of a command line with its words, none for a switch.
-
-    Raises:
-        UserError: the first word is no flag.
-    """
+    """Returns each flag of a command line with its words; ``UserError`` if the first word is no flag."""
     flags: Flags = {}
     flag = ""
     for word in shlex.split(text) if isinstance(text, str) else text:

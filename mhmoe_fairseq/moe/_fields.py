@@ -56,11 +56,7 @@ def declared_choices(config: type, field: str) -> tuple[str, ...]:
 
 
 def check_fields(config: Any) -> None:
-    """Check what the declarations of a dataclass say of its fields.
-
-    Raises:
-        ConfigError: for the first value that is not allowed.
-    """
+    """Raise a ConfigError for the first field whose value its declaration does not allow."""
     cls: Any = type(config)
     for name, declared in _declared(cls).items():
         value, names, problem = getattr(config, name), declared_choices(cls, name), None
