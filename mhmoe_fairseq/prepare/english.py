@@ -54,17 +54,16 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
     def _make_corpus(self) -> tuple[dict[str, object], dict[str, int]]:
         start = time.monotonic()
-        opened = self.source.open(self.cache_dir, self.say)
+        provenance, documents = self.source.open(self.cache_dir, self.say)
         cleaner = Cleaner(self.settings.dedup)
-        documents = cleaner.clean(opened.documents)
-        num_documents, num_bytes = write_corpus(documents, self.partial / _CORPUS, self.partial / _SIZES)
-        counts = cleaner.counts
+        text, sizes, counts = self.partial / _CORPUS, self.partial / _SIZES, cleaner.counts
+        num_documents, num_bytes = write_corpus(cleaner.clean(documents), text, sizes)
         self.say(
             f"clean: {num_documents} documents, {num_bytes / 1e6:.2f} MB, {counts['lines_read']} lines read, "
             f"{counts['empty_lines'] + counts['duplicate_lines']} empty or repeated ones dropped, "
             f"{time.monotonic() - start:.1f} s"
         )
-        return opened.provenance, {**counts, "documents": num_documents, "bytes": num_bytes}
+        return provenance, {**counts, "documents": num_documents, "bytes": num_bytes}
 
     def _split(self) -> list[str]:
         sizes, settings = read_sizes(self.partial / _SIZES), self.settings

@@ -10,7 +10,7 @@ from mhmoe_fairseq.prepare.classification import ClassificationSettings
 from mhmoe_fairseq.prepare.english import EnglishSettings
 from mhmoe_fairseq.prepare.image_text.derived import DerivedSettings
 from mhmoe_fairseq.prepare.multilingual.cleaning import MultilingualSettings
-from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, OpenedSource, Source, SourceKind
+from mhmoe_fairseq.prepare.sources.base import ENGLISH_SOURCES, Source, SourceKind
 from mhmoe_fairseq.prepare.visual_tokenizers.settings import KMeansSettings
 
 
@@ -74,7 +74,7 @@ def test_a_new_source_is_one_entry(mhmoe_prepare, tmp_path, monkeypatch, sentenc
             return {"count": self.count}
 
         def open(self, cache_dir, say):
-            return OpenedSource({}, (Document(line, [line]) for line in sentences(self.count)))
+            return {}, (Document(line, [line]) for line in sentences(self.count))
 
     count = {"type": int, "default": 50, "help": "for spoken"}
     kind = SourceKind(lambda args: Spoken(args.spoken_count), flags={"--spoken-count": count})

@@ -122,7 +122,7 @@ def test_jsonl_reads_the_field_also_from_gzip(tmp_path):
     rows = [{"body": "One.\nTwo.", "id": 1}, {"body": "Drei – größer."}]
     path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode() + b"\n\n"))
     source = own_text.jsonl_source((path,), "body")
-    documents = source.open(tmp_path, print).documents
+    _, documents = source.open(tmp_path, print)
     assert [document.lines for document in documents] == [["One.", "Two."], ["Drei – größer."]]
 
 
@@ -159,7 +159,7 @@ def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
 
 def test_torchscale_shards_keep_their_splits_and_read_held_out_text_first(tmp_path):
     source = own_text.shard_source(make_shards(tmp_path))
-    documents = [(document.split, document.lines) for document in source.open(tmp_path, print).documents]
+    documents = [(document.split, document.lines) for document in source.open(tmp_path, print)[1]]
     held_out, train = [("valid", ["Held out line."]), ("valid", ["Another."])], [["a1", "a2"], ["b1"], ["c1"]]
     assert documents == [*held_out, *(("train", lines) for lines in train)]
     assert [entry["name"] for entry in source.identity()["inputs"]] == ["00000.txt", "00000.txt", "00001.txt"]

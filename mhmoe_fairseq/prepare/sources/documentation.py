@@ -18,7 +18,7 @@ from ...common.errors import UserError
 from ...common.provenance import versions
 from ...data.documents import Document
 from ..archives import Archive, Say, iter_deb_members
-from .base import ENGLISH_SOURCES, OpenedSource, PackagedSource, Source, SourceKind
+from .base import ENGLISH_SOURCES, OpenedText, PackagedSource, Source, SourceKind
 
 _ROLE = re.compile(r":[\w+.:-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
@@ -97,14 +97,13 @@ class DocstringSource(Source):
         """Returns the version of every package; ``UserError`` names one that is not installed."""
         return {"packages": {package: _version(package) for package in self.packages}}
 
-    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
-        """Reads the installed modules; nothing is fetched."""
+    def open(self, cache_dir: Path, say: Say) -> OpenedText:
+        """Returns versions and documents of the installed modules; nothing is fetched."""
         folders = {package: _folder(package) for package in self.packages}
         unread: list[str] = []  # filled while the documents are read, which is before the manifest is written
-        return OpenedSource(
-            {"version": f"Python {platform.python_version()}", **self.identity(), "unparsable_modules": unread},
-            (document for package in folders for document in docstring_documents(package, folders[package], unread)),
-        )
+        documents = (text for package in folders for text in docstring_documents(package, folders[package], unread))
+        version = f"Python {platform.python_version()}"
+        return {"version": version, **self.identity(), "unparsable_modules": unread}, documents
 
 
 def _version(package: str) -> str:

@@ -19,7 +19,7 @@ from .base import (
     MULTILINGUAL_SOURCES,
     ONE_FOLDER,
     MultilingualCorpus,
-    OpenedSource,
+    OpenedText,
     Passage,
     SourceKind,
     Stage,
@@ -49,10 +49,10 @@ class OwnText:
         require_files(paths, f"--source {self.name}")
         return {"inputs": list(map(fingerprint, paths))}
 
-    def open(self, cache_dir: Path, say: Say) -> OpenedSource:
-        """Returns the documents, file by file."""
+    def open(self, cache_dir: Path, say: Say) -> OpenedText:
+        """Returns the identity and the documents, file by file."""
         documents = (document._replace(split=split) for split, path in self.files for document in self.read(path))
-        return OpenedSource({"version": None, **self.identity()}, documents)
+        return {"version": None, **self.identity()}, documents
 
 
 def text_source(files: Sequence[Path], separator: str = BLANK_LINE) -> OwnText:
