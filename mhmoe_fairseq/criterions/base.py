@@ -82,8 +82,6 @@ class MoECriterion(FairseqCriterion):
         """Return the loss of one batch, in nats and summed, what it is later divided by, and what to log.
 
         Args:
-            model: the model.
-            sample: the batch.
             reduce: sum over the rows and add the auxiliary losses; else return the rows' own losses.
         """
         return self.outcome(sample, *self.losses(model, sample), reduce=reduce)

@@ -127,12 +127,10 @@ class MaskedMultimodalCriterion(MoECriterion):
 
 
 def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is predicted in a sub-batch: part -> ``(M,)`` indices in its flattened patches or words, and ``(M,)`` ids.
+    """Return what is predicted in a sub-batch of a modality: nothing where its ``counted`` is False.
 
-    Args:
-        task: with ``image_targets``.
-        modality: of the sub-batch.
-        batch: the sub-batch; nothing is predicted where its ``counted`` is False.
+    That is, by part, ``(M,)`` indices in the flattened patches or words, and ``(M,)`` ids, of patches by the task's
+    ``image_targets``.
     """
     kept = slice(None) if batch.get("counted", True) else slice(0)
     found = {}
@@ -144,12 +142,7 @@ def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str,
 
 
 def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
-    """Sums over masked positions, which may be none.
-
-    Args:
-        logits: ``(M, symbols)``.
-        targets: ``(M,)`` ids.
-    """
+    """Return the sums over masked positions, which may be none: of ``(M, symbols)`` logits and ``(M,)`` ids."""
     loss = F.cross_entropy(logits.float(), targets, reduction="sum")
     correct = logits.detach().argmax(dim=-1).eq(targets).sum()
     # Filled on the device: torch.tensor would copy from the host.

@@ -123,15 +123,9 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
 def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
     """Compare the files of ``--finetune-from-model`` and ``--restore-file``, if there are any, with the model.
 
-    They must have its dictionary and all of its parameters but new heads, and no other. A model that loads checkpoints
-    of other sizes says with ``fitted_state(state)`` what it would load.
-
-    Args:
-        model: in training, with its heads.
-        args: the task's flags.
-
-    Raises:
-        UserError: naming the checkpoint and the first thing that differs.
+    They must have its dictionary and all of its parameters but new heads, and no other; a ``UserError`` names the first
+    thing that differs. The model has its heads; if it loads checkpoints of other sizes, it says with
+    ``fitted_state(state)`` what it would load.
     """
     for name in (args.finetune_from_model, args.restore_file):
         if name and name != RESUMED and Path(name).is_file():
@@ -140,16 +134,9 @@ def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
 
 
 def check_resumed_sizes(model: nn.Module, args: Any) -> None:
-    """A run that fairseq resumes with its optimizer has the model's position tables: no weights can be resized then.
+    """Refuse, with a ``UserError``, to resume a run with its optimizer and position tables of other sizes.
 
     fairseq would load the resized tables beside moments of the old shape, and the first update would fail.
-
-    Args:
-        model: an ``MHMoEBEiT3``, in training.
-        args: the task's flags.
-
-    Raises:
-        UserError: naming the flag, the file and what to do.
     """
     file = resumed_checkpoint(args)
     saved = {} if file is None or args.reset_optimizer else read_trained(file)
@@ -167,7 +154,7 @@ def check_resumed_sizes(model: nn.Module, args: Any) -> None:
 
 
 def resumed_checkpoint(args: Any) -> Path | None:
-    """The file of ``--restore-file``, in ``--save-dir`` unless it is given as a path; None if there is none."""
+    """Return the file of ``--restore-file``, in ``--save-dir`` unless it is given as a path; None if there is none."""
     path = Path(args.save_dir, RESUMED) if args.restore_file == RESUMED else Path(args.restore_file)
     return path if path.is_file() else None
 

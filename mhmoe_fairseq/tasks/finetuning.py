@@ -115,7 +115,13 @@ def _listed(names: list[str]) -> str:
 
 
 class ImageTextFineTuning(ImageTextTask):
-    """Base of the fine-tuning tasks: the start from a pre-trained model, and how its layers learn."""
+    """Base of the fine-tuning tasks: the start from a pre-trained model, and how its layers learn.
+
+    Attributes:
+        views: more arguments of the transform of training images, and of others'.
+    """
+
+    views: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
         """Build the model with the task's heads; for training, with the layers' learning rates."""
@@ -126,9 +132,10 @@ class ImageTextFineTuning(ImageTextTask):
 
     def build_transform(self, split: str) -> Any:
         """Return what is done to a split's images: nothing random but in training."""
+        training, evaluation = self.views
         if split == "train":
-            return TrainTransform(self.args.img_size, self.args.randaug, flip=not self.args.no_flip)
-        return EvaluationTransform(self.args.img_size)
+            return TrainTransform(self.args.img_size, self.args.randaug, flip=not self.args.no_flip, **training)
+        return EvaluationTransform(self.args.img_size, **evaluation)
 
 
 class HeadTask(NamesClasses, ImageTextFineTuning):
@@ -233,15 +240,8 @@ class ImageClassificationTask(HeadTask):
         super().__init__(args)
         self.classes_source = self.folder / _CLASSES_FILE
         self.classes = _class_names(self.classes_source, args.num_classes)
-
-    def build_transform(self, split: str) -> Any:
-        """Return what is done to a split's images: nothing random but in training."""
-        if not self.args.imagenet_views:
-            return super().build_transform(split)
-        size, flip = self.args.img_size, not self.args.no_flip
-        if split == "train":
-            return TrainTransform(size, self.args.randaug, min_scale=0.08, flip=flip, by=IMAGENET)
-        return EvaluationTransform(size, 0.875, by=IMAGENET)
+        if args.imagenet_views:
+            self.views = {"min_scale": 0.08, "by": IMAGENET}, {"crop_fraction": 0.875, "by": IMAGENET}
 
 
 def _class_names(file: Path, num_classes: int | None) -> list[str]:
