@@ -180,11 +180,9 @@ def describe_diversity(measured: list[dict[str, Any]]) -> str:
         "experts per patch": [number(each["mean"]) for each in measured],
         "one colour": [number(each["mean_flat"]) for each in measured],
         "others": [number(each["mean_drawn"]) for each in measured],
-        **{
-            f"layer {layer + 1}": [number(each["mean_by_layer"][index]) for each in measured]
-            for index, layer in enumerate(measured[0]["layers"])
-        },
     }
+    for index, layer in enumerate(measured[0]["layers"]):
+        columns[f"layer {layer + 1}"] = [number(each["mean_by_layer"][index]) for each in measured]
     return (
         f"different experts of a patch's sub-tokens, at most {measured[0]['most']}, mean of the MoE layers; "
         f"one colour: patches without any drawing\n\n{columns_table(columns)}"

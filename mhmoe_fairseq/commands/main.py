@@ -19,7 +19,6 @@ from ..common.arguments import ArgumentParser, add_action
 from ..common.errors import USER_ERRORS, UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SIGPIPE = 128 + 13  # what a shell reports of a program that this signal ended
 
 # By name, beside ``user-dir``: what a command is for. Its module has the name with an underscore for the hyphen.
 COMMANDS = {
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _SIGPIPE
+        return 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
 def _run(argv: list[str]) -> int:

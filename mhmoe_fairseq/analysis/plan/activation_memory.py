@@ -81,7 +81,7 @@ class ActivationMemory:
 
     def kept(self) -> int:
         """What is kept at the end of the forward pass and the loss, without recomputation."""
-        return sum(self._layers()) + self._ends() + self._words()
+        return sum(self._layers()) + self._ends() + self.shape.vocab_size * _FP32
 
     def peak(self, *, recompute: bool) -> int:
         """The largest sum in a forward and backward pass.
@@ -90,8 +90,9 @@ class ActivationMemory:
         pass that follows, when the words are gone; recomputation keeps the layers' inputs and one layer more.
         """
         layers, row = self._layers(), self.shape.settings.decoder_embed_dim * _FP32
+        words = self.shape.vocab_size * _FP32  # log-probabilities, gone before the layers' backward pass
         kept, again = (len(layers) * row, max(layers)) if recompute else (sum(layers), 0)
-        return kept + max(self._ends() + 3 * self._words(), again + row + self._gradients())
+        return kept + max(self._ends() + 3 * words, again + row + self._gradients())
 
     def moe_layer(self) -> int:
         """What one MoE layer keeps, its attention included; 0 of a dense model."""
@@ -115,10 +116,6 @@ class ActivationMemory:
         settings = self.shape.settings
         d = settings.decoder_embed_dim
         return _INDEX + self._mask(settings.dropout, d, _FP32) + d * _FP32 + _NORM + d * self.shape.element
-
-    def _words(self) -> int:
-        """The log-probabilities of all words, gone before the layers' backward pass."""
-        return self.shape.vocab_size * _FP32
 
     def _gradients(self) -> int:
         """Gradients inside a layer, at the fullest moment of any one's backward pass."""

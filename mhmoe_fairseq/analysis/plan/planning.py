@@ -65,9 +65,7 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
         UserError: for an unknown architecture, or what building the model refuses.
     """
     architecture, dictionary = settings.architecture, blank_dictionary(settings.vocab_size)
-    families = {"dense": ["dense"], "mhmoe": ["dense", "xmoe", "mhmoe"]}.get(
-        architecture.family, ["dense", architecture.family]
-    )
+    families = dict.fromkeys(["dense", *(["xmoe"] if architecture.family == "mhmoe" else []), architecture.family])
     sizes = architecture.size, settings.vocab_size, settings.num_visual_tokens
     papers_sizes = "base", PAPER_VOCAB_SIZES[architecture.kind], PAPER_VISUAL_TOKENS
     is_papers = sizes == papers_sizes and settings.flags.items() <= SAME_MODEL.items()

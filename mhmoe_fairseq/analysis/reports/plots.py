@@ -49,10 +49,7 @@ def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]],
 
 
 def draw_bars(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
-    """Draw a group of bars for every part, one for each model: mean over seeds, with its standard deviation.
-
-    ``values`` are by model, by part such as a language, and by seed.
-    """
+    """Draw bars of model -> part, such as a language -> a value for each seed: means with their standard deviation."""
     parts = list(dict.fromkeys(part for by_part in values.values() for part in by_part))
     width = 1 / (len(values) + 1)
     with _figure(path, 2.0 + 0.25 * len(parts) * (len(values) + 1), 4.2) as figure:
@@ -93,11 +90,7 @@ def relative_load(loads_RE: Any) -> np.ndarray:
 
 
 def draw_loads(path: Path, maps: Mapping[str, Mapping[str, Sequence[float]]], title: str, ylabel: str) -> None:
-    """Draw heat maps of experts' relative loads, all on one colour scale (P1's figures 1 and 5).
-
-    Args:
-        maps: title of a map -> row -> load of each of E experts.
-    """
+    """Draw relative loads as heat maps (title -> row -> load of each expert) on one scale (P1's figures 1 and 5)."""
     relative = {name: relative_load(list(rows.values())) for name, rows in maps.items()}
     highest = min(4.0, max(2.0, *(math.ceil(load_RE.max()) for load_RE in relative.values())))
     heights = [max(len(rows), 2) for rows in maps.values()]

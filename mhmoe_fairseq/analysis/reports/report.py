@@ -46,7 +46,6 @@ def write_report(
         reference: a model that the others are compared with, seed by seed.
         paper: the paper's own table, printed last with ours beside it.
         data: refuse records of other data than this prepared folder's.
-        plots: False to draw nothing.
         say: takes the tables for the terminal, then the name of the file.
 
     Raises:
@@ -132,14 +131,11 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]
     wanted = {
         "valid_ppl": ("Validation perplexity", "perplexity"),
         "gate_loss": ("Balance loss in training (1 = uniform)", "balance loss"),
-        **{
-            f"valid_{part}_ppl": (f"Validation perplexity, masked {name}", "perplexity")
-            for part, name in tables.PART_NAMES.items()
-        },
     }
-    logs = {model.name: model.runs[0].log for model in models if model.runs[0].log is not None}
+    for part, name in tables.PART_NAMES.items():
+        wanted[f"valid_{part}_ppl"] = f"Validation perplexity, masked {name}", "perplexity"
     for key, (title, label) in wanted.items():
-        if curves := {name: curve for name, log in logs.items() if (curve := log.curve(key))}:
+        if curves := {model.name: curve for model in models if (curve := model.runs[0].log.curve(key))}:
             yield key.replace("_", "-"), draw_curves, curves, title, label
     yield from _metric_plots(models, split, columns)
     found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}

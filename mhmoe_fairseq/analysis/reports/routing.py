@@ -12,10 +12,7 @@ from .runs import Model
 
 
 def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str:
-    """Tables for the terminal: of the layers, then of languages or modalities where there are several.
-
-    ``threshold`` is the share of the uniform load from which on an expert is active.
-    """
+    """Tables for the terminal: of the layers, then of languages or modalities where there are several."""
     whole, metric = record.experts.of(None), record.metrics.get("loss", record.main)
     experts, counted = len(whole.layers[0].loads), metric.unit.partition("/")[2] or "example"
     head = (

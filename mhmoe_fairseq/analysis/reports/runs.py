@@ -18,8 +18,6 @@ from ...common.errors import UserError
 from ...data.identity import identify_data
 from ...evaluation.records import Record, read_record
 
-_SEED = re.compile(r"seed-(\d+)")
-
 
 @dataclass(frozen=True)
 class TrainingLog:
@@ -35,8 +33,8 @@ class TrainingLog:
 
     @property
     def num_updates(self) -> int:
-        """Updates of the latest record."""
-        return int(max(record["num_updates"] for record in (*self.inner[-1:], *self.valid[-1:])))
+        """Updates of the latest record; 0 without records."""
+        return int(max((record["num_updates"] for record in (*self.inner[-1:], *self.valid[-1:])), default=0))
 
     def curve(self, key: str) -> list[tuple[float, float]]:
         """Updates and value of ``key`` in each record that has it."""
@@ -97,13 +95,13 @@ class Run:
 
     Attributes:
         path: the folder; ``seed-N``, or another name: runs of two models with the same one are compared.
-        log: None if there is no ``train.log``.
+        log: empty if there is no ``train.log``.
         records: what was evaluated.
         routing: what ``mhmoe analyze`` measured.
     """
 
     path: Path
-    log: TrainingLog | None
+    log: TrainingLog
     records: list[Record]
     routing: list[Record]
 
@@ -153,7 +151,7 @@ def _read_run(path: Path) -> Run:
     )
     if not records and not log.is_file():
         raise UserError(f"run {path} has neither train.log nor record-SPLIT.json, which mhmoe evaluate writes")
-    return Run(path, read_training_log(log) if log.is_file() else None, records, routing)
+    return Run(path, read_training_log(log) if log.is_file() else TrainingLog([], []), records, routing)
 
 
 def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict[str, list[Path]]:
@@ -173,7 +171,7 @@ def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict
             raise UserError(f"{path} has no run: a folder with train.log, or record-SPLIT.json of mhmoe evaluate")
         for run in runs:
             whole = run.resolve()
-            model = whole.parent if _SEED.fullmatch(whole.name) else whole
+            model = whole.parent if re.fullmatch(r"seed-\d+", whole.name) else whole
             found.setdefault(model.name, {})[run] = None
     for name in names or ():
         if name not in found:

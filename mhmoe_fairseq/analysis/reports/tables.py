@@ -182,12 +182,11 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
 
 def _speeds(model: Model) -> list[float]:
     """Tokens per second of each run that logged them."""
-    speeds = [run.log.tokens_per_second() for run in model.runs if run.log is not None]
-    return [speed for speed in speeds if speed is not None]
+    return [speed for run in model.runs if (speed := run.log.tokens_per_second()) is not None]
 
 
 def _updates(model: Model, form: str = "") -> str:
-    return same(format(run.log.num_updates, form) for run in model.runs if run.log is not None)
+    return same(format(run.log.num_updates, form) for run in model.runs if run.log.num_updates)
 
 
 def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:

@@ -12,7 +12,7 @@ from ...checkpoints.open import open_model
 from ...common.errors import UserError
 from ...data.images.reading import read_image
 from ...data.images.transforms import EvaluationTransform
-from .listening import RoutedCall, expert_layers, listening, most_distinct
+from .listening import RoutedCall, expert_pools, listening, most_distinct
 
 _FLAT = 0.05  # a patch whose pixels, from -1 to 1, differ by less than this shows one colour
 _BATCH = 32
@@ -35,7 +35,7 @@ def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) ->
         UserError: it is a dense model.
     """
     opened = open_model(checkpoint["path"], data)
-    layers, task = expert_layers(opened.model), opened.task
+    layers, task = list(expert_pools(opened.model)), opened.task
     if not layers:
         raise UserError(f"{checkpoint['path']} is a dense model: it has no experts to measure")
     counts = []

@@ -56,7 +56,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
     Raises:
         UserError: a layer's experts cannot be listened to.
     """
-    layers = {index: pools_of(model, index) for index in expert_layers(model)}
+    layers = expert_pools(model)
     heard: dict[int, list[Tensor]] = defaultdict(list)
 
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
@@ -93,23 +93,26 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
             handle.remove()
 
 
-def expert_layers(model: nn.Module) -> list[int]:
-    """Indices of the MoE layers in a model of images and text, from 0."""
-    return [index for index, layer in enumerate(model.beit3.encoder.layers) if layer.is_moe_layer]
+def expert_pools(model: nn.Module) -> dict[int, list[MHMoELayer]]:
+    """Index of each MoE layer, from 0 -> its pool of experts, or its pools for images and for text.
 
-
-def pools_of(model: nn.Module, index: int) -> list[MHMoELayer]:
-    """The experts of a layer: a pool, or one for images and one for text; ``UserError`` if it does not tell choices."""
-    layer = model.beit3.encoder.layers[index].moe_layer
-    pools = [layer.A, layer.B] if isinstance(layer, SeparateExperts) else [layer]
-    if not all(isinstance(pool, MHMoELayer) for pool in pools):
-        raise UserError(f"layer {index + 1} ({type(layer).__name__}) does not tell which experts its positions choose")
-    return pools
+    Raises:
+        UserError: a layer does not tell which experts it chose.
+    """
+    found = {}
+    for index, layer in enumerate(model.beit3.encoder.layers):
+        if layer.is_moe_layer:
+            experts = layer.moe_layer
+            found[index] = [experts.A, experts.B] if isinstance(experts, SeparateExperts) else [experts]
+            if not all(isinstance(pool, MHMoELayer) for pool in found[index]):
+                kind = type(experts).__name__
+                raise UserError(f"layer {index + 1} ({kind}) does not tell which experts its positions choose")
+    return found
 
 
 def most_distinct(model: nn.Module) -> int:
     """To how many different experts the sub-tokens of one position can go."""
-    config = pools_of(model, expert_layers(model)[0])[0].config
+    config = next(iter(expert_pools(model).values()))[0].config
     return min(config.num_experts, config.subtokens_per_token * config.top_k)
 
 
@@ -117,7 +120,7 @@ class PositionCounts:
     """Expert loads of the positions of images and of texts, alone and in pairs, of ``MHMoEBEiT3`` with MoE layers."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._pools = {layer: len(pools_of(model, layer)) for layer in expert_layers(model)}
+        self._pools = {layer: len(pools) for layer, pools in expert_pools(model).items()}
         self._most_distinct = most_distinct(model)
         self._positions: Counter[str] = Counter()
         self._loads: dict[tuple[str, int], Any] = defaultdict(int)  # group, layer -> assignments to each expert
@@ -135,24 +138,17 @@ class PositionCounts:
     def added_to(self, record: Record) -> Record:
         """The record of an evaluation as one of routing, with the groups that have positions as its parts."""
         groups = {group: self._positions[group] for group in GROUPS if self._positions[group]}
-        spread = {
-            group: [self._distinct[group, layer] / count for layer in self._pools] for group, count in groups.items()
-        }
-        parts = {
-            group: {"experts per position": Metric(float(np.mean(spread[group])), "experts", count=count)}
-            for group, count in groups.items()
-        }
-        rows = [
-            LayerLoads(layer, load_E.tolist(), group, name)
-            for group in groups
-            for layer, pools in self._pools.items()
-            for name, load_E in zip((None,) if pools == 1 else POOLS, self._loads[group, layer].chunk(pools))
-            if load_E.any()
-        ]
+        spread, parts, rows = {}, {}, record.experts.of(None).layers
+        for group, count in groups.items():
+            spread[group] = [self._distinct[group, layer] / count for layer in self._pools]
+            parts[group] = {"experts per position": Metric(float(np.mean(spread[group])), "experts", count=count)}
+            for layer, pools in self._pools.items():
+                loads = zip((None,) if pools == 1 else POOLS, self._loads[group, layer].chunk(pools))
+                rows += [LayerLoads(layer, load_E.tolist(), group, pool) for pool, load_E in loads if load_E.any()]
         return dataclasses.replace(
             record,
             what="routing",
             parts=parts,
-            experts=ExpertLoads([*record.experts.of(None).layers, *rows]),
+            experts=ExpertLoads(rows),
             settings={**record.settings, "experts_per_position": spread, "most_experts": self._most_distinct},
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3
 
-from mhmoe_fairseq.analysis.routing.listening import GROUPS, PositionCounts, RoutedCall, expert_layers, listening
+from mhmoe_fairseq.analysis.routing.listening import GROUPS, PositionCounts, RoutedCall, expert_pools, listening
 from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads, Metric, Record
 
 LENGTHS = [5, 2, 7]
@@ -34,7 +34,7 @@ def test_choices_add_up_to_the_layers_loads(kind, experts):
     is_real = sum(call.groups.values()) == 1  # no position belongs to two groups
     assert is_real.shape == (3, image + text)
     assert int((~is_real).sum()) == (0 if kind == "image" else 3 * max(LENGTHS) - sum(LENGTHS))
-    assert expert_layers(model) == [0, 1, 2] == sorted(call.choices)
+    assert list(expert_pools(model)) == [0, 1, 2] == sorted(call.choices)
     for layer, choices in call.choices.items():
         assert choices.shape == (*is_real.shape, 2, 2)
         load = torch.bincount(choices[is_real].flatten(), minlength=call.num_experts)
