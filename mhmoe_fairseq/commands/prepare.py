@@ -21,7 +21,6 @@ from ..prepare.image_text.pipeline import ImageTextPreparation, ImageTextSetting
 from ..prepare.multilingual.cleaning import MultilingualSettings
 from ..prepare.multilingual.pipeline import MultilingualPreparation
 from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES, Sources
-from ..prepare.sources.image_folder import Beit3Folder
 from ..prepare.splits import SPLITS
 from ..prepare.visual_tokenizers.settings import KMeansSettings
 
@@ -189,8 +188,8 @@ def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
         derived=None if args.no_derived else DerivedSettings(args.min_answer_count, args.statements),
         tokenizer=None if args.no_visual_tokenizer else tokenizer,
     )
-    if isinstance(source, Beit3Folder):
-        return Completion(source.folder, say, settings.text_data, settings.tokenizer)
+    if isinstance(source, Path):  # a folder of unilm's scripts
+        return Completion(source, say, settings.text_data, settings.tokenizer)
     say(f"source: {source.name}; licence: {source.licence}")
     return ImageTextPreparation(source, settings, _cache_dir(args), say)
 

@@ -147,11 +147,6 @@ class ClassificationSettings(Settings):
         if self.labels is not None:
             given_labels(self.labels, self.skip_labels, self.label_field)
 
-    @property
-    def fields(self) -> Fields:
-        """The names of the fields."""
-        return Fields(tuple(self.text_fields), self.label_field, self.language_field)
-
 
 class ClassificationPreparation(Preparation[ClassificationSettings]):
     """Prepares a :class:`LabelledText`."""
@@ -215,7 +210,9 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
 
     def _read(self, file: LabelledFile, others: Optional[Counter[str]] = None) -> Iterator[Example]:
         is_shared = sum(other.path.resolve() == file.path.resolve() for other in self.source.files) > 1
-        return read_examples(file.path, self.settings.fields, file.language, is_shared=is_shared, others=others)
+        names = self.settings
+        fields = Fields(tuple(names.text_fields), names.label_field, names.language_field)
+        return read_examples(file.path, fields, file.language, is_shared=is_shared, others=others)
 
     def _copy_language_model(self) -> None:
         for name in self.source.copied:

@@ -127,7 +127,13 @@ class Completion:
     def _check_indexes(self) -> dict[str, int]:
         """Reads every index that is there, to its last line; returns lines by file."""
         counts: dict[str, int] = {}
-        for task, split, name in _all_indexes():
+        every = [
+            (task, split, name)
+            for task in beit3.TASKS
+            for name in beit3.NAMES.get(task, (None,))
+            for split in ((*SPLITS, "test-dev") if task == "vqa" else SPLITS)
+        ]
+        for task, split, name in every:
             files = beit3.index_files(self.folder, task, split, name)
             if not files[0].is_file() or files[0].name in counts:
                 continue
@@ -222,10 +228,3 @@ class Completion:
         manifest = {**complete_manifest(KIND, entries), "files": describe_files(self.folder, names)}
         write_json(self.folder / MANIFEST, manifest)
         return manifest
-
-
-def _all_indexes() -> Iterator[tuple[str, str, str | None]]:
-    for task in beit3.TASKS:
-        for name in beit3.NAMES.get(task, (None,)):
-            for split in (*SPLITS, "test-dev") if task == "vqa" else SPLITS:
-                yield task, split, name

@@ -144,15 +144,8 @@ def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str
             yield record["image"], str(record.get("language", default_language)), text
 
 
-@dataclass(frozen=True)
-class Beit3Folder:
-    """A folder of unilm's BEiT-3 scripts, which is completed in place (see :mod:`~..image_text.beit3_folder`)."""
-
-    folder: Path
-
-
 IMAGE_SOURCES["folder"] = SourceKind(lambda args, folder: FolderSource(folder), ONE_FOLDER, "(images and captions)")
 IMAGE_SOURCES["beit3-index"] = SourceKind(
-    lambda args, folder: Beit3Folder(folder), ONE_FOLDER,
+    lambda args, folder: folder, ONE_FOLDER,  # see image_text.beit3_folder
     "(a folder of unilm's scripts, checked and completed in place)",
 )  # fmt: skip

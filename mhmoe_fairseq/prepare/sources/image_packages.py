@@ -9,7 +9,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterator, Mapping, Sequence
 
 from ...common.errors import UserError
 from ...data.documents import clean_line
@@ -17,11 +17,10 @@ from ..archives import Archive, Say, fetch, iter_deb_members, iter_tar_members
 from ..image_text.images import COLOURS, IMAGES, OpenedImages, Sentence, SourceImage, colour_facts, file_image
 from .base import IMAGE_SOURCES, SourceKind
 
-_INSTEAD = "choose another source (folder DIR needs no download)"
-
 
 def _npm(package: str, version: str, sha256: str) -> Archive:
-    return Archive("npm", package, version, f"{package}-{version}.tgz", sha256, _INSTEAD)
+    instead = "choose another source (folder DIR needs no download)"
+    return Archive("npm", package, version, f"{package}-{version}.tgz", sha256, instead)
 
 
 VERSION = "48.2.0"  # of CLDR
@@ -44,14 +43,7 @@ _PERSON = re.compile(r"(woman|man|person|women|men|people|girl|boy|child)\b")
 _VARIED = re.compile(rf"\b({'|'.join(COLOURS)}|women|woman|men|man|person|people|small|medium|large|in|with)\b")
 
 
-class Annotation(NamedTuple):
-    """A character's name and keywords in one language."""
-
-    name: str
-    keywords: tuple[str, ...]
-
-
-Names = Mapping[str, Annotation]  # by character, in one language
+Names = dict[str, tuple[str, tuple[str, ...]]]  # in one language: by character its name and keywords
 
 
 @dataclass(frozen=True)
@@ -113,13 +105,13 @@ def _named(
     """Returns the image with its captions; None where a language has no name for it."""
     bare = characters.replace(_VARIATION, "")  # CLDR writes them with or without it
     found = {language: known.get(characters) or known.get(bare) for language, known in names.items()}
-    english = found["en"]
-    if english is None or None in found.values():
+    if None in found.values():
         return None
+    name, keywords = found["en"]
     # The name without person, colour and size: ``woman firefighter`` and ``firefighter`` are one family.
-    family = " ".join(_VARIED.sub(" ", english.name.split(":")[0]).split()) or drawing.subgroup
-    captions = {language: [found[language].name] for language in languages}
-    return replace(drawing, captions=captions, family=family, keywords=english.keywords, facts=_facts(english.name))
+    family = " ".join(_VARIED.sub(" ", name.split(":")[0]).split()) or drawing.subgroup
+    captions = {language: [found[language][0]] for language in languages}
+    return replace(drawing, captions=captions, family=family, keywords=keywords, facts=_facts(name))
 
 
 def _facts(name: str) -> dict[str, str]:
@@ -138,7 +130,7 @@ def _sentences(names: Names) -> Iterator[Sentence]:
             yield Sentence(_unit(characters), f"{name}: {others}" if others else name)
 
 
-def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[str, dict[str, Annotation]]:
+def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[str, Names]:
     """Returns CLDR's names by language.
 
     Args:
@@ -147,7 +139,7 @@ def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[s
     Raises:
         UserError: CLDR does not have a language, or an archive is damaged.
     """
-    found: dict[str, dict[str, Annotation]] = {language: {} for language in languages}
+    found: dict[str, Names] = {language: {} for language in languages}
     for key, archive in archives.items():
         members = {f"package/{key}/{language}/annotations.json": language for language in languages}
         for member, content in iter_tar_members(archive, members.__contains__):
@@ -155,7 +147,7 @@ def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[s
                 for characters, row in json.loads(content)[key]["annotations"].items():
                     if row.get("tts"):
                         keywords = tuple(filter(None, map(clean_line, row.get("default", ()))))
-                        found[members[member]][characters] = Annotation(clean_line(row["tts"][0]), keywords)
+                        found[members[member]][characters] = clean_line(row["tts"][0]), keywords
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{archive}: {member}: not CLDR's annotations ({error})") from error
     for language, entries in found.items():
