@@ -54,11 +54,7 @@ def _add_corpus_arguments(
     parser: argparse.ArgumentParser, sources: Sources, settings: type[CorpusSettings], *, held_out: str,
     drawn: str, **lowest: float,
 ) -> None:  # fmt: skip
-    """Adds the flags of everything that is fetched and divided, with defaults of ``settings``.
-
-    Args:
-        lowest: a bound of the shares, see :func:`real`.
-    """
+    """Adds the flags of what is fetched and divided; ``lowest`` is a bound of the shares, see :func:`real`."""
     sources.add_arguments(parser)
     parser.add_argument(
         "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"

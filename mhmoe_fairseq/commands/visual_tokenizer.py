@@ -84,11 +84,7 @@ def _device(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does what ``args.action`` says.
-
-    Raises:
-        UserError: a bad flag, a file that is no tokenizer, an image that cannot be read.
-    """
+    """Does what ``args.action`` says; ``UserError`` for a bad flag, no tokenizer, or an image that cannot be read."""
     {"fit": _fit, "info": _info, "encode": _encode}[args.action](args)
     return 0
 

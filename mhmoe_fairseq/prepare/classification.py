@@ -47,10 +47,9 @@ class LabelledFile(NamedTuple):
 
 
 def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) -> list[LabelledFile]:
-    """Returns the files that ``--train``, ``--valid`` and ``--test`` name.
+    """Returns the files that ``--train``, ``--valid`` and ``--test`` name; ``words`` are ``LANG=FILE`` by split.
 
     Args:
-        words: ``LANG=FILE`` by split.
         several_languages: whether a file may hold several languages.
 
     Raises:

@@ -230,13 +230,11 @@ def _words(image: SourceImage) -> tuple[str, ...]:
 def derive_statements(images: Sequence[SourceImage], count: int, seed: int, key: str) -> list[Derived]:
     """Returns ``count`` statements (rounded down to whole pairs) about pairs of the images of one part.
 
+    There are none when the images are of fewer than three kinds: then most statements have no false case.
+
     Args:
         images: of one part; those without a kind are left out.
-        seed: decides everything that is drawn.
         key: of the part; it begins the identifiers.
-
-    Returns:
-        nothing when the images are of fewer than three kinds: then most statements have no false case.
     """
     generator = random.Random(f"{seed} {key}")
     shown = sorted((image for image in images if image.group), key=lambda image: image.path)

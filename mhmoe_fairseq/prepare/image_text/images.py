@@ -57,11 +57,7 @@ class OpenedImages(NamedTuple):
 
 
 class ImageSource(Protocol):
-    """Images by name of their source.
-
-    ``identity`` is what makes two preparations differ, without fetching anything. ``open`` writes the images under
-    ``folder / "images"``.
-    """
+    """Images by name of their source: ``identity`` fetches nothing, ``open`` writes them into ``folder/images``."""
 
     name: str
     licence: str
@@ -81,11 +77,7 @@ def file_image(
     folder: Path, name: PurePosixPath, content: bytes, captions: dict[str, list[str]], english: str,
     keywords: tuple[str, ...] = (),
 ) -> SourceImage:  # fmt: skip
-    """Writes an image and returns it: its first two folders are its kinds, and equal content is one unit.
-
-    Args:
-        english: text in which a colour may be named.
-    """
+    """Writes an image and returns it: its folders are its kinds, equal content is one unit, and colours are facts."""
     path = folder / IMAGES / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

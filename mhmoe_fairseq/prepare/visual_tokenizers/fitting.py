@@ -1,7 +1,7 @@
 """Fitting of visual tokenizers to the training images of a prepared folder: k-means on patches, or a small network."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,7 @@ def fit_tokenizer(folder: Path, settings: KMeansSettings | VQVAESettings, say: S
         UserError: no such index, no readable image, or fewer distinct patches than codes.
     """
     rng = np.random.default_rng(settings.seed)
-    files = image_files(folder, "train", settings.max_images, rng)
-    views, unreadable = read_views(files, settings.image_size, rng, crops=1)
+    views, unreadable = read_views(folder, "train", settings.image_size, settings.max_images, rng, crops=1)
     seen = {"images": len(views), "unreadable": unreadable}
     if isinstance(settings, KMeansSettings):
         patches = sample_patches(views, settings, rng)
@@ -72,36 +71,28 @@ def fit_into(folder: Path, settings: KMeansSettings, say: Say) -> dict[str, Any]
     return {"kind": fitted.kind, **asdict(settings), **fitted.provenance}
 
 
-def image_files(folder: Path, split: str, most: int, rng: np.random.Generator) -> list[Path]:
-    """Returns at most ``most`` images of ``image.SPLIT.jsonl``, drawn without replacement, in their order.
+def read_views(
+    folder: Path, split: str, image_size: int, most: int, rng: np.random.Generator, *, crops: int = 0
+) -> tuple[Tensor, int]:
+    """Reads at most ``most`` images of ``image.SPLIT.jsonl``, drawn without replacement, in their order.
+
+    Returns:
+        (P, 1 + crops, 3, image_size, image_size) in [0, 1]: each image as a whole, and random crops of it as
+        pre-training draws them; and how many images could not be read.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or none of the images can be read.
     """
     file = index_files(folder, "image", split)[0]
     if not file.is_file():
         raise UserError(f"{folder}: has no {file.name}; `mhmoe prepare image-text` writes it")
     paths = read_index(folder, "image", split)["image_path"]
     rows = range(len(paths)) if len(paths) <= most else sorted(rng.choice(len(paths), most, replace=False))
-    return [folder / paths[row] for row in rows]
-
-
-def read_views(
-    files: Sequence[Path], image_size: int, rng: np.random.Generator, *, crops: int = 0
-) -> tuple[Tensor, int]:
-    """Reads each image as a whole, and ``crops`` random crops of it as pre-training draws them.
-
-    Returns:
-        (P, 1 + crops, 3, image_size, image_size) in [0, 1], and how many images could not be read.
-
-    Raises:
-        UserError: none of the images can be read.
-    """
     whole, crop = EvaluationViews(image_size, image_size), PretrainingViews(image_size, image_size)
     views, problems = [], []
-    for file in files:
+    for row in rows:
         try:
-            image = read_image(file)
+            image = read_image(folder / paths[row])
         except ImageError as error:
             problems.append(str(error))
             continue
@@ -113,8 +104,7 @@ def read_views(
 
 def whole_images(folder: Path, split: str, image_size: int, most: int, seed: int) -> Tensor:
     """Reads at most ``most`` images of a part, drawn by ``seed``: (B, 3, image_size, image_size) in [0, 1]."""
-    rng = np.random.default_rng(seed)
-    return read_views(image_files(folder, split, most, rng), image_size, rng)[0][:, 0]
+    return read_views(folder, split, image_size, most, np.random.default_rng(seed))[0][:, 0]
 
 
 def measure(tokenizer: VisualTokenizer, images: Tensor) -> dict[str, float]:
