@@ -85,7 +85,7 @@ def _device(name: str) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Does what ``args.action`` says; ``UserError`` for a bad flag, no tokenizer, or an image that cannot be read."""
-    {"fit": _fit, "info": _info, "encode": _encode}[args.action](args)
+    {"fit": _fit, "info": _show, "encode": _show}[args.action](args)
     return 0
 
 
@@ -118,18 +118,16 @@ def describe(tokenizer: "VisualTokenizer") -> dict[str, object]:
     }  # fmt: skip
 
 
-def _info(args: argparse.Namespace) -> None:
-    from ..data.visual_tokenizers import load_visual_tokenizer
-
-    say(json.dumps(describe(load_visual_tokenizer(args.file)), indent=2))
-
-
-def _encode(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> None:
+    """Says what a file holds, or the ids that it gives images."""
     from ..data.images.reading import read_image
     from ..data.images.transforms import EvaluationViews
     from ..data.visual_tokenizers import load_visual_tokenizer
 
     tokenizer = load_visual_tokenizer(args.file)
+    if args.action == "info":
+        say(json.dumps(describe(tokenizer), indent=2))
+        return
     views = EvaluationViews(tokenizer.image_size, tokenizer.image_size)
     for path in args.images:
         ids = tokenizer.encode(views(read_image(path))[1][None]).view(tokenizer.token_shape)

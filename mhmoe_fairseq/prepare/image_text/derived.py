@@ -158,8 +158,7 @@ def derive_questions(images: Sequence[SourceImage], seed: int, key: str) -> list
     """Returns all questions about the images of one part, one image per unit and form.
 
     Args:
-        seed: decides which image of a unit, and which counterparts.
-        key: of the part; two parts make other choices.
+        seed, key: decide which image of a unit, and which counterparts; two parts have other keys.
     """
     generator = random.Random(f"{seed} {key}")
     shown = _one_of_each_unit(images, generator)

@@ -126,13 +126,9 @@ def _captioned(images: Iterable[SourceImage], language: str, ids: Mapping[str, i
 
 
 def has_known_caption(image: SourceImage, language: str, families: set[str], words: set[str]) -> bool:
-    """Whether a held-out image's caption can be put together from what training has.
+    """Whether a held-out image's caption can be put together from families and words (:func:`words_of`) of training.
 
     True for every caption where the source knows of no families.
-
-    Args:
-        families: the families of training images.
-        words: the words of training captions; see :func:`words_of`.
     """
     captions = image.captions.get(language, [])
     if not image.family:

@@ -131,10 +131,7 @@ def _sentences(names: Names) -> Iterator[Sentence]:
 
 
 def read_names(archives: Mapping[str, Path], languages: Sequence[str]) -> dict[str, Names]:
-    """Returns CLDR's names by language.
-
-    Args:
-        archives: by the key under which their files have the names.
+    """Returns CLDR's names by language from archives by the key under which their files have the names.
 
     Raises:
         UserError: CLDR does not have a language, or an archive is damaged.
