@@ -173,14 +173,20 @@ def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
-    source = IMAGE_SOURCES.build(args)
+    source, text = IMAGE_SOURCES.build(args), args.text_data
     check_vocab_size(args.vocab_size)
+    languages = tuple(dict.fromkeys(code.strip() for code in args.langs.split(",") if code.strip()))
+    if not languages:
+        raise UserError(f"--langs {args.langs!r}: must name at least one language")
+    if text is not None:
+        text = text / "text" if (text / "text").is_dir() else text  # where a prepared folder has its text
+        require_files([text / f"{split}.txt" for split in SPLITS], "--text-data")
     tokenizer = KMeansSettings(args.visual_vocab_size, args.patch_size, args.image_size, args.seed)
     tokenizer.check("--visual-vocab-size")
     settings = ImageTextSettings.from_flags(
         args,
-        languages=_codes(args.langs),
-        text_data=args.text_data and _text_folder(args.text_data),
+        languages=languages,
+        text_data=text,
         derived=None if args.no_derived else DerivedSettings(args.min_answer_count, args.statements),
         tokenizer=None if args.no_visual_tokenizer else tokenizer,
     )
@@ -188,21 +194,6 @@ def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
         return Completion(source, say, settings.text_data, settings.tokenizer)
     say(f"source: {source.name}; licence: {source.licence}")
     return ImageTextPreparation(source, settings, _cache_dir(args), say)
-
-
-def _codes(langs: str) -> tuple[str, ...]:
-    """Returns the languages of ``--langs``; ``UserError`` when there is none."""
-    codes = tuple(dict.fromkeys(code.strip() for code in langs.split(",") if code.strip()))
-    if not codes:
-        raise UserError(f"--langs {langs!r}: must name at least one language")
-    return codes
-
-
-def _text_folder(folder: Path) -> Path:
-    """Returns the folder with train.txt, valid.txt and test.txt, which is text/ in a prepared folder."""
-    inner = folder / "text" if (folder / "text").is_dir() else folder
-    require_files([inner / f"{split}.txt" for split in SPLITS], "--text-data")
-    return inner
 
 
 def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:

@@ -97,8 +97,8 @@ class FolderSource:
 
     def _unread(self) -> Iterator[tuple[str, str]]:
         """Yields what is neither an image nor captions, with the reason."""
-        images = set(self._files)
-        read = {*images, *(file.with_suffix(".txt") for file in images), self.folder / _JSONL, self.folder / _TSV}
+        read = {self.folder / _JSONL, self.folder / _TSV}
+        read.update(*((file, file.with_suffix(".txt")) for file in self._files))
         for file in walk_files(self.folder):
             if file in read:
                 continue
@@ -119,8 +119,15 @@ class FolderSource:
 
     def _caption_lines(self, default_language: str) -> Iterator[tuple[str, str, str]]:
         """Yields image, language and caption."""
-        if (self.folder / _JSONL).is_file():
-            yield from _json_captions(self.folder / _JSONL, default_language)
+        for location, record in read_json_lines(self.folder / _JSONL) if (self.folder / _JSONL).is_file() else ():
+            texts = record.get("caption") if isinstance(record, dict) else None
+            texts = [texts] if isinstance(texts, str) else texts
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise UserError(f"{location}: needs an object with 'image', and 'caption': a text or a list of texts")
+            if not isinstance(record.get("image"), str):
+                raise UserError(f"{location}: needs the image's path in the field 'image'")
+            for text in texts:
+                yield record["image"], str(record.get("language", default_language)), text
         if (self.folder / _TSV).is_file():
             for number, line in enumerate(read_utf8_lines(self.folder / _TSV), start=1):
                 name, tab, text = line.partition("\t")
@@ -130,18 +137,6 @@ class FolderSource:
         for file in self._files:
             if (beside := file.with_suffix(".txt")).is_file():
                 yield from ((self._name(file), default_language, line) for line in read_utf8_lines(beside))
-
-
-def _json_captions(path: Path, default_language: str) -> Iterator[tuple[str, str, str]]:
-    for location, record in read_json_lines(path):
-        texts = record.get("caption") if isinstance(record, dict) else None
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{location}: needs an object with 'image', and 'caption': a text or a list of texts")
-        if not isinstance(record.get("image"), str):
-            raise UserError(f"{location}: needs the image's path in the field 'image'")
-        for text in texts:
-            yield record["image"], str(record.get("language", default_language)), text
 
 
 IMAGE_SOURCES["folder"] = SourceKind(lambda args, folder: FolderSource(folder), ONE_FOLDER, "(images and captions)")

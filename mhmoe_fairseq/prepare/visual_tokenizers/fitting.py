@@ -48,8 +48,8 @@ def fit_tokenizer(folder: Path, settings: KMeansSettings | VQVAESettings, say: S
     else:
         fitted = train_vqvae(views.flatten(0, 1), settings, say)
     recorded = {name: value for name, value in asdict(settings).items() if name not in _NOT_RECORDED}
-    fitted.provenance = {**seen, **recorded}
-    fitted.provenance["image_index_sha256"] = sha256_of(index_files(folder, "image", "train")[0])
+    index = sha256_of(index_files(folder, "image", "train")[0])
+    fitted.provenance = {**seen, **recorded, "image_index_sha256": index}
     for split in ("train", "valid"):
         if index_files(folder, "image", split)[0].is_file():
             images = whole_images(folder, split, settings.image_size, _MEASURED, settings.seed)
