@@ -7,17 +7,11 @@ import pytest
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data import vocabularies
-from mhmoe_fairseq.data.vocabularies import (
-    SentencePieceVocabulary,
-    TiktokenVocabulary,
-    check_vocab_size,
-    load_ranks,
-    train_sentencepiece,
-)
+from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary, TiktokenVocabulary, load_ranks
 
 
 def train(path, lines, vocab_size=330, model="unigram", max_lines=10**6, seed=1):
-    train_sentencepiece(
+    vocabularies.train_sentencepiece(
         iter(lines), len(lines), path, vocab_size=vocab_size, model=model, max_lines=max_lines, seed=seed
     )
     return SentencePieceVocabulary(path)
@@ -72,7 +66,7 @@ def test_a_size_below_the_characters_is_refused(tmp_path, sentences):
     with pytest.raises(UserError, match="--vocab-size 265: too small, .* need at least \\d+"):
         train(tmp_path / "m.model", sentences(50), vocab_size=265)
     with pytest.raises(UserError, match="--vocab-size 260: must be at least 261"):
-        check_vocab_size(260)
+        vocabularies.check_vocab_size(260)
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path):

@@ -8,13 +8,8 @@ import pytest
 import torch
 from image_folders import settings, words, write_images
 
-from mhmoe_fairseq.data.datasets.labelled import (
-    CaptionDataset,
-    ImagePairs,
-    LabelledImages,
-    RetrievalDataset,
-    VQADataset,
-)
+from mhmoe_fairseq.data.datasets import labelled
+from mhmoe_fairseq.data.datasets.labelled import CaptionDataset, ImagePairs, LabelledImages, VQADataset
 from mhmoe_fairseq.data.images.reading import ImageError, read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform, TrainTransform
 from mhmoe_fairseq.data.multimodal.index import index_files, read_index, write_index
@@ -166,7 +161,7 @@ def test_training_needs_captions(folder):
 @pytest.mark.parametrize("training", [True, False])
 def test_retrieval_has_a_row_per_caption(folder, training):
     index = index_of(folder, "retrieval", *CAPTIONS)
-    batch = batch_of(RetrievalDataset(index, settings(folder, training=training), EVALUATION))
+    batch = batch_of(labelled.RetrievalDataset(index, settings(folder, training=training), EVALUATION))
     assert batch["image_ids"].tolist() == [500, 500, 7]
     assert batch["net_input"]["text_tokens"].tolist() == [
         [0, *words(0, 4), 2, *[1] * 4],

@@ -18,7 +18,6 @@ from mhmoe_fairseq.data.images.transforms import (
     TrainTransform,
     draw_crop,
     jitter_colours,
-    randaugment,
 )
 
 
@@ -251,7 +250,7 @@ def test_two_operations_each_half_of_the_time(monkeypatch):
     }
     monkeypatch.setattr("mhmoe_fairseq.data.images.transforms.OPERATIONS", counted)
     for seed in range(1000):
-        randaugment(noise(4, 4), rng(seed))
+        transforms.randaugment(noise(4, 4), rng(seed))
     assert 900 < len(done) < 1100 and {level for _, level, _ in done} == {0.7}
     counts = [sum(name == operation for operation, _, _ in done) for name in OPERATIONS]
     assert min(counts) > 60 and abs(sum(sign for _, _, sign in done)) < 120

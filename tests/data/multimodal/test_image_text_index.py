@@ -7,16 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mhmoe_fairseq.data.multimodal import index as beit3
 from mhmoe_fairseq.data.multimodal.fields import MISSING
-from mhmoe_fairseq.data.multimodal.index import (
-    TASKS,
-    index_files,
-    read_answers,
-    read_index,
-    write_answers,
-    write_index,
-    written_file,
-)
+from mhmoe_fairseq.data.multimodal.index import TASKS, index_files, read_index, write_index, written_file
 
 # Each file as BEiT-3's readers document it: names, fields and their order, one object per line.
 FILES = {
@@ -319,10 +312,10 @@ def test_large_indexes_take_little_memory(tmp_path):
 def test_answers(tmp_path):
     file = tmp_path / "answer2label.txt"
     file.write_text('{"answer": "yes", "label": 0}\n{"answer": "no", "label": 1}\n{"answer": "2", "label": 2}\n\n')
-    assert read_answers(tmp_path) == ["yes", "no", "2"]
-    write_answers(tmp_path, ["caf\u00e9", "no"])
+    assert beit3.read_answers(tmp_path) == ["yes", "no", "2"]
+    beit3.write_answers(tmp_path, ["caf\u00e9", "no"])
     assert file.read_text(encoding="utf-8") == '{"answer": "caf\u00e9", "label": 0}\n{"answer": "no", "label": 1}\n'
-    assert read_answers(tmp_path) == ["caf\u00e9", "no"]
+    assert beit3.read_answers(tmp_path) == ["caf\u00e9", "no"]
 
 
 @pytest.mark.parametrize(
@@ -342,9 +335,9 @@ def test_answers(tmp_path):
 def test_broken_answers(tmp_path, lines, message):
     (tmp_path / "answer2label.txt").write_text(lines)
     with pytest.raises(ValueError, match=r"answer2label\.txt" + message):
-        read_answers(tmp_path)
+        beit3.read_answers(tmp_path)
 
 
 def test_no_answers(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"answer2label\.txt is missing"):
-        read_answers(tmp_path)
+        beit3.read_answers(tmp_path)
