@@ -10,7 +10,7 @@ Breakage of the stock package             What happens here
 ``np.compat.long`` is gone from NumPy 2;  :func:`restore_numpy_compat` puts it back. (``np.int`` is
 ``--sample-break-mode eos`` and           gone too, but only fairseq's speech masking uses it.)
 ``fairseq-interactive`` use it.
-A distributed resume unpickles the        :func:`allow_checkpoint_globals` names the harmless classes
+A distributed resume unpickles the        :func:`checkpoint_globals` names the harmless classes
 checkpoint with ``weights_only=True``     of that payload; ``weights_only`` itself stays on.
 and stops at omegaconf's classes.
 ``--bf16`` on fairseq's command line      :func:`refuse_tpu` is called by the task before any data is
@@ -79,7 +79,7 @@ def apply() -> None:
     """Install every repair; calling it again changes nothing."""
     silence_import_warnings()
     restore_numpy_compat()
-    allow_checkpoint_globals()
+    torch.serialization.add_safe_globals(checkpoint_globals())
     accept_installed_user_dir()
     follow_launchers()
     explain_refused_checkpoints()
@@ -110,7 +110,7 @@ def restore_numpy_compat() -> None:
 
 
 def checkpoint_globals() -> list[Any]:
-    """The classes in the checkpoint that rank 0 broadcasts on resume: containers, no code.
+    """Return the classes in the checkpoint that rank 0 broadcasts on resume: containers, no code.
 
     The saved file itself holds plain containers only; fairseq turns its configuration into omegaconf
     objects before it sends them to the other ranks.
@@ -121,11 +121,6 @@ def checkpoint_globals() -> list[Any]:
 
     plain = [Any, dict, list, int, collections.defaultdict, _TensorPlaceholder]
     return [DictConfig, ListConfig, ContainerMetadata, Metadata, AnyNode, *plain]
-
-
-def allow_checkpoint_globals() -> None:
-    """Let ``torch.load(weights_only=True)`` read the checkpoint that a distributed resume broadcasts."""
-    torch.serialization.add_safe_globals(checkpoint_globals())
 
 
 def replaces(owner: Any, name: str) -> Callable[[Callable[..., Any]], None]:

@@ -6,6 +6,7 @@ shuffles again, keeps the epoch from the data sets, so that masks would never ch
 times in a validation.
 """
 
+import abc
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fairseq.data import FairseqDataset
 from .batching import FittingRows, WholeBatches, passes
 
 
-class ModalitiesDataset(WholeBatches, FittingRows):
+class ModalitiesDataset(WholeBatches, FittingRows, abc.ABC):
     """Several data sets zipped: item i has a sample of each, a batch a sub-batch of each under its name.
 
     Args:
@@ -30,6 +31,30 @@ class ModalitiesDataset(WholeBatches, FittingRows):
     def __len__(self) -> int:
         """Return the items of an epoch: as many as the largest modality has."""
         return max(self.lengths.values())
+
+    @abc.abstractmethod
+    def samples_of(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Return the numbers of the samples of one modality that belong to items, -1 where none does."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        numbers = {name: int(self.samples_of(name, np.array([index]))[0]) for name in self.parts}
+        return {name: self.parts[name][number] for name, number in numbers.items() if number >= 0}
+
+    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch; of a modality that these items lack it has the first sample."""
+        if not samples:
+            return {}
+        found = {name: [sample[name] for sample in samples if name in sample] for name in self.parts}
+        batches = {name: part.collater(found[name] or [part[0]]) for name, part in self.parts.items()}
+        return {"nsentences": len(samples), **batches}
+
+    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
+        """Return the positions of all modalities together, of several items."""
+        counts = np.zeros(len(indices), dtype=np.int64)
+        for name, part in self.parts.items():
+            numbers = self.samples_of(name, indices)
+            counts[numbers >= 0] += part.num_tokens_vec(numbers[numbers >= 0])
+        return counts
 
 
 class TrainingModalities(ModalitiesDataset):
@@ -60,24 +85,14 @@ class TrainingModalities(ModalitiesDataset):
                 for name, length in self.lengths.items()
             }
 
+    def samples_of(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """Return the numbers of the samples of one modality, of which every item has one."""
+        return self._orders[name][indices]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = {}
         for name, part in self.parts.items():
-            visit = ((self.epoch - 1) * len(self) + int(index)) // self.lengths[name]
-            part.set_epoch(visit + 1)
-            item[name] = part[int(self._orders[name][index])]
-        return item
-
-    def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch with as many samples of every modality."""
-        if not samples:
-            return {}
-        batches = {name: part.collater([sample[name] for sample in samples]) for name, part in self.parts.items()}
-        return {"nsentences": len(samples), **batches}
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Return the positions of all modalities together, of several items."""
-        return sum(part.num_tokens_vec(self._orders[name][indices]) for name, part in self.parts.items())
+            part.set_epoch(((self.epoch - 1) * len(self) + int(index)) // self.lengths[name] + 1)
+        return super().__getitem__(index)
 
 
 class EvaluationModalities(ModalitiesDataset):
@@ -94,24 +109,9 @@ class EvaluationModalities(ModalitiesDataset):
         belongs = (numbers < count) & (numbers * length // count == indices)
         return np.where(belongs, numbers, -1)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        numbers = {name: int(self.samples_of(name, np.array([index]))[0]) for name in self.parts}
-        return {name: self.parts[name][number] for name, number in numbers.items() if number >= 0}
-
     def collater(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch with about as many samples of each modality as its share of all."""
-        if not samples:
-            return {}
-        batch: dict[str, Any] = {"nsentences": len(samples)}
-        for name, part in self.parts.items():
-            found = [sample[name] for sample in samples if name in sample]
-            batch[name] = {**part.collater(found or [part[0]]), "counted": bool(found)}
+        """Return a batch with about as many samples of each modality as its share of all, marked where it has any."""
+        batch = super().collater(samples)
+        for name in self.parts if samples else ():
+            batch[name]["counted"] = any(name in sample for sample in samples)
         return batch
-
-    def num_tokens_vec(self, indices: np.ndarray) -> np.ndarray:
-        """Return the positions of all modalities together, of several items."""
-        counts = np.zeros(len(indices), dtype=np.int64)
-        for name, part in self.parts.items():
-            numbers = self.samples_of(name, indices)
-            counts[numbers >= 0] += part.num_tokens_vec(numbers[numbers >= 0])
-        return counts
