@@ -304,7 +304,7 @@ class Plan:
             for word in command.split():
                 words += lists[word] if word in lists else [word.format_map(fields)]
             yield words
-        if experiment.has_report:
+        if experiment.stages and (experiment.paper is not None or not experiment.after):  # else those say all
             words = ["mhmoe", "report", *lists["{runs}"], "--out", str(self.out / experiment.report)]
             words += [] if experiment.paper is None else ["--paper", experiment.name]
             words += ["--reference", experiment.reference] if experiment.reference in self.names() else []

@@ -34,11 +34,7 @@ def call(
     output: Path | None = None,
     running: list[subprocess.Popen[str]] | None = None,
 ) -> None:
-    """Runs one command; every line goes to ``on_line``, and into ``output``; its process is added to ``running``.
-
-    Raises:
-        UserError: it failed; says its last error.
-    """
+    """Runs a command, added to ``running``; its lines go to ``on_line`` and ``output``. ``UserError`` if it fails."""
     env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
     lines: deque[str] = deque(maxlen=200)
@@ -70,14 +66,10 @@ def last_error(lines: Iterable[str]) -> str:
 
 @dataclass
 class Progress:
-    """How many updates are done of all that are to do, and so how long it takes.
-
-    Args:
-        clock: seconds.
-    """
+    """How many updates are done of all that are to do, and so how long it takes."""
 
     total: int
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.monotonic  # seconds
     first: dict[str, int] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
     start: float | None = None

@@ -157,8 +157,3 @@ class Experiment:
     def report(self) -> str:
         """Name of the report's file; of experiments that share a folder each has its own."""
         return "report.md" if self.folder == self.name else f"{self.name}.md"
-
-    @property
-    def has_report(self) -> bool:
-        """Whether there is one: not where the following commands say all."""
-        return bool(self.stages) and (self.paper is not None or not self.after)

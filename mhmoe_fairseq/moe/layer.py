@@ -101,15 +101,12 @@ class MHMoELayer(nn.Module):
                 reset()
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
-        """Apply the layer.
+        """Apply the layer; ``ValueError`` if the shapes do not fit.
 
         Args:
             x: ``(..., D)``.
             padding_mask: bool ``(...)``, True where padded. Padded tokens are never routed, count in no loss and use
                 no capacity; their output does not depend on their input.
-
-        Raises:
-            ValueError: if the shapes do not fit.
         """
         if x.size(-1) != self.config.embed_dim:
             raise ValueError(f"x has {x.size(-1)} features; embed_dim is {self.config.embed_dim}")

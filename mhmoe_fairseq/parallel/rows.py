@@ -81,11 +81,8 @@ class DistributedExperts:
 def expert_parallelism(size: int) -> DistributedExperts:
     """What ``MHMoELayer(parallel=...)`` takes, for experts on ``size`` processes each.
 
-    Every process of the world must call it, with the same size. With size 1 all experts stay on every process; the
-    object then serves ``balance_scope="global"`` alone.
-
-    Raises:
-        ValueError: if ``size`` does not divide the number of processes.
+    Every process of the world must call it, with the same size, which divides their number (else ``ValueError``). With
+    size 1 all experts stay on every process; the object then serves ``balance_scope="global"`` alone.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size % size:

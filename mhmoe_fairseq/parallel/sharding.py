@@ -70,7 +70,7 @@ class ShardedParameter:
     first: int
 
     def part(self, whole: Tensor) -> Tensor:
-        """This process's rows of a tensor over all experts, such as an optimiser's state; otherwise ``ValueError``."""
+        """This process's rows of a tensor over all experts, such as an optimiser's state; ``ValueError`` if not."""
         if whole.size(0) != self.full_size:
             raise ValueError(f"{self.name}: {whole.size(0)} experts in the checkpoint, {self.full_size} in the model")
         return whole[self.first : self.first + self.parameter.size(0)]

@@ -216,20 +216,16 @@ def _differentiable_backward(
     """What ``_LoopFFN.backward`` returns, as functions of all that they depend on."""
     present = {name: weight for name, weight in weights._asdict().items() if weight is not None}
 
-    def forward(x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor]) -> Tensor:
-        all_weights = ExpertWeights(**{**dict.fromkeys(ExpertWeights._fields), **present})  # type: ignore[arg-type]
-        return _in_autograds_operations(x_Nd, gates_NK, ctx.plan, ctx.settings, ctx.ends, all_weights)
-
     with without_autocast("cpu"):  # as in the forward
-        gradients = torch.func.vjp(forward, x_Nd, gates_NK, present)[1]
+        gradients = torch.func.vjp(lambda *inputs: _in_autograds_operations(*inputs, ctx), x_Nd, gates_NK, present)[1]
         x_grad_Nd, gates_grad_NK, grads = gradients(grad_Nd)
     return x_grad_Nd, gates_grad_NK, None, None, *(grads.get(name) for name in ExpertWeights._fields)
 
 
-def _in_autograds_operations(
-    x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, settings: _Settings, ends: list[int], weights: ExpertWeights
-) -> Tensor:
+def _in_autograds_operations(x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor], ctx: Any) -> Tensor:
     """The output of ``_LoopFFN.forward``, dropout included."""
+    plan, settings, source_R = ctx.plan, ctx.settings, ctx.plan.source_R
+    weights = ExpertWeights(**{**dict.fromkeys(ExpertWeights._fields), **present})  # type: ignore[arg-type]
 
     def network(x: Tensor, expert: int, piece: slice) -> Tensor:
         def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -242,9 +238,8 @@ def _in_autograds_operations(
 
         return expert_network(x, weights, settings.activation, drop, linear, lambda stacked: stacked[expert])
 
-    source_R = plan.source_R
-    pieces = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in _pieces(ends)]
-    virtual = x_Nd.new_zeros(source_R.size(0) - ends[-1], x_Nd.size(1))
+    pieces = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in _pieces(ctx.ends)]
+    virtual = x_Nd.new_zeros(source_R.size(0) - ctx.ends[-1], x_Nd.size(1))
     return combine(torch.cat([*pieces, virtual]), gates_NK, plan)
 
 
