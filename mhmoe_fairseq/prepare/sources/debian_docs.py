@@ -279,9 +279,9 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
             if not any(cache_dir.glob(archive.filename)) and not _suite_has(archive):
                 absent.append(package)
                 continue
-            fetched = fetch(archive, cache_dir, say)
-            packages.append(fetched.provenance)
-            for code, passage in family.read(fetched.path, held):
+            path, provenance = fetch(archive, cache_dir, say)
+            packages.append(provenance)
+            for code, passage in family.read(path, held):
                 streams[code].write(passage_line(passage))
                 counts[code] += 1
     say(f"extract: {family.name} ({family.summary}): {sum(counts.values())} passages")

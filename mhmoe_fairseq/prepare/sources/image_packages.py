@@ -64,7 +64,7 @@ class EmojiSource:
             UserError: a package that cannot be fetched or read, or a language that CLDR does not have.
         """
         archives = [fetch(archive, cache_dir, say) for archive in (ARTWORK, ANNOTATIONS, DERIVED)]
-        artwork, plain, derived = (archive.path for archive in archives)
+        artwork, plain, derived = (path for path, _ in archives)
         names = read_names({"annotations": plain, "annotationsDerived": derived}, [*languages, "en"])
         contents = dict(iter_tar_members(artwork, lambda name: name == _INDEX or name.startswith(_FOLDER)))
         drawings = list(_drawings(contents, artwork))
@@ -73,7 +73,7 @@ class EmojiSource:
         for image in images:
             (folder / image.path).write_bytes(contents[_FOLDER + Path(image.path).name])
         sentences = [sentence for language in languages for sentence in _sentences(names[language])]
-        packages = [archive.provenance for archive in archives]
+        packages = [provenance for _, provenance in archives]
         return OpenedImages({"packages": packages, "unnamed": len(drawings) - len(images)}, images, sentences)
 
 
@@ -173,8 +173,8 @@ class TuxPaintSource:
         Raises:
             UserError: the package cannot be fetched or read.
         """
-        fetched = fetch(STAMPS, cache_dir, say)
-        members = dict(iter_deb_members(fetched.path, _is_stamp))
+        package, provenance = fetch(STAMPS, cache_dir, say)
+        members = dict(iter_deb_members(package, _is_stamp))
         drawings = {name.removesuffix(".png"): content for name, content in members.items() if name.endswith(".png")}
         images = []
         for stem, content in drawings.items():
@@ -185,7 +185,7 @@ class TuxPaintSource:
             path = PurePosixPath(f"{stem}.png").relative_to(_STAMPS)
             keywords = tuple(dict.fromkeys(part.replace("_", " ") for part in path.parts[:-1]))
             images.append(file_image(folder, path, content, captions, texts.get("en", ""), keywords))
-        return OpenedImages({**fetched.provenance, "without_caption": len(drawings) - len(images)}, images)
+        return OpenedImages({**provenance, "without_caption": len(drawings) - len(images)}, images)
 
 
 def _is_stamp(member: str) -> bool:
