@@ -75,7 +75,7 @@ class Archive:
 
 
 def fetch(archive: Archive, cache_dir: Path, say: Say) -> tuple[Path, dict[str, object]]:
-    """Returns the archive in ``cache_dir``, downloaded if need be, and its manifest entry; ``UserError`` if that fails."""
+    """Returns the archive in ``cache_dir``, downloaded if needed, and its manifest entry; ``UserError`` if it fails."""
     path = _newest(cache_dir, archive.filename)
     digest = sha256_of(path) if path else None
     if path and archive.sha256 in (None, digest):
