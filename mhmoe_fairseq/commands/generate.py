@@ -8,6 +8,7 @@ from pathlib import Path
 from ..common.arguments import existing_file, existing_folder, existing_path, output_file, real, seed, whole
 from ..common.console import quiet, say
 from ..common.errors import UserError
+from ..common.ranges import flag
 from .evaluate import add_caption_arguments
 
 _OF_TEXT, _OF_IMAGES = ("sampling", "top_k", "top_p", "json"), ("output", "length_penalty", "max_len")
@@ -58,9 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints one text, or JSON object, per prompt, or the caption of each image."""
     for name in _OF_IMAGES if args.image is None else _OF_TEXT:
         if getattr(args, name):
-            raise UserError(
-                f"--{name.replace('_', '-')}: {'needs' if args.image is None else 'has no meaning with'} --image"
-            )
+            raise UserError(f"{flag(name)}: {'needs' if args.image is None else 'has no meaning with'} --image")
     return _continue(args) if args.image is None else _caption(args)
 
 
@@ -87,19 +86,11 @@ def _continue(args: argparse.Namespace) -> int:
     from ..checkpoints.open import open_text_model
     from ..evaluation.generation import Search, continue_prompts
 
-    search = Search(
-        beam=args.beam or 1,
-        max_len_b=args.max_len_b,
-        sampling=args.sampling,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    names = ("max_len_b", "sampling", "temperature", "top_k", "top_p", "seed")
+    search = Search(args.beam or 1, **{name: getattr(args, name) for name in names})
     model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
-        shown = json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text
-        say(shown)
+        say(json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text)
     return 0
 
 

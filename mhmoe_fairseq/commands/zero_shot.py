@@ -54,31 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     words.add_argument("words", nargs="*", help="lm-eval's own arguments; --model mhmoe is added")
     words.set_defaults(record=None)
-    xnli = add_action(kinds, "xnli", "XNLI in every language, from your copy of it")
-    _add_xnli_arguments(xnli)
-    probe = add_action(kinds, "probe", "cross-lingual probe from aligned held-out text, not XNLI")
-    _add_probe_arguments(probe)
-    _add_model_arguments(xnli)
-    _add_model_arguments(probe, "--out")
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser, *former: str) -> None:
-    """The flags of both; ``former`` are other names of ``--record``."""
-    add = parser.add_argument
-    add(
-        "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
-        help="checkpoints of language models, or folders that hold one, to compare",
-    )  # fmt: skip
-    add(
-        "--record", *former, type=output_file, metavar="FILE",
-        help="where a single checkpoint's record is written; record-zero-shot-TASKS.json beside it if not given",
-    )  # fmt: skip
-    add(
-        "--language-token", action=argparse.BooleanOptionalAction,
-        help="begin texts with their language's symbol (default: as the model was trained)",
-    )  # fmt: skip
-    add("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
-    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    _add_xnli_arguments(add_action(kinds, "xnli", "XNLI in every language, from your copy of it"))
+    _add_probe_arguments(add_action(kinds, "probe", "cross-lingual probe from aligned held-out text, not XNLI"))
 
 
 def _add_xnli_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +75,7 @@ def _add_xnli_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=output_folder, default=Path("outputs/xnli"), metavar="DIR",
         help="folder for the scores of every example and lm-eval's task files",
     )  # fmt: skip
+    _add_model_arguments(parser)
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +90,26 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-items", type=whole(), default=200, metavar="N", help="most questions per pair")
     add("--min-characters", type=whole(at_least=0), default=10, metavar="N", help="shorter sentences are left out")
     add("--seed", type=seed, default=1, help="of questions, distractors and their order")
+    _add_model_arguments(parser, "--out")
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser, *former: str) -> None:
+    """The flags of both; ``former`` are other names of ``--record``."""
+    add = parser.add_argument
+    add(
+        "--checkpoint", nargs="+", type=existing_path, required=True, metavar="FILE",
+        help="checkpoints of language models, or folders that hold one, to compare",
+    )  # fmt: skip
+    add(
+        "--record", *former, type=output_file, metavar="FILE",
+        help="where a single checkpoint's record is written; record-zero-shot-TASKS.json beside it if not given",
+    )  # fmt: skip
+    add(
+        "--language-token", action=argparse.BooleanOptionalAction,
+        help="begin texts with their language's symbol (default: as the model was trained)",
+    )  # fmt: skip
+    add("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
+    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,11 +149,7 @@ def name_models(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], tuple[Record, Any]]) -> dict[str, Record]:
-    """Evaluate one checkpoint after the other and write what was found at once; the records by name.
-
-    Args:
-        evaluate: gives the record of a name and file, and the model.
-    """
+    """Evaluate one checkpoint after the other, by name and file, and write each record at once; they come by name."""
     from ..models.language_model import find_checkpoint
 
     if args.record is not None and len(args.checkpoint) > 1:

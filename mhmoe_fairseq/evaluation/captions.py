@@ -11,7 +11,7 @@ from ..common.errors import UserError
 from ..data.datasets.labelled import CaptionDataset
 from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
-from ..data.multimodal.index import index_files, read_index
+from ..data.multimodal.index import Index, index_files, read_index
 from ..metrics.captions import best_constant_caption, read_ground_truth, score_captions
 from ..models.captions import CaptionSearch
 from ..tasks.captioning import GROUND_TRUTH, NAME
@@ -44,7 +44,6 @@ def evaluate_captions(
         output: file of ``[{"image_id", "caption"}]``, the layout that COCO's evaluation server takes.
         no_java: leave out METEOR and SPICE even if they can be had.
         beam, length_penalty, max_len: as in ``find_search``.
-        batch_size: images that are decoded together.
 
     Raises:
         FileNotFoundError, UserError: naming the flag, index, image or file of references that is missing or wrong.
@@ -52,8 +51,8 @@ def evaluate_captions(
     if split not in GROUND_TRUTH:
         raise UserError(f"--split {split}: must be one of {', '.join(GROUND_TRUTH)}")
     search = find_search(opened, beam, length_penalty, max_len)
-    references = _references(opened, split)
     index = read_index(opened.task.folder, "captioning", split, NAME)
+    references = _references(opened.task.folder / GROUND_TRUTH[split], index)
     dataset = CaptionDataset(index, opened.task.dataset_settings(split), EvaluationTransform(opened.task.args.img_size))
     captions: dict[int, str] = {}
     for batch in opened.batches(dataset, batch_size):
@@ -83,9 +82,7 @@ def find_search(opened: Opened, beam: int | None, length_penalty: float | None, 
     """How to decode; what is None is as in the model's training.
 
     Args:
-        beam: hypotheses that are kept, 1 is greedy.
         length_penalty: captions are compared by log-probability over their length to this power.
-        max_len: most tokens of a caption.
 
     Raises:
         UserError: the model writes no captions; or naming the flag, its value and the rule.
@@ -112,17 +109,15 @@ def caption_images(opened: Opened, paths: Sequence[Path], search: CaptionSearch,
         yield from opened.task.write_captions(opened.model, batch.to(opened.device), search)
 
 
-def _references(opened: Opened, split: str) -> dict[int, list[str]] | None:
-    """The captions that a split's are scored against; None if the data have none.
+def _references(file: Path, index: Index) -> dict[int, list[str]] | None:
+    """The captions that a split's are scored against; None if there is no such file.
 
     Raises:
         UserError: naming the file, if it is not of the split's images, each of them and no other.
     """
-    file = opened.task.folder / GROUND_TRUTH[split]
     if not file.is_file():
         return None
     references = read_ground_truth(file)
-    index = read_index(opened.task.folder, "captioning", split, NAME)
     images = dict.fromkeys(index["image_id"].tolist())
     pairs = ((references, images, file, index.files[0]), (images, references, index.files[0], file))
     for some, others, has, lacks in pairs:

@@ -50,13 +50,13 @@ class LoadCounter:
     def loads(self) -> ExpertLoads | None:
         """What was counted: rows of the whole split, then of each part; None of a dense model."""
         parts = list(dict.fromkeys(part for part, _ in self._sums))
-        rows = [row for index in self._layers for row in _rows(None, index, self._of_layer(index, parts))]
-        for part in parts if parts != [None] else []:
-            rows += [row for index in self._layers for row in _rows(part, index, self._of_layer(index, [part]))]
+        groups = [(None, parts), *((part, [part]) for part in parts if parts != [None])]
+        rows: list[LayerLoads] = []
+        for name, members in groups:
+            for index in self._layers:
+                counted = [self._sums[part, index] for part in members if (part, index) in self._sums]
+                rows += _rows(name, index, counted)
         return ExpertLoads(rows) if rows else None
-
-    def _of_layer(self, index: int, parts: list[str | None]) -> list[RoutingStats]:
-        return [self._sums[part, index] for part in parts if (part, index) in self._sums]
 
 
 def _sum(counted: list[RoutingStats]) -> RoutingStats:

@@ -4,7 +4,7 @@ The first is a thin layer on fairseq's ``GeneratorHubInterface``: prompts are ch
 batched, and come back in order, each with its score.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -76,7 +76,6 @@ class Continuation(NamedTuple):
     """A prompt's text to its end.
 
     Attributes:
-        prompt: as given.
         text: the whole text, prompt included.
         score: mean log-probability (nats) of the text's tokens and its end mark, if it has one.
         tokens: the same tokens in the dictionary's words.
@@ -105,8 +104,6 @@ def continue_prompts(
     Raises:
         UserError: naming the prompt that has line breaks, unknown words or no room for a continuation.
     """
-    if batch_size < 1:
-        raise UserError(f"--batch-size ({batch_size}) must be at least 1")
     if (search.top_k or 0) > len(model.tgt_dict):
         raise UserError(f"--top-k ({search.top_k}) must be at most {len(model.tgt_dict)}, the words of the dictionary")
     longest = min(search.max_len_b, model.models[0].max_decoder_positions() - 1)
@@ -146,66 +143,49 @@ def _encode(model: GeneratorHubInterface, prompt: str, longest: int) -> Tensor:
     return tokens
 
 
-@dataclass(frozen=True)
-class Ending:
-    """When a continuation ends.
-
-    It also ends at ``</s>``, which for these models is both the end of a line and the end of a text: a stop string
-    ``"\\n"`` adds nothing.
-
-    Args:
-        stops: strings that end it; they are left out of the result.
-        max_tokens: its most tokens.
-
-    Raises:
-        UserError: naming the argument, its value and the rule.
-    """
-
-    stops: tuple[str, ...] = ()
-    max_tokens: int = 256
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError(f"max_gen_toks ({self.max_tokens}) must be at least 1")
-
-    def cut(self, text: str) -> str | None:
-        """The text before its first stop string; None if there is none in it."""
-        starts = [start for start in (text.find(stop) for stop in self.stops if stop) if start >= 0]
-        return text[: min(starts)] if starts else None
+def cut_at(text: str, stops: Iterable[str]) -> str | None:
+    """The text before its first stop string; None if there is none in it."""
+    starts = [start for start in (text.find(stop) for stop in stops if stop) if start >= 0]
+    return text[: min(starts)] if starts else None
 
 
 class StopDecoder:
     """Greedy decoding or sampling until a stop string, in batches: what ``generate_until`` of lm-eval asks for.
 
     fairseq's generator takes every ``</s>`` for the end of a text, those of a prompt's lines too, and knows no stop
-    strings. This decoder takes prompts of several lines and stops each row as soon as it may.
+    strings. This decoder takes prompts of several lines and stops each row as soon as it may: also at ``</s>``, which
+    for these models is both the end of a line and the end of a text.
 
     Args:
         model: from ``open_text_model``.
-        search: how to choose the next token; its ``max_len_b`` and ``seed`` are not used: ``Ending`` limits the
-            length, and random numbers are torch's, as lm-eval's ``--seed`` left them.
+        search: how to choose the next token; its ``max_len_b`` and ``seed`` are not used: random numbers are torch's,
+            as lm-eval's ``--seed`` left them.
+        stops: strings that end a continuation; they are left out of the result.
+        max_tokens: most tokens of a continuation.
 
     Raises:
         UserError: if ``search`` has several beams.
     """
 
-    def __init__(self, model: GeneratorHubInterface, search: Search) -> None:
+    def __init__(
+        self, model: GeneratorHubInterface, search: Search, stops: Sequence[str] = (), max_tokens: int = 256
+    ) -> None:
         if search.beam != 1:
             raise UserError(f"num_beams ({search.beam}) must be 1: use mhmoe generate for beam search")
         self.model = model
         self.decoder = model.models[0].decoder.eval()
         self.dictionary = model.tgt_dict
-        self.search = search
+        self.search, self.stops, self.max_tokens = search, stops, max_tokens
         self.sampling = PromptSampling(self.dictionary, search.top_k or -1, search.top_p or -1.0)
 
     @torch.no_grad()
-    def continue_prompts(self, prompts: Sequence[Sequence[int]], ending: Ending) -> list[str]:
+    def continue_prompts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The continuation of every prompt, without the prompt and without what ended it.
 
         Args:
-            prompts: ids, the leading symbol included. Together with ``ending.max_tokens`` they must fit the model.
+            prompts: ids, the leading symbol included. Together with ``max_tokens`` they must fit the model.
         """
-        length = max(map(len, prompts)) + ending.max_tokens
+        length = max(map(len, prompts)) + self.max_tokens
         tokens = torch.full((len(prompts), length), self.dictionary.pad())
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
@@ -219,7 +199,7 @@ class StopDecoder:
                     continue
                 tokens[row, position] = chosen[row]
                 if found[row] is None:
-                    found[row] = self._finished(prompt, tokens[row, len(prompt) : position + 1].tolist(), ending)
+                    found[row] = self._finished(prompt, tokens[row, len(prompt) : position + 1].tolist())
             if None not in found:
                 break
         return [text or "" for text in found]
@@ -235,12 +215,12 @@ class StopDecoder:
             return log_probs.argmax(1).cpu()
         return self.sampling.step(0, log_probs[:, None], None)[1][:, 0].cpu()
 
-    def _finished(self, prompt: Sequence[int], new: list[int], ending: Ending) -> str | None:
+    def _finished(self, prompt: Sequence[int], new: list[int]) -> str | None:
         """The text of a row's new tokens if they end it, else None."""
         ends = new[-1] == self.dictionary.eos()
         text = self._text(prompt, new[:-1] if ends else new)
-        cut = ending.cut(text)
-        return text if cut is None and (ends or len(new) >= ending.max_tokens) else cut
+        cut = cut_at(text, self.stops)
+        return text if cut is None and (ends or len(new) >= self.max_tokens) else cut
 
     def _text(self, prompt: Sequence[int], new: list[int]) -> str:
         """What ``new`` adds to the prompt's last line: alone it would lose a space at its start."""

@@ -47,8 +47,6 @@ def evaluate_images(
         split: ``train``, ``valid`` or ``test``; of questions also ``test-dev``.
         output: file for the predictions: of questions JSON for VQAv2's evaluation server, of statements CSV for NLVR2's
             own ``metrics.py``, of classes CSV with a header, of retrieval the metrics as a JSON object.
-        batch_size: examples that the model sees together.
-        num_workers: processes that decode images.
 
     Raises:
         FileNotFoundError, UserError: as the task's ``read_split``; without labels ``output`` is needed.

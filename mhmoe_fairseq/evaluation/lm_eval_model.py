@@ -7,6 +7,7 @@ generation ends, in ``generation``.
 Several processes: lm-eval takes every one for rank 0 of 1, so each scores all requests.
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from ..checkpoints.open import open_text_model, was_trained_with
 from ..models.bases import fingerprint
-from .generation import Ending, Search, StopDecoder
+from .generation import Search, StopDecoder
 from .records import Metric, Record
 from .scoring import DEFAULT_BATCH_TOKENS, TextScorer
 
@@ -53,7 +54,6 @@ class MHMoEHarnessModel(TemplateLM):
         max_gen_toks: most new tokens where a task does not say.
         max_batch_tokens: most tokens per batch, padding included.
         clean: prepare text as ``mhmoe prepare`` does.
-        unknown: arguments that do not exist, for a clear message.
 
     Raises:
         UserError, OSError: naming the argument, or the file, and the rule.
@@ -78,7 +78,12 @@ class MHMoEHarnessModel(TemplateLM):
             raise UserError(f"--model_args {', '.join(unknown)}: no such argument of the model mhmoe")
         if checkpoint is None:
             raise UserError("--model_args checkpoint=FILE is needed: a checkpoint, or the folder that holds one")
-        rows = _rows(batch_size, max_batch_size)
+        if batch_size is None or str(batch_size).split(":")[0] == "auto":
+            rows = max_batch_size
+        elif str(batch_size).isdigit():
+            rows = int(batch_size)
+        else:
+            raise UserError(f"--batch_size ({batch_size}) must be a positive number or auto")
         self.hub = open_text_model(checkpoint, data, device)
         self.scorer = TextScorer(
             self.hub, batch_size=rows, batch_tokens=max_batch_tokens, max_length=max_length, language=lang, clean=clean
@@ -119,8 +124,7 @@ class MHMoEHarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether greedy decoding would give it."""
-        pairs = [request.args for request in requests]
-        encoded = [(pair, *self.scorer.encode_pair(*pair)) for pair in pairs]
+        encoded = [(request.args, *self.scorer.encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -162,21 +166,23 @@ class MHMoEHarnessModel(TemplateLM):
         return found
 
     def _generate(self, contexts: Sequence[str], arguments: dict[str, Any], bar: tqdm) -> list[str]:
-        search, ending = read_generation_arguments(arguments, self.max_gen_toks, self.max_length)
-        decoder = StopDecoder(self.hub, search)
-        room = self.max_length - ending.max_tokens  # for the context: the last new token is never read
+        search, stops, most = read_generation_arguments(arguments, self.max_gen_toks, self.max_length)
+        decoder = StopDecoder(self.hub, search, stops, most)
+        room = self.max_length - most  # for the context: the last new token is never read
         encoded = [self.scorer.encode(context) for context in contexts]
         prompts = [[self.prefix_token_id, *context[max(0, len(context) - room) :]] for context in encoded]
         found: list[str] = [""] * len(prompts)
-        for batch in self.scorer.batches(range(len(prompts)), lambda row: len(prompts[row]) + ending.max_tokens):
-            for row, text in zip(batch, decoder.continue_prompts([prompts[row] for row in batch], ending)):
+        for batch in self.scorer.batches(range(len(prompts)), lambda row: len(prompts[row]) + most):
+            for row, text in zip(batch, decoder.continue_prompts([prompts[row] for row in batch])):
                 found[row] = text
             bar.update(len(batch))
         return found
 
 
-def read_generation_arguments(arguments: dict[str, Any], default: int, max_length: int) -> tuple[Search, Ending]:
-    """lm-eval's ``generation_kwargs`` as ours: greedy unless ``do_sample`` is true, as in lm-eval.
+def read_generation_arguments(
+    arguments: dict[str, Any], default: int, max_length: int
+) -> tuple[Search, tuple[str, ...], int]:
+    """lm-eval's ``generation_kwargs`` as a search, greedy unless ``do_sample`` is true, stop strings and most tokens.
 
     At least half of the model's positions stay with the context, whatever length a task allows itself.
 
@@ -187,37 +193,22 @@ def read_generation_arguments(arguments: dict[str, Any], default: int, max_lengt
     if unknown:
         known = ", ".join((*_SEARCH_NAMES, *_LENGTH_NAMES))
         raise UserError(f"generation argument {unknown[0]} is not supported; known are {known}")
-    lengths = [arguments[name] for name in _LENGTH_NAMES if arguments.get(name) is not None]
-    most = int(lengths[0]) if lengths else default
+    most = int(next((arguments[name] for name in _LENGTH_NAMES if arguments.get(name) is not None), default))
+    if most < 1:
+        raise UserError(f"max_gen_toks ({most}) must be at least 1")
     until = arguments.get("until") or []
     stops = tuple(until) if isinstance(until, (list, tuple)) else (until,)
-    beam = int(arguments.get("num_beams") or 1)
-    temperature = arguments.get("temperature")
-    if not arguments.get("do_sample") or temperature == 0:
-        search = Search(beam=beam)
-    else:
-        top_p = arguments.get("top_p")
-        search = Search(
-            beam=beam,
+    search = Search(beam=int(arguments.get("num_beams") or 1))
+    temperature, top_p = arguments.get("temperature"), arguments.get("top_p")
+    if arguments.get("do_sample") and temperature != 0:
+        search = dataclasses.replace(
+            search,
             sampling=True,
             temperature=1.0 if temperature is None else float(temperature),
             top_k=arguments.get("top_k") or None,  # lm-eval's 0 is no limit
             top_p=None if top_p in (None, 1) else float(top_p),
         )
-    return search, Ending(stops, min(most, max(1, max_length // 2)))
-
-
-def _rows(batch_size: int | str | None, max_batch_size: int | None) -> int | None:
-    """Most rows per batch; None for no limit.
-
-    Raises:
-        UserError: neither a positive number nor ``auto``.
-    """
-    if batch_size is None or str(batch_size).split(":")[0] == "auto":
-        return max_batch_size
-    if not str(batch_size).isdigit() or int(batch_size) < 1:
-        raise UserError(f"--batch_size ({batch_size}) must be a positive number or auto")
-    return int(batch_size)
+    return search, stops, min(most, max(1, max_length // 2))
 
 
 def record_of(results: dict[str, Any]) -> Record:

@@ -1,11 +1,8 @@
-"""Perplexity of text, with the function behind ``fairseq-eval-lm``, and of masked patches and words.
-
-Scores are sums, so that those of several parts add up.
-"""
+"""Perplexity of text, with the function behind ``fairseq-eval-lm``, and of masked patches and words."""
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,36 +19,45 @@ with logging_as_found():
     from fairseq_cli.eval_lm import eval_lm
 
 
-class TextScore(NamedTuple):
-    """A text's cross entropy.
+class Score(NamedTuple):
+    """How targets of one kind were predicted; sums, so that those of several parts add up.
 
     Attributes:
-        tokens: targets scored.
+        targets: tokens of text, or masked positions.
         bits: the cross entropy of all of them.
-        characters: what the tokens stand for; None if unknown.
+        correct: those whose most probable symbol is the right one; None if not counted.
+        characters: what the targets stand for; None if unknown.
     """
 
-    tokens: int
+    targets: int
     bits: float
+    correct: float | None = None
     characters: float | None = None
 
-    def metrics(self) -> dict[str, Metric]:
-        """Perplexity, bits per token and, comparable across vocabularies, bits per character."""
-        loss = self.bits / self.tokens
-        found = {
-            "perplexity": Metric(2**loss, "perplexity", count=self.tokens),
-            "loss": Metric(loss, "bits/token", count=self.tokens),
-        }
-        if self.characters:
+    def metrics(self, target: str, guess: "Score | None" = None) -> dict[str, Metric]:
+        """What a record holds of it.
+
+        Args:
+            target: what a target is, for the unit of the loss.
+            guess: what a guess without context reaches.
+        """
+        loss = self.bits / self.targets
+        values = {"perplexity": (2**loss, "perplexity"), "loss": (loss, f"bits/{target}")}
+        if self.correct is not None:
+            values["accuracy"] = 100 * self.correct / self.targets, "%"
+        found = {name: Metric(value, unit, count=self.targets) for name, (value, unit) in values.items()}
+        if self.characters:  # comparable across vocabularies
             per_character = self.bits / self.characters
             found["bits/character"] = Metric(per_character, "bits/character", count=round(self.characters))
+        if guess is not None:
+            for name, other in guess.metrics(target).items():
+                found[name].baselines["without context"] = other.value
         return found
 
 
-def total_of(scores: Iterable[TextScore]) -> TextScore:
-    """All texts together; characters only if all are known."""
-    tokens, bits, characters = zip(*scores)
-    return TextScore(sum(tokens), sum(bits), None if None in characters else sum(characters))
+def together(scores: Iterable[Score]) -> Score:
+    """All targets of several parts; what is unknown of one is unknown of all."""
+    return Score(*(None if None in column else sum(column) for column in zip(*scores)))
 
 
 def evaluate_text(
@@ -61,15 +67,11 @@ def evaluate_text(
 
     Args:
         split: ``valid``, ``test``, or one language's, such as ``test_de``.
-        max_tokens: most tokens per batch.
-        batch_size: most blocks per batch.
+        max_tokens, batch_size: most tokens and blocks per batch.
 
     Raises:
-        UserError, FileNotFoundError: for a bad batch size, or as ``task.load_dataset``.
+        UserError, FileNotFoundError: for a block that is longer than a batch, or as ``task.load_dataset``.
     """
-    for flag, value in (("--max-tokens", max_tokens), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag} ({value}) must be at least 1")
     names: dict[str | None, str] = {None: split}
     if isinstance(opened.task, MHMoEMultilingualLanguageModelingTask):
         base, languages = opened.task.split_of(split)
@@ -78,16 +80,16 @@ def evaluate_text(
     for language, name in names.items():
         with counter.counting(language):
             scores[language] = _score(opened.model, opened.task, name, max_tokens, batch_size)
-    total = total_of(scores.values())
-    metrics = total.metrics()
-    bits_per_byte = opened.identity.bits_per_byte(split, metrics["loss"].value, total.tokens)
+    total = together(scores.values())
+    metrics = total.metrics("token")
+    bits_per_byte = opened.identity.bits_per_byte(split, metrics["loss"].value, total.targets)
     if bits_per_byte is not None:
-        metrics["bits/byte"] = Metric(bits_per_byte, "bits/byte", count=total.tokens)
-    parts = {language: score.metrics() for language, score in scores.items() if language is not None}
+        metrics["bits/byte"] = Metric(bits_per_byte, "bits/byte", count=total.targets)
+    parts = {language: score.metrics("token") for language, score in scores.items() if language is not None}
     return Record("perplexity", split, metrics, parts)
 
 
-def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> TextScore:
+def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> Score:
     task.load_dataset(split)
     dataset = task.dataset(split)
     longest = int(max(dataset.sizes, default=0))
@@ -111,53 +113,22 @@ def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size
     tokens = sum(counts)  # fairseq tells only those that it scored per second
     characters = getattr(dataset, "characters", {})
     total = sum(characters.values()) if characters and tokens == dataset.sizes.sum() else None
-    return TextScore(tokens, float(found["loss"]) * tokens, total)
+    return Score(tokens, float(found["loss"]) * tokens, characters=total)
 
 
-class PartScore(NamedTuple):
-    """How masked positions of one kind were predicted.
-
-    Attributes:
-        targets: masked positions.
-        bits: the cross entropy of all of them.
-        correct: those whose most probable symbol is the right one.
-    """
-
-    targets: int
-    bits: float
-    correct: float
-
-    def metrics(self, guess: "PartScore") -> dict[str, Metric]:
-        """Perplexity, loss and accuracy beside what a guess without context reaches."""
-        own, other = (
-            (2 ** (score.bits / score.targets), score.bits / score.targets, 100 * score.correct / score.targets)
-            for score in (self, guess)
-        )
-        columns = zip(("perplexity", "loss", "accuracy"), ("perplexity", "bits/position", "%"), own, other)
-        return {
-            name: Metric(value, unit, count=self.targets, baselines={"without context": guessed})
-            for name, unit, value, guessed in columns
-        }
-
-
-def together(parts: Iterable[PartScore]) -> PartScore:
-    """All positions of several parts."""
-    return PartScore(*map(sum, zip(*parts)))
-
-
-def guess(counts: Sequence[int]) -> PartScore:
+def guess(counts: Collection[int]) -> Score:
     """The best guess of symbols that come this often in the very split, without any context.
 
     A model that learns from what is not masked beats it.
     """
     total = sum(counts)
-    return PartScore(total, -sum(count * math.log2(count / total) for count in counts), max(counts))
+    return Score(total, -sum(count * math.log2(count / total) for count in counts), max(counts))
 
 
-def part_scores(sums: Mapping[str, float]) -> dict[str, PartScore]:
+def part_scores(sums: Mapping[str, float]) -> dict[str, Score]:
     """The parts with masked positions, from a criterion's logs added up."""
     return {
-        part: PartScore(int(targets), sums[f"{part}_loss"] / math.log(2), sums[f"{part}_correct"])
+        part: Score(int(targets), sums[f"{part}_loss"] / math.log(2), sums[f"{part}_correct"])
         for part in PARTS
         if (targets := sums.get(f"{part}_targets", 0))
     }
@@ -194,7 +165,7 @@ def evaluate_masked(opened: Opened, split: str, counter: LoadCounter, *, batch_s
                     symbols[part].update(targets.tolist())
     naming.remove()
     scores = part_scores(sums)
-    guesses = {part: guess(list(symbols[part].values())) for part in scores}
-    parts = {name: score.metrics(guesses[name]) for name, score in scores.items()}
-    metrics = together(scores.values()).metrics(together(guesses.values()))
+    guesses = {part: guess(symbols[part].values()) for part in scores}
+    parts = {name: score.metrics("position", guesses[name]) for name, score in scores.items()}
+    metrics = together(scores.values()).metrics("position", together(guesses.values()))
     return Record("masked", split, metrics, parts, data=task.state_dict())  # which visual tokenizer's ids it predicts

@@ -36,9 +36,7 @@ class Item(NamedTuple):
     """One question.
 
     Attributes:
-        context: the sentence.
-        candidates: sentences of the other language.
-        answer: index of the translation.
+        candidates: sentences of the other language, the translation of the context at index ``answer``.
     """
 
     context: str
@@ -78,8 +76,7 @@ def make_items(
     """The questions of a pair of languages: the same for the same text and seed, whatever the order of the lines.
 
     Args:
-        source: the language of the contexts.
-        target: that of the candidates.
+        source, target: languages of the contexts and of the candidates.
         candidates: per question, at least 2, the translation counted.
         seed: of the choice of questions, distractors and their order.
         most: at most so many questions, drawn at random.

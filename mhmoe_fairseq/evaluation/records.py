@@ -51,12 +51,7 @@ class Metric:
 
 
 def mean_percent(scores: Sequence[float], baselines: dict[str, float] | None = None) -> Metric:
-    """The mean of scores from 0 to 1 in percent, with its standard error.
-
-    Args:
-        scores: of independent examples, at least one.
-        baselines: see :class:`Metric`.
-    """
+    """The mean of scores from 0 to 1, of at least one independent example, in percent with its standard error."""
     mean = sum(scores) / len(scores)
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / len(scores))
     return Metric(100 * mean, "%", 100 * deviation / math.sqrt(len(scores)), len(scores), baselines or {})
@@ -206,8 +201,7 @@ def read_record(path: Path) -> Record:
         record = Record(**kept)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {error} (a field of {SCHEMA} is missing, unknown or malformed)") from error
-    problem = _problem(record)
-    if problem is not None:
+    if (problem := _problem(record)) is not None:
         raise UserError(f"{path}: {problem}")
     return record
 

@@ -37,9 +37,8 @@ class Score(NamedTuple):
     """The score of a continuation.
 
     Attributes:
-        log_prob: natural logarithm of its probability, summed over its tokens.
+        log_prob: natural logarithm of its probability, summed over its ``num_tokens`` tokens.
         is_greedy: whether every token is the most probable one.
-        num_tokens: how many were scored.
     """
 
     log_prob: float

@@ -49,13 +49,6 @@ class Classified:
         """``(examples,)`` the most probable classes."""
         return self.probabilities.argmax(axis=1)
 
-    def metrics(self) -> dict[str, Metric]:
-        """The accuracy, beside always answering the most frequent class; nothing unless every label is known."""
-        if (self.labels == UNLABELLED).any():
-            return {}
-        majority = 100 * float(np.bincount(self.labels).max()) / len(self.labels)
-        return {"accuracy": mean_percent((self.predictions == self.labels).tolist(), {"majority": majority})}
-
     def predicted(self) -> Iterator[dict[str, Any]]:
         """One JSON object per example: split, index, label, prediction, probabilities by class."""
         for index, (label, prediction, row) in enumerate(zip(self.labels, self.predictions, self.probabilities)):
@@ -95,8 +88,6 @@ def evaluate_sentences(
     Raises:
         UserError, FileNotFoundError: naming the flag, file, line or field, and the rule.
     """
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens ({max_tokens}) must be at least 1")
     if input is None:
         given = {"--text-fields": text_fields, "--label-field": label_field, "--language-field": language_field}
         for flag in (flag for flag, value in given.items() if value is not None):
@@ -117,25 +108,29 @@ def evaluate_sentences(
     if output is not None:
         with atomic_open(output) as stream:
             stream.writelines(json_line(row) for result in results.values() for row in result.predicted())
-    by_language = {
-        language: metrics for language, result in results.items() if language and (metrics := result.metrics())
-    }
+    by_language = {language: accuracies([result]) for language, result in results.items() if language}
+    by_language = {language: metrics for language, metrics in by_language.items() if metrics}
     settings: dict[str, Any] = {"examples": sum(len(result.labels) for result in results.values())}
     if cut := sum(result.num_cut for result in results.values()):
         settings["examples that were too long, cut"] = cut
-    return Record("classification", name, _overall(list(results.values())), by_language, settings=settings)
+    return Record("classification", name, accuracies(list(results.values())), by_language, settings=settings)
 
 
-def _overall(results: list[Classified]) -> dict[str, Metric]:
-    """The accuracy over all examples and, where there are several languages, its mean over them, XNLI's average."""
-    labelled = [result for result in results if result.metrics()]
+def accuracies(results: Sequence[Classified]) -> dict[str, Metric]:
+    """The accuracy beside always answering the most frequent class; nothing where no language has all labels.
+
+    Where there are several languages, all examples count alike; the mean over the languages is XNLI's average.
+    """
+    labelled = [result for result in results if (result.labels != UNLABELLED).all()]
     if not labelled:
         return {}
-    joined = (np.concatenate([getattr(result, name) for result in labelled]) for name in ("labels", "probabilities"))
-    metrics = Classified("", labelled[0].classes, *joined).metrics()
+    labels = np.concatenate([result.labels for result in labelled])
+    is_right = [result.predictions == result.labels for result in labelled]
+    majority = {"majority": 100 * float(np.bincount(labels).max()) / len(labels)}
+    metrics = {"accuracy": mean_percent(np.concatenate(is_right).tolist(), majority)}
     if len(labelled) > 1:
-        accuracies = [result.metrics()["accuracy"].value for result in labelled]
-        metrics["mean over languages"] = Metric(sum(accuracies) / len(accuracies), "%", count=len(accuracies))
+        mean = 100 * float(np.mean([right.mean() for right in is_right]))
+        metrics["mean over languages"] = Metric(mean, "%", count=len(labelled))
     return metrics
 
 
@@ -188,10 +183,8 @@ def _labels(opened: Opened, fields: Fields, examples: Sequence[Example]) -> np.n
     if fields.label is None:
         return np.full(len(examples), UNLABELLED)
     given = read_manifest(opened.data).get("settings", {}).get("labels")
-    if given is not None:
-        labels = given_labels(given, (), "label")
-    else:
-        labels = Labels(tuple((name,) for name in opened.task.classes), are_ordered=False)
+    found = Labels(tuple((name,) for name in opened.task.classes), are_ordered=False)
+    labels = found if given is None else given_labels(given, (), "label")
     return np.array([labels.find(example) for example in examples])
 
 

@@ -40,9 +40,7 @@ class XnliSet(NamedTuple):
     """The examples of one language.
 
     Attributes:
-        code: the language.
-        path: the file they came from.
-        sha256: of that file.
+        path: the file they came from, with its ``sha256``.
         examples: objects with ``premise``, ``hypothesis`` and ``label``, an index into ``LABELS``.
         left_out: other files that could have held the language, and why they were not taken.
     """
@@ -58,27 +56,30 @@ def read_xnli(folder: Path, split: str, codes: Sequence[str] | None = None) -> l
     """The examples of every language asked for, or of all that are there.
 
     Args:
-        folder: where the files are.
         split: validation or test.
         codes: languages; each must have examples.
 
     Raises:
         UserError: naming the file, the line and the field, or the language without a file.
     """
-    if not folder.is_dir():
-        raise UserError(f"--xnli-dir {folder}: no such folder")
     found = []
     for code in codes or XNLI_LANGUAGES:
         get_language(code)
         own = _find(folder, _SINGLE, split, code)
         files = [*own, *_find(folder, _SHARED, split, code)]
-        one = _first_with_examples(code, own, files)
-        if one is not None:
-            found.append(one)
-        elif codes is not None and not files:
-            raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
-        elif codes is not None or own:
-            raise UserError(f"{files[0]}: no example of {code}")
+        left_out: dict[str, str] = {}
+        for path in files:
+            examples = tuple(_read(path, None if path in own else code))
+            if examples:
+                left_out |= {str(other): f"{path} is read" for other in files[files.index(path) + 1 :]}
+                found.append(XnliSet(code, path, sha256_of(path), examples, left_out))
+                break
+            left_out[str(path)] = f"no example of {code} in it"
+        else:
+            if codes is not None and not files:
+                raise UserError(f"--langs {code}: no XNLI {split} file for it in {folder}; {_expected(split, code)}")
+            if codes is not None or own:
+                raise UserError(f"{files[0]}: no example of {code}")
     if not found:
         raise UserError(f"--xnli-dir {folder}: no XNLI {split} file in it; {_expected(split, 'de')}")
     for one, other in itertools.combinations(found, 2):
@@ -94,25 +95,8 @@ def _find(folder: Path, patterns: Sequence[str], split: str, code: str) -> list[
     return [path for path in dict.fromkeys(paths) if path.is_file()]
 
 
-def _first_with_examples(code: str, own: Sequence[Path], files: Sequence[Path]) -> XnliSet | None:
-    """The examples of the first file that has any.
-
-    Args:
-        own: files of this language alone.
-        files: these and the files of all languages.
-    """
-    left_out: dict[str, str] = {}
-    for path in files:
-        examples = tuple(_read(path, None if path in own else code))
-        if examples:
-            unread = {str(other): f"{path} is read" for other in files[files.index(path) + 1 :]}
-            return XnliSet(code, path, sha256_of(path), examples, {**left_out, **unread})
-        left_out[str(path)] = f"no example of {code} in it"
-    return None
-
-
 def _expected(split: str, code: str) -> str:
-    alias = SPLITS[split][min(1, len(SPLITS[split]) - 1)]
+    alias = SPLITS[split][:2][-1]
     return f"looked for xnli.{alias}.tsv, xnli.{alias}.jsonl, {code}/{split}.jsonl, {code}.jsonl and the like"
 
 

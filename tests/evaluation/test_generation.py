@@ -126,7 +126,6 @@ def test_impossible_searches_are_refused(options, message):
             r"prompt 'The river .*' has \d+ tokens and must have fewer than 63",
         ),
         (["The river"], Search(max_len_b=4), 8, "must have fewer than 4: --max-len-b"),
-        (["The river"], Search(), 0, r"--batch-size \(0\)"),
         (["The river"], Search(sampling=True, top_k=5000), 8, r"--top-k \(5000\) must be at most"),
     ],
 )

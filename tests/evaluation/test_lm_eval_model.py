@@ -116,10 +116,10 @@ def test_sampling_follows_torchs_seed(lm):
 
 
 def test_generation_arguments():
-    search, ending = read_generation_arguments({"until": "x", "max_tokens": 500, "top_k": 0}, 256, 64)
-    assert search == Search() and ending.stops == ("x",) and ending.max_tokens == 32
-    search, ending = read_generation_arguments({"do_sample": True, "top_p": 1.0, "top_k": 5, "temperature": 2}, 7, 64)
-    assert search == Search(sampling=True, temperature=2.0, top_k=5) and ending.max_tokens == 7
+    found = read_generation_arguments({"until": "x", "max_tokens": 500, "top_k": 0}, 256, 64)
+    assert found == (Search(), ("x",), 32)
+    found = read_generation_arguments({"do_sample": True, "top_p": 1.0, "top_k": 5, "temperature": 2}, 7, 64)
+    assert found == (Search(sampling=True, temperature=2.0, top_k=5), (), 7)
     for arguments, message in (
         ({"repetition_penalty": 2}, "generation argument repetition_penalty is not supported; known are until"),
         ({"max_gen_toks": 0}, r"max_gen_toks \(0\) must be at least 1"),

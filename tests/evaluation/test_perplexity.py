@@ -13,15 +13,7 @@ from language_models import small_dictionary, small_model
 
 from mhmoe_fairseq.checkpoints.open import Opened
 from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
-from mhmoe_fairseq.evaluation.perplexity import (
-    PartScore,
-    TextScore,
-    evaluate_text,
-    guess,
-    part_scores,
-    together,
-    total_of,
-)
+from mhmoe_fairseq.evaluation.perplexity import Score, evaluate_text, guess, part_scores, together
 from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
 
 BLOCK = 16
@@ -78,27 +70,27 @@ def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bo
 
 
 def test_metrics_of_a_text() -> None:
-    metrics = TextScore(tokens=30, bits=120.0, characters=60.0).metrics()
-    assert {name: metric.value for name, metric in metrics.items()} == {
-        "perplexity": 16.0, "loss": 4.0, "bits/character": 2.0,
+    metrics = Score(30, 120.0, characters=60.0).metrics("token")
+    assert {name: (metric.value, metric.unit) for name, metric in metrics.items()} == {
+        "perplexity": (16.0, "perplexity"), "loss": (4.0, "bits/token"), "bits/character": (2.0, "bits/character"),
     }  # fmt: skip
-    assert "bits/character" not in TextScore(30, 120.0).metrics()
 
 
-def test_languages_count_by_their_tokens() -> None:
-    assert total_of([TextScore(30, 60.0, 60.0), TextScore(10, 60.0, 15.0)]) == TextScore(40, 120.0, 75.0)
-    assert total_of([TextScore(30, 60.0, 60.0), TextScore(10, 60.0)]).characters is None
+def test_parts_count_by_their_targets() -> None:
+    texts = [Score(30, 60.0, characters=60.0), Score(10, 60.0, characters=15.0)]
+    assert together(texts) == Score(40, 120.0, None, 75.0)
+    assert together([texts[0], Score(10, 60.0)]).characters is None
+    assert together([Score(30, 60.0, 15), Score(10, 60.0, 1)]) == Score(40, 120.0, 16)
 
 
 def test_losses_of_masked_positions_are_bits() -> None:
     sums = {"image_targets": 8, "image_loss": 8 * 3 * math.log(2), "image_correct": 2, "text_targets": 0}
-    assert part_scores(sums) == {"image": PartScore(8, pytest.approx(24.0), 2)}
-    assert together([PartScore(30, 60.0, 15), PartScore(10, 60.0, 1)]) == PartScore(40, 120.0, 16)
+    assert part_scores(sums) == {"image": Score(8, pytest.approx(24.0), 2)}
 
 
 def test_a_metric_stands_beside_a_guess_without_context() -> None:
-    assert guess([2, 1, 1]) == PartScore(4, 6.0, 2) and guess([5]) == PartScore(5, 0.0, 5)
-    metrics = PartScore(8, 24.0, 2).metrics(PartScore(8, 32.0, 1))
+    assert guess([2, 1, 1]) == Score(4, 6.0, 2) and guess([5]) == Score(5, 0.0, 5)
+    metrics = Score(8, 24.0, 2).metrics("position", Score(8, 32.0, 1))
     assert [(name, metric.value, metric.baselines["without context"]) for name, metric in metrics.items()] == [
         ("perplexity", 8.0, 16.0), ("loss", 3.0, 4.0), ("accuracy", 25.0, 12.5),
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from language_models import small_dictionary, small_model
 
-from mhmoe_fairseq.evaluation.generation import Ending, Search, StopDecoder
+from mhmoe_fairseq.evaluation.generation import Search, StopDecoder, cut_at
 
 
 class Hub:
@@ -41,10 +41,10 @@ def argmax_words(hub: Hub, prompt: list[int], count: int) -> list[str]:
 
 
 def test_text_ends_before_the_first_stop_string_that_comes() -> None:
-    ending = Ending(("stop", "end", ""))
-    assert ending.cut("on and on end and stop") == "on and on "
-    assert ending.cut("on stop and end") == "on "
-    assert ending.cut("on and on") is None
+    stops = ("stop", "end", "")
+    assert cut_at("on and on end and stop", stops) == "on and on "
+    assert cut_at("on stop and end", stops) == "on "
+    assert cut_at("on and on", stops) is None
 
 
 @pytest.mark.parametrize("most", [1, 3, 6])
@@ -52,7 +52,7 @@ def test_a_continuation_has_as_many_tokens_as_it_may(hub: Hub, most: int) -> Non
     prompt = [2, 7, 12]
     expected = argmax_words(hub, prompt, most)
     assert hub.src_dict.eos_word not in expected
-    [text] = StopDecoder(hub, Search()).continue_prompts([prompt], Ending((), most))
+    [text] = StopDecoder(hub, Search(), max_tokens=most).continue_prompts([prompt])
     assert text.split() == expected
 
 
