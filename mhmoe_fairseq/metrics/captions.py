@@ -112,7 +112,8 @@ def _java_score(name: str, captions: Sequence[Words], references: Sequence[Seque
         return "there is no java on this machine"
     module = name.lower()
     package = importlib.import_module(f"pycocoevalcap.{module}.{module}")
-    missing = [jar for jar in _JARS[name] if not (Path(package.__file__).parent / "lib" / jar).is_file()]
+    folder = Path(str(package.__file__)).parent / "lib"
+    missing = [jar for jar in _JARS[name] if not (folder / jar).is_file()]
     if missing:
         return f"pycocoevalcap/{module}/lib lacks {' and '.join(missing)} of Stanford CoreNLP 3.6.0"
     results = {index: [" ".join(words)] for index, words in enumerate(captions)}

@@ -28,7 +28,7 @@ def recalls(images: Tensor, texts: Tensor, image_of_text: Tensor) -> dict[str, f
     image_ids = torch.arange(len(images), device=images.device)
     of_images = (images, image_ids, texts, image_of_text)
     of_texts = (texts, image_of_text, images, image_ids)
-    found = {}
+    found: dict[str, float] = {}
     for direction, pairs in (("text", of_images), ("image", of_texts)):
         ranks = _ranks(*pairs)
         found |= {f"{direction}_r{most}": 100 * float((ranks < most).double().mean()) for most in RANKS}
