@@ -46,9 +46,6 @@ class MoECriterion(FairseqCriterion):
     layers, and any weights, compare; the percentages; how many samples stand for one with a bad image (``replaced``),
     where there are such; and the routing. All come from sums, so that a validation set's are exact.
 
-    Args:
-        cfg: the criterion's flags.
-
     Attributes:
         nll: key of a sum in nats, whose mean over ``ntokens`` is logged as ``nll_loss``, and ``ppl`` from it; where it
             is the loss itself, only if it differs from that.

@@ -105,11 +105,8 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     Every process must call it, and if one needs gradients all must: in the backward pass each gets the sum of what all
     processes' losses say about its own rows.
 
-    Args:
-        rows: ``(n, ...)`` of this process; the shapes but for n, and the types, are one on all of them.
-
     Returns:
-        ``(sum of n, ...)``, and where this process's begin.
+        of ``(n, ...)`` rows on each, whose shapes are equal but for n: ``(sum of n, ...)``, and where this one's begin.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows, 0

@@ -54,9 +54,6 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
     A task of one's own sets ``num_visual_tokens`` if it predicts them, and ``head_name`` if it has a head of its own,
     which ``build_head(embed_dim)`` makes for a model of that width.
 
-    Args:
-        args: an ``ImageTextTaskConfig`` or a subclass's.
-
     Attributes:
         head_name: in the model and in checkpoints; empty without a head.
         folder: the data.

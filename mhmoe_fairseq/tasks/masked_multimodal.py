@@ -61,17 +61,14 @@ class MaskedMultimodalTask(ImageTextTask):
         if not set(names) <= set(MODALITIES) or len(set(names)) < len(names):
             raise UserError(f"--modalities ({args.modalities}) must be some of {','.join(MODALITIES)}, each once")
         self.modalities = tuple(name for name in MODALITIES if name in names)
-        if args.visual_tokenizer and self.modalities == ("text",):
+        self.has_images = self.modalities != ("text",)
+        if args.visual_tokenizer and not self.has_images:
             raise UserError(
                 f"--visual-tokenizer ({args.visual_tokenizer}) is for patches, and --modalities ({args.modalities}) "
                 "has no images: leave one of the two flags out"
             )
         super().__init__(args)
-
-    @property
-    def has_images(self) -> bool:
-        """Whether patches are predicted."""
-        return "image" in self.modalities or "pair" in self.modalities
+        self._tokenizer_file = Path(args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
 
     @property
     def num_visual_tokens(self) -> int:
@@ -90,10 +87,6 @@ class MaskedMultimodalTask(ImageTextTask):
                 f"{self.grid[1]} patches: both grids must be the same"
             )
         return tokenizer
-
-    @property
-    def _tokenizer_file(self) -> Path:
-        return Path(self.args.visual_tokenizer or self.folder / "visual_tokenizer.pt")
 
     def image_targets(self, batch: dict[str, Any]) -> Tensor:
         """Return ``(B, patches)`` ids of all patches of a sub-batch, computed where the batch is, in float32."""

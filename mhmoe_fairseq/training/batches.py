@@ -59,14 +59,10 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
 
     @classmethod
     def of(cls, iterator: EpochBatchIterator, has_fillers: bool = False) -> "ResumableEpochBatchIterator":
-        """Return ``iterator`` itself, made one of this class: both fairseq versions construct it, in other ways.
-
-        Args:
-            has_fillers: whether a rank without a batch gets a filler, as in training, or nothing.
-        """
+        """Return ``iterator`` itself, of this class; in training a rank without a batch gets a filler, else nothing."""
         if has_fillers and iterator.frozen_batches and not isinstance(iterator.collate_fn, FillingCollater):
             iterator.collate_fn = FillingCollater(iterator.dataset, iterator.collate_fn, iterator.frozen_batches[0])
-        iterator.__class__ = cls
+        iterator.__class__ = cls  # both fairseq versions construct it, with other arguments
         return iterator
 
     def state_dict(self) -> dict[str, Any]:

@@ -140,11 +140,8 @@ def hold_save_dir(flags: TrainingFlags) -> None:
     """Keep other trainings out of the checkpoints' folder while this one runs.
 
     Two runs would mix their checkpoints without a word, until one fails over a file that the other has renamed. fairseq
-    has made the folder by now; where there is none, nothing is trained.
-
-    Raises:
-        UserError: if no command could open the checkpoints there, or another training, of this machine or of one that
-            shares its files, saves there.
+    has made the folder by now; where there is none, nothing is trained. A ``UserError`` says that no command could open
+    the checkpoints there, or that another training, of this machine or of one that shares its files, saves there.
     """
     folder = Path(flags.save_dir)
     if flags.no_save:

@@ -174,11 +174,7 @@ class Watch(threading.Thread):
 
 
 def guard_ranks(groups: Iterable[dist.ProcessGroup]) -> None:
-    """Bound every wait of this rank for another; every rank must call it. In one process it does nothing.
-
-    Args:
-        groups: the process groups of the training besides the default one.
-    """
+    """Bound every wait of this rank for another, in ``groups`` and the default one; every rank must call it."""
     limit, transfer = _seconds(WATCH_VARIABLE, 60), _seconds(TRANSFER_VARIABLE, 600)
     if transfer == 0:
         raise UserError(f"{TRANSFER_VARIABLE} (0) must be more than 0")
@@ -223,10 +219,8 @@ def _tell_the_others(watch: Watch) -> None:
 def no_lone_recovery(spreads_experts: bool) -> Iterator[None]:
     """Make a GPU that runs out of memory an error that ends the training, where experts are spread over ranks.
 
-    fairseq drops the batch on this rank and goes on, while the others wait in the middle of theirs for its experts.
-
-    Raises:
-        RuntimeError: in place of the error, without the words by which fairseq knows it.
+    fairseq drops the batch on this rank and goes on, while the others wait in the middle of theirs for its experts. The
+    RuntimeError in place of the error does not have the words by which fairseq knows it.
     """
     try:
         yield

@@ -25,11 +25,9 @@ def latest_routing(model: nn.Module) -> dict[nn.Module, RoutingStats]:
 
 
 def report_nonfinite(model: nn.Module, loss: Tensor, what: str, routing: dict[nn.Module, RoutingStats]) -> None:
-    """Log one error with the loss and a line on every layer of ``model`` after a batch.
+    """Log one error with the loss of the batch that the model has just done, and a line on every layer.
 
     Args:
-        model: has done the batch, and its backward pass if it is about gradients.
-        loss: of the batch.
         what: the batch, for the message.
         routing: what its layers with experts routed, see ``latest_routing``.
     """

@@ -18,9 +18,6 @@ class RouterUpdates:
     """Adds up the loads of an update's batches, and calls ``Router.after_update`` with those of all ranks.
 
     Nothing is done, and no process waits for another, where no router of the model has such a method of its own.
-
-    Args:
-        model: in training.
     """
 
     def __init__(self, model: nn.Module) -> None:

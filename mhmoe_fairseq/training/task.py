@@ -2,8 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,7 +47,7 @@ class ParallelTask(FairseqTask):
     num_updates = 0
     _has_experts = False
     _router_updates = RouterUpdates(nn.Module())
-    _routing: Mapping[nn.Module, RoutingStats] = MappingProxyType({})
+    _routing: dict[nn.Module, RoutingStats] = {}
     _has_reported = False
 
     @classmethod
