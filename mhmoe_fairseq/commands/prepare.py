@@ -83,10 +83,6 @@ def _add_vocabulary_arguments(group: argparse._ArgumentGroup, settings: type[Cor
     )  # fmt: skip
 
 
-def _cache_dir(args: argparse.Namespace) -> Path:
-    return args.cache_dir or args.dest.absolute().parent / ".mhmoe-downloads"
-
-
 def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
     _add_corpus_arguments(
         parser, ENGLISH_SOURCES, EnglishSettings, held_out="bytes; 0 for none", drawn="which documents are held out",
@@ -101,7 +97,7 @@ def _english(args: argparse.Namespace) -> EnglishPreparation:
     source, settings = ENGLISH_SOURCES.build(args), EnglishSettings.from_flags(args)
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     say(f"source: {source.name}; {source.unit}; licence: {source.licence}")
-    return EnglishPreparation(source, settings, _cache_dir(args), say)
+    return EnglishPreparation(source, settings, args.cache_dir, say)
 
 
 def _add_multilingual_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,7 +131,7 @@ def _multilingual(args: argparse.Namespace) -> MultilingualPreparation:
     )
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     say(f"source: {source.name}; languages: {', '.join(settings.languages)}")
-    return MultilingualPreparation(source, settings, _cache_dir(args), say)
+    return MultilingualPreparation(source, settings, args.cache_dir, say)
 
 
 def _add_image_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +189,7 @@ def _image_text(args: argparse.Namespace) -> ImageTextPreparation | Completion:
     if isinstance(source, Path):  # a folder of unilm's scripts
         return Completion(source, say, settings.text_data, settings.tokenizer)
     say(f"source: {source.name}; licence: {source.licence}")
-    return ImageTextPreparation(source, settings, _cache_dir(args), say)
+    return ImageTextPreparation(source, settings, args.cache_dir, say)
 
 
 def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +235,7 @@ def _classification(args: argparse.Namespace) -> classification.ClassificationPr
     files = classification.labelled_files(words, several_languages=args.language_field is not None)
     settings = classification.ClassificationSettings.from_flags(args)
     source = classification.LabelledText(files, args.data, args.tiktoken_ranks)
-    return classification.ClassificationPreparation(source, settings, args.dest, say)
+    return classification.ClassificationPreparation(source, settings, None, say)
 
 
 KINDS = {

@@ -107,7 +107,7 @@ class Preparation(ABC, Generic[SomeSettings]):
     dictionary_multiple: ClassVar[int] = 8
     source: Any
     settings: SomeSettings
-    cache_dir: Path
+    cache_dir: Optional[Path]  # None for a folder beside the prepared one
     say: Say
     workspace: Workspace = field(init=False)
     partial: Path = field(init=False)
@@ -130,6 +130,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         """
         self.workspace = Workspace(dest, self.identity())
         self.partial, self.stage = self.workspace.partial, self.workspace.stage
+        self.cache_dir = self.cache_dir or dest.absolute().parent / ".mhmoe-downloads"
         with exclusive_lock(dest / LOCK, "--dest"):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":

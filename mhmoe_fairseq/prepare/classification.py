@@ -79,11 +79,7 @@ def labelled_files(words: Mapping[str, Sequence[str]], several_languages: bool) 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Labelled files, and the dictionary and tokenizer that turn text into the ids that a language model knows.
-
-    Raises:
-        UserError: dictionary or tokenizer are missing, or they do not belong together.
-    """
+    """Labelled files, and a language model's dictionary and tokenizer; ``UserError`` unless these belong together."""
 
     files: Sequence[LabelledFile]
     folder: Path  # made by ``mhmoe prepare english`` or ``multilingual``, or by hand
@@ -128,11 +124,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class ClassificationSettings(Settings):
-    """How the files are read.
-
-    Raises:
-        UserError: naming the flag and the rule that it breaks.
-    """
+    """How the files are read; ``UserError`` names the flag of a bad value and its rule."""
 
     text_fields: Sequence[str]
     label_field: str

@@ -38,10 +38,7 @@ class PieceVocabulary:
     """A SentencePiece model of anyone's making in fairseq's order: its pieces from dictionary index 4 on.
 
     For BEiT-3's ``beit3.spm`` (``<unk>`` 0, ``<s>`` 1, ``</s>`` 2) these are the ids of the tokenizer that unilm's
-    scripts use; a ``<mask>`` after the last piece makes them whole.
-
-    Raises:
-        UserError: the file is not a SentencePiece model.
+    scripts use; a ``<mask>`` after the last piece makes them whole. ``UserError`` if the file is not such a model.
     """
 
     def __init__(self, path: Path):

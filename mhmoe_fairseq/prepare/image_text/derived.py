@@ -107,7 +107,13 @@ class Derivation:
                 f"{blind['by_question']:.1f} % are right"
             )
         if self.statements["train"]:
-            record["files"] |= _write_statements(writer, self.statements)
+            record["files"] |= writer.write("nlvr2", lambda split: [
+                {
+                    "image_path": made.images[0], "image2_path": made.images[1], "text_segment": made.text,
+                    "label": int(made.answer == YES), "identifier": made.identifier,
+                }
+                for made in self.statements[split]
+            ])  # fmt: skip
             record["statements"] = {
                 split: {**_describe("statements", made), "text_only_accuracy": 50.0}  # by construction
                 for split, made in self.statements.items()
@@ -132,16 +138,6 @@ def _write_questions(
         for question in questions[split]
     ])  # fmt: skip
     return {**files, ANSWERS_FILE: len(labels)}
-
-
-def _write_statements(writer: IndexWriter, statements: Mapping[str, list[Derived]]) -> dict[str, int]:
-    return writer.write("nlvr2", lambda split: [
-        {
-            "image_path": statement.images[0], "image2_path": statement.images[1], "text_segment": statement.text,
-            "label": int(statement.answer == YES), "identifier": statement.identifier,
-        }
-        for statement in statements[split]
-    ])  # fmt: skip
 
 
 def _counts(derived: Mapping[str, list[Derived]]) -> str:

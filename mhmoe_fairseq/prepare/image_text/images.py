@@ -92,11 +92,7 @@ def caption_sentences(images: Iterable[SourceImage]) -> list[Sentence]:
 
 
 def keep_images(folder: Path, opened: OpenedImages) -> OpenedImages:
-    """Leaves out images that cannot be read, joins units that show the same one, and writes the catalogue.
-
-    Raises:
-        UserError: no image can be read.
-    """
+    """Leaves out unreadable images (``UserError`` if all are), joins units that show one, writes the catalogue."""
     kept, problems = _readable(folder, opened.images)
     joined = _joined_units(folder, kept)
     images = [replace(image, unit=joined[image.unit]) for image in kept]

@@ -168,11 +168,7 @@ class TuxPaintSource:
         return {"package": STAMPS.package}
 
     def open(self, languages: Sequence[str], folder: Path, cache_dir: Path, say: Say) -> OpenedImages:
-        """Fetches the package and writes the stamps that have a caption in one of the languages.
-
-        Raises:
-            UserError: the package cannot be fetched or read.
-        """
+        """Writes the stamps that have a caption in one of the languages; ``UserError`` if there is no package."""
         package, provenance = fetch(STAMPS, cache_dir, say)
         members = dict(iter_deb_members(package, _is_stamp))
         drawings = {name.removesuffix(".png"): content for name, content in members.items() if name.endswith(".png")}
