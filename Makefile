@@ -28,7 +28,7 @@ help:
 	@echo "make test-slow  the tests that train for longer, too"
 	@echo "make check      linters, types, layering, shell scripts, the API reference"
 	@echo "make docs       API reference of moe/, parallel/ and experiments/, in outputs/api; a warning is an error"
-	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; an hour or more, JOBS=N"
+	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; half an hour, JOBS=N"
 	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
 

@@ -276,7 +276,7 @@ def test_whole_samples_leave_out_a_block_with_a_rate_that_rises_by_layer(name):
 
 def test_a_classification_heads_features_are_dropped():
     torch.manual_seed(0)
-    head = LastTokenHead(64, 64, 0.3, "head", may_be_new=True).double().train()
+    head = LastTokenHead(64, 64, 0.3).double().train()
     head.weight.data = torch.eye(64).double()
     features = torch.randn(50, 3, 64, dtype=torch.double, requires_grad=True)
     calls = [head(features, torch.zeros(50, 3, dtype=torch.bool)) for _ in range(2)]
