@@ -16,6 +16,8 @@ from ..common.ranges import ANY
 from ._fields import ConfigError, Positive, Size
 from .dispatch import sort_by_expert
 
+GATES: "dict[str, type[Gate]]" = {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateFields:
@@ -37,7 +39,7 @@ class GateFields:
 
     num_experts: Size
     top_k: Size = 2
-    routing: "Annotated[str, GATES]" = "dropless"
+    routing: Annotated[str, GATES] = "dropless"
     normalize_gates: bool = True
     normalize_before_dropping: bool = False
     second_expert_policy: Literal["all", "sampling", "random"] = "all"
@@ -168,7 +170,7 @@ class CapacityGate(Gate):
         return chosen_NK & within_NK, chosen_NK & ~within_NK
 
 
-GATES: dict[str, type[Gate]] = {"dropless": Gate, "capacity": CapacityGate}
+GATES.update(dropless=Gate, capacity=CapacityGate)
 
 
 def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from ._modes import without_autocast
 # since the forward pass normalises them.
 _EXPERT_NORM = 1.5
 _MIN_TEMPERATURE = 1e-2
+ROUTERS: "dict[str, type[Router]]" = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class RouterFields:
     """
 
     num_experts: Size
-    router: "Annotated[str, ROUTERS]" = "xmoe"
+    router: Annotated[str, ROUTERS] = "xmoe"
     router_dim: Size = 16
     router_normalize: Literal["expert", "both"] = "expert"
     router_temperature: Annotated[float | None, POSITIVE] = None
@@ -203,4 +204,4 @@ class XMoERouter(Router):
         return logits_NE
 
 
-ROUTERS: dict[str, type[Router]] = {"linear": LinearRouter, "xmoe": XMoERouter}
+ROUTERS.update(linear=LinearRouter, xmoe=XMoERouter)

@@ -193,8 +193,8 @@ def moe_layers(official: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     layers: dict[int, dict[str, Tensor]] = defaultdict(dict)
     converted = convert_weights({name: value for name, value in official.items() if _MOE.fullmatch(name)})
     for name, value in converted.items():
-        layer = _MOE.fullmatch(name)
-        layers[int(layer[2])][layer[3]] = value
+        if layer := _MOE.fullmatch(name):
+            layers[int(layer[2])][layer[3]] = value
     return dict(sorted(layers.items()))
 
 

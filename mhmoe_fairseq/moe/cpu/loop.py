@@ -8,6 +8,7 @@ traced or transformed (:func:`loop_obstacle`), and where a gradient is to be dif
 it anew in autograd's operations, with the same dropout.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -217,12 +218,13 @@ def _differentiable_backward(
     present = {name: weight for name, weight in weights._asdict().items() if weight is not None}
 
     with without_autocast("cpu"):  # as in the forward
-        gradients = torch.func.vjp(lambda *inputs: _in_autograds_operations(*inputs, ctx), x_Nd, gates_NK, present)[1]
+        forward = functools.partial(_in_autograds_operations, ctx)
+        gradients = torch.func.vjp(forward, x_Nd, gates_NK, present)[1]
         x_grad_Nd, gates_grad_NK, grads = gradients(grad_Nd)
     return x_grad_Nd, gates_grad_NK, None, None, *(grads.get(name) for name in ExpertWeights._fields)
 
 
-def _in_autograds_operations(x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor], ctx: Any) -> Tensor:
+def _in_autograds_operations(ctx: Any, x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor]) -> Tensor:
     """The output of ``_LoopFFN.forward``, dropout included."""
     plan, settings, source_R = ctx.plan, ctx.settings, ctx.plan.source_R
     weights = ExpertWeights(**{**dict.fromkeys(ExpertWeights._fields), **present})  # type: ignore[arg-type]
