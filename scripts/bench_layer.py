@@ -64,11 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def chosen_settings(args: argparse.Namespace) -> list[Setting]:
-    """Every combination asked for, checked before anything runs.
-
-    Raises:
-        ValueError: a size that the layer refuses, or one beside ``--quick``, which has its own.
-    """
+    """Returns every combination asked for; ValueError for a size that the layer refuses, or one beside ``--quick``."""
     for flag in ("tokens", "experts", "dtypes", *SIZES):
         name = flag.replace("-", "_")
         if args.quick and getattr(args, name) != build_parser().get_default(name):
@@ -171,9 +167,12 @@ def operator_times(call: Callable[[], object], top: int = 8, repeats: int = 3) -
 
 
 def in_fresh_process(call: Callable[..., Peak], *arguments: object) -> Peak:
-    """Returns what ``call`` returns in a process that does nothing else; RuntimeError if the process was killed."""
+    """Returns what ``call`` returns in a process that does nothing else; RuntimeError for whatever ends it."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(call, *arguments).result()
+        try:
+            return pool.submit(call, *arguments).result()
+        except Exception as error:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 def measure_memory(name: str, setting: Setting, threads: int) -> Peak:

@@ -205,7 +205,7 @@ def report_parts(counts: dict[str, ModelCounts], duels: dict[str, Duel], args: a
             "## What matrix products alone permit",
             "The products of all MoE layers, forward and backward, as `torch.mm` into preallocated outputs with equal "
             "rows for each expert, by turns. The last column is X-MoE's speed if everything else took X-MoE's time and "
-            "these products their own: what no implementation with `torch.mm` can exceed at these counts.",
+            "these products their own: what no implementation with `torch.mm` can exceed at these shapes.",
             products_table(counts, duels, args),
         ]
     flags = [f"- {NAMES[name]}: `{' '.join(flags_of(name, args, args.ranks))}`" for name in counts]

@@ -10,7 +10,7 @@ from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import require_files, sha256_of, write_json
 from ..common.ranges import flag
-from ..common.tables import columns_table, number
+from ..common.tables import markdown_table, number
 from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_record, record_file, write_record
 
 if TYPE_CHECKING:
@@ -183,7 +183,8 @@ def describe_diversity(measured: list[dict[str, Any]]) -> str:
     }
     for index, layer in enumerate(measured[0]["layers"]):
         columns[f"layer {layer + 1}"] = [number(each["mean_by_layer"][index]) for each in measured]
+    table = markdown_table(list(columns), list(zip(*columns.values())))
     return (
         f"different experts of a patch's sub-tokens, at most {measured[0]['most']}, mean of the MoE layers; "
-        f"one colour: patches without any drawing\n\n{columns_table(columns)}"
+        f"one colour: patches without any drawing\n\n{table}"
     )

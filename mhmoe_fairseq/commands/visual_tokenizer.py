@@ -64,23 +64,12 @@ def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
         fit, vqvae,
         ("updates", whole(), "N", "vqvae: steps"),
         ("batch_size", whole(), "N", "vqvae: images in a step"),
-        ("device", _device, None, "vqvae: where to train"),
+        ("device", str, None, "vqvae: where to train"),
     )  # fmt: skip
     fit.add_argument(
         "--lr", dest="learning_rate", type=real(above=0, below=1), default=vqvae.learning_rate, metavar="RATE",
         help="vqvae: at the start",
     )  # fmt: skip
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"({name}): PyTorch cannot use it here ({reason})") from error
-    return name
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,6 +86,8 @@ def _fit(args: argparse.Namespace) -> None:
         raise UserError(f"--output {output}: is there already; name another file, or add --overwrite to replace it")
     settings = kind(**{name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__})
     settings.check()
+    if "device" in kind.__dataclass_fields__:
+        _check_device(args.device)
     tokenizer = fit_tokenizer(args.data, settings, say)
     tokenizer.save(output)
     write_json(output.with_name(output.name + ".json"), describe(tokenizer))
@@ -106,6 +97,16 @@ def _fit(args: argparse.Namespace) -> None:
             measured = tokenizer.provenance[split].items()
             say(f"{split}: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in measured))
     say(f"done: {output}")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device ({name}): PyTorch cannot use it here ({reason})") from error
 
 
 def describe(tokenizer: "VisualTokenizer") -> dict[str, object]:

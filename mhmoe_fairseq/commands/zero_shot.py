@@ -200,8 +200,8 @@ def complete(words: list[str]) -> list[str]:
 def _read_words(words: list[str]) -> argparse.Namespace:
     """What lm-eval's arguments say of the model and of the folder of its results."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model", "-M")
-    parser.add_argument("--output_path", "-o")
+    parser.add_argument("--model", "-M", nargs="?")  # lm-eval says itself that a value is missing
+    parser.add_argument("--output_path", "-o", nargs="?")
     return parser.parse_known_args(words)[0]
 
 

@@ -21,6 +21,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     """Turns "no space left", "quota exceeded" and "file too large" while writing ``path`` into a :class:`UserError`."""
     try:
         yield
+    except UserError:  # it names its file already
+        raise
     except Exception as error:
         number = _system_error(error)
         if number not in _NO_ROOM:

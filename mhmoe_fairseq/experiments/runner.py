@@ -52,6 +52,7 @@ def call(
                 on_line(lines[-1])
         except BaseException:
             process.terminate()
+            process.wait()  # what it writes is written before the same command may start again
             raise
     if process.returncode:
         raise UserError(last_error(lines))

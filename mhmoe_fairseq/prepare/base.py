@@ -57,9 +57,9 @@ class CorpusSettings(Settings):
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.shares["train"] <= 0:
+        if not all(0 < share <= 1 for share in (self.shares["train"], 1 - self.valid_fraction, 1 - self.test_fraction)):
             flags = f"--valid-fraction {self.valid_fraction:g} and --test-fraction {self.test_fraction:g}"
-            raise UserError(f"{flags}: their sum must be below 1, the rest is the training part")
+            raise UserError(f"{flags}: their sum must be below 1, the rest is the training part, and none negative")
 
     @property
     def shares(self) -> dict[str, float]:

@@ -37,7 +37,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path):
     path.write_text("old")
     (tmp_path / ".a.txt.tmp").symlink_to("/dev/full")  # the kernel's own full disk
     with pytest.raises(UserError, match="a.txt: cannot be written \\(no space left on device\\): free some space"):
-        with atomic_open(path) as stream:
+        with atomic_open(tmp_path / "b.txt"), atomic_open(path) as stream:  # the full one is named
             stream.write(b"new" * 100_000)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

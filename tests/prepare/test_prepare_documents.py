@@ -121,7 +121,7 @@ def test_splits_of_the_source_are_kept():
     assert assign_splits(sizes, shares(0.5, 0.4), 1) == ["valid", "train", "train"]
 
 
-@pytest.mark.parametrize("valid, test", [(0, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize("valid, test", [(0, 1.0), (0.5, 0.5), (-0.5, 0.1), (float("nan"), 0.1)])
 def test_impossible_fractions(valid, test):
     with pytest.raises(UserError, match=f"--test-fraction {test:g}: their sum must be below 1"):
         shares(valid, test)

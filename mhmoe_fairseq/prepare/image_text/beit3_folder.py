@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...common.errors import UserError
-from ...common.files import atomic_path, read_utf8_lines, refuse_path_separator, write_json
+from ...common.files import atomic_open, atomic_path, read_utf8_lines, refuse_path_separator, write_json
 from ...common.locks import LOCK, exclusive_lock
 from ...data.documents import clean_line
 from ...data.identity import MANIFEST, read_manifest
@@ -187,7 +187,7 @@ class Completion:
         if prefix.with_suffix(".idx").is_file():
             return
         if self.text_data is not None:
-            lines = self._encode(self.text_data / f"{split}.txt")
+            lines = self._encode(self.text_data / f"{split}.txt", prefix.with_suffix(".txt"))
         elif self._is_there("pair", split):
             lines = iter(dict.fromkeys(tuple(ids.tolist()) for ids in self._read("pair", split)["text_segment"]))
         else:
@@ -197,11 +197,14 @@ class Completion:
                 add([*ids, _EOS])
         self._note(f"text/{split}.bin", f"text/{split}.idx")
 
-    def _encode(self, text: Path) -> Iterator[Sequence[int]]:
+    def _encode(self, source: Path, text: Path) -> Iterator[Sequence[int]]:
+        """Writes the clean lines to ``text``, for other preparations, and yields their ids."""
         model = self.folder / MODEL_FILE
         if not model.is_file():
             raise UserError(f"--text-data: {self.folder} has no {MODEL_FILE} to encode it with")
-        return map(PieceVocabulary(model).encode, filter(None, map(clean_line, read_utf8_lines(text))))
+        with atomic_open(text) as stream:
+            stream.writelines(f"{line}\n".encode() for line in map(clean_line, read_utf8_lines(source)) if line)
+        return map(PieceVocabulary(model).encode, read_utf8_lines(text))
 
     def _fit_tokenizer(self) -> Optional[dict[str, Any]]:
         if self.tokenizer is None or (self.folder / TOKENIZER_FILE).is_file() or not self._is_there("image", "train"):
