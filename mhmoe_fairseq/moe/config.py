@@ -162,6 +162,8 @@ class MHMoEConfig(RouterFields, GateFields):
         *,
         budget: Literal["params", "flops"],
         num_heads: int,
+        top_k: int | None = None,
+        num_projection_layers: int = 1,
         multiple_of: int = 8,
         expert_multiple: int = 1,
         **changes: Any,
@@ -173,9 +175,10 @@ class MHMoEConfig(RouterFields, GateFields):
             budget: ``"params"`` (paper 1's beta): same E and k, the widest expert whose layer has at most
                 the reference's parameters. ``"flops"`` (paper 2): expert width from equal FLOPs, then the
                 number of experts from equal parameters.
+            top_k: the reference's by default.
             multiple_of: the expert width is a multiple of this.
             expert_multiple: under ``"flops"`` the number of experts is a multiple of this.
-            **changes: further fields to change, such as ``top_k``; without it ``num_projection_layers`` is 1.
+            **changes: further fields to change.
 
         Raises:
             ConfigError: if no width fits the budget (``params``: within 0.5 % below).
@@ -187,7 +190,8 @@ class MHMoEConfig(RouterFields, GateFields):
             problem = SIZE.problem(multiple)
             if problem is not None:
                 raise ConfigError(name, multiple, problem)
-        base = dataclasses.replace(reference, num_heads=num_heads, **{"num_projection_layers": 1, **changes})
+        changes |= {"num_projection_layers": num_projection_layers} | ({} if top_k is None else {"top_k": top_k})
+        base = dataclasses.replace(reference, num_heads=num_heads, **changes)
         if budget == "params":
             return _match_params(base, reference, multiple_of)
         if budget == "flops":

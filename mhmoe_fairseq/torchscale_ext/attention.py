@@ -110,6 +110,7 @@ class MultiwaySelfAttention(SelfAttention):
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, settings.for_modalities(lambda: nn.Linear(dim, dim)))
         settings.without_biases(self)
+        self.xpos = None  # an image and its text are no one sequence of positions
 
 
 def visible_keys(

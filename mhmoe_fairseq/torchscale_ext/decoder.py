@@ -70,7 +70,7 @@ class MHMoEDecoder(Decoder):
         if padding_mask is None:
             padding_mask = prev_output_tokens.eq(self.embed_tokens.padding_idx)
         else:
-            kind = "caption" if is_causal else "full"
+            padding_mask, kind = padding_mask.bool(), "caption" if is_causal else "full"
             visible = visible_keys(kind, 0, padding_mask.size(1), padding_mask, padding_mask.device)
         padding_mask = padding_mask[:, -x.size(1) :]  # incremental decoding: the mask spans all keys, x one token
 

@@ -54,9 +54,10 @@ class _LayerSettings:
         parallel: the processes that the MoE layers extend over; None for one.
         rms_norm: RMSNorm in place of LayerNorm.
         no_bias: no bias in any linear map.
-        rotary_embed: rotate queries and keys by their position (decoders only).
         torchscale: the configuration's own arguments.
     """
+
+    rotary_embed = False
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class _LayerSettings:
         parallel: ExpertParallelism | None = None,
         rms_norm: bool = False,
         no_bias: bool = False,
-        rotary_embed: bool = False,
         **torchscale: Any,
     ) -> None:
         super().__init__(**torchscale)
@@ -75,7 +75,6 @@ class _LayerSettings:
         self.parallel = parallel
         self.rms_norm = rms_norm
         self.no_bias = no_bias
-        self.rotary_embed = rotary_embed
 
     def build_norm(self, dim: int) -> nn.Module:
         """RMSNorm or LayerNorm over ``dim`` features."""
@@ -103,7 +102,16 @@ class _LayerSettings:
 
 
 class DecoderSettings(_LayerSettings, DecoderConfig):
-    """TorchScale's decoder configuration with MH-MoE layers, rotary positions, RMSNorm and bias-free maps."""
+    """TorchScale's decoder configuration with MH-MoE layers, RMSNorm and bias-free maps.
+
+    Args:
+        rotary_embed: rotate queries and keys by their position.
+        more: of ``_LayerSettings`` and ``DecoderConfig``.
+    """
+
+    def __init__(self, *, rotary_embed: bool = False, **more: Any) -> None:
+        super().__init__(**more)
+        self.rotary_embed = rotary_embed
 
 
 class EncoderSettings(_LayerSettings, EncoderConfig):
