@@ -100,7 +100,9 @@ def open_model(
     """
     target, file = find_device(device), find_checkpoint(Path(checkpoint), None)
     settings = read_settings(file)
-    changes = dict(overrides) if data is None else {**overrides, "data": str(Path(data).resolve())}
+    changes = dict(overrides) if data is None else {**overrides, "data": Path(data).resolve()}
+    # Configurations hold no paths before omegaconf 2.1.
+    changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
     with _opening(file):
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=changes)
     return Opened(models[0].to(target).eval(), task, settings, file)
