@@ -6,6 +6,8 @@ import pytest
 import torch
 from console import USER_DIR, run_console
 
+from mhmoe_fairseq.models.precision import resolve
+
 MODELS = {
     "dense": {"_name": "dense_lm_tiny", "moe_freq": 0, "dropout": 0.1},
     "xmoe": {"_name": "xmoe_lm_tiny", "mhmoe_heads_number": 1, "mhmoe_router": "xmoe", "moe_expert_count": 8},
@@ -46,10 +48,10 @@ def test_two_updates(repository, trained_model, tmp_path, model):
 
 
 def test_fields_reach_the_model(repository, trained_model, tmp_path):
-    overrides = ("+model.decoder_layers=2", "model.mhmoe_heads_number=2", "+model.mhmoe_precision=bf16")
+    overrides = ("+model.decoder_layers=2", "model.mhmoe_heads_number=2", "+model.mhmoe_precision=auto")
     hydra_train(repository, tmp_path, trained_model.data, "mhmoe_params", *overrides)
     state = torch.load(tmp_path / "saved" / "checkpoint_last.pt", weights_only=True)
-    assert state["cfg"]["model"]["mhmoe_precision"] == "bf16"
+    assert state["cfg"]["model"]["mhmoe_precision"] == resolve("auto", "cpu")
     experts = {name: value.shape for name, value in state["model"].items() if name.endswith("experts.fc1_weight")}
     assert list(experts) == ["decoder.layers.1.moe_layer.experts.fc1_weight"]
     assert experts.popitem()[1][2] == 128 // 2

@@ -17,6 +17,7 @@ from ..common.errors import UserError
 from ..common.ranges import flag
 from . import beit3, language_model  # noqa: F401  (models must be registered before their architectures)
 from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
+from .precision import device_type_of, resolve
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class Architecture:
         fill(args, **{f"{kind.stack}_{name}": value for name, value in SIZES[self.size].items()})
         fill(args, **{field.name: None for field in dataclasses.fields(kind.options) if field.default is None})
         fill(args, **_COMMON, **kind.defaults)
+        if args.mhmoe_precision is not None:  # the configuration that a checkpoint keeps says what was computed in
+            args.mhmoe_precision = resolve(args.mhmoe_precision, device_type_of(args))
 
 
 ARCHITECTURES = {one.name: one for one in (Architecture(*parts) for parts in itertools.product(FAMILIES, KINDS, SIZES))}
@@ -148,7 +151,7 @@ def architecture_options(arch: str, **flags: Any) -> Any:
     """
     architecture = named_architecture(arch)
     kind = KINDS[architecture.kind]
-    options = kind.options(**kind.from_task, tpu=False, amp=False, fp16=False)
+    options = kind.options(**kind.from_task, cpu=False, tpu=False, amp=False, fp16=False)
     for name, value in flags.items():
         if not hasattr(options, name):
             raise UserError(f"{flag(name)} is not an option of {arch}")

@@ -1,9 +1,5 @@
-"""What both models are made of beside their layers: precision, a dictionary, experts over the processes of a training.
+"""What both models are made of beside their layers: a dictionary, experts over the processes of a training."""
 
-``ComputePrecision`` and ``RemembersVocabulary`` stand among a module's bases.
-"""
-
-import contextlib
 import hashlib
 import logging
 import struct
@@ -21,44 +17,13 @@ from ..parallel import expert_parallelism
 from ..torchscale_ext.settings import Settings
 from ..training import ParallelTask
 from .flags import expert_parallel_size
+from .precision import require_one_precision
 
 logger = logging.getLogger(__name__)
 
-_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class ComputePrecision:
-    """Computes under autocast in the type that ``--mhmoe-precision`` names.
-
-    Attributes:
-        precision: ``fp32``, ``bf16`` or ``fp16``.
-        scales_loss: the trainer scales the loss, as fp16 needs.
-    """
-
-    training: bool
-
-    def set_precision(self, options: Any) -> None:
-        """Read the options, once in the constructor."""
-        self.precision = str(options.mhmoe_precision or "fp32")
-        self.scales_loss = bool(options.amp or options.fp16)
-
-    def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
-        """The model's precision, for calling a part by itself, such as the output layer.
-
-        Raises:
-            UserError: when training in fp16 without loss scaling.
-        """
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        if self.precision == "fp16" and self.training and torch.is_grad_enabled() and not self.scales_loss:
-            raise UserError(
-                "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
-            )
-        return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])
-
 
 class RemembersVocabulary(nn.Module):
-    """Refuses a checkpoint of another dictionary, even where the sizes agree.
+    """Stands among a module's bases: refuses a checkpoint of another dictionary, even where the sizes agree.
 
     The state has one tensor that is no parameter, a fingerprint of the dictionary.
 
@@ -99,9 +64,10 @@ def spread_experts(settings: Settings, options: Any, task: Any) -> None:
     """Set ``parallel`` where a task of ours builds a model for training; every process must call it alike.
 
     For evaluation, in one process, and of TorchScale's own layer, every process has all experts. Errors are those of
-    ``expert_parallel_size``.
+    ``expert_parallel_size`` and ``require_one_precision``.
     """
     if isinstance(task, ParallelTask) and task.is_training:
+        require_one_precision(options.mhmoe_precision)
         moe = None if settings.feed_forward == "torchscale" else settings.moe
         settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size)
 

@@ -18,11 +18,12 @@ from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.attention import KeyValueCache
 from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
 from ..torchscale_ext.settings import UNUSED_POSITIONS, EncoderSettings
-from .bases import ComputePrecision, RemembersVocabulary, spread_experts
+from .bases import RemembersVocabulary, spread_experts
 from .captions import CaptionState
 from .flags import encoder_settings
 from .heads import TaskHeads
 from .options import BEIT3_NAME, BEiT3Options
+from .precision import ComputePrecision
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from ..torchscale_ext.settings import DecoderSettings
-from .bases import ComputePrecision, RemembersVocabulary, spread_experts
+from .bases import RemembersVocabulary, spread_experts
 from .flags import decoder_settings
 from .heads import LastTokenHead, TaskHeads
 from .options import MODEL_NAME, LanguageModelOptions
+from .precision import ComputePrecision
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 

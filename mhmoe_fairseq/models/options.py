@@ -34,7 +34,7 @@ SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
-PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16"])
+PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16", "auto"])
 
 
 def option(
@@ -104,8 +104,10 @@ class MoEOptions(FairseqDataclass):
         "recompute each layer's activations in the backward pass", stack=True, affects="nothing"
     )
     mhmoe_precision: Optional[PRECISION_CHOICES] = option(
-        "compute under autocast in this type, on GPU and CPU; weights stay in float32 (default: fp32); training in "
-        "fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's own --bf16 means TPU: do not use it",
+        "compute under autocast in this type, on GPU and CPU; weights stay in float32 (default: fp32); auto: bf16 "
+        "where this machine multiplies it itself (amx_bf16, avx512_bf16, GPUs of compute capability 8.0), else fp32; "
+        "which it was, the checkpoint says; training in fp16 needs fairseq's loss scaling, --amp or --fp16. fairseq's "
+        "own --bf16 means TPU: do not use it",
         affects="nothing",
     )
     moe_freq: Optional[int] = option("every n-th layer is an MoE layer; 0 for a dense model", stack=True)
@@ -219,6 +221,7 @@ class MoEOptions(FairseqDataclass):
         "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)",
         needs="moe", layer="shared_expert_dim",
     )  # fmt: skip
+    cpu: bool = option(None, affects="nothing", default=II("common.cpu"))
     tpu: bool = option(None, affects="nothing", default=II("common.tpu"))
     amp: bool = option(None, affects="nothing", default=II("common.amp"))
     fp16: bool = option(None, affects="nothing", default=II("common.fp16"))

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from mhmoe_fairseq.models import bases, flags
+from mhmoe_fairseq.models import bases, flags, precision
 from mhmoe_fairseq.models.beit3 import MHMoEBEiT3
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel
 from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
@@ -65,7 +65,7 @@ def test_nothing_is_set_unless_given(model):
 @both_models
 def test_every_flag_is_read(model):
     """No dead flags: each sets a field of a layer or a stack, or is read by its name."""
-    source = "".join(inspect.getsource(module) for module in (flags, bases, inspect.getmodule(model)))
+    source = "".join(inspect.getsource(module) for module in (flags, bases, precision, inspect.getmodule(model)))
     for field in dataclasses.fields(OPTIONS[model]):
         known = field.metadata.get("layer") or field.metadata.get("stack")
         assert known or f".{field.name}" in source or f'"{field.name}"' in source, field.name
