@@ -121,7 +121,7 @@ class Architecture:
         FAMILIES[self.family](args)
         fill(args, **{f"{kind.stack}_{name}": value for name, value in SIZES[self.size].items()})
         fill(args, **{field.name: None for field in dataclasses.fields(kind.options) if field.default is None})
-        fill(args, **_COMMON, **kind.defaults)
+        fill(args, **_COMMON, **kind.defaults, cpu=False)
         if args.mhmoe_precision is not None:  # the configuration that a checkpoint keeps says what was computed in
             args.mhmoe_precision = resolve(args.mhmoe_precision, device_type_of(args))
 
