@@ -59,9 +59,9 @@ mutate: $(STAMP)
 	$(BIN)/python scripts/mutate.py --jobs $(or $(JOBS),1)
 
 bench: $(STAMP)
-	$(BIN)/python scripts/bench_layer.py
-	$(BIN)/python scripts/bench_train.py
-	$(BIN)/python scripts/bench_train.py --ranks 2 --size small --sentences 16 --models mhmoe-params
+	$(BIN)/python scripts/bench/layer.py
+	$(BIN)/python scripts/bench/model.py
+	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16 --models mhmoe-params
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""scripts/bench_layer.py: work, memory and time are counted rightly, contenders compute one function, the report."""
+"""scripts/bench/layer.py: work, memory and time are counted rightly, contenders compute one function, the report."""
 
 import mmap
 import os
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-import bench_layer
-from _bench import layers
-from _bench.layer_report import Results, targets
-from _bench.layers import PlainLoop, Setting, build, check, equal_shares, errors_against
-from _bench.memory import tensor_peak
-from _bench.timing import Pairs, time_pairs
+from bench import contenders
+from bench import layer as bench_layer
+from bench.contenders import PlainLoop, Setting, build, check, equal_shares, errors_against
+from bench.layer_report import Results, targets
+from bench.memory import tensor_peak
+from bench.timing import Pairs, time_pairs
 
 TINY = Setting(tokens=24, num_experts=4, embed_dim=32, num_heads=2, top_k=2, ffn_dim=48)
 SMALL = ["--tokens", "8", "--experts", "4", "--dtypes", "fp32", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
@@ -41,7 +41,7 @@ def counted_flops(call) -> int:
 @pytest.mark.parametrize("name", ["gemm", "loop", "mixtral-eager"])
 def test_contenders_do_the_work_that_the_bound_counts(name):
     """Beside it only the router's two maps (X-MoE) or one (Mixtral), forward and backward."""
-    if reason := layers.unavailable(name):
+    if reason := contenders.unavailable(name):
         pytest.skip(reason)
     subtokens = TINY.tokens * TINY.num_heads
     dim = TINY.config().router_dim
@@ -182,7 +182,7 @@ def test_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
 
 
 def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(layers, "unavailable", lambda name: "not here" if name.startswith("mixtral") else None)
+    monkeypatch.setattr(contenders, "unavailable", lambda name: "not here" if name.startswith("mixtral") else None)
     flags = [*SMALL, "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
     assert bench(*flags, output=tmp_path / "report.md") == 0
     assert "grouped_mm was left out: not here" in text_of(tmp_path / "report.md")
@@ -202,7 +202,7 @@ def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, 
 def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
     assert bench(*flags) == 2
     out = capsys.readouterr().out.strip().splitlines()
-    assert len(out) == 1 and out[0].startswith("bench_layer: error:") and message in out[0]
+    assert len(out) == 1 and out[0].startswith("layer: error:") and message in out[0]
 
 
 @pytest.mark.slow

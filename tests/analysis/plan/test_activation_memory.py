@@ -17,7 +17,7 @@ from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "scripts"))
 
-from _bench.memory import tensor_peak
+from bench.memory import tensor_peak
 
 SIZES = {"decoder_layers": 3, "decoder_embed_dim": 64, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 160}
 ROWS, LENGTH, WORDS = 4, 96, 400

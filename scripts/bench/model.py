@@ -7,16 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _bench.console import Target, add_numbers, conclude, make_parser, report_path, run_benchmark, write_report
-from _bench.layers import DTYPES, gemm_bound
-from _bench.timing import Pairs, take_turns, time_pairs
-from _bench.training import NAMES, Training, add_model_arguments, count, flags_of, train, write_zipf_data
 from tqdm import tqdm
 
 from mhmoe_fairseq.analysis.plan.ranks import Cluster, exchange
 from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.models.counts import ModelCounts
 from mhmoe_fairseq.models.flags import expert_parallel_size
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench.console import Target, add_numbers, conclude, make_parser, report_path, run_benchmark, write_report
+from bench.contenders import DTYPES, gemm_bound
+from bench.timing import Pairs, take_turns, time_pairs
+from bench.training import NAMES, Training, add_model_arguments, count, flags_of, train, write_zipf_data
 
 DESCRIPTION = """\
 Train language models for a few updates with fairseq-train and compare tokens per
@@ -35,14 +38,14 @@ and the rows that the training says it moved stand beside those of `mhmoe plan`.
 """
 EPILOG = """\
 examples:
-  python scripts/bench_train.py --quick
+  python scripts/bench/model.py --quick
       MH-MoE (flops) against X-MoE only: the project's target
-  python scripts/bench_train.py
+  python scripts/bench/model.py
       all four: 12 layers of 768, 8 experts, 8,000 words, 4 x 512 tokens per
       update; half an hour on two cores, and 12 GB of memory
-  python scripts/bench_train.py --ranks 2 --size small --sentences 16 --models mhmoe-params
+  python scripts/bench/model.py --ranks 2 --size small --sentences 16 --models mhmoe-params
       two ranks of one thread against one process of two: the other target
-  python scripts/bench_train.py --data data/english
+  python scripts/bench/model.py --data data/english
       on the training split of a folder that `mhmoe prepare` wrote
 
 The tokens are draws by Zipf's law unless --data is given. Weights are fresh, hence

@@ -10,7 +10,7 @@ from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.common.tables import markdown_table
 
 from .console import Target, write_report
-from .layers import NAMES, Setting
+from .contenders import NAMES, Setting
 from .timing import Pairs
 
 BOUND_LIMITS = {8: 1.20, 32: 1.25}

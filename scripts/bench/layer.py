@@ -7,15 +7,19 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import torch
-from _bench import layers
-from _bench.console import add_numbers, conclude, make_parser, positive, report_path, run_benchmark
-from _bench.layer_report import Results, targets, write_layer_report, write_plot
-from _bench.layers import DTYPES, NAMES, Setting, build
-from _bench.memory import Peak, measure
-from _bench.timing import time_pairs
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import contenders
+from bench.console import add_numbers, conclude, make_parser, positive, report_path, run_benchmark
+from bench.contenders import DTYPES, NAMES, Setting, build
+from bench.layer_report import Results, targets, write_layer_report, write_plot
+from bench.memory import Peak, measure
+from bench.timing import time_pairs
 
 DESCRIPTION = """\
 Measure the MH-MoE layer (forward and backward) against
@@ -31,12 +35,12 @@ report says so.
 """
 EPILOG = """\
 examples:
-  python scripts/bench_layer.py --quick
+  python scripts/bench/layer.py --quick
       the acceptance points only (about ten minutes): time at T=2048, E=8 and 32,
       and peak memory at T=2048, 4096, 8192, all in fp32
-  python scripts/bench_layer.py
+  python scripts/bench/layer.py
       the whole sweep: T=512..8192, E=8/32/128, fp32 and bf16 (an hour or two)
-  python scripts/bench_layer.py --tokens 512 2048 --experts 8 --dtypes bf16 --rivals gemm loop
+  python scripts/bench/layer.py --tokens 512 2048 --experts 8 --dtypes bf16 --rivals gemm loop
       a part of it
 
 In the report "ours / rival" below 1 means that ours is faster; a wide range behind
@@ -130,7 +134,7 @@ class Run:
         if any(rival.startswith("mixtral") for *_, rival in self.duels):
             what["mixtral-eager"] = f"our SwiGLU layer against Mixtral's block, {setting.label()}"
         for rival, label in what.items():
-            self.results.errors[label] = layers.check(layers.errors_against(rival, setting), label)
+            self.results.errors[label] = contenders.check(contenders.errors_against(rival, setting), label)
 
     def measure(self, setting: Setting, name: str) -> None:
         try:
@@ -185,7 +189,7 @@ def measure_memory(name: str, setting: Setting, threads: int) -> Peak:
 
 def run(args: argparse.Namespace) -> int:
     settings = chosen_settings(args)  # first: bad sizes end the run before anything is said
-    reasons = {name: layers.unavailable(name) for name in args.rivals}
+    reasons = {name: contenders.unavailable(name) for name in args.rivals}
     planned = Run(args, settings, [name for name, reason in reasons.items() if reason is None])
     planned.results.notes += [f"{NAMES[name]} was left out: {reason}." for name, reason in reasons.items() if reason]
     for note in planned.results.notes:
