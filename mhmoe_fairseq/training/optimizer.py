@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from ..common.errors import UserError
 from .checks import OPTIMIZER, TrainingFlags, flattens_gradients, optimizer_name
 from .expert_state import ExpertState, notes_of, take_note
+from .fused_adam import FusedAdam
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +24,19 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)\w*embed\w*\.")
 
 
-@register_optimizer(OPTIMIZER, dataclass=FairseqAdamConfig)
+@dataclass
+class MHMoEAdamConfig(FairseqAdamConfig):
+    """fairseq's flags of Adam."""
+
+    use_old_adam: bool = field(
+        default=False,
+        metadata={"help": "step with fairseq's own Adam; without it PyTorch's fused kernel computes the same, faster"},
+    )
+
+
+@register_optimizer(OPTIMIZER, dataclass=MHMoEAdamConfig)
 class MHMoEAdam(FairseqAdam):
-    """fairseq's Adam, flag for flag; where every rank holds all experts and all learn alike it is that and no more.
+    """fairseq's Adam, flag for flag and state for state, on PyTorch's fused kernel (``FusedAdam``).
 
     Where experts are shared out it does for them what fairseq does for the rest of the model: it adds up the
     gradients of ranks that hold the same experts, counts all experts in the gradient norm, and saves and loads the
@@ -35,8 +47,11 @@ class MHMoEAdam(FairseqAdam):
     whose ``lr_scale`` it is.
     """
 
-    def __init__(self, cfg: FairseqAdamConfig, params: Iterable[nn.Parameter]) -> None:
-        super().__init__(cfg, _groups_by_scale(list(params)))
+    def __init__(self, cfg: MHMoEAdamConfig, params: Iterable[nn.Parameter]) -> None:
+        groups = _groups_by_scale(list(params))
+        super().__init__(cfg, groups)
+        if not (cfg.use_old_adam or cfg.fp16_adam_stats):  # statistics in fp16 are apex's
+            self._optimizer = FusedAdam(groups, **self.optimizer_config)
         self.set_lr(self.optimizer_config["lr"])
         shards = {parameter: notes_of(parameter).shard for parameter in self.params}
         self._shards = {parameter: shard for parameter, shard in shards.items() if shard is not None}
@@ -79,11 +94,34 @@ class MHMoEAdam(FairseqAdam):
             if shard.groups.num_replicas > 1:
                 dist.all_reduce(shard.parameter.grad, group=shard.groups.replicas)
 
+    def multiply_grads(self, c: float | Tensor) -> None:
+        """Multiply all gradients by ``c``, at the next step if that can do it on its way over them."""
+        fused = self._multiplying()
+        if fused is None:
+            super().multiply_grads(c)
+        else:
+            fused.factor = fused.factor * c
+
     def clip_grad_norm(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Return the norm of the whole model's gradient, every expert counted once; the same on every rank.
 
-        fairseq's own function scales the experts' gradients but leaves them out of the norm.
+        Where the norm is above ``max_norm``, unless that is 0, gradients are multiplied as ``multiply_grads`` does.
         """
+        fused = self._multiplying()
+        if fused is None:
+            return self._clip_at_once(max_norm, aggregate_norm_fn)
+        norm = self._clip_at_once(0, aggregate_norm_fn) * abs(fused.factor)
+        if max_norm > 0:
+            fused.factor = fused.factor * (float(max_norm) / (norm + 1e-6)).clamp_(max=1)
+        return norm
+
+    def _multiplying(self) -> FusedAdam | None:
+        """The inner optimizer if its next step can multiply the gradients; ``--zero-sharding`` puts another there."""
+        inner = self._optimizer
+        return inner if isinstance(inner, FusedAdam) and inner.multiplies_gradients() else None
+
+    def _clip_at_once(self, max_norm: float, aggregate_norm_fn: Callable[[Tensor], Tensor] | None) -> Tensor:
+        """fairseq's own function scales the experts' gradients but leaves them out of the norm."""
         if not self._shards:
             return super().clip_grad_norm(max_norm, aggregate_norm_fn)
         gradients = [parameter.grad for parameter in self._shards]  # fairseq has made zeros where there were none
