@@ -14,11 +14,13 @@ from fairseq import checkpoint_utils, utils
 from fairseq.hub_utils import GeneratorHubInterface
 from torch import nn
 
+from ..common.arguments import PRECISIONS
 from ..common.console import quiet
 from ..common.errors import UserError
 from ..data.identity import DataIdentity, identify_data
 from ..models.counts import stack_of_layers
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
+from ..models.precision import resolve
 from .files import read_trained
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,11 @@ class Opened:
 
 
 def open_model(
-    checkpoint: str | Path, data: str | Path | None = None, device: str | None = None, overrides: Mapping[str, Any] = {}
+    checkpoint: str | Path,
+    data: str | Path | None = None,
+    device: str | None = None,
+    overrides: Mapping[str, Any] = {},
+    precision: str | None = None,
 ) -> Opened:
     """Open a checkpoint of any model and task of ours.
 
@@ -93,6 +99,7 @@ def open_model(
         data: the prepared folder (default: that of the training).
         device: see ``find_device``.
         overrides: settings of the task or model to change, by name.
+        precision: ``fp32``, ``bf16`` or ``auto`` (default: the training's).
 
     Raises:
         FileNotFoundError: naming what is missing.
@@ -100,7 +107,8 @@ def open_model(
     """
     target, file = find_device(device), find_checkpoint(Path(checkpoint), None)
     settings = read_settings(file)
-    changes = dict(overrides) if data is None else {**overrides, "data": Path(data).resolve()}
+    changes = {**overrides, **_in_precision(precision, target)}
+    changes |= {} if data is None else {"data": Path(data).resolve()}
     # Configurations hold no paths before omegaconf 2.1.
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
     with _opening(file):
@@ -109,7 +117,7 @@ def open_model(
 
 
 def open_text_model(
-    checkpoint: str | Path, data: str | Path | None = None, device: str | None = None
+    checkpoint: str | Path, data: str | Path | None = None, device: str | None = None, precision: str | None = None
 ) -> GeneratorHubInterface:
     """Open a language model together with its tokenizer.
 
@@ -117,10 +125,20 @@ def open_text_model(
     checkpoint's own folder, or its training data).
     """
     target = find_device(device)
+    changes = _in_precision(precision, target)
     with _opening(checkpoint):
         folder = None if data is None else str(data)
-        model = MHMoELanguageModel.from_pretrained(str(checkpoint), data_name_or_path=folder)
+        model = MHMoELanguageModel.from_pretrained(str(checkpoint), data_name_or_path=folder, **changes)
     return model.to(target).eval()
+
+
+def _in_precision(asked: str | None, device: torch.device) -> dict[str, str]:
+    """The setting to change for a precision other than the training's."""
+    if asked is None:
+        return {}
+    if asked not in PRECISIONS:
+        raise UserError(f"precision ({asked}) must be one of {', '.join(PRECISIONS)}")
+    return {"mhmoe_precision": resolve(asked, device.type)}
 
 
 def read_settings(file: Path) -> dict[str, Any]:

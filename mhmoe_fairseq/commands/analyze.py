@@ -5,7 +5,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.arguments import existing_file, existing_folder, output_folder, plain_name, real, whole
+from ..common.arguments import (
+    add_device_arguments,
+    existing_file,
+    existing_folder,
+    output_folder,
+    plain_name,
+    real,
+    whole,
+)
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import require_files, sha256_of, write_json
@@ -51,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images", "--pictures", type=whole(), metavar="N",
         help="with --diversity: how many of the split, evenly spread (default: 8)",
     )  # fmt: skip
+    add_device_arguments(parser)
     parser.add_argument("--no-plots", action="store_true", help="only tables and JSON; needs no matplotlib")
 
 
@@ -75,17 +84,24 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
     from ..analysis.reports.plots import draw_all
     from ..analysis.reports.routing import activation_plot, describe_routing, part_plots
     from ..analysis.routing.measure import measure_routing
+    from ..checkpoints.open import find_device, read_settings
     from ..data.identity import identify_data
+    from ..models.precision import resolve
 
     [checkpoint] = args.checkpoints
     out = args.out or checkpoint.parent
     file, threshold = out / f"routing-{args.split}.json", args.threshold or ACTIVE_THRESHOLD
-    origin = (sha256_of(checkpoint), identify_data(args.data).digest, args.split)
+    device = "cpu" if args.cpu else None
+    settings = read_settings(checkpoint)["model"]
+    precision = resolve(args.precision or settings.get("mhmoe_precision"), find_device(device).type)
+    origin = (sha256_of(checkpoint), identify_data(args.data).digest, args.split, precision)
     record = _read_kept(file, origin)
     with quiet():
         if record is None:
             kept = _read_kept(record_file(checkpoint.parent, args.split), origin)
-            record = measure_routing(checkpoint, args.data, args.split, args.batch_size, kept, say)
+            record = measure_routing(
+                checkpoint, args.data, args.split, args.batch_size, kept, say, device, args.precision
+            )
             write_record(file, record)
         files = [file]
         if not args.no_plots:
@@ -97,13 +113,13 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
     return files
 
 
-def _read_kept(file: Path, origin: tuple[str, str, str]) -> Record | None:
-    """A record with expert loads of this very checkpoint, data and split; None if there is none."""
+def _read_kept(file: Path, origin: tuple[str, str, str, str]) -> Record | None:
+    """A record with expert loads of this very checkpoint, data, split and precision; None if there is none."""
     if not file.is_file():
         return None
     record = read_record(file)
-    is_same = (record.checkpoint.get("sha256"), record.data.get("digest"), record.split) == origin
-    return record if is_same and record.experts is not None else None
+    known = (record.checkpoint.get("sha256"), record.data.get("digest"), record.split)
+    return record if (*known, record.provenance.get("precision")) == origin and record.experts is not None else None
 
 
 def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
@@ -128,7 +144,7 @@ def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
     with quiet():
         for _, origin in sorted(origins.items()):
             say(f"routing {len(images)} images with {origin['path']}")
-            measured.append(measure_diversity(origin, args.data, images))
+            measured.append(measure_diversity(origin, args.data, images, "cpu" if args.cpu else None, args.precision))
         files = _write_diversity(args, measured, paths, images)
     say(describe_diversity(measured))
     return files

@@ -3,6 +3,7 @@
 import argparse
 
 from ..common.arguments import (
+    add_device_arguments,
     existing_file,
     existing_folder,
     existing_path,
@@ -19,7 +20,7 @@ from ..evaluation.records import Metric, Record, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
-_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "image")
+_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=whole(), metavar="N", help="most examples, or blocks, per batch (32)")
     add("--max-tokens", type=whole(), metavar="N", help="most tokens per batch of text (36000; of sentences 4096)")
     add("--num-workers", type=whole(at_least=0), metavar="N", help="processes that decode images (0)")
-    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add_device_arguments(parser)
     text = parser.add_argument_group("text in several languages")
     text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
     masked = parser.add_argument_group("masked images")
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--record {error}: give --record FILE") from None
     with quiet():
-        opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides)
+        opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides, args.precision)
         record = evaluate(opened, args.split, **options)
     say(describe(record))
     if record.metrics:

@@ -5,7 +5,16 @@ import json
 import sys
 from pathlib import Path
 
-from ..common.arguments import existing_file, existing_folder, existing_path, output_file, real, seed, whole
+from ..common.arguments import (
+    add_device_arguments,
+    existing_file,
+    existing_folder,
+    existing_path,
+    output_file,
+    real,
+    seed,
+    whole,
+)
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.ranges import flag
@@ -49,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true",
         help="print a JSON object per prompt: prompt, text, score (mean log-probability in nats), tokens, token_scores",
     )  # fmt: skip
-    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add_device_arguments(parser)
     captions = parser.add_argument_group("captions of --image")
     captions.add_argument("--output", type=output_file, metavar="FILE", help='write [{"image_path", "caption"}]')
     add_caption_arguments(captions)
@@ -69,7 +78,7 @@ def _caption(args: argparse.Namespace) -> int:
     from ..evaluation.images import write_objects
 
     with quiet():
-        opened = open_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
+        opened = open_model(args.checkpoint, args.data, "cpu" if args.cpu else None, precision=args.precision)
     search = find_search(opened, args.beam, args.length_penalty, args.max_len)
     captions = []
     for path, caption in zip(args.image, caption_images(opened, args.image, search, args.batch_size)):
@@ -88,7 +97,7 @@ def _continue(args: argparse.Namespace) -> int:
 
     names = ("max_len_b", "sampling", "temperature", "top_k", "top_p", "seed")
     search = Search(args.beam or 1, **{name: getattr(args, name) for name in names})
-    model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None)
+    model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None, args.precision)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
         say(json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text)
     return 0

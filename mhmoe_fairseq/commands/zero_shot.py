@@ -13,6 +13,7 @@ from typing import Any
 
 from ..common.arguments import (
     add_action,
+    add_device_arguments,
     existing_folder,
     existing_path,
     nonempty,
@@ -37,6 +38,7 @@ _HELP = """mhmoe zero-shot lm-eval: lm-eval's command line with the model mhmoe,
   checkpoint        a checkpoint, or the folder that holds one; record-zero-shot-lm-eval.json is written there
   data              folder with dict.txt and the tokenizer's model (default: the checkpoint's, or its training data)
   lang              language code whose symbol leads every text (models trained with --mhmoe-language-token)
+  precision         fp32, bf16 or auto (default: as in the training)
   max_length        most tokens read at once (default: the model's positions)
   max_gen_toks      most new tokens where a task does not say (256)
   max_batch_tokens  most tokens per batch, for --batch_size auto (8192)
@@ -109,7 +111,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser, *former: str) -> None:
         help="begin texts with their language's symbol (default: as the model was trained)",
     )  # fmt: skip
     add("--max-batch-tokens", type=whole(), default=8192, metavar="N", help="most tokens per batch")
-    add("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    add_device_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -216,7 +218,7 @@ def _open_evaluated(config: dict[str, Any]) -> tuple[Path, Any] | None:
     if config.get("model") != "mhmoe" or "checkpoint" not in given:
         return None
     file = find_checkpoint(Path(given["checkpoint"]), None)
-    return file, open_text_model(file, given.get("data"), given.get("device"))
+    return file, open_text_model(file, given.get("data"), given.get("device"), given.get("precision"))
 
 
 def _run_xnli(args: argparse.Namespace) -> int:
@@ -241,7 +243,12 @@ def _run_xnli(args: argparse.Namespace) -> int:
     def evaluate(name: str, file: Path) -> tuple[Record, Any]:
         device = "cpu" if args.cpu else None
         model = MHMoEHarnessModel(
-            file, args.data, batch_size="auto", max_batch_tokens=args.max_batch_tokens, device=device
+            file,
+            args.data,
+            batch_size="auto",
+            max_batch_tokens=args.max_batch_tokens,
+            device=device,
+            precision=args.precision,
         )
         record = evaluate_xnli(
             model, [one.code for one in sets], args.out / "tasks", args.out / "scores" / name.replace("/", "_"),
@@ -295,7 +302,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     data = {"path": str(path), "digest": sha256_of(path), "split": args.split}
 
     def evaluate(name: str, file: Path) -> tuple[Record, Any]:
-        hub = open_text_model(file, args.data, "cpu" if args.cpu else None)
+        hub = open_text_model(file, args.data, "cpu" if args.cpu else None, args.precision)
         scorer = TextScorer(hub, batch_tokens=args.max_batch_tokens)
         parts = {
             f"{source}-{target}": probe(scorer, questions, source, target, language_symbols=args.language_token)

@@ -61,6 +61,19 @@ def add_fields(parser: Any, defaults: Any, *rows: tuple[str, Any, str | None, st
         parser.add_argument(flag(name), default=getattr(defaults, name), metavar=metavar, help=text, **allowed)
 
 
+PRECISIONS = ("fp32", "bf16", "auto")  # in which a trained model may be asked to compute
+
+
+def add_device_arguments(parser: Any) -> None:
+    """Adds ``--cpu`` and ``--precision``: where, and in what type of numbers, a trained model computes."""
+    parser.add_argument("--cpu", action="store_true", help="stay on the CPU even if there is a GPU")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS,
+        help="compute in float32, in bf16, or (auto) in bf16 where this machine multiplies it itself; the training's "
+        "if not given",
+    )  # fmt: skip
+
+
 def number(kind: Callable[[str], Any], allowed: Range, text: str) -> Any:
     """The number that ``text`` stands for, refused outside its range."""
     try:

@@ -54,6 +54,7 @@ class MHMoEHarnessModel(TemplateLM):
         max_gen_toks: most new tokens where a task does not say.
         max_batch_tokens: most tokens per batch, padding included.
         clean: prepare text as ``mhmoe prepare`` does.
+        precision: ``fp32``, ``bf16`` or ``auto`` (default: the training's).
 
     Raises:
         UserError, OSError: naming the argument, or the file, and the rule.
@@ -71,6 +72,7 @@ class MHMoEHarnessModel(TemplateLM):
         max_gen_toks: int = 256,
         max_batch_tokens: int = DEFAULT_BATCH_TOKENS,
         clean: bool = True,
+        precision: str | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class MHMoEHarnessModel(TemplateLM):
             rows = int(batch_size)
         else:
             raise UserError(f"--batch_size ({batch_size}) must be a positive number or auto")
-        self.hub = open_text_model(checkpoint, data, device)
+        self.hub = open_text_model(checkpoint, data, device, precision)
         self.scorer = TextScorer(
             self.hub, batch_size=rows, batch_tokens=max_batch_tokens, max_length=max_length, language=lang, clean=clean
         )

@@ -53,6 +53,9 @@ def test_what_was_counted_is_not_counted_again(runs, tmp_path: Path, capsys: pyt
     assert analyze(*words) == 0
     assert "measuring" not in capsys.readouterr().out
     assert read_record(run / "routing-valid.json").settings == {"kept": True}
+    assert analyze(*words, "--precision", "bf16", "--cpu") == 0  # what is kept was measured in another
+    assert "measuring" in capsys.readouterr().out
+    assert read_record(run / "routing-valid.json").provenance["precision"] == "bf16"
     shutil.copy(runs.dense / "checkpoint_last.pt", run)
     assert analyze(*words) == 2
     assert "is a dense model: it has no experts to measure" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from images_and_words import training_words, write_images_and_words, write_token
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.identity import identify_data
 from mhmoe_fairseq.evaluation.records import read_record
+from mhmoe_fairseq.models.precision import resolve
 
 
 def test_one_text_has_a_total_only_which_is_fairseqs(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -43,6 +44,23 @@ def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path
     assert record.provenance["precision"] == "fp32" and record.provenance["device"] == "cpu"
     tokens = record.metrics["loss"].count
     assert all(sum(row.loads) == tokens * 2 * 2 for row in record.experts.layers) and record.experts.parts == []
+
+
+@pytest.mark.parametrize("run", ["dense", "mhmoe"])
+def test_in_another_precision_perplexity_does_not_depend_on_the_batch(runs, tmp_path: Path, run: str) -> None:
+    checkpoint, found = getattr(runs, run) / "checkpoint_last.pt", {}
+    for precision, size in (("fp32", 1), ("fp32", 32), ("bf16", 1), ("bf16", 32), ("auto", 32)):
+        flags = ["--precision", precision, "--batch-size", str(size), "--record", str(tmp_path / "record.json")]
+        assert main(["evaluate", str(checkpoint), "--data", str(runs.data), "--cpu", *flags]) == 0
+        record = read_record(tmp_path / "record.json")
+        assert record.provenance["precision"] == resolve(precision, "cpu")
+        found[precision, size] = record.main.value
+    assert found["auto", 32] == found[resolve("auto", "cpu"), 32] and found["bf16", 1] != found["fp32", 1]
+    assert f"{found['fp32', 1]:.2f}" == f"{found['fp32', 32]:.2f}"
+    assert found["bf16", 1] == pytest.approx(found["bf16", 32], rel=1e-3)
+    assert found["bf16", 32] == pytest.approx(found["fp32", 32], rel=1e-2)
+    overridden = ["--batch-size", 32, "--model-overrides", "{'mhmoe_precision': 'bf16'}"]
+    assert evaluated(evaluate(runs.data, checkpoint, *overridden)).perplexity == round(found["bf16", 32], 2)
 
 
 def test_languages_of_a_model_of_one_text(runs, capsys: pytest.CaptureFixture) -> None:

@@ -36,6 +36,17 @@ def test_json_lines(trained_model, capsys):
     assert record["text"] == text.strip() and len(record["tokens"]) == len(record["token_scores"])
 
 
+def test_in_bf16_scores_are_rounded(trained_model, capsys):
+    arguments = (trained_model.checkpoint, "--prompt", "The river", "--max-len-b", 20, "--json", "--cpu")
+    scores = {}
+    for flags in ((), ("--precision", "fp32"), ("--precision", "bf16")):
+        status, out, _ = generate(capsys, *arguments, *flags)
+        assert status == 0
+        scores[flags[-1:]] = json.loads(out)["token_scores"]
+    assert scores[()] == scores["fp32",] != scores["bf16",]
+    assert scores["bf16",][:3] == pytest.approx(scores["fp32",][:3], abs=0.1)
+
+
 def test_prompts_from_a_file_and_from_stdin(trained_model, capsys, monkeypatch, tmp_path):
     (tmp_path / "prompts.txt").write_text("The river\n\nThe café\n", encoding="utf-8")
     flags = ("--max-len-b", 30, "--batch-size", 2)
@@ -77,6 +88,7 @@ def test_bad_input_is_one_line(trained_model, capsys, tmp_path):
         ((trained_model.folder, "--prompts-file", tmp_path / "empty.txt"), "no prompt in it"),
         ((trained_model.folder, "--prompts-file", tmp_path / "none.txt"), "none.txt"),
         ((trained_model.folder, *prompt, "--top-k", 3), "--top-k needs --sampling"),
+        ((trained_model.folder, *prompt, "--precision", "fp8"), "--precision: invalid choice: 'fp8'"),
     ):
         status, out, err = generate(capsys, *arguments)
         assert status == 2 and out == "" and message in err

@@ -141,6 +141,7 @@ def test_beams_are_refused(lm):
         ({"checkpoint": "x", "dtype": "auto"}, "--model_args dtype: no such argument"),
         ({"checkpoint": "x", "batch_size": "many"}, r"--batch_size \(many\) must be a positive number or auto"),
         ({"checkpoint": "x", "device": "abacus"}, "device abacus: no such device"),
+        ({"checkpoint": "x", "precision": "fp8"}, r"precision \(fp8\) must be one of fp32, bf16, auto"),
     ],
 )
 def test_bad_model_arguments(arguments, message):

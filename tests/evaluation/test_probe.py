@@ -109,11 +109,12 @@ def data(trained_model, tmp_path):
 
 def test_the_command(trained_model, hub, data, capsys):
     flags = ["--checkpoint", str(trained_model.folder), "--data", str(data), "--cpu", "--max-items", "8"]
-    words = [*flags, "--pairs", "en-de,de-en", "--record", str(data / "probe.json")]
+    words = [*flags, "--pairs", "en-de,de-en", "--precision", "fp32", "--record", str(data / "probe.json")]
     assert main(["zero-shot", "probe", *words]) == 0
     out = capsys.readouterr().out
     assert "Cross-lingual probe of our own, not XNLI" in out and "chance is 25.0" in out
     record = read_record(data / "probe.json")
+    assert record.provenance["precision"] == "fp32"
     assert list(record.parts) == ["en-de", "de-en"] and "not XNLI" in record.settings["what"]
     for pair, metrics in record.parts.items():
         assert metrics["PMI"].count == 8 and metrics["PMI"].baselines == {"chance": 25.0}

@@ -19,12 +19,15 @@ _BATCH = 32
 
 
 @torch.no_grad()
-def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) -> dict[str, Any]:
+def measure_diversity(
+    checkpoint: dict[str, Any], data: Path, images: Tensor, device: str | None = None, precision: str | None = None
+) -> dict[str, Any]:
     """Route images, each shown alone, without text, and count the experts of every patch.
 
     Args:
         checkpoint: what ``describe_checkpoint`` says of a model of images and text with experts.
         images: ``(B, 3, H, W)`` as ``prepare_images`` gives them.
+        device, precision: see ``open_model``.
 
     Returns:
         ready for JSON: the checkpoint; ``layers``, indices of the MoE layers from 0; ``most``, how many experts a patch
@@ -34,7 +37,7 @@ def measure_diversity(checkpoint: dict[str, Any], data: Path, images: Tensor) ->
     Raises:
         UserError: it is a dense model.
     """
-    opened = open_model(checkpoint["path"], data)
+    opened = open_model(checkpoint["path"], data, device, precision=precision)
     layers, task = list(expert_pools(opened.model)), opened.task
     if not layers:
         raise UserError(f"{checkpoint['path']} is a dense model: it has no experts to measure")

@@ -27,20 +27,24 @@ def measure_routing(
     batch_size: int | None,
     kept: Record | None,
     say: Callable[[str], None],
+    device: str | None = None,
+    precision: str | None = None,
 ) -> Record:
     """Return the record of a split's routing, what="routing".
 
     Args:
         checkpoint: a model with experts, of any task that ``mhmoe evaluate`` knows.
         batch_size: blocks, or images, per batch; None for the evaluation's own.
-        kept: what ``mhmoe evaluate`` recorded of the same checkpoint, data and split: its loads are not counted again.
+        kept: what ``mhmoe evaluate`` recorded of the same checkpoint, data, split and precision: its loads are not
+            counted again.
+        device, precision: see ``open_model``.
 
     Raises:
         UserError: the model has no experts, or the split is none of the data's.
     """
     if kept is not None and kept.what != "masked" and not _is_by_language(kept):
         return dataclasses.replace(kept, what="routing")
-    opened = open_model(checkpoint, data)
+    opened = open_model(checkpoint, data, device, precision=precision)
     if not any(layer.is_moe_layer for layer in opened.layers):
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
     say(f"measuring the experts of {checkpoint} on {split}")
