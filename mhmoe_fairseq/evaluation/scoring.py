@@ -19,7 +19,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from fairseq.hub_utils import GeneratorHubInterface
-from torch import Tensor
 
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
@@ -30,7 +29,6 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 8192
-_LOGITS_AT_ONCE = 2**26  # 256 MB in float32
 
 
 class Score(NamedTuple):
@@ -221,24 +219,12 @@ class TextScorer:
             is_scored[row, end - len(window.targets) : end] = True
         features, _ = self.decoder(inputs.to(device), features_only=True)
         targets = torch.tensor([token for window in windows for token in window.targets], device=device)
-        log_probs, is_best = self._predict(features[is_scored.to(device)], targets)
+        losses, is_best = self.decoder.predict(features[is_scored.to(device)], targets, with_best=True)
         lengths = [len(window.targets) for window in windows]
         return [
-            Score(float(row.sum()), bool(best.all()), length)
-            for row, best, length in zip(log_probs.split(lengths), is_best.split(lengths), lengths)
+            Score(-float(row.sum()), bool(best.all()), length)
+            for row, best, length in zip(losses.cpu().double().split(lengths), is_best.split(lengths), lengths)
         ]
-
-    def _predict(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """``(N, D)`` features and ``(N,)`` targets -> their float64 log-probabilities and whether each is the best."""
-        rows = max(1, _LOGITS_AT_ONCE // len(self.dictionary))
-        log_probs, is_best = [], []
-        for some, wanted in zip(features.split(rows), targets.split(rows)):
-            with self.decoder.autocast(some.device.type):
-                logits = self.decoder.output_layer(some)
-            predicted = logits.float().log_softmax(-1)
-            log_probs.append(predicted.gather(1, wanted[:, None])[:, 0].cpu().double())
-            is_best.append(predicted.argmax(1).eq(wanted).cpu())
-        return torch.cat(log_probs), torch.cat(is_best)
 
 
 def _total(parts: list[Score]) -> Score:

@@ -20,6 +20,7 @@ from ..torchscale_ext.beit3 import INITIAL_DEVIATION, MultiwayBEiT3
 from ..torchscale_ext.settings import UNUSED_POSITIONS, EncoderSettings
 from .bases import RemembersVocabulary, spread_experts
 from .captions import CaptionState
+from .cross_entropy import Prediction, predict
 from .flags import encoder_settings
 from .heads import TaskHeads
 from .options import BEIT3_NAME, BEiT3Options
@@ -123,10 +124,23 @@ class MHMoEBEiT3(ComputePrecision, RemembersVocabulary, BaseFairseqModel):
 
     def image_logits(self, features: Tensor) -> Tensor:
         """``(..., D) -> (..., visual tokens)``; ``ValueError`` if the model was built without visual tokens."""
+        with self.autocast(features.device.type):
+            return self._image_head()(features)
+
+    def predict_words(self, features: Tensor, targets: Tensor) -> Prediction:
+        """Losses of words, and whether they are best, from features: as of ``text_logits``."""
+        with self.autocast(features.device.type):
+            return predict(features, self.text_head, targets, with_best=True)
+
+    def predict_patches(self, features: Tensor, targets: Tensor) -> Prediction:
+        """As ``predict_words``, of visual tokens; ``ValueError`` if the model was built without them."""
+        with self.autocast(features.device.type):
+            return predict(features, self._image_head(), targets, with_best=True)
+
+    def _image_head(self) -> nn.Linear:
         if self.image_head is None:
             raise ValueError("the model has no head for masked patches: its task has no visual tokens")
-        with self.autocast(features.device.type):
-            return self.image_head(features)
+        return self.image_head
 
     def register_head(self, name: str, module: nn.Module, may_be_new: bool = True) -> None:
         """Add a head, called with features and ``extra``; it is saved and loaded with the model.

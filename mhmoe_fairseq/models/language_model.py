@@ -17,6 +17,7 @@ from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
 from ..torchscale_ext.settings import DecoderSettings
 from .bases import RemembersVocabulary, spread_experts
+from .cross_entropy import Prediction, predict
 from .flags import decoder_settings
 from .heads import LastTokenHead, TaskHeads
 from .options import MODEL_NAME, LanguageModelOptions
@@ -35,10 +36,25 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
         self.set_precision(options)
         self.remember_vocabulary(dictionary, "embed_tokens.weight")
 
-    def forward(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        """As ``MHMoEDecoder.forward``, in ``--mhmoe-precision``; ``UserError`` in training in fp16 unscaled."""
+    def forward(
+        self, prev_output_tokens: Tensor, targets: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As ``MHMoEDecoder.forward``, in ``--mhmoe-precision``; ``UserError`` in training in fp16 unscaled.
+
+        Args:
+            targets: ``(B, S)`` ids, padding where nothing is predicted, whose losses take the place of logits: cross
+                entropies in nats, ``(B, S)`` in float32, 0 where padded.
+        """
         with self.autocast(prev_output_tokens.device.type):
-            return super().forward(prev_output_tokens, **kwargs)
+            if targets is None:
+                return super().forward(prev_output_tokens, **kwargs)
+            features, extra = super().forward(prev_output_tokens, features_only=True, **kwargs)
+            return self.predict(features, targets).losses, extra
+
+    def predict(self, features: Tensor, targets: Tensor, with_best: bool = False) -> Prediction:
+        """Losses of targets as ``forward`` gives them, and whether they are best, from features of any positions."""
+        with self.autocast(features.device.type):
+            return predict(features, self.output_projection, targets, self.embed_tokens.padding_idx, with_best)
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """``(B, S, D)`` features and the same extras as ``forward``."""
@@ -54,8 +70,11 @@ class MHMoELanguageModel(FairseqLanguageModel):
     """Decoder-only language model; ``--arch`` names one of ``models.architectures``.
 
     Attributes:
+        takes_targets: ``forward`` gives the losses of ``targets``, computed inside it as wrappers of parameters need.
         classification_heads: of fine-tuning.
     """
+
+    takes_targets = True
 
     def __init__(self, decoder: LanguageModelDecoder) -> None:
         super().__init__(decoder)
@@ -95,7 +114,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
     def forward(
         self, src_tokens: Tensor, classification_head_name: str | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits of the next token everywhere, or of a head's classes.
+        """Logits of the next token everywhere or its losses, or logits of a head's classes.
 
         Args:
             src_tokens: ``(B, S)``, padded on the right.
@@ -103,7 +122,8 @@ class MHMoELanguageModel(FairseqLanguageModel):
             **kwargs: of the decoder.
 
         Returns:
-            ``(B, S, vocabulary)``, or ``(B, classes)`` with a head; and the decoder's ``extra``.
+            ``(B, S, vocabulary)``, ``(B, S)`` with ``targets``, or ``(B, classes)`` with a head; and the decoder's
+            ``extra``.
         """
         if classification_head_name is None:
             return super().forward(src_tokens, **kwargs)

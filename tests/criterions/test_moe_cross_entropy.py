@@ -28,9 +28,9 @@ def sample(lengths, seed=0):
     return {"net_input": {"src_tokens": source}, "target": target, "ntokens": int(target.ne(1).sum())}
 
 
-def cross_entropy(model, batch):
-    logits = model(**batch["net_input"])[0]
-    return F.cross_entropy(logits.transpose(1, 2), batch["target"], ignore_index=1, reduction="sum")
+def cross_entropy(model, batch, reduction="sum"):
+    logits = model(**batch["net_input"])[0].float()
+    return F.cross_entropy(logits.transpose(1, 2), batch["target"], ignore_index=1, reduction=reduction)
 
 
 @pytest.mark.parametrize("combine", ["sum", "average"])
@@ -71,11 +71,13 @@ def test_a_dense_model_has_plain_cross_entropy_and_no_moe_logs():
     assert set(logged([log])) == {"loss", "ppl"}
 
 
-def test_unreduced_is_cross_entropy_per_target():
-    model, batch = small_model().eval(), sample([9, 5])
+@pytest.mark.parametrize("takes_targets", [True, False], ids=["ours", "of fairseq"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_unreduced_is_cross_entropy_per_target(takes_targets, precision):
+    model, batch = small_model(mhmoe_precision=precision).eval(), sample([9, 5])
+    model.takes_targets = takes_targets
     losses, _, _ = criterion()(model, batch, reduce=False)
-    assert losses.shape == (16,)
-    torch.testing.assert_close(losses.sum(), cross_entropy(model, batch))
+    torch.testing.assert_close(losses, cross_entropy(model, batch, reduction="none").flatten())
 
 
 @pytest.mark.parametrize("flag, values", [("--moe-gate-loss-wt", (-1, 0)), ("--mhmoe-z-loss-wt", (0, -1))])

@@ -1,0 +1,225 @@
+"""Cross entropy of targets under a linear output layer, without log-probabilities of all rows at once.
+
+Logits, their softmax in float32 and their gradients exist for one chunk of rows at a time. Where a loss is to be
+differentiated, the gradients are computed with it, so that no product is computed twice: losses are nearly always
+summed, and then their gradients need a common factor at most. Anything else computes the chunks again.
+``torch.nn.functional.linear_cross_entropy`` (torch 2.14) does so for a sum only and not under autocast; on a CPU it is
+slower, in bf16 slower than the plain way.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..moe.cpu.loop import loop_obstacle
+
+# A chunk's logits in float32, about as much as a cache holds; but where a row takes so much that fewer than these rows
+# fit, products would wait for the weight.
+_CHUNK_BYTES = 32 * 2**20
+_CHUNK_ROWS = 256
+
+Parts = tuple[Tensor, Tensor, Tensor | None]  # features (N, D), weight (V, D) and bias (V,)
+
+
+class Prediction(NamedTuple):
+    """What an output layer makes of targets, in their shape.
+
+    Attributes:
+        losses: cross entropy in nats, float32 (float64 of such features); 0 where ignored.
+        is_best: whether the target is the most probable symbol; None unless asked for.
+    """
+
+    losses: Tensor
+    is_best: Tensor | None
+
+
+class _How(NamedTuple):
+    """The type of products, the target without a loss if there is one, whether to look for the most probable symbol."""
+
+    dtype: torch.dtype
+    ignored: int | None
+    with_best: bool
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type of softmax, losses and sums over rows."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+
+def predict(
+    features: Tensor, layer: nn.Linear, targets: Tensor, ignored: int | None = None, with_best: bool = False
+) -> Prediction:
+    """Return the cross entropy of every target, differentiable as often as wanted.
+
+    Products are in autocast's type where it is on, the softmax in float32.
+
+    Args:
+        features: ``(..., D)``.
+        layer: ``D -> V``.
+        targets: ``(...)`` ids.
+        ignored: the target without a loss (default: all have one).
+        with_best: look for ``is_best``, too, which takes a tenth of the time.
+    """
+    kind, dtype = features.device.type, features.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+    parts = features.flatten(0, -2), layer.weight, layer.bias
+    how = _How(dtype, ignored, with_best)
+    if loop_obstacle(parts):
+        losses, is_best = _plain(parts, targets.flatten(), how)
+    else:
+        losses, is_best = _Predict.apply(*parts, targets.flatten(), how, torch.is_grad_enabled())
+    return Prediction(losses.view(targets.shape), None if is_best is None else is_best.view(targets.shape))
+
+
+def _plain(parts: Parts, targets_N: Tensor, how: _How) -> tuple[Tensor, Tensor | None]:
+    """Losses and ``is_best`` of all rows at once, in autograd's operations."""
+    logits = F.linear(*(None if part is None else part.to(how.dtype) for part in parts))  # type: ignore[arg-type]
+    log_probs = logits.log_softmax(1, dtype=how.wide)
+    ignored = {} if how.ignored is None else {"ignore_index": how.ignored}
+    losses = F.nll_loss(log_probs, targets_N, reduction="none", **ignored)
+    return losses, log_probs.argmax(1).eq(targets_N) if how.with_best else None
+
+
+class _Predict(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, how: _How, has_graph: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = x_ND, weight_VD, bias_V
+        # In fp16 the gradients of unscaled losses would vanish: there they wait for the factor.
+        needed = ctx.needs_input_grad[:3] if has_graph and how.dtype != torch.float16 else None
+        losses_N, best_N, ctx.gradients = _in_chunks(parts, targets_N, how, needed)
+        if has_graph:
+            ctx.how = how
+            ctx.save_for_backward(*parts, targets_N)
+        if best_N is not None:
+            ctx.mark_non_differentiable(best_N)
+        return losses_N, best_N
+
+    @staticmethod
+    def backward(ctx: Any, factor_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        *parts, targets_N = ctx.saved_tensors
+        if torch.is_grad_enabled() or loop_obstacle([factor_N]):  # create_graph, or a batch of gradients
+            given = [part for part in parts if part is not None]
+
+            def losses(*given: Tensor) -> Tensor:
+                return _plain((*given, None)[:3], targets_N, ctx.how)[0]  # type: ignore[arg-type]
+
+            with torch.autocast(factor_N.device.type, enabled=False):
+                gradients = torch.func.vjp(losses, *given)[1](factor_N)
+            return *gradients, *[None] * (6 - len(given))
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or (len(factor_N) > 1 and factor_N.stride(0)):  # used up, or not a sum's factor
+            gradients = _in_chunks(parts, targets_N, ctx.how, ctx.needs_input_grad[:3], factor_N)[2]
+        else:
+            gradients = [None if grad is None else grad.mul_(factor_N[:1].sum()) for grad in gradients]
+        return *gradients, None, None, None
+
+
+def _in_chunks(
+    parts: Parts, targets_N: Tensor, how: _How, needed: tuple[bool, ...] | None, factor_N: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, list[Tensor | None] | None]:
+    """Losses, ``is_best``, and the gradients by the ``parts`` that are ``needed``, None for none; without a graph.
+
+    Args:
+        factor_N: of each loss in the sum whose gradients they are (default: 1).
+    """
+    # Only operations that write to given memory, whose types autocast leaves alone.
+    x_ND, weight_VD, bias_V = (None if part is None else part.to(how.dtype) for part in parts)
+    assert x_ND is not None and weight_VD is not None
+    index_N1, ignored_N = targets_N.unsqueeze(1), None
+    if how.ignored is not None:
+        ignored_N = targets_N.eq(how.ignored)
+        index_N1 = index_N1.masked_fill(ignored_N[:, None], 0)
+        factor_N = torch.ones_like(targets_N, dtype=how.wide) if factor_N is None else factor_N
+        factor_N = factor_N.masked_fill(ignored_N, 0)
+    losses_N1 = x_ND.new_empty(index_N1.shape, dtype=how.wide)
+    best_N = torch.empty_like(targets_N, dtype=torch.bool) if how.with_best else None
+    gradients = None if needed is None else _Gradients(parts, needed, how, x_ND, weight_VD)
+    for chunk, logits, log_probs in _buffers(x_ND, len(weight_VD), how):
+        if bias_V is None:
+            torch.mm(x_ND[chunk], weight_VD.t(), out=logits)
+        else:
+            torch.addmm(bias_V, x_ND[chunk], weight_VD.t(), out=logits)
+        if log_probs is not logits:
+            log_probs.copy_(logits)
+        # A CPU's kernel reads a whole row before it writes it.
+        log_probs = torch.ops.aten._log_softmax.out(
+            log_probs, 1, False, out=log_probs if log_probs.is_cpu else torch.empty_like(log_probs)
+        )
+        index_C1 = index_N1[chunk]
+        target_C1 = log_probs.gather(1, index_C1)
+        losses_N1[chunk] = -target_C1
+        if best_N is not None:
+            best_N[chunk] = log_probs.argmax(1).eq(targets_N[chunk])
+        if gradients is not None:
+            grad = log_probs.exp_().scatter_(1, index_C1, target_C1.expm1_())  # p - 1, exact where p is near 1
+            gradients.add(chunk, grad if factor_N is None else grad.mul_(factor_N[chunk, None]), logits)
+    losses_N = losses_N1.squeeze(1)
+    if ignored_N is not None:
+        losses_N.masked_fill_(ignored_N, 0)
+    return losses_N, best_N, None if gradients is None else gradients.tensors()
+
+
+def _buffers(x_ND: Tensor, num_symbols: int, how: _How) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of a chunk, and memory for its logits and their softmax, which is one where the types are."""
+    rows = max(_CHUNK_ROWS, _CHUNK_BYTES // (num_symbols * how.wide.itemsize))
+    count = -(-len(x_ND) // rows)
+    rows = -(-len(x_ND) // max(count, 1))  # chunks alike
+    logits = x_ND.new_empty(rows, num_symbols)
+    wide = None if how.wide == how.dtype else torch.empty_like(logits, dtype=how.wide)
+    for start in range(0, len(x_ND), max(rows, 1)):
+        chunk = slice(start, min(start + rows, len(x_ND)))
+        some = logits[: chunk.stop - start]
+        yield chunk, some, some if wide is None else wide[: len(some)]
+
+
+class _Gradients:
+    """Gradients by features, weight and bias, summed chunk by chunk.
+
+    Args:
+        parts: of the result's types.
+        needed: which of them.
+        x_ND, weight_VD: in the type of the products.
+    """
+
+    def __init__(self, parts: Parts, needed: tuple[bool, ...], how: _How, x_ND: Tensor, weight_VD: Tensor) -> None:
+        self._parts, self._x_ND, self._weight_VD = parts, x_ND, weight_VD
+        self._sums = [
+            None if part is None or not need else torch.empty_like(part, dtype=dtype)
+            for part, need, dtype in zip(parts, needed, (how.dtype, how.wide, how.wide))
+        ]
+        _, weight_grad_VD, bias_grad_V = self._sums
+        if bias_grad_V is not None:
+            bias_grad_V.zero_()
+        if weight_grad_VD is not None and not len(x_ND):
+            weight_grad_VD.zero_()
+
+    def add(self, chunk: slice, grad_CV: Tensor, scratch_CV: Tensor) -> None:
+        """Add a chunk's share, from the gradient by its logits.
+
+        Args:
+            scratch_CV: memory in the type of the products.
+        """
+        x_ND, weight_VD, bias_V = self._sums
+        if bias_V is not None:
+            bias_V += grad_CV.sum(0)
+        rounded_CV = grad_CV if grad_CV.dtype == scratch_CV.dtype else scratch_CV.copy_(grad_CV)
+        if x_ND is not None:
+            torch.mm(rounded_CV, self._weight_VD, out=x_ND[chunk])
+        if weight_VD is None:
+            return
+        begun = chunk.start > 0  # before, its memory holds anything
+        if weight_VD.dtype == rounded_CV.dtype:
+            weight_VD.addmm_(rounded_CV.t(), self._x_ND[chunk], beta=float(begun))
+        else:
+            product = torch.mm(rounded_CV.t(), self._x_ND[chunk], out=torch.empty_like(self._weight_VD))
+            weight_VD.add_(product) if begun else weight_VD.copy_(product)
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return them in the order and types of the parts."""
+        return [None if total is None else total.to(part.dtype) for total, part in zip(self._sums, self._parts)]
