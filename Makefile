@@ -19,7 +19,7 @@ STAMP := $(VENV)/.setup-$(EXTRAS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export EXTRAS PYTHON
 
-.PHONY: help setup demo test test-slow check docs mutate bench clean
+.PHONY: help setup demo test test-slow check docs mutate bench gpu-check clean
 
 help:
 	@echo "make setup      environment in .venv/<Python version>, about 3 minutes"
@@ -30,6 +30,7 @@ help:
 	@echo "make docs       API reference of moe/, parallel/ and experiments/, in outputs/api; a warning is an error"
 	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; half an hour, JOBS=N"
 	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
+	@echo "make gpu-check  layer, training, resuming and speed on one CUDA GPU, with a report; 8 minutes at most"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
 
 setup: $(STAMP)
@@ -62,6 +63,9 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench/layer.py
 	$(BIN)/python scripts/bench/model.py
 	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16 --models mhmoe-params
+
+gpu-check: $(STAMP)
+	$(BIN)/python scripts/gpu_check.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
