@@ -67,6 +67,18 @@ def test_a_wrong_kernel_is_found(bench, monkeypatch, backend, bug):
         check_layer(bench, "fp32")
 
 
+def test_a_look_at_padding_is_found(bench, monkeypatch):
+    real = gpu_check.MHMoELayer.forward
+
+    def forward(self, x, mask):
+        out = real(self, x, mask)
+        return out._replace(hidden=out.hidden + 0 * x)
+
+    monkeypatch.setattr(gpu_check.MHMoELayer, "forward", forward)
+    with pytest.raises(AssertionError, match="inf of .* padding"):
+        check_layer(bench, "fp32")
+
+
 def test_other_experts_are_an_error_of_any_size():
     loads = {"experts' load": torch.tensor([1000.0, 1.0])}
     assert gpu_check.largest_error(loads, loads)[0] == 0
