@@ -3,6 +3,7 @@
 # EXTRAS=...         optional packages, see setup.py (default: dev,plots,tensorboard)
 # DEMO_DIR, DEMO_UPDATES, DEMO_SOURCE, DEMO_VOCAB_SIZE
 #                    where the demo goes, its updates (240), corpus and vocabulary, as `mhmoe prepare english` takes them
+# DEMO_JOBS          models of the demo that are trained at the same time, a thread each (2, for 2 cores)
 
 PYTHON ?= $(shell scripts/find_python.sh)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -11,6 +12,7 @@ EXTRAS ?= dev,plots,tensorboard
 DEMO_DIR ?= outputs/demo
 DEMO_SOURCE ?= web-bible
 DEMO_VOCAB_SIZE ?= 4000
+DEMO_JOBS ?= 2
 BIN := $(abspath $(VENV))/bin
 # Set-up runs once for each choice of extras, and again when what it installs has changed.
 STAMP := $(VENV)/.setup-$(EXTRAS)
@@ -42,7 +44,7 @@ $(STAMP): setup.py pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
 
 demo: $(STAMP)
 	PATH="$(BIN):$$PATH" mhmoe prepare english --source $(DEMO_SOURCE) --vocab-size $(DEMO_VOCAB_SIZE) --dest $(DEMO_DIR)/data
-	PATH="$(BIN):$$PATH" mhmoe reproduce demo --data $(DEMO_DIR)/data --out $(DEMO_DIR) $(if $(DEMO_UPDATES),--updates $(DEMO_UPDATES))
+	PATH="$(BIN):$$PATH" mhmoe reproduce demo --data $(DEMO_DIR)/data --out $(DEMO_DIR) --jobs $(DEMO_JOBS) $(if $(DEMO_UPDATES),--updates $(DEMO_UPDATES))
 
 test: $(STAMP)
 	$(PYTEST) $(TESTS)

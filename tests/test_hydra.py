@@ -48,7 +48,7 @@ def test_two_updates(repository, trained_model, tmp_path, model):
 
 
 def test_fields_reach_the_model(repository, trained_model, tmp_path):
-    overrides = ("+model.decoder_layers=2", "model.mhmoe_heads_number=2", "+model.mhmoe_precision=auto")
+    overrides = ("+model.decoder_layers=2", "model.mhmoe_heads_number=2")
     hydra_train(repository, tmp_path, trained_model.data, "mhmoe_params", *overrides)
     state = torch.load(tmp_path / "saved" / "checkpoint_last.pt", weights_only=True)
     assert state["cfg"]["model"]["mhmoe_precision"] == resolve("auto", "cpu")

@@ -13,6 +13,7 @@ from multilingual_data import LANGUAGES, documents_of
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.evaluation.records import read_record
+from mhmoe_fairseq.models.precision import resolve
 
 TOY = ("--updates", "2", "--validations", "1")
 
@@ -28,8 +29,10 @@ def test_from_text_to_a_report_which_ends_with_the_papers_table(trained_model, t
     for model in ("xmoe", "mhmoe-flops"):
         assert f"{model}/seed-1, update 2: validation perplexity" in said and f"| {model} " in report
         record = read_record(tmp_path / model / "seed-1" / "record-test.json")
+        assert record.provenance["precision"] == resolve("auto", "cpu")
         assert record.experts is not None and f"{record.main.value:.2f}" in report
     assert "14.82" in report.split("## ")[-1]
+    assert f"- trained in: all models {resolve('auto', 'cpu')}, as --mhmoe-precision auto chose" in report
     reproduce("demo", trained_model.data, tmp_path, "--models", "xmoe")
     assert "xmoe/seed-1: already finished" in capsys.readouterr().out
 

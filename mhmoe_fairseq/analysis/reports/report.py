@@ -104,6 +104,7 @@ def _notes(models: Sequence[Model], split: str) -> str:
         "tokens/s: training on this machine, median over the log intervals without a validation.",
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
         f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
+        *_precision_notes(models),
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]
@@ -114,15 +115,32 @@ def _notes(models: Sequence[Model], split: str) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
+def _precision_notes(models: Sequence[Model]) -> Iterator[str]:
+    """What the models were trained in, and whether the machine or a person chose it."""
+    found = tables.precisions(models)
+    if found:
+        each = ", ".join(f"{name} {precision}" for name, precision in found.items())
+        told = f"all models {next(iter(found.values()))}" if len(set(found.values())) == 1 else each
+        by_rule = any("--mhmoe-precision auto" in line for model in models for line in _command(model))
+        yield f"trained in: {told}" + (
+            ", as --mhmoe-precision auto chose: bf16 where the machine of the training multiplies it itself, else fp32."
+            if by_rule else "."
+        )  # fmt: skip
+
+
+def _command(model: Model) -> list[str]:
+    """The lines of the command that trained a model's first run, where it was kept."""
+    file = model.runs[0].path / "command.sh"
+    kept = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [line for line in kept if line.strip() and not line.startswith("#")]
+
+
 def _commands(models: Sequence[Model]) -> str:
     """The command that trained each model's first run, where it was kept."""
     lines = []
     for model in models:
-        file = model.runs[0].path / "command.sh"
-        if file.is_file():
-            lines.append(f"# {model.name}, {file.parent.name}")
-            kept = file.read_text(encoding="utf-8").splitlines()
-            lines += [line for line in kept if line.strip() and not line.startswith("#")]
+        if command := _command(model):
+            lines += [f"# {model.name}, {model.runs[0].path.name}", *command]
     return "\n".join(["## Commands\n\n```bash", *lines, "```"]) if lines else ""
 
 

@@ -270,6 +270,16 @@ def differing_settings(models: Sequence[Model]) -> str:
     return f"## Settings that differ\n\n{table}"
 
 
+def precisions(models: Iterable[Model]) -> dict[str, str]:
+    """Model -> what it was trained in, as far as records of language models and BEiT-3 tell."""
+    found = {}
+    for model in models:
+        kept = [record.model["settings"].get("model") for _, record in all_records([model]) if record.model]
+        if told := [options.get("mhmoe_precision") or "fp32" for options in kept if options]:
+            found[model.name] = same(told)
+    return found
+
+
 def _setting(run: Run, section: str, name: str) -> str:
     value = (run.records[0].model.get("settings", {}).get(section) or {}).get(name)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -83,6 +83,28 @@ def test_settings_that_differ_are_listed(runs: Path, tmp_path: Path) -> None:
     assert row_of(text, "updates done", table=1)["dense"] == "10"
 
 
+@pytest.mark.parametrize(
+    "trained, command, told",
+    [
+        ({}, "fairseq-train", []),
+        ({"dense": None, "mhmoe": "bf16"}, "fairseq-train --mhmoe-precision bf16", ["dense fp32, mhmoe bf16."]),
+        (
+            {"dense": "bf16"},
+            "fairseq-train --mhmoe-precision auto",
+            ["all models bf16, as --mhmoe-precision auto chose"],
+        ),
+    ],
+)
+def test_a_report_says_what_was_computed_in(tmp_path: Path, trained: dict, command: str, told: list[str]) -> None:
+    for name in ("dense", "mhmoe"):
+        record = make_record(text_metrics(20.0))
+        record.model["settings"] |= {"model": {"mhmoe_precision": trained[name]}} if name in trained else {}
+        write_run(tmp_path / name, record, command=command)
+    text = report(tmp_path, tmp_path / "report.md", plots=False)
+    lines = [line.removeprefix("- trained in: ") for line in text.splitlines() if line.startswith("- trained in: ")]
+    assert [line[: len(expected)] for line, expected in zip(lines, told)] == told and len(lines) == len(told)
+
+
 def seeds(folder: Path, model: str, metrics: dict[int, dict[str, Metric]], **fields: object) -> None:
     for seed, measured in metrics.items():
         write_run(folder / model / f"seed-{seed}", make_record(measured, model=model, **fields))
