@@ -31,7 +31,7 @@ help:
 	@echo "make check      linters, types, layering, shell scripts, the API reference"
 	@echo "make docs       API reference of moe/, parallel/ and experiments/, in outputs/api; a warning is an error"
 	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; half an hour, JOBS=N"
-	@echo "make bench      speed and memory of the layer, of whole models and of several processes"
+	@echo "make bench      speed and memory of the layer, of whole models in training and in use, of several processes"
 	@echo "make gpu-check  layer, training, resuming and speed on one CUDA GPU, with a report; 8 minutes at most"
 	@echo "make clean      remove the environments and caches (not data, not outputs)"
 
@@ -63,8 +63,10 @@ mutate: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python scripts/bench/layer.py
-	$(BIN)/python scripts/bench/model.py
-	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16 --models mhmoe-params
+	$(BIN)/python scripts/bench/layer.py --growth --pairs 3
+	for size in base small tiny; do $(BIN)/python scripts/bench/model.py --size $$size || exit; done
+	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16
+	$(BIN)/python scripts/bench/inference.py
 
 gpu-check: $(STAMP)
 	$(BIN)/python scripts/gpu_check.py

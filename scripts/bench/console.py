@@ -8,6 +8,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.common.tables import markdown_table
 
-from .timing import MIN_PAIRS
+from .timing import MIN_PAIRS, Clock, Operator
 
 Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +39,13 @@ def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    pairs = f"interleaved pairs per comparison; fewer than {MIN_PAIRS} mean little"
-    add_numbers(parser, {"pairs": (MIN_PAIRS, pairs), "threads": (2, "PyTorch threads: the targets' number")})
+    add_numbers(parser, {"pairs": (MIN_PAIRS, f"interleaved pairs per comparison; fewer than {MIN_PAIRS} mean little")})
+    threads = "PyTorch threads; several: everything with each (default: 2, the targets' number)"
+    parser.add_argument("--threads", type=positive, nargs="+", default=[2], metavar="N", help=threads)
+    cpu = "time by the CPU time of all threads: usable beside other work, best with --threads 1 (waiting threads count)"
+    parser.add_argument(
+        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=cpu
+    )
     where = "where the report goes (default: docs/benchmarks/<date>-<cpu>[-kind].md)"
     parser.add_argument("--output", type=Path, metavar="FILE.md", help=where)
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
@@ -55,7 +61,7 @@ def add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, s
 
 def run_benchmark(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Returns the exit status of ``run``, 2 with one line for an error that a user can mend."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(max(args.threads))
     try:
         return run(args)
     except (ValueError, OSError, RuntimeError) as error:
@@ -86,14 +92,21 @@ def report_path(output: Path | None, kind: str = "") -> Path:
     return output
 
 
-def write_report(path: Path, title: str, threads: int, targets: Sequence[Target], parts: Iterable[str]) -> None:
-    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty."""
+def write_report(
+    path: Path, title: str, threads: object, targets: Sequence[Target], parts: Iterable[str], clock: Clock | None = None
+) -> None:
+    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty.
+
+    Args:
+        threads: PyTorch's number, as the report tells it.
+        clock: what took the times, if it was not the wall clock.
+    """
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     head = [
         f"# {title}, {datetime.date.today().isoformat()}",
         f"Command: `{shlex.join(['python', str(name), *sys.argv[1:]])}`",
-        markdown_table(("what", "value"), _machine(threads)),
+        markdown_table(("what", "value"), _machine(threads, clock)),
         "## Targets",
         "\n".join(f"- {'met' if met else '**missed**'}: {promise}" for promise, met in targets)
         or "None of the settings that the targets speak of was measured.",
@@ -102,7 +115,13 @@ def write_report(path: Path, title: str, threads: int, targets: Sequence[Target]
         temporary.write_text("\n\n".join(part.strip() for part in (*head, *parts) if part) + "\n", encoding="utf-8")
 
 
-def _machine(threads: int) -> list[tuple[str, str]]:
+def operators_table(operators: Iterable[Operator]) -> str:
+    """Returns where the time of a call goes."""
+    rows = [(f"`{name}`", f"{milliseconds:.1f}", f"{share:.1%}") for name, milliseconds, share in operators]
+    return markdown_table(("operator", "ms per step", "share"), rows)
+
+
+def _machine(threads: object, clock: Clock | None) -> list[tuple[str, str]]:
     """Returns what a reader needs to judge the numbers, as rows (what, value): hardware, versions, threads, load."""
     flags, memory = _proc("cpuinfo", "flags").split(), _proc("meminfo", "MemTotal")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
@@ -115,6 +134,7 @@ def _machine(threads: int) -> list[tuple[str, str]]:
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
         ("BLAS", "MKL" if torch.backends.mkl.is_available() else "not MKL"),
         ("Float32 products", f"precision {torch.get_float32_matmul_precision()}"),
+        ("Times", "CPU time of all threads of a process" if clock is time.process_time else "wall clock"),
         ("Load average at the start", ", ".join(f"{value:.2f}" for value in os.getloadavg())),
     ]
 

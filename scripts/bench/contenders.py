@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What products compute in. "bf16" is a layer that was converted; "autocast" one whose float32 weights and input are
+# cast in every step, with float32 gradients: what training with --mhmoe-precision bf16 does.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
 BALANCE_WEIGHT = 0.01
 SEED = 1
 TOLERANCE = 1e-5
@@ -33,7 +35,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the sweep: T tokens, E experts, number format, D, H, K and the inner width F of one GELU expert."""
+    """What one measurement is of: T tokens, E experts, number format (of ``DTYPES``), D, H, K, an expert's width F."""
 
     tokens: int
     num_experts: int
@@ -42,6 +44,7 @@ class Setting:
     num_heads: int = 4
     top_k: int = 2
     ffn_dim: int = 3072
+    threads: int = 2
 
     def __post_init__(self) -> None:
         self.config()  # the layer's own checks: heads divide the width, k at most E, ...
@@ -69,7 +72,8 @@ class Setting:
         return dataclasses.replace(self.config(), **changes, expert_ffn_dim=2 * self.ffn_dim // 3)
 
     def label(self) -> str:
-        return f"T={self.tokens} E={self.num_experts} {self.dtype}"
+        sizes = f"D={self.embed_dim} H={self.num_heads} E={self.num_experts} F={self.ffn_dim} T={self.tokens}"
+        return f"{sizes} {self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
 class BetweenProjections(nn.Module):
@@ -244,10 +248,12 @@ class Step:
     """One training step of a module, without the optimiser; gradients start from None as after ``zero_grad``."""
 
     def __init__(self, module: nn.Module, setting: Setting) -> None:
-        self.module = module.to(DTYPES[setting.dtype])
+        self.autocast = setting.dtype == "autocast"
+        dtype = torch.float32 if self.autocast else DTYPES[setting.dtype]
+        self.module = module.to(dtype)
         self.parameters = list(module.parameters())
         generator, shape = torch.Generator().manual_seed(SEED), (setting.tokens, setting.embed_dim)
-        self.x, self.grad = (torch.randn(shape, generator=generator).to(DTYPES[setting.dtype]) for _ in range(2))
+        self.x, self.grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         self.x.requires_grad_()  # as inside a network
         self.tensors = [*self.parameters, *module.buffers(), self.x, self.grad]  # exist before and after a step
 
@@ -258,12 +264,13 @@ class Step:
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         self.clear()
-        output = self.module(self.x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            output = self.module(self.x)
         hidden, balance = output.hidden, output.balance_loss
-        if balance is None:
-            hidden.backward(self.grad)
-        else:
-            torch.autograd.backward([hidden, balance], [self.grad, torch.full_like(balance, BALANCE_WEIGHT)])
+        roots, gradients = [hidden], [self.grad.to(hidden.dtype)]
+        if balance is not None:
+            roots, gradients = [*roots, balance], [*gradients, torch.full_like(balance, BALANCE_WEIGHT)]
+        torch.autograd.backward(roots, gradients)
         return hidden, balance
 
 

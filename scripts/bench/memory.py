@@ -71,6 +71,13 @@ def tensor_peak(call: Callable[[], object], existing: Iterable[torch.Tensor]) ->
     return tally.peak
 
 
+def status(field: str) -> int | None:
+    """Returns a size of this process in bytes, such as ``VmRSS`` or ``VmHWM``; None where Linux's /proc is missing."""
+    path = Path("/proc/self/status")
+    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+
+
 def resident_peak(call: Callable[[], object]) -> int | None:
     """Growth of the peak resident set during ``call`` in bytes; None where Linux's /proc is missing."""
     reset = Path("/proc/self/clear_refs")
@@ -79,11 +86,6 @@ def resident_peak(call: Callable[[], object]) -> int | None:
     gc.collect()
     with contextlib.suppress(AttributeError):  # another C library than glibc: its free pages count for all alike
         ctypes.CDLL(None).malloc_trim(0)
-
-    def status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
     before = status("VmRSS")
     reset.write_text("5", encoding="ascii")  # the kernel's code for "forget the peak so far"
     call()

@@ -1,4 +1,4 @@
-"""Interleaved timing: two callables take turns in one process, so that a slow moment hits both."""
+"""Interleaved timing: two callables take turns, so that a slow moment hits both; and which operators take the time."""
 
 import gc
 import statistics
@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 MIN_PAIRS = 7
+Clock = Callable[[], float]
+Operator = tuple[str, float, float]  # name, milliseconds per call, share of all operators
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,14 @@ class Pairs:
         return Pairs(self.second, self.first)
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """Wall-clock time of one call, with Python's garbage collector held off."""
+def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
+    """Time of one call by ``clock``, with Python's garbage collector held off."""
     gc.collect()
     gc.disable()
     try:
-        start = time.perf_counter()
+        start = clock()
         call()
-        return time.perf_counter() - start
+        return clock() - start
     finally:
         gc.enable()
 
@@ -59,18 +63,18 @@ def time_pairs(
     second: Callable[[], object],
     *,
     pairs: int = MIN_PAIRS,
-    warmup: int = 1,
+    clock: Clock = time.perf_counter,
     after_pair: Callable[[], object] | None = None,
 ) -> Pairs:
-    """Times ``first`` and ``second`` in turns, after ``warmup`` untimed calls of each.
+    """Times ``first`` and ``second`` in turns, after an untimed call of each.
 
     Args:
+        clock: wall-clock time, or ``time.process_time``: CPU time, summed over the threads.
         after_pair: called after every pair, as for a progress bar.
     """
-    for _ in range(warmup):
-        first()
-        second()
-    return take_turns(lambda: seconds(first), lambda: seconds(second), pairs, after_pair)
+    first()
+    second()
+    return take_turns(lambda: seconds(first, clock), lambda: seconds(second, clock), pairs, after_pair)
 
 
 def take_turns(
@@ -84,3 +88,22 @@ def take_turns(
         if after_pair:
             after_pair()
     return Pairs(tuple(times[0]), tuple(times[1]))
+
+
+def operator_times(call: Callable[[], object], least: float = 0.02, repeats: int = 3) -> list[Operator]:
+    """Returns the operators that take at least the share ``least`` of a call's CPU time, the slowest first."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(repeats):
+            call()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    total = sum(times.values())
+    slowest = sorted(times.items(), key=lambda item: -item[1])
+    return [(name, time / 1e3 / repeats, time / total) for name, time in slowest if time >= least * total]
+
+
+def growth_exponent(sizes: list[float], times: list[float]) -> float:
+    """Returns p of the law ``time ~ size**p`` that fits best: least squares of the logarithms."""
+    logarithms = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, times))
+    x, y = (values - values.mean() for values in logarithms)
+    return float((x * y).sum() / (x * x).sum())

@@ -4,6 +4,8 @@ import mmap
 import os
 import re
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,13 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 from bench import contenders
 from bench import layer as bench_layer
 from bench.contenders import PlainLoop, Setting, build, check, equal_shares, errors_against
-from bench.layer_report import Results, targets
+from bench.layer_report import POINTS, Results, targets
 from bench.memory import tensor_peak
-from bench.timing import Pairs, time_pairs
+from bench.timing import Pairs, growth_exponent, operator_times, seconds, time_pairs
 
 TINY = Setting(tokens=24, num_experts=4, embed_dim=32, num_heads=2, top_k=2, ffn_dim=48)
-SMALL = ["--tokens", "8", "--experts", "4", "--dtypes", "fp32", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
+SMALL = ["--sweep", "--tokens", "8", "--experts", "4", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
+FP32 = [*SMALL, "--dtypes", "fp32"]
 
 
 def bench(*flags, output=None):
@@ -116,7 +119,7 @@ def test_peak_counts_pages_from_elsewhere_and_not_what_existed():
 
 def test_pairs_alternate_and_medians_are_taken_per_pair():
     calls = []
-    time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3, warmup=1)
+    time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     pairs = Pairs((1.0, 4.0, 3.0), (1.0, 2.0, 2.0))
     assert (pairs.ratio, pairs.first_median, pairs.second_median) == (1.5, 3.0, 2.0)
@@ -129,8 +132,8 @@ def test_a_fresh_process_computes_alone():
         bench_layer.in_fresh_process(os.abort)
 
 
-def timed(tokens: int, experts: int, rival: str, ratio: float) -> Results:
-    return Results(times={(Setting(tokens, experts), "mhmoe", rival): Pairs((ratio,) * 7, (1.0,) * 7)})
+def timed(setting: Setting, rival: str, ratio: float) -> Results:
+    return Results(times={(setting, "mhmoe", rival): Pairs((ratio,) * 7, (1.0,) * 7)})
 
 
 def measured(**peaks: tuple[int, str, float, float]) -> Results:
@@ -138,32 +141,91 @@ def measured(**peaks: tuple[int, str, float, float]) -> Results:
     return Results(memory=memory)
 
 
+WIDE, NARROW = Setting(2048, 8), Setting(2048, 35, embed_dim=128, ffn_dim=448)
+
+
 @pytest.mark.parametrize(("results", "met"), [
-    (timed(2048, 8, "gemm", 1.20), [True]),
-    (timed(2048, 8, "gemm", 1.21), [False]),
-    (timed(2048, 32, "gemm", 1.25), [True]),
-    (timed(4096, 8, "loop", 1.01), [False]),
-    (timed(2048, 8, "mixtral-grouped", 1 / 1.9), [True]),
-    (timed(2048, 32, "mixtral-grouped", 1 / 1.7), [False]),
+    (timed(WIDE, "gemm", 1.20), [True]),
+    (timed(WIDE, "gemm", 1.21), [False]),
+    (timed(replace(WIDE, dtype="bf16", threads=1), "gemm", 1.70), [True]),  # each dtype has its limit
+    (timed(replace(WIDE, dtype="bf16"), "gemm", 1.71), [False]),
+    (timed(replace(WIDE, dtype="autocast"), "gemm", 1.0), []),
+    (timed(Setting(2048, 8, "bf16", num_heads=1), "gemm", 1.65), [False]),
+    (timed(replace(NARROW, dtype="bf16"), "gemm", 2.6), [True]),
+    (timed(NARROW, "gemm", 1.0), []),
+    (timed(Setting(4096, 8), "loop", 1.01), [False]),
+    (timed(WIDE, "mixtral-grouped", 1 / 1.9), [True]),
+    (timed(Setting(2048, 32), "mixtral-grouped", 1 / 1.7), [False]),
     (measured(ours=(2048, "mhmoe", 70.0, 75.0), loop=(2048, "loop", 100.0, 100.0)), [True]),
     (measured(ours=(2048, "mhmoe", 70.0, 85.0), loop=(2048, "loop", 100.0, 100.0)), [False]),  # both measures decide
     (measured(small=(2048, "mhmoe", 100.0, 100.0), large=(8192, "mhmoe", 410.0, 410.0)), [True]),
     (measured(small=(2048, "mhmoe", 100.0, 100.0), large=(8192, "mhmoe", 430.0, 430.0)), [False]),
-    (timed(1024, 8, "gemm", 1.0), []),  # other sizes decide nothing
-    (Results(times={(Setting(2048, 8, "bf16"), "mhmoe", "gemm"): Pairs((1.0,), (1.0,))}), []),
+    (timed(Setting(1024, 8), "gemm", 1.0), []),  # other sizes decide nothing
 ])  # fmt: skip
 def test_targets(results, met):
     assert [met for _, met in targets(results)] == met
 
 
+def test_autocast_computes_in_bf16_and_keeps_float32():
+    step = build("mhmoe", replace(TINY, dtype="autocast"))
+    hidden, _ = step()
+    assert {parameter.dtype for parameter in step.parameters} == {parameter.grad.dtype for parameter in step.parameters}
+    assert hidden.dtype == torch.bfloat16 and step.x.grad.dtype == torch.float32
+    plain = build("mhmoe", TINY)
+    assert 1e-5 < contenders.relative_error(hidden.float(), plain()[0]) < 0.05
+
+
+def test_growth_is_fitted_on_logarithms():
+    assert growth_exponent([1, 2, 4, 8], [5.0, 20.0, 80.0, 320.0]) == pytest.approx(2.0)
+    assert growth_exponent([1, 2, 4], [2.0, 1.0, 2.0]) == pytest.approx(0.0)
+
+
+def test_cpu_time_counts_work_and_not_waiting():
+    assert seconds(lambda: time.sleep(0.2), time.process_time) < 0.1 < seconds(lambda: time.sleep(0.2))
+
+
+def test_operators_are_of_one_call_and_above_a_share():
+    x = torch.randn(300, 300)
+    found = operator_times(lambda: (x @ x, x[0] + 1), least=0.5)
+    assert [name for name, *_ in found] == ["aten::mm"] and 0.5 < found[0][2] <= 1 and found[0][1] > 0
+
+
+def test_growth_changes_one_size_at_a_time(tmp_path):
+    flags = ["--growth", "--tokens", "8", "16", "--experts", "4", "8", "--heads", "1", "4", "--embed-dim", "32"]
+    args = bench_layer.build_parser().parse_args([*flags, "--threads", "1", "2", "--dtypes", "bf16"])
+    for axis, points in bench_layer.chosen_settings(args).items():
+        assert len(points) == 4 and {point.dtype for point in points} == {"bf16"}
+        assert {field for field in vars(WIDE) if len({getattr(point, field) for point in points}) > 1} == {
+            axis,
+            "threads",
+        }
+    only = ["--ffn-dim", "48", "--dtypes", "fp32", "--rivals", "gemm"]
+    assert bench(*flags, *only, output=tmp_path / "report.md") == 0
+    report = text_of(tmp_path / "report.md")
+    assert len(re.findall(r"Our time grows as [TEH]\^-?[0-9.]+, the bound's as", report)) == 3
+    assert "### By H: D=32 E=8 F=48 T=16 fp32, 1 thread" in report and "| 16 |" in report
+
+
+def test_targets_settings_are_measured_without_flags(tmp_path):
+    args = bench_layer.build_parser().parse_args(["--output", str(tmp_path / "r.md")])
+    run = bench_layer.Run(args, bench_layer.chosen_settings(args), ["gemm", "loop", "mixtral-grouped"])
+    bound = [setting for setting, _, rival in run.duels if rival == "gemm"]
+    assert set(bound) == {replace(point, dtype=dtype) for point in POINTS for dtype in ("fp32", "bf16", "autocast")}
+    beside = {
+        (setting.tokens, setting.num_experts, setting.dtype) for setting, _, rival in run.duels if rival == "loop"
+    }
+    assert beside == {(2048, 8, "fp32"), (2048, 32, "fp32"), (4096, 8, "fp32"), (2048, 8, "bf16"), (2048, 32, "bf16")}
+    assert sum(ours == "mhmoe-swiglu" for _, ours, _ in run.duels) == 4
+
+
 def test_run_writes_a_complete_report(tmp_path, capsys):
     output = tmp_path / "report.md"
-    assert bench(*SMALL, "--rivals", "gemm", "loop", "--no-memory", output=output) == 0
+    assert bench(*FP32, "--rivals", "gemm", "loop", "--no-memory", output=output) == 0
     report = text_of(output)
     assert f"report: {output}" in capsys.readouterr().out
     assert "(incomplete" not in report
     assert "| MH-MoE (ours) | GEMM bound |" in report and "| MH-MoE (ours) | plain autograd loop |" in report
-    assert "our layer against the plain loop, T=8 E=4 fp32" in report
+    assert "our layer against the plain loop, D=32 H=2 E=4 F=48 T=8 fp32" in report
     assert not list(tmp_path.glob(".*"))
 
 
@@ -176,28 +238,30 @@ def test_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
     time = bench_layer.Run.time
     monkeypatch.setattr(bench_layer.Run, "time", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        bench(*SMALL, "--rivals", "gemm", "loop", "--no-memory", output=tmp_path / "report.md")
+        bench(*FP32, "--rivals", "gemm", "loop", "--no-memory", output=tmp_path / "report.md")
     report = text_of(tmp_path / "report.md")
     assert "(incomplete" in report and "| MH-MoE (ours) | GEMM bound |" in report
 
 
 def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(contenders, "unavailable", lambda name: "not here" if name.startswith("mixtral") else None)
-    flags = [*SMALL, "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
+    flags = [*SMALL, "--dtypes", "bf16", "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
     assert bench(*flags, output=tmp_path / "report.md") == 0
     assert "grouped_mm was left out: not here" in text_of(tmp_path / "report.md")
-    args = bench_layer.build_parser().parse_args(["--output", str(tmp_path / "r.md")])
-    run = bench_layer.Run(args, [Setting(4096, 8), Setting(8192, 8), Setting(8192, 32)], ["gemm", "torchscale"])
+    args = bench_layer.build_parser().parse_args(["--sweep", "--output", str(tmp_path / "r.md")])
+    settings = {"": [Setting(4096, 8), Setting(8192, 8), Setting(8192, 32)]}
+    run = bench_layer.Run(args, settings, ["gemm", "torchscale"])
     assert [setting.tokens for setting, _, rival in run.duels if rival == "torchscale"] == [4096]
     measured = sorted((setting.tokens, name) for setting, name in run.memory)
     assert measured == [(4096, "mhmoe"), (4096, "torchscale"), (8192, "mhmoe")]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--heads", "5"], "num_heads (5)"),
-    (["--top-k", "9", "--experts", "8"], "top_k (9)"),
+    (["--sweep", "--heads", "5"], "num_heads (5)"),
+    (["--sweep", "--top-k", "9", "--experts", "8"], "top_k (9)"),
     (["--output", "report.txt"], "--output (report.txt) must end in .md"),
-    (["--quick", "--tokens", "64"], "--tokens contradicts --quick"),
+    (["--tokens", "64"], "--tokens needs --sweep or --growth"),
+    (["--top-k", "1"], "--top-k needs --sweep or --growth"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
     assert bench(*flags) == 2
@@ -207,7 +271,7 @@ def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
 
 @pytest.mark.slow
 def test_memory_is_measured_in_fresh_processes(tmp_path):
-    assert bench(*SMALL, "--tokens", "512", "--rivals", "loop", output=tmp_path / "report.md") == 0
+    assert bench(*FP32, "--tokens", "512", "--rivals", "loop", output=tmp_path / "report.md") == 0
     report = text_of(tmp_path / "report.md")
-    rows = [line for line in report.splitlines() if line.startswith("| T=512 E=4 fp32 |")]
+    rows = [line for line in report.splitlines() if line.startswith("| D=32 H=2 E=4 F=48 T=512 fp32, 1 thread |")]
     assert len(rows) == 2 and all(float(row.split("|")[3]) > 0 for row in rows)

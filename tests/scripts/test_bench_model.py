@@ -1,7 +1,9 @@
-"""scripts/bench_model.py: the models, the tokens, the verdicts, the reports."""
+"""scripts/bench/model.py: contenders, tokens, trainings by turns, verdicts, reports; and inference.py."""
 
+import argparse
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,50 +12,102 @@ from fairseq.data import data_utils
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from bench import inference
 from bench import model as bench_model
+from bench.model import Duel, fighters_of
 from bench.timing import Pairs
-from bench.training import Training, count, flags_of, write_zipf_data
+from bench.training import UPDATES, Contender, Training, count, flags_of, stock_options, write_zipf_data
+from language_models import small_dictionary
 
-TINY = ["--size", "tiny", "--tokens-per-sample", "16", "--vocab", "50", "--pairs", "1", "--updates", "1"]
+TINY = ["--size", "tiny", "--tokens-per-sample", "16", "--vocab", "50", "--pairs", "1", "--threads", "1"]
 
 
 def arguments(*flags):
     return bench_model.build_parser().parse_args([*TINY, *flags])
 
 
-def test_flags_are_what_a_user_types(tmp_path):
+@pytest.mark.parametrize(("text", "expected", "written"), [
+    ("xmoe", Contender("xmoe"), "xmoe:fp32"),
+    ("mhmoe-flops:bf16", Contender("mhmoe-flops", "bf16"), "mhmoe-flops:bf16"),
+    ("dense:adam:2", Contender("dense", "fp32", "adam", 2), "dense:fp32:adam:2"),
+    ("stock", Contender("stock", "fp32", "adam"), "stock:fp32:adam"),
+])  # fmt: skip
+def test_a_contender_is_written_as_it_is_read(text, expected, written):
+    assert Contender.parse(text) == expected == Contender.parse(written) and str(expected) == written
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("moe/xmoe", "moe in moe must be one of dense"), ("xmoe:fp8/xmoe", "fp8 in xmoe:fp8"),
+    ("xmoe:0/xmoe", "0 in xmoe:0"), ("stock:bf16/xmoe", "bf16 does not train"), ("xmoe", "FIRST/SECOND"),
+])  # fmt: skip
+def test_an_unknown_contender_is_named(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
+        fighters_of(text)
+
+
+def test_flags_are_what_a_user_types():
     args = arguments("--sentences", "4")
-    assert flags_of("dense", args)[:4] == ["--arch", "dense_lm_tiny", "--mhmoe-precision", "fp32"]
-    expected = "--moe-expert-count 8 --moe-top-k 2 --mhmoe-heads-number 4 --mhmoe-budget flops"
-    assert expected in " ".join(flags_of("mhmoe-flops", args))
-    data = write_zipf_data(tmp_path, args)
-    dense, flops = (count(data, name, args) for name in ("dense", "mhmoe-flops"))
+    assert flags_of(Contender("dense"), args)[:4] == ["--arch", "dense_lm_tiny", "--mhmoe-precision", "fp32"]
+    words = " ".join(flags_of(Contender("mhmoe-flops", "bf16", "adam", 2), args))
+    assert "--moe-expert-count 8 --moe-top-k 2 --mhmoe-heads-number 4 --mhmoe-budget flops" in words
+    assert "--optimizer adam" in words and "--batch-size 2" in words and "--mhmoe-precision bf16" in words
+    dense, flops = (count(name, args, small_dictionary()) for name in ("dense", "mhmoe-flops"))
     assert dense.moe is None and dense.moe_layers == 0
     assert flops.moe.num_heads == 4 and flops.moe.num_experts > 8 and flops.moe_layers == 2
+
+
+@pytest.mark.parametrize(("size", "width"), [("base", 4608), ("tiny", 768)])
+def test_stock_fairseq_spends_the_flops_of_xmoe(size, width):
+    args = arguments("--size", size)
+    stock = stock_options(args)
+    dense, xmoe = (count(name, args, small_dictionary()) for name in ("dense", "xmoe"))
+    layers, dim = stock["decoder_layers"], stock["decoder_embed_dim"]
+    spends = dense.flops_per_token + 4 * layers * dim * (width - 4 * dim)
+    assert stock["decoder_ffn_embed_dim"] == width and spends == pytest.approx(xmoe.flops_per_token, rel=0.005)
 
 
 def test_synthetic_words_follow_zipf(tmp_path):
     data = write_zipf_data(tmp_path, arguments("--sentences", "200"))
     dataset = data_utils.load_indexed_dataset(f"{data}/train")
-    assert {len(dataset[index]) for index in range(len(dataset))} == {16}
+    assert len(dataset) == 200 * UPDATES and {len(dataset[index]) for index in range(len(dataset))} == {16}
     counts = torch.bincount(torch.cat([dataset[index] for index in range(len(dataset))]))
     first = 4  # after fairseq's special symbols
     assert counts[:first].sum() == 0
     assert counts[first] / counts[first + 10] == pytest.approx((10 + 2.7) / 2.7, rel=0.25)
 
 
-def duels(seconds: float) -> dict[str, bench_model.Duel]:
-    run = Training(1.0, 9.0, 1.0, {})
-    return {"mhmoe-flops": bench_model.Duel(Pairs((1.0,) * 7, (seconds,) * 7), run, run)}
+def duel(names: str, speed: float) -> Duel:
+    return Duel(fighters_of(names), 2, Pairs((1.0,) * 7, (speed,) * 7), (9.0, 9.0), ({}, {}))
 
 
-@pytest.mark.parametrize("flags, limit", [([], 0.95), (["--ranks", "2"], 0.85)])
-def test_verdicts_are_about_tokens_per_second(flags, limit):
+@pytest.mark.parametrize(("names", "flags", "limit"), [
+    ("mhmoe-flops:bf16/mhmoe-flops:adam", [], 3.0),
+    ("mhmoe-flops:bf16/mhmoe-flops:adam", ["--size", "small"], 1.8),
+    ("mhmoe-flops/mhmoe-flops:adam", [], 1.4),
+    ("mhmoe-flops/xmoe", [], 0.9),
+    ("mhmoe-flops:bf16/xmoe:bf16", ["--size", "tiny"], 0.75),
+    ("mhmoe-params:2/mhmoe-params", ["--size", "small", "--sentences", "16"], 0.85),
+])  # fmt: skip
+def test_verdicts_are_about_tokens_per_second(names, flags, limit):
     args = bench_model.build_parser().parse_args(flags)
-    for seconds, met in ((limit + 0.01, True), (limit - 0.01, False)):
-        [(line, is_met)] = bench_model.decide(duels(seconds), args)
-        assert is_met == met and f"{seconds:.3f}" in line
-    assert flags or bench_model.decide(duels(1.0), arguments()) == []  # the target is about the default setting
+    for speed, met in ((limit + 0.01, True), (limit - 0.01, False)):
+        [(line, is_met)] = bench_model.decide([duel(names, speed)], {}, args)
+        assert is_met == met and f"{speed:.3f}" in line
+
+
+def test_other_settings_decide_nothing():
+    assert bench_model.decide([duel("mhmoe-flops/xmoe", 1.0)], {}, arguments("--experts", "4")) == []
+    assert bench_model.decide([duel("mhmoe-flops/xmoe:bf16", 1.0)], {}, bench_model.build_parser().parse_args([])) == []
+
+
+@pytest.mark.parametrize(("resident", "met"), [(75.0, True), (76.0, False), (None, True)])
+def test_memory_counts_by_both_measures(resident, met):
+    peaks = {
+        Contender("mhmoe-flops", "bf16"): {"tensors": 70.0, "resident": resident},
+        Contender("mhmoe-flops"): {"tensors": 100.0, "resident": 100.0},
+    }
+    [(line, is_met)] = bench_model.decide([], peaks, arguments())
+    assert is_met == met and "tensors 0.70x" in line
 
 
 def test_different_losses_stop_the_comparison():
@@ -62,33 +116,101 @@ def test_different_losses_stop_the_comparison():
         bench_model.check_same(9.0, 9.1)
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--ranks", "2", "--sentences", "3"], "--sentences (3) must be a multiple of --ranks (2)"),
-    (["--ranks", "2", "--threads", "3"], "--threads (3) must be a multiple of --ranks (2)"),
-    (["--ranks", "2", "--quick"], "--ranks (2) contradicts --quick"),
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--ranks", "2", "--sentences", "3"], "--sentences (3) must be a multiple of the ranks (2)"),
+    (["--duels", "xmoe:2/xmoe", "--threads", "2", "3"], "--threads (2, 3) must be a multiple of the ranks (2)"),
+    (["--ranks", "2", "--rivals"], "--ranks (2) contradicts"),
     (["--output", "report.txt"], "must end in .md"),
-    (["--quick", "--data", "nothing"], "nothing"),
+    (["--data", "nothing"], "nothing"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, message, capsys):
     assert bench_model.main([*TINY, *flags]) == 2
-    assert re.search(r"^model: error: .*" + re.escape(message), capsys.readouterr().out.strip().splitlines()[-1])
+    [line] = capsys.readouterr().out.strip().splitlines()
+    assert line.startswith("model: error:") and message in line
+
+
+def test_a_contender_that_dies_is_named(tmp_path):
+    args = arguments("--heads", "3", "--vocab", "20")
+    with pytest.raises(RuntimeError, match=r"mhmoe-flops:fp32: UserError: .*--mhmoe-heads-number \(3\)"):
+        Training(Contender("mhmoe-flops"), write_zipf_data(tmp_path, args), args, 1)
 
 
 @pytest.mark.slow
-def test_quick_training_run_writes_a_report(tmp_path, capsys):
+def test_duels_are_timed_measured_and_reported(tmp_path, capsys):
     output = tmp_path / "report.md"
-    assert bench_model.main([*TINY, "--quick", "--sentences", "1", "--output", str(output)]) == 0
+    duels = ["--duels", "mhmoe-flops:bf16/xmoe", "xmoe/stock", "--sentences", "1", "--profile"]
+    assert bench_model.main([*TINY, *duels, "--output", str(output)]) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
-    assert "| MH-MoE, budget flops |" in report and "| X-MoE |" in report and "--mhmoe-budget flops" in report
-    (products,) = re.findall(r"^\| MH-MoE, budget flops \|((?: -?[0-9.]+ \|){4})$", report, re.MULTILINE)
+    assert "| mhmoe-flops:bf16 | xmoe:fp32 | 1 |" in report and "| xmoe:fp32 | stock:fp32:adam | 1 |" in report
+    assert (
+        len(re.findall(r"^\| (?:mhmoe|xmoe|stock)\S+ \| [^|]+ \|(?: \S+ \|)(?: [^|]+ \|)*$", report, re.MULTILINE)) >= 3
+    )
+    (products,) = re.findall(r"^\| mhmoe-flops:bf16 \| xmoe:fp32 \|((?: -?[0-9.]+ \|){4})$", report, re.MULTILINE)
     assert all(float(value) > 0 for value in products.strip(" |").split("|")[:3])  # so small, the last is noise
+    assert report.count("operators above 2 %") == 3 and "--mhmoe-budget flops" in report
     assert f"report: {output}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_parallel_run_moves_the_rows_of_the_plan(tmp_path):
+def test_ranks_move_the_rows_of_the_plan(tmp_path):
     output = tmp_path / "report.md"
-    flags = ["--ranks", "2", "--models", "mhmoe-params", "--sentences", "4"]
-    assert bench_model.main([*TINY, *flags, "--output", str(output)]) == 0
+    assert bench_model.main([*TINY, "--threads", "2", "--ranks", "2", "--output", str(output)]) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
     assert re.search(r"\| logged \| (\d+) \|.*\n\| plan, even routing \| \1 \|", report)
+
+
+@pytest.mark.slow
+def test_updates_are_those_of_fairseq_train(tmp_path):
+    """The same losses, update by update, as the command's log."""
+    from console import run_console
+
+    args = arguments()
+    data, contender = write_zipf_data(tmp_path, args), Contender("mhmoe-flops")
+    training = Training(contender, data, args, 1)
+    losses = [training.first_loss]
+    for _ in range(2):
+        assert training.seconds() > 0
+        losses.append(training.log["loss"])
+    training.close()
+    package = str(Path(bench_model.__file__).resolve().parents[2] / "mhmoe_fairseq")
+    log = run_console(
+        "fairseq-train", data, "--user-dir", package, *flags_of(contender, args), "--seed", "1", "--max-update", "3",
+        "--no-save", "--disable-validation", "--curriculum", "1", "--log-format", "json", "--log-interval", "1",
+        cwd=tmp_path,
+    )  # fmt: skip
+    logged = [float(value) for value in re.findall(r'train_inner \| .*?"loss": "([0-9.]+)"', str(log))]
+    assert logged == pytest.approx(losses, abs=2e-3)
+
+
+def test_steps_and_scores_are_of_the_models(tmp_path, capsys):
+    """Timed steps give what the whole text gives at once."""
+    flags = ["--prefix", "3", "--steps", "2", "--precisions", "fp32", "--batches", "2", "--models", "mhmoe-flops"]
+    args = inference.build_parser().parse_args([*TINY, *flags])
+    model = inference.Model("mhmoe-flops", "fp32", args)
+    seen = []
+    model.model.register_forward_hook(lambda module, given, output: seen.append(output[0]))
+    assert model.decode(2) > 0
+    whole = model.model(model.tokens(2, 5))[0]
+    assert [logits.shape[1] for logits in seen[:3]] == [3, 1, 1]
+    torch.testing.assert_close(torch.cat(seen[:3], 1), whole, rtol=1e-4, atol=1e-5)
+    assert inference.main([*TINY, *flags, "--output", str(tmp_path / "report.md")]) == 0
+    report = re.sub(" +", " ", (tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert "| decoding, batch 2 | fp32 | 1 | MH-MoE, budget flops |" in report and "| scoring, batch 2 |" in report
+
+
+def test_one_token_steps_have_a_target_at_small():
+    args = inference.build_parser().parse_args([])
+    for speed, met in ((0.91, True), (0.89, False)):
+        pairs = Pairs((1.0,) * 7, (speed,) * 7)
+        found = {("mhmoe-flops", "bf16", what, 2): pairs for what in ("decoding, batch 1", "scoring, batch 8")}
+        assert [is_met for _, is_met in inference.decide(found, args)] == [met]
+    assert inference.decide(found, inference.build_parser().parse_args(["--size", "tiny"])) == []
+
+
+def test_cpu_time_of_ranks_is_added_up():
+    training = object.__new__(Training)
+    training._ask = lambda request: [(1.0, {}), (3.0, {})]
+    training.clock = time.process_time
+    assert training.seconds() == 4.0
+    training.clock = time.perf_counter
+    assert training.seconds() == 3.0
