@@ -44,7 +44,9 @@ class Operators(TorchDispatchMode):
         return result
 
 
-def problem(bias: bool = True, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Linear, Tensor]:
+def problem(
+    bias: bool = True, dtype: torch.dtype = torch.float32, N: int = N, D: int = D, V: int = V
+) -> tuple[Tensor, nn.Linear, Tensor]:
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(D, V, bias, dtype=dtype)
     for parameter in layer.parameters():
@@ -112,8 +114,7 @@ def test_shapes_no_rows_and_parts_without_gradients():
 
 @pytest.mark.parametrize("ignored", [None, PAD])
 def test_differentiable_as_often_as_wanted(ignored):
-    features, layer, targets = problem(dtype=torch.float64)
-    features, targets = features[:12].detach().requires_grad_(), targets[:12]
+    features, layer, targets = problem(dtype=torch.float64, N=11, D=2, V=5)
 
     def losses(features: Tensor, *parameters: Tensor) -> Tensor:
         return predict(features, layer, targets, ignored).losses

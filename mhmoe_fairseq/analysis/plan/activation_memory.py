@@ -37,7 +37,6 @@ class ModelShape:
     settings: DecoderSettings
     layers: int
     moe_layers: int
-    vocab_size: int
     half: bool
     recompute: bool
     moe: MHMoEConfig | None
@@ -56,7 +55,6 @@ def shape_of(model: Any) -> ModelShape:
         decoder.args,
         layers=len(decoder.layers),
         moe_layers=moe_layers,
-        vocab_size=len(decoder.dictionary),
         half=decoder.precision != "fp32",
         recompute=bool(decoder.args.checkpoint_activations),
         moe=decoder.args.moe if moe_layers else None,
@@ -81,18 +79,17 @@ class ActivationMemory:
 
     def kept(self) -> int:
         """What is kept at the end of the forward pass and the loss, without recomputation."""
-        return sum(self._layers()) + self._ends() + self.shape.vocab_size * _FP32
+        return sum(self._layers()) + self._ends()
 
     def peak(self, *, recompute: bool) -> int:
         """The largest sum in a forward and backward pass.
 
-        Either when the gradients of logits and log-probabilities stand beside them, or in the first layer's backward
-        pass that follows, when the words are gone; recomputation keeps the layers' inputs and one layer more.
+        Either at the end of the forward pass, or in the first layer's backward pass that follows; recomputation keeps
+        the layers' inputs and one layer more.
         """
         layers, row = self._layers(), self.shape.settings.decoder_embed_dim * _FP32
-        words = self.shape.vocab_size * _FP32  # log-probabilities, gone before the layers' backward pass
         kept, again = (len(layers) * row, max(layers)) if recompute else (sum(layers), 0)
-        return kept + max(self._ends() + 3 * words, again + row + self._gradients())
+        return kept + max(self._ends(), again + row + self._gradients())
 
     def moe_layer(self) -> int:
         """What one MoE layer keeps, its attention included; 0 of a dense model."""
@@ -112,10 +109,10 @@ class ActivationMemory:
         return [self._dense_layer()] * dense + [self.moe_layer()] * self.shape.moe_layers
 
     def _ends(self) -> int:
-        """The embedding, the last norm and the output projection's input."""
+        """The embedding, the last norm, and the output projection's input and its gradient."""
         settings = self.shape.settings
         d = settings.decoder_embed_dim
-        return _INDEX + self._mask(settings.dropout, d, _FP32) + d * _FP32 + _NORM + d * self.shape.element
+        return _INDEX + self._mask(settings.dropout, d, _FP32) + d * _FP32 + _NORM + 2 * d * _FP32
 
     def _gradients(self) -> int:
         """Gradients inside a layer, at the fullest moment of any one's backward pass."""

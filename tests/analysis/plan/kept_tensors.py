@@ -1,7 +1,6 @@
 """What autograd holds between a forward and a backward pass, measured."""
 
 import torch
-import torch.nn.functional as F
 from moe_oracle import losses_of
 from torch import Tensor, nn
 
@@ -30,8 +29,6 @@ def kept_bytes_of(model: nn.Module, tokens: Tensor, *, backward: bool = False) -
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """As the criterion: cross entropy from log-probabilities in fp32, and the balance losses."""
-    logits, extra = model(tokens)
-    log_probs = model.get_normalized_probs((logits, None), log_probs=True)
-    loss = F.nll_loss(log_probs.reshape(-1, log_probs.size(-1)), tokens.reshape(-1), reduction="sum")
-    return loss + losses_of(extra).sum()
+    """As the criterion: cross entropy, and the balance losses."""
+    losses, extra = model(tokens, targets=tokens)
+    return losses.sum() + losses_of(extra).sum()

@@ -247,6 +247,7 @@ def test_activation_memory_of_a_rank(workers2: Any, arch: str, flags: dict[str, 
     planned = ActivationMemory(shape, "loop", exchanged=True, cpu=True).kept()
     measured = sum(one.kept for one in workers2.run(measure, arch, 2, flags)) / 2 / TOKENS
     measured += shape.moe_layers * shape.moe.subtokens_per_token * shape.moe.top_k * 2 * 8  # the order of the rows
+    measured += 4 * shape.settings.decoder_embed_dim  # a gradient that is computed with the loss
     assert planned == pytest.approx(measured, rel=0.05)
 
 
