@@ -49,8 +49,10 @@ class MHMoEAdam(FairseqAdam):
 
     def __init__(self, cfg: MHMoEAdamConfig, params: Iterable[nn.Parameter]) -> None:
         groups = _groups_by_scale(list(params))
-        super().__init__(cfg, groups)
-        if not (cfg.use_old_adam or cfg.fp16_adam_stats):  # statistics in fp16 are apex's
+        if cfg.use_old_adam or cfg.fp16_adam_stats:  # statistics in fp16 are apex's
+            super().__init__(cfg, groups)
+        else:
+            super(FairseqAdam, self).__init__(cfg)
             self._optimizer = FusedAdam(groups, **self.optimizer_config)
         self.set_lr(self.optimizer_config["lr"])
         shards = {parameter: notes_of(parameter).shard for parameter in self.params}
