@@ -144,8 +144,7 @@ def test_gradients_take_three_products_and_losses_one(rows_at_once):
 def test_fp16_gradients_wait_for_the_losses_scale():
     features, layer, targets = problem(bias=False)
     with torch.no_grad():
-        layer.weight.mul_(1e-3)
-        features.mul_(1e-3)
+        layer.weight.copy_((2e-6 * layer.weight).half())
     expected = gradients(plain(features, layer, targets, None).sum(), features, layer)[0]
     with torch.autocast("cpu", torch.float16):
         losses = predict(features, layer, targets).losses
