@@ -50,5 +50,15 @@ fi
 say "3/3 TorchScale, the tools and mhmoe_fairseq itself (editable)"
 install --no-build-isolation -e ".${extras:+[$extras]}"
 
+# Optional: without a compiler, or with one that fails, PyTorch's own operations do the same.
+"$venv/bin/python" - <<'PY'
+from mhmoe_fairseq.moe.cpu import kernels
+
+try:
+    kernels.build()
+except (RuntimeError, OSError) as error:
+    print(f"setup: no kernels for the CPU ({error}): experts are slower on it, most of all in bf16")
+PY
+
 "$venv/bin/python" scripts/check_install.py
 say "done: $venv/bin/mhmoe, $venv/bin/fairseq-train --user-dir mhmoe_fairseq"

@@ -94,7 +94,11 @@ class ExpertFFN(nn.Module):
     def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> tuple[Tensor, Traffic | None]:
         """Gate-weighted sum of the chosen experts' outputs, ``(N, d), (N, K) -> (N, d)``, and what was sent for it."""
         device = x_Nd.device.type
-        x_Nd, weights = self._in_compute_dtype(x_Nd)
+        weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
+        if self.parallel is not None:
+            weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
+        if device != "meta" and torch.is_autocast_enabled(device) and x_Nd.dtype != torch.float64:
+            x_Nd = x_Nd.to(torch.get_autocast_dtype(device))
         local_ffn = functools.partial(self._local_ffn, weights)
         with without_autocast(device):
             if self.parallel is None:
@@ -105,8 +109,9 @@ class ExpertFFN(nn.Module):
         dropout = self.config.activation_dropout if self.training else 0.0
         activation = self.config.activation
         backend = self._backend_for(x_Nd, weights)
-        if backend == "loop":
+        if backend == "loop":  # casts the weights itself
             return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
+        weights = ExpertWeights._make(None if w is None else w.to(x_Nd.dtype) for w in weights)
         device_ffn = grouped_ffn if backend == "grouped" else blocked_ffn
         y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
         return combine(y_Rd, gates_NK, plan)
@@ -124,16 +129,6 @@ class ExpertFFN(nn.Module):
         # grouped_mm's backward refuses a product without rows (a batch of the other modality, or nothing received).
         grouped = x_Nd.size(0) > 0 and grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths)
         return "grouped" if grouped else "blocked"
-
-    def _in_compute_dtype(self, x_Nd: Tensor) -> tuple[Tensor, ExpertWeights]:
-        weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
-        if self.parallel is not None:
-            weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
-        device = x_Nd.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device) or x_Nd.dtype == torch.float64:
-            return x_Nd, weights
-        dtype = torch.get_autocast_dtype(device)
-        return x_Nd.to(dtype), ExpertWeights._make(None if w is None else w.to(dtype) for w in weights)
 
 
 class SharedExpert(nn.Module):

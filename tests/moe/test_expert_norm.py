@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from moe_oracle import relative_error
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.cpu.norm import NormedLinear
+from mhmoe_fairseq.moe._expert_network import ExpertWeights
+from mhmoe_fairseq.moe.cpu.inner import FusedInner, Inner, InnerSettings
+from mhmoe_fairseq.moe.cpu.norm import NormedLinear, parameter_grads
 
 
 def build(dtype=torch.float64, **changes):
@@ -91,34 +93,49 @@ def test_gradcheck_with_dropout(monkeypatch, dropout, activation):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def normed_linear(rows, norm_w, norm_b, weight, bias, grad):
-    """Output and gradients of input and parameters by ``NormedLinear``."""
-    layer = NormedLinear(norm_w, norm_b, weight, bias)
+KINDS = [(Inner, "relu"), (Inner, "gelu"), (FusedInner, "gelu")]
+
+
+def normed_linear(kind, activation, rows, norm_w, norm_b, weight, bias, grad):
+    """Output and gradients of input and parameters by ``Inner`` and ``NormedLinear``."""
+    none = dict.fromkeys(ExpertWeights._fields)
+    stacked = {"layernorm_weight": norm_w, "layernorm_bias": norm_b, "fc1_weight": weight.t(), "fc2_weight": weight}
+    weights = ExpertWeights(**{**none, **{name: values[None] for name, values in stacked.items()}})
+    inner, piece = kind(InnerSettings(activation, 0.0, 0), weights, len(rows)), slice(0, len(rows))
+    layer, hidden = NormedLinear.of(norm_w, norm_b, weight, bias), rows.clone()
     mean, rstd = torch.empty(2, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
-    output, input_grad = torch.empty_like(grad), torch.empty_like(rows)
-    layer.forward(rows.clone(), mean, rstd, output)
-    centered, scaled = rows - mean[:, None].to(rows.dtype), grad * rstd[:, None].to(rows.dtype)
-    layer.backward(centered, rstd, scaled, (output * grad).sum(1), input_grad)
+    output = torch.mm(inner.forward(0, piece, hidden, None, (mean, rstd)), weight.t())
+    layer.finish(output, rstd)
+    scaled = grad * rstd[:, None].to(rows.dtype)
+    torch.mm(scaled, weight, out=inner.grad_buffer(len(rows)))
+    sums = layer.input_grad(scaled, rstd, (output * grad).sum(1), rows.size(1))
+    centered, input_grad, _ = inner.backward(0, piece, hidden, None, (mean, *sums))
     product, norm_grad, norm_bias_grad = scaled.t() @ centered, torch.empty_like(norm_w), torch.empty_like(norm_b)
-    layer.parameter_grads(product, grad.sum(0), norm_grad, norm_bias_grad)
+    parameter_grads(product, grad.sum(0), (norm_w, norm_b, weight), norm_grad, norm_bias_grad)
     return output, input_grad, norm_grad, norm_bias_grad, product
 
 
-def by_autograd(rows, norm_w, norm_b, weight, bias, grad):
+def by_autograd(activation, rows, norm_w, norm_b, weight, bias, grad):
     leaves = [t.detach().clone().requires_grad_() for t in (rows, norm_w, norm_b, weight)]
-    output = F.linear(F.layer_norm(leaves[0], norm_w.shape, leaves[1], leaves[2]), leaves[3], bias)
+    normed = F.layer_norm(getattr(F, activation)(leaves[0]), norm_w.shape, leaves[1], leaves[2])
+    output = F.linear(normed, leaves[3], bias)
     return output, *torch.autograd.grad(output, leaves, grad)
 
 
+@pytest.mark.parametrize("kind, activation", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [256, 203])  # whole vectors, and a row that ends within one
 @pytest.mark.parametrize("mean", [0.0, 1.0, 30.0])
-def test_as_exact_as_pytorchs_layer_norm(mean, dtype):
+def test_as_exact_as_pytorchs_layer_norm(mean, width, dtype, kind, activation):
     """Against float64, with means up to 30 deviations away: at most 3 times the rounding error of autograd's path."""
+    if kind is FusedInner and not FusedInner.applies(InnerSettings(activation, 0.0, 0), dtype):
+        pytest.skip("the kernels are not built")
     torch.manual_seed(2)
-    rows = torch.randn(40, 256, dtype=torch.float64) + mean
-    parameters = [torch.rand(256) + 0.5, torch.randn(256), torch.randn(24, 256) / 16, torch.randn(24)]
+    rows = torch.randn(40, width, dtype=torch.float64) + mean
+    parameters = [torch.rand(width) + 0.5, torch.randn(width), torch.randn(24, width) / 16, torch.randn(24)]
     rounded = [t.to(dtype) for t in (rows, *parameters, torch.randn(40, 24))]
-    exact = by_autograd(*(t.double() for t in rounded))
-    for got, usual, want in zip(normed_linear(*rounded), by_autograd(*rounded), exact):
+    exact = by_autograd(activation, *(t.double() for t in rounded))
+    got, usual = normed_linear(kind, activation, *rounded), by_autograd(activation, *rounded)
+    for ours, theirs, want in zip(got, usual, exact, strict=True):
         unit = torch.finfo(dtype).eps
-        assert relative_error(got.double(), want) <= 3 * max(relative_error(usual.double(), want), unit)
+        assert relative_error(ours.double(), want) <= 3 * max(relative_error(theirs.double(), want), unit)

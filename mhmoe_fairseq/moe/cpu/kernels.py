@@ -1,0 +1,74 @@
+"""The compiled kernels of ``kernels.cpp``, which are optional; ``make setup`` builds them, and so does :func:`build`.
+
+The file stands beside its source and is named after what it was made of (source, PyTorch, instruction set), so that a
+change of any of these finds none and falls back on ATen's operations.
+"""
+
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_OFF = "MHMOE_CPU_KERNELS"  # environment: 0 to do without them
+
+
+def library() -> Path:
+    """Where the kernels for this PyTorch and this processor are, or would be."""
+    made_of = [_SOURCE.read_text(encoding="utf-8"), torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    digest = hashlib.sha256("\0".join([*made_of, platform.machine(), *_flags()]).encode()).hexdigest()
+    return _SOURCE.with_name(f"_kernels-{digest[:16]}.so")
+
+
+@functools.cache
+def load() -> bool:
+    """Whether the kernels are there, loaded with the first call; not where ``MHMOE_CPU_KERNELS=0``."""
+    if os.environ.get(_OFF) == "0" or not library().exists():
+        return False
+    try:
+        torch.ops.load_library(str(library()))
+    except OSError:
+        return False
+    return True
+
+
+def build() -> Path:
+    """Compiles the kernels for this processor, unless they are there; half a minute.
+
+    Raises:
+        RuntimeError: with the compiler's first error, or that there is no compiler.
+    """
+    target = library()
+    if target.exists():
+        return target
+    root = Path(torch.__file__).parent
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
+        made = Path(folder, target.name)
+        words = [
+            os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-shared", "-fPIC", *_flags(),
+            "-I", str(root / "include"), str(_SOURCE), "-o", str(made), "-L", str(root / "lib"), "-ltorch_cpu", "-lc10",
+        ]  # fmt: skip
+        try:
+            subprocess.run(words, check=True, capture_output=True, text=True)
+        except OSError as error:
+            raise RuntimeError(f"{words[0]}: {error.strerror}") from error
+        except subprocess.CalledProcessError as error:
+            lines = [line for line in error.stderr.splitlines() if "error" in line] or ["no message"]
+            raise RuntimeError(f"{words[0]}: {lines[0]}") from error
+        made.replace(target)
+    return target
+
+
+@functools.cache
+def _flags() -> list[str]:
+    """The compiler's flags for this processor and PyTorch's threads."""
+    flags = ["-march=native"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability in ("AVX2", "AVX512"):  # which of its vectors at::vec takes
+        flags += [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    return [*flags, "-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
