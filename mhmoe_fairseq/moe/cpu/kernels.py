@@ -1,7 +1,7 @@
 """The compiled kernels of ``kernels.cpp``, which are optional; ``make setup`` builds them, and so does :func:`build`.
 
 The file stands beside its source and is named after what it was made of (source, PyTorch, instruction set), so that a
-change of any of these finds none and falls back on ATen's operations.
+change of any of these finds none and falls back on ATen's operations. It is no module, and so not named like one.
 """
 
 import functools
@@ -22,7 +22,7 @@ def library() -> Path:
     """Where the kernels for this PyTorch and this processor are, or would be."""
     made_of = [_SOURCE.read_text(encoding="utf-8"), torch.__version__, torch.backends.cpu.get_cpu_capability()]
     digest = hashlib.sha256("\0".join([*made_of, platform.machine(), *_flags()]).encode()).hexdigest()
-    return _SOURCE.with_name(f"_kernels-{digest[:16]}.so")
+    return _SOURCE.with_name(f"kernels-{digest[:16]}.compiled")
 
 
 @functools.cache
