@@ -15,12 +15,14 @@ from ..common.arguments import (
 )
 from ..common.console import quiet, say
 from ..common.errors import UserError
+from ..common.ranges import flag
 from ..common.tables import MISSING, markdown_table, number
 from ..evaluation.records import Metric, Record, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
 _NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image")
+_OF_ONE_SPLIT = ("record", "output", "splits", "input")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=existing_folder, metavar="DIR", help="folder of mhmoe prepare; that of the training if not given"
     )
     add(
-        "--split", type=plain_name, default="test",
-        help="train, valid, test, one language's, such as test_de, or of questions test-dev",
+        "--split", type=plain_name, action="append", metavar="NAME",
+        help="train, valid, test, one language's, such as test_de, or of questions test-dev; may be repeated, for a "
+        "record of each (test)",
     )  # fmt: skip
     add(
         "--record", "--json", "--scores", type=output_file, metavar="FILE",
@@ -109,19 +112,25 @@ def run(args: argparse.Namespace) -> int:
     file = find_checkpoint(args.checkpoint, None)
     options = {name: value for name, value in vars(args).items() if name not in _NOT_OPTIONS}
     overrides, options = split_options(read_settings(file), options)
+    splits = list(dict.fromkeys(args.split or ["test"]))
+    for name in (name for name in _OF_ONE_SPLIT if len(splits) > 1 and getattr(args, name) is not None):
+        raise UserError(f"{flag(name)}: takes one --split, and {len(splits)} are given")
     if args.record is None:
         try:
-            output_file(str(record_file(file.parent, args.split)))
+            for split in splits:
+                output_file(str(record_file(file.parent, split)))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--record {error}: give --record FILE") from None
     with quiet():
         opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides, args.precision)
-        record = evaluate(opened, args.split, **options)
-    say(describe(record))
-    if record.metrics:
-        path = args.record or record_file(file.parent, record.split)
-        write_record(path, record)
-        say(f"written: {path}")
+    for split in splits:
+        with quiet():
+            record = evaluate(opened, split, **options)
+        say(describe(record))
+        if record.metrics:
+            path = args.record or record_file(file.parent, record.split)
+            write_record(path, record)
+            say(f"written: {path}")
     return 0
 
 

@@ -131,12 +131,18 @@ class Run:
         words = [word for flag, value in flags.items() for word in (flag, *value)]
         return [*choice.launcher(), str(self.data), "--user-dir", str(PACKAGE), *words]
 
-    def evaluation(self, split: str) -> list[str]:
-        """Returns the words of the evaluation that writes :meth:`record`."""
-        words = ["mhmoe", "evaluate", str(self.checkpoint), "--data", str(self.data), "--split", split]
-        predictions = str(self.folder / f"predictions-{split}.txt")
-        words += [word.format(predictions=predictions) for word in self.recipe.evaluate.split()]
-        return [*words, *(["--cpu"] if self.choice.scale == "cpu" else [])]
+    def evaluations(self, splits: Sequence[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """Yields splits that are evaluated together, and the words of the evaluation that writes their records.
+
+        Predictions are a file of each split, so that each has an evaluation of its own.
+        """
+        one_by_one = "{predictions}" in self.recipe.evaluate
+        for together in [(split,) for split in splits] if one_by_one else [tuple(splits)] if splits else []:
+            words = ["mhmoe", "evaluate", str(self.checkpoint), "--data", str(self.data)]
+            words += [word for split in together for word in ("--split", split)]
+            predictions = str(self.folder / f"predictions-{together[0]}.txt")
+            words += [word.format(predictions=predictions) for word in self.recipe.evaluate.split()]
+            yield together, [*words, *(["--cpu"] if self.choice.scale == "cpu" else [])]
 
     def record(self, split: str) -> Path:
         """The file of a split's results."""

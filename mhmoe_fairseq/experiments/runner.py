@@ -173,11 +173,11 @@ class Runner:
             self._train(run, state, progress)
         if not run.choice.is_first:
             return
-        for split in run.splits:
-            if not run.record(split).is_file():
-                output = run.folder / f"evaluation-{split}.txt"
-                output.unlink(missing_ok=True)
-                self._call(run, f"evaluation on {split}", run.evaluation(split), lambda line: None, output)
+        missing = [split for split in run.splits if not run.record(split).is_file()]
+        for splits, words in run.evaluations(missing):
+            output = run.folder / f"evaluation-{'-'.join(splits)}.txt"
+            output.unlink(missing_ok=True)
+            self._call(run, f"evaluation on {' and '.join(splits)}", words, lambda line: None, output)
         if run.splits:
             self._tell(f"{run.name}: evaluated on {' and '.join(run.splits)}")
 
@@ -240,7 +240,7 @@ def dry_run(plan: Plan) -> Iterator[str]:
         yield "# below, --lr is the best of these for each model on the validation split"
     for run in _known(plan):
         yield shlex.join(run.training())
-        yield from (shlex.join(run.evaluation(split)) for split in run.splits)
+        yield from (shlex.join(words) for _, words in run.evaluations(run.splits))
     yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
 
 

@@ -33,6 +33,11 @@ def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path
     run = runs.copy("mhmoe", tmp_path / "mhmoe")
     assert main(["evaluate", str(run), "--split", "valid", "--record", str(tmp_path / "here.json"), "--cpu"]) == 0
     record = read_record(tmp_path / "here.json")
+    both = [str(run), "--split", "test", "--split", "valid", "--cpu"]  # one after the other, as if alone
+    assert main(["evaluate", *both]) == 0 and read_record(run / "record-test.json").split == "test"
+    again = read_record(run / "record-valid.json")
+    assert (again.metrics, again.experts, again.data) == (record.metrics, record.experts, record.data)
+    assert main(["evaluate", *both, "--record", str(tmp_path / "both.json")]) == 2
     assert (record.what, record.split, record.parts) == ("perplexity", "valid", {})
     counts, weights = record.model["counts"], torch.load(run / "checkpoint_best.pt", weights_only=True)["model"]
     moe = [name for name in weights if ".experts." in name]

@@ -198,7 +198,7 @@ def test_the_whole_experiment_keeps_mhmoes_flops_and_its_checkpoints() -> None:
 def test_a_study_searches_learning_rates_and_then_takes_all_seeds() -> None:
     runs = trainings("study-multimodal")
     searched = [parse(words) for name, words in runs.items() if name.startswith("search")]
-    assert len(commands("study-multimodal")) == 1 + 3 * 3 + 3 * 3 * 3 + 1 and searched[0].max_update == 150
+    assert len(commands("study-multimodal")) == 1 + 3 * 3 + 3 * 3 * 2 + 1 and searched[0].max_update == 150
     given = ("table1", "--lrs", "1e-3", "2e-3", "--search-updates", "7", "--models", "dense", "--seeds", "4", "5")
     args = [parse(words) for words in commands(*given) if words[0] == "fairseq-train"]
     assert [(of.max_update, of.lr, of.seed) for of in args[:2]] == [(7, [1e-3], 4), (7, [2e-3], 4)]

@@ -47,7 +47,8 @@ class Commands:
         elif "report" in words:
             Path(after("--out", words)).write_text(" ".join(words))
         elif "evaluate" in words:
-            (Path(words[2]).parent / f"record-{after('--split', words)}.json").touch()
+            for split in (word for flag, word in zip(words, words[1:]) if flag == "--split"):
+                (Path(words[2]).parent / f"record-{split}.json").touch()
 
     def trained(self) -> list[str]:
         """The runs trained since the last call."""
@@ -72,11 +73,10 @@ def reproduce(folder: Path, *words: str) -> int:
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
     models = ["--models", "dense", "xmoe"]
     assert reproduce(tmp_path, "table1", *models) == 0
-    evaluated = [(Path(words[2]).parts[-3:], words[4], words[6]) for words, _ in commands.called if "evaluate" in words]
+    evaluated = [(Path(words[2]).parts[-3:], words[4:-1]) for words, _ in commands.called if "evaluate" in words]
     assert evaluated == [
-        ((model, "seed-1", "checkpoint_best.pt"), str(tmp_path / "data"), split)
+        ((model, "seed-1", "checkpoint_best.pt"), [str(tmp_path / "data"), "--split", "valid", "--split", "test"])
         for model in ("dense", "xmoe")
-        for split in ("valid", "test")
     ]
     assert commands.trained() == ["dense/seed-1", "xmoe/seed-1"]
     said = capsys.readouterr().out
