@@ -133,8 +133,9 @@ class ActivationMemory:
         settings, a = self.shape.settings, self.shape.element
         d = settings.decoder_embed_dim
         norms = 2 * (d * _FP32 + _NORM)
-        inputs = d * a * (3 if self.shape.half else 1)  # autocast rounds the input anew for queries, keys and values
-        attended = 4 * d * a + settings.decoder_attention_heads * _FP32
+        inputs = d * a
+        # Queries, keys, values and what becomes of them: on a CPU in float32, if only for short sequences.
+        attended = 4 * d * (_FP32 if self.cpu else a) + settings.decoder_attention_heads * _FP32
         output = d * a + _NORM if settings.subln else 0
         return norms + inputs + attended + output + self._mask(settings.dropout, d, a)
 

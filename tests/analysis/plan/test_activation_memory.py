@@ -89,5 +89,7 @@ def test_the_planned_peak_is_near_that_of_a_whole_pass(
     loss_of(model, tokens).backward()  # gradients exist, as from the second update on
     existing = [tensor for parameter in model.parameters() for tensor in (parameter, parameter.grad)]
     measured = tensor_peak(lambda: loss_of(model, tokens).backward(), [*existing, *model.buffers(), tokens])
+    # The output layer's gradient is computed with the loss, before what it is added to is needed: no activation.
+    measured -= model.decoder.embed_tokens.weight.nbytes
     planned = ActivationMemory(shape_of(model), backend, exchanged=False, cpu=True)
     assert planned.peak(recompute=recompute) * tokens.numel() == pytest.approx(measured, rel=PEAK_TOLERANCE)
