@@ -35,7 +35,7 @@ class MoECrossEntropyCriterion(MoECriterion):
             losses, extra = model(**sample["net_input"], targets=target)
         else:  # a model of fairseq's
             logits, extra = model(**sample["net_input"])
-            log_probs = model.get_normalized_probs((logits, None), log_probs=True).transpose(1, 2)
-            losses = F.nll_loss(log_probs, target, ignore_index=self.padding_idx, reduction="none")
+            log_probs = model.get_normalized_probs((logits, None), log_probs=True).flatten(0, -2)
+            losses = F.nll_loss(log_probs, target.flatten(), ignore_index=self.padding_idx, reduction="none")
         sample_size = target.size(0) if self.cfg.sentence_avg else sample["ntokens"]
         return losses.flatten(), {"nsentences": target.size(0), "sample_size": sample_size}, [extra]
