@@ -66,7 +66,7 @@ bench: $(STAMP)
 	$(BIN)/python scripts/bench/layer.py --growth --pairs 3
 	for size in base small tiny; do $(BIN)/python scripts/bench/model.py --size $$size || exit; done
 	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16
-	$(BIN)/python scripts/bench/inference.py
+	$(BIN)/python scripts/bench/model.py --size small --inference
 
 gpu-check: $(STAMP)
 	$(BIN)/python scripts/gpu_check.py

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from mhmoe_fairseq.common.arguments import HelpFormatter, whole
 from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.common.tables import markdown_table
 
+from .memory import proc
 from .timing import MIN_PAIRS, Clock, Operator
 
 Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
@@ -26,26 +28,15 @@ PACKAGES = ("torch", "numpy", "torchscale", "fairseq", "fairseq-fixed", "transfo
 WIDE_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
-
-
 def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
     """Returns a parser with the flags that every benchmark has."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, epilog=epilog, formatter_class=HelpFormatter)
     add_numbers(parser, {"pairs": (MIN_PAIRS, f"interleaved pairs per comparison; fewer than {MIN_PAIRS} mean little")})
-    threads = "PyTorch threads; several: everything with each (default: 2, the targets' number)"
-    parser.add_argument("--threads", type=positive, nargs="+", default=[2], metavar="N", help=threads)
-    cpu = "time by the CPU time of all threads: usable beside other work, best with --threads 1 (waiting threads count)"
-    parser.add_argument(
-        "--cpu-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter, help=cpu
-    )
+    threads = "PyTorch threads, the targets' number; several: everything with each"
+    parser.add_argument("--threads", type=whole(), nargs="+", default=[2], metavar="N", help=threads)
+    cpu = "CPU time of all threads, for use beside other work; best with --threads 1 (default: wall clock)"
+    parser.add_argument("--cpu-time", dest="clock", action="store_const", const=time.process_time, help=cpu)
+    parser.set_defaults(clock=time.perf_counter)
     where = "where the report goes (default: docs/benchmarks/<date>-<cpu>[-kind].md)"
     parser.add_argument("--output", type=Path, metavar="FILE.md", help=where)
     parser.add_argument("--check", action="store_true", help="exit with status 1 if a target is missed")
@@ -55,12 +46,14 @@ def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
 def add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, str]]) -> None:
     """Adds flags of whole numbers from 1: name -> (default, help)."""
     for name, (default, what) in numbers.items():
-        shown = f"{what} (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=shown)
+        parser.add_argument(f"--{name}", type=whole(), default=default, metavar="N", help=what)
 
 
-def run_benchmark(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+def run_benchmark(
+    run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> int:
     """Returns the exit status of ``run``, 2 with one line for an error that a user can mend."""
+    args = parser.parse_args(argv)
     torch.set_num_threads(max(args.threads))
     try:
         return run(args)
@@ -78,13 +71,9 @@ def conclude(path: Path, targets: Sequence[Target], check: bool) -> int:
 
 
 def report_path(output: Path | None, kind: str = "") -> Path:
-    """Returns the report's path: as asked, or dated and named after the processor.
-
-    Raises:
-        ValueError: the asked name does not end in ``.md``.
-    """
+    """Returns the report's path: as asked, or dated and named after the processor; ``ValueError`` unless it is .md."""
     if output is None:
-        name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", _cpu_name().lower())
+        name = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", " ", (proc("cpuinfo", "model name") or platform.machine()).lower())
         slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
         return ROOT / "docs" / "benchmarks" / f"{datetime.date.today().isoformat()}-{slug}{kind}.md"
     if output.suffix != ".md":
@@ -95,12 +84,7 @@ def report_path(output: Path | None, kind: str = "") -> Path:
 def write_report(
     path: Path, title: str, threads: object, targets: Sequence[Target], parts: Iterable[str], clock: Clock | None = None
 ) -> None:
-    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty.
-
-    Args:
-        threads: PyTorch's number, as the report tells it.
-        clock: what took the times, if it was not the wall clock.
-    """
+    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
     head = [
@@ -123,28 +107,16 @@ def operators_table(operators: Iterable[Operator]) -> str:
 
 def _machine(threads: object, clock: Clock | None) -> list[tuple[str, str]]:
     """Returns what a reader needs to judge the numbers, as rows (what, value): hardware, versions, threads, load."""
-    flags, memory = _proc("cpuinfo", "flags").split(), _proc("meminfo", "MemTotal")
+    flags, memory = proc("cpuinfo", "flags").split(), proc("meminfo", "MemTotal")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     return [
-        ("Processor", _cpu_name()),
+        ("Processor", proc("cpuinfo", "model name") or platform.processor()),
         ("Wide units", ", ".join(unit for unit in WIDE_UNITS if unit in flags) or "unknown"),
         ("Cores seen, threads used", f"{os.cpu_count()}, {threads}"),
         ("Memory", f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"),
         ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
-        ("BLAS", "MKL" if torch.backends.mkl.is_available() else "not MKL"),
-        ("Float32 products", f"precision {torch.get_float32_matmul_precision()}"),
+        ("Float32 products", f"MKL: {torch.backends.mkl.is_available()}, {torch.get_float32_matmul_precision()}"),
         ("Times", "CPU time of all threads of a process" if clock is time.process_time else "wall clock"),
         ("Load average at the start", ", ".join(f"{value:.2f}" for value in os.getloadavg())),
     ]
-
-
-def _cpu_name() -> str:
-    return _proc("cpuinfo", "model name") or platform.processor() or platform.machine()
-
-
-def _proc(file: str, field: str) -> str:
-    """Returns a field of a file of Linux's /proc, an empty text elsewhere."""
-    path = Path("/proc", file)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")

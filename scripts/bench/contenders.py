@@ -19,18 +19,12 @@ from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 # What products compute in. "bf16" is a layer that was converted; "autocast" one whose float32 weights and input are
 # cast in every step, with float32 gradients: what training with --mhmoe-precision bf16 does.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
-BALANCE_WEIGHT = 0.01
-SEED = 1
-TOLERANCE = 1e-5
+BALANCE_WEIGHT, SEED, TOLERANCE = 0.01, 1, 1e-5
 NAMES = {
-    "mhmoe": "MH-MoE (ours)",
-    "mhmoe-swiglu": "MH-MoE (ours), SwiGLU",
-    "gemm": "GEMM bound",
-    "loop": "plain autograd loop",
-    "torchscale": "TorchScale static X-MoE",
-    "mixtral-grouped": "Hugging Face Mixtral, grouped_mm",
-    "mixtral-eager": "Hugging Face Mixtral, eager loop",
-}
+    "mhmoe": "MH-MoE (ours)", "mhmoe-swiglu": "MH-MoE (ours), SwiGLU", "gemm": "GEMM bound",
+    "loop": "plain autograd loop", "torchscale": "TorchScale static X-MoE",
+    "mixtral-grouped": "Hugging Face Mixtral, grouped_mm", "mixtral-eager": "Hugging Face Mixtral, eager loop",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +55,8 @@ class Setting:
 
     def config(self) -> MHMoEConfig:
         """Our layer with GELU experts and TorchScale's X-MoE router."""
-        return MHMoEConfig(
-            embed_dim=self.embed_dim, num_heads=self.num_heads, num_experts=self.num_experts, top_k=self.top_k,
-            expert_ffn_dim=self.ffn_dim,
-        )  # fmt: skip
+        names = ("embed_dim", "num_heads", "num_experts", "top_k")
+        return MHMoEConfig(**{name: getattr(self, name) for name in names}, expert_ffn_dim=self.ffn_dim)
 
     def swiglu_config(self) -> MHMoEConfig:
         """Our layer as Mixtral's block computes: linear router, no biases, SwiGLU at the GELU expert's FLOPs."""
@@ -89,9 +81,6 @@ class BetweenProjections(nn.Module):
         output = self.experts_of(self.head_projection(x).view(-1, self.setting.sub_dim))
         hidden = self.merge_projection(output.hidden.reshape(x.shape))
         return SimpleNamespace(hidden=hidden, balance_loss=output.balance_loss)
-
-    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
-        raise NotImplementedError
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
         """Our parameter names, each with the tensors here that make it up when stacked."""
@@ -118,31 +107,23 @@ class PlainLoop(BetweenProjections):
         self.fc1 = nn.ModuleList(nn.Linear(sub_dim, setting.ffn_dim) for _ in range(num_experts))
         self.fc2 = nn.ModuleList(nn.Linear(setting.ffn_dim, sub_dim) for _ in range(num_experts))
 
-    def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gates ``(N, K)``, experts ``(N, K)`` and the balance loss of sub-tokens ``(N, d)``."""
-        num_experts = self.setting.num_experts
-        logits = F.linear(self.reduction(x).float(), F.normalize(self.expert_embedding.float(), dim=1))
+    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
+        logits = F.linear(self.reduction(sub_tokens).float(), F.normalize(self.expert_embedding.float(), dim=1))
         probabilities = logits.softmax(dim=-1)
         gates, experts = probabilities.topk(self.setting.top_k, dim=-1)
         if self.setting.top_k > 1:
             gates = gates / gates.sum(dim=-1, keepdim=True)
-        share = torch.bincount(experts[:, 0], minlength=num_experts) / len(x)
-        return gates.to(x.dtype), experts, num_experts * (share * probabilities.mean(dim=0)).sum()
-
-    def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
-        gates, experts, balance = self.route(sub_tokens)
-        total = torch.zeros_like(sub_tokens)
+        share = torch.bincount(experts[:, 0], minlength=len(self.fc1)) / len(sub_tokens)
+        balance = len(self.fc1) * (share * probabilities.mean(dim=0)).sum()
+        gates, total = gates.to(sub_tokens.dtype), torch.zeros_like(sub_tokens)
         for expert, (fc1, fc2) in enumerate(zip(self.fc1, self.fc2)):
             row, choice = torch.where(experts == expert)
             total = total.index_add(0, row, fc2(F.gelu(fc1(sub_tokens[row]))) * gates[row, choice, None])
         return SimpleNamespace(hidden=total, balance_loss=balance)
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
-        banks = {
-            f"experts.{fc}_{part}": [getattr(layer, part) for layer in getattr(self, fc)]
-            for fc in ("fc1", "fc2")
-            for part in ("weight", "bias")
-        }
+        names = [(fc, part) for fc in ("fc1", "fc2") for part in ("weight", "bias")]
+        banks = {f"experts.{fc}_{part}": [getattr(layer, part) for layer in getattr(self, fc)] for fc, part in names}
         router = {"reduction.weight": [self.reduction.weight], "expert_embedding": [self.expert_embedding]}
         return {**super().named_like_ours(), **banks, **{f"router.{name}": parts for name, parts in router.items()}}
 
@@ -154,9 +135,8 @@ class TorchScaleLayer(BetweenProjections):
         from mhmoe_fairseq.torchscale_ext.static_xmoe import StaticXMoE
 
         super().__init__(setting)
-        moe = dataclasses.replace(
-            setting.config(), embed_dim=setting.sub_dim, num_heads=1, routing="capacity", second_expert_policy="all"
-        )
+        changes = {"num_heads": 1, "routing": "capacity", "second_expert_policy": "all"}
+        moe = dataclasses.replace(setting.config(), embed_dim=setting.sub_dim, **changes)
         self.layer = StaticXMoE(SimpleNamespace(moe=moe, layernorm_eps=1e-5))
 
     def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
@@ -164,23 +144,18 @@ class TorchScaleLayer(BetweenProjections):
 
 
 class Mixtral(BetweenProjections):
-    """Hugging Face's ``MixtralSparseMoeBlock`` with one of its expert implementations; no balance loss, no biases.
-
-    Raises:
-        RuntimeError: transformers would run another implementation.
-    """
+    """Hugging Face's ``MixtralSparseMoeBlock`` with one of its expert implementations, which have no balance loss."""
 
     def __init__(self, setting: Setting, implementation: str) -> None:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
         super().__init__(setting)
-        config = MixtralConfig(
+        self.block = MixtralSparseMoeBlock(MixtralConfig(
             hidden_size=setting.sub_dim, intermediate_size=setting.swiglu_config().expert_ffn_dim,
             num_local_experts=setting.num_experts, num_experts_per_tok=setting.top_k,
             experts_implementation=implementation,
-        )  # fmt: skip
-        self.block = MixtralSparseMoeBlock(config)
+        ))  # fmt: skip
         chosen = self.block.experts.config._experts_implementation
         if chosen != implementation:
             raise RuntimeError(f"transformers would run experts_implementation={chosen}, not {implementation}")
@@ -191,57 +166,40 @@ class Mixtral(BetweenProjections):
         return SimpleNamespace(hidden=self.block(sub_tokens[None]), balance_loss=None)
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
-        up = self.block.experts.gate_up_proj  # SiLU on the first half, which is our fc1
-        half = up.size(1) // 2
-        banks = {"fc1": up[:, :half], "gate": up[:, half:], "fc2": self.block.experts.down_proj}
+        up, gate = self.block.experts.gate_up_proj.chunk(2, dim=1)  # SiLU on the first half, which is our fc1
+        banks = {"fc1": up, "gate": gate, "fc2": self.block.experts.down_proj}
         ours = {f"experts.{name}_weight": list(bank.unbind()) for name, bank in banks.items()}
         return {**super().named_like_ours(), **ours, "router.weight": [self.block.gate.weight]}
 
 
 def products(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Returns a linear map of ``rows`` rows, and its two backward products; all outputs are preallocated."""
+    """Returns a linear map of ``rows`` rows, and its two backward products, into preallocated outputs."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, inputs), (outputs, inputs), (rows, outputs))
     x, weight, grad = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     grad_x, grad_weight, y = (torch.empty(shape, dtype=dtype) for shape in shapes)
 
-    def forward() -> None:
-        torch.mm(x, weight.t(), out=y)
-
     def backward() -> None:
         torch.mm(grad, weight, out=grad_x)
         torch.mm(grad.t(), x, out=grad_weight)
 
-    return forward, backward
+    return lambda: torch.mm(x, weight.t(), out=y), backward
 
 
 def gemm_bound(config: MHMoEConfig, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
     """Returns what computes a layer's matrix products alone: no router, no sort, no activation, no sums.
 
-    A projection is one product over all tokens; each expert has its products over an equal share of the rows, so that
-    the expert weights are as large, and read as often, as the layer's.
+    Each expert has its products over an equal share of the rows, so that weights are as large, and read as often, as
+    the layer's.
     """
     dim, sub_dim, inner = config.embed_dim, config.subtoken_dim, config.expert_ffn_dim
-    rows = tokens * dim // sub_dim * config.top_k
+    share, rest = divmod(tokens * dim // sub_dim * config.top_k, config.num_experts)
     shapes = [(sub_dim, inner)] * (config.matrices_per_expert - 1) + [(inner, sub_dim)]
-    experts = [products(n, *shape, dtype) for n in equal_shares(rows, config.num_experts) for shape in shapes]
-    before, after = (
-        [products(tokens, dim, dim, dtype) for _ in range(has * config.num_projection_layers)]
-        for has in (config.has_head_projection, config.has_merge_projection)
-    )
-    forward, backward = zip(*before, *experts, *after)
-
-    def step() -> None:
-        for product in (*forward, *reversed(backward)):
-            product()
-
-    return step
-
-
-def equal_shares(rows: int, parts: int) -> list[int]:
-    """``rows`` in ``parts`` whole shares that differ by at most one."""
-    share, rest = divmod(rows, parts)
-    return [share + (part < rest) for part in range(parts)]
+    shares = [share + (expert < rest) for expert in range(config.num_experts)]  # no row is lost
+    experts = [products(rows, *shape, dtype) for rows in shares for shape in shapes]
+    maps = config.num_projection_layers * (config.has_head_projection + config.has_merge_projection)
+    forward, backward = zip(*(products(tokens, dim, dim, dtype) for _ in range(maps)), *experts)
+    return lambda: [product() for product in (*forward, *reversed(backward))]
 
 
 class Step:
@@ -258,7 +216,6 @@ class Step:
         self.tensors = [*self.parameters, *module.buffers(), self.x, self.grad]  # exist before and after a step
 
     def clear(self) -> None:
-        """Forget every gradient."""
         for tensor in (self.x, *self.parameters):
             tensor.grad = None
 
@@ -266,12 +223,12 @@ class Step:
         self.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.module(self.x)
-        hidden, balance = output.hidden, output.balance_loss
-        roots, gradients = [hidden], [self.grad.to(hidden.dtype)]
-        if balance is not None:
-            roots, gradients = [*roots, balance], [*gradients, torch.full_like(balance, BALANCE_WEIGHT)]
+        roots, gradients = [output.hidden], [self.grad.to(output.hidden.dtype)]
+        if output.balance_loss is not None:
+            roots.append(output.balance_loss)
+            gradients.append(torch.full_like(output.balance_loss, BALANCE_WEIGHT))
         torch.autograd.backward(roots, gradients)
-        return hidden, balance
+        return output.hidden, output.balance_loss
 
 
 BUILDERS: dict[str, Callable[[Setting], nn.Module]] = {
@@ -287,9 +244,8 @@ BUILDERS: dict[str, Callable[[Setting], nn.Module]] = {
 def unavailable(name: str) -> str | None:
     """Why a contender cannot run here, or None."""
     package = {"torchscale": "torchscale", "mixtral": "transformers"}.get(name.split("-")[0])
-    if package is None or importlib.util.find_spec(package) is not None:
-        return None
-    return f"{package} is not installed (pip install {package})"
+    missing = package is not None and importlib.util.find_spec(package) is None
+    return f"{package} is not installed (pip install {package})" if missing else None
 
 
 def build(name: str, setting: Setting) -> Callable[[], object]:
@@ -325,11 +281,7 @@ def errors_against(rival: str, setting: Setting) -> dict[str, float]:
 
 
 def check(errors: dict[str, float], what: str) -> float:
-    """The largest error.
-
-    Raises:
-        RuntimeError: it exceeds the tolerance; a speed comparison would mean nothing.
-    """
+    """The largest error; ``RuntimeError`` if it exceeds the tolerance: a comparison of speed would mean nothing."""
     name, worst = max(errors.items(), key=lambda item: item[1])
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{what}: relative error of {name} is {worst:.2e}, the limit is {TOLERANCE:.0e}")

@@ -1,13 +1,17 @@
 """Time and peak memory of the MH-MoE layer against its bound and its rivals, and how its time grows."""
 
 import argparse
-import dataclasses
 import gc
+import importlib.util
+import itertools
+import logging
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,170 +19,284 @@ from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import contenders
-from bench.console import add_numbers, conclude, make_parser, positive, report_path, run_benchmark
+from bench import console, contenders
 from bench.contenders import DTYPES, NAMES, Setting, build
-from bench.layer_report import POINTS, Results, targets, write_layer_report, write_plot
-from bench.memory import Peak, measure
-from bench.timing import operator_times, time_pairs
+from bench.memory import Peak, measure, ratios_text
+from bench.timing import Operator, Pairs, growth_exponent, operator_times, time_pairs
+from mhmoe_fairseq.common.arguments import whole
+from mhmoe_fairseq.common.files import atomic_path
+from mhmoe_fairseq.common.tables import markdown_table
 
 DESCRIPTION = """\
-Measure the MH-MoE layer (forward and backward) against
-  gemm             the time its matrix products alone take, in the same number format: the bound
-  loop             the plain loop over experts, with autograd
-  torchscale       TorchScale's static X-MoE on the same sub-tokens
-  mixtral-grouped  Hugging Face's Mixtral block, grouped_mm, at equal FLOPs
-  mixtral-eager    the same block with its loop over experts
-and write a dated Markdown report with a plot. Before timing, our layer is
-compared with the plain loop (values and all gradients, 1e-5 relative); a
-difference stops the run. A rival whose package is missing is left out, and the
-report says so. Without --sweep or --growth the settings are those that the
-project's targets speak of: the bound at all six, the others at the first two.
+Measure the MH-MoE layer (forward and backward) against the time of its matrix products in
+the same number format (gemm: the bound), the plain autograd loop over experts, TorchScale's
+static X-MoE, and Hugging Face's Mixtral block at equal FLOPs (grouped_mm, or its own loop).
+Before timing, our layer is compared with the plain loop, values and all gradients.
+Without sizes the settings are those of the project's targets: the bound at all of them,
+the others at the first two. With sizes every combination of them is measured.
 """
 EPILOG = """\
 examples:
-  python scripts/bench/layer.py
-      the targets' settings, and peak memory at T=2048, 4096, 8192 (about ten minutes)
-  python scripts/bench/layer.py --threads 1 --cpu-time --dtypes bf16 --rivals gemm
+  python scripts/bench/layer.py                          the targets, and memory: ten minutes
+  python scripts/bench/layer.py --threads 1 --cpu-time --dtypes bf16 --rivals gemm --no-memory
       how far bf16 is from its bound, on a machine that is not idle
-  python scripts/bench/layer.py --growth --pairs 3
-      time with T, E and H, one at a time, with fitted exponents (some minutes)
-  python scripts/bench/layer.py --sweep
-      T=512..8192 with E=8/32/128 in every number format (hours)
-  python scripts/bench/layer.py --sweep --tokens 512 --experts 8 --dtypes bf16 --rivals gemm loop
-      a part of it
-
-Number formats: fp32; bf16, a layer that was converted; autocast, a layer with
-float32 weights under bf16 autocast, which is what --mhmoe-precision bf16 trains.
-In the report "ours / rival" below 1 means that ours is faster; a wide range behind
-it means that the machine was busy. docs/benchmarks/README.md says more.
+  python scripts/bench/layer.py --growth --pairs 3       time with T, E and H, with exponents
+  python scripts/bench/layer.py --tokens 512 1024 2048 4096 8192 --experts 8 32 128
+Number formats: fp32; bf16, a layer that was converted; autocast, float32 weights under bf16
+autocast, which is what --mhmoe-precision bf16 trains. docs/benchmarks/README.md says more.
 """
+# The settings that the targets speak of, and the limit of each number format: times the bound's time.
+POINTS = {
+    Setting(2048, 8): {"fp32": 1.20, "bf16": 1.7},
+    Setting(2048, 32): {"fp32": 1.25, "bf16": 1.8},
+    Setting(2048, 35, ffn_dim=2688): {"bf16": 1.8},
+    Setting(2048, 8, num_heads=1): {"bf16": 1.6},
+    Setting(2048, 35, embed_dim=256, ffn_dim=896): {"bf16": 2.1},
+    Setting(2048, 35, embed_dim=128, ffn_dim=448): {"bf16": 2.6},
+}
+MEMORY_LIMIT, MIXTRAL_SPEEDUP, LINEARITY = 0.8, 1.8, 1.05
+AXES = {"tokens": "T", "num_experts": "E", "num_heads": "H"}
 RIVALS = ("gemm", "loop", "torchscale", "mixtral-grouped", "mixtral-eager")
 TORCHSCALE_MAX_TOKENS = 4096  # its dispatch tensors grow with T squared: 8 GB there
-# Sizes of --sweep and --growth where none are given. Growth starts from the values nearest to START.
-LISTS = {
-    "tokens": ([512, 1024, 2048, 4096, 8192], [512, 1024, 2048, 4096, 8192, 16384], "num tokens T of a step"),
-    "experts": ([8, 32, 128], [8, 16, 32, 64, 128, 256, 512], "experts E"),
-    "heads": ([4], [1, 2, 3, 4, 6, 8, 12], "MH-MoE heads H"),
+SIZES = {
+    "tokens": "tokens T of a step", "num_experts": "experts E", "num_heads": "MH-MoE heads H",
+    "embed_dim": "model dimension D", "ffn_dim": "inner width F of an expert", "top_k": "experts per sub-token K",
+}  # fmt: skip
+START = Setting(2048, 8, embed_dim=384, ffn_dim=1536)  # of growth; every H below divides its D
+GROWTH = {
+    "tokens": (512, 1024, 2048, 4096, 8192, 16384),
+    "num_experts": (8, 16, 32, 64, 128, 256, 512),
+    "num_heads": (1, 2, 3, 4, 6, 8, 12),
 }
-SIZES = {"embed-dim": (768, 384, "model dimension D"), "ffn-dim": (3072, 1536, "inner width F of an expert")}
-START = Setting(2048, 8, num_heads=4)
-FIELDS = {"tokens": "tokens", "experts": "num_experts", "heads": "num_heads"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(DESCRIPTION, EPILOG)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument("--sweep", action="store_true", help="every combination of the sizes below")
-    modes.add_argument("--growth", action="store_true", help="tokens, experts, heads, one at a time, and the bound")
-    for name, (sweep, growth, what) in LISTS.items():
-        shown = f"{what} (--sweep: {' '.join(map(str, sweep))}; --growth: {' '.join(map(str, growth))})"
-        parser.add_argument(f"--{name}", type=positive, nargs="+", metavar="N", help=shown)
-    for name, (sweep, growth, what) in SIZES.items():
-        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} ({sweep}; --growth: {growth})")
-    add_numbers(parser, {"top-k": (2, "experts per sub-token K")})
+    parser = console.make_parser(DESCRIPTION, EPILOG)
+    parser.add_argument("--growth", action="store_true", help="how time grows with T, E and H, ours and the bound's")
+    for size, what in SIZES.items():
+        shown = f"{what} ({getattr(Setting(2048, 8), size)})"
+        parser.add_argument(flag(size), dest=size, type=whole(), nargs="+", metavar="N", help=shown)
     for name, known in (("dtypes", list(DTYPES)), ("rivals", list(RIVALS))):
         parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, help="default: all")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     return parser
 
 
-def chosen_settings(args: argparse.Namespace) -> dict[str, list[Setting]]:
-    """Returns what to measure, by axis of growth; all under one name without ``--growth``.
+def flag(size: str) -> str:
+    """Returns the flag of a setting's size."""
+    return "--" + size.removeprefix("num_").replace("_", "-")
 
-    Raises:
-        ValueError: a size that the layer refuses, or one that the targets' settings do not leave open.
+
+def chosen_settings(args: argparse.Namespace) -> dict[str, list[Setting]]:
+    """Returns what to measure by the size that grows, or under one name; ``ValueError`` for a size that is refused."""
+    given = {size: getattr(args, size) for size in SIZES if getattr(args, size)}
+    if given and args.growth:
+        raise ValueError(f"{flag(next(iter(given)))} contradicts --growth, which has its own sizes")
+    if args.growth:
+        start = asdict(START)
+        found = {axis: [{**start, axis: value} for value in values] for axis, values in GROWTH.items()}
+    elif given:
+        combined = {"tokens": [2048], "num_experts": [8], **given}
+        found = {"": [dict(zip(combined, values)) for values in itertools.product(*combined.values())]}
+    else:
+        found = {"": list(map(asdict, POINTS))}
+    kinds = list(itertools.product(args.threads, args.dtypes))
+    return {
+        axis: [Setting(**{**point, "dtype": dtype, "threads": threads}) for threads, dtype in kinds for point in points]
+        for axis, points in found.items()
+    }
+
+
+METHOD = """\
+Forward and backward of one layer, gradients starting from None, no optimiser; {pairs} pairs a duel after one warm-up. A
+ratio is the median over the pairs of (ours / rival); the milliseconds are medians. What the contenders compute, and how
+memory is measured: docs/benchmarks/README.md. The rows "SwiGLU" give our layer the function of Hugging Face's block.
+"""
+
+
+@dataclass
+class Results:
+    """Everything that one run found out.
+
+    Attributes:
+        growth: settings by the field that differs among them.
+        errors: what was verified, with the largest relative error.
     """
-    given = {name: getattr(args, name.replace("-", "_")) for name in (*LISTS, *SIZES)}
-    if not (args.sweep or args.growth):
-        for name, value in {**given, "top-k": None if args.top_k == 2 else args.top_k}.items():
-            if value is not None:
-                raise ValueError(f"--{name} needs --sweep or --growth: the targets' settings have their own sizes")
-    column = int(args.growth)
-    values = {name: given[name] or (LISTS | SIZES)[name][column] for name in given}
-    sizes = {"embed_dim": values["embed-dim"], "ffn_dim": values["ffn-dim"], "top_k": args.top_k}
-    found: dict[str, list[Setting]] = {}
-    for threads in args.threads:
-        for dtype in args.dtypes:
-            like = {"dtype": dtype, "threads": threads}
-            if args.sweep:
-                found.setdefault("", []).extend(
-                    Setting(tokens, experts, num_heads=heads, **sizes, **like)
-                    for experts in values["experts"] for heads in values["heads"] for tokens in values["tokens"]
-                )  # fmt: skip
-            elif args.growth:
-                start = {}
-                for name, field in FIELDS.items():
-                    start[field] = min(values[name], key=lambda value, f=field: abs(value - getattr(START, f)))
-                for name, field in FIELDS.items():
-                    points = [Setting(**{**start, field: value}, **sizes, **like) for value in values[name]]
-                    found.setdefault(field, []).extend(points)
-            else:
-                found.setdefault("", []).extend(dataclasses.replace(point, **like) for point in POINTS)
-    return found
+
+    times: dict[tuple[Setting, str, str], Pairs] = field(default_factory=dict)
+    growth: dict[str, list[Setting]] = field(default_factory=dict)
+    memory: dict[tuple[Setting, str], Peak] = field(default_factory=dict)
+    breakdowns: dict[str, list[Operator]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def targets(results: Results) -> Iterator[console.Target]:
+    """Yields the promises that the measured settings can decide, on any number of threads."""
+    faster = f"at least {MIXTRAL_SPEEDUP}x as fast as {NAMES['mixtral-grouped']}"
+    bound = "forward + backward at most {:.2f}x the GEMM bound".format
+    promises = {
+        (replace(point, dtype=dtype), "gemm"): (limit, bound(limit))
+        for point, limits in POINTS.items() for dtype, limit in limits.items()
+    }  # fmt: skip
+    promises |= {(Setting(tokens, 8), "loop"): (1.0, "no slower than the plain loop") for tokens in (2048, 4096)}
+    promises |= {(Setting(2048, experts), "mixtral-grouped"): (1 / MIXTRAL_SPEEDUP, faster) for experts in (8, 32)}
+    for (setting, first, rival), pairs in results.times.items():
+        limit, promise = promises.get((replace(setting, threads=Setting.threads), rival), (None, ""))
+        if first == "mhmoe" and limit is not None:
+            measured = f"{pairs.ratio:.2f}x its time {pairs.range_text()}, {1 / pairs.ratio:.2f}x its speed"
+            yield f"{promise} ({setting.label()}): {measured}", pairs.ratio <= limit
+    loop, linear = f"peak memory at most {MEMORY_LIMIT}x the plain loop's", "peak memory linear in T"
+    for (setting, name), ours in results.memory.items():
+        for tokens, rival, other, limit, promise in [
+            *((tokens, "loop", tokens, MEMORY_LIMIT, loop) for tokens in (2048, 4096)),
+            (8192, "mhmoe", 2048, 4 * LINEARITY, f"{linear}: at most {4 * LINEARITY:.1f}x of T=2048"),
+        ]:
+            theirs = results.memory.get((replace(setting, tokens=other), rival))
+            is_spoken_of = replace(setting, threads=Setting.threads, dtype="fp32") == Setting(tokens, 8)
+            if theirs and name == "mhmoe" and is_spoken_of and setting.dtype != "autocast":
+                text, worst = ratios_text(ours, theirs)
+                yield f"{promise} ({setting.label()}): {text}", worst <= limit
+
+
+def write_layer_report(path: Path, results: Results, args: argparse.Namespace, *, complete: bool) -> None:
+    """Replaces the report at ``path`` by what is known, ``complete`` or not yet."""
+    title = "MH-MoE layer benchmark" + ("" if complete else " (incomplete: the run is going on or was interrupted)")
+    errors = "\n".join(f"- {what}: {error:.1e}" for what, error in results.errors.items())
+    verified = f"Checked before timing, largest relative error over output and gradients (limit 1e-5):\n\n{errors}"
+    parts = ["## How it was measured", METHOD.format(pairs=args.pairs), verified if errors else "", "## Time"]
+    parts += (_growth(results) if results.growth else [_times(results)]) if results.times else ["Nothing was timed."]
+    if results.memory:
+        parts += ["## Peak memory (MiB)", _memory(results)]
+    for label, operators in results.breakdowns.items():
+        parts += [f"## Where our time goes: {label}", console.operators_table(operators)]
+    if results.notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in results.notes)]
+    if complete and path.with_suffix(".png").exists():
+        parts.append(f"![Time and memory]({path.with_suffix('.png').name})")
+    console.write_report(path, title, args.threads, list(targets(results)), parts, args.clock)
+
+
+def _times(results: Results) -> str:
+    rows = []
+    for (setting, first, second), pairs in results.times.items():
+        rows.append((
+            setting.label(), NAMES[first], NAMES[second], *(f"{median * 1e3:.1f}" for median in pairs.medians),
+            f"**{pairs.ratio:.2f}** {pairs.range_text()}", f"{1 / pairs.ratio:.2f}x",
+            f"{setting.flops() / pairs.medians[0] / 1e9:.0f}",
+        ))  # fmt: skip
+    head = ("setting", "ours", "rival", "ours ms", "rival ms", "ours / rival", "speed-up", "ours GFLOP/s")
+    return markdown_table(head, rows)
+
+
+def _growth(results: Results) -> list[str]:
+    """Returns a table for each axis, number format and number of threads, and the laws that fit it best."""
+    parts = []
+    for axis, settings in results.growth.items():
+        by_kind: dict[str, dict[int, Pairs]] = defaultdict(dict)
+        for setting in settings:
+            if pairs := results.times.get((setting, "mhmoe", "gemm")):
+                kind = setting.label().replace(f"{AXES[axis]}={getattr(setting, axis)} ", "")
+                by_kind[kind][getattr(setting, axis)] = pairs
+        for kind, points in by_kind.items():
+            medians = [pairs.medians for pairs in points.values()]
+            laws = [f"{AXES[axis]}^{growth_exponent(list(points), times):.2f}" for times in zip(*medians)]
+            rows = [
+                (f"{size}", *(f"{median * 1e3:.1f}" for median in pairs.medians), f"{pairs.ratio:.2f}")
+                for size, pairs in points.items()
+            ]
+            parts += [
+                f"### By {AXES[axis]}: {kind}",
+                "Our time grows as {}, the bound's as {} (least squares of the logarithms).".format(*laws),
+                markdown_table((AXES[axis], "ours ms", "bound ms", "ours / bound"), rows),
+            ]
+    return parts
+
+
+def _memory(results: Results) -> str:
+    rows = []
+    for (setting, name), peak in results.memory.items():
+        loop = results.memory.get((setting, "loop"))
+        rows.append((
+            setting.label(), NAMES[name], f"{peak['tensors']:.1f}",
+            "-" if peak["resident"] is None else f"{peak['resident']:.1f}",
+            "-" if loop is None else f"{peak['tensors'] / loop['tensors']:.2f}",
+            f"{peak['tensors'] * 1024 / setting.tokens:.0f}",
+        ))  # fmt: skip
+    head = ("setting", "contender", "tensors", "resident", "tensors / plain loop's", "KiB per token")
+    return markdown_table(head, rows)
+
+
+def write_plot(path: Path, results: Results) -> bool:
+    """Draws how time grows, or every ratio of times as a bar; returns False without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # an import made the root logger tell everything
+    figure = Figure(figsize=(15, 4.5 if results.growth else 1 + 0.2 * len(results.times)), layout="constrained")
+    for axes, (axis, settings) in zip(figure.subplots(1, 3) if results.growth else (), results.growth.items()):
+        lines: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for setting in settings:
+            for name, seconds in zip(("ours", "bound"), results.times[setting, "mhmoe", "gemm"].medians):
+                lines[f"{name}, {setting.dtype}, {setting.threads} threads"].append((getattr(setting, axis), seconds))
+        for label, points in lines.items():
+            axes.loglog(*zip(*points), marker="o", label=label)
+        axes.set(xlabel=AXES[axis], ylabel="seconds of a step")
+        axes.legend(fontsize=8)
+    if not results.growth:
+        axes = figure.subplots()
+        labels = [f"{NAMES[first]} / {NAMES[second]}, {each.label()}" for each, first, second in results.times]
+        axes.barh(labels, [pairs.ratio for pairs in results.times.values()])
+        axes.axvline(1.0, color="grey", linewidth=1)
+        axes.set(xlabel="time, ours / rival's (below 1 = ours faster)")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return True
 
 
 class Run:
-    """Which measurements are made, and making them.
-
-    Args:
-        settings: what to measure, as ``chosen_settings`` returns it.
-        rivals: contenders that can run here.
-    """
+    """Which measurements are made of ``settings`` and by which of the contenders that can run here, and making them."""
 
     def __init__(self, args: argparse.Namespace, settings: dict[str, list[Setting]], rivals: Sequence[str]) -> None:
-        self.args = args
-        self.results = Results(growth=settings if args.growth else {})
-        self.path = report_path(args.output, "-growth" if args.growth else "-sweep" if args.sweep else "-layer")
-        points = list(dict.fromkeys(setting for axis in settings.values() for setting in axis))
-        if args.growth:
-            rivals = [name for name in rivals if name == "gemm"]
-        has_rivals = {dataclasses.replace(point, dtype="fp32", threads=2) for point in list(POINTS)[:2]}
-        duels = [
-            (setting, "mhmoe", name) for setting in points for name in rivals
-            if args.sweep or name == "gemm" or (as_fp32(setting) in has_rivals and setting.dtype != "autocast")
-        ]  # fmt: skip
-        if not (args.sweep or args.growth) and "loop" in rivals and "fp32" in args.dtypes:
-            duels += [(Setting(4096, 8, threads=threads), "mhmoe", "loop") for threads in args.threads]
-        # Like for like: our layer as Mixtral's block computes.
-        duels += [(setting, "mhmoe-swiglu", name) for setting, _, name in duels if name == "mixtral-grouped"]
+        self.args, self.results = args, Results(growth=settings if args.growth else {})
+        self.path = console.report_path(args.output, "-growth" if args.growth else "-layer")
+        points = measured = list(dict.fromkeys(setting for axis in settings.values() for setting in axis))
+        rivals = ["gemm"] if args.growth else rivals
+        has_rivals = lambda setting: True  # noqa: E731
+        if not args.growth and not any(getattr(args, size) for size in SIZES):
+            kinds = [{"dtype": dtype, "threads": max(args.threads)} for dtype in args.dtypes]
+            measured = [Setting(tokens, 8, **kind) for kind in kinds for tokens in (2048, 4096, 8192)]
+            has_rivals = lambda setting: setting.dtype != "autocast" and as_fp32(setting) in list(POINTS)[:2]  # noqa: E731
+        duels = [(each, "mhmoe", name) for each in points for name in rivals if name == "gemm" or has_rivals(each)]
+        if measured is not points and "loop" in rivals:  # at twice the tokens, too
+            duels += [(each, "mhmoe", "loop") for each in measured if (each.tokens, each.dtype) == (4096, "fp32")]
+        duels += [(each, "mhmoe-swiglu", name) for each, _, name in duels if name == "mixtral-grouped"]
         self.duels = [duel for duel in duels if runs_at(duel[2], duel[0])]
-        # At the smallest number of experts, which hardly changes it.
-        fewest = min(setting.num_experts for setting in points)
-        measured = [setting for setting in points if args.sweep and setting.num_experts == fewest]
-        if not args.sweep and not args.growth:
-            sizes = (2048, 4096, 8192)
-            measured = [Setting(t, 8, dtype, threads=max(args.threads)) for dtype in args.dtypes for t in sizes]
-        names = () if args.no_memory else [name for name in ("mhmoe", *rivals) if name != "gemm"]
-        self.memory = [(setting, name) for setting in measured for name in names if runs_at(name, setting)]
+        names = [] if args.no_memory or args.growth else [name for name in ("mhmoe", *rivals) if name != "gemm"]
+        self.memory = [(each, name) for each in measured for name in names if runs_at(name, each)]
         self.verified = list(dict.fromkeys(map(as_fp32, points[:1] if args.growth else points)))
-        middle = statistics.median_high({setting.tokens for setting in points})
-        self.profiled = [] if args.growth else [setting for setting in points if setting.tokens == middle]
+        middle = statistics.median_high({each.tokens for each in points})
+        self.profiled = [each for each in points if each.tokens == middle and not args.growth]
 
     def __call__(self) -> Results:
         """Verifies, measures, times, takes apart; the report is written after every part."""
         parts = [
-            *((self.verify, (setting,)) for setting in self.verified),
-            *((self.measure, job) for job in self.memory),
-            *((self.time, duel) for duel in self.duels),
-            *((self.take_apart, (setting,)) for setting in self.profiled),
-        ]
+            *((self.verify, (setting,)) for setting in self.verified), *((self.measure, job) for job in self.memory),
+            *((self.time, duel) for duel in self.duels), *((self.take_apart, (setting,)) for setting in self.profiled),
+        ]  # fmt: skip
         total = len(parts) + len(self.duels) * (self.args.pairs - 1)
         with tqdm(total=total, unit="step", dynamic_ncols=True, smoothing=0.1) as self.progress:
             for part, (setting, *names) in parts:
                 self.progress.set_description_str(f"{part.__name__} {' / '.join(names)} {setting.label()}")
                 torch.set_num_threads(setting.threads)
                 part(setting, *names)
-                if part != self.time:
-                    self.progress.update()
-                self.write(complete=False)
+                self.progress.update(part != self.time)
+                write_layer_report(self.path, self.results, self.args, complete=False)
         if not write_plot(self.path.with_suffix(".png"), self.results):
             self.results.notes.append("No plot: matplotlib is not installed.")
-        self.write(complete=True)
+        write_layer_report(self.path, self.results, self.args, complete=True)
         return self.results
-
-    def write(self, *, complete: bool) -> None:
-        write_layer_report(self.path, self.results, self.args, complete=complete)
 
     def verify(self, setting: Setting) -> None:
         what = {"loop": f"our layer against the plain loop, {setting.label()}"}
@@ -198,7 +316,7 @@ class Run:
     def time(self, setting: Setting, first: str, second: str) -> None:
         gc.collect()
         steps = build(first, setting), build(second, setting)
-        pairs = time_pairs(*steps, pairs=self.args.pairs, clock=self.args.clock, after_pair=self.progress.update)
+        pairs = time_pairs(*steps, self.args.pairs, self.args.clock, self.progress.update)
         self.results.times[setting, first, second] = pairs
 
     def take_apart(self, setting: Setting) -> None:
@@ -207,7 +325,7 @@ class Run:
 
 def as_fp32(setting: Setting) -> Setting:
     """Returns the setting of the same sizes that values are compared in."""
-    return dataclasses.replace(setting, dtype="fp32", threads=2)
+    return replace(setting, dtype="fp32", threads=Setting.threads)
 
 
 def runs_at(name: str, setting: Setting) -> bool:
@@ -226,7 +344,7 @@ def in_fresh_process(call: Callable[..., Peak], *arguments: object) -> Peak:
 def measure_memory(name: str, setting: Setting) -> Peak:
     """Warms up on few tokens, then measures one full step."""
     torch.set_num_threads(setting.threads)
-    build(name, dataclasses.replace(setting, tokens=min(64, setting.tokens)))()
+    build(name, replace(setting, tokens=min(64, setting.tokens)))()
     step = build(name, setting)
     return measure(step, step.clear, step.tensors)
 
@@ -238,12 +356,8 @@ def run(args: argparse.Namespace) -> int:
     planned.results.notes += [f"{NAMES[name]} was left out: {reason}." for name, reason in reasons.items() if reason]
     for note in planned.results.notes:
         tqdm.write(note)
-    return conclude(planned.path, list(targets(planned())), args.check)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_benchmark(run, build_parser().parse_args(argv))
+    return console.conclude(planned.path, list(targets(planned())), args.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run_benchmark(run, build_parser()))

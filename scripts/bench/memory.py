@@ -1,14 +1,9 @@
-"""Peak memory of one call, measured in a process that does nothing else.
-
-Two measures, both counted from the state just before the call (weights, optimiser state and inputs exist already,
-gradients do not), after a small warm-up call and with free memory given back:
+"""Peak memory of one call beyond what exists before it, in MiB by two measures (docs/benchmarks/README.md).
 
 - ``tensors``: the largest sum of live tensor storages, followed operator by operator. Exact and the same in every
   run. Storages that an operator allocates and frees inside itself are not seen, those that come from elsewhere than
-  PyTorch's allocator (a mapped file, anonymous pages) are; PyTorch's profiler has it the other way round, and cannot
-  be used for a layer that maps its own pages.
-- ``resident``: the growth of the process's peak resident set, as the kernel counted it. Includes what the C library
-  keeps, and the maths library's buffers; differs a little from run to run.
+  PyTorch's allocator (a mapped file, anonymous pages) are; PyTorch's profiler has it the other way round.
+- ``resident``: the growth of the process's peak resident set, as the kernel counted it; differs a little by run.
 """
 
 import contextlib
@@ -23,21 +18,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MIB = 2**20
 Peak = dict[str, float | None]
 
 
 class StorageTally(TorchDispatchMode):
-    """Adds up the storages of every tensor that operators take or return, until they are freed.
+    """Adds up the storages of every tensor that operators take or return, until they are freed; ``peak`` in bytes."""
 
-    Args:
-        existing: tensors whose storages do not count.
-
-    Attributes:
-        peak: the largest sum so far, in bytes.
-    """
-
-    def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, existing: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
         # Held, not just remembered: a freed storage's address may return as another's.
@@ -52,12 +39,11 @@ class StorageTally(TorchDispatchMode):
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._known:
-            return
-        self._known.add(storage._cdata)
-        self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        if storage._cdata not in self._known:
+            self._known.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
 
     def _forget(self, address: int, size: int) -> None:
         self._known.discard(address)
@@ -71,30 +57,37 @@ def tensor_peak(call: Callable[[], object], existing: Iterable[torch.Tensor]) ->
     return tally.peak
 
 
-def status(field: str) -> int | None:
-    """Returns a size of this process in bytes, such as ``VmRSS`` or ``VmHWM``; None where Linux's /proc is missing."""
-    path = Path("/proc/self/status")
-    lines = path.read_text(encoding="ascii").splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), None)
+def proc(file: str, field: str) -> str:
+    """Returns a field of a file of Linux's /proc, an empty text elsewhere."""
+    path = Path("/proc", file)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
-def resident_peak(call: Callable[[], object]) -> int | None:
-    """Growth of the peak resident set during ``call`` in bytes; None where Linux's /proc is missing."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return None
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # another C library than glibc: its free pages count for all alike
-        ctypes.CDLL(None).malloc_trim(0)
-    before = status("VmRSS")
-    reset.write_text("5", encoding="ascii")  # the kernel's code for "forget the peak so far"
-    call()
-    return status("VmHWM") - before
+def status(field: str) -> float | None:
+    """Returns a size of this process in MiB, such as ``VmRSS`` or ``VmHWM``; None where Linux's /proc is missing."""
+    size = proc("self/status", field + ":")
+    return int(size.split()[0]) / 1024 if size else None
 
 
 def measure(call: Callable[[], object], clear: Callable[[], None], existing: Iterable[torch.Tensor]) -> Peak:
-    """Returns both measures in MiB; ``clear`` drops what a call leaves behind (gradients)."""
+    """Returns both measures; ``clear`` drops what a call leaves behind (gradients)."""
     clear()
-    resident = resident_peak(call)
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # another C library than glibc: its free pages count for all alike
+        ctypes.CDLL(None).malloc_trim(0)
+    before, resident = status("VmRSS"), None
+    if before is not None:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the kernel's code: forget the peak so far
+        call()
+        resident = status("VmHWM") - before
     clear()
-    return {"tensors": tensor_peak(call, existing) / MIB, "resident": None if resident is None else resident / MIB}
+    return {"tensors": tensor_peak(call, existing) / 2**20, "resident": resident}
+
+
+def ratios_text(ours: Peak, theirs: Peak) -> tuple[str, float]:
+    """Returns both measures of two peaks in words, and the larger ratio."""
+    both = [what for what in ("tensors", "resident") if ours[what] and theirs[what]]
+    ratios = {what: ours[what] / theirs[what] for what in both}
+    texts = [f"{what} {ours[what]:.0f} / {theirs[what]:.0f} MiB = {of:.2f}x" for what, of in ratios.items()]
+    return ", ".join(texts), max(ratios.values())

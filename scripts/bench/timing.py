@@ -3,8 +3,8 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -13,33 +13,25 @@ Clock = Callable[[], float]
 Operator = tuple[str, float, float]  # name, milliseconds per call, share of all operators
 
 
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Seconds of two callables, pair by pair."""
 
     first: tuple[float, ...]
     second: tuple[float, ...]
 
     @property
-    def first_median(self) -> float:
-        return statistics.median(self.first)
-
-    @property
-    def second_median(self) -> float:
-        return statistics.median(self.second)
-
-    @property
-    def ratios(self) -> list[float]:
-        return [a / b for a, b in zip(self.first, self.second)]
+    def medians(self) -> tuple[float, float]:
+        return statistics.median(self.first), statistics.median(self.second)
 
     @property
     def ratio(self) -> float:
         """Median over the pairs of first / second."""
-        return statistics.median(self.ratios)
+        return statistics.median(map(float.__truediv__, self.first, self.second))
 
     def range_text(self) -> str:
         """Smallest and largest ratio of a pair, in words: how noisy the machine was."""
-        return f"(pairs {min(self.ratios):.2f} to {max(self.ratios):.2f})"
+        ratios = list(map(float.__truediv__, self.first, self.second))
+        return f"(pairs {min(ratios):.2f} to {max(ratios):.2f})"
 
     def swapped(self) -> "Pairs":
         """The second as the first: ratios of speeds in place of those of times."""
@@ -59,19 +51,10 @@ def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> flo
 
 
 def time_pairs(
-    first: Callable[[], object],
-    second: Callable[[], object],
-    *,
-    pairs: int = MIN_PAIRS,
-    clock: Clock = time.perf_counter,
-    after_pair: Callable[[], object] | None = None,
-) -> Pairs:
-    """Times ``first`` and ``second`` in turns, after an untimed call of each.
-
-    Args:
-        clock: wall-clock time, or ``time.process_time``: CPU time, summed over the threads.
-        after_pair: called after every pair, as for a progress bar.
-    """
+    first: Callable[[], object], second: Callable[[], object], pairs: int = MIN_PAIRS,
+    clock: Clock = time.perf_counter, after_pair: Callable[[], object] | None = None,
+) -> Pairs:  # fmt: skip
+    """Times ``first`` and ``second`` in turns by ``clock``, after an untimed call of each."""
     first()
     second()
     return take_turns(lambda: seconds(first, clock), lambda: seconds(second, clock), pairs, after_pair)
@@ -102,7 +85,7 @@ def operator_times(call: Callable[[], object], least: float = 0.02, repeats: int
     return [(name, time / 1e3 / repeats, time / total) for name, time in slowest if time >= least * total]
 
 
-def growth_exponent(sizes: list[float], times: list[float]) -> float:
+def growth_exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     """Returns p of the law ``time ~ size**p`` that fits best: least squares of the logarithms."""
     logarithms = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, times))
     x, y = (values - values.mean() for values in logarithms)

@@ -1,4 +1,4 @@
-"""Whole language models in training: each contender in a process (or ranks) of its own that makes an update when asked.
+"""Whole language models: each contender in a process (or ranks) of its own that makes a step when asked.
 
 The process builds what ``fairseq-train`` builds of the same flags, and steps fairseq's own ``Trainer``.
 """
@@ -11,17 +11,16 @@ import os
 import socket
 import time
 import warnings
-from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fairseq import distributed_utils, options, tasks, utils
 from fairseq.data import Dictionary, indexed_dataset, iterators
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
+from fairseq.sequence_scorer import SequenceScorer
 from fairseq.trainer import Trainer
 
 import mhmoe_fairseq
@@ -29,24 +28,17 @@ from mhmoe_fairseq.common.ranges import flag
 from mhmoe_fairseq.models.architectures import SIZES, architecture_options
 from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
 
-from .console import add_numbers
-from .memory import measure, status
-from .timing import operator_times, seconds
+from .memory import Peak, measure, status
+from .timing import Clock, Operator, operator_times, seconds
 
 SEED = 1
 UPDATES = 8  # different batches; then the first comes again
-FAMILIES = {
-    "dense": "dense",
-    "xmoe": "X-MoE",
-    "mhmoe-params": "MH-MoE, budget params",
-    "mhmoe-flops": "MH-MoE, budget flops",
-    "stock": "fairseq's transformer_lm",
-}
+PREFIX, STEPS = 32, 32  # tokens before the first one-token step, and timed steps
+FAMILIES = ("dense", "xmoe", "mhmoe-params", "mhmoe-flops", "stock")
 PRECISIONS, OPTIMIZERS = ("fp32", "bf16"), ("mhmoe_adam", "adam")
 
 
-@dataclass(frozen=True)
-class Contender:
+class Contender(NamedTuple):
     """What is trained and how: written ``FAMILY[:PRECISION][:OPTIMIZER][:RANKS]``."""
 
     family: str
@@ -58,35 +50,35 @@ class Contender:
     def parse(cls, text: str) -> "Contender":
         """Returns the contender of a text; ``ValueError`` for an unknown part."""
         family, *parts = text.split(":")
-        if family not in FAMILIES:
-            raise ValueError(f"{family} in {text} must be one of {', '.join(FAMILIES)}")
         fields: dict[str, Any] = {"optimizer": "adam"} if family == "stock" else {}
         for part in parts:
-            name = "precision" if part in PRECISIONS else "optimizer" if part in OPTIMIZERS else "ranks"
-            if name == "ranks" and not (part.isdigit() and int(part) > 0):
-                known = ", ".join((*PRECISIONS, *OPTIMIZERS))
-                raise ValueError(f"{part} in {text} must be one of {known}, or a number of ranks")
-            fields[name] = int(part) if name == "ranks" else part
-        if family == "stock" and fields.get("precision") == "bf16":
-            raise ValueError(f"{text}: fairseq's own bf16 does not train on a CPU")
-        return cls(family, **fields)
+            if part.isdigit() and int(part) > 0:
+                fields["ranks"] = int(part)
+            elif part in (*PRECISIONS, *OPTIMIZERS):
+                fields["precision" if part in PRECISIONS else "optimizer"] = part
+            else:
+                raise ValueError(f"{part} in {text} must be one of {', '.join((*PRECISIONS, *OPTIMIZERS))}, or ranks")
+        if family not in FAMILIES:
+            raise ValueError(f"{family} in {text} must be one of {', '.join(FAMILIES)}")
+        found = cls(family, **fields)
+        if family == "stock" and found != ("stock", "fp32", "adam", 1):
+            raise ValueError(f"{text}: stock fairseq trains here in fp32, with adam, in one process")
+        return found
 
     def __str__(self) -> str:
-        parts = [self.family, self.precision, *([self.optimizer] if self.optimizer == "adam" else [])]
-        return ":".join([*parts, *([str(self.ranks)] if self.ranks > 1 else [])])
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, size: str) -> None:
-    """The flags of a model's sizes."""
-    parser.add_argument("--size", choices=list(SIZES), default=size, help="architecture (default: %(default)s)")
-    add_numbers(parser, {
-        "experts": (8, "X-MoE's experts"), "heads": (4, "MH-MoE heads"), "top-k": (2, "experts per sub-token"),
-        "tokens-per-sample": (512, "most tokens of a sample"), "vocab": (8000, "synthetic words"),
-    })  # fmt: skip
+        more = ["adam"] * (self.optimizer == "adam") + [str(self.ranks)] * (self.ranks > 1)
+        return ":".join([self.family, self.precision, *more])
 
 
 def model_options(family: str, precision: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns architecture and flags of a model of ours, by the names of their fields."""
+    """Returns architecture and flags of a model, by the names of their fields."""
+    if family == "stock":  # as wide between its maps as gives a token X-MoE's FLOPs
+        dense, xmoe = (count(name, args, blank_dictionary(100)).flops_per_token for name in ("dense", "xmoe"))
+        size = SIZES[args.size]
+        width = size["ffn_embed_dim"] + (xmoe - dense) / (4 * size["layers"] * size["embed_dim"])
+        sizes = {f"decoder_{name}": size[name] for name in ("layers", "embed_dim", "attention_heads")}
+        sizes["decoder_ffn_embed_dim"] = 16 * round(width / 16)
+        return {"arch": "transformer_lm", **sizes, "activation_fn": "gelu"}
     arch, _, budget = family.partition("-")
     flags = {"arch": f"{arch}_lm_{args.size}", "mhmoe_precision": precision}
     if arch != "dense":
@@ -94,18 +86,6 @@ def model_options(family: str, precision: str, args: argparse.Namespace) -> dict
     if arch == "mhmoe":
         flags |= {"mhmoe_heads_number": args.heads, "mhmoe_budget": budget}
     return flags
-
-
-def stock_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns stock fairseq's dense model, as wide between its maps as gives a token X-MoE's FLOPs."""
-    dense, xmoe = (count(name, args, blank_dictionary(100)) for name in ("dense", "xmoe"))
-    size = SIZES[args.size]
-    more = (xmoe.flops_per_token - dense.flops_per_token) / (4 * size["layers"] * size["embed_dim"])
-    return {
-        "arch": "transformer_lm", "decoder_layers": size["layers"], "decoder_embed_dim": size["embed_dim"],
-        "decoder_attention_heads": size["attention_heads"], "activation_fn": "gelu",
-        "decoder_ffn_embed_dim": 16 * round((size["ffn_embed_dim"] + more) / 16),
-    }  # fmt: skip
 
 
 def count(family: str, args: argparse.Namespace, dictionary: Dictionary) -> ModelCounts:
@@ -116,144 +96,155 @@ def count(family: str, args: argparse.Namespace, dictionary: Dictionary) -> Mode
 
 def flags_of(contender: Contender, args: argparse.Namespace) -> list[str]:
     """Returns the flags of model, task, criterion and optimiser, and of the batch, which the ranks share."""
+    more = "--task mhmoe_language_modeling --criterion moe_cross_entropy"
     if contender.family == "stock":
-        chosen, task, more = stock_options(args), "language_modeling", ["--share-decoder-input-output-embed"]
-        more += ["--decoder-normalize-before", "--criterion", "cross_entropy"]
-    else:
-        chosen, task = model_options(contender.family, contender.precision, args), "mhmoe_language_modeling"
-        more = ["--criterion", "moe_cross_entropy"]
-    together = ["--ddp-backend", "legacy_ddp", "--distributed-backend", "gloo"] if contender.ranks > 1 else []
-    return [
-        *(word for field, value in chosen.items() for word in (flag(field), str(value))),
-        *("--task", task, *more, "--dropout", "0", "--tokens-per-sample", str(args.tokens_per_sample)),
-        *("--sample-break-mode", "none", "--optimizer", contender.optimizer, "--adam-betas", "(0.9, 0.98)"),
-        *("--lr", "5e-4", "--clip-norm", "0", "--batch-size", str(args.sentences // contender.ranks)),
-        *("--required-batch-size-multiple", "1", "--cpu", *together),
-    ]
+        more = "--task language_modeling --criterion cross_entropy --share-decoder-input-output-embed"
+        more += " --decoder-normalize-before"
+    if contender.ranks > 1:
+        more += " --ddp-backend legacy_ddp --distributed-backend gloo"
+    more += (
+        f" --dropout 0 --sample-break-mode none --tokens-per-sample {args.tokens_per_sample} --lr 5e-4 --clip-norm 0"
+    )
+    more += f" --batch-size {args.sentences // contender.ranks} --cpu"
+    more += " --required-batch-size-multiple 1"
+    chosen = {**model_options(contender.family, contender.precision, args), "optimizer": contender.optimizer}
+    words = [word for field, value in chosen.items() for word in (flag(field), str(value))]
+    return [*words, *more.split(), "--adam-betas", "(0.9, 0.98)"]
 
 
 class Training:
-    """A contender in training, in processes of its own that wait until they are asked.
-
-    Args:
-        data: folder of a binarised training split.
-        args: the flags of ``model.py``.
-        threads: shared out among the contender's ranks.
+    """A contender in processes of its own, which wait until they are asked and share ``threads`` out.
 
     Raises:
         RuntimeError: here and from every method, if a process fails: what it said, in one line.
     """
 
     def __init__(self, contender: Contender, data: str, args: argparse.Namespace, threads: int) -> None:
-        self.contender, self.clock = contender, args.clock
-        words = [
-            data, "--user-dir", str(Path(mhmoe_fairseq.__file__).parent), *flags_of(contender, args),
-            "--seed", str(SEED), "--no-save", "--disable-validation", "--num-workers", "0", "--curriculum", "1",
-            *([] if contender.ranks > 1 else ["--distributed-world-size", "1"]),
-        ]  # fmt: skip
+        self.contender, self.clock, ranks = contender, args.clock, contender.ranks
+        words = [data, "--user-dir", str(Path(mhmoe_fairseq.__file__).parent), *flags_of(contender, args)]
+        words += f"--seed {SEED} --no-save --disable-validation --num-workers 0 --curriculum 1".split()
+        words += [] if ranks > 1 else ["--distributed-world-size", "1"]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["fairseq.trainer", "torchscale.architecture.decoder"])
-        port = free_port()
+        with socket.socket() as found:
+            found.bind(("localhost", 0))
+            torchrun = {"MASTER_ADDR": "localhost", "MASTER_PORT": found.getsockname()[1], "WORLD_SIZE": ranks}
         self.pipes, self.processes = [], []
-        for rank in range(contender.ranks):
+        for rank in range(ranks):
             ours, theirs = context.Pipe()
-            environment = {"RANK": rank, "WORLD_SIZE": contender.ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            process = context.Process(
-                target=serve, args=(theirs, words, environment, threads // contender.ranks, args.clock), daemon=True
-            )
-            process.start()
+            given = theirs, words, {**torchrun, "RANK": rank}, threads // ranks, args.clock
+            self.processes.append(context.Process(target=serve, args=given, daemon=True))
+            self.processes[-1].start()
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
-        self.first_loss = self._ask("update")[0][1]["loss"]
+        self.seconds()
+        self.first_loss = self.log["loss"]
 
-    def _ask(self, request: str) -> list[Any]:
+    def ask(self, *request: object) -> list[Any]:
+        """Returns what each rank answers."""
         for pipe in self.pipes:
             pipe.send(request)
         try:
             replies = [pipe.recv() for pipe in self.pipes]
         except EOFError as error:
             raise RuntimeError(f"{self.contender}: a process of it has ended, perhaps for want of memory") from error
-        for reply in replies:
-            if isinstance(reply, str):
-                raise RuntimeError(f"{self.contender}: {reply}")
+        if errors := [reply for reply in replies if isinstance(reply, str)]:
+            raise RuntimeError(f"{self.contender}: {errors[0]}")
         return replies
 
-    def seconds(self) -> float:
-        """Makes an update and returns its time: the slowest rank's, or the CPU time of all."""
-        replies = self._ask("update")
+    def seconds(self, what: str = "update", rows: int = 0) -> float:
+        """Makes a step and returns its time: the slowest rank's, or the CPU time of all."""
+        replies = self.ask(what, rows)
         self.log = replies[0][1]
         times = [reply[0] for reply in replies]
         return sum(times) if self.clock is time.process_time else max(times)
 
-    def peak(self) -> dict[str, float | None]:
-        """Returns the first rank's peak memory of an update in MiB: ``tensors``, ``resident``, ``process``."""
-        return self._ask("peak")[0]
-
-    def operators(self) -> list[Any]:
-        """Returns where the first rank's time goes in an update."""
-        return self._ask("operators")[0]
-
     def close(self) -> None:
-        """Ends the processes."""
         for process in self.processes:
             process.terminate()
             process.join()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
-def serve(pipe: Connection, words: list[str], environment: dict[str, Any], threads: int, clock: Any) -> None:
-    """What a contender's process does: builds its training, then answers requests; a text is an error."""
+def serve(pipe: Connection, words: list[str], torchrun: dict[str, Any], threads: int, clock: Clock) -> None:
+    """What a contender's process does: builds as ``fairseq_cli.train``, then answers requests; a text is an error."""
     torch.set_num_threads(threads)
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
     try:
-        if environment["WORLD_SIZE"] > 1:
-            os.environ.update({name: str(value) for name, value in environment.items()})
+        if torchrun["WORLD_SIZE"] > 1:
+            os.environ.update({name: str(value) for name, value in torchrun.items()})
         parser = options.get_training_parser()
         config = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
-        distributed_utils.call_main(config, partial(answer, pipe=pipe, clock=clock))
+        distributed_utils.call_main(config, lambda config: Steps(config, clock).answer(pipe))
     except (Exception, SystemExit) as error:
         pipe.send(f"{type(error).__name__}: {error}")
 
 
-def answer(config: Any, pipe: Connection, clock: Any) -> None:
-    """Builds as ``fairseq_cli.train.main`` does, and answers every request of the pipe."""
-    utils.import_user_module(config.common)
-    utils.set_torch_seed(config.common.seed)
-    task = tasks.setup_task(config.task)
-    before = status("VmRSS")
-    trainer = Trainer(config, task, task.build_model(config.model), task.build_criterion(config.criterion))
-    epoch = trainer.get_train_iterator(epoch=1)
-    trainer.begin_epoch(1)
-    batches = itertools.cycle(list(iterators.GroupedIterator(epoch.next_epoch_itr(shuffle=False), 1)))
+class Steps:
+    """A training, and what can be asked of it; times are in seconds."""
 
-    def update() -> tuple[float, dict[str, float]]:
-        batch = next(batches)
+    def __init__(self, config: Any, clock: Clock) -> None:
+        utils.import_user_module(config.common)
+        utils.set_torch_seed(config.common.seed)
+        self.clock, task, self.before = clock, tasks.setup_task(config.task), status("VmRSS")
+        self.trainer = Trainer(config, task, task.build_model(config.model), task.build_criterion(config.criterion))
+        epoch = self.trainer.get_train_iterator(epoch=1)
+        self.trainer.begin_epoch(1)
+        self.batches = itertools.cycle(list(iterators.GroupedIterator(epoch.next_epoch_itr(shuffle=False), 1)))
+        self.dictionary, self.length = task.source_dictionary, config.task.tokens_per_sample
+
+    def answer(self, pipe: Connection) -> None:
+        """Sends what each request that comes, a method's name and arguments, returns."""
+        while True:
+            what, *given = pipe.recv()
+            pipe.send(getattr(self, what)(*given))
+
+    def update(self, _: int = 0) -> tuple[float, dict[str, float]]:
+        """Trains on the next batch and returns the time and what fairseq logs."""
+        batch = next(self.batches)
         with metrics.aggregate(new_root=True) as log:
-            time = seconds(lambda: trainer.train_step(batch), clock)
-        return time, dict(log.get_smoothed_values())
+            taken = seconds(lambda: self.trainer.train_step(batch), self.clock)
+        return taken, dict(log.get_smoothed_values())
 
-    def peak() -> dict[str, float | None]:
-        states = [value for state in trainer.optimizer.optimizer.state.values() for value in state.values()]
-        exist = [*trainer.model.parameters(), *trainer.model.buffers(), *filter(torch.is_tensor, states)]
-        found = measure(update, trainer.zero_grad, exist)
-        return {**found, "process": None if before is None else (status("VmHWM") - before) / 2**20}
+    def tokens(self, rows: int, length: int) -> torch.Tensor:
+        self.trainer.model.eval()
+        generator = torch.Generator().manual_seed(SEED)
+        return torch.randint(self.dictionary.nspecial, len(self.dictionary), (rows, length), generator=generator)
 
-    requests = {"update": update, "peak": peak, "operators": lambda: operator_times(update, repeats=2)}
-    while True:
-        pipe.send(requests[pipe.recv()]())
+    @torch.no_grad()
+    def decode(self, rows: int) -> tuple[float, dict[str, float]]:
+        """Takes one-token steps with cached keys and values after an untimed prefix; returns the time of one."""
+        tokens, state = self.tokens(rows, PREFIX + STEPS), {"is_first_step": True}
+        self.trainer.model(tokens[:, :PREFIX], incremental_state=state)
+        state["is_first_step"] = False
+
+        def steps() -> None:
+            for length in range(PREFIX + 1, PREFIX + STEPS + 1):
+                self.trainer.model(tokens[:, :length], incremental_state=state)
+
+        return seconds(steps, self.clock) / STEPS, {}
+
+    @torch.no_grad()
+    def score(self, rows: int) -> tuple[float, dict[str, float]]:
+        """Scores every token of a batch as ``fairseq-eval-lm`` does."""
+        tokens = self.tokens(rows, self.length)
+        sample = {"net_input": {"src_tokens": tokens}, "target": tokens.roll(-1, 1)}
+        return seconds(lambda: SequenceScorer(self.dictionary).generate([self.trainer.model], sample), self.clock), {}
+
+    def peak(self) -> Peak:
+        """Returns an update's peak memory in MiB, and as ``process`` that of the process beyond its imports."""
+        states = [value for state in self.trainer.optimizer.optimizer.state.values() for value in state.values()]
+        exist = [*self.trainer.model.parameters(), *self.trainer.model.buffers(), *filter(torch.is_tensor, states)]
+        found = measure(self.update, self.trainer.zero_grad, exist)
+        return {**found, "process": None if self.before is None else status("VmHWM") - self.before}
+
+    def operators(self) -> list[Operator]:
+        return operator_times(self.update, repeats=2)
 
 
 def write_zipf_data(folder: Path, args: argparse.Namespace) -> str:
     """A binarised training split of made-up words, drawn by Zipf's law (probability 1 / (rank + 2.7)) as in a text."""
-    words = "".join(f"w{rank} {args.vocab - rank}\n" for rank in range(args.vocab))
-    (folder / "dict.txt").write_text(words, encoding="utf-8")
+    (folder / "dict.txt").write_text("".join(f"w{rank} {args.vocab - rank}\n" for rank in range(args.vocab)))
     generator = torch.Generator().manual_seed(SEED)
     weights = 1 / (torch.arange(args.vocab, dtype=torch.float64) + 2.7)
     total = UPDATES * args.sentences * args.tokens_per_sample

@@ -14,21 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from bench import contenders
+from bench import console, contenders
 from bench import layer as bench_layer
-from bench.contenders import PlainLoop, Setting, build, check, equal_shares, errors_against
-from bench.layer_report import POINTS, Results, targets
+from bench.contenders import PlainLoop, Setting, build, check, errors_against, gemm_bound
+from bench.layer import POINTS, Results, targets
 from bench.memory import tensor_peak
 from bench.timing import Pairs, growth_exponent, operator_times, seconds, time_pairs
 
 TINY = Setting(tokens=24, num_experts=4, embed_dim=32, num_heads=2, top_k=2, ffn_dim=48)
-SMALL = ["--sweep", "--tokens", "8", "--experts", "4", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
+SMALL = ["--tokens", "8", "--experts", "4", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
 FP32 = [*SMALL, "--dtypes", "fp32"]
 
 
 def bench(*flags, output=None):
     given = ["--threads", "1", "--pairs", "1", *(["--output", str(output)] if output else [])]
-    return bench_layer.main([*given, *flags])
+    return console.run_benchmark(bench_layer.run, bench_layer.build_parser(), [*given, *flags])
 
 
 def text_of(report: Path) -> str:
@@ -52,8 +52,9 @@ def test_contenders_do_the_work_that_the_bound_counts(name):
     assert counted_flops(build(name, TINY)) == TINY.flops() + 3 * 2 * subtokens * router
 
 
-def test_equal_shares_lose_no_row():
-    assert equal_shares(11, 4) == [3, 3, 3, 2]
+def test_unequal_shares_lose_no_row():
+    setting = replace(TINY, tokens=11, num_experts=3)
+    assert counted_flops(gemm_bound(setting.config(), 11, torch.float32)) == setting.flops()
 
 
 @pytest.mark.parametrize("setting", [TINY, Setting(7, 5, embed_dim=12, num_heads=3, top_k=3, ffn_dim=8)])
@@ -122,7 +123,7 @@ def test_pairs_alternate_and_medians_are_taken_per_pair():
     time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3)
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     pairs = Pairs((1.0, 4.0, 3.0), (1.0, 2.0, 2.0))
-    assert (pairs.ratio, pairs.first_median, pairs.second_median) == (1.5, 3.0, 2.0)
+    assert (pairs.ratio, *pairs.medians) == (1.5, 3.0, 2.0)
     assert pairs.range_text() == "(pairs 1.00 to 2.00)" and pairs.swapped().ratio == pytest.approx(2 / 3)
 
 
@@ -190,20 +191,17 @@ def test_operators_are_of_one_call_and_above_a_share():
     assert [name for name, *_ in found] == ["aten::mm"] and 0.5 < found[0][2] <= 1 and found[0][1] > 0
 
 
-def test_growth_changes_one_size_at_a_time(tmp_path):
-    flags = ["--growth", "--tokens", "8", "16", "--experts", "4", "8", "--heads", "1", "4", "--embed-dim", "32"]
-    args = bench_layer.build_parser().parse_args([*flags, "--threads", "1", "2", "--dtypes", "bf16"])
+def test_growth_changes_one_size_at_a_time(tmp_path, monkeypatch):
+    args = bench_layer.build_parser().parse_args(["--growth", "--threads", "1", "2"])
     for axis, points in bench_layer.chosen_settings(args).items():
-        assert len(points) == 4 and {point.dtype for point in points} == {"bf16"}
-        assert {field for field in vars(WIDE) if len({getattr(point, field) for point in points}) > 1} == {
-            axis,
-            "threads",
-        }
-    only = ["--ffn-dim", "48", "--dtypes", "fp32", "--rivals", "gemm"]
-    assert bench(*flags, *only, output=tmp_path / "report.md") == 0
+        differing = {field for field in vars(WIDE) if len({getattr(point, field) for point in points}) > 1}
+        assert differing == {axis, "threads", "dtype"} and len(points) == 6 * len(bench_layer.GROWTH[axis])
+    monkeypatch.setattr(bench_layer, "START", replace(TINY, num_heads=4))
+    monkeypatch.setattr(bench_layer, "GROWTH", {"tokens": (8, 16), "num_experts": (4, 8), "num_heads": (1, 4)})
+    assert bench("--growth", "--dtypes", "fp32", output=tmp_path / "report.md") == 0
     report = text_of(tmp_path / "report.md")
     assert len(re.findall(r"Our time grows as [TEH]\^-?[0-9.]+, the bound's as", report)) == 3
-    assert "### By H: D=32 E=8 F=48 T=16 fp32, 1 thread" in report and "| 16 |" in report
+    assert "### By H: D=32 E=4 F=48 T=24 fp32, 1 thread" in report and "| 16 |" in report
 
 
 def test_targets_settings_are_measured_without_flags(tmp_path):
@@ -248,20 +246,19 @@ def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, 
     flags = [*SMALL, "--dtypes", "bf16", "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
     assert bench(*flags, output=tmp_path / "report.md") == 0
     assert "grouped_mm was left out: not here" in text_of(tmp_path / "report.md")
-    args = bench_layer.build_parser().parse_args(["--sweep", "--output", str(tmp_path / "r.md")])
-    settings = {"": [Setting(4096, 8), Setting(8192, 8), Setting(8192, 32)]}
-    run = bench_layer.Run(args, settings, ["gemm", "torchscale"])
+    flags = ["--tokens", "4096", "8192", "--dtypes", "fp32", "--output", str(tmp_path / "r.md")]
+    args = bench_layer.build_parser().parse_args(flags)
+    run = bench_layer.Run(args, bench_layer.chosen_settings(args), ["gemm", "torchscale"])
     assert [setting.tokens for setting, _, rival in run.duels if rival == "torchscale"] == [4096]
     measured = sorted((setting.tokens, name) for setting, name in run.memory)
     assert measured == [(4096, "mhmoe"), (4096, "torchscale"), (8192, "mhmoe")]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--sweep", "--heads", "5"], "num_heads (5)"),
-    (["--sweep", "--top-k", "9", "--experts", "8"], "top_k (9)"),
+    (["--heads", "5"], "num_heads (5)"),
+    (["--top-k", "9", "--experts", "8"], "top_k (9)"),
     (["--output", "report.txt"], "--output (report.txt) must end in .md"),
-    (["--tokens", "64"], "--tokens needs --sweep or --growth"),
-    (["--top-k", "1"], "--top-k needs --sweep or --growth"),
+    (["--growth", "--tokens", "64"], "--tokens contradicts --growth"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
     assert bench(*flags) == 2
@@ -273,5 +270,6 @@ def test_bad_input_is_one_line_before_any_work(flags, message, capsys):
 def test_memory_is_measured_in_fresh_processes(tmp_path):
     assert bench(*FP32, "--tokens", "512", "--rivals", "loop", output=tmp_path / "report.md") == 0
     report = text_of(tmp_path / "report.md")
-    rows = [line for line in report.splitlines() if line.startswith("| D=32 H=2 E=4 F=48 T=512 fp32, 1 thread |")]
+    memory = report[report.index("## Peak memory") :].splitlines()
+    rows = [line for line in memory if line.startswith("| D=32 H=2 E=4 F=48 T=512 fp32, 1 thread |")]
     assert len(rows) == 2 and all(float(row.split("|")[3]) > 0 for row in rows)

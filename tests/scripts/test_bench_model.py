@@ -1,10 +1,11 @@
-"""scripts/bench/model.py: contenders, tokens, trainings by turns, verdicts, reports; and inference.py."""
+"""scripts/bench/model.py: contenders, tokens, steps by turns, verdicts, reports."""
 
 import argparse
 import re
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +13,29 @@ from fairseq.data import data_utils
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from bench import inference
+from bench import console
 from bench import model as bench_model
 from bench.model import Duel, fighters_of
 from bench.timing import Pairs
-from bench.training import UPDATES, Contender, Training, count, flags_of, stock_options, write_zipf_data
-from language_models import small_dictionary
+from bench.training import (
+    PREFIX,
+    STEPS,
+    UPDATES,
+    Contender,
+    Steps,
+    Training,
+    count,
+    flags_of,
+    model_options,
+    write_zipf_data,
+)
+from language_models import small_dictionary, small_model
 
 TINY = ["--size", "tiny", "--tokens-per-sample", "16", "--vocab", "50", "--pairs", "1", "--threads", "1"]
+
+
+def bench(*flags):
+    return console.run_benchmark(bench_model.run, bench_model.build_parser(), [*TINY, *flags])
 
 
 def arguments(*flags):
@@ -38,7 +54,7 @@ def test_a_contender_is_written_as_it_is_read(text, expected, written):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("moe/xmoe", "moe in moe must be one of dense"), ("xmoe:fp8/xmoe", "fp8 in xmoe:fp8"),
-    ("xmoe:0/xmoe", "0 in xmoe:0"), ("stock:bf16/xmoe", "bf16 does not train"), ("xmoe", "FIRST/SECOND"),
+    ("xmoe:0/xmoe", "0 in xmoe:0"), ("stock:bf16/xmoe", "stock fairseq trains here in fp32"), ("xmoe", "FIRST/SECOND"),
 ])  # fmt: skip
 def test_an_unknown_contender_is_named(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
@@ -59,7 +75,7 @@ def test_flags_are_what_a_user_types():
 @pytest.mark.parametrize(("size", "width"), [("base", 4608), ("tiny", 768)])
 def test_stock_fairseq_spends_the_flops_of_xmoe(size, width):
     args = arguments("--size", size)
-    stock = stock_options(args)
+    stock = model_options("stock", "fp32", args)
     dense, xmoe = (count(name, args, small_dictionary()) for name in ("dense", "xmoe"))
     layers, dim = stock["decoder_layers"], stock["decoder_embed_dim"]
     spends = dense.flops_per_token + 4 * layers * dim * (width - 4 * dim)
@@ -76,8 +92,8 @@ def test_synthetic_words_follow_zipf(tmp_path):
     assert counts[first] / counts[first + 10] == pytest.approx((10 + 2.7) / 2.7, rel=0.25)
 
 
-def duel(names: str, speed: float) -> Duel:
-    return Duel(fighters_of(names), 2, Pairs((1.0,) * 7, (speed,) * 7), (9.0, 9.0), ({}, {}))
+def duel(names: str, speed: float, what: str = "update", rows: int = 0) -> Duel:
+    return Duel(fighters_of(names), what, rows, 2, Pairs((1.0,) * 7, (speed,) * 7), {})
 
 
 @pytest.mark.parametrize(("names", "flags", "limit"), [
@@ -107,13 +123,23 @@ def test_memory_counts_by_both_measures(resident, met):
         Contender("mhmoe-flops"): {"tensors": 100.0, "resident": 100.0},
     }
     [(line, is_met)] = bench_model.decide([], peaks, arguments())
-    assert is_met == met and "tensors 0.70x" in line
+    assert is_met == met and "tensors 70 / 100 MiB = 0.70x" in line
 
 
-def test_different_losses_stop_the_comparison():
-    bench_model.check_same(9.0, 9.0001)
-    with pytest.raises(RuntimeError, match="9.0000 bits on the ranks and 9.1000 in one process"):
-        bench_model.check_same(9.0, 9.1)
+def test_one_token_steps_have_a_target_at_small():
+    args = bench_model.build_parser().parse_args(["--size", "small"])
+    for speed, met in ((0.91, True), (0.89, False)):
+        found = [duel("mhmoe-flops:bf16/xmoe:bf16", speed, what, 8) for what in ("decode", "score")]
+        assert [is_met for _, is_met in bench_model.decide(found, {}, args)] == [met]
+    assert found[0].tokens(args) == 8 and found[1].tokens(args) == 8 * 512
+
+
+def test_different_losses_stop_the_comparison(monkeypatch):
+    fighters = fighters_of("xmoe:2/xmoe")
+    ring = bench_model.Ring("", arguments())
+    ring.trainings = {(each, 1): SimpleNamespace(first_loss=9 + 0.1 * each.ranks) for each in fighters}
+    with pytest.raises(RuntimeError, match="9.2000 bits on the ranks and 9.1000 in one process"):
+        ring.fight(fighters, 1, bench_model.TRAINING, None)
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -124,7 +150,7 @@ def test_different_losses_stop_the_comparison():
     (["--data", "nothing"], "nothing"),
 ])  # fmt: skip
 def test_bad_flags_are_one_line(flags, message, capsys):
-    assert bench_model.main([*TINY, *flags]) == 2
+    assert bench(*flags) == 2
     [line] = capsys.readouterr().out.strip().splitlines()
     assert line.startswith("model: error:") and message in line
 
@@ -139,24 +165,26 @@ def test_a_contender_that_dies_is_named(tmp_path):
 def test_duels_are_timed_measured_and_reported(tmp_path, capsys):
     output = tmp_path / "report.md"
     duels = ["--duels", "mhmoe-flops:bf16/xmoe", "xmoe/stock", "--sentences", "1", "--profile"]
-    assert bench_model.main([*TINY, *duels, "--output", str(output)]) == 0
+    assert bench(*duels, "--output", str(output)) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
-    assert "| mhmoe-flops:bf16 | xmoe:fp32 | 1 |" in report and "| xmoe:fp32 | stock:fp32:adam | 1 |" in report
+    assert "| update | mhmoe-flops:bf16 | xmoe:fp32 | 1 |" in report and "| xmoe:fp32 | stock:fp32:adam | 1 |" in report
     assert (
         len(re.findall(r"^\| (?:mhmoe|xmoe|stock)\S+ \| [^|]+ \|(?: \S+ \|)(?: [^|]+ \|)*$", report, re.MULTILINE)) >= 3
     )
-    (products,) = re.findall(r"^\| mhmoe-flops:bf16 \| xmoe:fp32 \|((?: -?[0-9.]+ \|){4})$", report, re.MULTILINE)
-    assert all(float(value) > 0 for value in products.strip(" |").split("|")[:3])  # so small, the last is noise
-    assert report.count("operators above 2 %") == 3 and "--mhmoe-budget flops" in report
+    (products,) = re.findall(r"^\| mhmoe-flops:bf16 \| xmoe:fp32 \|((?: -?[0-9.]+ \|){3})$", report, re.MULTILINE)
+    assert all(float(value) > 0 for value in products.strip(" |").split("|")[:2])  # so small, the last is noise
+    assert report.count("## Where the time of") == 3 and "--mhmoe-budget flops" in report
     assert f"report: {output}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_ranks_move_the_rows_of_the_plan(tmp_path):
     output = tmp_path / "report.md"
-    assert bench_model.main([*TINY, "--threads", "2", "--ranks", "2", "--output", str(output)]) == 0
+    assert bench("--threads", "2", "--ranks", "2", "--output", str(output)) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
-    assert re.search(r"\| logged \| (\d+) \|.*\n\| plan, even routing \| \1 \|", report)
+    assert re.search(
+        r"all ranks: (\d+) rows, ([\d.]+) MB to other ranks; planned, even routing: \1 rows, \2 MB", report
+    )
 
 
 @pytest.mark.slow
@@ -182,34 +210,31 @@ def test_updates_are_those_of_fairseq_train(tmp_path):
     assert logged == pytest.approx(losses, abs=2e-3)
 
 
-def test_steps_and_scores_are_of_the_models(tmp_path, capsys):
-    """Timed steps give what the whole text gives at once."""
-    flags = ["--prefix", "3", "--steps", "2", "--precisions", "fp32", "--batches", "2", "--models", "mhmoe-flops"]
-    args = inference.build_parser().parse_args([*TINY, *flags])
-    model = inference.Model("mhmoe-flops", "fp32", args)
+@pytest.mark.slow
+def test_models_in_use_are_timed(tmp_path):
+    output = tmp_path / "report.md"
+    assert (
+        bench("--inference", "--duels", "mhmoe-flops/xmoe", "--tokens-per-sample", "64", "--output", str(output)) == 0
+    )
+    report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
+    assert all(f"| {step} | mhmoe-flops:fp32 | xmoe:fp32 |" in report for step in ("decode of 1", "score of 8"))
+
+
+def test_one_token_steps_give_what_the_whole_text_gives():
+    steps = object.__new__(Steps)
+    steps.trainer = SimpleNamespace(model=small_model().eval())
+    steps.dictionary, steps.clock = small_dictionary(), time.perf_counter
     seen = []
-    model.model.register_forward_hook(lambda module, given, output: seen.append(output[0]))
-    assert model.decode(2) > 0
-    whole = model.model(model.tokens(2, 5))[0]
-    assert [logits.shape[1] for logits in seen[:3]] == [3, 1, 1]
-    torch.testing.assert_close(torch.cat(seen[:3], 1), whole, rtol=1e-4, atol=1e-5)
-    assert inference.main([*TINY, *flags, "--output", str(tmp_path / "report.md")]) == 0
-    report = re.sub(" +", " ", (tmp_path / "report.md").read_text(encoding="utf-8"))
-    assert "| decoding, batch 2 | fp32 | 1 | MH-MoE, budget flops |" in report and "| scoring, batch 2 |" in report
-
-
-def test_one_token_steps_have_a_target_at_small():
-    args = inference.build_parser().parse_args([])
-    for speed, met in ((0.91, True), (0.89, False)):
-        pairs = Pairs((1.0,) * 7, (speed,) * 7)
-        found = {("mhmoe-flops", "bf16", what, 2): pairs for what in ("decoding, batch 1", "scoring, batch 8")}
-        assert [is_met for _, is_met in inference.decide(found, args)] == [met]
-    assert inference.decide(found, inference.build_parser().parse_args(["--size", "tiny"])) == []
+    steps.trainer.model.register_forward_hook(lambda module, given, output: seen.append(output[0].detach()))
+    assert steps.decode(2)[0] > 0
+    assert [logits.shape[1] for logits in seen] == [PREFIX, *[1] * STEPS]
+    whole = steps.trainer.model(steps.tokens(2, PREFIX + STEPS))[0]
+    torch.testing.assert_close(torch.cat(seen[: STEPS + 1], 1), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_cpu_time_of_ranks_is_added_up():
     training = object.__new__(Training)
-    training._ask = lambda request: [(1.0, {}), (3.0, {})]
+    training.ask = lambda *request: [(1.0, {}), (3.0, {})]
     training.clock = time.process_time
     assert training.seconds() == 4.0
     training.clock = time.perf_counter
