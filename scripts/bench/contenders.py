@@ -45,7 +45,6 @@ class Setting:
 
     @property
     def sub_dim(self) -> int:
-        """Width d of a sub-token."""
         return self.embed_dim // self.num_heads
 
     def flops(self) -> int:
@@ -257,7 +256,6 @@ def build(name: str, setting: Setting) -> Callable[[], object]:
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """max|a - b| / max|b|, the project's definition."""
     scale = reference.abs().max().clamp_min(torch.finfo(reference.dtype).tiny)
     return ((value - reference).abs().max() / scale).item()
 

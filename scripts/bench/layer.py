@@ -68,6 +68,11 @@ GROWTH = {
     "num_experts": (8, 16, 32, 64, 128, 256, 512),
     "num_heads": (1, 2, 3, 4, 6, 8, 12),
 }
+METHOD = """\
+Forward and backward of one layer, gradients starting from None, no optimiser; {pairs} pairs a duel after one warm-up. A
+ratio is the median over the pairs of (ours / rival); the milliseconds are medians. What the contenders compute, and how
+memory is measured: docs/benchmarks/README.md. The rows "SwiGLU" give our layer the function of Hugging Face's block.
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -105,13 +110,6 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, list[Setting]]:
         axis: [Setting(**{**point, "dtype": dtype, "threads": threads}) for threads, dtype in kinds for point in points]
         for axis, points in found.items()
     }
-
-
-METHOD = """\
-Forward and backward of one layer, gradients starting from None, no optimiser; {pairs} pairs a duel after one warm-up. A
-ratio is the median over the pairs of (ours / rival); the milliseconds are medians. What the contenders compute, and how
-memory is measured: docs/benchmarks/README.md. The rows "SwiGLU" give our layer the function of Hugging Face's block.
-"""
 
 
 @dataclass
@@ -265,7 +263,7 @@ class Run:
         rivals = ["gemm"] if args.growth else rivals
         has_rivals = lambda setting: True  # noqa: E731
         if not args.growth and not any(getattr(args, size) for size in SIZES):
-            kinds = [{"dtype": dtype, "threads": max(args.threads)} for dtype in args.dtypes]
+            kinds = [{"dtype": dtype, "threads": max(args.threads)} for dtype in args.dtypes if dtype != "autocast"]
             measured = [Setting(tokens, 8, **kind) for kind in kinds for tokens in (2048, 4096, 8192)]
             has_rivals = lambda setting: setting.dtype != "autocast" and as_fp32(setting) in list(POINTS)[:2]  # noqa: E731
         duels = [(each, "mhmoe", name) for each in points for name in rivals if name == "gemm" or has_rivals(each)]
@@ -277,7 +275,7 @@ class Run:
         self.memory = [(each, name) for each in measured for name in names if runs_at(name, each)]
         self.verified = list(dict.fromkeys(map(as_fp32, points[:1] if args.growth else points)))
         middle = statistics.median_high({each.tokens for each in points})
-        self.profiled = [each for each in points if each.tokens == middle and not args.growth]
+        self.profiled = [each for each in points if each.tokens == middle and has_rivals(each) and not args.growth]
 
     def __call__(self) -> Results:
         """Verifies, measures, times, takes apart; the report is written after every part."""

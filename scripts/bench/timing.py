@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 MIN_PAIRS = 7
-Clock = Callable[[], float]
+Clock = Callable[[], float]  # the wall's, or ``time.process_time``: CPU time, summed over the threads
 Operator = tuple[str, float, float]  # name, milliseconds per call, share of all operators
 
 
