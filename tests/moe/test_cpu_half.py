@@ -196,6 +196,20 @@ def test_a_pass_without_gradients_computes_the_same(monkeypatch: pytest.MonkeyPa
             assert torch.equal(layer(x).hidden, kept)
 
 
+def test_a_pass_without_gradients_keeps_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And casts the weights of experts that have rows alone."""
+    shapes, layer = [], build(num_experts=64, top_k=1)
+    taken = loop._cpu_memory.empty
+    monkeypatch.setattr(loop, "_PIECE_ROWS", 16)
+    monkeypatch.setattr(loop._cpu_memory, "empty", lambda shape, like: shapes.append(shape) or taken(shape, like))
+    casts, cast = [], loop._cast
+    monkeypatch.setattr(loop, "_cast", lambda weights, dtype: casts.append(weights) or cast(weights, dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        used = (layer(torch.randn(20, 32)).stats.expert_load > 0).sum()
+    assert max(rows for rows, width in shapes[:1]) == 16
+    assert len(casts) == used < 64 and all(weights.fc1_weight.dim() == 2 for weights in casts)
+
+
 # ---------------------------------------------------------------------- kernels
 
 

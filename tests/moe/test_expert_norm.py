@@ -99,17 +99,17 @@ KINDS = [(Inner, "relu"), (Inner, "gelu"), (FusedInner, "gelu")]
 def normed_linear(kind, activation, rows, norm_w, norm_b, weight, bias, grad):
     """Output and gradients of input and parameters by ``Inner`` and ``NormedLinear``."""
     none = dict.fromkeys(ExpertWeights._fields)
-    stacked = {"layernorm_weight": norm_w, "layernorm_bias": norm_b, "fc1_weight": weight.t(), "fc2_weight": weight}
-    weights = ExpertWeights(**{**none, **{name: values[None] for name, values in stacked.items()}})
-    inner, piece = kind(InnerSettings(activation, 0.0, 0), weights, len(rows)), slice(0, len(rows))
+    own = {"layernorm_weight": norm_w, "layernorm_bias": norm_b, "fc1_weight": weight.t(), "fc2_weight": weight}
+    weights = ExpertWeights(**{**none, **own})
+    inner, piece = kind(InnerSettings(activation, 0.0, 0), len(rows), rows), slice(0, len(rows))
     layer, hidden = NormedLinear.of(norm_w, norm_b, weight, bias), rows.clone()
     mean, rstd = torch.empty(2, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
-    output = torch.mm(inner.forward(0, piece, hidden, None, (mean, rstd)), weight.t())
+    output = torch.mm(inner.forward(weights, piece, hidden, None, (mean, rstd)), weight.t())
     layer.finish(output, rstd)
     scaled = grad * rstd[:, None].to(rows.dtype)
     torch.mm(scaled, weight, out=inner.grad_buffer(len(rows)))
     sums = layer.input_grad(scaled, rstd, (output * grad).sum(1), rows.size(1))
-    centered, input_grad, _ = inner.backward(0, piece, hidden, None, (mean, *sums))
+    centered, input_grad, _ = inner.backward(weights, piece, hidden, None, (mean, *sums))
     product, norm_grad, norm_bias_grad = scaled.t() @ centered, torch.empty_like(norm_w), torch.empty_like(norm_b)
     parameter_grads(product, grad.sum(0), (norm_w, norm_b, weight), norm_grad, norm_bias_grad)
     return output, input_grad, norm_grad, norm_bias_grad, product

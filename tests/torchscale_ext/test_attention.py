@@ -110,3 +110,28 @@ def test_no_bias_and_rms_norm_reach_every_part():
     attention = SelfAttention(settings, DIM, HEADS)
     assert [name for name, _ in attention.named_parameters() if "bias" in name] == []
     assert isinstance(attention.inner_attn_ln, torch.nn.RMSNorm)
+
+
+@pytest.mark.parametrize(
+    "length, training, dtype", [(20, True, "float32"), (300, True, "bfloat16"), (20, False, "bfloat16")]
+)
+def test_short_sequences_in_training_attend_in_float32(monkeypatch, length, training, dtype):
+    """In half precision on a CPU, where the backward pass is slow; the input is rounded once for three maps."""
+    ours, _ = both()
+    ours = ours.float()
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *qkv, **more: seen.extend(qkv) or attend(*qkv, **more),
+    )
+    x, inputs = torch.randn(BATCH, length, DIM), []
+    for name in ("q_proj", "k_proj", "v_proj"):
+        getattr(ours, name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    exact = ours(x, is_causal=True)
+    seen.clear(), inputs.clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
+        half = ours(x, is_causal=True)
+    assert [str(tensor.dtype) for tensor in seen] == [f"torch.{dtype}"] * 3
+    assert half.dtype == torch.bfloat16 and len({tensor.data_ptr() for tensor in inputs}) == 1
+    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)

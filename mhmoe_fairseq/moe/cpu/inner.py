@@ -37,35 +37,40 @@ class Inner:
     """In ATen's operations.
 
     Args:
-        weights: in the dtype of the computation.
         rows: of the largest piece.
+        hidden_RF: whose width and dtype the pieces have.
     """
 
-    def __init__(self, settings: InnerSettings, weights: ExpertWeights, rows: int) -> None:
-        self._settings, self._weights = settings, weights
-        # Activation (or the SwiGLU gate's gradient), gradient, dropout's scale.
-        count = 2 + (weights.gate_weight is not None) + bool(settings.dropout)
-        shape = (count, rows, weights.fc1_weight.size(1))
-        self._scratch = _cpu_memory.empty(shape, weights.fc1_weight)
+    def __init__(self, settings: InnerSettings, rows: int, hidden_RF: Tensor) -> None:
+        self._settings = settings
+        # Activation, gradient, the SwiGLU gate's gradient, dropout's scale.
+        count = 2 + (settings.activation == "swiglu") + bool(settings.dropout)
+        self._scratch = _cpu_memory.empty((count, rows, hidden_RF.size(1)), hidden_RF)
 
-    def forward(self, expert: int, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None) -> Tensor:
+    def forward(
+        self, weights: ExpertWeights, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
+    ) -> Tensor:
         """The second map's input, ``(P, F)``.
 
         Args:
+            weights: one expert's, in the dtype of ``hidden``.
             hidden, gate: what the first maps gave, without biases; overwritten by what ``backward`` wants.
             norm: mean and reciprocal deviation, ``(P,)``, which are written. The result lacks the latter.
         """
-        _add(hidden, self._weights.fc1_bias, expert)
-        _add(gate, self._weights.gate_bias, expert)
+        # addmm would first write the bias to all rows; here they are still in the cache.
+        if weights.fc1_bias is not None:
+            hidden.add_(weights.fc1_bias)
+        if gate is not None and weights.gate_bias is not None:
+            gate.add_(weights.gate_bias)
         inner = self._activated(piece, hidden, gate)
-        if norm is not None and self._weights.layernorm_weight is not None:
+        if norm is not None and weights.layernorm_weight is not None:
             mean_P, rstd_P = norm
             torch.sum(inner, dim=1, dtype=mean_P.dtype, out=mean_P).div_(inner.size(1))
             # The variance of centred rows: a mean far larger than the deviation cancels nothing.
             inner.sub_(mean_P.unsqueeze(1))
             torch.linalg.vector_norm(inner, dim=1, dtype=rstd_P.dtype, out=rstd_P)
             rstd_P.square_().div_(inner.size(1)).add_(EPS).rsqrt_()
-            inner.mul_(self._weights.layernorm_weight[expert])
+            inner.mul_(weights.layernorm_weight)
         return inner
 
     def grad_buffer(self, rows: int) -> Tensor:
@@ -73,21 +78,21 @@ class Inner:
         return self._scratch[1, :rows]
 
     def backward(
-        self, expert: int, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
+        self, weights: ExpertWeights, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The activation (with a norm less its mean), the gradient of ``hidden``, and that of ``gate``.
 
         Args:
-            hidden, gate: as ``forward`` left them.
+            weights, hidden, gate: as ``forward`` left them.
             norm: mean, along and shift of ``NormedLinear.input_grad``, ``(P,)`` each.
         """
         grad = self.grad_buffer(len(hidden))
         inner = self._activated(piece, hidden, gate)
-        if norm is not None and self._weights.layernorm_weight is not None:
+        if norm is not None and weights.layernorm_weight is not None:
             mean_P, along_P, shift_P = norm
             inner.sub_(mean_P.unsqueeze(1))
             # Two passes: one addcmul with two columns that broadcast would leave the vectorised path.
-            grad.mul_(self._weights.layernorm_weight[expert])
+            grad.mul_(weights.layernorm_weight)
             grad.addcmul_(inner, along_P.to(grad.dtype).unsqueeze(1), value=-1).sub_(shift_P.unsqueeze(1))
         if self._settings.dropout:
             grad.mul_(self._scratch[-1, : len(hidden)])
@@ -118,46 +123,39 @@ class Inner:
 class FusedInner(Inner):
     """By the compiled kernels: bias, GELU and norm."""
 
-    def __init__(self, settings: InnerSettings, weights: ExpertWeights, rows: int) -> None:
-        super().__init__(settings, weights, rows)
-        vectors = (weights.fc1_bias, weights.layernorm_weight)
-        self._bias, self._norm_weight = (None if vector is None else vector.float() for vector in vectors)
-
     @staticmethod
     def applies(settings: InnerSettings, dtype: torch.dtype) -> bool:
         """Whether there are kernels for this."""
         known = settings.activation == "gelu" and not settings.dropout and dtype in (torch.float32, torch.bfloat16)
         return known and kernels.load()
 
-    def forward(self, expert: int, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None) -> Tensor:
+    def forward(
+        self, weights: ExpertWeights, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
+    ) -> Tensor:
         """As :class:`Inner`; ``hidden`` stays without its bias."""
         inner = self._scratch[0, : len(hidden)]
         mean_P, rstd_P = norm or (None, None)
-        torch.ops.mhmoe_cpu.gelu_norm(hidden, *self._vectors(expert), inner, mean_P, rstd_P)
+        torch.ops.mhmoe_cpu.gelu_norm(hidden, *_vectors(weights), inner, mean_P, rstd_P)
         return inner
 
     def backward(
-        self, expert: int, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
+        self, weights: ExpertWeights, piece: slice, hidden: Tensor, gate: Tensor | None, norm: Norm | None
     ) -> tuple[Tensor, Tensor, None]:
         """As :class:`Inner`."""
         inner, grad = self._scratch[0, : len(hidden)], self.grad_buffer(len(hidden))
         mean_P, along_P, shift_P = norm or (None, None, None)
         torch.ops.mhmoe_cpu.gelu_norm_backward(
-            hidden, *self._vectors(expert), grad, inner, mean_P, along_P, shift_P
+            hidden, *_vectors(weights), grad, inner, mean_P, along_P, shift_P
         )  # fmt: skip
         return inner, grad, None
 
-    def _vectors(self, expert: int) -> Sequence[Tensor | None]:
-        return [None if vectors is None else vectors[expert] for vectors in (self._bias, self._norm_weight)]
 
-
-def inner_of(settings: InnerSettings, weights: ExpertWeights, rows: int) -> Inner:
+def inner_of(settings: InnerSettings, rows: int, hidden_RF: Tensor) -> Inner:
     """The fastest that can do what is asked."""
-    kind = FusedInner if FusedInner.applies(settings, weights.fc1_weight.dtype) else Inner
-    return kind(settings, weights, rows)
+    kind = FusedInner if FusedInner.applies(settings, hidden_RF.dtype) else Inner
+    return kind(settings, rows, hidden_RF)
 
 
-def _add(rows: Tensor | None, bias: Tensor | None, expert: int) -> None:
-    # addmm would first write the bias to all rows; here they are still in the cache.
-    if rows is not None and bias is not None:
-        rows.add_(bias[expert])
+def _vectors(weights: ExpertWeights) -> Sequence[Tensor | None]:
+    vectors = (weights.fc1_bias, weights.layernorm_weight)
+    return [None if vector is None else vector.float() for vector in vectors]

@@ -1,6 +1,6 @@
 """The compiled kernels of ``kernels.cpp``, which are optional; ``make setup`` builds them, and so does :func:`build`.
 
-The file stands beside its source and is named after what it was made of (source, PyTorch, instruction set), so that a
+The file stands beside its source and is named after what it was made of (source, PyTorch, processor), so that a
 change of any of these finds none and falls back on ATen's operations. It is no module, and so not named like one.
 """
 
@@ -20,8 +20,8 @@ _OFF = "MHMOE_CPU_KERNELS"  # environment: 0 to do without them
 
 def library() -> Path:
     """Where the kernels for this PyTorch and this processor are, or would be."""
-    made_of = [_SOURCE.read_text(encoding="utf-8"), torch.__version__, torch.backends.cpu.get_cpu_capability()]
-    digest = hashlib.sha256("\0".join([*made_of, platform.machine(), *_flags()]).encode()).hexdigest()
+    made_of = [_SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), _instructions(), *_flags()]
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     return _SOURCE.with_name(f"kernels-{digest[:16]}.compiled")
 
 
@@ -62,6 +62,15 @@ def build() -> Path:
             raise RuntimeError(f"{words[0]}: {lines[0]}") from error
         made.replace(target)
     return target
+
+
+def _instructions() -> str:
+    """What this processor understands beyond the least; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 @functools.cache

@@ -37,7 +37,9 @@ def loop_ffn(
 ) -> Tensor:
     """Gate-weighted sum of the experts' outputs, ``(N, d)``; differentiable as often as wanted."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    return _LoopFFN.apply(x_Nd, gates_NK, plan, InnerSettings(activation, dropout, seed), *weights)
+    # Inside the function gradients are off, and its context tells of inputs that want one even under no_grad.
+    keep = torch.is_grad_enabled()
+    return _LoopFFN.apply(x_Nd, gates_NK, plan, InnerSettings(activation, dropout, seed), keep, *weights)
 
 
 def loop_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
@@ -61,50 +63,68 @@ def _at(stacked: Tensor | None, expert: int) -> Tensor | None:
     return None if stacked is None else stacked[expert]
 
 
-def _normed(weights: ExpertWeights, expert: int) -> NormedLinear | None:
-    """The expert's LayerNorm and second map, in their own dtype; None without LayerNorm."""
+def _of_experts(weights: ExpertWeights) -> list[ExpertWeights]:
+    """Each expert's own; views, made by one operation for each stack."""
+    num_experts = weights.fc1_weight.size(0)
+    return [ExpertWeights(*own) for own in zip(*([None] * num_experts if w is None else w.unbind() for w in weights))]
+
+
+def _cast(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
+    return ExpertWeights._make(None if weight is None else weight.to(dtype) for weight in weights)
+
+
+def _normed(weights: ExpertWeights) -> NormedLinear | None:
+    """An expert's LayerNorm and second map; None without LayerNorm."""
     if weights.layernorm_weight is None or weights.layernorm_bias is None:
         return None
-    norm_weight, norm_bias = weights.layernorm_weight[expert], weights.layernorm_bias[expert]
-    return NormedLinear.of(norm_weight, norm_bias, weights.fc2_weight[expert], _at(weights.fc2_bias, expert))
+    return NormedLinear.of(weights.layernorm_weight, weights.layernorm_bias, weights.fc2_weight, weights.fc2_bias)
 
 
 class _LoopFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, settings: InnerSettings, *weights: Tensor | None
+        ctx: Any,
+        x_Nd: Tensor,
+        gates_NK: Tensor,
+        plan: DispatchPlan,
+        settings: InnerSettings,
+        keep: bool,
+        *weights: Tensor | None,
     ) -> Tensor:
         given = ExpertWeights(*weights)  # type: ignore[arg-type]
-        cast = ExpertWeights._make(None if weight is None else weight.to(x_Nd.dtype) for weight in given)
-        num_experts, hidden_dim = cast.fc1_weight.shape[:2]
+        num_experts, hidden_dim = given.fc1_weight.shape[:2]
         layout = lay_out(plan, row_multiple(x_Nd.dtype, plan.order_R.size(0), num_experts))
         source_R = layout.plan.source_R
-        rows, training = source_R.size(0), any(ctx.needs_input_grad)
+        rows, keep = source_R.size(0), keep and any(ctx.needs_input_grad)
+        cast = _cast(given, x_Nd.dtype) if keep else given  # else of experts that have rows alone, below
         # Without a backward one piece of pre-activations is enough, used again and again.
-        kept_rows = rows if training else min(rows, _PIECE_ROWS)
+        kept_rows = rows if keep else min(rows, _PIECE_ROWS)
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
-        gate_RF = None if cast.gate_weight is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
+        gate_RF = None if given.gate_weight is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         stats_2R = x_Nd.new_empty((2, kept_rows), dtype=torch.promote_types(x_Nd.dtype, torch.float32))
-        inner = inner_of(settings, cast, min(rows, _PIECE_ROWS))
+        inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF)
         y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[layout.ends[-1] :].zero_()  # rows of the virtual expert
+        of_experts = list(zip(_of_experts(given), _of_experts(cast)))
         for expert, pieces in layout.pieces(_PIECE_ROWS):
-            normed = _normed(given, expert)
+            exact, own = of_experts[expert]
+            own = own if keep else _cast(own, x_Nd.dtype)
+            normed = _normed(exact)
             for piece in pieces:
-                kept = piece if training else slice(0, piece.stop - piece.start)
+                kept = piece if keep else slice(0, piece.stop - piece.start)
                 x = x_Nd.index_select(0, source_R[piece])
-                hidden = torch.mm(x, cast.fc1_weight[expert].t(), out=hidden_RF[kept])
+                hidden = torch.mm(x, own.fc1_weight.t(), out=hidden_RF[kept])
                 gate = None
-                if cast.gate_weight is not None and gate_RF is not None:
-                    gate = torch.mm(x, cast.gate_weight[expert].t(), out=gate_RF[kept])
+                if own.gate_weight is not None and gate_RF is not None:
+                    gate = torch.mm(x, own.gate_weight.t(), out=gate_RF[kept])
                 mean, rstd = stats_2R[:, kept]
-                activated = inner.forward(expert, piece, hidden, gate, normed and (mean, rstd))
-                y = torch.mm(activated, cast.fc2_weight[expert].t(), out=y_Rd[piece])
+                activated = inner.forward(own, piece, hidden, gate, normed and (mean, rstd))
+                y = torch.mm(activated, own.fc2_weight.t(), out=y_Rd[piece])
                 if normed is not None:
                     normed.finish(y, rstd)
-                elif cast.fc2_bias is not None:
-                    y.add_(cast.fc2_bias[expert])
-        if training:
+                elif own.fc2_bias is not None:
+                    y.add_(own.fc2_bias)
+        if keep:
             ctx.plan, ctx.settings, ctx.layout = plan, settings, layout
             ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *cast, *given)
         return combine(y_Rd, gates_NK, layout.plan)
@@ -117,16 +137,18 @@ class _LoopFFN(torch.autograd.Function):
         if torch.is_grad_enabled() or loop_obstacle([grad_Nd]):  # create_graph, or a batch of gradients
             return _differentiable_backward(ctx, grad_Nd, x_Nd, gates_NK, weights)
         layout: Layout = ctx.layout
-        grads = _Gradients(weights, ctx.needs_input_grad[4:], layout.ends)
+        grads = _Gradients(weights, ctx.needs_input_grad[5:], layout.ends)
         source_R = layout.plan.source_R
         gates_R = layout.gates(gates_NK).to(grad_Nd.dtype)
         gates_grad_R = stats_2R.new_zeros(len(y_Rd))
         x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
         x_grad_Rd[layout.ends[-1] :].zero_()
-        inner = inner_of(ctx.settings, cast, min(len(y_Rd), _PIECE_ROWS))
+        inner = inner_of(ctx.settings, min(len(y_Rd), _PIECE_ROWS), hidden_RF)
+        of_experts = list(zip(_of_experts(weights), _of_experts(cast)))
 
         for expert, pieces in layout.pieces(_PIECE_ROWS):
-            normed = _normed(weights, expert)
+            exact, own = of_experts[expert]
+            normed = _normed(exact)
             for piece in pieces:
                 x = x_Nd.index_select(0, source_R[piece])
                 y_grad = grad_Nd.index_select(0, source_R[piece])
@@ -138,22 +160,22 @@ class _LoopFFN(torch.autograd.Function):
                     mean, rstd = stats_2R[:, piece]
                     y_grad.mul_(rstd.unsqueeze(1))
                     norm = (mean, *normed.input_grad(y_grad, rstd, dot * gates_R[piece], hidden_RF.size(1)))
-                torch.mm(y_grad, cast.fc2_weight[expert], out=inner.grad_buffer(len(x)))
+                torch.mm(y_grad, own.fc2_weight, out=inner.grad_buffer(len(x)))
                 gate = None if gate_RF is None else gate_RF[piece]
-                activated, grad, gate_grad = inner.backward(expert, piece, hidden_RF[piece], gate, norm)
+                activated, grad, gate_grad = inner.backward(own, piece, hidden_RF[piece], gate, norm)
                 grads.add_product("fc2_weight", expert, piece, y_grad, activated)
                 grads.add("fc1", expert, piece, grad, x)
-                x_grad = torch.mm(grad, cast.fc1_weight[expert], out=x_grad_Rd[piece])
-                if gate_grad is not None and cast.gate_weight is not None:
+                x_grad = torch.mm(grad, own.fc1_weight, out=x_grad_Rd[piece])
+                if gate_grad is not None and own.gate_weight is not None:
                     grads.add("gate", expert, piece, gate_grad, x)
-                    x_grad.addmm_(gate_grad, cast.gate_weight[expert])
+                    x_grad.addmm_(gate_grad, own.gate_weight)
             grads.finish_norm(expert)
 
         def to_choices(rows_R: Tensor) -> Tensor:
             return rows_R.index_select(0, layout.plan.inverse_R).view(*gates_NK.shape, *rows_R.shape[1:])
 
         x_grad_Nd = to_choices(x_grad_Rd).sum(1)
-        return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, *grads.tensors()
+        return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, None, *grads.tensors()
 
 
 def _differentiable_backward(
@@ -166,7 +188,7 @@ def _differentiable_backward(
         forward = functools.partial(_in_autograds_operations, ctx)
         gradients = torch.func.vjp(forward, x_Nd, gates_NK, present)[1]
         x_grad_Nd, gates_grad_NK, grads = gradients(grad_Nd)
-    return x_grad_Nd, gates_grad_NK, None, None, *(grads.get(name) for name in ExpertWeights._fields)
+    return x_grad_Nd, gates_grad_NK, None, None, None, *(grads.get(name) for name in ExpertWeights._fields)
 
 
 def _in_autograds_operations(ctx: Any, x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor]) -> Tensor:
