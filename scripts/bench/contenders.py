@@ -68,13 +68,14 @@ class Setting:
 
 
 class BetweenProjections(nn.Module):
-    """A rival's experts on the sub-tokens ``(N, d)``, between the two projections that our layer has."""
+    """A rival's experts on the sub-tokens ``(N, d)``, between the projections that our layer has."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
         self.setting = setting
-        self.head_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
-        self.merge_projection = nn.Linear(setting.embed_dim, setting.embed_dim)
+        dim, config = setting.embed_dim, setting.config()
+        self.head_projection = nn.Linear(dim, dim) if config.has_head_projection else nn.Identity()
+        self.merge_projection = nn.Linear(dim, dim) if config.has_merge_projection else nn.Identity()
 
     def forward(self, x: Tensor) -> SimpleNamespace:
         output = self.experts_of(self.head_projection(x).view(-1, self.setting.sub_dim))
@@ -83,7 +84,7 @@ class BetweenProjections(nn.Module):
 
     def named_like_ours(self) -> dict[str, list[Tensor]]:
         """Our parameter names, each with the tensors here that make it up when stacked."""
-        projections = ("head_projection", "merge_projection")
+        projections = [p for p in ("head_projection", "merge_projection") if isinstance(getattr(self, p), nn.Linear)]
         return {f"{p}.0.{part}": [getattr(getattr(self, p), part)] for p in projections for part in ("weight", "bias")}
 
     @torch.no_grad()

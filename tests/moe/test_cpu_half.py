@@ -201,6 +201,7 @@ def test_a_pass_without_gradients_keeps_one_piece(monkeypatch: pytest.MonkeyPatc
     shapes, layer = [], build(num_experts=64, top_k=1)
     taken = loop._cpu_memory.empty
     monkeypatch.setattr(loop, "_PIECE_ROWS", 16)
+    monkeypatch.setattr(loop, "_FEW_ROWS", 0)
     monkeypatch.setattr(loop._cpu_memory, "empty", lambda shape, like: shapes.append(shape) or taken(shape, like))
     casts, cast = [], loop._cast
     monkeypatch.setattr(loop, "_cast", lambda weights, dtype: casts.append(weights) or cast(weights, dtype))
@@ -244,6 +245,27 @@ def test_kernels_far_from_zero(dtype: torch.dtype) -> None:
         out, torch.tensor([[1e4, 0.0, 0.0, float("nan")]]), equal_nan=True, atol=0.02, rtol=4e-3, check_dtype=False
     )
     torch.testing.assert_close(grad[0, :3], torch.tensor([1.0, 0.0, 0.5]), atol=1e-5, rtol=0, check_dtype=False)
+
+
+@pytest.mark.parametrize("variant", ["gelu", "norm", "plain"])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_rows_are_computed_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, variant: str, dtype: torch.dtype, limit: float, padded: bool
+) -> None:
+    if not kernels.load():
+        pytest.skip("the kernels are not built")
+    layer = build(**{"plain": {"expert_bias": False}, **VARIANTS}[variant], num_experts=8).eval()
+    x, mask = torch.randn(3, 32), torch.tensor([False, True, False]) if padded else None
+    want = moe_oracle.forward(layer, x, mask)[0]
+    calls, whole = [], loop._whole_experts
+    monkeypatch.setattr(loop, "_whole_experts", lambda *args: calls.append(1) or whole(*args))
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), torch.no_grad():
+        few = layer(x, mask).hidden
+        monkeypatch.setattr(loop, "_FEW_ROWS", 0)
+        many = layer(x, mask).hidden
+    assert calls == [1]
+    assert relative_error(few.float(), want) <= limit and relative_error(many.float(), want) <= limit
 
 
 def test_kernels_are_taken_where_they_know_the_activation(monkeypatch: pytest.MonkeyPatch) -> None:

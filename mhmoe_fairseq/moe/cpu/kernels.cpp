@@ -1,6 +1,7 @@
 // What an expert computes between its two products, in one pass over rows that are still in the cache: bias, GELU and
 // LayerNorm forward; GELU again, its derivative and the LayerNorm's backward. ATen's operations take up to eleven
-// passes, which cost more than the products where the processor is fast at bfloat16.
+// passes, which cost more than the products where the processor is fast at bfloat16. And whole experts, for a few rows
+// each as in a step of decoding, where calling an operation takes longer than what it does.
 //
 // Written with at::vec, for the instruction set that it is compiled for. Matrices (P, F) are row-major, of float or
 // bfloat16; everything else is float, and so is all arithmetic. norm.py has the norm's equations.
@@ -208,6 +209,55 @@ void backward(
   });
 }
 
+template <typename A, typename B>
+inline float dot(const A* x, const B* y, int64_t size) {
+  Pair total{V(0.f), V(0.f)};
+  steps(size, [&](int64_t i, int64_t count) {
+    const Pair a = load(x + i, count), b = load(y + i, count);
+    total = {at::vec::fmadd(a.low, b.low, total.low), at::vec::fmadd(a.high, b.high, total.high)};
+  });
+  return reduce(total);
+}
+
+struct Vectors {
+  const float *bias, *norm_weight, *norm_bias, *out_bias;  // (E, F) three times, (E, d); null where there is none
+};
+
+// out[r] = the output of expert[r] for x[r]; zeros for an expert that there is none of.
+template <typename T, typename W>
+void whole_experts(
+    const Tensor& x, const Tensor& expert, const Tensor& first, const Tensor& second, const Vectors& vectors,
+    const Tensor& out) {
+  const int64_t experts = first.size(0), inner = first.size(1), dim = first.size(2);
+  const int64_t* const of = expert.const_data_ptr<int64_t>();
+  at::parallel_for(0, x.size(0), std::max<int64_t>(1, kGrain / (2 * inner * dim)), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(inner + kStep);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t e = of[r];
+      T* const y = out.mutable_data_ptr<T>() + r * dim;
+      if (e >= experts) {
+        std::fill_n(y, dim, T(0));
+        continue;
+      }
+      const auto at_expert = [&](const float* vector) { return vector ? vector + e * inner : nullptr; };
+      const float *const bias = at_expert(vectors.bias), *const norm_bias = at_expert(vectors.norm_bias);
+      const W* const up = first.const_data_ptr<W>() + e * inner * dim;
+      const W* const down = second.const_data_ptr<W>() + e * inner * dim;
+      for (int64_t f = 0; f < inner; ++f) {
+        row[f] = dot(x.const_data_ptr<T>() + r * dim, up + f * dim, dim) + (bias ? bias[f] : 0.f);
+      }
+      steps(inner, [&](int64_t i, int64_t count) { store(&row[i], activate<T>(load_whole(&row[i])), count); });
+      if (vectors.norm_weight) {
+        const float rstd = normalise(row, inner, at_expert(vectors.norm_weight)).second;
+        for (int64_t f = 0; f < inner; ++f) row[f] = row[f] * rstd + norm_bias[f];
+      }
+      for (int64_t i = 0; i < dim; ++i) {
+        y[i] = T(dot(row.data(), down + i * inner, inner) + (vectors.out_bias ? vectors.out_bias[e * dim + i] : 0.f));
+      }
+    }
+  });
+}
+
 const float* floats(const std::optional<Tensor>& x) {
   return x ? x->const_data_ptr<float>() : nullptr;
 }
@@ -231,6 +281,17 @@ void gelu_norm_backward(
   call(hidden, floats(bias), floats(weight), grad, inner, floats(mean), floats(along), floats(shift));
 }
 
+void gelu_experts(
+    const Tensor& x, const Tensor& expert, const Tensor& first, const Tensor& second, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+    const std::optional<Tensor>& out_bias, const Tensor& out) {
+  const Vectors vectors{floats(bias), floats(norm_weight), floats(norm_bias), floats(out_bias)};
+  const bool wide = x.scalar_type() == at::kFloat, wide_weights = first.scalar_type() == at::kFloat;
+  const auto call = wide ? (wide_weights ? whole_experts<float, float> : whole_experts<float, BFloat16>)
+                         : (wide_weights ? whole_experts<BFloat16, float> : whole_experts<BFloat16, BFloat16>);
+  call(x, expert, first, second, vectors, out);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(mhmoe_cpu, library) {
@@ -240,9 +301,13 @@ TORCH_LIBRARY(mhmoe_cpu, library) {
   library.def(
       "gelu_norm_backward(Tensor hidden, Tensor? bias, Tensor? weight, Tensor(a!) grad, Tensor(b!) inner, "
       "Tensor? mean, Tensor? along, Tensor? shift) -> ()");
+  library.def(
+      "gelu_experts(Tensor x, Tensor expert, Tensor first, Tensor second, Tensor? bias, Tensor? norm_weight, "
+      "Tensor? norm_bias, Tensor? out_bias, Tensor(a!) out) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mhmoe_cpu, CPU, library) {
   library.impl("gelu_norm", gelu_norm);
   library.impl("gelu_norm_backward", gelu_norm_backward);
+  library.impl("gelu_experts", gelu_experts);
 }

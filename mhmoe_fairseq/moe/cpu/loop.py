@@ -24,12 +24,14 @@ from .._expert_network import ExpertWeights, expert_network
 from .._modes import in_forward_mode, without_autocast
 from ..dispatch import DispatchPlan, combine
 from . import memory as _cpu_memory
-from .inner import InnerSettings, dropout_scale, inner_of
+from .inner import FusedInner, InnerSettings, dropout_scale, inner_of
 from .norm import NormedLinear, parameter_grads
 from .rounding import Layout, lay_out, row_multiple
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
 _PIECE_ROWS = 1024
+# Up to so many rows for each expert a product is not worth its call.
+_FEW_ROWS = 4
 
 
 def loop_ffn(
@@ -37,9 +39,33 @@ def loop_ffn(
 ) -> Tensor:
     """Gate-weighted sum of the experts' outputs, ``(N, d)``; differentiable as often as wanted."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
+    settings = InnerSettings(activation, dropout, seed)
+    if _has_few_rows(x_Nd, gates_NK, plan, weights) and FusedInner.applies(settings, x_Nd.dtype):
+        return _whole_experts(x_Nd, gates_NK, plan, weights)
     # Inside the function gradients are off, and its context tells of inputs that want one even under no_grad.
     keep = torch.is_grad_enabled()
-    return _LoopFFN.apply(x_Nd, gates_NK, plan, InnerSettings(activation, dropout, seed), keep, *weights)
+    return _LoopFFN.apply(x_Nd, gates_NK, plan, settings, keep, *weights)
+
+
+def _has_few_rows(x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: ExpertWeights) -> bool:
+    """Whether there are so few rows, and no gradients, that each is computed by itself, as in a step of decoding."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_Nd, gates_NK, *weights)):
+        return False
+    whole = all(t is None or t.is_contiguous() for t in (x_Nd, *weights))
+    known = all(t is None or t.dtype in (torch.float32, torch.bfloat16) for t in weights)
+    return whole and known and plan.order_R.size(0) <= _FEW_ROWS * weights.fc1_weight.size(0)
+
+
+def _whole_experts(x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: ExpertWeights) -> Tensor:
+    """The output, by the kernel for few rows."""
+    x_Rd = x_Nd.index_select(0, plan.source_R)
+    y_Rd = torch.empty_like(x_Rd)
+    vectors = (weights.fc1_bias, weights.layernorm_weight, weights.layernorm_bias, weights.fc2_bias)
+    wide = (None if vector is None else vector.float() for vector in vectors)
+    torch.ops.mhmoe_cpu.gelu_experts(
+        x_Rd, plan.expert_of_row(), weights.fc1_weight, weights.fc2_weight, *wide, y_Rd
+    )  # fmt: skip
+    return combine(y_Rd, gates_NK, plan)
 
 
 def loop_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
