@@ -37,7 +37,7 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): setup.py pyproject.toml scripts/setup.sh $(wildcard constraints/*.txt)
+$(STAMP): setup.py pyproject.toml scripts/setup.sh mhmoe_fairseq/moe/cpu/kernels.cpp $(wildcard constraints/*.txt)
 	@test -n "$(VERSION)" || { echo "setup: error: no Python 3.10, 3.11 or 3.12 found that runs (PYTHON=$(PYTHON))" >&2; exit 1; }
 	scripts/setup.sh "$(PYTHON)" "$(VENV)"
 	@touch $@

@@ -223,7 +223,7 @@ class TextScorer:
         lengths = [len(window.targets) for window in windows]
         return [
             Score(-float(row.sum()), bool(best.all()), length)
-            for row, best, length in zip(losses.cpu().double().split(lengths), is_best.split(lengths), lengths)
+            for row, best, length in zip(losses.cpu().double().split(lengths), is_best.cpu().split(lengths), lengths)
         ]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.cpu.loop import loop_obstacle
+from ..moe.modes import compute_dtype
 
 # A chunk's logits in float32, about as much as a cache holds; but where a row takes so much that fewer than these rows
 # fit, products would wait for the weight.
@@ -63,11 +64,8 @@ def predict(
         ignored: the target without a loss (default: all have one).
         with_best: look for ``is_best``, too, which takes a tenth of the time.
     """
-    kind, dtype = features.device.type, features.dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
     parts = features.flatten(0, -2), layer.weight, layer.bias
-    how = _How(dtype, ignored, with_best)
+    how = _How(compute_dtype(features), ignored, with_best)
     if loop_obstacle(parts):
         losses, is_best = _plain(parts, targets.flatten(), how)
     else:
@@ -91,7 +89,11 @@ class _Predict(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         parts = x_ND, weight_VD, bias_V
         # In fp16 the gradients of unscaled losses would vanish: there they wait for the factor.
-        needed = ctx.needs_input_grad[:3] if has_graph and how.dtype != torch.float16 else None
+        needed = (
+            ctx.needs_input_grad[:3]
+            if has_graph and any(ctx.needs_input_grad[:3]) and how.dtype != torch.float16
+            else None
+        )
         losses_N, best_N, ctx.gradients = _in_chunks(parts, targets_N, how, needed)
         if has_graph:
             ctx.how = how

@@ -7,6 +7,7 @@ to 10 times (AMX) the rate of float32's; without them every number is widened fi
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,19 @@ def resolve(precision: Any, device_type: str) -> str:
     return str(precision or "fp32")
 
 
+@functools.cache
+def _tell(precision: str, device_type: str) -> None:
+    """Logs, once in a process, what models compute in; a slow choice is warned of."""
+    fast = fast_bf16(device_type) if precision == "bf16" else None
+    if precision == "bf16" and fast is None:
+        logger.warning(
+            f"--mhmoe-precision bf16: this {'GPU' if device_type == 'cuda' else 'processor'} does not multiply bf16 "
+            "itself, which is slower than float32: give --mhmoe-precision auto, or fp32"
+        )
+    else:
+        logger.info(f"computing in {precision}" + (f" ({fast})" if fast else ""))
+
+
 def require_one_precision(precision: Any) -> None:
     """Ends with a ``UserError`` a training on several machines for which ``auto`` stands for different types.
 
@@ -89,14 +103,8 @@ class ComputePrecision:
         device_type = device_type_of(options)
         self.precision = resolve(options.mhmoe_precision, device_type)
         self.scales_loss = bool(options.amp or options.fp16)
-        fast = fast_bf16(device_type) if self.precision == "bf16" else None
-        if self.precision == "bf16" and fast is None:
-            logger.warning(
-                f"--mhmoe-precision bf16: this {'GPU' if device_type == 'cuda' else 'processor'} does not multiply "
-                "bf16 itself, which is slower than float32: give --mhmoe-precision auto, or fp32"
-            )
-        else:
-            logger.info(f"computing in {self.precision}" + (f" ({fast})" if fast else ""))
+        if torch.get_default_device().type != "meta":  # a plan computes nothing
+            _tell(self.precision, device_type)
 
     def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
         """The model's precision, for calling a part by itself, such as the output layer.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._modes import in_forward_mode
 from .dispatch import DispatchPlan
+from .modes import in_forward_mode
 
 _ALIGNMENT_BYTES = 16  # grouped_mm: every row stride
 

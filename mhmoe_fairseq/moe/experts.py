@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._expert_network import ExpertWeights, blocked_ffn, grouped_ffn, grouped_mm_supports
-from ._modes import without_autocast
 from .config import MHMoEConfig
 from .cpu.loop import loop_ffn, loop_obstacle
 from .dispatch import DispatchPlan, combine
+from .modes import compute_dtype, without_autocast
 from .parallelism import ExpertParallelism, Traffic, exchanged_ffn
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
@@ -97,8 +97,7 @@ class ExpertFFN(nn.Module):
         weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
         if self.parallel is not None:
             weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
-        if device != "meta" and torch.is_autocast_enabled(device) and x_Nd.dtype != torch.float64:
-            x_Nd = x_Nd.to(torch.get_autocast_dtype(device))
+        x_Nd = x_Nd.to(compute_dtype(x_Nd))
         local_ffn = functools.partial(self._local_ffn, weights)
         with without_autocast(device):
             if self.parallel is None:

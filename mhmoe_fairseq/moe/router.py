@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..common.ranges import POSITIVE
 from ._fields import ConfigError, Size
-from ._modes import without_autocast
+from .modes import without_autocast
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
 # since the forward pass normalises them.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.multihead_attention import MultiheadAttention
 
+from ..moe.modes import compute_dtype
 from .positions import RotaryPositions
 from .settings import Settings
 
@@ -87,8 +88,7 @@ class SelfAttention(MultiheadAttention):
             cache: earlier steps' keys, which come before ``x``'s; extended.
             is_causal: without ``visible`` a query sees no later key; with a cache for a whole prefix only.
         """
-        if torch.is_autocast_enabled(x.device.type):  # once, and not by each projection
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.to(compute_dtype(x))  # once, and not by each projection
         q, k, v = (self._heads(project(x, *image_length)) for project in (self.q_proj, self.k_proj, self.v_proj))
         past = 0 if cache is None else len(cache)
         if self.rotary is not None:

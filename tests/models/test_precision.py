@@ -9,6 +9,7 @@ from beit3_models import small_beit3
 from language_models import small_model
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.models import precision as precision_module
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.precision import fast_bf16, require_one_precision, resolve
 
@@ -71,6 +72,7 @@ def test_a_build_logs_what_it_computes_in_and_warns_of_slow_bf16(machine, caplog
 
     def told(precision):
         caplog.clear()
+        precision_module._tell.cache_clear()  # each is told once in a process
         build(arch, mhmoe_precision=precision)
         return [(record.levelname, record.message) for record in caplog.records]
 
@@ -79,6 +81,11 @@ def test_a_build_logs_what_it_computes_in_and_warns_of_slow_bf16(machine, caplog
     machine()
     assert told("auto") == told("fp32") == [("INFO", "computing in fp32")]
     [(level, message)] = told("bf16")
+    build(arch, mhmoe_precision="bf16")
+    with torch.device("meta"):
+        precision_module._tell.cache_clear()
+        build(arch, mhmoe_precision="bf16")
+    assert len(caplog.records) == 1
     assert level == "WARNING" and "--mhmoe-precision bf16" in message and "slower than float32" in message
 
 

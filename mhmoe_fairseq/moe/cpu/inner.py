@@ -158,4 +158,4 @@ def inner_of(settings: InnerSettings, rows: int, hidden_RF: Tensor) -> Inner:
 
 def _vectors(weights: ExpertWeights) -> Sequence[Tensor | None]:
     vectors = (weights.fc1_bias, weights.layernorm_weight)
-    return [None if vector is None else vector.float() for vector in vectors]
+    return [None if vector is None else vector.float().contiguous() for vector in vectors]

@@ -49,7 +49,7 @@ inline void store_whole(float* to, const Pair& x) {
 }
 
 inline void store_whole(BFloat16* to, const Pair& x) {
-#ifdef __AVX512BF16__  // one instruction, where at::vec rounds in nine
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)  // one instruction, where at::vec rounds in nine
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(x.high, x.low));
 #else
   at::vec::convert_float_bfloat16(x.low, x.high).store(to);

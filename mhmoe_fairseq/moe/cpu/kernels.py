@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,11 +29,11 @@ def library() -> Path:
 @functools.cache
 def load() -> bool:
     """Whether the kernels are there, loaded with the first call; not where ``MHMOE_CPU_KERNELS=0``."""
-    if os.environ.get(_OFF) == "0" or not library().exists():
+    if os.environ.get(_OFF) == "0":
         return False
     try:
         torch.ops.load_library(str(library()))
-    except OSError:
+    except OSError:  # not built, or the source was left behind
         return False
     return True
 
@@ -50,7 +51,7 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".kernels-") as folder:
         made = Path(folder, target.name)
         words = [
-            os.environ.get("CXX", "c++"), "-O3", "-std=c++20", "-shared", "-fPIC", *_flags(),
+            *shlex.split(os.environ.get("CXX") or "c++"), "-O3", "-std=c++20", "-shared", "-fPIC", *_flags(),
             "-I", str(root / "include"), str(_SOURCE), "-o", str(made), "-L", str(root / "lib"), "-ltorch_cpu", "-lc10",
         ]  # fmt: skip
         try:

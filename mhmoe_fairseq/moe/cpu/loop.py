@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .._expert_network import ExpertWeights, expert_network
-from .._modes import in_forward_mode, without_autocast
 from ..dispatch import DispatchPlan, combine
+from ..modes import in_forward_mode, without_autocast
 from . import memory as _cpu_memory
 from .inner import FusedInner, InnerSettings, dropout_scale, inner_of
 from .norm import NormedLinear, parameter_grads
@@ -61,7 +61,7 @@ def _whole_experts(x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: 
     x_Rd = x_Nd.index_select(0, plan.source_R)
     y_Rd = torch.empty_like(x_Rd)
     vectors = (weights.fc1_bias, weights.layernorm_weight, weights.layernorm_bias, weights.fc2_bias)
-    wide = (None if vector is None else vector.float() for vector in vectors)
+    wide = (None if vector is None else vector.float().contiguous() for vector in vectors)
     torch.ops.mhmoe_cpu.gelu_experts(
         x_Rd, plan.expert_of_row(), weights.fc1_weight, weights.fc2_weight, *wide, y_Rd
     )  # fmt: skip
@@ -151,7 +151,7 @@ class _LoopFFN(torch.autograd.Function):
                 elif own.fc2_bias is not None:
                     y.add_(own.fc2_bias)
         if keep:
-            ctx.plan, ctx.settings, ctx.layout = plan, settings, layout
+            ctx.settings, ctx.layout = settings, layout
             ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *cast, *given)
         return combine(y_Rd, gates_NK, layout.plan)
 

@@ -29,7 +29,8 @@ class NormedLinear(NamedTuple):
 
     @classmethod
     def of(cls, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None) -> "NormedLinear":
-        """From ``w``, ``b``, ``V`` and ``c``."""
+        """From ``w``, ``b``, ``V`` and ``c``, which may be of different dtypes."""
+        norm_weight, norm_bias = norm_weight.to(weight.dtype), norm_bias.to(weight.dtype)
         offset_d = torch.mv(weight, norm_bias)
         return cls(torch.mv(weight, norm_weight), offset_d if bias is None else offset_d + bias)
 

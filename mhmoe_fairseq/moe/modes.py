@@ -1,6 +1,7 @@
 """PyTorch's modes around a computation: who differentiates or casts it."""
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -13,3 +14,11 @@ def without_autocast(device: str) -> torch.autocast:
     """A context without autocast on a type of device."""
     # Autocast has no "meta" device; the CPU's switch is as good there, since nothing runs on it.
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What linear maps of ``x`` compute in: autocast's type where it is on and applies, else that of ``x``."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
