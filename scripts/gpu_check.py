@@ -356,7 +356,7 @@ def run(bench: Bench, names: Sequence[str], output: Path | None) -> int:
         found.append((f"{name} ({shows}): {said}", kept))
         torch.cuda.empty_cache()  # the next may be another process
         if output is not None:
-            write_report(output, "GPU check", torch.get_num_threads(), found, [device_text(bench)])
+            write_report(output, "GPU check", torch.get_num_threads(), found, {"Device": device_text(bench)})
     return int(not all(kept for _, kept in found))
 
 

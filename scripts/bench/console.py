@@ -9,7 +9,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,24 +50,20 @@ def add_numbers(parser: argparse.ArgumentParser, numbers: dict[str, tuple[int, s
 
 
 def run_benchmark(
-    run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+    run: Callable[..., tuple[Path, list[Target]]], parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> int:
-    """Returns the exit status of ``run``, 2 with one line for an error that a user can mend."""
+    """Says which targets ``run`` met; returns the exit status, 2 with one line for an error that a user can mend."""
     args = parser.parse_args(argv)
     torch.set_num_threads(max(args.threads))
     try:
-        return run(args)
+        path, targets = run(args)
     except (ValueError, OSError, RuntimeError) as error:
         tqdm.write(f"{Path(sys.modules[run.__module__].__file__).stem}: error: {error}")
         return 2
-
-
-def conclude(path: Path, targets: Sequence[Target], check: bool) -> int:
-    """Says which targets were met and where the report is; returns the exit status."""
     for promise, met in targets:
         tqdm.write(f"{'met   ' if met else 'MISSED'} {promise}")
     tqdm.write(f"report: {path}")
-    return int(check and not all(met for _, met in targets))
+    return int(args.check and not all(met for _, met in targets))
 
 
 def report_path(output: Path | None, kind: str = "") -> Path:
@@ -82,27 +78,31 @@ def report_path(output: Path | None, kind: str = "") -> Path:
 
 
 def write_report(
-    path: Path, title: str, threads: object, targets: Sequence[Target], parts: Iterable[str], clock: Clock | None = None
-) -> None:
-    """Replaces the report at ``path``: title, command, machine and targets, then the parts that are not empty."""
+    path: Path, title: str, threads: object, targets: Iterable[Target], sections: Mapping[str, str],
+    clock: Clock | None = None,
+) -> None:  # fmt: skip
+    """Replaces the report at ``path``: title, command, machine and targets, then the sections that are not empty."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
-    head = [
+    verdicts = "\n".join(f"- {'met' if met else '**missed**'}: {promise}" for promise, met in targets)
+    parts = [
         f"# {title}, {datetime.date.today().isoformat()}",
         f"Command: `{shlex.join(['python', str(name), *sys.argv[1:]])}`",
         markdown_table(("what", "value"), _machine(threads, clock)),
-        "## Targets",
-        "\n".join(f"- {'met' if met else '**missed**'}: {promise}" for promise, met in targets)
-        or "None of the settings that the targets speak of was measured.",
+        f"## Targets\n\n{verdicts or 'None of the settings that the targets speak of was measured.'}",
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
     ]
     with atomic_path(path) as temporary:
-        temporary.write_text("\n\n".join(part.strip() for part in (*head, *parts) if part) + "\n", encoding="utf-8")
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def operators_table(operators: Iterable[Operator]) -> str:
-    """Returns where the time of a call goes."""
-    rows = [(f"`{name}`", f"{milliseconds:.1f}", f"{share:.1%}") for name, milliseconds, share in operators]
-    return markdown_table(("operator", "ms per step", "share"), rows)
+def operator_sections(profiles: Mapping[object, Iterable[Operator]]) -> dict[str, str]:
+    """Returns a section for each profile: where the time of a step goes."""
+    found = {}
+    for label, operators in profiles.items():
+        rows = [(f"`{name}`", f"{milliseconds:.1f}", f"{share:.1%}") for name, milliseconds, share in operators]
+        found[f"Where the time goes: {label}"] = markdown_table(("operator", "ms per step", "share"), rows)
+    return found
 
 
 def _machine(threads: object, clock: Clock | None) -> list[tuple[str, str]]:

@@ -50,26 +50,15 @@ def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> flo
         gc.enable()
 
 
-def time_pairs(
-    first: Callable[[], object], second: Callable[[], object], pairs: int = MIN_PAIRS,
-    clock: Clock = time.perf_counter, after_pair: Callable[[], object] | None = None,
-) -> Pairs:  # fmt: skip
-    """Times ``first`` and ``second`` in turns by ``clock``, after an untimed call of each."""
-    first()
-    second()
-    return take_turns(lambda: seconds(first, clock), lambda: seconds(second, clock), pairs, after_pair)
-
-
-def take_turns(
-    first: Callable[[], float], second: Callable[[], float], pairs: int, after_pair: Callable[[], object] | None = None
-) -> Pairs:
-    """Asks both for a time, pair by pair; every other pair starts with the second."""
+def take_turns(turns: Sequence[Callable[[], float]], pairs: int, after: Callable[[], object]) -> Pairs:
+    """Asks two for a time, once in vain and then pair by pair; every other pair starts with the second."""
+    for turn in turns:
+        turn()
     times: tuple[list[float], list[float]] = ([], [])
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append((first, second)[which]())
-        if after_pair:
-            after_pair()
+            times[which].append(turns[which]())
+        after()
     return Pairs(tuple(times[0]), tuple(times[1]))
 
 
@@ -83,10 +72,3 @@ def operator_times(call: Callable[[], object], least: float = 0.02, repeats: int
     total = sum(times.values())
     slowest = sorted(times.items(), key=lambda item: -item[1])
     return [(name, time / 1e3 / repeats, time / total) for name, time in slowest if time >= least * total]
-
-
-def growth_exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
-    """Returns p of the law ``time ~ size**p`` that fits best: least squares of the logarithms."""
-    logarithms = (torch.tensor(values, dtype=torch.float64).log() for values in (sizes, times))
-    x, y = (values - values.mean() for values in logarithms)
-    return float((x * y).sum() / (x * x).sum())

@@ -28,14 +28,24 @@ from mhmoe_fairseq.common.ranges import flag
 from mhmoe_fairseq.models.architectures import SIZES, architecture_options
 from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
 
-from .memory import Peak, measure, status
+from .memory import Peak, measure
 from .timing import Clock, Operator, operator_times, seconds
 
 SEED = 1
 UPDATES = 8  # different batches; then the first comes again
 PREFIX, STEPS = 32, 32  # tokens before the first one-token step, and timed steps
-FAMILIES = ("dense", "xmoe", "mhmoe-params", "mhmoe-flops", "stock")
-PRECISIONS, OPTIMIZERS = ("fp32", "bf16"), ("mhmoe_adam", "adam")
+# What the parts of a contender's name tell.
+FIELDS = {
+    **dict.fromkeys(("dense", "xmoe", "mhmoe-params", "mhmoe-flops", "stock"), "family"),
+    **dict.fromkeys(("fp32", "bf16"), "precision"), **dict.fromkeys(("mhmoe_adam", "adam"), "optimizer"),
+    **dict.fromkeys(map(str, range(1, 9)), "ranks"),
+}  # fmt: skip
+ALWAYS = "--dropout 0 --sample-break-mode none --lr 5e-4 --clip-norm 0 --cpu --required-batch-size-multiple 1"
+OURS = "--task mhmoe_language_modeling --criterion moe_cross_entropy"
+STOCK = (
+    "--task language_modeling --criterion cross_entropy --share-decoder-input-output-embed --decoder-normalize-before"
+)
+RANKS = "--ddp-backend legacy_ddp --distributed-backend gloo"
 
 
 class Contender(NamedTuple):
@@ -49,19 +59,12 @@ class Contender(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "Contender":
         """Returns the contender of a text; ``ValueError`` for an unknown part."""
-        family, *parts = text.split(":")
-        fields: dict[str, Any] = {"optimizer": "adam"} if family == "stock" else {}
-        for part in parts:
-            if part.isdigit() and int(part) > 0:
-                fields["ranks"] = int(part)
-            elif part in (*PRECISIONS, *OPTIMIZERS):
-                fields["precision" if part in PRECISIONS else "optimizer"] = part
-            else:
-                raise ValueError(f"{part} in {text} must be one of {', '.join((*PRECISIONS, *OPTIMIZERS))}, or ranks")
-        if family not in FAMILIES:
-            raise ValueError(f"{family} in {text} must be one of {', '.join(FAMILIES)}")
-        found = cls(family, **fields)
-        if family == "stock" and found != ("stock", "fp32", "adam", 1):
+        default = {"optimizer": "adam"} if text.startswith("stock") else {}
+        fields: dict[Any, Any] = {**default, **{FIELDS.get(part): part for part in text.split(":")}}
+        if None in fields or "family" not in fields:
+            raise ValueError(f"{fields.get(None, 'family')} in {text} must be one of {', '.join(FIELDS)}")
+        found = cls(**{**fields, "ranks": int(fields.get("ranks", 1))})
+        if found.family == "stock" and found != ("stock", "fp32", "adam", 1):
             raise ValueError(f"{text}: stock fairseq trains here in fp32, with adam, in one process")
         return found
 
@@ -96,20 +99,13 @@ def count(family: str, args: argparse.Namespace, dictionary: Dictionary) -> Mode
 
 def flags_of(contender: Contender, args: argparse.Namespace) -> list[str]:
     """Returns the flags of model, task, criterion and optimiser, and of the batch, which the ranks share."""
-    more = "--task mhmoe_language_modeling --criterion moe_cross_entropy"
-    if contender.family == "stock":
-        more = "--task language_modeling --criterion cross_entropy --share-decoder-input-output-embed"
-        more += " --decoder-normalize-before"
-    if contender.ranks > 1:
-        more += " --ddp-backend legacy_ddp --distributed-backend gloo"
-    more += (
-        f" --dropout 0 --sample-break-mode none --tokens-per-sample {args.tokens_per_sample} --lr 5e-4 --clip-norm 0"
-    )
-    more += f" --batch-size {args.sentences // contender.ranks} --cpu"
-    more += " --required-batch-size-multiple 1"
-    chosen = {**model_options(contender.family, contender.precision, args), "optimizer": contender.optimizer}
+    chosen = {
+        **model_options(contender.family, contender.precision, args), "optimizer": contender.optimizer,
+        "tokens_per_sample": args.tokens_per_sample, "batch_size": args.sentences // contender.ranks,
+    }  # fmt: skip
     words = [word for field, value in chosen.items() for word in (flag(field), str(value))]
-    return [*words, *more.split(), "--adam-betas", "(0.9, 0.98)"]
+    more = [ALWAYS, STOCK if contender.family == "stock" else OURS, RANKS if contender.ranks > 1 else ""]
+    return [*words, *" ".join(more).split(), "--adam-betas", "(0.9, 0.98)"]
 
 
 class Training:
@@ -186,7 +182,7 @@ class Steps:
     def __init__(self, config: Any, clock: Clock) -> None:
         utils.import_user_module(config.common)
         utils.set_torch_seed(config.common.seed)
-        self.clock, task, self.before = clock, tasks.setup_task(config.task), status("VmRSS")
+        self.clock, task = clock, tasks.setup_task(config.task)
         self.trainer = Trainer(config, task, task.build_model(config.model), task.build_criterion(config.criterion))
         epoch = self.trainer.get_train_iterator(epoch=1)
         self.trainer.begin_epoch(1)
@@ -232,11 +228,10 @@ class Steps:
         return seconds(lambda: SequenceScorer(self.dictionary).generate([self.trainer.model], sample), self.clock), {}
 
     def peak(self) -> Peak:
-        """Returns an update's peak memory in MiB, and as ``process`` that of the process beyond its imports."""
+        """Returns an update's peak memory in MiB."""
         states = [value for state in self.trainer.optimizer.optimizer.state.values() for value in state.values()]
         exist = [*self.trainer.model.parameters(), *self.trainer.model.buffers(), *filter(torch.is_tensor, states)]
-        found = measure(self.update, self.trainer.zero_grad, exist)
-        return {**found, "process": None if self.before is None else status("VmHWM") - self.before}
+        return measure(self.update, self.trainer.zero_grad, exist)
 
     def operators(self) -> list[Operator]:
         return operator_times(self.update, repeats=2)

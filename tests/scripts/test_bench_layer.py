@@ -1,7 +1,6 @@
 """scripts/bench/layer.py: work, memory and time are counted rightly, contenders compute one function, the report."""
 
 import mmap
-import os
 import re
 import sys
 import time
@@ -14,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
-from bench import console, contenders
+from bench import console
 from bench import layer as bench_layer
-from bench.contenders import PlainLoop, Setting, build, check, errors_against, gemm_bound
-from bench.layer import POINTS, Results, targets
+from bench.contenders import SIZES, Setting, build, gemm_bound
+from bench.layer import POINTS, Results, growth_table, plan, targets
 from bench.memory import tensor_peak
-from bench.timing import Pairs, growth_exponent, operator_times, seconds, time_pairs
+from bench.timing import Pairs, operator_times, seconds, take_turns
 
 TINY = Setting(tokens=24, num_experts=4, embed_dim=32, num_heads=2, top_k=2, ffn_dim=48)
 SMALL = ["--tokens", "8", "--experts", "4", "--embed-dim", "32", "--heads", "2", "--ffn-dim", "48"]
@@ -44,46 +43,41 @@ def counted_flops(call) -> int:
 @pytest.mark.parametrize("name", ["gemm", "loop", "mixtral-eager"])
 def test_contenders_do_the_work_that_the_bound_counts(name):
     """Beside it only the router's two maps (X-MoE) or one (Mixtral), forward and backward."""
-    if reason := contenders.unavailable(name):
-        pytest.skip(reason)
+    if name == "mixtral-eager":
+        pytest.importorskip("transformers", reason="an optional rival of the benchmark")
     subtokens = TINY.tokens * TINY.num_heads
-    dim = TINY.config().router_dim
-    router = {"gemm": 0, "loop": dim * (TINY.sub_dim + 4), "mixtral-eager": TINY.sub_dim * 4}[name]
+    dim, sub_dim = TINY.config().router_dim, TINY.config().subtoken_dim
+    router = {"gemm": 0, "loop": dim * (sub_dim + 4), "mixtral-eager": sub_dim * 4}[name]
     assert counted_flops(build(name, TINY)) == TINY.flops() + 3 * 2 * subtokens * router
 
 
-def test_unequal_shares_lose_no_row():
-    setting = replace(TINY, tokens=11, num_experts=3)
-    assert counted_flops(gemm_bound(setting.config(), 11, torch.float32)) == setting.flops()
+@pytest.mark.parametrize("setting", [replace(TINY, tokens=11, num_experts=3), replace(TINY, num_heads=1)])
+def test_unequal_shares_lose_no_row_and_one_head_has_no_projections(setting):
+    assert counted_flops(gemm_bound(setting.config(), setting.tokens, torch.float32)) == setting.flops()
 
 
-OTHER = Setting(7, 5, embed_dim=12, num_heads=3, top_k=3, ffn_dim=8)
+@pytest.mark.parametrize(("ours", "rival", "setting"), [
+    ("mhmoe", "loop", TINY),
+    ("mhmoe", "loop", Setting(7, 5, embed_dim=12, num_heads=3, top_k=3, ffn_dim=8)),
+    ("mhmoe", "loop", replace(TINY, num_heads=1, top_k=1)),
+    ("mhmoe-swiglu", "mixtral-eager", TINY),
+])  # fmt: skip
+def test_rivals_compute_our_function(ours, rival, setting):
+    """Output, losses and, where there is a balance loss, all gradients."""
+    if rival == "mixtral-eager":
+        pytest.importorskip("transformers", reason="an optional rival of the benchmark")
+    first, second = build(ours, setting), build(rival, setting)
+    (hidden, balance), (hidden_other, balance_other) = first(), second()
+    assert relative_error(hidden, hidden_other) < 1e-5
+    if balance_other is not None:
+        assert relative_error(balance, balance_other) < 1e-5 and relative_error(first.x.grad, second.x.grad) < 1e-5
+        for name, parameter in first.module.named_parameters():  # an expert's are numbered there
+            parts = [part.grad for of, part in second.module.named_parameters() if f"{of}.".startswith(f"{name}.")]
+            assert relative_error(parameter.grad, torch.stack(parts).view_as(parameter)) < 1e-5
 
 
-@pytest.mark.parametrize("setting", [TINY, OTHER, replace(TINY, num_heads=1)])  # one head: no projections
-def test_our_layer_equals_the_plain_loop(setting):
-    errors = errors_against("loop", setting)
-    assert len(errors) == (13 if setting.num_heads > 1 else 9)
-    assert check(errors, "tiny") <= 1e-5
-
-
-def test_a_different_function_stops_the_benchmark(monkeypatch):
-    def copy_wrongly(self, ours):
-        copy_from(self, ours)
-        with torch.no_grad():
-            self.fc2[1].weight[0, 0] += 0.1
-
-    copy_from = PlainLoop.copy_from
-    monkeypatch.setattr(PlainLoop, "copy_from", copy_wrongly)
-    with pytest.raises(RuntimeError, match="relative error of .* the limit is 1e-05"):
-        check(errors_against("loop", TINY), "tiny")
-    with pytest.raises(RuntimeError, match="nan"):
-        check({"output": float("nan")}, "tiny")
-
-
-def test_mixtral_equals_our_swiglu_layer():
-    pytest.importorskip("transformers", reason="an optional rival of the benchmark")
-    assert check(errors_against("mixtral-eager", TINY), "tiny") <= 1e-5
+def relative_error(value, reference):
+    return ((value - reference).abs().max() / reference.abs().max()).item()
 
 
 def test_torchscale_runs_with_every_gradient():
@@ -123,17 +117,11 @@ def test_peak_counts_pages_from_elsewhere_and_not_what_existed():
 
 def test_pairs_alternate_and_medians_are_taken_per_pair():
     calls = []
-    time_pairs(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    take_turns([lambda: calls.append("a") or 1.0, lambda: calls.append("b") or 1.0], 3, lambda: calls.append("."))
+    assert "".join(calls) == "ab" + "ab." + "ba." + "ab."
     pairs = Pairs((1.0, 4.0, 3.0), (1.0, 2.0, 2.0))
     assert (pairs.ratio, *pairs.medians) == (1.5, 3.0, 2.0)
     assert pairs.range_text() == "(pairs 1.00 to 2.00)" and pairs.swapped().ratio == pytest.approx(2 / 3)
-
-
-def test_a_fresh_process_computes_alone():
-    assert bench_layer.in_fresh_process(os.getpid) not in (os.getpid(), None)
-    with pytest.raises(RuntimeError, match="terminated abruptly"):
-        bench_layer.in_fresh_process(os.abort)
 
 
 def timed(setting: Setting, rival: str, ratio: float) -> Results:
@@ -176,12 +164,13 @@ def test_autocast_computes_in_bf16_and_keeps_float32():
     assert {parameter.dtype for parameter in step.parameters} == {parameter.grad.dtype for parameter in step.parameters}
     assert hidden.dtype == torch.bfloat16 and step.x.grad.dtype == torch.float32
     plain = build("mhmoe", TINY)
-    assert 1e-5 < contenders.relative_error(hidden.float(), plain()[0]) < 0.05
+    assert 1e-5 < relative_error(hidden.float(), plain()[0]) < 0.05
 
 
 def test_growth_is_fitted_on_logarithms():
-    assert growth_exponent([1, 2, 4, 8], [5.0, 20.0, 80.0, 320.0]) == pytest.approx(2.0)
-    assert growth_exponent([1, 2, 4], [2.0, 1.0, 2.0]) == pytest.approx(0.0)
+    times = {tokens: Pairs((5.0 * tokens**2,), (8.0 / tokens,)) for tokens in (1, 2, 4)}
+    results = Results(times={(replace(TINY, tokens=tokens), "mhmoe", "gemm"): pairs for tokens, pairs in times.items()})
+    assert "K=2 F=48 fp32, 2 threads | T = 1, 2, 4 | T^2.00 | T^-1.00 |" in re.sub(" +", " ", growth_table(results))
 
 
 def test_cpu_time_counts_work_and_not_waiting():
@@ -196,27 +185,26 @@ def test_operators_are_of_one_call_and_above_a_share():
 
 def test_growth_changes_one_size_at_a_time(tmp_path, monkeypatch):
     args = bench_layer.build_parser().parse_args(["--growth", "--threads", "1", "2"])
-    for axis, points in bench_layer.chosen_settings(args).items():
-        differing = {field for field in vars(WIDE) if len({getattr(point, field) for point in points}) > 1}
-        assert differing == {axis, "threads", "dtype"} and len(points) == 6 * len(bench_layer.GROWTH[axis])
+    points = bench_layer.chosen_settings(args)[0]
+    changes = [sum(getattr(each, size) != getattr(bench_layer.START, size) for size in SIZES) for each in points]
+    assert sorted(changes) == 6 * [0] + 6 * (5 + 6 + 6) * [1]  # 6 pairs of threads and number format
     monkeypatch.setattr(bench_layer, "START", replace(TINY, num_heads=4))
-    monkeypatch.setattr(bench_layer, "GROWTH", {"tokens": (8, 16), "num_experts": (4, 8), "num_heads": (1, 4)})
+    monkeypatch.setattr(bench_layer, "GROWTH", dict(tokens=(8, 16, 24), num_experts=(4, 8, 16), num_heads=(1, 2, 4)))
     assert bench("--growth", "--dtypes", "fp32", output=tmp_path / "report.md") == 0
     report = text_of(tmp_path / "report.md")
-    assert len(re.findall(r"Our time grows as [TEH]\^-?[0-9.]+, the bound's as", report)) == 3
-    assert "### By H: D=32 E=4 F=48 T=24 fp32, 1 thread" in report and "| 16 |" in report
+    assert len(re.findall(r"\| ([TEH])\^-?[0-9.]+ \| \1\^-?[0-9.]+ \|", report)) == 3
+    assert "| D=32 E=4 K=2 F=48 T=24 fp32, 1 thread | H = 1, 2, 4 |" in report
 
 
-def test_targets_settings_are_measured_without_flags(tmp_path):
-    args = bench_layer.build_parser().parse_args(["--output", str(tmp_path / "r.md")])
-    run = bench_layer.Run(args, bench_layer.chosen_settings(args), ["gemm", "loop", "mixtral-grouped"])
-    bound = [setting for setting, _, rival in run.duels if rival == "gemm"]
+def test_targets_settings_are_measured_without_flags():
+    jobs = plan(bench_layer.build_parser().parse_args([]), ["gemm", "loop", "mixtral-grouped"])
+    times = [(setting, *names) for what, setting, *names in jobs if what == "time"]
+    bound = [setting for setting, _, rival in times if rival == "gemm"]
     assert set(bound) == {replace(point, dtype=dtype) for point in POINTS for dtype in ("fp32", "bf16", "autocast")}
-    beside = {
-        (setting.tokens, setting.num_experts, setting.dtype) for setting, _, rival in run.duels if rival == "loop"
-    }
-    assert beside == {(2048, 8, "fp32"), (2048, 32, "fp32"), (4096, 8, "fp32"), (2048, 8, "bf16"), (2048, 32, "bf16")}
-    assert sum(ours == "mhmoe-swiglu" for _, ours, _ in run.duels) == 4
+    loops = [(setting.tokens, setting.num_experts, setting.dtype) for setting, _, rival in times if rival == "loop"]
+    sizes, dtypes = [(2048, 8), (2048, 32), (4096, 8)], ["fp32", "bf16"]
+    assert sorted(loops) == sorted((*size, dtype) for size in sizes for dtype in dtypes)
+    assert sum(ours == "mhmoe-swiglu" for _, ours, _ in times) == 4
 
 
 def test_run_writes_a_complete_report(tmp_path, capsys):
@@ -226,7 +214,6 @@ def test_run_writes_a_complete_report(tmp_path, capsys):
     assert f"report: {output}" in capsys.readouterr().out
     assert "(incomplete" not in report
     assert "| MH-MoE (ours) | GEMM bound |" in report and "| MH-MoE (ours) | plain autograd loop |" in report
-    assert "our layer against the plain loop, D=32 H=2 E=4 F=48 T=8 fp32" in report
     assert not list(tmp_path.glob(".*"))
 
 
@@ -245,16 +232,14 @@ def test_interrupted_run_leaves_what_it_has(tmp_path, monkeypatch):
 
 
 def test_missing_rival_is_noted_and_torchscale_is_spared_long_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(contenders, "unavailable", lambda name: "not here" if name.startswith("mixtral") else None)
+    missing = bench_layer.CONTENDERS["mixtral-grouped"]._replace(package="not_here")
+    monkeypatch.setitem(bench_layer.CONTENDERS, "mixtral-grouped", missing)
     flags = [*SMALL, "--dtypes", "bf16", "--rivals", "gemm", "mixtral-grouped", "--no-memory"]
     assert bench(*flags, output=tmp_path / "report.md") == 0
-    assert "grouped_mm was left out: not here" in text_of(tmp_path / "report.md")
-    flags = ["--tokens", "4096", "8192", "--dtypes", "fp32", "--output", str(tmp_path / "r.md")]
-    args = bench_layer.build_parser().parse_args(flags)
-    run = bench_layer.Run(args, bench_layer.chosen_settings(args), ["gemm", "torchscale"])
-    assert [setting.tokens for setting, _, rival in run.duels if rival == "torchscale"] == [4096]
-    measured = sorted((setting.tokens, name) for setting, name in run.memory)
-    assert measured == [(4096, "mhmoe"), (4096, "torchscale"), (8192, "mhmoe")]
+    assert "grouped_mm was left out: pip install not_here" in text_of(tmp_path / "report.md")
+    args = bench_layer.build_parser().parse_args(["--tokens", "4096", "8192", "--dtypes", "fp32"])
+    jobs = plan(args, ["gemm", "torchscale"])
+    assert [job[1].tokens for job in jobs if "torchscale" in job] == [4096, 4096]  # memory and time
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -274,5 +259,5 @@ def test_memory_is_measured_in_fresh_processes(tmp_path):
     assert bench(*FP32, "--tokens", "512", "--rivals", "loop", output=tmp_path / "report.md") == 0
     report = text_of(tmp_path / "report.md")
     memory = report[report.index("## Peak memory") :].splitlines()
-    rows = [line for line in memory if line.startswith("| D=32 H=2 E=4 F=48 T=512 fp32, 1 thread |")]
+    rows = [line for line in memory if line.startswith("| D=32 H=2 E=4 K=2 F=48 T=512 fp32, 1 thread |")]
     assert len(rows) == 2 and all(float(row.split("|")[3]) > 0 for row in rows)

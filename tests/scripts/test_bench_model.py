@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from bench import console
 from bench import model as bench_model
-from bench.model import Duel, fighters_of
+from bench.model import Duel, Results, decide, fighters_of
 from bench.timing import Pairs
 from bench.training import (
     PREFIX,
@@ -94,7 +94,7 @@ def test_synthetic_words_follow_zipf(tmp_path):
 
 
 def duel(names: str, speed: float, what: str = "update", rows: int = 0) -> Duel:
-    return Duel(fighters_of(names), what, rows, 2, Pairs((1.0,) * 7, (speed,) * 7), {})
+    return Duel(fighters_of(names), what, rows, 2, Pairs((1.0,) * 7, (speed,) * 7))
 
 
 @pytest.mark.parametrize(("names", "flags", "limit"), [
@@ -108,13 +108,14 @@ def duel(names: str, speed: float, what: str = "update", rows: int = 0) -> Duel:
 def test_verdicts_are_about_tokens_per_second(names, flags, limit):
     args = bench_model.build_parser().parse_args(flags)
     for speed, met in ((limit + 0.01, True), (limit - 0.01, False)):
-        [(line, is_met)] = bench_model.decide([duel(names, speed)], {}, args)
+        [(line, is_met)] = decide(Results([duel(names, speed)]), args)
         assert is_met == met and f"{speed:.3f}" in line
 
 
 def test_other_settings_decide_nothing():
-    assert bench_model.decide([duel("mhmoe-flops/xmoe", 1.0)], {}, arguments("--experts", "4")) == []
-    assert bench_model.decide([duel("mhmoe-flops/xmoe:bf16", 1.0)], {}, bench_model.build_parser().parse_args([])) == []
+    assert not list(decide(Results([duel("mhmoe-flops/xmoe", 1.0)]), arguments("--experts", "4")))
+    defaults = bench_model.build_parser().parse_args([])
+    assert not list(decide(Results([duel("mhmoe-flops/xmoe:bf16", 1.0)]), defaults))
 
 
 @pytest.mark.parametrize(("resident", "met"), [(75.0, True), (76.0, False), (None, True)])
@@ -123,7 +124,7 @@ def test_memory_counts_by_both_measures(resident, met):
         Contender("mhmoe-flops", "bf16"): {"tensors": 70.0, "resident": resident},
         Contender("mhmoe-flops"): {"tensors": 100.0, "resident": 100.0},
     }
-    [(line, is_met)] = bench_model.decide([], peaks, arguments())
+    [(line, is_met)] = decide(Results(peaks=peaks), arguments())
     assert is_met == met and "tensors 70 / 100 MiB = 0.70x" in line
 
 
@@ -131,22 +132,26 @@ def test_one_token_steps_have_a_target_at_small():
     args = bench_model.build_parser().parse_args(["--size", "small"])
     for speed, met in ((0.91, True), (0.89, False)):
         found = [duel("mhmoe-flops:bf16/xmoe:bf16", speed, what, 8) for what in ("decode", "score")]
-        assert [is_met for _, is_met in bench_model.decide(found, {}, args)] == [met]
+        assert [is_met for _, is_met in decide(Results(found), args)] == [met]
     assert found[0].tokens(args) == 8 and found[1].tokens(args) == 8 * 512
 
 
 def test_different_losses_stop_the_comparison(monkeypatch):
-    fighters = fighters_of("xmoe:2/xmoe")
-    ring = bench_model.Ring("", arguments())
-    ring.trainings = {(each, 1): SimpleNamespace(first_loss=9 + 0.1 * each.ranks) for each in fighters}
+    closed = []
+
+    def training(contender, *given):
+        return SimpleNamespace(first_loss=9 + 0.1 * contender.ranks, close=lambda: closed.append(contender.ranks))
+
+    monkeypatch.setattr(bench_model, "Training", training)
     with pytest.raises(RuntimeError, match="9.2000 bits on the ranks and 9.1000 in one process"):
-        ring.fight(fighters, 1, bench_model.TRAINING, None)
+        bench_model.fight(fighters_of("xmoe:2/xmoe"), 1, "", arguments(), Results(), None)
+    assert closed == [1, 2]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--ranks", "2", "--sentences", "3"], "--sentences (3) must be a multiple of the ranks (2)"),
     (["--duels", "xmoe:2/xmoe", "--threads", "2", "3"], "--threads (2, 3) must be a multiple of the ranks (2)"),
-    (["--ranks", "2", "--rivals"], "--ranks (2) contradicts"),
+    (["--ranks", "2", "--inference"], "--ranks (2) contradicts"),
     (["--output", "report.txt"], "must end in .md"),
     (["--data", "nothing"], "nothing"),
 ])  # fmt: skip
@@ -169,23 +174,19 @@ def test_duels_are_timed_measured_and_reported(tmp_path, capsys):
     assert bench(*duels, "--output", str(output)) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
     assert "| update | mhmoe-flops:bf16 | xmoe:fp32 | 1 |" in report and "| xmoe:fp32 | stock:fp32:adam | 1 |" in report
-    assert (
-        len(re.findall(r"^\| (?:mhmoe|xmoe|stock)\S+ \| [^|]+ \|(?: \S+ \|)(?: [^|]+ \|)*$", report, re.MULTILINE)) >= 3
-    )
-    (products,) = re.findall(r"^\| mhmoe-flops:bf16 \| xmoe:fp32 \|((?: -?[0-9.]+ \|){3})$", report, re.MULTILINE)
-    assert all(float(value) > 0 for value in products.strip(" |").split("|")[:2])  # so small, the last is noise
-    assert report.count("## Where the time of") == 3 and "--mhmoe-budget flops" in report
+    models = re.findall(r"(?m)^\| (\S+) \| \S+ \| (?:[0-9.]+|as xmoe) \| [^|]+ \| [0-9]+ \| [0-9]+ \|$", report)
+    assert models == ["mhmoe-flops:bf16", "xmoe:fp32", "stock:fp32:adam"]
+    assert report.count("## Where the time goes: ") == 3 and "--mhmoe-budget flops" in report
     assert f"report: {output}" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_ranks_move_the_rows_of_the_plan(tmp_path):
+def test_ranks_are_timed_beside_one_process(tmp_path):
     output = tmp_path / "report.md"
     assert bench("--threads", "2", "--ranks", "2", "--output", str(output)) == 0
     report = re.sub(" +", " ", output.read_text(encoding="utf-8"))
-    assert re.search(
-        r"all ranks: (\d+) rows, ([\d.]+) MB to other ranks; planned, even routing: \1 rows, \2 MB", report
-    )
+    assert "| update | mhmoe-params:fp32:2 | mhmoe-params:fp32 | 2 |" in report
+    assert "mhmoe-params:fp32:2 has at least 0.85 of mhmoe-params:fp32's tokens/s" in report
 
 
 @pytest.mark.slow
