@@ -219,7 +219,7 @@ def train(bench: Bench, family: str, size: str, updates: int, *flags: str, devic
     if not (data := Path(words[0])).exists():
         data.mkdir()
         # an epoch is longer than any of the trainings
-        sizes = {"vocab": 8000 if size == "base" else 1000, "sentences": 256, "updates": 2}
+        sizes = {"vocab": 8000 if size == "base" else 1000, "sentences": 256}
         write_zipf_data(data, argparse.Namespace(**sizes, tokens_per_sample=int(data.name)))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "fairseq_cli.train")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
