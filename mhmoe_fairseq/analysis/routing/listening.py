@@ -1,4 +1,4 @@
-"""Listen to the gates of a model of images and text: which experts every position goes to, while the model works."""
+"""Listen to the gates of a model: which experts every position goes to, while the model works."""
 
 import dataclasses
 import functools
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ...common.errors import UserError
 from ...evaluation.expert_loads import POOLS
 from ...evaluation.records import ExpertLoads, LayerLoads, Metric, Record
+from ...models.counts import stack_of_layers
 from ...moe import MHMoELayer
 from ...moe.gate import Assignment
 from ...torchscale_ext.feed_forward import SeparateExperts
 
-# What positions are told apart in a model of images and text, in the order of tables.
+# What positions are told apart, in the order of tables; a language model's are all text.
 GROUPS = ("image", "text", "image of pairs", "text of pairs")
 
 
@@ -48,15 +49,15 @@ class RoutedCall:
 
 @contextmanager
 def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[None]:
-    """Tell ``hear`` of every call of the model inside this context, when the encoder returns.
+    """Tell ``hear`` of every call of the model inside this context, when the encoder or decoder returns.
 
     Args:
-        model: ``MHMoEBEiT3`` with MoE layers, in evaluation mode.
+        model: ``MHMoEBEiT3`` or ``MHMoELanguageModel`` with MoE layers, in evaluation mode.
 
     Raises:
         UserError: a layer's experts cannot be listened to.
     """
-    layers = expert_pools(model)
+    layers, is_beit3 = expert_pools(model), hasattr(model, "beit3")
     heard: dict[int, list[Tensor]] = defaultdict(list)
 
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
@@ -64,7 +65,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
 
     def end_call(module: nn.Module, given: Any, output: tuple[Tensor, dict[str, Any]]) -> None:
         features, extra = output
-        (batch, length), split = features.shape[:2], extra["image_positions"]
+        (batch, length), split = features.shape[:2], extra.get("image_positions", 0)
         choices = {}
         for index, pools in layers.items():
             config, sizes = pools[0].config, [length] if len(pools) == 1 else [split, length - split]
@@ -75,15 +76,16 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
             choices[index] = torch.cat(by_pool, dim=1)
         was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
         is_real = torch.full((batch, length), was_routed, device=features.device)
-        if extra["padding_mask"] is not None:
-            is_real &= ~extra["padding_mask"]
+        padding_mask = extra["padding_mask"] if is_beit3 else given[0].eq(module.embed_tokens.padding_idx)
+        if padding_mask is not None:
+            is_real &= ~padding_mask
         groups = {"image" if split else "text": is_real}
         if 0 < split < length:
             is_image = torch.arange(length, device=features.device) < split
             groups = {"image of pairs": is_real & is_image, "text of pairs": is_real & ~is_image}
         hear(RoutedCall(groups, choices, len(pools) * config.num_experts))
 
-    handles = [model.beit3.register_forward_hook(end_call)]
+    handles = [(model.beit3 if is_beit3 else model.decoder).register_forward_hook(end_call)]
     for index, pools in layers.items():
         handles += [pool.gate.register_forward_hook(functools.partial(note, index)) for pool in pools]
     try:
@@ -100,7 +102,7 @@ def expert_pools(model: nn.Module) -> dict[int, list[MHMoELayer]]:
         UserError: a layer does not tell which experts it chose.
     """
     found = {}
-    for index, layer in enumerate(model.beit3.encoder.layers):
+    for index, layer in enumerate(stack_of_layers(model).layers):
         if layer.is_moe_layer:
             experts = layer.moe_layer
             found[index] = [experts.A, experts.B] if isinstance(experts, SeparateExperts) else [experts]

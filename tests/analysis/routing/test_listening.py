@@ -1,8 +1,11 @@
 """Which experts every position of images and text chose, against the layers' own counts and slow references."""
 
+from itertools import product
+
 import pytest
 import torch
 from beit3_models import IMAGE_POSITIONS, KINDS, beit3_batch, small_beit3
+from language_models import small_model, token_rows
 
 from mhmoe_fairseq.analysis.routing.listening import GROUPS, PositionCounts, RoutedCall, expert_pools, listening
 from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads, Metric, Record
@@ -20,14 +23,17 @@ def batch_of(kind, seed=0):
     return {key: value.float() if key == "images" else value for key, value in batch.items()}
 
 
-@pytest.mark.parametrize("experts", ["shared", "separate"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("experts, kind", [*product(["shared", "separate"], KINDS), ("language model", "text")])
 @torch.no_grad()
 def test_choices_add_up_to_the_layers_loads(kind, experts):
-    model = model_of(experts)
+    if experts == "language model":
+        flags = {"mhmoe_heads_number": 2, "moe_expert_count": 6, "moe_top_k": 2}
+        model, inputs = small_model(decoder_layers=3, moe_freq=1, **flags).eval(), {"src_tokens": token_rows(LENGTHS)}
+    else:
+        model, inputs = model_of(experts), batch_of(kind)
     calls = []
     with listening(model, calls.append):
-        _, extra = model(**batch_of(kind))
+        _, extra = model(**inputs)
     (call,) = calls
     image, text = 0 if kind == "text" else IMAGE_POSITIONS, 0 if kind == "image" else max(LENGTHS)
     assert list(call.groups) == (["image of pairs", "text of pairs"] if kind == "pair" else [kind])
