@@ -252,7 +252,7 @@ class Plan:
         name = "/".join(filter(None, (recipe.name, model, f"seed-{seed}")))
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
-        scale, lrs = recipe.scales[self.choice.scale], self.experiment.lrs
+        scale, lrs = recipe.scales[self.choice.scale], self.lrs_of(recipe)
         lr = self.best_lrs.get(model, lrs[0] if len(lrs) == 1 else None) if self.is_own(recipe) else None
         return Run(
             name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice,
@@ -268,6 +268,10 @@ class Plan:
             raise UserError(f"--start ({recipe.name}) must not be what is trained itself")
         return self.start
 
+    def lrs_of(self, recipe: Recipe) -> tuple[str, ...]:
+        """Returns the learning rates to choose from: the experiment's or the recipe's; none if ``--lr`` was given."""
+        return () if "--lr" in self.choice.flags else self.experiment.lrs or recipe.scales[self.choice.scale].lrs
+
     def search(self) -> list[Run]:
         """Returns the search's runs, for each model and learning rate one; several kinds of training: ``UserError``."""
         lrs, seed = self.experiment.lrs, self.experiment.seeds[0]
@@ -277,11 +281,13 @@ class Plan:
             )
 
         def with_lr(run: Run, lr: str) -> Run:
-            name, updates = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}"), self.experiment.search_updates
-            return replace(run, name=name, folder=self.out / name, updates=updates, lr=lr, splits=())
+            name = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}")
+            updates = self.experiment.search_updates or run.recipe.scales[self.choice.scale].search_updates
+            shorter = min(updates, run.updates)
+            return replace(run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=lr, splits=())
 
-        first = [run for run in self.runs() if run.seed == seed] if len(lrs) > 1 else []
-        return [with_lr(run, lr) for run in first for lr in lrs]
+        first = [run for run in self.runs() if run.seed == seed and len(self.lrs_of(run.recipe)) > 1]
+        return [with_lr(run, lr) for run in first for lr in self.lrs_of(run.recipe)]
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""

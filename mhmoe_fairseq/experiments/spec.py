@@ -61,6 +61,8 @@ class Scale:
         batch: samples per process and step; None: all of the process's share of an update.
         validations: how often a training is validated and saved.
         warmup: updates; None: a tenth, of long trainings 10,000.
+        lrs: learning rates of a search for every model before its trainings; empty: no search.
+        search_updates: updates of one training of the search.
     """
 
     updates: int
@@ -69,6 +71,8 @@ class Scale:
     batch: int | None = None
     validations: int = 4
     warmup: int | None = None
+    lrs: tuple[str, ...] = ()
+    search_updates: int = 100
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,7 @@ class Experiment:
         models: names; of ``parts`` at CPU scale, where they take the place of theirs.
         paper_models: names at paper scale, where they are others.
         seeds: of the trainings; the first is the search's.
-        lrs: learning rates of a search for every model; empty: the recipe's.
-        search_updates: updates of one training of the search.
-        updates, validations: other than the recipes'.
+        lrs, search_updates, updates, validations: other than the recipes'.
         after: commands that follow, with ``{runs}``, ``{checkpoints}``, ``{data}``, ``{out}`` and ``{xnli}`` filled in.
         paper: the paper's own values of this experiment, the report's last table.
         reference: the model that the report compares the others with.
@@ -145,7 +147,7 @@ class Experiment:
     paper_models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1,)
     lrs: tuple[str, ...] = ()
-    search_updates: int = 100
+    search_updates: int | None = None
     updates: int | None = None
     validations: int | None = None
     after: tuple[str, ...] = ()

@@ -18,14 +18,14 @@ from mhmoe_fairseq.experiments.images_and_text import (
     RETRIEVAL,
     VQA,
 )
-from mhmoe_fairseq.experiments.language_models import CLASSIFICATION, ENGLISH, MULTILINGUAL, OFFICIAL
+from mhmoe_fairseq.experiments.language_models import CLASSIFICATION, MULTILINGUAL, OFFICIAL, QUICK
 from mhmoe_fairseq.experiments.plan import Choice, Run
 from mhmoe_fairseq.experiments.spec import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.rglob("*.sh"))
-BASES = {"english_lm": ENGLISH, "multilingual_lm": MULTILINGUAL, "masked_multimodal": PRETRAINING}
+BASES = {"english_lm": QUICK, "multilingual_lm": MULTILINGUAL, "masked_multimodal": PRETRAINING}
 FINE_TUNED = (VQA, NLVR2, CAPTIONING, IMAGE_CLASSIFICATION, RETRIEVAL)
 PLAIN = {
     **{f"{folder}/{kind}": (base, kind) for folder, base in BASES.items() for kind in ("dense", "xmoe")},
@@ -95,7 +95,7 @@ def test_evaluation_reads_the_blocks_of_the_training(tmp_path: Path) -> None:
     flags = parse_flags(command[2:])
     assert command[:2] == ["fairseq-eval-lm", "data/web-bible"] and flags["--path"] == ("C",) and "--fp16" in flags
     for flag in ("--task", "--tokens-per-sample", "--sample-break-mode"):
-        assert flags[flag] == parse_flags(f"{ENGLISH.flags} {ENGLISH.scales['cpu'].flags}")[flag]
+        assert flags[flag] == parse_flags(f"{QUICK.flags} {QUICK.scales['cpu'].flags}")[flag]
 
 
 def test_shell_scripts_are_short_and_pass_shellcheck() -> None:

@@ -45,9 +45,16 @@ def counts(words: tuple[str, ...]) -> ModelCounts:
 
 
 def trainings(*words: str) -> dict[str, tuple[str, ...]]:
-    """Run -> its training command."""
+    """Run -> its training command; the search's are :func:`searched`."""
     found = [command for command in commands(*words) if unlaunched(command)[0] == "fairseq-train"]
-    return {"/".join(Path(parse(words).save_dir).parts[2:-1]): words for words in found}
+    names = {"/".join(Path(parse(words).save_dir).parts[2:-1]): words for words in found}
+    return {name: words for name, words in names.items() if not name.startswith("search")}
+
+
+def searched(*words: str) -> list[tuple[str, list[float], int]]:
+    """Model, learning rate and updates of each training of the search."""
+    found = [parse(command) for command in commands(*words) if unlaunched(command)[0] == "fairseq-train"]
+    return [(Path(of.save_dir).parent.name, *of.lr, of.max_update) for of in found if "/search/" in of.save_dir]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -195,16 +202,19 @@ def test_the_whole_experiment_keeps_mhmoes_flops_and_its_checkpoints() -> None:
     assert parse(trainings("figure8", "--scale", "paper")["mhmoe-params-kept"]).keep_interval_updates == -1
 
 
-def test_a_study_searches_learning_rates_and_then_takes_all_seeds() -> None:
-    runs = trainings("study-multimodal")
-    searched = [parse(words) for name, words in runs.items() if name.startswith("search")]
-    assert len(commands("study-multimodal")) == 1 + 3 * 3 + 3 * 3 * 2 + 1 and searched[0].max_update == 150
+def test_learning_rates_are_searched_for_every_model_and_then_all_seeds_trained() -> None:
+    assert len(commands("study-multimodal")) == 1 + 3 * 3 + 3 * 3 * 2 + 1
+    assert searched("study-multimodal")[0] == ("dense", 1e-3, 150)
+    lrs, models = (2e-3, 4e-3, 8e-3), EXPERIMENTS["study"].models
+    assert searched("study") == [(model, lr, 200) for model in models for lr in lrs]
+    assert searched("study", "--models", "xmoe", "--updates", "7") == [("xmoe", lr, 7) for lr in lrs]  # never longer
+    assert not searched("study", "--scale", "paper") and not searched("study", "--", "--lr", "1e-3")
     given = ("table1", "--lrs", "1e-3", "2e-3", "--search-updates", "7", "--models", "dense", "--seeds", "4", "5")
     args = [parse(words) for words in commands(*given) if words[0] == "fairseq-train"]
     assert [(of.max_update, of.lr, of.seed) for of in args[:2]] == [(7, [1e-3], 4), (7, [2e-3], 4)]
-    assert [(of.max_update, of.seed) for of in args[2:]] == [(300, 4), (300, 5)]
+    assert [(of.max_update, of.seed) for of in args[2:]] == [(1000, 4), (1000, 5)]
     (only,) = trainings("table1", "--lrs", "1e-3", "--models", "dense").values()
-    assert parse(only).lr == [1e-3]
+    assert parse(only).lr == [1e-3] and not searched("table1", "--lrs", "1e-3")
 
 
 def test_the_users_flags_win_and_reach_the_preparation() -> None:
@@ -238,7 +248,7 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
     machine = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0"] if nodes > 1 else []
     (words,) = trainings("table1", "--models", "mhmoe-params", "--nproc", str(nproc), *batch, *machine).values()
     args = parse(words)
-    assert args.batch_size * args.update_freq[0] * nodes * nproc == 16
+    assert args.batch_size * args.update_freq[0] * nodes * nproc == 32
     if nodes * nproc == 1:
         assert words[0] == "fairseq-train" and args.distributed_world_size == 1
     else:

@@ -67,7 +67,9 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
 
 
 def reproduce(folder: Path, *words: str) -> int:
-    return mhmoe(["reproduce", words[0], "--data", str(folder / "data"), "--out", str(folder / "out"), *words[1:]])
+    """One learning rate unless ``words`` say several: no search."""
+    paths = ["--data", str(folder / "data"), "--out", str(folder / "out")]
+    return mhmoe(["reproduce", words[0], *paths, *([] if "--lrs" in words else ["--lrs", "4e-3"]), *words[1:]])
 
 
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
@@ -80,8 +82,8 @@ def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands
     ]
     assert commands.trained() == ["dense/seed-1", "xmoe/seed-1"]
     said = capsys.readouterr().out
-    assert "dense/seed-1: training, 300 updates" in said and "update 150: loss 5.000 bits, 100 tokens/s" in said
-    assert "xmoe/seed-1, update 300: validation perplexity 32.00" in said
+    assert "dense/seed-1: training, 1000 updates" in said and "update 500: loss 5.000 bits, 100 tokens/s" in said
+    assert "xmoe/seed-1, update 1000: validation perplexity 32.00" in said
     run = tmp_path / "out" / "dense" / "seed-1"
     assert (run / "command.sh").read_text().splitlines()[1].startswith("fairseq-train ")
     report = (tmp_path / "out" / "table1.md").read_text()

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The head-line study: MH-MoE under both budgets, three seeds. Flags: mhmoe reproduce --help
+exec mhmoe reproduce study "$@"
