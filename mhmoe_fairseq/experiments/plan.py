@@ -16,6 +16,7 @@ from .spec import MACHINES, Experiment, Flags, Recipe, Scale, Stage, parse_flags
 SPLITS = ("valid", "test")
 PACKAGE = Path(__file__).resolve().parent.parent
 STATE = "run.json"
+SEARCH = "search.json"  # what a search of learning rates found, in the folder of the runs
 
 
 @dataclass(frozen=True)
@@ -242,18 +243,18 @@ class Plan:
         return [
             self.run(stage.recipe, model, seed)
             for stage in stages or self.experiment.stages
-            for seed in self.experiment.seeds
+            for seed in self.seeds_of(stage.recipe)
             for model in self.names()
             if any(fnmatch(model, pattern) for pattern in stage.models)
         ]
 
     def run(self, recipe: Recipe, model: str, seed: int) -> Run:
         """Returns one run, and with it those that it starts from."""
-        name = "/".join(filter(None, (recipe.name, model, f"seed-{seed}")))
+        name = f"{recipe.name_of(model)}/seed-{seed}"
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
         scale, lrs = recipe.scales[self.choice.scale], self.lrs_of(recipe)
-        lr = self.best_lrs.get(model, lrs[0] if len(lrs) == 1 else None) if self.is_own(recipe) else None
+        lr = (lrs[0] if len(lrs) == 1 else self.best_lr(recipe, model)) if self.is_own(recipe) else None
         return Run(
             name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice,
             self.experiment.updates or scale.updates, self.experiment.validations or scale.validations, lr, start,
@@ -268,26 +269,38 @@ class Plan:
             raise UserError(f"--start ({recipe.name}) must not be what is trained itself")
         return self.start
 
+    def seeds_of(self, recipe: Recipe) -> tuple[int, ...]:
+        """Returns the seeds of its trainings: the experiment's or the recipe's at this scale."""
+        return self.experiment.seeds or recipe.scales[self.choice.scale].seeds
+
+    def best_lr(self, recipe: Recipe, model: str) -> str | None:
+        """Returns what the search found, now or earlier, if it is still one to choose from; None before a search."""
+        file = self.out / SEARCH
+        found = self.best_lrs or (read_json(file)["best_lr"] if file.is_file() else {})
+        best = found.get(recipe.name_of(model))
+        return best if best in self.lrs_of(recipe) else None
+
     def lrs_of(self, recipe: Recipe) -> tuple[str, ...]:
         """Returns the learning rates to choose from: the experiment's or the recipe's; none if ``--lr`` was given."""
         return () if "--lr" in self.choice.flags else self.experiment.lrs or recipe.scales[self.choice.scale].lrs
 
     def search(self) -> list[Run]:
         """Returns the search's runs, for each model and learning rate one; several kinds of training: ``UserError``."""
-        lrs, seed = self.experiment.lrs, self.experiment.seeds[0]
+        lrs = self.experiment.lrs
         if len(lrs) > 1 and len(self.experiment.stages) > 1:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
 
         def with_lr(run: Run, lr: str) -> Run:
-            name = "search/" + run.name.replace(f"seed-{seed}", f"lr-{lr}")
+            name = "search/" + run.name.replace(f"seed-{run.seed}", f"lr-{lr}")
             updates = self.experiment.search_updates or run.recipe.scales[self.choice.scale].search_updates
             shorter = min(updates, run.updates)
             return replace(run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=lr, splits=())
 
-        first = [run for run in self.runs() if run.seed == seed and len(self.lrs_of(run.recipe)) > 1]
-        return [with_lr(run, lr) for run in first for lr in self.lrs_of(run.recipe)]
+        first = [run for run in self.runs() if run.seed == self.seeds_of(run.recipe)[0]]
+        lrs_of = [(run, self.lrs_of(run.recipe)) for run in first]
+        return [with_lr(run, lr) for run, of_run in lrs_of if len(of_run) > 1 for lr in of_run]
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
-from ..common.files import write_json
+from ..common.files import read_json, write_json
 from ..common.locks import LOCK, exclusive_lock
-from .plan import Plan, Run, with_starts
+from .plan import SEARCH, Plan, Run, with_starts
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
@@ -134,12 +134,15 @@ class Runner:
             self._finish(together)
         for run in search:
             loss = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
-            losses.setdefault(run.model, {})[str(run.lr)] = loss
+            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = loss
             for checkpoint in run.folder.glob("checkpoint*.pt"):  # the loss alone is needed
                 checkpoint.unlink()
         best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
         if best:
-            write_json(self.plan.out / "search.json", {"valid_loss_bits": losses, "best_lr": best})
+            file = self.plan.out / SEARCH
+            kept = read_json(file) if file.is_file() else {}  # other models' of experiments that share the folder
+            found = {"valid_loss_bits": losses, "best_lr": best}
+            write_json(file, {name: {**kept.get(name, {}), **values} for name, values in found.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
         return best
 

@@ -61,6 +61,7 @@ class Scale:
         batch: samples per process and step; None: all of the process's share of an update.
         validations: how often a training is validated and saved.
         warmup: updates; None: a tenth, of long trainings 10,000.
+        seeds: of the trainings; the first is the search's.
         lrs: learning rates of a search for every model before its trainings; empty: no search.
         search_updates: updates of one training of the search.
     """
@@ -71,6 +72,7 @@ class Scale:
     batch: int | None = None
     validations: int = 4
     warmup: int | None = None
+    seeds: tuple[int, ...] = (1,)
     lrs: tuple[str, ...] = ()
     search_updates: int = 100
 
@@ -99,6 +101,10 @@ class Recipe:
     start: "Mapping[str, Recipe]" = field(default_factory=dict)
     data_flags: Callable[[Path], str] | None = None
     evaluate: str = ""
+
+    def name_of(self, model: str) -> str:
+        """Returns the name of a model's runs by this recipe, their folder's below the experiment's."""
+        return f"{self.name}/{model}" if self.name else model
 
     def variant(self, flags: str, scales: Mapping[str, Scale], **changes: Any) -> "Recipe":
         """Returns a recipe with further flags, which win over this one's, and scales of its own."""
@@ -131,8 +137,7 @@ class Experiment:
         stages: trainings, one after the other.
         models: names; of ``parts`` at CPU scale, where they take the place of theirs.
         paper_models: names at paper scale, where they are others.
-        seeds: of the trainings; the first is the search's.
-        lrs, search_updates, updates, validations: other than the recipes'.
+        seeds, lrs, search_updates, updates, validations: other than the recipes'.
         after: commands that follow, with ``{runs}``, ``{checkpoints}``, ``{data}``, ``{out}`` and ``{xnli}`` filled in.
         paper: the paper's own values of this experiment, the report's last table.
         reference: the model that the report compares the others with.
@@ -145,7 +150,7 @@ class Experiment:
     stages: tuple[Stage, ...] = ()
     models: tuple[str, ...] = ()
     paper_models: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (1,)
+    seeds: tuple[int, ...] = ()
     lrs: tuple[str, ...] = ()
     search_updates: int | None = None
     updates: int | None = None

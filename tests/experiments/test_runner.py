@@ -67,9 +67,11 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
 
 
 def reproduce(folder: Path, *words: str) -> int:
-    """One learning rate unless ``words`` say several: no search."""
+    """One seed and learning rate unless ``words`` say otherwise."""
     paths = ["--data", str(folder / "data"), "--out", str(folder / "out")]
-    return mhmoe(["reproduce", words[0], *paths, *([] if "--lrs" in words else ["--lrs", "4e-3"]), *words[1:]])
+    return mhmoe(
+        ["reproduce", words[0], *paths, "--seeds", "1", *([] if "--lrs" in words else ["--lrs", "4e-3"]), *words[1:]]
+    )
 
 
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
@@ -131,7 +133,9 @@ def test_what_fine_tuning_starts_from_is_trained_first_and_then_taken_as_it_is(
     assert commands.trained() == ["nlvr2/dense/seed-1"]
 
 
-def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(commands: Commands, tmp_path: Path) -> None:
+def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
+    commands: Commands, tmp_path: Path, capsys
+) -> None:
     words = ["study", "--models", "dense", "--seeds", "1", "2", "--lrs", "8e-3", "5e-3", "1e-3"]
     assert reproduce(tmp_path, *words) == 0
     lrs = [after("--lr", words) for words, _ in commands.called if words[0] == "fairseq-train"]
@@ -140,6 +144,10 @@ def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(command
     assert not list((tmp_path / "out" / "search").rglob("*.pt"))
     commands.trained()
     assert reproduce(tmp_path, *words) == 0 and commands.trained() == []
+    assert reproduce(tmp_path, *words, "--status") == 0  # knows what the search found
+    assert capsys.readouterr().out.count("finished |") == 2
+    assert reproduce(tmp_path, "table1", "--models", "xmoe", *words[-4:]) == 0  # the search of another model is added
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3", "xmoe": "5e-3"}
 
 
 def test_runs_at_the_same_time_have_one_thread_each_and_a_failure_is_named(
