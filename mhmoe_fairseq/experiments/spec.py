@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..analysis.reports.claims import Claim
 from ..analysis.reports.tables import PaperTable
 from ..common.errors import UserError
 
@@ -142,6 +143,9 @@ class Experiment:
         paper: the paper's own values of this experiment, the report's last table.
         reference: the model that the report compares the others with.
         parts: names of experiments that are all of this one.
+        source: where it is from: ``P1 table 5``, ``rebuttal``, ``P2 table 1``, ``ours``.
+        claims: what its runs are to show.
+        unavailable: why it cannot be run yet; empty: it can.
     """
 
     name: str
@@ -159,6 +163,9 @@ class Experiment:
     paper: PaperTable | None = None
     reference: str | None = None
     parts: tuple[str, ...] = ()
+    source: str = "ours"
+    claims: tuple[Claim, ...] = ()
+    unavailable: str = ""
 
     @property
     def report(self) -> str:
