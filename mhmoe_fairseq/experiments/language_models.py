@@ -4,9 +4,11 @@ from pathlib import Path
 
 from ..analysis.reports.tables import PaperTable
 from ..common.errors import UserError
+from .models import EXPERTS
 from .spec import Experiment, Recipe, Scale, Stage
 
 P1 = "Multi-Head Mixture-of-Experts, arXiv 2404.15045"
+SEEDS = (1, 2, 3)  # at CPU scale of whatever a table claims
 # What the trainings of all experiments have in common.
 COMMON = """
     --moe-gate-loss-wt 0.01 --optimizer mhmoe_adam --adam-betas "(0.9, 0.98)" --adam-eps 1e-6 --weight-decay 0.01
@@ -28,21 +30,14 @@ QUICK = Recipe(
     prepare="english --source web-bible --vocab-size 4000",
 )
 # The demo alone computes in what is fast on the machine; what RESULTS.md compares is float32 everywhere.
-DEMO = QUICK.variant("--mhmoe-precision auto", QUICK.scales)
+DEMO = QUICK.variant("--mhmoe-precision auto", QUICK.scales).at_cpu(updates=240)
 # The tables' own: 4.1 million tokens of text from several domains, the learning rate searched for every model.
-ENGLISH = QUICK.variant(
-    flags="",
-    scales={
-        "cpu": Scale(
-            1000, 32, "--tokens-per-sample 128 --lr 4e-3", validations=8,
-            lrs=("2e-3", "4e-3", "8e-3"), search_updates=200,
-        ),
-        "paper": _PAPER,
-    },
-    data="data/mix",
-    prepare="english --source mix",
+ENGLISH = QUICK.variant("", QUICK.scales, data="data/mix", prepare="english --source mix").at_cpu(
+    updates=1000, samples=32, validations=8, flags="--tokens-per-sample 128 --lr 4e-3", seeds=SEEDS,
+    lrs=("2e-3", "4e-3", "8e-3"), search_updates=200,
 )  # fmt: skip
 OFFICIAL = QUICK.variant(
+    name="official",
     flags='--moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1',
     scales={
         "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3 --decoder-ffn-embed-dim 344 --moe-ffn-dim 344"),
@@ -59,7 +54,7 @@ MULTILINGUAL = QUICK.variant(
     flags="--task mhmoe_multilingual_language_modeling --multilang-sampling-alpha 0.5",
     scales={
         # Validated twice: 14 languages take as long as a third of the training.
-        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3", validations=2),
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 8e-3", validations=2, seeds=SEEDS),
         "paper": _PAPER,
     },
     data="data/multilingual",
@@ -85,7 +80,7 @@ CLASSIFICATION = Recipe(
         --lr-scheduler polynomial_decay --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric
     """,
     scales={
-        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 1e-3", validations=2),
+        "cpu": Scale(300, 16, "--tokens-per-sample 128 --lr 1e-3", validations=2, seeds=SEEDS),
         "paper": Scale(10_000, 256, "--tokens-per-sample 256 --lr 2e-5", batch=4, validations=50),
     },
     data="data/nli",
@@ -94,7 +89,7 @@ CLASSIFICATION = Recipe(
 )
 THREE = ("dense", "xmoe", "mhmoe-params")  # 8 experts; the paper's table 1 has 32 too
 FIVE = (*THREE, "xmoe-e32", "mhmoe-params-e32")
-SEEDS = (1, 2, 3)
+FIGURE_6 = tuple(f"{model}{suffix}" for suffix in ("", *(f"-e{of}" for of in EXPERTS)) for model in THREE[1:])
 ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
 OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours."
 
@@ -146,9 +141,9 @@ TABLE_3 = PaperTable(
 
 EXPERIMENTS = (
     Experiment("demo", "the three models on real text, MH-MoE under both budgets: 7 minutes on 2 cores", "demo",
-        (Stage(DEMO),), (*THREE, "mhmoe-flops"), updates=240, paper=TABLE_1),
+        (Stage(DEMO),), (*THREE, "mhmoe-flops"), paper=TABLE_1),
     Experiment("table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
-        ENGLISH_STAGE, THREE, paper_models=FIVE, paper=TABLE_1, reference="xmoe"),
+        ENGLISH_STAGE, (*FIVE, "mhmoe-flops"), paper_models=FIVE, paper=TABLE_1, reference="xmoe"),
     Experiment("table5", "number of heads", "english_lm",
         ENGLISH_STAGE, ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
         paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe"),
@@ -158,19 +153,22 @@ EXPERIMENTS = (
         ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7),
     Experiment("table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
         after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",)),
+    Experiment("figure4", "figures 4 and 9: perplexity over a training, with 8 and 32 experts", "english_lm",
+        ENGLISH_STAGE, FIVE, reference="xmoe"),
+    Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6),
     Experiment("official", "the official repository's recipe, its number of heads made explicit", "english_lm",
         (Stage(OFFICIAL),), ("official-h4",)),
     Experiment("study", "the head-line study: MH-MoE under both budgets, learning rates searched, three seeds",
         "english_lm", ENGLISH_STAGE, ("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
-        seeds=SEEDS, paper=TABLE_1, reference="xmoe"),
+        paper=TABLE_1, reference="xmoe"),
     Experiment("table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
-        MULTILINGUAL_STAGE, THREE, paper_models=FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
+        MULTILINGUAL_STAGE, FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
     Experiment("table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
-        "multilingual_lm", MULTILINGUAL_STAGE, THREE, paper_models=FIVE,
+        "multilingual_lm", MULTILINGUAL_STAGE, FIVE,
         after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
         paper=TABLE_3),
     Experiment("classification", "fine-tuned to classify in one language, tested in all; needs --data",
         "multilingual_lm", (Stage(CLASSIFICATION),), THREE),
-    Experiment("study-multilingual", "RESULTS.md: 14 languages, three seeds", "study-multilingual", MULTILINGUAL_STAGE,
-        THREE, seeds=(1, 2, 3), updates=200, validations=1, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
+    Experiment("study-multilingual", "14 languages, three seeds, a shorter training", "study-multilingual",
+        (Stage(MULTILINGUAL.at_cpu(updates=200, validations=1)),), THREE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
 )  # fmt: skip

@@ -111,6 +111,11 @@ class Recipe:
         """Returns a recipe with further flags, which win over this one's, and scales of its own."""
         return dataclasses.replace(self, flags=f"{self.flags} {flags}", scales=scales, **changes)
 
+    def at_cpu(self, **changes: Any) -> "Recipe":
+        """Returns a recipe whose CPU scale has these fields."""
+        scale = dataclasses.replace(self.scales["cpu"], **changes)
+        return dataclasses.replace(self, scales={**self.scales, "cpu": scale})
+
 
 @dataclass(frozen=True)
 class Model:
