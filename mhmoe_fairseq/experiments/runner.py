@@ -141,8 +141,8 @@ class Runner:
         if best:
             file = self.plan.out / SEARCH
             kept = read_json(file) if file.is_file() else {}  # other models' of experiments that share the folder
-            found = {"valid_loss_bits": losses, "best_lr": best}
-            write_json(file, {name: {**kept.get(name, {}), **values} for name, values in found.items()})
+            losses, all_best = {**kept.get("valid_loss_bits", {}), **losses}, {**kept.get("best_lr", {}), **best}
+            write_json(file, {"valid_loss_bits": losses, "best_lr": all_best})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
         return best
 
