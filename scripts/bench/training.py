@@ -242,8 +242,7 @@ def write_zipf_data(folder: Path, args: argparse.Namespace) -> str:
     (folder / "dict.txt").write_text("".join(f"w{rank} {args.vocab - rank}\n" for rank in range(args.vocab)))
     generator = torch.Generator().manual_seed(SEED)
     weights = 1 / (torch.arange(args.vocab, dtype=torch.float64) + 2.7)
-    total = UPDATES * args.sentences * args.tokens_per_sample
-    drawn = torch.multinomial(weights, total, replacement=True, generator=generator)
+    drawn = torch.multinomial(weights, UPDATES * args.sentences * args.tokens_per_sample, True, generator=generator)
     builder = indexed_dataset.make_builder(str(folder / "train.bin"), impl="mmap", vocab_size=args.vocab + 4)
     for sentence in (drawn + 4).int().split(args.tokens_per_sample):  # after fairseq's special symbols
         builder.add_item(sentence)
