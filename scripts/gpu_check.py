@@ -360,7 +360,8 @@ def run(bench: Bench, names: Sequence[str], output: Path | None) -> int:
         found.append((f"{name} ({shows}): {said}", kept))
         torch.cuda.empty_cache()  # the next may be another process
         if output is not None:
-            write_report(output, "GPU check", torch.get_num_threads(), found, {"Device": device_text(bench)})
+            how = argparse.Namespace(threads=torch.get_num_threads(), clock=time.perf_counter)
+            write_report(output, "GPU check", how, found, {"Device": device_text(bench)})
     return int(not all(kept for _, kept in found))
 
 

@@ -26,6 +26,7 @@ from .timing import MIN_PAIRS, Operator
 Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "torchscale", "fairseq", "fairseq-fixed", "transformers")
+LOAD = os.getloadavg()  # before a benchmark adds to it
 WIDE_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -56,7 +57,6 @@ def run_benchmark(
     """Says which targets ``run`` met; returns the exit status, 2 with one line for an error that a user can mend."""
     args = parser.parse_args(argv)
     torch.set_num_threads(max(args.threads))
-    _machine()
     try:
         path, targets = run(args)
     except (ValueError, OSError, RuntimeError) as error:
@@ -108,7 +108,7 @@ def operator_sections(profiles: Mapping[object, Iterable[Operator]]) -> dict[str
 
 @functools.cache
 def _machine() -> list[tuple[str, str]]:
-    """Returns hardware, versions and load as rows (what, value), read once, before the benchmark makes load."""
+    """Returns hardware, versions and load as rows (what, value), read once."""
     flags, memory = proc("cpuinfo", "flags").split(), proc("meminfo", "MemTotal")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     return [
@@ -119,5 +119,5 @@ def _machine() -> list[tuple[str, str]]:
         ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
         ("Float32 products", f"MKL: {torch.backends.mkl.is_available()}, {torch.get_float32_matmul_precision()}"),
-        ("Load average at the start", ", ".join(f"{value:.2f}" for value in os.getloadavg())),
+        ("Load average at the start", ", ".join(f"{value:.2f}" for value in LOAD)),
     ]
