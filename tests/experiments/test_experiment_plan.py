@@ -390,6 +390,10 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
         (["table1", "--nnodes", "2", "--node-rank", "2"], r"--node-rank \(2\) must be this machine's number, 0 to 1"),
         (["table1", "--nnodes", "2", "--node-rank", "0"], "--master-addr must be the name of machine 0"),
         (
+            ["rebuttal-inference", "--jobs", "2"],
+            r"--jobs \(2\) must be 1 for rebuttal-inference: it measures speed",
+        ),
+        (
             ["table1", "--scale", "paper", "--jobs", "2"],
             r"--jobs \(2\) must be 1 on several machines and at paper scale",
         ),
