@@ -90,7 +90,7 @@ class Column:
 
     def measured(self, model: Model) -> dict[str, Metric]:
         """Seed -> the metric, where it was measured."""
-        if self == TRAINING_SPEED:
+        if self.what == TRAINING_SPEED.what:
             speeds = {run.path.name: run.log.tokens_per_second() for run in model.runs}
             return {name: Metric(speed, "tokens/s") for name, speed in speeds.items() if speed is not None}
         found = {}
