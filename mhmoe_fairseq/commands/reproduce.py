@@ -1,16 +1,20 @@
 """``mhmoe reproduce``: the papers' tables and figures, our studies and the demo, in one command each."""
 
 import argparse
+import difflib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from ..common.arguments import existing_folder, nonempty, output_folder, seed, whole
-from ..common.console import say
+from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.tables import markdown_table
 from ..experiments import EXPERIMENTS
+from ..experiments.kept import TREE, keep
+from ..experiments.listing import HOURS, details, rows
 from ..experiments.plan import Choice, Plan
+from ..experiments.results import check_results, require_tree, write_results
 from ..experiments.runner import Runner, describe, dry_run
 from ..experiments.spec import MACHINES, Experiment, Recipe, parse_flags
 
@@ -22,9 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.HelpFormatter
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="which experiment; see --list")
-    add("--list", action="store_true", help="list the experiments")
+    add("--list", action="store_true", help="list the experiments, or say all of NAME: cost, state, claims, verdicts")
     add("--dry-run", action="store_true", help="print the commands, run nothing")
     add("--status", action="store_true", help="show how far every run is, run nothing")
+    add("--keep", action="store_true", help="copy NAME's finished runs into the tree of results, without checkpoints")
+    add("--report", action="store_true", help="write RESULTS.md and docs/results, beside the tree, from its records")
+    add("--check", action="store_true", help="with --report: write nothing, fail where they are not what records give")
+    add("--results", type=output_folder, default=TREE, metavar="DIR", help=f"the tree of results (default: {TREE})")
     add("--scale", choices=list(MACHINES), default="cpu", help="minutes on two cores (cpu, default), or the paper's")
     add("--models", nargs="+", default=(), metavar="MODEL", help="names or patterns, such as xmoe 'mhmoe-flops*'")
     add("--seeds", nargs="+", type=seed, default=(), metavar="N", help="one training for each (default: as planned)")
@@ -48,15 +56,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Lists, prints, shows or runs; ``UserError`` for bad settings, before anything runs, and for what fails then."""
+    """Does what the flags ask for, or runs; ``UserError`` for bad settings, before anything runs, and failures."""
+    if args.report or args.check:
+        return _report(args)
     if args.list:
-        width = max(map(len, EXPERIMENTS))
-        say("\n".join(f"{name:{width}}  {experiment.summary}" for name, experiment in EXPERIMENTS.items()))
+        _list(args)
         return 0
     for plan in plans_of(args):
         if args.dry_run:
             for line in dry_run(plan):
                 say(line)
+        elif args.keep:
+            if args.updates:
+                raise UserError(
+                    f"--updates ({args.updates}) with --keep: only runs of the experiment's own length are kept"
+                )
+            for folder in keep(plan, args.results):
+                say(f"kept: {folder}")
         elif args.status:
             say(markdown_table(["run", "state", "updates"], list(describe(plan))))
         else:
@@ -69,15 +85,58 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _report(args: argparse.Namespace) -> int:
+    """Writes what the tree's records give, or says where RESULTS.md and docs/results are something else."""
+    if not args.report:
+        raise UserError("--check has a meaning with --report alone")
+    require_tree(args.results)
+    if args.check:
+        wrong = list(check_results(EXPERIMENTS, args.results))
+        for line in wrong:
+            say(line)
+        say(
+            "written anew by: mhmoe reproduce --report"
+            if wrong
+            else "RESULTS.md and docs/results are what records give"
+        )
+        return 1 if wrong else 0
+    with quiet():
+        for path in write_results(EXPERIMENTS, args.results):
+            say(f"written: {path}")
+    return 0
+
+
+def _list(args: argparse.Namespace) -> None:
+    """Says a line of every experiment, or all of one."""
+    if args.name is not None:
+        for title, value in details(experiment_of(args.name), args.results):
+            say(f"  {title}: {value}" if title else value)
+        return
+    header = ["NAME", "from", "models x seeds x updates", "tokens", "hours", "state", "verdict"]
+    table = [header, *rows(EXPERIMENTS, args.results)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    say(f"\n{HOURS}\nmhmoe reproduce NAME runs one at CPU scale; mhmoe reproduce NAME --list says more of it")
+
+
+def experiment_of(name: str | None) -> Experiment:
+    """Returns the experiment of that name; ``UserError`` with the nearest ones, or with what it waits for."""
+    if name not in EXPERIMENTS:
+        near = difflib.get_close_matches(name or "", EXPERIMENTS, n=4, cutoff=0.5) or list(EXPERIMENTS)[:4]
+        raise UserError(
+            f"NAME ({name or ''}) must be an experiment, such as {', '.join(near)} (mhmoe reproduce --list has all)"
+        )
+    return EXPERIMENTS[name]
+
+
 def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
     """Yields the plan of the experiment, or of each of its parts; ``UserError`` for a bad name or combination."""
-    if args.name not in EXPERIMENTS:
-        raise UserError(f"NAME ({args.name or ''}) must be one of {', '.join(EXPERIMENTS)}")
-    experiment = EXPERIMENTS[args.name]
+    experiment = experiment_of(args.name)
+    if experiment.unavailable:
+        raise UserError(f"{experiment.name} cannot be run yet: {experiment.unavailable}")
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
-    if experiment.alone and args.jobs > 1:
-        raise UserError(f"--jobs ({args.jobs}) must be 1 for {experiment.name}: it measures speed")
     models = tuple(args.models) or (experiment.models if experiment.parts and args.scale == "cpu" else ())
     choice = Choice(
         args.scale, args.size, args.batch, args.nproc or MACHINES[args.scale].nproc, args.nnodes, args.node_rank,

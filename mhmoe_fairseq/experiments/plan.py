@@ -10,6 +10,7 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of, write_json
+from ..evaluation.records import read_record, record_file
 from .models import MODELS
 from .spec import MACHINES, Experiment, Flags, Recipe, Scale, Stage, parse_flags
 
@@ -147,7 +148,18 @@ class Run:
 
     def record(self, split: str) -> Path:
         """The file of a split's results."""
-        return self.folder / f"record-{split}.json"
+        return record_file(self.folder, split)
+
+    def lacking(self) -> list[str]:
+        """Returns the splits without a whole record: half a file is none."""
+
+        def is_whole(split: str) -> bool:
+            try:
+                return read_record(self.record(split)).split == split
+            except UserError:
+                return False
+
+        return [split for split in self.splits if not is_whole(split)]
 
     def identity(self) -> dict[str, Any]:
         """Returns what a run is told from another by: the command for one process, the data and the start."""
@@ -183,7 +195,7 @@ class Run:
             return "changed"
         if not is_finished:
             return "cut off"
-        return "finished" if all(self.record(split).is_file() for split in self.splits) else "trained"
+        return "trained" if self.lacking() else "finished"
 
     def is_start(self) -> bool:
         """Whether others can start from it: finished, with whatever settings, or trained by other means."""

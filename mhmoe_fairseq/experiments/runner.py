@@ -11,14 +11,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
 from ..common.locks import LOCK, exclusive_lock
+from ..common.provenance import timestamp
 from .plan import SEARCH, Plan, Run, with_starts
+from .spec import Recipe
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
@@ -105,13 +109,22 @@ class Runner:
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def work(self) -> None:
-        """Prepares, searches, trains, evaluates, follows up, reports; before a ``UserError`` what runs is let end."""
+        """Prepares, searches, trains, evaluates, follows up, reports; before a ``UserError`` what runs is let end.
+
+        Machine 0 keeps other runners out of the folder; the others of a training work with it.
+        """
+        with exclusive_lock(self.plan.out / LOCK, "--out") if self.plan.choice.is_first else nullcontext():
+            self._work()
+
+    def _work(self) -> None:
         plan = self.plan
         list(plan.following())  # what is missing is told before hours of training
         for folder, words in plan.preparations():
             if words and not _is_prepared(folder):
                 self._tell(f"{folder}: no data yet: {shlex.join(words)}")
                 call(words, self.threads, lambda line: self.say(f"    {line}"))
+            elif not _is_prepared(folder):
+                raise UserError(missing_data(plan, folder))
         self.plan = plan = replace(plan, best_lrs=self._search())
         for runs in plan.stages():
             self._finish(runs)
@@ -141,8 +154,11 @@ class Runner:
         if best:
             file = self.plan.out / SEARCH
             kept = read_json(file) if file.is_file() else {}  # other models' of experiments that share the folder
-            losses, all_best = {**kept.get("valid_loss_bits", {}), **losses}, {**kept.get("best_lr", {}), **best}
-            write_json(file, {"valid_loss_bits": losses, "best_lr": all_best})
+            found: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
+            earlier, dates = kept.get("best_lr", {}), kept.get("date", {})
+            known = {model: dates[model] for model in best if model in dates and earlier.get(model) == best[model]}
+            found["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
+            write_json(file, {name: {**kept.get(name, {}), **values} for name, values in found.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
         return best
 
@@ -176,8 +192,7 @@ class Runner:
             self._train(run, state, progress)
         if not run.choice.is_first:
             return
-        missing = [split for split in run.splits if not run.record(split).is_file()]
-        for splits, words in run.evaluations(missing):
+        for splits, words in run.evaluations(run.lacking()):
             output = run.folder / f"evaluation-{'-'.join(splits)}.txt"
             output.unlink(missing_ok=True)
             self._call(run, f"evaluation on {' and '.join(splits)}", words, lambda line: None, output)
@@ -186,7 +201,7 @@ class Runner:
 
     def _train(self, run: Run, state: str, progress: Progress) -> None:
         if not _is_prepared(run.data):
-            raise UserError(f"--data ({run.data}) holds no prepared data for {run.name}: make it with mhmoe prepare")
+            raise UserError(missing_data(self.plan, run.data, run.recipe))
         if state == "changed":
             self._tell(f"{run.name}: command, data or start have changed, starting afresh")
             if run.choice.is_first:
@@ -222,6 +237,15 @@ class Runner:
 
 def _is_prepared(data: Path) -> bool:
     return (data / "manifest.json").is_file() or (data / "dict.txt").is_file()
+
+
+def missing_data(plan: Plan, data: Path, recipe: Recipe | None = None) -> str:
+    """Returns what to say of a folder without prepared data: which command makes them, at paper scale of the user's."""
+    recipes = [recipe] if recipe else [stage.recipe for stage in plan.experiment.stages]
+    recipe = next(of for of in recipes if plan.data_of(of) == data)
+    kind = (recipe.prepare.split() or [recipe.name])[0]
+    maker = f"mhmoe prepare {kind} --dest {data} ..., of your own data (mhmoe prepare {kind} --help)"
+    return f"--data ({data}) holds no prepared data for {plan.experiment.name}: make them with {maker}"
 
 
 def _empty(folder: Path) -> None:

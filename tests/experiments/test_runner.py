@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from written_runs import make_record, text_metrics
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
+from mhmoe_fairseq.evaluation.records import record_file, write_record
 from mhmoe_fairseq.experiments import runner
 from mhmoe_fairseq.experiments.runner import Progress, call, last_error
 
@@ -48,7 +50,7 @@ class Commands:
             Path(after("--out", words)).write_text(" ".join(words))
         elif "evaluate" in words:
             for split in (word for flag, word in zip(words, words[1:]) if flag == "--split"):
-                (Path(words[2]).parent / f"record-{split}.json").touch()
+                write_record(record_file(Path(words[2]).parent, split), make_record(text_metrics(20.0), split=split))
 
     def trained(self) -> list[str]:
         """The runs trained since the last call."""
@@ -174,7 +176,7 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
     (run / "checkpoint_last.pt").unlink()
     (tmp_path / "data" / "manifest.json").unlink()
     assert reproduce(tmp_path, "table1", "--scale", "paper") == 2
-    assert "holds no prepared data for dense/seed-1" in capsys.readouterr().err
+    assert "holds no prepared data for table1: make them with mhmoe prepare english --dest" in capsys.readouterr().err
     assert reproduce(tmp_path, "table1", "--models", "dense") == 0
     assert commands.called[0][0][:3] == ["mhmoe", "prepare", "english"]
     (run / "run.json").write_text('{"finished": true}')

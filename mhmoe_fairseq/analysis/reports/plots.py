@@ -23,10 +23,16 @@ Plot = tuple[str, Callable[[Path, Any, str, Any], None], Any, str, Any]
 
 def draw_all(folder: Path, plots: Iterable[Plot]) -> Iterator[tuple[str, Path]]:
     """Draw plots into a folder; yields title and file of each."""
-    for name, draw, values, title, label in plots:
-        path = folder / f"{name.replace(' ', '-').replace('/', '-per-')}.png"
+    for plot in plots:
+        _, draw, values, title, label = plot
+        path = folder / file_of(plot)
         draw(path, values, title, label)
         yield title, path
+
+
+def file_of(plot: Plot) -> str:
+    """The name of the file that a plot is drawn into."""
+    return f"{plot[0].replace(' ', '-').replace('/', '-per-')}.png"
 
 
 def require_matplotlib() -> None:

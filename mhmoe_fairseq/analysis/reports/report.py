@@ -1,21 +1,19 @@
 """Write a report: models side by side, from their runs' records and logs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
 from . import tables
-from .plots import Plot, draw_all, draw_bars, draw_curves, draw_seeds, require_matplotlib
+from .plots import Plot, draw_all, draw_bars, draw_curves, draw_seeds, file_of, require_matplotlib
 from .routing import activation_plot, part_plots, routing_section
 from .runs import Model, all_records, evaluations, read_model, require_one_data
 
 _NOTES = {
     "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages. bits/byte and bits/char "
     "divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
-    "speed": "BATCHxPROMPT+NEW, such as 4x7+16: so many prompts of so many tokens, continued greedily by so many each; "
-    "output tokens/s: new tokens over the time of prompts and continuations; prompt tokens/s: the prompts' tokens over "
-    "the time to the first new one; medians of rounds in which the checkpoints took turns.",
     "masked": "Masked positions: every image and text once, with the same masks for every model. ppl: perplexity per "
     "masked position, of patches among the visual tokenizer's ids and of words among the dictionary; all: patches and "
     "words together; right: share of masked positions whose most probable symbol is the right one; without context: a "
@@ -58,6 +56,32 @@ def write_report(
         require_matplotlib()
     models = [read_model(name, folders) for name, folders in runs.items()]
     require_one_data(models, data)
+    folder = f"{out.stem}-plots"
+    report = compose(models, split, reference, paper, folder if plots else None)
+    write(report, out, folder)
+    say(report.head)
+    say(f"report: {out}")
+    return report.text
+
+
+@dataclass(frozen=True)
+class Report:
+    """Models side by side: the tables for a terminal, the whole text, and the plots that it shows."""
+
+    head: str
+    text: str
+    plots: list[Plot]
+
+
+def compose(
+    models: Sequence[Model],
+    split: str = "test",
+    reference: str | None = None,
+    paper: tables.PaperTable | None = None,
+    folder: str | None = None,
+    top: str = "# Models side by side",
+) -> Report:
+    """Returns the report of models below ``top``; ``folder``: of the plots beside the file, without it none."""
     columns = tables.columns_of(models, split)
     parts = [
         tables.parts_section(models, what, name)
@@ -65,23 +89,27 @@ def write_report(
         for name in splits[::-1]
     ]
     head = _joined(tables.overview(models, columns, split, reference), tables.against_guessing(models, columns), *parts)
-    drawn = draw_all(out.parent / f"{out.stem}-plots", _plots(models, split, columns) if plots else [])
+    plots = [] if folder is None else list(_plots(models, split, columns))
     text = _joined(
-        "# Models side by side",
+        top,
         _data_lines(models),
         head,
         _notes(models, split),
         routing_section(models, split),
         tables.differing_settings(models),
-        *(f"## {title}\n\n![{title}]({path.relative_to(out.parent).as_posix()})" for title, path in drawn),
+        *(f"## {plot[3]}\n\n![{plot[3]}]({folder}/{file_of(plot)})" for plot in plots),
         _commands(models),
         tables.paper_section(paper, models, columns, split) if paper else "",
     )
+    return Report(head, text, plots)
+
+
+def write(report: Report, out: Path, folder: str) -> None:
+    """Draws a report's plots into ``folder`` beside ``out``, then writes its text there."""
+    for _ in draw_all(out.parent / folder, report.plots):
+        pass
     with atomic_open(out) as stream:
-        stream.write(f"{text}\n".encode())
-    say(head)
-    say(f"report: {out}")
-    return text
+        stream.write(f"{report.text}\n".encode())
 
 
 def _joined(*parts: str) -> str:

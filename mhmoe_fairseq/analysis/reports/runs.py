@@ -41,6 +41,11 @@ class TrainingLog:
         records = self.valid if key.startswith("valid_") else self.inner
         return [(record["num_updates"], record[key]) for record in records if key in record]
 
+    def tokens(self) -> float | None:
+        """Tokens, or masked positions, of the whole training; None where the log has none for an update."""
+        per_update = [value for _, value in self.curve("wpb")]
+        return self.num_updates * statistics.fmean(per_update) if per_update else None
+
     def tokens_per_second(self) -> float | None:
         """Median training speed over the log intervals; None without records.
 

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# The paper's figure 6: 8 to 256 experts. Flags: mhmoe reproduce --help
-exec mhmoe reproduce figure6 "$@"

@@ -1,0 +1,186 @@
+"""The tree of results: finished runs of experiments, copied without checkpoints and without this machine's paths.
+
+``results/FOLDER/[TASK/]MODEL/seed-N`` holds what :mod:`mhmoe_fairseq.analysis.reports.runs` reads, a few kilobytes:
+records, the training log's numbers, the command and ``run.json``; ``results/FOLDER/search.json`` the learning rates
+tried.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from ..analysis.reports.runs import TrainingLog, read_model, read_training_log, require_one_data
+from ..analysis.reports.tables import COMPARED_SETTINGS
+from ..common.errors import UserError
+from ..common.files import atomic_open, read_json, write_json
+from ..evaluation.records import SCHEMA, Record, read_record
+from .plan import PACKAGE, SEARCH, STATE, Plan, Run
+from .spec import Experiment
+
+TREE = Path("results")
+_LOG_KEYS = ("num_updates", "loss", "gate_loss", "wps", "wpb", "wall")
+_ABSOLUTE = re.compile(r"(?<![\w./!-])/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
+_NUMBERS = re.compile(r"\[\n\s+([^][{}]*?)\n\s*\]")
+
+
+def keep(plan: Plan, tree: Path) -> list[Path]:
+    """Copies the runs of a finished experiment into the tree, each under a temporary name first; returns their folders.
+
+    Raises:
+        UserError: naming the first run that is unfinished, half-written, of another length or other data than what is
+            kept, or tested before its learning rate was chosen. Then nothing was copied.
+    """
+    runs = plan.runs()
+    if not runs:
+        raise UserError(f"{plan.experiment.name} has no runs of its own to keep")
+    found = plan.out / SEARCH
+    search = read_json(found) if found.is_file() else {}
+    for run in runs:
+        _require_whole(plan, run, search)
+    for task, together in _by_task(runs).items():
+        replaced = {_folder(plan, run, tree) for run in together}
+        kept = (tree / plan.experiment.folder / task).glob("*/seed-*")
+        _require_same_data([*(run.folder for run in together), *sorted({*kept} - replaced)])
+    folders = [_copy(plan, run, _folder(plan, run, tree)) for run in runs]
+    _keep_search(search, {run.recipe.name_of(run.model) for run in runs}, tree / plan.experiment.folder / SEARCH)
+    return folders
+
+
+def _folder(plan: Plan, run: Run, tree: Path) -> Path:
+    return tree / plan.experiment.folder / run.name
+
+
+def _by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    tasks: dict[str, list[Run]] = {}
+    for run in runs:
+        tasks.setdefault(run.recipe.name, []).append(run)
+    return tasks
+
+
+def _require_whole(plan: Plan, run: Run, search: dict[str, Any]) -> None:
+    """Checks that a run is all that its plan says, and that its test set came after the choice of the learning rate."""
+    state = run.state()
+    if state != "finished":
+        reason = {
+            "changed": "was trained with other flags, data or start than this command has",
+            "trained": "lacks a whole record of a split",
+        }.get(state, f"is {state}")
+        raise UserError(f"--keep: {run.name} in {plan.out} {reason}: finish it with mhmoe reproduce first")
+    updates = read_training_log(run.folder / "train.log").num_updates
+    if updates != run.updates:
+        raise UserError(f"--keep: {run.name} logged {updates} updates, but {plan.experiment.name} takes {run.updates}")
+    chosen = search.get("date", {}).get(run.recipe.name_of(run.model))
+    tested = read_record(run.record("test")).provenance.get("date")
+    if chosen and tested and tested < chosen:
+        raise UserError(
+            f"--keep: {run.name} was tested ({tested}) before its learning rate was chosen ({chosen}): tests come last"
+        )
+
+
+def _require_same_data(folders: Sequence[Path]) -> None:
+    """Checks that runs of one task, new ones and what the tree has beside them, were evaluated on the same data."""
+    require_one_data([read_model(folder.parent.name, [folder]) for folder in folders], None)
+
+
+def _copy(plan: Plan, run: Run, target: Path) -> Path:
+    """Writes the run's files beside ``target`` and moves them there, in place of an earlier copy."""
+    temporary, earlier = (target.with_name(f".{target.name}.{name}") for name in ("tmp", "old"))
+    for folder in (temporary, earlier):
+        shutil.rmtree(folder, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    clean = _cleaner(plan, run)
+    for file in sorted([*run.folder.glob("record-*.json"), *run.folder.glob("routing-*.json")]):
+        _write_compact(temporary / file.name, clean(slim(read_record(file))))
+    write_log(temporary / "train.log", read_training_log(run.folder / "train.log"))
+    (temporary / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
+    _write_compact(temporary / STATE, clean(read_json(run.folder / STATE)))
+    if target.exists():
+        target.rename(earlier)
+    temporary.rename(target)
+    shutil.rmtree(earlier, ignore_errors=True)
+    return target
+
+
+def _keep_search(search: dict[str, Any], names: set[str], file: Path) -> None:
+    """Adds what was found for these models to what is kept of other models."""
+    found = {key: {name: of for name, of in by_name.items() if name in names} for key, by_name in search.items()}
+    if any(found.values()):
+        kept = read_json(file) if file.is_file() else {}
+        write_json(file, {key: {**kept.get(key, {}), **by_name} for key, by_name in found.items()})
+
+
+def slim(record: Record) -> dict[str, Any]:
+    """Returns a record's fields without the settings that no report reads, empty fields and decimals of whole loads."""
+    kept = dataclasses.asdict(record)
+    settings = record.model.get("settings", {})
+    kept["model"]["settings"] = {
+        section: {name: settings[section][name] for name in names if name in settings[section]}
+        for section, names in COMPARED_SETTINGS.items()
+        if isinstance(settings.get(section), dict)
+    }
+    if isinstance(options := settings.get("model"), dict):
+        kept["model"]["settings"]["model"] = {name: value for name, value in options.items() if value is not None}
+    for metrics in (kept["metrics"], *kept["parts"].values()):
+        for name, metric in metrics.items():
+            metrics[name] = {field: value for field, value in metric.items() if value not in (None, {})}
+    for row in (kept["experts"] or {}).get("layers", ()):
+        row["loads"] = [int(load) if float(load).is_integer() else load for load in row["loads"]]
+    return {"schema": SCHEMA, **kept}
+
+
+def write_log(path: Path, log: TrainingLog) -> None:
+    """Writes the numbers that curves, speeds and lengths are read from, a line for each interval and validation."""
+    inner = [{key: record[key] for key in _LOG_KEYS if key in record} for record in log.inner]
+    wanted = re.compile(r"valid_(\w+_)?(loss|ppl|num_updates|accuracy|gate_loss)")
+    valid = [{key: value for key, value in record.items() if wanted.fullmatch(key)} for record in log.valid]
+    path.write_text("".join(json.dumps(record) + "\n" for record in (*inner, *valid)), encoding="utf-8")
+
+
+def _write_compact(path: Path, value: Any) -> None:
+    """Writes JSON with lists of numbers and words on one line each."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = _NUMBERS.sub(lambda found: "[" + re.sub(r"\n\s*", " ", found[1]) + "]", text)
+    with atomic_open(path) as stream:
+        stream.write(f"{text}\n".encode())
+
+
+def _cleaner(plan: Plan, run: Run) -> Any:
+    """Returns a function that takes paths of this machine out of texts and JSON: folders become the plan's defaults."""
+    names = {
+        str(plan.out): f"outputs/{plan.experiment.folder}",
+        str(plan.out.resolve()): f"outputs/{plan.experiment.folder}",
+        str(run.data): run.recipe.data,
+        str(run.data.resolve()): run.recipe.data,
+        str(PACKAGE): "mhmoe_fairseq",
+    }
+
+    def of_text(text: str) -> str:
+        for folder in sorted(names, key=len, reverse=True):
+            text = re.sub(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])", names[folder], text)
+        return _ABSOLUTE.sub(r"\1", text)
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return of_text(value)
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return {key: clean(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    return clean
+
+
+def kept_runs(experiment: Experiment, tree: Path) -> dict[str, list[Path]]:
+    """Model -> the folders of its runs in the tree that are the experiment's, in the order of its models."""
+    names = dict.fromkeys([*experiment.models, *experiment.paper_models])
+    found: dict[str, list[Path]] = {}
+    for stage in experiment.stages:
+        for model in names:
+            if any(fnmatch(model, pattern) for pattern in stage.models):
+                folders = (tree / experiment.folder / stage.recipe.name_of(model)).glob("seed-*")
+                found.setdefault(model, []).extend(sorted(folders, key=lambda path: int(path.name[5:])))
+    return {model: folders for model, folders in found.items() if folders}

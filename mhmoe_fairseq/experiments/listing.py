@@ -1,0 +1,176 @@
+"""What experiments there are: what each trains, for about how long on this machine, how far it is, and its verdicts."""
+
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..analysis.reports.claims import NOT_RUN
+from ..analysis.reports.runs import read_training_log
+from ..common.errors import UserError
+from ..common.files import read_json
+from ..common.tables import MISSING
+from .plan import STATE, Plan, Run
+from .results import read_page
+from .spec import Experiment, Flags, parse_flags
+
+HOURS = (
+    "hours: of the trainings still to do, by the median seconds per sample of the same model in outputs/ and results/, "
+    "else of its architecture and size; ?: nothing of that kind has been trained here"
+)
+
+
+def _kind(flags: Flags) -> tuple[object, ...]:
+    """What a training's speed depends on beside its model: task, architecture and size, how long a sample is."""
+    return tuple(flags.get(name) for name in ("--task", "--arch", "--tokens-per-sample", "--img-size"))
+
+
+def _samples(flags: Flags) -> int:
+    """Samples of an update in one process."""
+    return int(flags["--batch-size"][0]) * int(flags.get("--update-freq", ("1",))[0])
+
+
+@dataclass
+class Speeds:
+    """Seconds that a sample took in trainings of this machine: by kind of training, then by model."""
+
+    seconds: dict[tuple[object, ...], dict[str, list[float]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *trees: Path) -> "Speeds":
+        """Returns the speeds that the logs below some folders tell."""
+        found = cls()
+        for state in (path for tree in trees if tree.is_dir() for path in sorted(tree.rglob(STATE))):
+            try:
+                log, flags = read_training_log(state.parent / "train.log"), _flags(read_json(state)["command"])
+                speed, tokens = log.tokens_per_second(), log.tokens()
+                if speed and tokens:
+                    of_sample = tokens / log.num_updates / speed / _samples(flags)
+                    by_model = found.seconds.setdefault(_kind(flags), {})
+                    by_model.setdefault(state.parent.parent.name, []).append(of_sample)
+            except (UserError, KeyError, ValueError, TypeError):
+                continue  # begun, or of another time
+        return found
+
+    def hours(self, run: Run) -> float | None:
+        """Returns the time of a run's training by the rule of :data:`HOURS`; None where nothing like it was trained."""
+        flags = _flags(run.training(alone=True))
+        by_model = self.seconds.get(_kind(flags), {})
+        known = by_model.get(run.model) or [of for several in by_model.values() for of in several]
+        return run.updates * _samples(flags) * statistics.median(known) / 3600 if known else None
+
+
+def _flags(words: Iterable[str]) -> Flags:
+    """The flags behind a command's program and data."""
+    given = list(words)
+    return parse_flags(given[next(index for index, word in enumerate(given) if word.startswith("--")) :])
+
+
+def default_plan(experiment: Experiment) -> Plan:
+    """Returns the plan of ``mhmoe reproduce NAME`` without flags."""
+    return Plan(experiment, Path("outputs") / experiment.folder)
+
+
+def _runs(experiment: Experiment) -> list[Run]:
+    plan = default_plan(experiment)
+    return [*plan.search(), *plan.runs()] if experiment.stages and not experiment.unavailable else []
+
+
+def _state(run: Run) -> str:
+    try:
+        return run.state()
+    except UserError:
+        return "another's"
+
+
+def tokens_of(runs: list[Run]) -> float | None:
+    """Returns the tokens of language models' trainings, all together; None of others, whose samples vary."""
+    total = 0.0
+    for run in runs:
+        flags = _flags(run.training(alone=True))
+        if flags.get("--sample-break-mode") != ("none",):
+            return None
+        total += run.updates * _samples(flags) * int(flags["--tokens-per-sample"][0])
+    return total or None
+
+
+def _trains(runs: list[Run]) -> str:
+    """``3 x 3 x 1,000``: models, seeds, updates."""
+    trained = [run for run in runs if run.splits]
+    if not trained:
+        return MISSING
+    models = dict.fromkeys(run.recipe.name_of(run.model) for run in trained)
+    seeds = dict.fromkeys(run.seed for run in trained)
+    updates = dict.fromkeys(f"{run.updates:,}" for run in trained)
+    return f"{len(models)} x {len(seeds)} x {' / '.join(updates)}"
+
+
+def _verdicts(experiment: Experiment, tree: Path) -> str:
+    """How many claims have each verdict, of the kept records."""
+    if not experiment.claims:
+        return MISSING
+    counted = Counter(finding.verdict for finding in read_page(experiment, tree).findings)
+    return ", ".join(
+        name if len(counted) == 1 and number == 1 else f"{number} {name}" for name, number in counted.items()
+    )
+
+
+def rows(experiments: Mapping[str, Experiment], tree: Path) -> Iterator[list[str]]:
+    """Yields a row for each experiment at CPU scale: name, source, trainings, tokens, hours, state, verdict."""
+    speeds = Speeds.of(Path("outputs"), tree)
+    for experiment in experiments.values():
+        runs = _runs(experiment)
+        states = [_state(run) for run in runs]
+        yield [
+            experiment.name,
+            experiment.source,
+            _trains(runs),
+            MISSING if (tokens := tokens_of(runs)) is None else f"{tokens / 1e6:,.1f}M",
+            _hours([speeds.hours(run) for run, state in zip(runs, states) if state not in ("trained", "finished")]),
+            _how_far(experiment, states),
+            _verdicts(experiment, tree),
+        ]
+
+
+def _hours(each: list[float | None]) -> str:
+    known = [hours for hours in each if hours is not None]
+    return "?" if len(known) < len(each) else f"{sum(known):.1f}" if each else MISSING
+
+
+def _how_far(experiment: Experiment, states: list[str]) -> str:
+    if experiment.unavailable:
+        return "not yet"
+    done = sum(state == "finished" for state in states)
+    if not states:
+        return MISSING
+    return "finished" if done == len(states) else "missing" if {*states} == {"missing"} else f"{done} of {len(states)}"
+
+
+def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
+    """Yields what there is to say of one experiment: a title and a value each."""
+    row = dict(
+        zip(("source", "trains", "tokens", "hours", "state"), next(rows({experiment.name: experiment}, tree))[1:])
+    )
+    yield "", f"{experiment.name}: {experiment.summary}"
+    yield "source", row["source"]
+    if experiment.unavailable:
+        yield "not available yet", experiment.unavailable
+    yield "command", f"mhmoe reproduce {experiment.name}   (paper scale: --scale paper)"
+    if experiment.parts:
+        yield "parts", ", ".join(experiment.parts)
+    if runs := _runs(experiment):
+        trained = [run for run in runs if run.splits]
+        yield "models", ", ".join(dict.fromkeys(run.recipe.name_of(run.model) for run in trained))
+        yield "models x seeds x updates", row["trains"]
+        if searched := len(runs) - len(trained):
+            yield "search", f"{searched} trainings of {min(run.updates for run in runs if not run.splits):,} updates"
+        yield "tokens", row["tokens"]
+        yield "hours", row["hours"]
+        yield "state", row["state"]
+        for data, words in default_plan(experiment).preparations():
+            yield "data", f"{data}: {shlex.join(words) if words else 'yours'}"
+    for claim, finding in zip(experiment.claims, read_page(experiment, tree).findings):
+        told = "" if finding.verdict == NOT_RUN else f" ({finding.change}, n = {len(finding.changes)})"
+        yield "claim", f"{claim.text}: {finding.verdict}{told}"

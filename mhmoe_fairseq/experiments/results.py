@@ -1,0 +1,214 @@
+"""RESULTS.md and docs/results, written from the tree of kept results alone: the same tree gives the same bytes."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..analysis.reports import tables
+from ..analysis.reports.claims import NOT_RUN, RULE, Claim, Finding, judge, scale_of
+from ..analysis.reports.plots import file_of
+from ..analysis.reports.report import Report, compose, write
+from ..analysis.reports.runs import Model, read_model, require_one_data
+from ..common.errors import UserError
+from ..common.files import atomic_open, read_json
+from ..common.tables import MISSING, columns_table, markdown_table
+from .kept import kept_runs
+from .plan import SEARCH
+from .spec import Experiment
+
+_HEAD = """# Results
+
+Written by `mhmoe reproduce --report` from the records in [results/](results/); with `--check` it says whether this is
+what they give. Each number is measured, by the command beside it. The papers' own (P1: arXiv 2404.15045, P2: arXiv
+2411.16205) are labelled so and of other data: they show an order to look for, not values to reach."""
+_MORE = """## Elsewhere
+
+- [Parameters of the paper's models](docs/results/table11.md) (P1's table 11), counted.
+- [Speed and memory](docs/benchmarks/README.md), dated reports of single machines.
+- [Earlier studies](docs/results/earlier-studies.md), from before records were kept: not checked by anything."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is known of an experiment that has kept runs.
+
+    Attributes:
+        findings: a verdict on each of its claims, in their order.
+    """
+
+    experiment: Experiment
+    models: dict[str, Model]
+    findings: list[Finding]
+
+    @property
+    def command(self) -> str:
+        """What runs it again."""
+        return f"mhmoe reproduce {self.experiment.name}"
+
+    @property
+    def file(self) -> str:
+        """Its page below the folder of RESULTS.md."""
+        return f"docs/results/{self.experiment.name}.md"
+
+
+def read_page(experiment: Experiment, tree: Path) -> Page:
+    """Returns an experiment's kept runs and what they say of its claims; ``UserError`` for a broken record."""
+    models = {name: read_model(name, folders) for name, folders in kept_runs(experiment, tree).items()}
+    require_one_data(models.values(), None)
+    return Page(experiment, models, [judge(claim, models) for claim in experiment.claims])
+
+
+def write_results(experiments: Mapping[str, Experiment], tree: Path) -> list[Path]:
+    """Writes RESULTS.md beside the tree, and docs/results with plots below it; returns the texts' paths."""
+    pages = [read_page(experiment, tree) for experiment in experiments.values()]
+    root, written = tree.parent, []
+    for page in pages:
+        if page.models:
+            report = _report(page, tree)
+            write(report, root / page.file, _plots_of(page))
+            written.append(root / page.file)
+    with atomic_open(root / "RESULTS.md") as stream:
+        stream.write(summary(pages).encode())
+    return [root / "RESULTS.md", *written]
+
+
+def check_results(experiments: Mapping[str, Experiment], tree: Path) -> Iterator[str]:
+    """Yields what is not as the records give it: a file and its first line that differs, or a plot that is missing."""
+    pages = [read_page(experiment, tree) for experiment in experiments.values()]
+    yield from _difference(tree.parent / "RESULTS.md", summary(pages))
+    for page in pages:
+        if page.models:
+            report, file = _report(page, tree), tree.parent / page.file
+            yield from _difference(file, f"{report.text}\n")
+            plots = [file.parent / name for name in _linked_plots(page, report)]
+            yield from (f"{plot}: is missing" for plot in plots if not plot.is_file())
+
+
+def _difference(file: Path, expected: str) -> Iterator[str]:
+    found = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = expected.splitlines()
+    for number, (line, wanted) in enumerate(zip(found, lines), start=1):
+        if line != wanted:
+            yield f"{file}:{number}: {line!r} must be {wanted!r}"
+            return
+    if len(found) != len(lines):
+        yield f"{file}: has {len(found)} lines, the records give {len(lines)}"
+
+
+def summary(pages: list[Page]) -> str:
+    """Returns the text of RESULTS.md: the claims, then a table of each experiment that was run."""
+    rows = [[*_claim_row(page, claim, finding), f"`{page.command}`"] for page, claim, finding in _claims(pages)]
+    header = ["claim", "paper", "ours", "verdict", "at", "command"]
+    sections = [_section(page) for page in pages if page.models]
+    missing = [f"`{page.experiment.name}`" for page in pages if not page.models and page.experiment.stages]
+    told = f"Without records yet: {', '.join(missing)} (`mhmoe reproduce --list`)." if missing else ""
+    claims = [markdown_table(header, rows)] if rows else []
+    return "\n\n".join(filter(None, [_HEAD, "## Claims", *claims, RULE, *sections, told, _MORE])) + "\n"
+
+
+def _claims(pages: list[Page]) -> Iterator[tuple[Page, Claim, Finding]]:
+    for page in pages:
+        for claim, finding in zip(page.experiment.claims, page.findings):
+            yield page, claim, finding
+
+
+def _claim_row(page: Page, claim: Claim, finding: Finding) -> list[str]:
+    """Claim, paper, ours, verdict, and at what scale."""
+    source = f"{page.experiment.source}: {claim.text}"
+    ours = MISSING
+    if finding.changes:
+        ours = f"{finding.values[0]} against {finding.values[1]}: {finding.change} (n = {len(finding.changes)})"
+    link = f"[{finding.verdict}]({page.file})" if finding.verdict != NOT_RUN else NOT_RUN
+    return [source, claim.paper or MISSING, ours, link, finding.scale]
+
+
+def _section(page: Page) -> str:
+    """The table of models of an experiment, and a link to its page."""
+    experiment, models = page.experiment, list(page.models.values())
+    columns = tables.columns_of(models, "test")
+    counted = f"{', '.join(dict.fromkeys(f'n = {len(model.runs)}' for model in models))}; {scale_of(models)}"
+    title = f"## {experiment.name}: {experiment.summary}"
+    told = (
+        f"{experiment.source}; `{page.command}`; {counted}; mean ± sample standard deviation over seeds. "
+        f"[Tables, plots, records]({page.file})"
+    )
+    return "\n\n".join([title, told, tables.overview(models, columns, "test", _reference(page))])
+
+
+def _reference(page: Page) -> str | None:
+    return page.experiment.reference if page.experiment.reference in page.models else None
+
+
+def _plots_of(page: Page) -> str:
+    """The folder of a page's plots, beside it."""
+    return f"{page.experiment.name}-plots"
+
+
+def _report(page: Page, tree: Path) -> Report:
+    """The page of an experiment: what it is, its claims with their test, and the report of its runs."""
+    experiment, models = page.experiment, list(page.models.values())
+    paper = experiment.paper
+    intro = f"# {experiment.name}: {experiment.summary}\n\n{experiment.source}. `{page.command}`; {scale_of(models)}."
+    report = compose(
+        models, "test", _reference(page), paper, _plots_of(page), "\n\n".join(filter(None, [intro, _tests(page)]))
+    )
+    text = "\n\n".join(filter(None, [report.text, _search(page, tree), _links(page, tree)]))
+    return Report(report.head, text, report.plots)
+
+
+def _tests(page: Page) -> str:
+    """A row for each claim with what its verdict comes from."""
+    if not page.experiment.claims:
+        return ""
+    columns: dict[str, list[str]] = {
+        "claim": [claim.text for claim in page.experiment.claims],
+        "paper": [claim.paper or MISSING for claim in page.experiment.claims],
+        "ours": [finding.values[0] for finding in page.findings],
+        "reference": [finding.values[1] for finding in page.findings],
+        "n": [str(len(finding.changes) or MISSING) for finding in page.findings],
+        "change": [finding.change for finding in page.findings],
+        "95 % interval": [finding.interval for finding in page.findings],
+        "verdict": [finding.verdict for finding in page.findings],
+    }
+    return f"## Claims\n\n{columns_table(columns)}\n\n{RULE}"
+
+
+def _search(page: Page, tree: Path) -> str:
+    """The learning rates that were tried, with the last validation loss of each."""
+    file = tree / page.experiment.folder / SEARCH
+    if not file.is_file():
+        return ""
+    search = read_json(file)
+    own = {stage.recipe.name_of(model) for stage in page.experiment.stages for model in page.models}
+    losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
+    lrs = list(dict.fromkeys(lr for of in losses.values() for lr in of))
+    cells = [
+        [name, *(_tried(lr, of.get(lr), search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()
+    ]
+    told = "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken."
+    return f"## Search of the learning rate\n\n{told}\n\n{markdown_table(['model', *lrs], cells)}" if cells else ""
+
+
+def _tried(lr: str, loss: float | None, best: str | None) -> str:
+    return MISSING if loss is None else f"**{loss:.3f}**" if lr == best else f"{loss:.3f}"
+
+
+def _links(page: Page, tree: Path) -> str:
+    """A line for each model with links to its runs in the tree."""
+    beside = (tree.parent / page.file).parent
+    lines = []
+    for name, model in page.models.items():
+        runs = [(run.path.relative_to(tree).as_posix(), os.path.relpath(run.path, beside)) for run in model.runs]
+        lines.append(f"- {name}: " + ", ".join(f"[{told}]({link})" for told, link in runs))
+    return "\n".join(["## Records", "", *lines])
+
+
+def _linked_plots(page: Page, report: Report) -> list[str]:
+    return [f"{_plots_of(page)}/{file_of(plot)}" for plot in report.plots]
+
+
+def require_tree(tree: Path) -> None:
+    """``UserError`` if there is no tree of results."""
+    if not tree.is_dir():
+        raise UserError(f"--results ({tree}) is no folder: mhmoe reproduce NAME --keep makes it of finished runs")
