@@ -44,6 +44,7 @@ HOST_READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten:
 SPARSE = ("--moe-expert-count", "8", "--moe-top-k", "2")
 FAMILIES = {"dense": (), "xmoe": SPARSE, "mhmoe": (*SPARSE, "--mhmoe-heads-number", "4", "--mhmoe-budget", "flops")}
 LEAST_FALL = 0.3  # bits, of the mean loss of 5 updates
+GRACE = 10  # seconds for torchrun to end its rank
 LOSS_TOLERANCE = 0.003  # bits; fairseq's log rounds to 0.001
 EPILOG = """\
 A run of all cases takes at most 8 minutes and writes docs/benchmarks/<date>-<gpu>-gpu-check.md. It goes on after a
@@ -230,6 +231,9 @@ def train(bench: Bench, family: str, size: str, updates: int, *flags: str, devic
                 status = process.wait(bench.time_limit)
             except subprocess.TimeoutExpired:
                 process.terminate()  # torchrun ends its rank
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
+                process.kill()
                 status = f"nothing after {bench.time_limit:.0f} s"
         out.seek(0)
         text = out.read()
@@ -356,7 +360,8 @@ def run(bench: Bench, names: Sequence[str], output: Path | None) -> int:
         found.append((f"{name} ({shows}): {said}", kept))
         torch.cuda.empty_cache()  # the next may be another process
         if output is not None:
-            write_report(output, "GPU check", torch.get_num_threads(), found, {"Device": device_text(bench)})
+            how = argparse.Namespace(threads=torch.get_num_threads(), clock=time.perf_counter)
+            write_report(output, "GPU check", how, found, {"Device": device_text(bench)})
     return int(not all(kept for _, kept in found))
 
 

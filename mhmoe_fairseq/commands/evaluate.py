@@ -1,6 +1,11 @@
-"""``mhmoe evaluate``: how good a checkpoint is on a split, by the measures of the task that it was trained with."""
+"""``mhmoe evaluate``: how good a checkpoint is on a split, by its task's measures, or how fast checkpoints answer."""
 
 import argparse
+import itertools
+import statistics
+from collections.abc import Iterable, Sequence
+from operator import truediv
+from pathlib import Path
 
 from ..common.arguments import (
     add_device_arguments,
@@ -16,19 +21,23 @@ from ..common.arguments import (
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.ranges import flag
-from ..common.tables import MISSING, markdown_table, number
+from ..common.tables import MISSING, columns_table, markdown_table, number
 from ..evaluation.records import Metric, Record, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
-_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image")
+_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image", "speed", "rounds")
+_OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds")
 _OF_ONE_SPLIT = ("record", "output", "splits", "input")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``mhmoe evaluate``; one without a meaning for the checkpoint's task is refused."""
     add = parser.add_argument
-    add("checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
+    add(
+        "checkpoint", type=existing_path, nargs="+", metavar="CHECKPOINT",
+        help="a checkpoint, or the folder that holds one; several with --speed",
+    )  # fmt: skip
     add(
         "--data", type=existing_folder, metavar="DIR", help="folder of mhmoe prepare; that of the training if not given"
     )
@@ -50,6 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-tokens", type=whole(), metavar="N", help="most tokens per batch of text (36000; of sentences 4096)")
     add("--num-workers", type=whole(at_least=0), metavar="N", help="processes that decode images (0)")
     add_device_arguments(parser)
+    speed = parser.add_argument_group("speed of language models, in place of a split")
+    speed.add_argument(
+        "--speed", nargs="+", metavar="BATCHxPROMPT+NEW",
+        help="time greedy continuations, such as 4x7+16: 4 prompts of 7 tokens, 16 new ones for each; checkpoints take "
+        "turns; a record of each and every workload",
+    )  # fmt: skip
+    speed.add_argument("--rounds", type=whole(), metavar="N", help="timed turns of each checkpoint (7)")
     text = parser.add_argument_group("text in several languages")
     text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
     masked = parser.add_argument_group("masked images")
@@ -105,22 +121,22 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.image is not None:
         raise UserError("--image: mhmoe generate CHECKPOINT --image FILE captions single images")
+    if args.speed is not None:
+        return _measure_speed(args)
+    if len(args.checkpoint) > 1 or args.rounds is not None:
+        raise UserError(f"{'--rounds' if args.rounds else 'several checkpoints'}: need --speed")
     from ..checkpoints.open import open_model, read_settings
     from ..evaluation.evaluate import evaluate, split_options
     from ..models.language_model import find_checkpoint
 
-    file = find_checkpoint(args.checkpoint, None)
+    file = find_checkpoint(args.checkpoint[0], None)
     options = {name: value for name, value in vars(args).items() if name not in _NOT_OPTIONS}
     overrides, options = split_options(read_settings(file), options)
     splits = list(dict.fromkeys(args.split or ["test"]))
     for name in (name for name in _OF_ONE_SPLIT if len(splits) > 1 and getattr(args, name) is not None):
         raise UserError(f"{flag(name)}: takes one --split, and {len(splits)} are given")
     if args.record is None:
-        try:
-            for split in splits:
-                output_file(str(record_file(file.parent, split)))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--record {error}: give --record FILE") from None
+        _require_writable(record_file(file.parent, split) for split in splits)
     with quiet():
         opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides, args.precision)
     for split in splits:
@@ -132,6 +148,62 @@ def run(args: argparse.Namespace) -> int:
             write_record(path, record)
             say(f"written: {path}")
     return 0
+
+
+def _require_writable(files: Iterable[Path]) -> None:
+    try:
+        for file in files:
+            output_file(str(file))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--record {error}: give --record FILE") from None
+
+
+def _measure_speed(args: argparse.Namespace) -> int:
+    """Time every workload, print a table of each and write a record beside each checkpoint."""
+    for name in (name for name, value in vars(args).items() if value is not None and name not in _OF_SPEED):
+        raise UserError(f"{flag(name)}: has no meaning with --speed")
+    from ..checkpoints.open import open_model
+    from ..evaluation.speed import Workload, measure_speed, require_language_models
+    from ..models.language_model import find_checkpoint
+
+    workloads = list(dict.fromkeys(map(Workload.parse, args.speed)))
+    files = list(dict.fromkeys(find_checkpoint(path, None) for path in args.checkpoint))
+    records = {(file, load): record_file(file.parent, f"speed-{load}") for file in files for load in workloads}
+    if args.record is not None and len(records) > 1:
+        raise UserError(f"--record: takes one checkpoint and one workload, not {len(records)} together")
+    if args.record is not None:
+        records = dict.fromkeys(records, args.record)
+    if len(set(records.values())) < len(records):
+        raise UserError("--speed: checkpoints of one folder would share a record: give one of them, and --record FILE")
+    _require_writable(records.values())
+    require_language_models(files)
+    device = "cpu" if args.cpu else None
+    with quiet():
+        opened = [open_model(file, args.data, device, precision=args.precision) for file in files]
+    for model, load in itertools.product(opened, workloads):
+        load.require_room(model)
+    for load in workloads:
+        found = measure_speed(opened, load, **({} if args.rounds is None else {"rounds": args.rounds}))
+        say(describe_speeds(files, found))
+        for file, record in zip(files, found):
+            write_record(records[file, load], record)
+            say(f"written: {records[file, load]}")
+    return 0
+
+
+def describe_speeds(files: Sequence[Path], records: Sequence[Record]) -> str:
+    """A row for each checkpoint: median rates of one workload with their ranges, and against the first's, by rounds."""
+    table: dict[str, list[str]] = {"checkpoint": [str(file) for file in files]}
+    for name in records[0].metrics:
+        rounds = [record.settings["by_round"][name] for record in records]
+        middles = [record.metrics[name].value for record in records]
+        table[name] = [f"{x:,.1f} ({min(each):,.1f} to {max(each):,.1f})" for x, each in zip(middles, rounds)]
+        if len(records) > 1 and name == "output tokens/s":
+            ratios = (map(truediv, each, rounds[0]) for each in rounds)
+            table["of the first's"] = [number(statistics.median(each)) for each in ratios]
+    settings = records[0].settings
+    told = ", ".join(f"{settings[name]} {name.replace('_', ' ')}" for name in ("rounds", "threads"))
+    return f"{columns_table(table)}\nworkload {records[0].split}: medians of {told}; lowest to highest in brackets"
 
 
 def describe(record: Record) -> str:

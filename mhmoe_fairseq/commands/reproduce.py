@@ -137,6 +137,8 @@ def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
         raise UserError(f"{experiment.name} cannot be run yet: {experiment.unavailable}")
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
+    if experiment.alone and args.jobs > 1:
+        raise UserError(f"--jobs ({args.jobs}) must be 1 for {experiment.name}: it measures speed")
     models = tuple(args.models) or (experiment.models if experiment.parts and args.scale == "cpu" else ())
     choice = Choice(
         args.scale, args.size, args.batch, args.nproc or MACHINES[args.scale].nproc, args.nnodes, args.node_rank,

@@ -73,18 +73,22 @@ def evaluate(opened: Opened, split: str = "test", **options: Any) -> Record:
     """
     counter = LoadCounter(opened.layers)
     record = _evaluation_of(opened.task_name)(opened, split, counter, **options)
+    data = {**evaluated_data(opened, record.split), **record.data}
+    return with_origin(dataclasses.replace(record, experts=counter.loads, data=data), opened)
+
+
+def evaluated_data(opened: Opened, split: str) -> dict[str, Any]:
+    """Returns which data a record of a split is about."""
     identity = opened.identity
     kind = "image-text" if identity.has_images else "multilingual" if identity.languages else "text"
-    data = {
+    return {
         "path": str(opened.data),
         "digest": identity.digest,
         "source": identity.source,
         "kind": read_manifest(opened.data).get("kind", kind),
         "languages": list(identity.languages),
-        "split": record.split,
-        **record.data,
+        "split": split,
     }
-    return with_origin(dataclasses.replace(record, experts=counter.loads, data=data), opened)
 
 
 def with_origin(record: Record, opened: Opened) -> Record:

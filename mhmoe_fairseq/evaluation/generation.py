@@ -149,6 +149,19 @@ def cut_at(text: str, stops: Iterable[str]) -> str | None:
     return text[: min(starts)] if starts else None
 
 
+def next_logits(decoder: Any, tokens: Tensor, state: dict) -> Tensor:
+    """Returns float32 logits ``(B, vocabulary)`` of the token after ``(B, S)`` tokens.
+
+    Args:
+        decoder: of a language model.
+        state: what earlier calls computed; at first ``{"is_first_step": True}``. Later calls compute the last token.
+    """
+    features, _ = decoder(tokens, incremental_state=state, features_only=True)
+    state["is_first_step"] = False
+    with decoder.autocast(features.device.type):
+        return decoder.output_layer(features[:, -1]).float()
+
+
 class StopDecoder:
     """Greedy decoding or sampling until a stop string, in batches: what ``generate_until`` of lm-eval asks for.
 
@@ -193,7 +206,6 @@ class StopDecoder:
         state: dict = {"is_first_step": True}
         for position in range(min(map(len, prompts)), length):
             chosen = self._next_tokens(tokens[:, :position], state)
-            state["is_first_step"] = False
             for row, prompt in enumerate(prompts):
                 if position < len(prompt):
                     continue
@@ -206,10 +218,8 @@ class StopDecoder:
 
     def _next_tokens(self, tokens: Tensor, state: dict) -> Tensor:
         """``(B, S)`` tokens so far -> ``(B,)`` next ones."""
-        features, _ = self.decoder(tokens.to(self.model.device), incremental_state=state, features_only=True)
-        with self.decoder.autocast(features.device.type):
-            logits = self.decoder.output_layer(features[:, -1])
-        log_probs = (logits.float() / self.search.temperature).log_softmax(-1)
+        logits = next_logits(self.decoder, tokens.to(self.model.device), state)
+        log_probs = (logits / self.search.temperature).log_softmax(-1)
         log_probs[:, self.dictionary.pad()] = -torch.inf
         if not self.search.sampling:
             return log_probs.argmax(1).cpu()

@@ -22,7 +22,7 @@ from ..common.provenance import timestamp, versions
 SCHEMA = "mhmoe-record/1"
 KINDS = (
     "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
-    "image classification", "zero-shot", "routing",
+    "image classification", "zero-shot", "routing", "speed",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
 _PACKAGES = (  # that a metric may depend on
@@ -137,7 +137,7 @@ class Record:
 
     Attributes:
         what: one of ``KINDS``.
-        split: the data split, such as ``test``; of zero-shot tasks their name.
+        split: the data split, such as ``test``; of zero-shot tasks their name, of speed the workload, ``4x7+16``.
         metrics: of the whole split by name; the main one first.
         parts: metrics by language, modality or task.
         experts: None of a dense model, or where they were not counted.

@@ -219,7 +219,10 @@ class TextScorer:
             is_scored[row, end - len(window.targets) : end] = True
         features, _ = self.decoder(inputs.to(device), features_only=True)
         targets = torch.tensor([token for window in windows for token in window.targets], device=device)
-        losses, is_best = self.decoder.predict(features[is_scored.to(device)], targets, with_best=True)
+        # A text may name the padding symbol, which is as improbable as others.
+        losses, is_best = self.decoder.predict(
+            features[is_scored.to(device)], targets, with_best=True, has_padding=False
+        )
         lengths = [len(window.targets) for window in windows]
         return [
             Score(-float(row.sum()), bool(best.all()), length)

@@ -1,8 +1,11 @@
 """English and multilingual language modelling: recipes, the papers' tables and our own studies."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..analysis.reports.tables import PaperTable
+from ..analysis.reports.claims import Claim
+from ..analysis.reports.tables import LOWER_IS_BETTER, PaperTable
 from ..common.errors import UserError
 from .models import EXPERTS
 from .spec import Experiment, Recipe, Scale, Stage
@@ -60,6 +63,7 @@ MULTILINGUAL = QUICK.variant(
     data="data/multilingual",
     prepare="multilingual",
 )
+MULTILINGUAL_STUDY = MULTILINGUAL.variant("", MULTILINGUAL.scales, name="study").at_cpu(updates=200, validations=1)
 
 
 def _validation_split(data: Path) -> str:
@@ -101,6 +105,25 @@ def perplexities(title: str, models: str, *values: float) -> PaperTable:
     )
 
 
+def claims(paper: PaperTable, *pairs: str, column: str = "", **of_claim: Any) -> tuple[Claim, ...]:
+    """Returns a claim for each ``better < worse`` (two models), with the paper's own difference.
+
+    Args:
+        paper: the table that says so; of models that it has not, nothing is said of the paper.
+        column: the paper's, of a table that has several.
+        of_claim: metric, part, ... of every claim.
+    """
+    found = []
+    for better, worse in (pair.split(" < ") for pair in pairs):
+        rows = [paper.values.get(name) for name in (better, worse)]
+        values = [row[column] if isinstance(row, Mapping) else row for row in rows if row is not None]
+        of_paper = f"{100 * (values[0] / values[1] - 1):+.1f} %" if len(values) == 2 else ""
+        metric = of_claim.get("metric", paper.metric)
+        text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {metric} than {worse}"
+        found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **of_claim}))
+    return tuple(found)
+
+
 def table_1(title: str, *values: float) -> PaperTable:
     """Returns a block of the paper's table 1 from its five numbers: dense, then with 8 and with 32 experts."""
     return perplexities(f"table 1, {title}", " ".join(FIVE), *values)
@@ -139,36 +162,50 @@ TABLE_3 = PaperTable(
 )
 
 
+_TABLE_1_CLAIMS = ("xmoe < dense", "mhmoe-params < xmoe", "mhmoe-params-e32 < xmoe-e32", "xmoe-e32 < xmoe")
 EXPERIMENTS = (
     Experiment("demo", "the three models on real text, MH-MoE under both budgets: 7 minutes on 2 cores", "demo",
         (Stage(DEMO),), (*THREE, "mhmoe-flops"), paper=TABLE_1),
     Experiment("table1", "perplexity, English, dense, X-MoE and MH-MoE", "english_lm",
-        ENGLISH_STAGE, (*FIVE, "mhmoe-flops"), paper_models=FIVE, paper=TABLE_1, reference="xmoe"),
+        ENGLISH_STAGE, (*FIVE, "mhmoe-flops"), paper_models=FIVE, paper=TABLE_1, reference="xmoe",
+        source="P1 table 1", claims=claims(TABLE_1, *_TABLE_1_CLAIMS)),
     Experiment("table5", "number of heads", "english_lm",
         ENGLISH_STAGE, ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
-        paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe"),
+        paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe", source="P1 table 5",
+        claims=claims(TABLE_5, "mhmoe-params-h2 < xmoe", "mhmoe-params < xmoe", "mhmoe-params-h8 < xmoe",
+            "mhmoe-params < mhmoe-params-h2", "mhmoe-params < mhmoe-params-h8")),
     Experiment("table6", "what projections and splitting are worth", "english_lm",
-        ENGLISH_STAGE, tuple(TABLE_6.values), paper=TABLE_6, reference="xmoe"),
+        ENGLISH_STAGE, tuple(TABLE_6.values), paper=TABLE_6, reference="xmoe", source="P1 table 6",
+        claims=claims(TABLE_6, "dense < dense-projections", "xmoe-projections < xmoe",
+            "mhmoe-params-no-projections < xmoe", "mhmoe-params < mhmoe-params-no-projections",
+            "mhmoe-params < mhmoe-params-no-splitting")),
     Experiment("table7", "0 to 3 layers in each projection", "english_lm",
-        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7),
+        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7, source="P1 table 7",
+        claims=claims(TABLE_7, "mhmoe-params < mhmoe-params-no-projections",
+            "mhmoe-params-projections-2 < mhmoe-params", "mhmoe-params < mhmoe-params-projections-3")),
     Experiment("table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
-        after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",)),
+        after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",), source="P1 table 11"),
     Experiment("figure4", "figures 4 and 9: perplexity over a training, with 8 and 32 experts", "english_lm",
-        ENGLISH_STAGE, FIVE, reference="xmoe"),
-    Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6),
+        ENGLISH_STAGE, FIVE, reference="xmoe", source="P1 figures 4, 9"),
+    Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6, source="P1 figure 6",
+        claims=claims(TABLE_1, "mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")),
     Experiment("official", "the official repository's recipe, its number of heads made explicit", "english_lm",
-        (Stage(OFFICIAL),), ("official-h4",)),
+        (Stage(OFFICIAL),), ("official-h4",), source="official code"),
     Experiment("study", "the head-line study: MH-MoE under both budgets, learning rates searched, three seeds",
         "english_lm", ENGLISH_STAGE, ("dense", "xmoe", "mhmoe-flops-h2", "mhmoe-flops", "mhmoe-params"),
-        paper=TABLE_1, reference="xmoe"),
+        paper=TABLE_1, reference="xmoe",
+        claims=claims(TABLE_1, "xmoe < dense", "mhmoe-params < xmoe", "mhmoe-flops < xmoe", "mhmoe-flops-h2 < xmoe")),
     Experiment("table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
-        MULTILINGUAL_STAGE, FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
+        MULTILINGUAL_STAGE, FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe", source="P1 table 1",
+        claims=claims(TABLE_1_MULTILINGUAL, *_TABLE_1_CLAIMS)),
     Experiment("table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
         "multilingual_lm", MULTILINGUAL_STAGE, FIVE,
         after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
-        paper=TABLE_3),
+        paper=TABLE_3, source="P1 table 3",
+        claims=claims(TABLE_3, *_TABLE_1_CLAIMS, column="avg", what="zero-shot")),
     Experiment("classification", "fine-tuned to classify in one language, tested in all; needs --data",
         "multilingual_lm", (Stage(CLASSIFICATION),), THREE),
-    Experiment("study-multilingual", "14 languages, three seeds, a shorter training", "study-multilingual",
-        (Stage(MULTILINGUAL.at_cpu(updates=200, validations=1)),), THREE, paper=TABLE_1_MULTILINGUAL, reference="xmoe"),
+    Experiment("study-multilingual", "14 languages, three seeds, a shorter training", "multilingual_lm",
+        (Stage(MULTILINGUAL_STUDY),), THREE, paper=TABLE_1_MULTILINGUAL, reference="xmoe",
+        claims=claims(TABLE_1_MULTILINGUAL, *_TABLE_1_CLAIMS[:2])),
 )  # fmt: skip

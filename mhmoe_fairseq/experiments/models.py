@@ -25,6 +25,7 @@ MHMOE_VARIANTS = {
     "-no-projections": "--mhmoe-projection-layers 0",
     "-projections-2": "--mhmoe-projection-layers 2",
     "-projections-3": "--mhmoe-projection-layers 3",
+    "-static": "--mhmoe-routing capacity",
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
@@ -70,6 +71,7 @@ MODELS = {
     "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},
+    "xmoe-static": Model("xmoe", f"{MOE} --mhmoe-routing capacity", PAPER_ROUTER),
     # What MH-MoE keeps of X-MoE: its parameters (the paper's tables), or its FLOPs and parameters (the second paper).
     **{
         f"mhmoe-{budget}{name}": Model(

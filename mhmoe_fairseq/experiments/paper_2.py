@@ -1,7 +1,7 @@
 """The second paper's tables: MH-MoE of equal FLOPs and parameters, shared experts, head and merge layers, BitNet."""
 
 from ..analysis.reports.tables import PaperTable
-from .language_models import ENGLISH, OTHER_CORPUS
+from .language_models import ENGLISH, OTHER_CORPUS, claims
 from .models import SWIGLU_WIDTHS
 from .spec import Experiment, Scale, Stage
 
@@ -26,7 +26,7 @@ PAPER_2 = ENGLISH.variant(
 )  # fmt: skip
 MODELS = ("dense-swiglu", "smoe-swiglu", "fine-grained", "mhmoe-swiglu-h2", "mhmoe-swiglu-h3")
 _COLUMNS = [f"{corpus}, {updates}" for updates in ("50k", "100k") for corpus in ("RedPajama", "Wiki", "C4")]
-_MAIN = "RedPajama, 100k"
+_HALF, _MAIN = "RedPajama, 50k", "RedPajama, 100k"
 
 
 def _table(title: str, suffix: str, *rows: tuple[float, ...]) -> PaperTable:
@@ -45,9 +45,9 @@ def _after_50k(title: str, **values: float) -> PaperTable:
     return PaperTable(
         f"{P2}, {title}",
         "perplexity",
-        {name.replace("_", "-"): {"RedPajama, 50k": value} for name, value in values.items()},
+        {name.replace("_", "-"): {_HALF: value} for name, value in values.items()},
         f"Perplexity after 50,000 updates, ours of a whole training; {OTHER_CORPUS}",
-        {"RedPajama, 50k": "perplexity"},
+        {_HALF: "perplexity"},
     )
 
 
@@ -84,12 +84,26 @@ _STAGE, _FOLDER = (Stage(PAPER_2),), "english_lm"
 
 EXPERIMENTS = (
     Experiment("p2-table1", "equal FLOPs and parameters: dense, sparse, fine-grained, MH-MoE of 2 and 3 heads",
-        _FOLDER, _STAGE, MODELS, paper=TABLE_1, reference="smoe-swiglu"),
+        _FOLDER, _STAGE, MODELS, paper=TABLE_1, reference="smoe-swiglu", source="P2 table 1",
+        claims=claims(TABLE_1, "smoe-swiglu < dense-swiglu", "fine-grained < smoe-swiglu",
+            "mhmoe-swiglu-h2 < smoe-swiglu", "mhmoe-swiglu-h2 < fine-grained", "mhmoe-swiglu-h3 < smoe-swiglu",
+            "mhmoe-swiglu-h3 < mhmoe-swiglu-h2", column=_MAIN)),
     Experiment("p2-table2", "the sparse models of p2-table1 with one shared expert", _FOLDER,
-        _STAGE, tuple(TABLE_2.values), paper=TABLE_2, reference="smoe-swiglu-shared"),
-    Experiment("p2-table3", "1.58-bit weights (BitNet)", _FOLDER, _STAGE, MODELS, paper=TABLE_3),
+        _STAGE, tuple(TABLE_2.values), paper=TABLE_2, reference="smoe-swiglu-shared", source="P2 table 2",
+        claims=claims(TABLE_2, "fine-grained-shared < smoe-swiglu-shared",
+            "mhmoe-swiglu-h2-shared < smoe-swiglu-shared", "mhmoe-swiglu-h2-shared < fine-grained-shared",
+            "mhmoe-swiglu-h3-shared < smoe-swiglu-shared", column=_MAIN)),
+    Experiment("p2-table3", "1.58-bit weights (BitNet)", _FOLDER, _STAGE, MODELS, paper=TABLE_3, source="P2 table 3",
+        claims=claims(TABLE_3, "mhmoe-swiglu-h2 < smoe-swiglu", "mhmoe-swiglu-h3 < smoe-swiglu", column=_MAIN),
+        unavailable="no layer here has 1.58-bit weights yet"),
     Experiment("p2-table4", "head and merge layers, with and without, in every sparse model", _FOLDER,
-        _STAGE, tuple(TABLE_4.values), paper=TABLE_4),
+        _STAGE, tuple(TABLE_4.values), paper=TABLE_4, source="P2 table 4",
+        claims=claims(TABLE_4, "smoe-swiglu-projections < smoe-swiglu", "fine-grained-projections < fine-grained",
+            "mhmoe-swiglu-h2 < mhmoe-swiglu-h2-no-projections", column=_HALF)),
     Experiment("p2-table5", "head and merge layers, one by one", _FOLDER,
-        _STAGE, tuple(TABLE_5.values), paper=TABLE_5),
+        _STAGE, tuple(TABLE_5.values), paper=TABLE_5, source="P2 table 5",
+        claims=claims(TABLE_5, "mhmoe-swiglu-h2-head-only < mhmoe-swiglu-h2-no-projections",
+            "mhmoe-swiglu-h2-merge-only < mhmoe-swiglu-h2-no-projections",
+            "mhmoe-swiglu-h2-head-only < mhmoe-swiglu-h2-merge-only", "mhmoe-swiglu-h2 < mhmoe-swiglu-h2-head-only",
+            column=_HALF)),
 )  # fmt: skip

@@ -151,6 +151,7 @@ class Experiment:
         source: where it is from: ``P1 table 5``, ``rebuttal``, ``P2 table 1``, ``ours``.
         claims: what its runs are to show.
         unavailable: why it cannot be run yet; empty: it can.
+        alone: speed is measured, so that nothing may run at the same time.
     """
 
     name: str
@@ -171,6 +172,7 @@ class Experiment:
     source: str = "ours"
     claims: tuple[Claim, ...] = ()
     unavailable: str = ""
+    alone: bool = False
 
     @property
     def report(self) -> str:

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.cpu.loop import loop_obstacle
-from ..moe.modes import compute_dtype
+from ..moe.modes import compute_dtype, eager_obstacle
 
 # A chunk's logits in float32, about as much as a cache holds; but where a row takes so much that fewer than these rows
 # fit, products would wait for the weight.
@@ -66,7 +65,7 @@ def predict(
     """
     parts = features.flatten(0, -2), layer.weight, layer.bias
     how = _How(compute_dtype(features), ignored, with_best)
-    if loop_obstacle(parts):
+    if eager_obstacle(parts):
         losses, is_best = _plain(parts, targets.flatten(), how)
     else:
         losses, is_best = _Predict.apply(*parts, targets.flatten(), how, torch.is_grad_enabled())
@@ -105,7 +104,7 @@ class _Predict(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor_N: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         *parts, targets_N = ctx.saved_tensors
-        if torch.is_grad_enabled() or loop_obstacle([factor_N]):  # create_graph, or a batch of gradients
+        if torch.is_grad_enabled() or eager_obstacle([factor_N]):  # create_graph, or a batch of gradients
             given = [part for part in parts if part is not None]
 
             def losses(*given: Tensor) -> Tensor:

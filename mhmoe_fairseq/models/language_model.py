@@ -51,10 +51,17 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
             features, extra = super().forward(prev_output_tokens, features_only=True, **kwargs)
             return self.predict(features, targets).losses, extra
 
-    def predict(self, features: Tensor, targets: Tensor, with_best: bool = False) -> Prediction:
-        """Losses of targets as ``forward`` gives them, and whether they are best, from features of any positions."""
+    def predict(
+        self, features: Tensor, targets: Tensor, with_best: bool = False, has_padding: bool = True
+    ) -> Prediction:
+        """Losses of targets as ``forward`` gives them, and whether they are best, from features of any positions.
+
+        Args:
+            has_padding: False where the padding symbol is a target like any other.
+        """
+        ignored = self.embed_tokens.padding_idx if has_padding else None
         with self.autocast(features.device.type):
-            return predict(features, self.output_projection, targets, self.embed_tokens.padding_idx, with_best)
+            return predict(features, self.output_projection, targets, ignored, with_best)
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """``(B, S, D)`` features and the same extras as ``forward``."""

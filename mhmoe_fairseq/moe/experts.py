@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ._expert_network import ExpertWeights, blocked_ffn, grouped_ffn, grouped_mm_supports
 from .config import MHMoEConfig
-from .cpu.loop import loop_ffn, loop_obstacle
+from .cpu.loop import loop_ffn
 from .dispatch import DispatchPlan, combine
-from .modes import compute_dtype, without_autocast
+from .modes import compute_dtype, eager_obstacle, without_autocast
 from .parallelism import ExpertParallelism, Traffic, exchanged_ffn
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
@@ -117,7 +117,7 @@ class ExpertFFN(nn.Module):
 
     def _backend_for(self, x_Nd: Tensor, weights: Sequence[Tensor | None] = ()) -> str:
         on_cpu = x_Nd.device.type == "cpu"
-        obstacle = loop_obstacle([x_Nd, *weights]) if self.backend == "loop" or on_cpu else None
+        obstacle = eager_obstacle([x_Nd, *weights]) if self.backend == "loop" or on_cpu else None
         if self.backend == "loop" and obstacle is not None:
             raise ValueError(f"backend 'loop' cannot be used {obstacle}: take 'auto' or 'blocked'")
         if self.backend != "auto":

@@ -1,8 +1,11 @@
 """PyTorch's modes around a computation: who differentiates or casts it."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def in_forward_mode() -> bool:
@@ -12,6 +15,29 @@ def in_forward_mode() -> bool:
     False
     """
     return forward_ad._current_level >= 0
+
+
+def eager_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
+    """Says why values cannot be read here and a hand-written backward not be called; None where they can.
+
+    The reason stands behind "cannot be used".
+
+    >>> eager_obstacle([torch.ones(1), None]) is None
+    True
+    """
+    # The first is a constant to torch.compile, which could not trace what follows.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+        return "where operations are traced (torch.compile, torch.export, torch.jit.trace, make_fx)"
+    if torch._C._are_functorch_transforms_active():  # what autograd.Function itself asks
+        return "under a transform of torch.func (grad, jvp, vmap, ...)"
+    if in_forward_mode():
+        return "in forward-mode differentiation (torch.autograd.forward_ad)"
+    for tensor in tensors:
+        if type(tensor) not in (Tensor, nn.Parameter, type(None)):
+            return f"on a {type(tensor).__name__}, which is no plain tensor"
+        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
+            return "on a batch of gradients (is_grads_batched)"
+    return None
 
 
 def without_autocast(device: str) -> torch.autocast:

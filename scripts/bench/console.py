@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -20,11 +21,12 @@ from mhmoe_fairseq.common.files import atomic_path
 from mhmoe_fairseq.common.tables import markdown_table
 
 from .memory import proc
-from .timing import MIN_PAIRS, Clock, Operator
+from .timing import MIN_PAIRS, Operator
 
 Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "torchscale", "fairseq", "fairseq-fixed", "transformers")
+LOAD = os.getloadavg()  # before a benchmark adds to it
 WIDE_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
@@ -78,17 +80,16 @@ def report_path(output: Path | None, kind: str = "") -> Path:
 
 
 def write_report(
-    path: Path, title: str, threads: object, targets: Iterable[Target], sections: Mapping[str, str],
-    clock: Clock | None = None,
-) -> None:  # fmt: skip
+    path: Path, title: str, args: argparse.Namespace, targets: Iterable[Target], sections: Mapping[str, str]
+) -> None:
     """Replaces the report at ``path``: title, command, machine and targets, then the sections that are not empty."""
-    script = Path(sys.argv[0]).resolve()
-    name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else script.name
+    name = str(Path(sys.argv[0]).resolve()).removeprefix(f"{ROOT}/")
     verdicts = "\n".join(f"- {'met' if met else '**missed**'}: {promise}" for promise, met in targets)
+    times = "CPU time of all threads of a process" if args.clock is time.process_time else "wall clock"
     parts = [
         f"# {title}, {datetime.date.today().isoformat()}",
-        f"Command: `{shlex.join(['python', str(name), *sys.argv[1:]])}`",
-        markdown_table(("what", "value"), _machine(threads, clock)),
+        f"Command: `{shlex.join(['python', name, *sys.argv[1:]])}`",
+        markdown_table(("what", "value"), [*_machine(), ("Threads", f"{args.threads}"), ("Times", times)]),
         f"## Targets\n\n{verdicts or 'None of the settings that the targets speak of was measured.'}",
         *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
     ]
@@ -105,18 +106,18 @@ def operator_sections(profiles: Mapping[object, Iterable[Operator]]) -> dict[str
     return found
 
 
-def _machine(threads: object, clock: Clock | None) -> list[tuple[str, str]]:
-    """Returns what a reader needs to judge the numbers, as rows (what, value): hardware, versions, threads, load."""
+@functools.cache
+def _machine() -> list[tuple[str, str]]:
+    """Returns hardware, versions and load as rows (what, value), read once."""
     flags, memory = proc("cpuinfo", "flags").split(), proc("meminfo", "MemTotal")
     installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
     return [
         ("Processor", proc("cpuinfo", "model name") or platform.processor()),
         ("Wide units", ", ".join(unit for unit in WIDE_UNITS if unit in flags) or "unknown"),
-        ("Cores seen, threads used", f"{os.cpu_count()}, {threads}"),
+        ("Cores", f"{os.cpu_count()}"),
         ("Memory", f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"),
         ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
         ("Float32 products", f"MKL: {torch.backends.mkl.is_available()}, {torch.get_float32_matmul_precision()}"),
-        ("Times", "CPU time of all threads of a process" if clock is time.process_time else "wall clock"),
-        ("Load average at the start", ", ".join(f"{value:.2f}" for value in os.getloadavg())),
+        ("Load average at the start", ", ".join(f"{value:.2f}" for value in LOAD)),
     ]

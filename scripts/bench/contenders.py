@@ -21,6 +21,7 @@ from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 # cast in every step, with float32 gradients: what training with --mhmoe-precision bf16 does.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "autocast": torch.bfloat16}
 BALANCE_WEIGHT, SEED = 0.01, 1
+INPUTS = 8  # taken in turn: experts get other numbers of rows in every step, as in training
 SIZES = {
     "embed_dim": ("D", "model dimension"), "num_heads": ("H", "MH-MoE heads"), "num_experts": ("E", "experts"),
     "top_k": ("K", "experts per sub-token"), "ffn_dim": ("F", "inner width of an expert"),
@@ -73,9 +74,8 @@ class BetweenProjections(nn.Module):
         self.merge_projection = ours.merge_projection if self.config.has_merge_projection else nn.Identity()
 
     def forward(self, x: Tensor) -> SimpleNamespace:
-        output = self.experts_of(self.head_projection(x).view(-1, self.config.subtoken_dim))
-        hidden = self.merge_projection(output.hidden.reshape(x.shape))
-        return SimpleNamespace(hidden=hidden, balance_loss=output.balance_loss)
+        y = self.experts_of(self.head_projection(x).view(-1, self.config.subtoken_dim))
+        return SimpleNamespace(hidden=self.merge_projection(y.hidden.reshape(x.shape)), balance_loss=y.balance_loss)
 
 
 class PlainLoop(BetweenProjections):
@@ -181,16 +181,18 @@ class Step:
         self.module = module.to(dtype)
         self.parameters = list(module.parameters())
         generator, shape = torch.Generator().manual_seed(SEED), (setting.tokens, setting.embed_dim)
-        self.x, self.grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        self.x.requires_grad_()  # as inside a network
-        self.tensors = [*self.parameters, *module.buffers(), self.x, self.grad]  # exist before and after a step
+        self.grad, *inputs = (torch.randn(shape, generator=generator).to(dtype) for _ in range(1 + INPUTS))
+        self.inputs = [x.requires_grad_() for x in inputs]  # as inside a network
+        self.tensors = [*self.parameters, *module.buffers(), *inputs, self.grad]  # exist before and after a step
 
     def clear(self) -> None:
-        for tensor in (self.x, *self.parameters):
+        for tensor in (*self.inputs, *self.parameters):
             tensor.grad = None
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         self.clear()
+        self.x = self.inputs.pop(0)
+        self.inputs.append(self.x)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.module(self.x)
         roots, gradients = [output.hidden], [self.grad.to(output.hidden.dtype)]
@@ -225,8 +227,7 @@ RIVALS = [name for name in CONTENDERS if not name.startswith("mhmoe")]
 def build(name: str, setting: Setting) -> Callable[[], object]:
     """Returns the named contender, ready to be called: one call is one forward and backward pass."""
     torch.manual_seed(SEED)  # of the weights, which all have
-    _, module, is_swiglu, _ = CONTENDERS[name]
-    config = setting.config(is_swiglu)
+    module, config = CONTENDERS[name].module, setting.config(CONTENDERS[name].is_swiglu)
     if module is None:
         return gemm_bound(config, setting.tokens, DTYPES[setting.dtype])
     return Step(module(MHMoELayer(config)), setting)

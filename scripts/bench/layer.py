@@ -256,8 +256,7 @@ class Run:
             "Notes": "\n".join(f"- {note}" for note in self.results.notes),
             "Plot": f"![Time by size]({plot.name})" if plot.exists() and not state else "",
         }
-        title, verdicts = f"MH-MoE layer benchmark{state}", targets(self.results)
-        console.write_report(self.path, title, self.args.threads, verdicts, sections, self.args.clock)
+        console.write_report(self.path, f"MH-MoE layer benchmark{state}", self.args, targets(self.results), sections)
 
     def memory(self, setting: Setting, name: str, _: str) -> None:
         """Measures a contender in a process that does nothing else."""

@@ -87,7 +87,6 @@ def measure(call: Callable[[], object], clear: Callable[[], None], existing: Ite
 
 def ratios_text(ours: Peak, theirs: Peak) -> tuple[str, float]:
     """Returns both measures of two peaks in words, and the larger ratio."""
-    both = [what for what in ("tensors", "resident") if ours[what] and theirs[what]]
-    ratios = {what: ours[what] / theirs[what] for what in both}
+    ratios = {what: ours[what] / size for what, size in theirs.items() if ours[what] and size}
     texts = [f"{what} {ours[what]:.0f} / {theirs[what]:.0f} MiB = {of:.2f}x" for what, of in ratios.items()]
     return ", ".join(texts), max(ratios.values())

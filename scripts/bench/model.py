@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> tuple[Path, list[Target]]:
         ),
     }
     targets = list(decide(results, args))
-    console.write_report(path, "Whole-model benchmark", args.threads, targets, sections, args.clock)
+    console.write_report(path, "Whole-model benchmark", args, targets, sections)
     return path, targets
 
 

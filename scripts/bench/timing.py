@@ -1,6 +1,5 @@
 """Interleaved timing: two callables take turns, so that a slow moment hits both; and which operators take the time."""
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,8 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from mhmoe_fairseq.common import timing
+from mhmoe_fairseq.common.timing import Clock, no_garbage_collection
+
 MIN_PAIRS = 7
-Clock = Callable[[], float]  # the wall's, or ``time.process_time``: CPU time, summed over the threads
 Operator = tuple[str, float, float]  # name, milliseconds per call, share of all operators
 
 
@@ -40,26 +41,15 @@ class Pairs(NamedTuple):
 
 def seconds(call: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Time of one call by ``clock``, with Python's garbage collector held off."""
-    gc.collect()
-    gc.disable()
-    try:
+    with no_garbage_collection():
         start = clock()
         call()
         return clock() - start
-    finally:
-        gc.enable()
 
 
 def take_turns(turns: Sequence[Callable[[], float]], pairs: int, after: Callable[[], object]) -> Pairs:
     """Asks two for a time, once in vain and then pair by pair; every other pair starts with the second."""
-    for turn in turns:
-        turn()
-    times: tuple[list[float], list[float]] = ([], [])
-    for pair in range(pairs):
-        for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[which].append(turns[which]())
-        after()
-    return Pairs(tuple(times[0]), tuple(times[1]))
+    return Pairs(*map(tuple, timing.take_turns(turns, pairs, after)))
 
 
 def operator_times(call: Callable[[], object], least: float = 0.02, repeats: int = 3) -> list[Operator]:

@@ -4,6 +4,7 @@ The process builds what ``fairseq-train`` builds of the same flags, and steps fa
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
 import multiprocessing
@@ -25,11 +26,13 @@ from fairseq.trainer import Trainer
 
 import mhmoe_fairseq
 from mhmoe_fairseq.common.ranges import flag
+from mhmoe_fairseq.common.timing import Clock, no_garbage_collection
+from mhmoe_fairseq.evaluation.speed import continue_greedily
 from mhmoe_fairseq.models.architectures import SIZES, architecture_options
 from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
 
 from .memory import Peak, measure
-from .timing import Clock, Operator, operator_times, seconds
+from .timing import Operator, operator_times, seconds
 
 SEED = 1
 UPDATES = 8  # different batches; then the first comes again
@@ -207,18 +210,14 @@ class Steps:
         generator = torch.Generator().manual_seed(SEED)
         return torch.randint(self.dictionary.nspecial, len(self.dictionary), (rows, length), generator=generator)
 
-    @torch.no_grad()
     def decode(self, rows: int) -> tuple[float, dict[str, float]]:
         """Takes one-token steps with cached keys and values after an untimed prefix; returns the time of one."""
-        tokens, state = self.tokens(rows, PREFIX + STEPS), {"is_first_step": True}
-        self.trainer.model(tokens[:, :PREFIX], incremental_state=state)
-        state["is_first_step"] = False
-
-        def steps() -> None:
-            for length in range(PREFIX + 1, PREFIX + STEPS + 1):
-                self.trainer.model(tokens[:, :length], incremental_state=state)
-
-        return seconds(steps, self.clock) / STEPS, {}
+        decoder, prefix = self.trainer.model.decoder, self.tokens(rows, PREFIX)
+        if not hasattr(decoder, "autocast"):  # stock fairseq's
+            decoder.autocast = lambda device_type: contextlib.nullcontext()
+        with no_garbage_collection():
+            timing = continue_greedily(decoder, prefix, STEPS + 1, self.dictionary.pad(), self.clock)[1]
+        return timing.steps / STEPS, {}
 
     @torch.no_grad()
     def score(self, rows: int) -> tuple[float, dict[str, float]]:
@@ -242,8 +241,7 @@ def write_zipf_data(folder: Path, args: argparse.Namespace) -> str:
     (folder / "dict.txt").write_text("".join(f"w{rank} {args.vocab - rank}\n" for rank in range(args.vocab)))
     generator = torch.Generator().manual_seed(SEED)
     weights = 1 / (torch.arange(args.vocab, dtype=torch.float64) + 2.7)
-    total = UPDATES * args.sentences * args.tokens_per_sample
-    drawn = torch.multinomial(weights, total, replacement=True, generator=generator)
+    drawn = torch.multinomial(weights, UPDATES * args.sentences * args.tokens_per_sample, True, generator=generator)
     builder = indexed_dataset.make_builder(str(folder / "train.bin"), impl="mmap", vocab_size=args.vocab + 4)
     for sentence in (drawn + 4).int().split(args.tokens_per_sample):  # after fairseq's special symbols
         builder.add_item(sentence)

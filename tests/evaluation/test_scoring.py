@@ -176,6 +176,15 @@ def test_models_of_every_kind_equal_fairseqs_scores(arch, flags):
         )
 
 
+def test_the_padding_symbol_in_a_text_is_no_certain_token():
+    hub = TinyHub("mhmoe_lm_tiny")
+    padding = hub.src_dict.pad()
+    [score] = TextScorer(hub).score_all([([5, 9], [padding])])
+    with torch.no_grad():
+        log_probs = hub.models[0](torch.tensor([[hub.src_dict.eos(), 5, 9]]))[0][0, -1].log_softmax(-1)
+    assert score.log_prob == pytest.approx(log_probs[padding].item(), rel=1e-6) and not score.is_greedy
+
+
 def test_a_language_symbol_leads_every_window():
     hub = TinyHub("mhmoe_lm_tiny")
     german = hub.src_dict.index("__de__")

@@ -101,7 +101,7 @@ def normed_linear(kind, activation, rows, norm_w, norm_b, weight, bias, grad):
     none = dict.fromkeys(ExpertWeights._fields)
     own = {"layernorm_weight": norm_w, "layernorm_bias": norm_b, "fc1_weight": weight.t(), "fc2_weight": weight}
     weights = ExpertWeights(**{**none, **own})
-    inner, piece = kind(InnerSettings(activation, 0.0, 0), len(rows), rows), slice(0, len(rows))
+    inner, piece = kind(InnerSettings(activation, 0.0, 0), len(rows), rows, True), slice(0, len(rows))
     layer, hidden = NormedLinear.of(norm_w, norm_b, weight, bias), rows.clone()
     mean, rstd = torch.empty(2, len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
     output = torch.mm(inner.forward(weights, piece, hidden, None, (mean, rstd)), weight.t())

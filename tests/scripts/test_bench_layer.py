@@ -67,7 +67,9 @@ def test_rivals_compute_our_function(ours, rival, setting):
     if rival == "mixtral-eager":
         pytest.importorskip("transformers", reason="an optional rival of the benchmark")
     first, second = build(ours, setting), build(rival, setting)
+    first(), second()  # on another input than the next
     (hidden, balance), (hidden_other, balance_other) = first(), second()
+    assert first.inputs[0].ne(first.inputs[1]).all()
     assert relative_error(hidden, hidden_other) < 1e-5
     if balance_other is not None:
         assert relative_error(balance, balance_other) < 1e-5 and relative_error(first.x.grad, second.x.grad) < 1e-5

@@ -14,6 +14,9 @@ from .runs import Model, all_records, evaluations, read_model, require_one_data
 _NOTES = {
     "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages. bits/byte and bits/char "
     "divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
+    "speed": "BATCHxPROMPT+NEW, such as 4x7+16: so many prompts of so many tokens, continued greedily by so many each; "
+    "output tokens/s: new tokens over the time of prompts and continuations; prompt tokens/s: the prompts' tokens over "
+    "the time to the first new one; medians of rounds in which the checkpoints took turns.",
     "masked": "Masked positions: every image and text once, with the same masks for every model. ppl: perplexity per "
     "masked position, of patches among the visual tokenizer's ids and of words among the dictionary; all: patches and "
     "words together; right: share of masked positions whose most probable symbol is the right one; without context: a "

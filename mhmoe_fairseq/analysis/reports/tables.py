@@ -13,7 +13,7 @@ from .routing import mean
 from .runs import Model, Run, all_records, evaluations, mean_and_deviation
 
 # Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
-# is shown of every split, the others of the report's own.
+# is shown of every split, the others of the report's own; of speed, whose splits are workloads, all.
 HEADLINES = {
     "perplexity": (("ppl", "perplexity"), ("bits/byte", "bits/byte")),
     "masked": (("ppl", "perplexity"),),
@@ -24,8 +24,12 @@ HEADLINES = {
     "image classification": (("classes", "top-1"),),
     "retrieval": (("recall", "mean recall"),),
     "zero-shot": (("accuracy", "accuracy"),),
+    "speed": (("output tokens/s", "output tokens/s"), ("prompt tokens/s", "prompt tokens/s")),
 }
-DIGITS = {"bits/character": 4, "bits/byte": 4}
+DIGITS = {
+    "bits/character": 4, "bits/byte": 4, "output tokens/s": 1, "input tokens/s": 1, "prompt tokens/s": 1,
+    "training tokens/s": 0,
+}  # fmt: skip
 SHORT = {"perplexity": "ppl", "bits/character": "bits/char", "accuracy": "right"}
 LOWER_IS_BETTER = ("perplexity", "loss", "bits/character", "bits/byte")
 PART_NAMES = {
@@ -86,6 +90,9 @@ class Column:
 
     def measured(self, model: Model) -> dict[str, Metric]:
         """Seed -> the metric, where it was measured."""
+        if self.what == TRAINING_SPEED.what:
+            speeds = {run.path.name: run.log.tokens_per_second() for run in model.runs}
+            return {name: Metric(speed, "tokens/s") for name, speed in speeds.items() if speed is not None}
         found = {}
         for run, record in all_records([model]):
             metrics = record.metrics if self.part is None else record.parts.get(self.part, {})
@@ -110,6 +117,10 @@ class Column:
         return {name: value for metric in self.metrics(models)[::-1] for name, value in metric.baselines.items()}
 
 
+# Of the log, whatever was evaluated.
+TRAINING_SPEED = Column("training tokens/s", "training", "train", "training tokens/s")
+
+
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:
     """The metrics that any model has, in the order of ``HEADLINES``."""
     measured = evaluations(models)
@@ -118,7 +129,7 @@ def columns_of(models: Sequence[Model], split: str) -> list[Column]:
         for what, headlines in HEADLINES.items()
         for name in measured.get(what, ())
         for title, metric in headlines
-        if metric == headlines[0][1] or name == split
+        if metric == headlines[0][1] or name == split or what == "speed"
     ]
     return [column for column in columns if any(map(column.values, models))]
 
@@ -161,7 +172,7 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         "parameters": [millions(size.get("parameters")) for size in sizes],
         "active": [millions(size.get("active")) for size in sizes],
         "MFLOPs/token": [number(size["flops_per_token"] / 1e6) if size else MISSING for size in sizes],
-        "tokens/s": [spread(_speeds(model), 0) for model in models],
+        "tokens/s": [TRAINING_SPEED.cell(model) for model in models],
         "updates": [_updates(model, ",") for model in models],
         **{column.title: [column.cell(model) for model in models] for column in columns},
         "active experts": [_mean_share(model, split, ExpertLoads.active) for model in models],
@@ -178,11 +189,6 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         for title, cells in table.items():
             cells.append(f"*{guess}*" if title == "model" else row.get(title, MISSING))
     return columns_table(table)
-
-
-def _speeds(model: Model) -> list[float]:
-    """Tokens per second of each run that logged them."""
-    return [speed for run in model.runs if (speed := run.log.tokens_per_second()) is not None]
 
 
 def _updates(model: Model, form: str = "") -> str:
@@ -310,6 +316,8 @@ def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], 
     """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
     measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
     measured.sort(key=lambda names: names[1] != split)
-    known = [column for column in columns if column.title == title or (column.metric, column.split) == (title, split)]
+    known = [*columns, TRAINING_SPEED]
+    known = [column for column in known if column.title == title or (column.metric, column.split) == (title, split)]
     known += [Column(title, what, name, metric, title) for what, name in measured]
+    known += [Column(title, what, name, title.removeprefix(f"{name} ")) for what, name in measured]
     return next((values for column in known if (values := column.values(model))), [])

@@ -39,12 +39,13 @@ class Inner:
     Args:
         rows: of the largest piece.
         hidden_RF: whose width and dtype the pieces have.
+        has_backward: make room for gradients, too.
     """
 
-    def __init__(self, settings: InnerSettings, rows: int, hidden_RF: Tensor) -> None:
+    def __init__(self, settings: InnerSettings, rows: int, hidden_RF: Tensor, has_backward: bool) -> None:
         self._settings = settings
-        # Activation, gradient, the SwiGLU gate's gradient, dropout's scale.
-        count = 2 + (settings.activation == "swiglu") + bool(settings.dropout)
+        # Activation, in the backward its gradient and that of the SwiGLU gate, dropout's scale.
+        count = 1 + has_backward * (1 + (settings.activation == "swiglu")) + bool(settings.dropout)
         self._scratch = _cpu_memory.empty((count, rows, hidden_RF.size(1)), hidden_RF)
 
     def forward(
@@ -150,10 +151,10 @@ class FusedInner(Inner):
         return inner, grad, None
 
 
-def inner_of(settings: InnerSettings, rows: int, hidden_RF: Tensor) -> Inner:
+def inner_of(settings: InnerSettings, rows: int, hidden_RF: Tensor, has_backward: bool) -> Inner:
     """The fastest that can do what is asked."""
     kind = FusedInner if FusedInner.applies(settings, hidden_RF.dtype) else Inner
-    return kind(settings, rows, hidden_RF)
+    return kind(settings, rows, hidden_RF, has_backward)
 
 
 def _vectors(weights: ExpertWeights) -> Sequence[Tensor | None]:

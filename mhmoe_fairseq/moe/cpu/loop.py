@@ -7,22 +7,20 @@ It computes in the dtype of its input. Weights of another, as under autocast, ar
 gradients are summed in their own dtype.
 
 Values are read on the host and written to memory of its own, and the backward is no graph. So the loop cannot be
-traced or transformed (:func:`loop_obstacle`), and where a gradient is to be differentiated again its backward computes
+traced or transformed (:func:`eager_obstacle`), and where a gradient is to be differentiated again its backward computes
 it anew in autograd's operations, with the same dropout.
 """
 
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch import Tensor
 
 from .._expert_network import ExpertWeights, expert_network
 from ..dispatch import DispatchPlan, combine
-from ..modes import in_forward_mode, without_autocast
+from ..modes import eager_obstacle, without_autocast
 from . import memory as _cpu_memory
 from .inner import FusedInner, InnerSettings, dropout_scale, inner_of
 from .norm import NormedLinear, parameter_grads
@@ -68,23 +66,6 @@ def _whole_experts(x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: 
     return combine(y_Rd, gates_NK, plan)
 
 
-def loop_obstacle(tensors: Iterable[Tensor | None]) -> str | None:
-    """Where the loop cannot compute what is asked: the reason, to stand behind "cannot be used"; None where it can."""
-    # The first is a constant to torch.compile, which could not trace what follows.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
-        return "where operations are traced (torch.compile, torch.export, torch.jit.trace, make_fx)"
-    if torch._C._are_functorch_transforms_active():  # what autograd.Function itself asks
-        return "under a transform of torch.func (grad, jvp, vmap, ...)"
-    if in_forward_mode():
-        return "in forward-mode differentiation (torch.autograd.forward_ad)"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter, type(None)):
-            return f"on a {type(tensor).__name__}, which is no plain tensor"
-        if tensor is not None and torch._C._functorch.is_legacy_batchedtensor(tensor):
-            return "on a batch of gradients (is_grads_batched)"
-    return None
-
-
 def _at(stacked: Tensor | None, expert: int) -> Tensor | None:
     return None if stacked is None else stacked[expert]
 
@@ -128,7 +109,7 @@ class _LoopFFN(torch.autograd.Function):
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         gate_RF = None if given.gate_weight is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         stats_2R = x_Nd.new_empty((2, kept_rows), dtype=torch.promote_types(x_Nd.dtype, torch.float32))
-        inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF)
+        inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF, has_backward=False)
         y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[layout.ends[-1] :].zero_()  # rows of the virtual expert
         of_experts = list(zip(_of_experts(given), _of_experts(cast)))
@@ -160,7 +141,7 @@ class _LoopFFN(torch.autograd.Function):
         x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *both = ctx.saved_tensors
         count = len(ExpertWeights._fields)
         cast, weights = ExpertWeights(*both[:count]), ExpertWeights(*both[count:])
-        if torch.is_grad_enabled() or loop_obstacle([grad_Nd]):  # create_graph, or a batch of gradients
+        if torch.is_grad_enabled() or eager_obstacle([grad_Nd]):  # create_graph, or a batch of gradients
             return _differentiable_backward(ctx, grad_Nd, x_Nd, gates_NK, weights)
         layout: Layout = ctx.layout
         grads = _Gradients(weights, ctx.needs_input_grad[5:], layout.ends)
@@ -169,7 +150,7 @@ class _LoopFFN(torch.autograd.Function):
         gates_grad_R = stats_2R.new_zeros(len(y_Rd))
         x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
         x_grad_Rd[layout.ends[-1] :].zero_()
-        inner = inner_of(ctx.settings, min(len(y_Rd), _PIECE_ROWS), hidden_RF)
+        inner = inner_of(ctx.settings, min(len(y_Rd), _PIECE_ROWS), hidden_RF, has_backward=True)
         of_experts = list(zip(_of_experts(weights), _of_experts(cast)))
 
         for expert, pieces in layout.pieces(_PIECE_ROWS):

@@ -255,3 +255,16 @@ def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:
     assert list(find_runs([runs], ["mhmoe", "dense"])) == ["mhmoe", "dense"]
     with pytest.raises(ValueError, match=r"--names: no run of xmoe \(there are dense, mhmoe\)"):
         find_runs([runs], ["xmoe"])
+
+
+def test_speeds_stand_beside_the_papers(tmp_path: Path) -> None:
+    speeds = {"output tokens/s": Metric(64.0, "tokens/s"), "input tokens/s": Metric(28.0, "tokens/s")}
+    write_run(tmp_path / "xmoe", make_record(text_metrics(20.0)), make_record(speeds, "speed", split="4x7+16"))
+    columns = {"input": "4x7+16 input tokens/s", "output": "4x7+16 output tokens/s", "training": "training tokens/s"}
+    paper = PaperTable("P", "x", {"xmoe": {"input": 18.47, "output": 45.47, "training": 33.98}}, "", columns)
+    text = report(tmp_path / "xmoe", tmp_path / "report.md", plots=False, paper=paper)
+    row = row_of(text, "xmoe")
+    assert (row["4x7+16 output tokens/s"], row["tokens/s"], row["test ppl"]) == ("64.0", "800", "20.00")
+    assert "BATCHxPROMPT+NEW" in text and "4x7+16 input" not in row
+    assert list(row_of(text, "xmoe, paper", table=1).values()) == ["xmoe, paper", "18.47", "45.47", "33.98"]
+    assert list(row_of(text, "xmoe, ours", table=1).values()) == ["xmoe, ours", "28.00", "64.00", "800.00"]

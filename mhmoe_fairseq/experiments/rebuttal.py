@@ -1,0 +1,48 @@
+"""What P1's authors answered their reviewers (OpenReview, NeurIPS 2024): speed."""
+
+from dataclasses import replace
+
+from ..analysis.reports.tables import PaperTable
+from .language_models import ENGLISH, SEEDS, claims
+from .spec import Experiment, Stage
+
+REBUTTAL = "P1's authors to their reviewers (OpenReview, NeurIPS 2024)"
+# Their SMoE is X-MoE here, so that all models have one router and heads and budget alone differ. The authors do not say
+# which budget MH-MoE had: their numbers stand beside the one that they chose for the paper's tables, parameters.
+THROUGHPUT = PaperTable(
+    f"{REBUTTAL}: throughput in training",
+    "training tokens/s",
+    {"xmoe-static": 32.21, "xmoe": 33.98, "mhmoe-params-static": 25.77, "mhmoe-params": 31.93},
+    "Tokens/s on 8 RTX 3090, as they give them; static: slots of a fixed number, ours --mhmoe-routing capacity, which "
+    "drops as TorchScale does and pads nothing; else dropless.",
+)
+_INFERENCE = {"xmoe": (18.47, 45.47), "mhmoe-params-h2": (18.25, 44.92), "mhmoe-params": (18.18, 44.74)}
+_WORKLOADS = {"input": "4x7+16 input tokens/s", "output": "4x7+16 output tokens/s"}
+INFERENCE = PaperTable(
+    f"{REBUTTAL}: inference by heads",
+    "output tokens/s",
+    {model: dict(zip(_WORKLOADS, speeds)) for model, speeds in _INFERENCE.items()},
+    "Tokens/s of prompts and of new tokens over one time; vLLM, Mixtral 8x7B's shape, 4 A6000. Their input is 26/64 of "
+    "output, as in vLLM's example: 4 prompts of 26 tokens in all, 16 new ones each. Ours: 4 prompts of 7, in PyTorch.",
+    _WORKLOADS,
+)
+# Short trainings: what was learnt hardly changes a speed. Seeds are repetitions, the models by turns.
+SPEED = ENGLISH.variant(
+    "",
+    {name: replace(scale, updates=120, validations=1, seeds=SEEDS, lrs=()) for name, scale in ENGLISH.scales.items()},
+)
+
+EXPERIMENTS = (
+    Experiment("rebuttal-throughput", "tokens/s in training, static and dynamic routing; run nothing beside it",
+        "speed", (Stage(SPEED),),
+        tuple(f"{model}{end}" for model in ("xmoe", "mhmoe-params", "mhmoe-flops") for end in ("-static", "")),
+        paper=THROUGHPUT, reference="xmoe", source="rebuttal", alone=True,
+        claims=claims(THROUGHPUT, "xmoe < xmoe-static", "mhmoe-params < mhmoe-params-static", "xmoe < mhmoe-params",
+            what="training", split="train")),
+    Experiment("rebuttal-inference", "tokens/s in use, by heads; run nothing beside it", "speed", (Stage(SPEED),),
+        ("xmoe", *(f"mhmoe-{budget}{heads}" for budget in ("params", "flops") for heads in ("-h2", ""))),
+        after=("mhmoe evaluate {runs} --data {data} --speed 4x7+16 32x32+32",),
+        paper=INFERENCE, reference="xmoe", source="rebuttal", alone=True,
+        claims=claims(INFERENCE, "xmoe < mhmoe-params-h2", "mhmoe-params-h2 < mhmoe-params",
+            column="output", what="speed", split="4x7+16")),
+)  # fmt: skip
