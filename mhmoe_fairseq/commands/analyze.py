@@ -1,9 +1,11 @@
 """``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, or
-(``--diversity``) to how many experts the patches of images go over a training; tables, JSON and plots."""
+to how many experts patches of images (``--diversity``) or polysemous words (``--polysemy``) go over a training; tables,
+JSON and plots."""
 
 import argparse
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..common.arguments import (
     add_device_arguments,
@@ -25,14 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # of images: the first that the folder has
-_OF_ONE_KIND = {True: ("threshold", "batch_size"), False: ("image", "images")}  # flags that need the other kind
+# What is measured, and flags that have a meaning for it; other flags have one for all.
+_FLAGS = {
+    "": ("threshold", "batch_size"),
+    "--diversity": ("image", "images"),
+    "--polysemy": ("batch_size", "tiktoken_ranks"),
+}
+Measured = TypeVar("Measured")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``mhmoe analyze``."""
     parser.add_argument(
         "checkpoints", type=existing_file, nargs="+", metavar="CHECKPOINT",
-        help="checkpoint file of a model with experts; several of one training with --diversity",
+        help="checkpoint file of a model with experts; several of one training with --diversity or --polysemy",
     )  # fmt: skip
     parser.add_argument(
         "--data", type=existing_folder, required=True, metavar="DIR", help="prepared folder with the split"
@@ -40,16 +48,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", type=plain_name, default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
-        help="folder for routing-SPLIT.json and its plots, or diversity.json and its plots (default: the checkpoint's)",
+        help="folder for routing-SPLIT.json, diversity.json or polysemy-SPLIT.json and plots (default: checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=real(at_least=0, at_most=1), metavar="SHARE",
         help=f"an expert is active from this share of the uniform load on (default: {ACTIVE_THRESHOLD})",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=whole(), metavar="N", help="blocks, or images, per batch")
-    parser.add_argument(
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
         "--diversity", action="store_true",
         help="show to how many experts the patches of images go, a row for every checkpoint (P1's figures 8 and 10)",
+    )  # fmt: skip
+    kind.add_argument(
+        "--polysemy", type=existing_file, metavar="WORDS",
+        help="show to how many experts the tokens of polysemous words go, beside a matched control, a row for every "
+        "checkpoint (P1's figure 7): words.json of mhmoe prepare words, or lists of your own, "
+        '{"polysemous": ["bank", ...], "control": ["river", ...]}',
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiktoken-ranks", type=existing_file, metavar="FILE",
+        help="with --polysemy: rank file of data that were prepared with tiktoken",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -67,14 +86,16 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print and write; a bad flag, checkpoint, image or data folder ends it before the measurement."""
     from ..analysis.reports.plots import require_matplotlib
 
-    for name in _OF_ONE_KIND[args.diversity]:
+    kind = "--diversity" if args.diversity else "--polysemy" if args.polysemy else ""
+    for name in sorted({name for names in _FLAGS.values() for name in names} - {*_FLAGS[kind]}):
         if getattr(args, name) is not None:
-            raise UserError(f"{flag(name)} {'has no meaning with' if args.diversity else 'needs'} --diversity")
-    if len(args.checkpoints) > 1 and not args.diversity:
-        raise UserError("several checkpoints need --diversity")
+            needed = " or ".join(other for other, names in _FLAGS.items() if name in names)
+            raise UserError(f"{flag(name)} {f'has no meaning with {kind}' if kind else f'needs {needed}'}")
+    if len(args.checkpoints) > 1 and not kind:
+        raise UserError("several checkpoints need --diversity or --polysemy")
     if not args.no_plots:
         require_matplotlib()
-    files = _analyze_diversity(args) if args.diversity else _analyze_routing(args)
+    files = {"": _analyze_routing, "--diversity": _analyze_diversity, "--polysemy": _analyze_polysemy}[kind](args)
     say(f"written: {', '.join(map(str, files))}")
     return 0
 
@@ -126,7 +147,6 @@ def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
     """Route images with every checkpoint, print, write and draw to how many experts their patches go."""
     from ..analysis.routing.diversity import measure_diversity, prepare_images
     from ..checkpoints.open import read_settings
-    from ..evaluation.evaluate import describe_checkpoint
 
     paths = args.image or choose_images(args.data, args.split, args.images or 8)
     require_files(paths, "--data")
@@ -138,15 +158,52 @@ def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
     if img_size is None:
         raise UserError(f"{args.checkpoints[0]} is a language model: it has no image patches")
     images = prepare_images(paths, img_size)
-    # A training's last checkpoint is often its best, too: one of each number of updates is enough.
-    origins = {origin["updates"] or 0: origin for origin in map(describe_checkpoint, reversed(args.checkpoints))}
-    measured = []
+
+    def measure(origin: dict[str, Any]) -> dict[str, Any]:
+        say(f"routing {len(images)} images with {origin['path']}")
+        return measure_diversity(origin, args.data, images, "cpu" if args.cpu else None, args.precision)
+
     with quiet():
-        for _, origin in sorted(origins.items()):
-            say(f"routing {len(images)} images with {origin['path']}")
-            measured.append(measure_diversity(origin, args.data, images, "cpu" if args.cpu else None, args.precision))
+        measured = _over_updates(args.checkpoints, measure)
         files = _write_diversity(args, measured, paths, images)
     say(describe_diversity(measured))
+    return files
+
+
+def _over_updates(checkpoints: Iterable[Path], measure: Callable[[dict[str, Any]], Measured]) -> list[Measured]:
+    """What is measured of each checkpoint, described as ``describe_checkpoint`` does, in the order of updates."""
+    from ..evaluation.evaluate import describe_checkpoint
+
+    # A training's last checkpoint is often its best, too: one of each number of updates is enough.
+    origins = {origin["updates"] or 0: origin for origin in map(describe_checkpoint, reversed([*checkpoints]))}
+    return [measure(origin) for _, origin in sorted(origins.items())]
+
+
+def _analyze_polysemy(args: argparse.Namespace) -> list[Path]:
+    """Route a split with every checkpoint, print, write and draw to how many experts the words of both lists go."""
+    from ..analysis.reports.plots import draw_all
+    from ..analysis.reports.polysemy import course_of, describe_polysemy, polysemy_plots
+    from ..analysis.routing.polysemy import measure_polysemy
+    from ..data.word_lists import read_word_lists
+
+    lists, device = read_word_lists(args.polysemy), "cpu" if args.cpu else None
+
+    def measure(origin: dict[str, Any]) -> Record:
+        say(f"routing {args.split} with {origin['path']}")
+        return measure_polysemy(
+            Path(origin["path"]), args.data, args.split, lists, args.tiktoken_ranks, args.batch_size, device,
+            args.precision,
+        )  # fmt: skip
+
+    with quiet():
+        records = _over_updates(args.checkpoints, measure)
+        out = args.out or args.checkpoints[0].parent
+        files = [out / f"polysemy-{args.split}.json"]
+        write_record(files[0], course_of(records))
+        if not args.no_plots:
+            plots = polysemy_plots(files[0].stem, args.checkpoints[0].resolve().parent.name, records)
+            files += [path for _, path in draw_all(out, plots)]
+    say(describe_polysemy(records))
     return files
 
 

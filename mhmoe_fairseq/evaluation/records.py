@@ -22,7 +22,7 @@ from ..common.provenance import timestamp, versions
 SCHEMA = "mhmoe-record/1"
 KINDS = (
     "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
-    "image classification", "zero-shot", "routing", "speed",
+    "image classification", "zero-shot", "routing", "polysemy", "speed",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
 _PACKAGES = (  # that a metric may depend on

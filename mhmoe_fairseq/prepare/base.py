@@ -15,18 +15,12 @@ from ..common.files import sha256_of
 from ..common.locks import LOCK, exclusive_lock
 from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
-from ..data.vocabularies import (
-    SentencePieceVocabulary,
-    TiktokenVocabulary,
-    Vocabulary,
-    train_sentencepiece,
-    write_dictionary,
-)
+from ..data.vocabularies import MODEL_FILE, Vocabulary, open_vocabulary, train_sentencepiece, write_dictionary
 from .archives import Say
 from .binarize import binarize
 from .workspace import Workspace
 
-MODEL_FILE, DICTIONARY = "sentencepiece.model", "dict.txt"
+DICTIONARY = "dict.txt"
 _TOOLS = ("mhmoe_fairseq", "fairseq", "fairseq-fixed", "sentencepiece", "tiktoken", "numpy", "torch")
 _OF_SENTENCEPIECE = ("vocab_size", "vocab_sampling_alpha", "tokenizer_model", "tokenizer_lines")
 
@@ -167,8 +161,7 @@ class Preparation(ABC, Generic[SomeSettings]):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The rank file's vocabulary, or the one of the SentencePiece model without one."""
-        ranks = getattr(self.settings, "tiktoken_ranks", None)
-        return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.partial / MODEL_FILE)
+        return open_vocabulary(self.partial, getattr(self.settings, "tiktoken_ranks", None))
 
     def binarise(self, split: str, folder: str = "") -> dict[str, float]:
         """Binarises ``text/SPLIT.txt`` into ``folder`` in a stage, the dictionary with train; returns its counts."""

@@ -13,8 +13,8 @@ from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
 from ..data.classification import Example, Fields, Labels, file_format, found_labels, given_labels, read_examples
 from ..data.languages import get_language
-from ..data.vocabularies import NUM_SPECIALS, SentencePieceVocabulary, TiktokenVocabulary, Vocabulary
-from .base import DICTIONARY, MODEL_FILE, Preparation, Settings
+from ..data.vocabularies import MODEL_FILE, NUM_SPECIALS, Vocabulary, open_vocabulary
+from .base import DICTIONARY, Preparation, Settings
 from .binarize import dataset_writer
 from .sources.base import fingerprint
 from .splits import SPLITS
@@ -108,8 +108,7 @@ class LabelledText:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The language model's tokenizer."""
-        ranks = self.tiktoken_ranks
-        return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(self.folder / MODEL_FILE)
+        return open_vocabulary(self.folder, self.tiktoken_ranks)
 
     def identity(self) -> dict[str, Any]:
         """Returns names, sizes and hashes of the files by flag."""

@@ -18,6 +18,7 @@ from trained_model import TrainedModel, sentences
 from written_runs import make_record, text_metrics, write_run
 
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.common.files import write_json
 
 Call = dict[str, list[str]]
 
@@ -44,6 +45,11 @@ def write_untrained_fixtures(root: Path) -> None:
         shutil.copy(image, folder / "images")
     _write_captions(folder, images)
     write_run(root / "run", make_record(text_metrics(20.0)))
+    lines = [f"{word}%1:04:0{sense}:: 00000000 {sense} 9" for word in ("mend", "paint") for sense in range(1, 6)]
+    senses = [*lines, *(f"{word}%1:04:00:: 00000000 1 9" for word in ("near", "behind", "river", "dawn", "grey"))]
+    (root / "index.sense").write_text("\n".join(senses) + "\n", encoding="utf-8")
+    lists = {"polysemous": ["river", "near", "dawn"], "control": ["engine", "along", "behind", "farmer", "doctor"]}
+    write_json(root / "words.json", lists)
     (root / "dictionary").mkdir()
     small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
     settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
@@ -71,6 +77,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
             "--source": ["folder", f"{root}/captioned"], "--dest": ["dest"], "--vocab-size": ["290"],
             "--image-size": ["32"], "--patch-size": ["16"], "--visual-vocab-size": ["8"],
         },
+        ("prepare", "words"): {"--index": [f"{root}/index.sense"], "--dest": ["dest"]},
         ("visual-tokenizer", "fit"): {
             "data": [f"{root}/shapes"], "--output": ["tokenizer.pt"], "--vocab-size": ["8"], "--patch-size": ["8"],
             "--image-size": ["32"], "--iterations": ["2"], "--max-patches": ["200"],
@@ -123,7 +130,7 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
             "checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"], "--record": ["record.json"],
         },
         ("analyze",): {"checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
-                       "--out": ["out"], "--no-plots": []},
+                       "--polysemy": [f"{root}/words.json"], "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
         ("zero-shot", "xnli"): {
