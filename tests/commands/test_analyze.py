@@ -76,6 +76,7 @@ def test_models_with_different_numbers_of_experts_share_a_plot(tmp_path: Path) -
         (["--threshold", "2"], "--threshold (2) must be in [0, 1]"),
         (["--batch-size", "0"], "--batch-size (0) must be at least 1"),
         (["--images", "3"], "--images needs --diversity"),
+        (["--tiktoken-ranks", "IMAGE"], "--tiktoken-ranks needs --polysemy"),
         (["--diversity", "--threshold", "0.1"], "--threshold has no meaning with --diversity"),
         (["--diversity", "--image", "IMAGE"], "is a language model: it has no image patches"),
     ],
@@ -97,7 +98,7 @@ def test_a_missing_checkpoint_and_a_file_that_is_none(runs, tmp_path: Path, caps
     assert analyze(runs.mhmoe / "train.log", "--data", runs.data) == 2
     assert "it is not a file of torch.save" in capsys.readouterr().err
     assert analyze(*2 * [runs.mhmoe / "checkpoint_last.pt"], "--data", runs.data) == 2
-    assert "several checkpoints need --diversity" in capsys.readouterr().err
+    assert "several checkpoints need --diversity or --polysemy" in capsys.readouterr().err
 
 
 def test_data_with_another_dictionary_are_refused(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -107,6 +107,13 @@ def test_diversity_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
     assert "experts of a patch's sub-tokens, at most 4" in capsys.readouterr().out
 
 
+def test_words_are_looked_for_in_language_models_alone(run, data, tmp_path, capsys):
+    (tmp_path / "words.json").write_text('{"polysemous": ["red"], "control": ["bar"]}')
+    flags = ("--data", data, "--polysemy", tmp_path / "words.json", "--out", tmp_path / "out")
+    assert command("analyze", run / "checkpoint_last.pt", *flags) == 2
+    assert "is no language model: --polysemy looks at the words of text" in capsys.readouterr().err
+
+
 def test_single_images_and_no_plots(run, data, tmp_path):
     image = next((data / "images").glob("*.png"))
     flags = ("--data", data, "--image", image, "--out", tmp_path, "--no-plots")

@@ -14,15 +14,15 @@ _LABEL = "experts per token, mean of the layers"
 def describe_polysemy(records: Sequence[Record]) -> str:
     """Tables for the terminal: a row for every checkpoint, then the words that the last one was measured on."""
     last = records[-1]
-    most, heads = last.settings["most_experts"], last.model["counts"].get("heads", 1)
+    most = last.settings["most_experts"]
     head = (
         f"{last.split}: different experts of a token's sub-tokens, at most {most}, mean of the MoE layers; difference: "
         f"polysemous less control, mean of {last.main.count} pairs of words of equally many tokens and like frequency, "
         "with the 95 % interval of a bootstrap over pairs\n"
         f"words: {last.settings['rule']}"
     )
-    if heads == 1:
-        head += f"\nthis model has one head: a token is not split, it always goes to {most} experts"
+    if most == last.model["counts"]["top_k"]:  # one sub-token
+        head += f"\na token of this model always goes to {most} experts: nothing can differ"
     return "\n\n".join([head, _course_table(records), _word_table(last)])
 
 
