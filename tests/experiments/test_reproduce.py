@@ -1,18 +1,23 @@
 """``mhmoe reproduce`` on toy data, for real: from prepared data to the report, in each of the three domains."""
 
 import itertools
-import json
-import re
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from console import run_console
 from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from labelled import prepare, write_jsonl
 from multilingual_data import LANGUAGES, documents_of
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.evaluation.records import read_record
+from mhmoe_fairseq.experiments import EXPERIMENTS, runner
+from mhmoe_fairseq.experiments.spec import Experiment, Stage, parse_flags
 from mhmoe_fairseq.models.precision import resolve
 
 TOY = ("--updates", "2", "--validations", "1")
@@ -37,52 +42,111 @@ def test_from_text_to_a_report_which_ends_with_the_papers_table(trained_model, t
     assert "xmoe/seed-1: already finished" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_from_images_to_tables_1_and_4_and_figure_8(tmp_path: Path) -> None:
-    data, out = prepare_shapes(tmp_path / "data"), tmp_path / "out"
-    flags = ["--", "--img-size", str(IMG_SIZE), "--patch-size", str(PATCH_SIZE)]
-    words = ["--models", "dense", "mhmoe-flops", "--jobs", "2", "--validations", "2"]  # two checkpoints for the figure
-    reproduce("multimodal", data, out, *words, *flags)
-    assert "14.73" in (out / "table1-multimodal.md").read_text(encoding="utf-8")
-    table = (out / "table4.md").read_text(encoding="utf-8")
-    assert all(name in table for name in ("dense", "mhmoe-flops", "CIDEr", "neither VQAv2 nor NLVR2"))
-    assert (
-        list((out / "figure8").glob("*.png")) and (out / "vqa" / "dense" / "seed-1" / "predictions-test.txt").exists()
-    )
+class Toys:
+    """What every experiment needs, made when the first asks for it: a folder of data by task, XNLI's files."""
+
+    def __init__(self, root: Path, english: Path) -> None:
+        self.root, self.english = root, english
+
+    def data(self, task: str) -> Path:
+        """Prepared data of a task."""
+        return (
+            self.english
+            if task == "mhmoe_language_modeling"
+            else getattr(self, task.removeprefix("mhmoe_"), self.images)
+        )
+
+    @cached_property
+    def images(self) -> Path:
+        return prepare_shapes(self.root / "images")
+
+    @cached_property
+    def multilingual_language_modeling(self) -> Path:
+        text, data = self.root / "text", self.root / "languages"
+        text.mkdir()
+        for language in LANGUAGES:
+            numbers = itertools.count(1)  # so that no line is there twice
+            documents = ["\n".join(f"{next(numbers)}. {line}" for line in of) for of in documents_of(language, 300, 1)]
+            (text / f"{language}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+        words = ["--source", "text", text, "--dest", data, "--langs", ",".join(LANGUAGES), "--vocab-size", 600]
+        fractions = ["--valid-fraction", 0.2, "--test-fraction", 0.2]
+        assert mhmoe(["prepare", "multilingual", *map(str, (*words, *fractions))]) == 0
+        return data
+
+    @cached_property
+    def sentence_classification(self) -> Path:
+        files: dict[str, list[str]] = {}
+        for split, language, seed in (("train", "en", 3), ("valid", "en", 4), ("test", "de", 5), ("test", "en", 6)):
+            lines = ["1", "22", *(document[0] for document in documents_of(language, 12, seed))]
+            rows = [{"text": line, "label": ("even", "odd")[len(line) % 2]} for line in lines]
+            file = write_jsonl(self.root / f"labelled-{split}-{language}.jsonl", rows)
+            files.setdefault(f"--{split}", []).append(f"{language}={file}")
+        given = [word for flag, of in files.items() for word in (flag, *of)]
+        data = ["--data", self.multilingual_language_modeling, "--dest", self.root / "labelled"]
+        assert prepare(*given, "--text-fields", "text", *data) == 0
+        return self.root / "labelled"
+
+    @cached_property
+    def xnli(self) -> Path:
+        folder = self.root / "xnli"
+        folder.mkdir()
+        for language in ("de", "en"):
+            premise, hypothesis = (documents_of(language, 1, seed)[0][0] for seed in (8, 9))
+            rows = [{"premise": premise, "hypothesis": hypothesis, "label": label} for label in (0, 1, 2)]
+            write_jsonl(folder / f"{language}.jsonl", rows)
+        return folder
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory, trained_model) -> Iterator[Toys]:
+    root = tmp_path_factory.mktemp("toys")
+    yield Toys(root, trained_model.data)
+    shutil.rmtree(root)  # 256 experts take room
+
+
+# Other models' trainings differ in nothing that these do not show; the start of a fine-tuning is trained in its place.
+SMALL = ["--no-save-optimizer-state", "--no-last-checkpoints", "--batch-size", "2"]
+SMALL_OF = {
+    "lm": ["--tokens-per-sample", "64"],
+    "beit3": ["--img-size", str(IMG_SIZE), "--patch-size", str(PATCH_SIZE)],
+}
+# The last words of a paper's table, of each experiment that has something to show beside the report.
+SHOWN = {"table4": ["CIDEr", "neither VQAv2 nor NLVR2"], "table3": ["40.1"], "table1-multilingual": LANGUAGES}
 
 
 @pytest.mark.slow
-def test_from_text_in_four_languages_to_classification_and_xnli(tmp_path: Path) -> None:
-    text, data, out = tmp_path / "text", tmp_path / "data", tmp_path / "out"
-    text.mkdir()
-    for language in LANGUAGES:
-        numbers = itertools.count(1)  # so that no line is there twice
-        documents = ["\n".join(f"{next(numbers)}. {line}" for line in of) for of in documents_of(language, 300, 1)]
-        (text / f"{language}.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    words = ["--source", "text", str(text), "--dest", str(data), "--langs", ",".join(LANGUAGES), "--vocab-size", "600"]
-    assert mhmoe(["prepare", "multilingual", *words, "--valid-fraction", "0.2", "--test-fraction", "0.2"]) == 0
-    reproduce("table1-multilingual", data, out, "--models", "mhmoe-params")
-    report = (out / "table1-multilingual.md").read_text(encoding="utf-8")
-    assert "7.19" in report and set(LANGUAGES) <= set(re.findall(r"\b[a-z]{2}\b", report))
+@pytest.mark.parametrize("name", [name for name, of in EXPERIMENTS.items() if not (of.unavailable or of.parts)])
+def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = EXPERIMENTS[name]
+    if any("zero-shot" in command for command in experiment.after) and find_spec("lm_eval") is None:
+        pytest.skip("needs lm-eval (extra lm-eval)")
 
-    files: dict[str, list[str]] = {}
-    for split, language, seed in (("train", "en", 3), ("valid", "en", 4), ("test", "de", 5), ("test", "en", 6)):
-        lines = ["1", "22", *(document[0] for document in documents_of(language, 12, seed))]
-        rows = [{"text": line, "label": ("even", "odd")[len(line) % 2]} for line in lines]
-        file = write_jsonl(tmp_path / f"labelled-{split}-{language}.jsonl", rows)
-        files.setdefault(f"--{split}", []).append(f"{language}={file}")
-    given = [word for flag, of in files.items() for word in (flag, *of)]
-    assert prepare(*given, "--text-fields", "text", "--data", data, "--dest", tmp_path / "labelled") == 0
-    reproduce("classification", tmp_path / "labelled", out, "--models", "mhmoe-params")
-    record = read_record(out / "classification" / "mhmoe-params" / "seed-1" / "record-test.json")
-    assert set(record.parts) == {"de", "en"}
+    def call(words, threads, on_line, output=None, running=None) -> None:
+        if words[0] == "mhmoe":
+            assert mhmoe(words[1:]) == 0
+        else:
+            run_console(*words, cwd=toys.root)
 
-    if find_spec("lm_eval") is None:  # an extra, which zero-shot XNLI alone needs
-        return
-    (tmp_path / "xnli").mkdir()
-    for language in ("de", "en"):
-        premise, hypothesis = (documents_of(language, 1, seed)[0][0] for seed in (8, 9))
-        lines = [json.dumps({"premise": premise, "hypothesis": hypothesis, "label": label}) for label in (0, 1, 2)]
-        (tmp_path / "xnli" / f"{language}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    reproduce("table3", data, out, "--models", "mhmoe-params", "--xnli", str(tmp_path / "xnli"))
-    assert "40.1" in (out / "table3.md").read_text(encoding="utf-8")  # the paper's MH-MoE, English
+    monkeypatch.setattr(runner, "call", call)
+    out, words = toys.root / experiment.folder, ["--seeds", "1"]
+    if experiment.stages:
+        recipe = experiment.stages[0].recipe
+        words += ["--data", str(toys.data(parse_flags(recipe.flags)["--task"][0])), "--lrs", "1e-3"]
+        words += ["--updates", "2", "--validations", "2"]  # two checkpoints for the figures over a training
+        words += ["--xnli", str(toys.xnli)] if name == "table3" else []
+        words += ["--", *SMALL, *SMALL_OF[recipe.family]]
+    assert mhmoe(["reproduce", name, "--out", str(out), *words]) == 0
+    runs = [out / stage.recipe.name_of(model) / "seed-1" for stage, model in trained(experiment)]
+    for run in runs:
+        assert {record.split for record in map(read_record, run.glob("record-*.json"))} >= {"valid", "test"}
+    if experiment.paper is not None:
+        report = (out / experiment.report).read_text(encoding="utf-8")
+        paper = report.split("## ")[-1]
+        assert all(word in report for word in SHOWN.get(name, ()))
+        assert all(f"| {model}, ours" in paper for model in experiment.models if model in experiment.paper.values)
+
+
+def trained(experiment: Experiment) -> Iterator[tuple[Stage, str]]:
+    """Every stage with each of its models."""
+    for stage in experiment.stages:
+        yield from ((stage, model) for model in experiment.models if any(fnmatch(model, of) for of in stage.models))
