@@ -98,11 +98,10 @@ ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
 OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours."
 
 
-def perplexities(title: str, models: str, *values: float) -> PaperTable:
+def perplexities(title: str, models: str, *values: float, of: str = P1) -> PaperTable:
     """Returns a table with one perplexity for each model."""
-    return PaperTable(
-        f"{P1}, {title}", "perplexity", dict(zip(models.split(), values)), f"Validation perplexity of {OTHER_CORPUS}"
-    )
+    note = f"Validation perplexity of {OTHER_CORPUS}"
+    return PaperTable(f"{of}, {title}", "perplexity", dict(zip(models.split(), values, strict=True)), note)
 
 
 def claims(paper: PaperTable, *pairs: str, column: str = "", **of_claim: Any) -> tuple[Claim, ...]:
@@ -117,8 +116,10 @@ def claims(paper: PaperTable, *pairs: str, column: str = "", **of_claim: Any) ->
     for better, worse in (pair.split(" < ") for pair in pairs):
         rows = [paper.values.get(name) for name in (better, worse)]
         values = [row[column] if isinstance(row, Mapping) else row for row in rows if row is not None]
-        of_paper = f"{100 * (values[0] / values[1] - 1):+.1f} %" if len(values) == 2 else ""
-        metric = of_claim.get("metric", paper.metric)
+        metric, of_paper = of_claim.get("metric", paper.metric), ""
+        if len(values) == 2:
+            of_percent = f"{values[0] - values[1]:+.1f} points"
+            of_paper = of_percent if metric == "accuracy" else f"{100 * (values[0] / values[1] - 1):+.1f} %"
         text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {metric} than {worse}"
         found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **of_claim}))
     return tuple(found)

@@ -1,10 +1,11 @@
-"""What P1's authors answered their reviewers (OpenReview, NeurIPS 2024): speed."""
+"""What P1's authors answered their reviewers (OpenReview, NeurIPS 2024): speed, top-k, more experts, balance losses."""
 
 from dataclasses import replace
 
 from ..analysis.reports.tables import PaperTable
-from .language_models import ENGLISH, SEEDS, claims
-from .spec import Experiment, Stage
+from .language_models import ENGLISH, FIVE, SEEDS, claims, perplexities
+from .models import TOP_K
+from .spec import Experiment, Recipe, Scale, Stage
 
 REBUTTAL = "P1's authors to their reviewers (OpenReview, NeurIPS 2024)"
 # Their SMoE is X-MoE here, so that all models have one router and heads and budget alone differ. The authors do not say
@@ -32,6 +33,25 @@ SPEED = ENGLISH.variant(
     {name: replace(scale, updates=120, validations=1, seeds=SEEDS, lrs=()) for name, scale in ENGLISH.scales.items()},
 )
 
+
+def _answer(name: str, updates: int, layers: int) -> Recipe:
+    """A short training of a shallow model at the paper's scale; of warm-up nothing is said."""
+    flags = f"--tokens-per-sample 2048 --lr 6e-4 --decoder-layers {layers}"
+    return ENGLISH.variant(
+        "", {**ENGLISH.scales, "paper": Scale(updates, 256, flags, batch=4, warmup=updates // 10)}, name=name
+    )
+
+
+TOP_K_TABLE = perplexities(
+    "top-k, 6 layers, 2 heads, 25,000 steps",
+    " ".join(f"{model}-k{top_k}" for model in ("xmoe", "mhmoe-params-h2") for top_k in TOP_K),
+    *(13.22, 13.14, 12.68, 12.56),
+    of=REBUTTAL,
+)
+ACTIVATION = perplexities(
+    "forced activation, 3 layers, 20,000 steps", "smoe-e128-k1 smoe-e256", *(16.31, 15.33), of=REBUTTAL
+)
+
 EXPERIMENTS = (
     Experiment("rebuttal-throughput", "tokens/s in training, static and dynamic routing; run nothing beside it",
         "speed", (Stage(SPEED),),
@@ -45,4 +65,14 @@ EXPERIMENTS = (
         paper=INFERENCE, reference="xmoe", source="rebuttal", alone=True,
         claims=claims(INFERENCE, "xmoe < mhmoe-params-h2", "mhmoe-params-h2 < mhmoe-params",
             column="output", what="speed", split="4x7+16")),
+    Experiment("rebuttal-top-k", "three and four experts for each sub-token, X-MoE and MH-MoE with 2 heads",
+        "english_lm", (Stage(_answer("top-k", 25_000, 6)),), tuple(TOP_K_TABLE.values), paper=TOP_K_TABLE,
+        source="rebuttal",
+        claims=claims(TOP_K_TABLE, "mhmoe-params-h2-k3 < xmoe-k3", "mhmoe-params-h2-k4 < xmoe-k4",
+            "mhmoe-params-h2-k4 < mhmoe-params-h2-k3")),
+    Experiment("rebuttal-activation", "128 experts of which one is active, 256 of which two are: sparse MoE",
+        "english_lm", (Stage(_answer("activation", 20_000, 3)),), tuple(ACTIVATION.values), paper=ACTIVATION,
+        reference="smoe-e128-k1", source="rebuttal", claims=claims(ACTIVATION, "smoe-e256 < smoe-e128-k1")),
+    Experiment("rebuttal-balance", "balance losses over a training, with 8 and 32 experts: the report's plot",
+        "english_lm", (Stage(ENGLISH),), FIVE[1:], reference="xmoe", source="rebuttal"),
 )  # fmt: skip

@@ -106,6 +106,9 @@ PAPER = {
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
     **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
     "official": SCRIPT,
+    "rebuttal-top-k": (6e-4, *P1_LM[1:7], 2_500, 25_000, 256, 2048, 6, *P1_LM[12:]),
+    "rebuttal-activation": (6e-4, *P1_LM[1:7], 2_000, 20_000, 256, 2048, 3, *P1_LM[12:]),
+    "rebuttal-balance": P1_LM,
 }  # fmt: skip
 
 
@@ -137,13 +140,17 @@ def test_trainings_at_paper_scale_are_the_papers(name: str) -> None:
 # Experts, top-k, heads, sub-tokens, inner width (None: the budget's), inner LayerNorm, router and its width, shared
 # expert, head and merge projection, layers in each.
 GELU, SWIGLU = (True, "xmoe"), (False, "linear", 16)
+PAPER_TABLE_1 = {
+    "xmoe": (8, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
+    "mhmoe-params": (8, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
+    "xmoe-e32": (32, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
+    "mhmoe-params-e32": (32, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
+}
 PAPER_MODELS = {
-    "table1": {
-        "xmoe": (8, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
-        "mhmoe-params": (8, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
-        "xmoe-e32": (32, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
-        "mhmoe-params-e32": (32, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
-    },
+    "table1": PAPER_TABLE_1,
+    "figure4": PAPER_TABLE_1,
+    "table1-multilingual": PAPER_TABLE_1,
+    "table3": PAPER_TABLE_1,
     "table5": {
         "xmoe": (8, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
         **{
@@ -190,9 +197,16 @@ PAPER_MODELS = {
         "mhmoe-swiglu-h2-merge-only": (40, 2, 2, 2, 768, *SWIGLU, 0, False, True, 1),
         "mhmoe-swiglu-h2": (40, 2, 2, 2, 768, *SWIGLU, 0, True, True, 1),
     },
+    "rebuttal-top-k": {
+        f"{model}-k{top_k}": (8, top_k, heads, heads, width, *GELU, 16 // heads, 0, heads > 1, heads > 1, 1)
+        for top_k in (3, 4) for model, heads, width in (("xmoe", 1, 3072), ("mhmoe-params-h2", 2, None))
+    },
+    "rebuttal-activation": {
+        "smoe-e128-k1": (128, 1, 1, 1, 3072, True, "linear", 16, 0, False, False, 1),
+        "smoe-e256": (256, 2, 1, 1, 3072, True, "linear", 16, 0, False, False, 1),
+    },
+    "rebuttal-balance": PAPER_TABLE_1,
 }  # fmt: skip
-PAPER_MODELS |= {"figure4": PAPER_MODELS["table1"], "table1-multilingual": PAPER_MODELS["table1"]}
-PAPER_MODELS |= {"table3": PAPER_MODELS["table1"]}
 
 
 @pytest.mark.parametrize("name", PAPER_MODELS)
