@@ -90,16 +90,23 @@ def _add_vocabulary_arguments(group: argparse._ArgumentGroup, settings: type[Cor
 
 def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
     _add_corpus_arguments(
-        parser, ENGLISH_SOURCES, EnglishSettings, held_out="bytes; 0 for none", drawn="which documents are held out",
+        parser, ENGLISH_SOURCES, EnglishSettings, held_out="bytes; 0 for none (default: 0.05; mix 0.01)",
+        drawn="which documents are held out",
         at_least=0,
     )  # fmt: skip
+    parser.set_defaults(valid_fraction=None, test_fraction=None)  # the source's
     deduplicated = "what is kept only where it occurs first in the whole corpus, before the split"
     add_fields(parser, EnglishSettings, ("dedup", DEDUP_CHOICES, None, deduplicated))
     _add_vocabulary_arguments(parser.add_argument_group("vocabulary"), EnglishSettings)
 
 
 def _english(args: argparse.Namespace) -> EnglishPreparation:
-    source, settings = ENGLISH_SOURCES.build(args), EnglishSettings.from_flags(args)
+    source = ENGLISH_SOURCES.build(args)
+    shares = {
+        field: value for field in ("valid_fraction", "test_fraction") if (value := getattr(args, field)) is not None
+    }
+    of_source = dict.fromkeys(("valid_fraction", "test_fraction"), source.held_out)
+    settings = EnglishSettings.from_flags(args, **{**of_source, **shares})
     check_tokenizer(args.tokenizer, args.vocab_size, args.tiktoken_ranks)
     say(f"source: {source.name}; {source.unit}; licence: {source.licence}")
     return EnglishPreparation(source, settings, args.cache_dir, say)

@@ -17,11 +17,12 @@ _SENTENCEPIECE_SPACE = "\u2581"
 
 
 class Document(NamedTuple):
-    """A document: where it came from, its lines, and the split it must go to when the source says so."""
+    """A document: where it came from, its lines, the split it must go to when the source says so, and its domain."""
 
     name: str
     lines: list[str]
     split: Optional[str] = None
+    domain: Optional[str] = None
 
 
 def clean_line(line: str) -> str:

@@ -32,7 +32,8 @@ class DataIdentity:
         digest: SHA-256 over the hashes of the dictionary and of the splits' files, in the folder itself or in one for
             every language; the same however the folder is named, and with or without a manifest.
         source: what the corpus is, from the manifest.
-        splits: bytes of text and tokens per split, of all languages together, from the manifest; empty without one.
+        splits: bytes of text and tokens per split, such as ``test``, a domain's ``test_brown`` or a language's
+            ``test_de``, from the manifest; empty without one.
         languages: of a corpus of several languages, else empty.
     """
 
@@ -42,12 +43,10 @@ class DataIdentity:
     languages: tuple[str, ...] = ()
     has_images: bool = False
 
-    def bits_per_byte(self, split: str, bits_per_token: float, tokens: int) -> float | None:
-        """Return them, or None where the manifest lacks the split, or ``tokens`` are not all of its tokens."""
+    def bytes_of(self, split: str, tokens: int) -> int | None:
+        """Return a split's bytes of text, or None where the manifest lacks it or ``tokens`` are not all of its tokens."""
         counts = self.splits.get(split)
-        if counts is None or counts["tokens"] != tokens:
-            return None
-        return bits_per_token * tokens / counts["bytes"]
+        return counts["bytes"] if counts is not None and counts["tokens"] == tokens else None
 
 
 def identify_data(folder: Path) -> DataIdentity:
@@ -78,11 +77,12 @@ def identify_manifest(path: Path) -> DataIdentity:
         hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
         kind = _patterns(hashes)
         source = str(path.parent) if kind == _LABELLED_FILES else _describe(manifest["source"])
-        texts = [] if kind else [manifest] if "splits" in manifest else manifest["languages"].values()
-        splits: dict[str, dict[str, int]] = {}
-        for name, counts in (item for text in texts for item in text["splits"].items()):
-            total = splits.setdefault(name, {"bytes": 0, "tokens": 0})
-            splits[name] = {key: total[key] + counts[key] for key in total}
+        texts = {} if kind else {"": manifest} if "splits" in manifest else manifest["languages"]
+        splits = {
+            f"{split}_{code}" if code else split: {key: counts[key] for key in ("bytes", "tokens")}
+            for code, text in texts.items()
+            for split, counts in text["splits"].items()
+        }
         return _identity(hashes, source, splits)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest of mhmoe prepare: {error!r} is missing or malformed") from error

@@ -11,7 +11,6 @@ from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..compat import logging_as_found
 from ..criterions.masked_multimodal import PARTS, MaskedMultimodalConfig, MaskedMultimodalCriterion, masked_targets
-from ..tasks.multilingual_language_modeling import MHMoEMultilingualLanguageModelingTask
 from .expert_loads import LoadCounter
 from .records import Metric, Record
 
@@ -26,13 +25,14 @@ class Score(NamedTuple):
         targets: tokens of text, or masked positions.
         bits: the cross entropy of all of them.
         correct: those whose most probable symbol is the right one; None if not counted.
-        characters: what the targets stand for; None if unknown.
+        characters, bytes: what the targets stand for; None if unknown.
     """
 
     targets: int
     bits: float
     correct: float | None = None
     characters: float | None = None
+    bytes: int | None = None
 
     def metrics(self, target: str, guess: "Score | None" = None) -> dict[str, Metric]:
         """What a record holds of it.
@@ -46,9 +46,9 @@ class Score(NamedTuple):
         if self.correct is not None:
             values["accuracy"] = 100 * self.correct / self.targets, "%"
         found = {name: Metric(value, unit, count=self.targets) for name, (value, unit) in values.items()}
-        if self.characters:  # comparable across vocabularies
-            per_character = self.bits / self.characters
-            found["bits/character"] = Metric(per_character, "bits/character", count=round(self.characters))
+        for unit, size in (("bits/character", self.characters), ("bits/byte", self.bytes)):
+            if size:  # comparable across vocabularies
+                found[unit] = Metric(self.bits / size, unit, count=round(size))
         if guess is not None:
             for name, other in guess.metrics(target).items():
                 found[name].baselines["without context"] = other.value
@@ -72,21 +72,13 @@ def evaluate_text(
     Raises:
         UserError, FileNotFoundError: for a block that is longer than a batch, or as ``task.load_dataset``.
     """
-    names: dict[str | None, str] = {None: split}
-    if isinstance(opened.task, MHMoEMultilingualLanguageModelingTask):
-        base, languages = opened.task.split_of(split)
-        names = {language: f"{base}_{language}" for language in languages}
     scores = {}
-    for language, name in names.items():
-        with counter.counting(language):
-            scores[language] = _score(opened.model, opened.task, name, max_tokens, batch_size)
-    total = together(scores.values())
-    metrics = total.metrics("token")
-    bits_per_byte = opened.identity.bits_per_byte(split, metrics["loss"].value, total.targets)
-    if bits_per_byte is not None:
-        metrics["bits/byte"] = Metric(bits_per_byte, "bits/byte", count=total.targets)
-    parts = {language: score.metrics("token") for language, score in scores.items() if language is not None}
-    return Record("perplexity", split, metrics, parts)
+    for part, name in (opened.task.parts_of(split) or {None: split}).items():
+        with counter.counting(part):
+            score = _score(opened.model, opened.task, name, max_tokens, batch_size)
+        scores[part] = score._replace(bytes=opened.identity.bytes_of(name, score.targets))
+    parts = {part: score.metrics("token") for part, score in scores.items() if part is not None}
+    return Record("perplexity", split, together(scores.values()).metrics("token"), parts)
 
 
 def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> Score:

@@ -73,6 +73,17 @@ class Archive:
             f"{registry}, put {self.filename} into --cache-dir, or {self.instead}"
         )
 
+    def can_be_had(self, cache_dir: Path) -> bool:
+        """Whether it lies in ``cache_dir``, or its client is there and, if that is apt, its suite has the package."""
+        if any(cache_dir.glob(self.filename)):
+            return True
+        if not (self.has_client() or (self.client == "npm" and npm_registry())):
+            return False
+        if self.client != "apt-get":
+            return True
+        shown = subprocess.run(["apt-cache", "show", "--no-all-versions", self.package], capture_output=True, text=True)
+        return shown.returncode == 0 and bool(shown.stdout.strip())
+
 
 def fetch(archive: Archive, cache_dir: Path, say: Say) -> tuple[Path, dict[str, object]]:
     """Returns the archive in ``cache_dir``, downloaded if needed, and its manifest entry; ``UserError`` if it fails."""
@@ -161,11 +172,17 @@ def _download_tarball(archive: Archive, folder: Path) -> Path:
 
 def read_zip_member(path: Path, member: str) -> bytes:
     """Returns the bytes of one member of a wheel; ``UserError`` when the file is damaged or has no such member."""
+    for _, content in iter_zip_members(path, lambda name: name == member):
+        return content
+    raise UserError(f"{path}: has no member {member}")
+
+
+def iter_zip_members(path: Path, is_wanted: Callable[[str], object]) -> Iterator[tuple[str, bytes]]:
+    """Yields ``(name, content)`` of the wanted members of a wheel, by name; ``UserError`` when it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.read(member)
-    except KeyError as error:
-        raise UserError(f"{path}: has no member {member}") from error
+            for name in sorted(filter(is_wanted, archive.namelist())):
+                yield name, archive.read(name)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged archive ({error}); delete it and run again") from error
 

@@ -1,10 +1,12 @@
 """English text: cleaned, split by document, with a vocabulary learnt on the training part, binarised."""
 
 import contextlib
+import itertools
+import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -66,15 +68,25 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         return provenance, {**counts, "documents": num_documents, "bytes": num_bytes}
 
     def _split(self) -> list[str]:
+        """Divides the corpus; of several domains each held-out part is there for itself, too, as ``valid_DOMAIN``."""
         sizes, settings = read_sizes(self.partial / _SIZES), self.settings
         assigned = assign_splits(sizes, settings.shares, settings.seed)
-        present = [split for split in SPLITS if split in assigned]
+        parts = [
+            (split,) if split == "train" or size.domain is None else (split, f"{split}_{size.domain}")
+            for size, split in zip(sizes, assigned)
+        ]
+        present = sorted(set(itertools.chain(*parts)), key=lambda name: (SPLITS.index(name.split("_")[0]), name))
         targets = {split: self.partial / "text" / f"{split}.txt" for split in present}
-        write_splits(self.partial / _CORPUS, sizes, assigned, targets)
+        order = list(range(len(sizes)))
+        if any(size.domain for size in sizes):  # a training must not see one domain after the other
+            random.Random(settings.seed).shuffle(order)
+            order = [*filter(lambda index: assigned[index] == "train", order)]
+            order += [index for index, split in enumerate(assigned) if split != "train"]
+        write_splits(self.partial / _CORPUS, sizes, parts, targets, order)
         prescribed = any(size.split for size in sizes)
-        counts = ", ".join(f"{split} {assigned.count(split)}" for split in present)
+        counts = ", ".join(f"{split} {assigned.count(split)}" for split in SPLITS if split in assigned)
         self.say(f"split: {counts} documents ({'as the source has them' if prescribed else f'seed {settings.seed}'})")
-        filled = dict.fromkeys(present, 0)
+        filled = dict.fromkeys(filter(assigned.__contains__, SPLITS), 0)
         for size, split in zip(sizes, assigned):
             filled[split] += size.num_bytes
         if not prescribed and (warning := unlike_shares(filled, settings.shares)):
@@ -88,13 +100,13 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
 
 def write_corpus(documents: Iterable[Document], text: Path, sizes: Path) -> tuple[int, int]:
-    """Writes all documents to ``text``, ``BYTES SPLIT`` of each to ``sizes``; returns how many documents and bytes."""
+    """Writes documents to ``text``, ``BYTES SPLIT DOMAIN`` of each to ``sizes``; returns how many, and their bytes."""
     num_documents = num_bytes = 0
     with atomic_open(sizes) as index, atomic_open(text) as stream:
         for document in tqdm(documents, desc="read and clean", unit=" documents", disable=None):
             content = ("\n".join(document.lines) + "\n").encode()
             stream.write(content)
-            index.write(f"{len(content)} {document.split or '-'}\n".encode())
+            index.write(f"{len(content)} {document.split or '-'} {document.domain or '-'}\n".encode())
             num_documents += 1
             num_bytes += len(content)
     return num_documents, num_bytes
@@ -103,13 +115,25 @@ def write_corpus(documents: Iterable[Document], text: Path, sizes: Path) -> tupl
 def read_sizes(sizes: Path) -> list[DocumentSize]:
     """Returns what :func:`write_corpus` recorded, in order."""
     rows = (line.split() for line in sizes.read_text(encoding="ascii").splitlines())
-    return [DocumentSize(int(num_bytes), None if split == "-" else split) for num_bytes, split in rows]
+    return [
+        DocumentSize(int(num_bytes), *(None if name == "-" else name for name in names)) for num_bytes, *names in rows
+    ]
 
 
-def write_splits(text: Path, sizes: list[DocumentSize], assigned: list[str], targets: dict[str, Path]) -> None:
-    """Copies every document to its split's file, in corpus order, with an empty line between two documents."""
+def write_splits(
+    text: Path,
+    sizes: list[DocumentSize],
+    parts: Sequence[Sequence[str]],
+    targets: dict[str, Path],
+    order: Sequence[int],
+) -> None:
+    """Copies every document, in ``order``, to the files of its parts, with an empty line between two documents."""
+    starts = [0, *itertools.accumulate(size.num_bytes for size in sizes)]
     with contextlib.ExitStack() as stack:
         outputs = {split: stack.enter_context(atomic_open(target)) for split, target in targets.items()}
         stream = stack.enter_context(open(text, "rb"))
-        for size, split in zip(sizes, assigned):
-            outputs[split].write((b"\n" if outputs[split].tell() else b"") + stream.read(size.num_bytes))
+        for index in order:
+            stream.seek(starts[index])
+            content = stream.read(sizes[index].num_bytes)
+            for output in map(outputs.__getitem__, parts[index]):
+                output.write((b"\n" if output.tell() else b"") + content)

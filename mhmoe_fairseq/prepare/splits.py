@@ -12,10 +12,11 @@ _OVERSHOOT = 1.1  # a held-out part may pass its share by this factor, so that o
 
 
 class DocumentSize(NamedTuple):
-    """Size of one document in UTF-8 bytes, and the split its source prescribes, if any."""
+    """Size of one document in UTF-8 bytes, the split its source prescribes, if any, and its domain, if it has one."""
 
     num_bytes: int
     split: Optional[str] = None
+    domain: Optional[str] = None
 
 
 def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Optional[str]:
@@ -32,7 +33,7 @@ def unlike_shares(sizes: Mapping[str, int], shares: Mapping[str, float]) -> Opti
 
 
 def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], seed: int) -> list[str]:
-    """Returns the split of every document.
+    """Returns the split of every document; each domain is divided for itself.
 
     Documents are visited in an order drawn from ``seed``; a held-out part takes them until it has its share of the
     bytes. Splits prescribed by the source are kept as they are, and then no share applies.
@@ -42,6 +43,15 @@ def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], se
     """
     if not sizes:
         raise UserError("--source: the corpus is empty after cleaning")
+    assigned = ["train"] * len(sizes)
+    for domain in dict.fromkeys(size.domain for size in sizes):
+        inside = [index for index, size in enumerate(sizes) if size.domain == domain]
+        for index, split in zip(inside, _assign([sizes[index] for index in inside], shares, seed)):
+            assigned[index] = split
+    return assigned
+
+
+def _assign(sizes: Sequence[DocumentSize], shares: Mapping[str, float], seed: int) -> list[str]:
     if any(size.split for size in sizes):
         prescribed = [size.split or "train" for size in sizes]
         if "train" not in prescribed:

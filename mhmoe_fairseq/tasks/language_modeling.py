@@ -57,6 +57,15 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
             if (shard / "dict.txt").is_file() and (shard / "dict.txt").read_bytes() != words:
                 raise UserError(f"{shard}/dict.txt differs from {first}/dict.txt: shards share one dictionary")
 
+    def parts_of(self, split: str) -> dict[str, str]:
+        """Return the domains of a held-out split, each with the name of its own split: ``{"brown": "test_brown"}``.
+
+        Empty where the data folder has no such splits, and for a domain's own.
+        """
+        folder = data_folders(self.args)[0]
+        names = sorted(path.stem for path in folder.glob(f"{split}_*.idx"))
+        return {name.removeprefix(f"{split}_"): name for name in names}
+
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; the training split of all shards is checked at once, before training starts.
 

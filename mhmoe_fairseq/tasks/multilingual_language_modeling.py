@@ -132,6 +132,11 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
         else:
             self.datasets[split] = LanguagesDataset(*read, self._characters(base, parts))
 
+    def parts_of(self, split: str) -> dict[str, str]:
+        """Return the languages of a split, each with the name of its own split."""
+        base, languages = self.split_of(split)
+        return {language: f"{base}_{language}" for language in languages}
+
     def split_of(self, split: str) -> tuple[str, list[str]]:
         """Return the files' name and the languages of a split: ``valid_de`` -> ``valid``, ``["de"]``."""
         for language in self.languages:

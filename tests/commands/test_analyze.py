@@ -149,7 +149,7 @@ def test_analysis_by_language(data: Path, run: Path, tmp_path: Path, capsys: pyt
         assert re.search(rf"\| {language} +\| +{score.count:,} \|", output)
     assert record.metrics["loss"].value == pytest.approx(expected.metrics["loss"].value, abs=1e-4)
     assert 0 <= record.metrics["load in common"].value <= 100
-    assert 0 <= record.metrics["language guessed right"].value <= 100
+    assert 0 <= record.metrics["part guessed right"].value <= 100
     tokens = np.array([record.parts[language]["loss"].count for language in LANGUAGES])
     pieces = np.minimum(np.ceil(tokens / 24), 100).astype(int) // 2
     assert [[sum(row) for row in guesses] for guesses in record.settings["guesses"]] == 2 * [pieces.tolist()]
@@ -162,4 +162,4 @@ def test_analysis_of_one_language(data: Path, run: Path, tmp_path: Path) -> None
     words = ["--data", data, "--split", "test_zh", "--out", tmp_path]
     assert main(["analyze", str(run / "checkpoint_last.pt"), *map(str, words)]) == 0
     record = read_record(tmp_path / "routing-test_zh.json")
-    assert list(record.parts) == ["zh"] and record.metrics["language guessed right"].value == 100
+    assert list(record.parts) == ["zh"] and record.metrics["part guessed right"].value == 100

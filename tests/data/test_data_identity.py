@@ -65,7 +65,7 @@ def test_two_files_that_change_places_are_other_data(tmp_path: Path) -> None:
     assert identify_data(folder).digest != before
 
 
-def test_bits_per_byte_need_every_token() -> None:
+def test_bytes_need_every_token() -> None:
     identity = DataIdentity("0", "a corpus", {"test": {"bytes": 200, "tokens": 50}})
-    assert identity.bits_per_byte("test", 4.0, 50) == 1.0
-    assert identity.bits_per_byte("test", 4.0, 49) is identity.bits_per_byte("valid", 4.0, 50) is None
+    assert identity.bytes_of("test", 50) == 200
+    assert identity.bytes_of("test", 49) is identity.bytes_of("valid", 50) is None

@@ -134,7 +134,7 @@ def test_split_files_have_an_empty_line_between_documents(tmp_path):
     recorded = read_sizes(sizes)
     assert recorded == [DocumentSize(7), DocumentSize(3), DocumentSize(3, "valid")]
     targets = {split: tmp_path / f"{split}.txt" for split in ("train", "valid")}
-    write_splits(text, recorded, ["train", "train", "valid"], targets)
+    write_splits(text, recorded, [["train"], ["train"], ["valid"]], targets, range(3))
     assert targets["train"].read_text() == "a1\nä2\n\nb1\n"
     assert targets["valid"].read_text() == "c1\n"
     assert list(iter_lines(targets["train"])) == ["a1", "ä2", "b1"]

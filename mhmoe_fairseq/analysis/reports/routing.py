@@ -93,7 +93,7 @@ def _common_table(record: Record) -> str:
         "load in common": [percent(share) for share in [*shared, np.mean(shared)]],
     }
     if "guesses" in record.settings:
-        columns["language guessed right"] = [percent(accuracy(guesses)) for guesses in record.settings["guesses"]]
+        columns["part guessed right"] = [percent(accuracy(guesses)) for guesses in record.settings["guesses"]]
     for part, means in record.settings.get("experts_per_position", {}).items():
         columns[f"experts per position of {part}"] = [number(value) for value in [*means, mean(means)]]
     return columns_table(columns)
@@ -107,10 +107,10 @@ def routing_section(models: Sequence[Model], split: str) -> str:
         return ""
     rows = []
     for name, record in found.items():
-        guessed = record.metrics.get("language guessed right")
+        guessed = record.metrics.get("part guessed right")
         shared = percent(mean(PartLoads.of(record.experts).mean_overlap()))
         rows.append([name, shared, MISSING if guessed is None else percent(guessed.value / 100)])
-    table = markdown_table(["model", "load in common", "language guessed right"], rows)
+    table = markdown_table(["model", "load in common", "part guessed right"], rows)
     return "\n\n".join(["## Parts in routing", table, *dict.fromkeys(map(explanation, found.values()))])
 
 
@@ -122,7 +122,7 @@ def explanation(record: Record) -> str:
     )
     if "guesses" in record.settings:
         told += (
-            " Language guessed right: naive Bayes on the experts that a block's first "
+            " Part guessed right: naive Bayes on the experts that a block's first "
             f"{record.settings['piece_tokens']} tokens went to, learnt on every second block; chance is "
             f"{percent(1 / len(record.experts.parts))}."
         )
@@ -157,8 +157,8 @@ def part_plots(stem: str, model: str, record: Record) -> Iterator[Plot]:
     if "guesses" in record.settings:
         matrices = {
             "share of load in common (mean of layers)": loads.overlap_LGG().mean(0),
-            f"language guessed from {record.settings['piece_tokens']} tokens' routing": guess_shares(
+            f"part guessed from {record.settings['piece_tokens']} tokens' routing": guess_shares(
                 record.settings["guesses"][-1]
             ),
         }
-        yield f"{stem}-overlap", draw_matrices, matrices, f"{model}: languages in routing", loads.parts
+        yield f"{stem}-overlap", draw_matrices, matrices, f"{model}: parts in routing", loads.parts

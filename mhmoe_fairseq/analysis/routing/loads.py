@@ -51,7 +51,7 @@ class PartLoads:
         return [(layer_GG.sum() - np.trace(layer_GG)) / pairs if pairs else 1.0 for layer_GG in self.overlap_LGG()]
 
 
-def language_guesses(loads: Sequence[np.ndarray]) -> np.ndarray:
+def part_guesses(loads: Sequence[np.ndarray]) -> np.ndarray:
     """How often a piece of a language (row) was taken for a language (column), ``(L + 1, G, G)``.
 
     The guess is naive Bayes': every language has its shares of the experts, counted on every second piece with one

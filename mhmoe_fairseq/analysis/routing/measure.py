@@ -1,4 +1,4 @@
-"""Measure which experts a trained model uses on a split, and which each language or modality, as one record."""
+"""Measure which experts a trained model uses on a split, and which each part (language, domain, modality), as one record."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from ...evaluation.expert_loads import LoadCounter
 from ...evaluation.records import Metric, Record
 from ...tasks.masked_multimodal import MaskedMultimodalTask
 from .listening import PositionCounts, listening
-from .loads import PartLoads, accuracy, language_guesses
+from .loads import PartLoads, accuracy, part_guesses
 
-PIECES = 100  # of every language; the guess is made for every second
+PIECES = 100  # of every part; the guess is made for every second
 PIECE_TOKENS = 16
 
 
@@ -42,7 +42,7 @@ def measure_routing(
     Raises:
         UserError: the model has no experts, or the split is none of the data's.
     """
-    if kept is not None and kept.what != "masked" and not _is_by_language(kept):
+    if kept is not None and kept.what != "masked" and not _has_texts(kept):
         return dataclasses.replace(kept, what="routing")
     opened = open_model(checkpoint, data, device, precision=precision)
     if not any(layer.is_moe_layer for layer in opened.layers):
@@ -55,24 +55,24 @@ def measure_routing(
             record = evaluate(opened, split, **options)
         return counts.added_to(record)
     record = evaluate(opened, split, **options) if kept is None else kept
-    if _is_by_language(record):
+    if _has_texts(record):
         record = _with_guesses(record, opened, split)
     return dataclasses.replace(record, what="routing")
 
 
-def _is_by_language(record: Record) -> bool:
-    """Whether a record is of a language model's texts in several languages."""
+def _has_texts(record: Record) -> bool:
+    """Whether a record is of a language model's texts in several languages or domains."""
     return record.what == "perplexity" and bool(record.experts.parts)
 
 
 def _with_guesses(record: Record, opened: Opened, split: str) -> Record:
-    """The record with what the languages share, and how well routing tells them apart."""
-    base, languages = opened.task.split_of(split)
-    guesses = language_guesses([_piece_loads(opened, f"{base}_{language}") for language in languages])
+    """The record with what the languages or domains share, and how well routing tells them apart."""
+    parts = opened.task.parts_of(split)
+    guesses = part_guesses([_piece_loads(opened, name) for name in parts.values()])
     metrics = {
         **record.metrics,
         "load in common": Metric(100 * float(np.mean(PartLoads.of(record.experts).mean_overlap())), "%"),
-        "language guessed right": Metric(100 * accuracy(guesses[-1]), "%", baselines={"chance": 100 / len(languages)}),
+        "part guessed right": Metric(100 * accuracy(guesses[-1]), "%", baselines={"chance": 100 / len(parts)}),
     }
     settings = {"guesses": guesses.tolist(), "piece_tokens": PIECE_TOKENS}
     return dataclasses.replace(record, metrics=metrics, settings={**record.settings, **settings})

@@ -69,12 +69,19 @@ class Sources(dict[str, SourceKind]):
 
 
 class Source(Protocol):
-    """English text by name; ``unit`` says what a document and a line are, ``options`` are flags that change it."""
+    """English text by name.
+
+    Attributes:
+        unit: what a document and a line are.
+        options: flags that change it.
+        held_out: share of each held-out part, unless the user says otherwise.
+    """
 
     name: str
     licence: str
     unit: str
     options: Mapping[str, Any] = {}
+    held_out: float = 0.05
 
     def identity(self) -> dict[str, object]:
         """Returns what makes two preparations differ (versions, hashes of input files), without fetching anything."""

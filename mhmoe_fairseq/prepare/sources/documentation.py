@@ -17,7 +17,7 @@ from ...common.arguments import nonempty
 from ...common.errors import UserError
 from ...common.provenance import versions
 from ...data.documents import Document
-from ..archives import Archive, Say, iter_deb_members
+from ..archives import Archive, Say, iter_deb_members, iter_zip_members
 from .base import ENGLISH_SOURCES, OpenedText, PackagedSource, Source, SourceKind
 
 _ROLE = re.compile(r":[\w+.:-]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
@@ -129,20 +129,30 @@ def docstring_documents(package: str, folder: Path, unread: list[str]) -> Iterat
         relative = path.relative_to(folder)
         if not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]):
             continue
-        name = f"{package}/{relative.as_posix()}"
-        try:
-            texts = [_PARAMETER.sub("", _DOCTEST.sub("", docstring)) for docstring in _docstrings(path)]
-        except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
-            unread.append(name)
-            continue
-        yield Document(name, [paragraph for text in texts for paragraph in prose_paragraphs(text)])
+        yield from _module_document(f"{package}/{relative.as_posix()}", path.read_bytes(), unread)
 
 
-def _docstrings(path: Path) -> Iterator[str]:
+def wheel_documents(package: str, path: Path) -> Iterator[Document]:
+    """Yields a document per module of a package in a wheel, no tests; what this Python cannot parse is left out."""
+    for name, content in iter_zip_members(path, lambda name: name.startswith(f"{package}/") and name.endswith(".py")):
+        if _SKIPPED_FOLDERS.isdisjoint(name.split("/")[:-1]):
+            yield from _module_document(name, content, [])
+
+
+def _module_document(name: str, source: bytes, unread: list[str]) -> Iterator[Document]:
+    try:
+        texts = [_PARAMETER.sub("", _DOCTEST.sub("", docstring)) for docstring in _docstrings(source.decode())]
+    except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+        unread.append(name)
+        return
+    yield Document(name, [paragraph for text in texts for paragraph in prose_paragraphs(text)])
+
+
+def _docstrings(source: str) -> Iterator[str]:
     """Yields docstrings and other long strings; raises what the parser raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = ast.parse(source)
     docstring_nodes: set[int] = set()
     for node in ast.walk(tree):  # breadth first: a definition comes before the string in its body
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

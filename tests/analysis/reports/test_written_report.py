@@ -144,7 +144,7 @@ def test_parts_have_a_table_and_bars(tmp_path: Path) -> None:
     }  # fmt: skip
     assert row_of(text, "all", table=1)["dense, ppl"] == "12.00 ± 5.66"
     assert row_of(text, "mhmoe", table=2) == {
-        "model": "mhmoe", "load in common": "25.0 %", "language guessed right": "–",
+        "model": "mhmoe", "load in common": "25.0 %", "part guessed right": "–",
     }  # fmt: skip
     plots = {path.name for path in (tmp_path / "report-plots").iterdir()}
     assert plots >= {"perplexity-perplexity-test.png", "perplexity-bits-per-character-test.png", "seeds-test-ppl.png",
@@ -158,7 +158,7 @@ def _language_loads():
 def test_routing_that_was_analysed_tells_languages_apart(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mhmoe", make_record(text_metrics(20.0), experts=_language_loads()))
     measured = make_record(
-        {"loss": Metric(4.0, "bits/token", count=60), "language guessed right": Metric(80.0, "%")}, "routing",
+        {"loss": Metric(4.0, "bits/token", count=60), "part guessed right": Metric(80.0, "%")}, "routing",
         experts=_language_loads(), settings={"guesses": [[[3, 1], [1, 3]]] * 2, "piece_tokens": 16},
     )  # fmt: skip
     (run / "routing-test.json").write_text((run / "record-test.json").read_text())
@@ -166,7 +166,7 @@ def test_routing_that_was_analysed_tells_languages_apart(tmp_path: Path) -> None
 
     write_record(run / "routing-test.json", measured)
     text = report(run, tmp_path / "report.md")
-    assert row_of(text, "mhmoe", table=1)["language guessed right"] == "80.0 %"
+    assert row_of(text, "mhmoe", table=1)["part guessed right"] == "80.0 %"
     assert "chance is 50.0 %" in text and (tmp_path / "report-plots" / "routing-mhmoe-overlap.png").is_file()
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from written_runs import loads as expert_loads
 
-from mhmoe_fairseq.analysis.routing.loads import PartLoads, accuracy, language_guesses
+from mhmoe_fairseq.analysis.routing.loads import PartLoads, accuracy, part_guesses
 from mhmoe_fairseq.evaluation.records import ExpertLoads, LayerLoads
 
 
@@ -17,11 +17,11 @@ def test_what_two_languages_share() -> None:
 
 def test_languages_are_told_apart_by_the_experts_they_use() -> None:
     apart = [np.array([[[9.0, 1, 0]]] * 6), np.array([[[0.0, 1, 9]]] * 4)]
-    guesses = language_guesses(apart)
+    guesses = part_guesses(apart)
     assert guesses.tolist() == [[[3, 0], [0, 2]]] * 2  # one layer, and all of them together
     assert accuracy(guesses[0]) == 1.0
     alike = [np.array([[[5.0, 5, 5]]] * 8)] * 4
-    assert accuracy(language_guesses(alike)[0]) == 0.25  # chance: all are taken for the first
+    assert accuracy(part_guesses(alike)[0]) == 0.25  # chance: all are taken for the first
 
 
 def test_layers_together_tell_what_one_alone_does_not() -> None:
@@ -30,7 +30,7 @@ def test_layers_together_tell_what_one_alone_does_not() -> None:
 
     one, other = [8.0, 2.0], [2.0, 8.0]
     loads = [pieces(one, one), pieces(one, other), pieces(other, one), pieces(other, other)]
-    first, second, together = map(accuracy, language_guesses(loads))
+    first, second, together = map(accuracy, part_guesses(loads))
     assert (first, second, together) == (0.5, 0.5, 1.0)
 
 
