@@ -44,7 +44,7 @@ class DataIdentity:
     has_images: bool = False
 
     def bytes_of(self, split: str, tokens: int) -> int | None:
-        """Return a split's bytes of text, or None where the manifest lacks it or ``tokens`` are not all of its tokens."""
+        """Return a split's bytes of text; None where the manifest lacks it or ``tokens`` are not all of its tokens."""
         counts = self.splits.get(split)
         return counts["bytes"] if counts is not None and counts["tokens"] == tokens else None
 

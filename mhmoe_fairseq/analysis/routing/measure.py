@@ -1,4 +1,4 @@
-"""Measure which experts a trained model uses on a split, and which each part (language, domain, modality), as one record."""
+"""Measure which experts a trained model uses on a split, and which each of its parts, as one record."""
 
 import dataclasses
 from collections.abc import Callable

@@ -21,6 +21,7 @@ from .base import (
     MultilingualCorpus,
     OpenedText,
     Passage,
+    Source,
     SourceKind,
     Stage,
     fingerprint,
@@ -42,6 +43,7 @@ class OwnText:
     files: Sequence[tuple[Optional[str], Path]]
     read: Callable[[Path], Iterator[Document]]
     licence: str = _LICENCE
+    held_out = Source.held_out
 
     def identity(self) -> dict[str, object]:
         """Returns the files' names, sizes and hashes; ``UserError`` names one that is missing."""
