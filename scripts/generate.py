@@ -96,7 +96,9 @@ def table(what: str, name: str) -> str:
         return head + markdown_table(
             ["model", *columns], [[model, *(str(row[column]) for column in columns)] for model, row in rows.items()]
         )
-    model = next(model for model in ("mhmoe-params", "official-h4") if model in EXPERIMENTS[name].models)
+    model = next(
+        model for model in ("mhmoe-params", "official-h4", "mhmoe-swiglu-h2") if model in EXPERIMENTS[name].models
+    )
     cpu, paper = (training_flags(name, scale, model) for scale in ("cpu", "paper"))
     different = [flag for flag in {**cpu, **paper} if cpu.get(flag) != paper.get(flag)]
     cells = [[f"`{flag}`", *(_cell(flags.get(flag)) for flags in (cpu, paper))] for flag in different]

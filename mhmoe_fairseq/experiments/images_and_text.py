@@ -104,7 +104,12 @@ EXPERIMENTS = (
         claims=claims(TABLE_1, "xmoe < dense", "mhmoe-params < xmoe", "mhmoe-params-e32 < xmoe-e32")),
     Experiment("table4", "fine-tuned on questions, statements and captions", _FOLDER,
         # Captions are the slowest to score.
-        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4),
+        (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4, source="P1 table 4",
+        claims=(
+            *claims(TABLE_4, "mhmoe-params < xmoe", column="VQAv2 test-std", what="questions", metric="accuracy"),
+            *claims(TABLE_4, "mhmoe-params < xmoe", column="NLVR2 test-P", what="statements", metric="accuracy"),
+            *claims(TABLE_4, "mhmoe-params < dense", column="CIDEr", what="captions", metric="CIDEr"),
+        )),
     Experiment("figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
         (Stage(PRETRAINING, ("mhmoe-*",)),), ("mhmoe-params",), paper_models=("mhmoe-params-kept",), seeds=(1,),
         after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
