@@ -11,6 +11,7 @@ from ..common.arguments import (
     add_device_arguments,
     existing_file,
     existing_folder,
+    existing_path,
     output_folder,
     plain_name,
     real,
@@ -39,8 +40,9 @@ Measured = TypeVar("Measured")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``mhmoe analyze``."""
     parser.add_argument(
-        "checkpoints", type=existing_file, nargs="+", metavar="CHECKPOINT",
-        help="checkpoint file of a model with experts; several of one training with --diversity or --polysemy",
+        "checkpoints", type=existing_path, nargs="+", metavar="CHECKPOINT",
+        help="checkpoint of a model with experts, or the folder that holds one; several of one training with "
+        "--diversity, of any with --polysemy",
     )  # fmt: skip
     parser.add_argument(
         "--data", type=existing_folder, required=True, metavar="DIR", help="prepared folder with the split"
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", type=plain_name, default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
-        help="folder for routing-SPLIT.json, diversity.json or polysemy-SPLIT.json and plots (default: checkpoint's)",
+        help="folder for routing-SPLIT.json, diversity.json or record-polysemy-SPLIT.json and plots (checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=real(at_least=0, at_most=1), metavar="SHARE",
@@ -85,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write; a bad flag, checkpoint, image or data folder ends it before the measurement."""
     from ..analysis.reports.plots import require_matplotlib
+    from ..models.language_model import find_checkpoint
 
     kind = "--diversity" if args.diversity else "--polysemy" if args.polysemy else ""
     for name in sorted({name for names in _FLAGS.values() for name in names} - {*_FLAGS[kind]}):
@@ -95,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("several checkpoints need --diversity or --polysemy")
     if not args.no_plots:
         require_matplotlib()
+    args.checkpoints = [find_checkpoint(path, None) for path in args.checkpoints]
     files = {"": _analyze_routing, "--diversity": _analyze_diversity, "--polysemy": _analyze_polysemy}[kind](args)
     say(f"written: {', '.join(map(str, files))}")
     return 0
@@ -195,15 +199,23 @@ def _analyze_polysemy(args: argparse.Namespace) -> list[Path]:
             args.precision,
         )  # fmt: skip
 
+    trainings: dict[Path, list[Path]] = {}
+    for checkpoint in args.checkpoints:
+        trainings.setdefault(checkpoint.resolve().parent, []).append(checkpoint)
+    if args.out and len(trainings) > 1:
+        raise UserError(f"--out ({args.out}) is for one training; {len(trainings)} have their records in their folders")
+    files, courses = [], {}
     with quiet():
-        records = _over_updates(args.checkpoints, measure)
-        out = args.out or args.checkpoints[0].parent
-        files = [out / f"polysemy-{args.split}.json"]
-        write_record(files[0], course_of(records))
-        if not args.no_plots:
-            plots = polysemy_plots(files[0].stem, args.checkpoints[0].resolve().parent.name, records)
-            files += [path for _, path in draw_all(out, plots)]
-    say(describe_polysemy(records))
+        for training, checkpoints in trainings.items():
+            records, out = _over_updates(checkpoints, measure), args.out or checkpoints[0].parent
+            name = "/".join(training.parts[-2:]) if training.name.startswith("seed-") else training.name
+            courses[str(training) if name in courses else name] = records
+            files.append(record_file(out, f"polysemy-{args.split}"))
+            write_record(files[-1], course_of(records))
+            if not args.no_plots:
+                plots = polysemy_plots(f"polysemy-{args.split}", name, records)
+                files += [path for _, path in draw_all(out, plots)]
+    say(describe_polysemy(courses))
     return files
 
 

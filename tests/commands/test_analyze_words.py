@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mhmoe_fairseq.analysis.reports.polysemy import describe_polysemy
+from mhmoe_fairseq.analysis.reports.runs import read_model
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.common.files import write_json
 from mhmoe_fairseq.evaluation.records import read_record
@@ -36,7 +37,7 @@ def test_a_course_of_updates(runs, tmp_path: Path, lists: Path, capsys: pytest.C
     torch.save(state, last.with_name("checkpoint_1_3.pt"))
     flags = ["--data", runs.data, "--polysemy", lists, "--split", "test"]
     assert analyze(last, last.with_name("checkpoint_1_3.pt"), last.with_name("checkpoint_best.pt"), *flags) == 0
-    record, output = read_record(last.parent / "polysemy-test.json"), capsys.readouterr().out
+    record, output = read_record(last.parent / "record-polysemy-test.json"), capsys.readouterr().out
     assert (record.what, record.split, record.checkpoint["updates"]) == ("polysemy", "test", 8)
     assert [row["updates"] for row in record.settings["course"]][-2:] == [3, 8][-2:]
     pairs = record.settings["pairs"]
@@ -54,24 +55,34 @@ def test_a_course_of_updates(runs, tmp_path: Path, lists: Path, capsys: pytest.C
     assert low <= record.main.value <= high and record.settings["most_experts"] == 4
     for name in ("polysemy-test.png", "polysemy-test-course.png"):
         assert (last.parent / name).read_bytes().startswith(b"\x89PNG")
-    assert (
-        "at most 4" in output
-        and "words: given by the user" in output
-        and output.count("routing test with") == len(record.settings["course"])
-    )
-    assert re.search(rf"\| 8 +\| +{left.mean():.3f} \| +{right.mean():.3f} \| +{(left - right).mean():+.3f} \|", output)
+    assert "words: given by the user" in output
+    assert output.count("routing test with") == len(record.settings["course"])
+    row = [8, 4, f"{left.mean():.3f}", f"{right.mean():.3f}", f"{(left - right).mean():+.3f}"]
+    assert "".join(f"|{cell}" for cell in row) in output.replace(" ", "")
     assert re.search(rf"\| control +\| +{len(pairs)} \|.* {found['control']} \|", output)
+
+
+def test_trainings_have_records_of_their_own(runs, tmp_path: Path, lists: Path, capsys: pytest.CaptureFixture) -> None:
+    one, other = (runs.copy("mhmoe", tmp_path / model / "seed-1") for model in ("one", "other"))
+    words = [one, other, "--data", runs.data, "--polysemy", lists, "--no-plots"]
+    assert analyze(*words) == 0
+    assert all((folder / "record-polysemy-valid.json").is_file() for folder in (one, other))
+    assert re.search(r"\| one/seed-1 .*\n\| other/seed-1 ", capsys.readouterr().out)
+    names = [record.what for record in read_model("one", [one]).runs[0].records]
+    assert names[-1] == "polysemy"  # splits come first
+    assert analyze(*words, "--out", tmp_path) == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_a_token_that_is_not_split_is_told_so(runs, tmp_path: Path, lists: Path) -> None:
     flags = ["--data", runs.data, "--polysemy", lists, "--out", tmp_path / "out", "--no-plots"]
     assert analyze(runs.mhmoe / "checkpoint_last.pt", *flags, "--batch-size", 3) == 0
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["polysemy-valid.json"]
-    record = read_record(tmp_path / "out" / "polysemy-valid.json")
-    told = "a token of this model always goes to 2 experts: nothing can differ"
-    assert told not in describe_polysemy([record])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["record-polysemy-valid.json"]
+    record = read_record(tmp_path / "out" / "record-polysemy-valid.json")
+    told = "tokens are not split, each goes to as many experts: nothing can differ"
+    assert told not in describe_polysemy({"": [record]})
     unsplit = dataclasses.replace(record, settings={**record.settings, "most_experts": 2})
-    assert told in describe_polysemy([unsplit])
+    assert told in describe_polysemy({"": [unsplit]})
 
 
 @pytest.mark.parametrize(

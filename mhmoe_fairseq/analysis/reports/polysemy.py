@@ -1,9 +1,9 @@
 """What records say about polysemous words and their control: tables and plots (P1's figure 7)."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from ...common.tables import columns_table, number
+from ...common.tables import MISSING, columns_table, number
 from ...evaluation.records import Metric, Record
 from .plots import Plot, draw_curves, draw_distributions
 
@@ -11,19 +11,23 @@ _GROUPS = ("polysemous", "control")
 _LABEL = "experts per token, mean of the layers"
 
 
-def describe_polysemy(records: Sequence[Record]) -> str:
-    """Tables for the terminal: a row for every checkpoint, then the words that the last one was measured on."""
+def describe_polysemy(courses: Mapping[str, Sequence[Record]]) -> str:
+    """Tables for the terminal: a row for every checkpoint, then the words that they were measured on.
+
+    Args:
+        courses: the records of every training, in the order of updates.
+    """
+    records = [record for course in courses.values() for record in course]
     last = records[-1]
-    most = last.settings["most_experts"]
     head = (
-        f"{last.split}: different experts of a token's sub-tokens, at most {most}, mean of the MoE layers; difference: "
-        f"polysemous less control, mean of {last.main.count} pairs of words of equally many tokens and like frequency, "
-        "with the 95 % interval of a bootstrap over pairs\n"
-        f"words: {last.settings['rule']}"
+        f"{last.split}: different experts of a token's sub-tokens, mean of the MoE layers; difference: polysemous less "
+        f"control, mean of {last.main.count} pairs of words of equally many tokens and like frequency, with the 95 % "
+        f"interval of a bootstrap over pairs\nwords: {last.settings['rule']}"
     )
-    if most == last.model["counts"]["top_k"]:  # one sub-token
-        head += f"\na token of this model always goes to {most} experts: nothing can differ"
-    return "\n\n".join([head, _course_table(records), _word_table(last)])
+    tables = [head, _course_table(courses), f"the last row's words:\n\n{_word_table(last)}"]
+    if any(record.settings["most_experts"] == record.model["counts"]["top_k"] for record in records):
+        tables.append("at most top-k experts: tokens are not split, each goes to as many experts: nothing can differ")
+    return "\n\n".join(tables)
 
 
 def course_of(records: Sequence[Record]) -> Record:
@@ -40,13 +44,17 @@ def course_of(records: Sequence[Record]) -> Record:
     return dataclasses.replace(records[-1], settings={**records[-1].settings, "course": course})
 
 
-def _course_table(records: Sequence[Record]) -> str:
-    columns = {"updates": [f"{record.checkpoint['updates'] or 0:,}" for record in records]}
+def _course_table(courses: Mapping[str, Sequence[Record]]) -> str:
+    records = [record for course in courses.values() for record in course]
+    columns = {"training": [name for name, course in courses.items() for _ in course]} if len(courses) > 1 else {}
+    columns["updates"] = [f"{record.checkpoint['updates'] or 0:,}" for record in records]
+    columns["at most"] = [str(record.settings["most_experts"]) for record in records]
     columns |= {group: [number(_experts(record, group).value, 3) for record in records] for group in _GROUPS}
     columns["difference"] = [f"{record.main.value:+.3f}" for record in records]
     columns["95 % interval"] = ["{:+.3f} to {:+.3f}".format(*record.settings["interval"]) for record in records]
     for layer in records[-1].settings["difference_by_layer"]:
-        columns[f"layer {layer}"] = [f"{record.settings['difference_by_layer'][layer]:+.3f}" for record in records]
+        of_layer = [record.settings["difference_by_layer"].get(layer) for record in records]
+        columns[f"layer {layer}"] = [MISSING if value is None else f"{value:+.3f}" for value in of_layer]
     return columns_table(columns)
 
 

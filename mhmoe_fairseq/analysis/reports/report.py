@@ -17,6 +17,10 @@ _NOTES = {
     "speed": "BATCHxPROMPT+NEW, such as 4x7+16: so many prompts of so many tokens, continued greedily by so many each; "
     "output tokens/s: new tokens over the time of prompts and continuations; prompt tokens/s: the prompts' tokens over "
     "the time to the first new one; medians of rounds in which the checkpoints took turns.",
+    "polysemy": "Experts per token: different experts among a token's sub-tokens, mean of the MoE layers; polysemous "
+    "and control: words in pairs of like frequency and equally many tokens, chosen by a rule from WordNet unless the "
+    "record says otherwise, not by GPT-4 as in the paper; all: every word of the lists in the split; polysemy: mean "
+    "difference of the pairs.",
     "masked": "Masked positions: every image and text once, with the same masks for every model. ppl: perplexity per "
     "masked position, of patches among the visual tokenizer's ids and of words among the dictionary; all: patches and "
     "words together; right: share of masked positions whose most probable symbol is the right one; without context: a "

@@ -101,7 +101,7 @@ class Run:
     Attributes:
         path: the folder; ``seed-N``, or another name: runs of two models with the same one are compared.
         log: empty if there is no ``train.log``.
-        records: what was evaluated.
+        records: what was evaluated, of splits first.
         routing: what ``mhmoe analyze`` measured.
     """
 
@@ -152,11 +152,17 @@ def _read_run(path: Path) -> Run:
         raise UserError(f"run {path} does not exist")
     log = path / "train.log"
     records, routing = (
-        [read_record(file) for file in sorted(path.glob(f"{kind}-*.json"))] for kind in ("record", "routing")
+        [read_record(file) for file in sorted(path.glob(f"{kind}-*.json"), key=_order)]
+        for kind in ("record", "routing")
     )
     if not records and not log.is_file():
         raise UserError(f"run {path} has neither train.log nor record-SPLIT.json, which mhmoe evaluate writes")
     return Run(path, read_training_log(log) if log.is_file() else TrainingLog([], []), records, routing)
+
+
+def _order(file: Path) -> tuple[int, str]:
+    """A key that sorts ``record-SPLIT.json`` before other evaluations' ``record-WHAT-SPLIT.json``."""
+    return file.stem.count("-"), file.name
 
 
 def find_runs(paths: Iterable[Path], names: Sequence[str] | None = None) -> dict[str, list[Path]]:

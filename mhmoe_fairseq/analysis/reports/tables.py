@@ -24,11 +24,12 @@ HEADLINES = {
     "image classification": (("classes", "top-1"),),
     "retrieval": (("recall", "mean recall"),),
     "zero-shot": (("accuracy", "accuracy"),),
+    "polysemy": (("polysemy", "difference"),),
     "speed": (("output tokens/s", "output tokens/s"), ("prompt tokens/s", "prompt tokens/s")),
 }
 DIGITS = {
     "bits/character": 4, "bits/byte": 4, "output tokens/s": 1, "input tokens/s": 1, "prompt tokens/s": 1,
-    "training tokens/s": 0,
+    "training tokens/s": 0, "difference": 3, "experts per token": 3,
 }  # fmt: skip
 SHORT = {"perplexity": "ppl", "bits/character": "bits/char", "accuracy": "right"}
 LOWER_IS_BETTER = ("perplexity", "loss", "bits/character", "bits/byte")
@@ -36,7 +37,7 @@ PART_NAMES = {
     "image": "patches of images", "text": "words of texts", "pair_image": "patches of pairs",
     "pair_text": "words of pairs",
 }  # fmt: skip
-_COUNTED = {"perplexity": "tokens", "masked": "positions"}
+_COUNTED = {"perplexity": "tokens", "masked": "positions", "polysemy": "words"}
 # Settings that a fair comparison keeps equal, by section of the stored configuration.
 COMPARED_SETTINGS = {
     "optimization": ("max_update", "update_freq", "lr", "clip_norm"),
