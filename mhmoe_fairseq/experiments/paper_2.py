@@ -22,7 +22,8 @@ PAPER_2 = ENGLISH.variant(
     },
     name="swiglu",
 ).at_cpu(  # 192 wide, so that three heads divide it: a quarter of the paper's widths
-    flags=f"--tokens-per-sample 128 --lr 4e-3 --decoder-embed-dim 192 --decoder-ffn-embed-dim {SWIGLU_WIDTHS['cpu']}"
+    flags="--tokens-per-sample 128 --lr 4e-3 --mhmoe-precision auto --decoder-embed-dim 192 --decoder-ffn-embed-dim "
+    f"{SWIGLU_WIDTHS['cpu']}"
 )  # fmt: skip
 MODELS = ("dense-swiglu", "smoe-swiglu", "fine-grained", "mhmoe-swiglu-h2", "mhmoe-swiglu-h3")
 _COLUMNS = [f"{corpus}, {updates}" for updates in ("50k", "100k") for corpus in ("RedPajama", "Wiki", "C4")]
