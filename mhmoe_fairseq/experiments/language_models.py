@@ -191,10 +191,6 @@ EXPERIMENTS = (
         ENGLISH_STAGE, FIVE, reference="xmoe", source="P1 figures 4, 9"),
     Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6, source="P1 figure 6",
         claims=claims(TABLE_1, "mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")),
-    Experiment("figure7", "experts of polysemous words beside words of one sense, chosen by a rule: 8 heads",
-        "english_lm", ENGLISH_STAGE, ("mhmoe-params-h8",), seeds=(1,), source="P1 figure 7", after=(
-            "mhmoe prepare words --dest data/words",
-            "mhmoe analyze {checkpoints} --data {data} --polysemy data/words/words.json --out {out}/figure7")),
     Experiment("official", "the official repository's recipe, its number of heads made explicit", "english_lm",
         (Stage(OFFICIAL),), ("official-h4",), source="official code"),
     Experiment("study", "the head-line study: MH-MoE under both budgets, learning rates searched, three seeds",
