@@ -29,7 +29,7 @@ HEADLINES = {
 }
 DIGITS = {
     "bits/character": 4, "bits/byte": 4, "output tokens/s": 1, "input tokens/s": 1, "prompt tokens/s": 1,
-    "training tokens/s": 0, "difference": 3, "experts per token": 3,
+    "tokens/s": 0, "difference": 3, "experts per token": 3,
 }  # fmt: skip
 SHORT = {"perplexity": "ppl", "bits/character": "bits/char", "accuracy": "right"}
 LOWER_IS_BETTER = ("perplexity", "loss", "bits/character", "bits/byte")
@@ -118,8 +118,8 @@ class Column:
         return {name: value for metric in self.metrics(models)[::-1] for name, value in metric.baselines.items()}
 
 
-# Of the log, whatever was evaluated.
-TRAINING_SPEED = Column("training tokens/s", "training", "train", "training tokens/s")
+# In training, of the log whatever was evaluated.
+TRAINING_SPEED = Column("tokens/s", "training", "train", "tokens/s")
 
 
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:

@@ -260,7 +260,7 @@ def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:
 def test_speeds_stand_beside_the_papers(tmp_path: Path) -> None:
     speeds = {"output tokens/s": Metric(64.0, "tokens/s"), "input tokens/s": Metric(28.0, "tokens/s")}
     write_run(tmp_path / "xmoe", make_record(text_metrics(20.0)), make_record(speeds, "speed", split="4x7+16"))
-    columns = {"input": "4x7+16 input tokens/s", "output": "4x7+16 output tokens/s", "training": "training tokens/s"}
+    columns = {"input": "4x7+16 input tokens/s", "output": "4x7+16 output tokens/s", "training": "tokens/s"}
     paper = PaperTable("P", "x", {"xmoe": {"input": 18.47, "output": 45.47, "training": 33.98}}, "", columns)
     text = report(tmp_path / "xmoe", tmp_path / "report.md", plots=False, paper=paper)
     row = row_of(text, "xmoe")
