@@ -164,6 +164,10 @@ TABLE_3 = PaperTable(
 )
 
 
+POLYSEMY = Claim(
+    "tokens of polysemous words go to more experts than those of like words with one sense",
+    *2 * ("mhmoe-params-h8",), metric="experts per token", what="polysemy", part="polysemous", reference_part="control",
+)  # fmt: skip
 _TABLE_1_CLAIMS = ("xmoe < dense", "mhmoe-params < xmoe", "mhmoe-params-e32 < xmoe-e32", "xmoe-e32 < xmoe")
 EXPERIMENTS = (
     Experiment("demo", "the three models on real text, MH-MoE under both budgets: 7 minutes on 2 cores", "demo",
@@ -191,6 +195,10 @@ EXPERIMENTS = (
         ENGLISH_STAGE, FIVE, reference="xmoe", source="P1 figures 4, 9"),
     Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6, source="P1 figure 6",
         claims=claims(TABLE_1, "mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")),
+    Experiment("figure7", "experts per token of polysemous words and like control words, 8 heads", "english_lm",
+        ENGLISH_STAGE, ("mhmoe-params-h8",), source="P1 figure 7", needs=("words --dest data/words",),
+        after=("mhmoe analyze {runs} --data {data} --split test --polysemy data/words/words.json",),
+        claims=(POLYSEMY,)),
     Experiment("official", "the official repository's recipe, its number of heads made explicit", "english_lm",
         (Stage(OFFICIAL),), ("official-h4",), source="official code"),
     Experiment("study", "the head-line study: MH-MoE under both budgets, learning rates searched, three seeds",

@@ -324,6 +324,9 @@ class Plan:
                 words = ["mhmoe", "prepare", *(word.format_map(values) for word in recipe.prepare.split())]
                 words += ["--dest", str(self.data_of(recipe))]
             yield self.data_of(recipe), words
+        for command in self.experiment.needs:
+            words = ["mhmoe", "prepare", *command.split()]
+            yield Path(words[-1]), words
 
     def following(self) -> Iterator[list[str]]:
         """Yields the commands after the trainings, the report's last; ``UserError`` if one lacks ``--xnli``."""
@@ -340,12 +343,17 @@ class Plan:
             words: list[str] = []
             for word in command.split():
                 words += lists[word] if word in lists else [word.format_map(fields)]
-            yield words
+            yield _without_plots(words) if words[1] == "analyze" else words
         if experiment.stages and (experiment.paper is not None or not experiment.after):  # else those say all
             words = ["mhmoe", "report", *lists["{runs}"], "--out", str(self.out / experiment.report)]
             words += [] if experiment.paper is None else ["--paper", experiment.name]
             words += ["--reference", experiment.reference] if experiment.reference in self.names() else []
-            yield words if find_spec("matplotlib") else [*words, "--no-plots"]
+            yield _without_plots(words)
+
+
+def _without_plots(words: list[str]) -> list[str]:
+    """The command, with a flag where there is nothing to draw with."""
+    return words if find_spec("matplotlib") else [*words, "--no-plots"]
 
 
 def with_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:

@@ -144,6 +144,7 @@ class Experiment:
         models: names; of ``parts`` at CPU scale, where they take the place of theirs.
         paper_models: names at paper scale, where they are others.
         seeds, lrs, search_updates, updates, validations: other than the recipes'.
+        needs: words of ``mhmoe prepare`` for what else ``after`` reads, the folder last.
         after: commands that follow, with ``{runs}``, ``{checkpoints}``, ``{data}``, ``{out}`` and ``{xnli}`` filled in.
         paper: the paper's own values of this experiment, the report's last table.
         reference: the model that the report compares the others with.
@@ -165,6 +166,7 @@ class Experiment:
     search_updates: int | None = None
     updates: int | None = None
     validations: int | None = None
+    needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
     paper: PaperTable | None = None
     reference: str | None = None

@@ -101,7 +101,7 @@ P1_MULTIMODAL = (2.8e-3, "(0.9, 0.98)", 1e-6, 0.05, 0.0, 0.1, "cosine", 10_000, 
 SCRIPT = (6e-4, "(0.9, 0.95)", 1e-6, 0.1, 2.0, 0.1, "polynomial_decay", 375, 100_000, 512, 2048, 12, 768, 12, 2048)
 P2_LM = (*SCRIPT[:9], 256, *SCRIPT[10:])
 PAPER = {
-    **dict.fromkeys(("table1", "table5", "table6", "table7", "figure4", "figure6", "study"), P1_LM),
+    **dict.fromkeys(("table1", "table5", "table6", "table7", "figure4", "figure6", "figure7", "study"), P1_LM),
     **dict.fromkeys(("table1-multilingual", "table3"), P1_LM),
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
     **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
@@ -302,6 +302,10 @@ def test_tables_share_the_runs_of_table_1(scale: str) -> None:
     at = xnli.index("--checkpoint") + 1
     assert [Path(word).parent.name for word in xnli[at : at + 5]] == list(table_1)
     english = trainings("table1", "--scale", scale)
+    table_5 = trainings("table5", "--scale", scale)
+    assert trainings("figure7", "--scale", scale).items() <= table_5.items()
+    assert commands("figure7", "--scale", scale)[-1][-2:] == ("--polysemy", "data/words/words.json")
+    assert ("mhmoe", "prepare", "words", "--dest", "data/words") in commands("figure7", "--scale", scale)
     for name in ("study", "table5", "table6", "table7", "figure4", "figure6"):
         runs = trainings(name, "--scale", scale)
         assert runs.keys() & english.keys() and all(runs[of] == english[of] for of in runs.keys() & english.keys())

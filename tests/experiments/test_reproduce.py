@@ -15,6 +15,7 @@ from labelled import prepare, write_jsonl
 from multilingual_data import LANGUAGES, documents_of
 
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.common.files import write_json
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
 from mhmoe_fairseq.experiments.spec import Experiment, Stage, parse_flags
@@ -87,6 +88,15 @@ class Toys:
         return self.root / "labelled"
 
     @cached_property
+    def words(self) -> Path:
+        """A folder as ``mhmoe prepare words`` makes it, with words of the toy text."""
+        folder = self.root / "data" / "words"
+        polysemous, control = "river farmer teacher near behind along".split(), "winter market doctor under the".split()
+        write_json(folder / "words.json", {"polysemous": polysemous, "control": control})
+        write_json(folder / "manifest.json", {})
+        return folder
+
+    @cached_property
     def xnli(self) -> Path:
         folder = self.root / "xnli"
         folder.mkdir()
@@ -134,11 +144,15 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         words += ["--data", str(toys.data(parse_flags(recipe.flags)["--task"][0])), "--lrs", "1e-3"]
         words += ["--updates", "2", "--validations", "2"]  # two checkpoints for the figures over a training
         words += ["--xnli", str(toys.xnli)] if name == "table3" else []
+        if experiment.needs:
+            monkeypatch.chdir(toys.words.parents[1])
         words += ["--", *SMALL, *SMALL_OF[recipe.family]]
     assert mhmoe(["reproduce", name, "--out", str(out), *words]) == 0
     runs = [out / stage.recipe.name_of(model) / "seed-1" for stage, model in trained(experiment)]
     for run in runs:
         assert {record.split for record in map(read_record, run.glob("record-*.json"))} >= {"valid", "test"}
+    if name == "figure7":
+        assert all((run / "record-polysemy-test.json").is_file() for run in runs)
     if experiment.paper is not None:
         report = (out / experiment.report).read_text(encoding="utf-8")
         paper = report.split("## ")[-1]
