@@ -17,14 +17,21 @@ from .results import read_page
 from .spec import Experiment, Flags, parse_flags
 
 HOURS = (
-    "hours: of the trainings still to do, by the median seconds per sample of the same model in outputs/ and results/, "
-    "else of its architecture and size; ?: nothing of that kind has been trained here"
+    "hours: of the trainings still to do, one at a time, by the median seconds per sample of trainings in outputs/ "
+    "and results/: of the same model, else of its architecture, else of any of its size; ?: none of its task and size"
 )
 
 
 def _kind(flags: Flags) -> tuple[object, ...]:
-    """What a training's speed depends on beside its model: task, architecture and size, how long a sample is."""
-    return tuple(flags.get(name) for name in ("--task", "--arch", "--tokens-per-sample", "--img-size"))
+    """What a training's speed depends on beside its model: family and size, task, how long a sample is."""
+    _, family = _split(flags)
+    return family, *(flags.get(name) for name in ("--task", "--tokens-per-sample", "--img-size"))
+
+
+def _split(flags: Flags) -> tuple[str, str]:
+    """``mhmoe`` and ``lm_tiny`` of an architecture's name."""
+    kind, _, family = flags["--arch"][0].partition("_")
+    return kind, family
 
 
 def _samples(flags: Flags) -> int:
@@ -34,9 +41,9 @@ def _samples(flags: Flags) -> int:
 
 @dataclass
 class Speeds:
-    """Seconds that a sample took in trainings of this machine: by kind of training, then by model."""
+    """Seconds that a sample took in trainings of this machine: by kind of training, then by architecture and model."""
 
-    seconds: dict[tuple[object, ...], dict[str, list[float]]] = field(default_factory=dict)
+    seconds: dict[tuple[object, ...], dict[tuple[str, str], list[float]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, *trees: Path) -> "Speeds":
@@ -49,7 +56,7 @@ class Speeds:
                 if speed and tokens:
                     of_sample = tokens / log.num_updates / speed / _samples(flags)
                     by_model = found.seconds.setdefault(_kind(flags), {})
-                    by_model.setdefault(state.parent.parent.name, []).append(of_sample)
+                    by_model.setdefault((_split(flags)[0], state.parent.parent.name), []).append(of_sample)
             except (UserError, KeyError, ValueError, TypeError):
                 continue  # begun, or of another time
         return found
@@ -57,8 +64,9 @@ class Speeds:
     def hours(self, run: Run) -> float | None:
         """Returns the time of a run's training by the rule of :data:`HOURS`; None where nothing like it was trained."""
         flags = _flags(run.training(alone=True))
-        by_model = self.seconds.get(_kind(flags), {})
-        known = by_model.get(run.model) or [of for several in by_model.values() for of in several]
+        by_model, kind = self.seconds.get(_kind(flags), {}), _split(flags)[0]
+        alike = [of for (name, _), several in by_model.items() if name == kind for of in several]
+        known = by_model.get((kind, run.model)) or alike or [of for several in by_model.values() for of in several]
         return run.updates * _samples(flags) * statistics.median(known) / 3600 if known else None
 
 

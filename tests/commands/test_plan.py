@@ -55,6 +55,20 @@ def test_the_table_shows_the_papers_numbers_beside_ours_and_labels_them(capsys: 
     assert mhmoe.endswith("1,938M |")
 
 
+def test_the_written_table_has_our_counts_and_the_papers_numbers(table_11: dict) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "results" / "table11.md").read_text(encoding="utf-8")
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in text.splitlines() if re.match(r"\| (none|\d)", line)]
+    assert [row[0] for row in rows] == ["none (dense)", *map(str, EXPERTS)]
+    for row in rows:
+        experts = int(row[0]) if row[0].isdigit() else None
+        families = ("xmoe", "mhmoe") if experts else ("dense",)
+        counts = [table_11[family, experts].counts for family in families]
+        ours = [f"{of.total / MILLION:,.2f}M" for of in counts]
+        paper = [f"{TABLE_11['lm', family][experts][2]:,}M" for family in families]
+        width = [f"{counts[-1].moe.expert_ffn_dim:,}"] if experts else []
+        assert row[1:] == [*(cell for pair in zip(ours, paper) for cell in pair)][:3] + width + paper[1:]
+
+
 @pytest.mark.parametrize("flags", [["--budget", "flops"], ["--heads", "2"], ["--vocab-size", "8000"], ["--rms-norm"]])
 def test_the_papers_numbers_only_stand_beside_the_papers_settings(
     flags: list[str], capsys: pytest.CaptureFixture

@@ -4,76 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from written_runs import make_record, text_metrics
+from command_stand_ins import Commands, after, reproduce
 
-from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
-from mhmoe_fairseq.evaluation.records import record_file, write_record
+from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import runner
 from mhmoe_fairseq.experiments.runner import Progress, call, last_error
-
-
-def after(flag: str, words: list[str]) -> str:
-    return words[words.index(flag) + 1]
-
-
-class Commands:
-    """Stand-ins: a training writes a checkpoint and logs a loss that its learning rate decides, an evaluation a record.
-
-    Attributes:
-        called: the words of every command, in their order.
-        broken: a word of a command that fails.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.called, self.broken = folder, [], None
-
-    def __call__(self, words, threads, on_line, output=None, running=None) -> None:
-        self.called.append((words, threads))
-        if self.broken is not None and any(self.broken in word for word in words):
-            raise UserError("RuntimeError: broken")
-        if words[0] == "fairseq-train":
-            run, lr, last = Path(after("--save-dir", words)), float(after("--lr", words)), after("--max-update", words)
-            (run / "checkpoint_best.pt").write_text(" ".join(words))
-            (run / "checkpoint_1_2.pt").touch()
-            lines = [
-                json.dumps({"loss": "5.0", "wps": "100", "num_updates": str(int(last) // 2)}),
-                json.dumps({"valid_loss": str(abs(lr - 4e-3)), "valid_ppl": "32.0", "valid_num_updates": last}),
-            ]
-            (run / "train.log").write_text("\n".join(lines))
-            for line in lines:
-                on_line(f"2026 | INFO | train | {line}")
-        elif "prepare" in words:
-            (Path(after("--dest", words)) / "manifest.json").write_text("{}")
-        elif "report" in words:
-            Path(after("--out", words)).write_text(" ".join(words))
-        elif "evaluate" in words:
-            for split in (word for flag, word in zip(words, words[1:]) if flag == "--split"):
-                write_record(record_file(Path(words[2]).parent, split), make_record(text_metrics(20.0), split=split))
-
-    def trained(self) -> list[str]:
-        """The runs trained since the last call."""
-        words, self.called = [words for words, _ in self.called], []
-        folders = [Path(after("--save-dir", of)) for of in words if of[0] == "fairseq-train"]
-        return [path.relative_to(self.folder / "out").as_posix() for path in folders]
-
-
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
-    found = Commands(tmp_path)
-    monkeypatch.setattr(runner, "call", found)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "manifest.json").write_text("{}")
-    return found
-
-
-def reproduce(folder: Path, *words: str) -> int:
-    """One seed and learning rate unless ``words`` say otherwise."""
-    paths = ["--data", str(folder / "data"), "--out", str(folder / "out")]
-    return mhmoe(
-        ["reproduce", words[0], *paths, "--seeds", "1", *([] if "--lrs" in words else ["--lrs", "4e-3"]), *words[1:]]
-    )
 
 
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
@@ -98,11 +35,15 @@ def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands
     assert reproduce(tmp_path, "table5", "--models", "xmoe") == 0  # shares its runs
     assert commands.trained() == []
 
-    # Cut off: the training goes on where it was. One that lacks a record is evaluated alone.
+    # Cut off: the training goes on where it was. One that lacks a record, or has half of one, is evaluated alone.
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**state, "finished": False}))
-    (tmp_path / "out" / "xmoe" / "seed-1" / "record-test.json").unlink()
+    half = tmp_path / "out" / "xmoe" / "seed-1" / "record-test.json"
+    half.write_bytes(half.read_bytes()[:-20])
     assert reproduce(tmp_path, "table1", *models) == 0
+    assert [words[4:-1] for words, _ in commands.called if "xmoe" in words[2] and "evaluate" in words] == [
+        [str(tmp_path / "data"), "--split", "test"]
+    ]
     assert len(commands.called) == 3 and commands.trained() == ["dense/seed-1"]
     assert (run / "record-test.json").is_file() and "afresh" not in capsys.readouterr().out
 
@@ -142,10 +83,17 @@ def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
     assert reproduce(tmp_path, *words) == 0
     lrs = [after("--lr", words) for words, _ in commands.called if words[0] == "fairseq-train"]
     assert lrs == ["8e-3", "5e-3", "1e-3", "5e-3", "5e-3"]
+    kinds = ["search" if any("/search/" in word for word in words) else words[1] for words, _ in commands.called]
+    assert kinds[:3] == ["search"] * 3 and kinds.count("evaluate") == 2  # tests come last, once for each run
+    (searched,) = json.loads((tmp_path / "out" / "search.json").read_text())["date"].values()
+    for seed in (1, 2):
+        tested = read_record(tmp_path / "out" / "dense" / f"seed-{seed}" / "record-test.json")
+        assert tested.provenance["date"] >= searched
     assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3"}
     assert not list((tmp_path / "out" / "search").rglob("*.pt"))
     commands.trained()
     assert reproduce(tmp_path, *words) == 0 and commands.trained() == []
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["date"] == {"dense": searched}
     assert reproduce(tmp_path, *words, "--status") == 0  # knows what the search found
     assert capsys.readouterr().out.count("finished |") == 2
     assert reproduce(tmp_path, "table1", "--models", "xmoe", *words[-4:]) == 0  # the search of another model is added
@@ -183,6 +131,10 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
     with exclusive_lock(run / LOCK, "--save-dir"):
         assert reproduce(tmp_path, "table1", "--models", "dense") == 2
     assert "another run is writing there" in capsys.readouterr().err and (run / "checkpoint_best.pt").exists()
+    with exclusive_lock(tmp_path / "out" / LOCK, "--out"):  # two runners do not mix
+        assert reproduce(tmp_path, "table5", "--models", "xmoe") == 2
+    assert f"--out {tmp_path / 'out'}: another run is writing there" in capsys.readouterr().err
+    assert "xmoe/seed-1" not in commands.trained()
 
 
 def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> None:

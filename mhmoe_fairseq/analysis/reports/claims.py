@@ -158,7 +158,8 @@ def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[f
 
 
 def _fits(claim: Claim, record: Record, metric: str, part: str | None) -> bool:
-    if record.split != claim.split or (claim.what and record.what != claim.what):
+    split = record.split if record.what == claim.what == "zero-shot" else claim.split  # whose splits are tasks
+    if record.split != split or (claim.what and record.what != claim.what):
         return False
     return metric in (record.metrics if part is None else record.parts.get(part, {}))
 

@@ -1,0 +1,182 @@
+"""From finished runs to the tree of results, RESULTS.md and its pages, and back: what is kept, refused and noticed."""
+
+import json
+import re
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from command_stand_ins import Commands, reproduce
+
+from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.evaluation.records import read_record
+
+PAIR = ("table1", "--models", "dense", "xmoe", "--seeds", "1", "2", "3")
+needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib (extra plots)")
+
+
+@pytest.fixture
+def finished(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two models, three seeds; the working folder is that of the tree."""
+    monkeypatch.chdir(tmp_path)
+    commands.perplexities = {"dense": 24.0, "xmoe": 22.0}
+    assert reproduce(tmp_path, *PAIR) == 0
+    return tmp_path / "out"
+
+
+def keep(folder: Path, *words: str) -> int:
+    return reproduce(folder, *(words or PAIR), "--keep")
+
+
+def files(tree: Path) -> dict[str, bytes]:
+    return {path.relative_to(tree).as_posix(): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
+
+
+def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Path, tmp_path: Path, capsys) -> None:
+    assert keep(tmp_path) == 0
+    kept, folder = files(tmp_path / "results"), "english_lm/dense/seed-2"
+    assert len(kept) == 6 * 5 and f"kept: results/{folder}" in capsys.readouterr().out
+    assert not any(str(tmp_path).encode() in content or b'"/' in content for content in kept.values())
+    ours, theirs = (
+        read_record(path / "record-test.json") for path in (tmp_path / "results" / folder, finished / "dense/seed-2")
+    )
+    assert (ours.metrics, ours.model["counts"]) == (theirs.metrics, theirs.model["counts"])
+    assert ours.data == {"path": "data/mix", "digest": "0" * 64, "source": "sentences"}
+    assert "evaluate outputs/english_lm/dense/seed-2/checkpoint_best.pt --data data/mix" in ours.provenance["command"]
+    command = kept[f"{folder}/command.sh"].decode()
+    assert command.startswith(
+        "#!/usr/bin/env bash\nfairseq-train data/mix --user-dir mhmoe_fairseq --arch dense_lm_tiny"
+    )
+    assert "--save-dir outputs/english_lm/dense/seed-2 --log-file outputs/english_lm/dense/seed-2/train.log" in command
+    assert json.loads(kept[f"{folder}/train.log"].splitlines()[0]) == {
+        "num_updates": 500, "loss": 5, "wps": 100, "wpb": 4096
+    }  # fmt: skip
+    assert keep(tmp_path) == 0 and files(tmp_path / "results") == kept  # replaced, nothing left beside
+
+
+def test_loads_are_kept_as_whole_numbers_on_one_line(finished: Path, tmp_path: Path) -> None:
+    file = finished / "xmoe" / "seed-1" / "record-test.json"
+    row = {
+        "layer": 1,
+        "loads": [float(n) for n in range(256)],
+        "part": "en",
+        "pool": None,
+        "dropped": 0.5,
+        "entropy": 1.5,
+    }
+    file.write_text(json.dumps({**json.loads(file.read_text()), "experts": {"layers": [row] * 90}}))
+    assert keep(tmp_path) == 0
+    copy = tmp_path / "results" / "english_lm" / "xmoe" / "seed-1" / file.name
+    assert read_record(copy).experts == read_record(file).experts and copy.stat().st_size < 150_000
+    assert re.search(r'"loads": \[0, 1, 2, .*, 255\]\n?', copy.read_text())
+
+
+def _change(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda run: (run / "record-test.json").write_text('{"schema": '), "lacks a whole record of a split"),
+        (lambda run: _change(run / "run.json", finished=False), "xmoe/seed-3 in .* is cut off: finish it"),
+        (lambda run: shutil.rmtree(run), "is missing: finish it with mhmoe reproduce"),
+        (lambda run: (run / "train.log").write_text('{"num_updates": 2}'), "logged 2 updates, but table1 takes 1000"),
+        (lambda run: _change(run / "record-test.json", data={"digest": "1"}), "was evaluated on other data"),
+        (lambda run: _change(run.parents[1] / "search.json", date={"xmoe": "9"}), "before its learning rate was"),
+    ],
+)  # fmt: skip
+def test_what_is_not_whole_is_not_kept(spoil, message: str, finished: Path, tmp_path: Path, capsys) -> None:
+    (finished / "search.json").write_text("{}")
+    spoil(finished / "xmoe" / "seed-3")
+    assert keep(tmp_path) == 2
+    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "results").exists()
+
+
+def test_runs_of_another_length_or_other_data_than_the_kept_ones_are_refused(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    assert keep(tmp_path, *PAIR, "--updates", "4") == 2
+    assert "--updates (4) with --keep" in capsys.readouterr().err
+    assert reproduce(tmp_path, "table1", "--models", "dense", "--updates", "4") == 0  # a smoke run in its place
+    assert keep(tmp_path) == 2
+    assert "dense/seed-1 in" in (said := capsys.readouterr().err) and "was trained with other flags" in said
+    assert keep(tmp_path, "table1", "--models", "xmoe", "--seeds", "2") == 0
+    for run in (finished / "xmoe").iterdir():
+        _change(run / "record-test.json", data={"digest": "1"})
+        _change(run / "record-valid.json", data={"digest": "1"})
+    assert keep(tmp_path, "table1", "--models", "xmoe", "--seeds", "1") == 2
+    assert "was evaluated on other data" in capsys.readouterr().err
+    assert keep(tmp_path, "table1", "--models", "xmoe", "--seeds", "2") == 0  # in the place of what was of other data
+
+
+@needs_matplotlib
+def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    (finished / "search.json").write_text(
+        json.dumps({"valid_loss_bits": {"xmoe": {"4e-3": 5.1234}}, "best_lr": {"xmoe": "4e-3"}})
+    )
+    assert keep(tmp_path) == 0 and mhmoe(["reproduce", "--report"]) == 0
+    results, page = tmp_path / "RESULTS.md", tmp_path / "docs" / "results" / "table1.md"
+    text, of_page = results.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "xmoe has a lower perplexity than dense" in line)
+    assert [cell.strip() for cell in row.split("|")[2:6]] == [
+        "-8.7 %", "22.20 ± 0.10 against 24.20 ± 0.10: -8.26 % ± 0.03 (n = 3)", "[seen](docs/results/table1.md)",
+        "4.1M tokens, 1,000 updates",
+    ]  # fmt: skip
+    assert text.index("## Claims") < text.index("## table1") and "table5`" in text.split("Without records yet")[1]
+    assert "[-8.35, -8.18]" in of_page and "](../../results/english_lm/xmoe/seed-3)" in of_page
+    assert "P1 table 1" in of_page and "16.23" in of_page and "**5.123**" in of_page
+    assert all((page.parent / name).is_file() for name in re.findall(r"!\[.*?\]\((.*?)\)", of_page))
+    assert mhmoe(["reproduce", "--report"]) == 0 and results.read_text(encoding="utf-8") == text
+
+    def check() -> int:
+        return mhmoe(["reproduce", "--report", "--check"])
+
+    assert check() == 0
+    for file in (results, page):
+        whole = file.read_text(encoding="utf-8")
+        file.write_text(whole.replace("22.20", "22.21", 1), encoding="utf-8")
+        capsys.readouterr()
+        assert check() == 1 and re.search(rf"{file.name}:\d+: .*22.21", capsys.readouterr().out)
+        file.write_text(whole, encoding="utf-8")
+    record = tmp_path / "results" / "english_lm" / "dense" / "seed-1" / "record-test.json"
+    record.write_text(record.read_text().replace('"value": 24.1', '"value": 24.2'))
+    assert check() == 1
+    assert mhmoe(["reproduce", "--report"]) == 0 and check() == 0
+    next(page.parent.glob("table1-plots/*.png")).unlink()
+    assert check() == 1 and "is missing" in capsys.readouterr().out
+    assert mhmoe(["reproduce", "--check"]) == 2 and mhmoe(["reproduce", "--report", "--results", "none"]) == 2
+
+
+def test_the_committed_results_are_what_their_records_give(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(repository)
+    assert mhmoe(["reproduce", "--report", "--check"]) == 0
+    for name, content in files(repository / "results").items():
+        assert not re.search(rb'"/|(?<![\w./-])/(home|root|tmp|work|usr/(?!bin/env))', content), name
+        if Path(name).name == "record-test.json":
+            valid = (repository / "results" / name).with_name("record-valid.json")
+            dates = [read_record(file).provenance["date"] for file in (valid, repository / "results" / name)]
+            assert dates == sorted(dates)
+
+
+def test_the_list_says_what_each_costs_how_far_it_is_and_what_it_showed(finished: Path, tmp_path: Path, capsys) -> None:
+    assert keep(tmp_path) == 0
+    (tmp_path / "outputs").mkdir()
+    shutil.move(finished, tmp_path / "outputs" / "english_lm")
+    capsys.readouterr()
+    assert mhmoe(["reproduce", "--list"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    # 18 trainings of 1,000 updates of 4,096 tokens and 18 of a search of 200; at 100 tokens per second, in hours.
+    # Nothing is taken for done: the data are not the default's.
+    assert re.search(r"P1 table 1 +6 x 3 x 1,000 +88\.5M +245\.8 +0 of 36 +1 seen, 3 not run", lines["table1"])
+    assert " ? " in lines["table1-multimodal"] and re.search(r"P2 table 3 .* not yet ", lines["p2-table3"])
+    assert all(len(line) <= 120 for name, line in lines.items() if name not in ("hours:", "mhmoe"))
+    assert mhmoe(["reproduce", "table1", "--list"]) == 0
+    told = capsys.readouterr().out
+    assert "mhmoe prepare english --source mix" in told
+    assert "claim: xmoe has a lower perplexity than dense: seen (-8.26 % ± 0.03, n = 3)" in told
+    assert mhmoe(["reproduce", "p2-table3"]) == 2
+    assert "p2-table3 cannot be run yet: " in capsys.readouterr().err
