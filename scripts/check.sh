@@ -11,6 +11,8 @@ echo "check: shellcheck"
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
 echo "check: layering"
 python -m pytest -q tests/test_layering.py
+echo "check: results are what their records give"
+python -m mhmoe_fairseq reproduce --report --check
 echo "check: API reference"
 api=$(mktemp -d)
 trap 'rm -rf "$api"' EXIT
