@@ -89,6 +89,31 @@ def draw_seeds(path: Path, values: Mapping[str, Sequence[float]], title: str, yl
         axes.grid(alpha=0.3, axis="y")
 
 
+def draw_scaling(
+    path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], title: str, axis_labels: tuple[str, str]
+) -> None:
+    """Draw a line for every model over sizes, such as experts (P1's figure 6), on a logarithmic axis.
+
+    Args:
+        lines: name -> size -> a value for each seed: means with their standard deviation.
+        axis_labels: of the sizes and of the values.
+    """
+    sizes = [size for line in lines.values() for size in line]
+    ticks = [2**power for power in range(math.floor(math.log2(min(sizes))), math.ceil(math.log2(max(sizes))) + 1)]
+    with _figure(path, 7.0, 4.2) as figure:
+        axes = figure.subplots()
+        for name, line in lines.items():
+            middles, deviations = zip(*(mean_and_deviation(line[size]) for size in sorted(line)))
+            bars = [math.nan if deviation is None else deviation for deviation in deviations]
+            axes.errorbar(sorted(line), middles, bars, marker="o", markersize=4, capsize=3, label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.set_xticks([], minor=True)
+        axes.set(title=title, xlabel=axis_labels[0], ylabel=axis_labels[1])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+
 def draw_distributions(path: Path, groups: Mapping[str, Sequence[float]], title: str, xlabel: str) -> None:
     """Draw a histogram of every group's values, shares of the group in common bins, with its mean as a line."""
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(values, dtype=float) for values in groups.values()]), 24)

@@ -7,7 +7,7 @@ from pathlib import Path
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
 from . import tables
-from .plots import Plot, draw_all, draw_bars, draw_curves, draw_seeds, file_of, require_matplotlib
+from .plots import Plot, draw_all, draw_bars, draw_curves, draw_scaling, draw_seeds, file_of, require_matplotlib
 from .routing import activation_plot, part_plots, routing_section
 from .runs import Model, all_records, evaluations, read_model, require_one_data
 
@@ -201,6 +201,27 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]
         yield from part_plots(f"routing-{name}", name, record)
 
 
+def _scaling_plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]) -> Iterator[Plot]:
+    """The main metrics over experts, of models that differ in nothing else and are three sizes or more."""
+    families: dict[object, dict[int, Model]] = {}
+    for model in models:
+        if experts := tables.counts_of(model).get("experts"):
+            families.setdefault(tables.all_but_experts(model), {})[experts] = model
+    for column in columns:
+        if column.metric != tables.HEADLINES[column.what][0][1] or not (
+            column.split == split or column.what == "zero-shot"
+        ):
+            continue
+        lines = {}
+        for key, family in families.items():
+            line = {size: values for size, model in sorted(family.items()) if (values := column.values(model))}
+            if key and len(line) > 2:
+                lines[family[min(line)].name] = line
+        if lines:
+            title = f"{column.title.capitalize()} by number of experts"
+            yield f"experts {column.title}", draw_scaling, lines, title, ("experts", column.metric)
+
+
 def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]) -> Iterator[Plot]:
     """Every metric by language, modality or task, and the seeds of the main metrics."""
     for what, splits in evaluations(models).items():
@@ -209,6 +230,7 @@ def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[tables.
                 values = {model.name: {part.title: part.values(model) for part in parts[:-1]} for model in models}
                 title = f"{what.capitalize()} by part: {tables.SHORT.get(metric, metric)}, {name} split"
                 yield f"{what} {metric} {name}", draw_bars, values, title, metric
+    yield from _scaling_plots(models, split, columns)
     for column in columns:
         values = {model.name: seeds for model in models if (seeds := column.values(model))}
         if column.split == split and any(len(seeds) > 1 for seeds in values.values()):

@@ -153,6 +153,14 @@ def counts_of(model: Model) -> dict[str, Any]:
     return next((record.model["counts"] for _, record in all_records([model]) if record.model), {})
 
 
+def all_but_experts(model: Model) -> frozenset[tuple[str, str]]:
+    """A model's settings without the number of experts, from its first record; what is not set is left out."""
+    records = (record.model for _, record in all_records([model]) if record.model)
+    settings = next(records, {}).get("settings", {}).get("model") or {}
+    kept = {name: str(value) for name, value in settings.items() if value is not None and name != "moe_expert_count"}
+    return frozenset(kept.items())
+
+
 def overview(models: Sequence[Model], columns: Sequence[Column], split: str, reference: str | None) -> str:
     """A row for every model: sizes, costs, its metrics, its use of experts; then one for every way of guessing.
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from written_runs import loads, make_record, text_metrics, write_run
 
-from mhmoe_fairseq.analysis.reports.report import write_report
-from mhmoe_fairseq.analysis.reports.runs import find_runs
+from mhmoe_fairseq.analysis.reports.plots import draw_all
+from mhmoe_fairseq.analysis.reports.report import compose, write_report
+from mhmoe_fairseq.analysis.reports.runs import find_runs, read_model
 from mhmoe_fairseq.analysis.reports.tables import PaperTable
 from mhmoe_fairseq.evaluation.records import Metric
 
@@ -255,6 +256,29 @@ def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:
     assert list(find_runs([runs], ["mhmoe", "dense"])) == ["mhmoe", "dense"]
     with pytest.raises(ValueError, match=r"--names: no run of xmoe \(there are dense, mhmoe\)"):
         find_runs([runs], ["xmoe"])
+
+
+def test_models_that_differ_in_experts_alone_are_a_line_over_their_counted_experts(tmp_path: Path) -> None:
+    def write(name: str, experts: int, seeds: list[float], counted: int, **settings: object) -> None:
+        for seed, perplexity in enumerate(seeds, 1):
+            record = make_record(text_metrics(perplexity, bits_per_byte=1.0), model="mhmoe")
+            record.model["counts"] = record.model["counts"] | {"experts": counted}
+            record.model["settings"] = {"model": {"moe_expert_count": experts, "moe_top_k": 2, **settings}}
+            write_run(tmp_path / "runs" / name / f"seed-{seed}", record)
+
+    for name, experts, seeds in (("x", 32, [8.0, 10.0]), ("b", 8, [20.0]), ("a-e128", 128, [7.0])):
+        write(name, experts, seeds, counted=experts, mhmoe_budget=None)
+        write(f"{name}-flops", experts, seeds, counted=4 * experts + 3, mhmoe_budget="flops")
+    write("two", 8, [5.0], 8, moe_ffn_dim=16)
+    write("sizes", 16, [5.0], 16, moe_ffn_dim=16)
+    models = [read_model(name, folders) for name, folders in find_runs([tmp_path / "runs"]).items()]
+    plots = [plot for plot in compose(models, folder="plots").plots if plot[0].startswith("experts ")]
+    assert [(plot[0], plot[2], plot[4]) for plot in plots] == [(
+        "experts test ppl",
+        {"b": {8: [20.0], 32: [8.0, 10.0], 128: [7.0]}, "b-flops": {35: [20.0], 131: [8.0, 10.0], 515: [7.0]}},
+        ("experts", "perplexity"),
+    )]  # fmt: skip
+    assert [path.read_bytes()[:4] for _, path in draw_all(tmp_path, plots)] == [PNG]
 
 
 def test_speeds_stand_beside_the_papers(tmp_path: Path) -> None:
