@@ -1,4 +1,4 @@
-"""Checks of binarised data before it is read: fairseq itself maps a truncated file without a word."""
+"""Binarised data before it is read: which splits there are; checks, since fairseq maps a truncated file unsaid."""
 
 import struct
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 from fairseq.data.indexed_dataset import IndexedRawTextDataset, MMapIndexedDataset, _code_to_dtype
 
 from ..common.errors import UserError
+from .identity import read_manifest
 
 _MAGIC = MMapIndexedDataset.Index._HDR_MAGIC
 _HEADER = struct.Struct(f"<{len(_MAGIC)}sQBQ")  # magic, version, dtype code, number of lines
@@ -37,17 +38,10 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
     for file in (index, data):
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: binarise the data, see mhmoe prepare")
-    with open(index, "rb") as file:
-        header = file.read(_HEADER.size)
-    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
+    if (described := _read_index(index)) is None:
         return
-    if len(header) < _HEADER.size:
-        raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
-    _, _, code, lines = _HEADER.unpack(header)
-    _check_size(index, _HEADER.size + lines * _BYTES_PER_LINE, "its header says", "truncated")
-    dtype = np.dtype(_code_to_dtype[code])
-    sizes = np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)
-    expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
+    tokens, dtype = described
+    expected = tokens * dtype.itemsize
     _check_size(data, expected, f"{index.name} says", "truncated, or of another run")
     if not expected:
         raise UserError(f"{data} is empty: there is no text in this split")
@@ -56,6 +50,44 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
         raise UserError(
             f"{data} has token id {largest}, dict.txt has {vocabulary_size:,} words: binarised with another dictionary"
         )
+
+
+def _read_index(index: Path) -> tuple[int, np.dtype] | None:
+    """Return how many tokens there are, and their type; None without the file, or in another format than fairseq's own.
+
+    Raises:
+        UserError: if it is truncated.
+    """
+    if not index.is_file():
+        return None
+    with open(index, "rb") as file:
+        header = file.read(_HEADER.size)
+    if header[: len(_MAGIC)] != _MAGIC[: len(header)]:
+        return None
+    if len(header) < _HEADER.size:
+        raise UserError(f"{index} has {len(header)} bytes and no complete header: truncated")
+    _, _, code, lines = _HEADER.unpack(header)
+    _check_size(index, _HEADER.size + lines * _BYTES_PER_LINE, "its header says", "truncated")
+    sizes = np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)
+    return int(sizes.sum(dtype=np.int64)), np.dtype(_code_to_dtype[code])
+
+
+def domain_splits(folder: Path, split: str) -> dict[str, str]:
+    """Return the domains that a split is made of, each with the name of its own split: ``{"brown": "test_brown"}``.
+
+    A manifest of ``mhmoe prepare`` names them. Without one they are the splits ``SPLIT_*`` whose tokens add up to the
+    whole's, but for the end marks of empty lines between them: an unrelated ``valid_other`` is no domain of ``valid``.
+    """
+    listed = read_manifest(folder).get("splits")
+    names = [path.stem for path in folder.glob("*.idx")] if listed is None else listed
+    found = {name.removeprefix(f"{split}_"): name for name in sorted(names) if name.startswith(f"{split}_")}
+    if not found or listed is not None:
+        return found
+    indexes = [_read_index(folder / f"{name}.idx") for name in (split, *found.values())]
+    if None in indexes:
+        return {}
+    whole, *parts = [tokens for tokens, _ in filter(None, indexes)]
+    return found if 0 <= whole - sum(parts) < len(parts) else {}
 
 
 def _check_size(file: Path, expected: int, source: str, fault: str) -> None:

@@ -11,7 +11,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..common.errors import UserError
-from ..data.binarised import check_folder, check_split
+from ..data.binarised import check_folder, check_split, domain_splits
 from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ..training import ParallelTask, TrainingFlags
 
@@ -58,13 +58,8 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
                 raise UserError(f"{shard}/dict.txt differs from {first}/dict.txt: shards share one dictionary")
 
     def parts_of(self, split: str) -> dict[str, str]:
-        """Return the domains of a held-out split, each with the name of its own split: ``{"brown": "test_brown"}``.
-
-        Empty where the data folder has no such splits, and for a domain's own.
-        """
-        folder = data_folders(self.args)[0]
-        names = sorted(path.stem for path in folder.glob(f"{split}_*.idx"))
-        return {name.removeprefix(f"{split}_"): name for name in names}
+        """Return the domains of a split, each with the name of its own split; empty where it has none."""
+        return domain_splits(data_folders(self.args)[0], split)
 
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; the training split of all shards is checked at once, before training starts.

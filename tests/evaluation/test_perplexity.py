@@ -1,6 +1,7 @@
-"""Perplexity of a split against scoring every target by hand; of several languages, and of masked positions."""
+"""Perplexity of a split against scoring every target by hand, the domains of a mix one by one; masked positions."""
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from language_models import small_dictionary, small_model
 from mhmoe_fairseq.checkpoints.open import Opened
 from mhmoe_fairseq.evaluation.expert_loads import LoadCounter
 from mhmoe_fairseq.evaluation.perplexity import Score, evaluate_text, guess, part_scores, together
+from mhmoe_fairseq.evaluation.records import Metric
 from mhmoe_fairseq.tasks.language_modeling import MHMoELanguageModelingTask
 
 BLOCK = 16
@@ -24,18 +26,21 @@ def random_lines(count: int) -> list[list[int]]:
     return [[*generator.integers(4, 44, size=generator.integers(1, 9)).tolist(), 2] for _ in range(count)]
 
 
+def write_split(folder: Path, split: str, lines: list[list[int]]) -> None:
+    builder = MMapIndexedDatasetBuilder(str(folder / f"{split}.bin"), dtype=np.uint16)
+    for line in lines:
+        builder.add_item(torch.tensor(line))
+    builder.finalize(str(folder / f"{split}.idx"))
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     small_dictionary().save(str(tmp_path / "dict.txt"))
-    builder = MMapIndexedDatasetBuilder(str(tmp_path / "valid.bin"), dtype=np.uint16)
-    for line in random_lines(23):
-        builder.add_item(torch.tensor(line))
-    builder.finalize(str(tmp_path / "valid.idx"))
+    write_split(tmp_path, "valid", random_lines(23))
     return tmp_path
 
 
-@pytest.mark.parametrize("add_bos_token", [False, True])
-def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bos_token: bool) -> None:
+def opened(data: Path, add_bos_token: bool = False) -> Opened:
     parser = argparse.ArgumentParser()
     MHMoELanguageModelingTask.add_args(parser)
     args = parser.parse_args([str(data)])
@@ -49,24 +54,64 @@ def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bo
     model = small_model("mhmoe_lm_tiny", dictionary=task.dictionary, tokens_per_sample=32).eval()
     with torch.no_grad():  # an untrained model finds every word alike
         model.decoder.output_projection.weight.mul_(20)
-    stream = [token for line in random_lines(23) for token in line]
+    return Opened(model, task, {"task": {"_name": "mhmoe_language_modeling"}}, data / "checkpoint.pt")
+
+
+@torch.no_grad()
+def bits_by_hand(model: torch.nn.Module, lines: list[list[int]], add_bos_token: bool = False) -> tuple[float, int]:
+    """The cross entropy of all tokens in blocks, and their number."""
+    stream = [token for line in lines for token in line]
     nats, eos, bos = 0.0, Dictionary().eos(), Dictionary().bos()
     for start in range(0, len(stream), BLOCK):
         block = stream[start : start + BLOCK]
         # fairseq reads the token before a block, </s> before the first; <s> comes in front of that.
         source = [*([bos] if add_bos_token else []), stream[start - 1] if start else eos, *block[:-1]]
-        with torch.no_grad():
-            log_probs = model(torch.tensor([source]))[0][0].log_softmax(-1)
+        log_probs = model(torch.tensor([source]))[0][0].log_softmax(-1)
         nats -= float(log_probs[-len(block) :].gather(1, torch.tensor(block)[:, None]).double().sum())
-    opened = Opened(model, task, {"task": {"_name": "mhmoe_language_modeling"}}, data / "checkpoint.pt")
-    counter = LoadCounter(opened.layers)
-    metrics = evaluate_text(opened, "valid", counter, max_tokens=None, batch_size=3).metrics
-    assert {metric.count for metric in metrics.values()} == {len(stream)}
-    assert metrics["loss"].value == pytest.approx(nats / len(stream) / math.log(2), rel=1e-5)
-    assert metrics["perplexity"].value == 2 ** metrics["loss"].value
-    positions = len(stream) + (math.ceil(len(stream) / BLOCK) if add_bos_token else 0)
-    moe = next(layer.moe_layer.config for layer in opened.layers if layer.is_moe_layer)
+    return nats / math.log(2), len(stream)
+
+
+@pytest.mark.parametrize("add_bos_token", [False, True])
+def test_every_token_of_the_text_is_a_target_and_nothing_else(data: Path, add_bos_token: bool) -> None:
+    found = opened(data, add_bos_token)
+    bits, tokens = bits_by_hand(found.model, random_lines(23), add_bos_token)
+    counter = LoadCounter(found.layers)
+    record = evaluate_text(found, "valid", counter, max_tokens=None, batch_size=3)
+    assert {metric.count for metric in record.metrics.values()} == {tokens} and record.parts == {}
+    assert record.metrics["loss"].value == pytest.approx(bits / tokens, rel=1e-5)
+    assert record.metrics["perplexity"].value == 2 ** record.metrics["loss"].value
+    positions = tokens + (math.ceil(tokens / BLOCK) if add_bos_token else 0)
+    moe = next(layer.moe_layer.config for layer in found.layers if layer.is_moe_layer)
     assert {sum(row.loads) for row in counter.loads.layers} == {positions * moe.num_heads * moe.top_k}
+
+
+@pytest.mark.parametrize("wrong", [(), ("valid_second",)], ids=["all fit", "one does not"])
+def test_domains_are_scored_one_by_one_and_the_total_is_their_sum(data: Path, wrong: tuple[str, ...]) -> None:
+    lines = {"first": random_lines(23)[:7], "second": random_lines(23)[7:]}
+    write_split(data, "valid", [*lines["first"], [2], *lines["second"]])
+    splits = {}
+    for size, (domain, text) in zip((700, 2100), lines.items()):
+        write_split(data, f"valid_{domain}", text)
+        splits[f"valid_{domain}"] = {"bytes": size, "tokens": sum(map(len, text)) + (f"valid_{domain}" in wrong)}
+    manifest = {"source": {"name": "a mix"}, "files": {"dict.txt": {"sha256": "0"}}, "splits": splits}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    found = opened(data)
+    counter = LoadCounter(found.layers)
+    record = evaluate_text(found, "valid", counter, max_tokens=None, batch_size=3)
+    bits, tokens = zip(*(bits_by_hand(found.model, text) for text in lines.values()))
+    expected = {"first": (bits[0], tokens[0], 700), "second": (bits[1], tokens[1], 2100)}
+    assert list(record.parts) == counter.loads.parts == list(expected)
+    for name, (cost, count, size) in [*expected.items(), ("all", (sum(bits), sum(tokens), 2800))]:
+        metrics = record.metrics if name == "all" else record.parts[name]
+        assert metrics["loss"].count == count
+        assert metrics["loss"].value == pytest.approx(cost / count, rel=1e-5)
+        fits = not wrong or name == "first"
+        assert metrics.get("bits/byte") == (
+            Metric(pytest.approx(cost / size, rel=1e-5), "bits/byte", count=size) if fits else None
+        )
+    moe = next(layer.moe_layer.config for layer in found.layers if layer.is_moe_layer)
+    for part, count in (("first", tokens[0]), ("second", tokens[1]), (None, sum(tokens))):
+        assert {sum(row.loads) for row in counter.loads.of(part).layers} == {count * moe.num_heads * moe.top_k}
 
 
 def test_metrics_of_a_text() -> None:

@@ -1,6 +1,7 @@
 """The task: binarised data checked before use, nothing lost, shards and documents."""
 
 import argparse
+import json
 import shutil
 
 import numpy as np
@@ -134,6 +135,42 @@ def test_a_context_window_leaves_room_for_a_block(data):
         UserError, match=r"--tokens-per-sample \(-4\) must be at least 1; .* takes --context-window off"
     ):
         task_for(data, tokens_per_sample=16 - 20)
+
+
+# ---------------------------------------------------------------------- domains
+
+
+def domains(data, first=4, second=7, between=True):
+    """Adds a split for each domain to the data, with the lines of both as ``valid``."""
+    lines = random_lines(first + second)
+    write_split(data / "valid_first", lines[:first])
+    write_split(data / "valid_second", lines[first:])
+    write_split(data / "valid", [*lines[:first], *([DOCUMENT_END] if between else []), *lines[first:]])
+
+
+def test_a_folder_of_one_text_has_no_domains(data):
+    write_split(data / "valid_other", random_lines(5))  # one more set to validate on
+    assert task_for(data).parts_of("valid") == task_for(data).parts_of("test") == {}
+
+
+@pytest.mark.parametrize("between", [True, False])
+def test_splits_that_add_up_to_the_whole_are_its_domains(data, between):
+    domains(data, between=between)
+    task, expected = task_for(data), {"first": "valid_first", "second": "valid_second"}
+    assert task.parts_of("valid") == expected
+    assert task.parts_of("valid_first") == task.parts_of("test") == task.parts_of("train") == {}
+    write_split(data / "valid_other", random_lines(5))
+    assert task.parts_of("valid") == {}  # which of them are its domains cannot be told
+    (data / "manifest.json").write_text(json.dumps({"splits": {"valid": {}, **dict.fromkeys(expected.values(), {})}}))
+    assert task.parts_of("valid") == expected
+    assert task.parts_of("valid_first") == task.parts_of("valid_other") == {}
+
+
+@pytest.mark.parametrize("missing", ["valid", "valid_first"])
+def test_domains_without_all_of_their_files_are_none(data, missing):
+    domains(data)
+    (data / f"{missing}.idx").unlink()
+    assert task_for(data).parts_of("valid") == {}
 
 
 # ---------------------------------------------------------------------- documents and shards

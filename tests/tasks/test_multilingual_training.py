@@ -14,7 +14,7 @@ from workers import TRAIN_FLAGS, Workers
 
 from mhmoe_fairseq.analysis.reports.runs import read_training_log
 from mhmoe_fairseq.commands.main import main
-from mhmoe_fairseq.evaluation.records import Record
+from mhmoe_fairseq.evaluation.records import Metric, Record
 
 TASK = ("--task", "mhmoe_multilingual_language_modeling")
 SAMPLED = (*TASK, "--multilang-sampling-alpha", 0.5)
@@ -104,6 +104,9 @@ def test_one_launch_evaluates_every_language_as_fairseq_does(data: Path, run: Pa
     for language, metrics in found.parts.items():
         assert metrics["loss"].count == token_count(data, language, "test")
         assert metrics["bits/character"].value == pytest.approx(metrics["loss"].value)  # a token is a character here
+        size = len((data / "text" / language / "test.txt").read_bytes())
+        bits = metrics["loss"].value * metrics["loss"].count
+        assert metrics["bits/byte"] == Metric(pytest.approx(bits / size), "bits/byte", count=size)
     losses = [metrics["loss"] for metrics in found.parts.values()]
     weighted = sum(loss.value * loss.count for loss in losses) / sum(loss.count for loss in losses)
     assert found.metrics["loss"].value == pytest.approx(weighted)
