@@ -8,6 +8,7 @@ tried.
 import dataclasses
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
@@ -19,10 +20,11 @@ from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json, write_json
 from ..evaluation.records import SCHEMA, Record, read_record
-from .plan import PACKAGE, SEARCH, STATE, Plan, Run
+from .plan import PACKAGE, SEARCH, STATE, Choice, Plan, Run
 from .spec import Experiment
 
 TREE = Path("results")
+CHOICE = "choice"  # in run.json: flags of mhmoe reproduce
 _LOG_KEYS = ("num_updates", "loss", "gate_loss", "wps", "wpb", "wall")
 _ABSOLUTE = re.compile(r"(?<![\w./!-])/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
 _NUMBERS = re.compile(r"\[\n\s+([^][{}]*?)\n\s*\]")
@@ -47,6 +49,7 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
         kept = (tree / plan.experiment.folder / task).glob("*/seed-*")
         _require_same_data([*(run.folder for run in together), *sorted({*kept} - replaced)])
     folders = [_copy(plan, run, _folder(plan, run, tree)) for run in runs]
+    folders += [_copy_others(plan, runs[0], name, tree) for name in others_of(plan.experiment)]
     _keep_search(search, {run.recipe.name_of(run.model) for run in runs}, tree / plan.experiment.folder / SEARCH)
     return folders
 
@@ -89,21 +92,57 @@ def _require_same_data(folders: Sequence[Path]) -> None:
 
 def _copy(plan: Plan, run: Run, target: Path) -> Path:
     """Writes the run's files beside ``target`` and moves them there, in place of an earlier copy."""
-    temporary, earlier = (target.with_name(f".{target.name}.{name}") for name in ("tmp", "old"))
-    for folder in (temporary, earlier):
-        shutil.rmtree(folder, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    clean = _cleaner(plan, run)
+    temporary, clean = _temporary(target), _cleaner(plan, run)
     for file in sorted([*run.folder.glob("record-*.json"), *run.folder.glob("routing-*.json")]):
         _write_compact(temporary / file.name, clean(slim(read_record(file))))
     write_log(temporary / "train.log", read_training_log(run.folder / "train.log"))
     (temporary / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
-    _write_compact(temporary / STATE, clean(read_json(run.folder / STATE)))
+    _write_compact(temporary / STATE, clean({**read_json(run.folder / STATE), CHOICE: chosen(plan.choice)}))
+    return _move(temporary, target)
+
+
+def _temporary(target: Path) -> Path:
+    """Returns an empty folder beside ``target`` for what becomes it."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _move(temporary: Path, target: Path) -> Path:
+    earlier = target.with_name(f".{target.name}.old")
+    shutil.rmtree(earlier, ignore_errors=True)
     if target.exists():
         target.rename(earlier)
     temporary.rename(target)
     shutil.rmtree(earlier, ignore_errors=True)
     return target
+
+
+def chosen(choice: Choice) -> str:
+    """Returns the flags of ``mhmoe reproduce`` that train so, behind the experiment's name."""
+    words = [] if choice.scale == "cpu" else ["--scale", choice.scale]
+    words += [] if choice.size is None else ["--size", choice.size]
+    flags = [word for flag, value in choice.flags.items() for word in (flag, *value)]
+    return shlex.join([*words, *(["--", *flags] if flags else [])])
+
+
+def others_of(experiment: Experiment) -> list[str]:
+    """Returns the folders beside the runs that the experiment's commands write to."""
+    words = [word for command in experiment.after for word in command.split()]
+    return [word.removeprefix("{out}/") for word in words if word.startswith("{out}/")]
+
+
+def _copy_others(plan: Plan, run: Run, name: str, tree: Path) -> Path:
+    """Copies what a command wrote beside the runs: JSON and plots."""
+    target, clean = tree / plan.experiment.folder / name, _cleaner(plan, run)
+    temporary = _temporary(target)
+    for file in sorted((plan.out / name).glob("*")):
+        if file.suffix == ".json":
+            _write_compact(temporary / file.name, clean(read_json(file)))
+        elif file.suffix == ".png":
+            shutil.copyfile(file, temporary / file.name)
+    return _move(temporary, target)
 
 
 def _keep_search(search: dict[str, Any], names: set[str], file: Path) -> None:

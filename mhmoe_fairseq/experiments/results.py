@@ -13,8 +13,8 @@ from ..analysis.reports.runs import Model, read_model, require_one_data
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json
 from ..common.tables import MISSING, columns_table, markdown_table
-from .kept import kept_runs
-from .plan import SEARCH
+from .kept import CHOICE, kept_runs, others_of
+from .plan import SEARCH, STATE
 from .spec import Experiment
 
 _HEAD = """# Results
@@ -43,8 +43,10 @@ class Page:
 
     @property
     def command(self) -> str:
-        """What runs it again."""
-        return f"mhmoe reproduce {self.experiment.name}"
+        """What runs it again, with the flags that its runs were kept with."""
+        states = [run.path / STATE for model in self.models.values() for run in model.runs]
+        flags = dict.fromkeys(read_json(state).get(CHOICE, "") for state in states if state.is_file())
+        return " or ".join(f"mhmoe reproduce {self.experiment.name} {words}".rstrip() for words in flags or [""])
 
     @property
     def file(self) -> str:
@@ -201,7 +203,10 @@ def _links(page: Page, tree: Path) -> str:
     for name, model in page.models.items():
         runs = [(run.path.relative_to(tree).as_posix(), os.path.relpath(run.path, beside)) for run in model.runs]
         lines.append(f"- {name}: " + ", ".join(f"[{told}]({link})" for told, link in runs))
-    return "\n".join(["## Records", "", *lines])
+    folders = [tree / page.experiment.folder / name for name in others_of(page.experiment)]
+    plots = [os.path.relpath(plot, beside) for folder in folders for plot in sorted(folder.glob("*.png"))]
+    shown = [f"![{Path(plot).stem}]({plot})" for plot in plots]
+    return "\n\n".join([*shown, "\n".join(["## Records", "", *lines])])
 
 
 def _linked_plots(page: Page, report: Report) -> list[str]:

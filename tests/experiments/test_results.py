@@ -11,6 +11,8 @@ from command_stand_ins import Commands, reproduce
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.evaluation.records import read_record
+from mhmoe_fairseq.experiments import EXPERIMENTS
+from mhmoe_fairseq.experiments import results as written
 
 PAIR = ("table1", "--models", "dense", "xmoe", "--seeds", "1", "2", "3")
 needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib (extra plots)")
@@ -70,6 +72,23 @@ def test_loads_are_kept_as_whole_numbers_on_one_line(finished: Path, tmp_path: P
     copy = tmp_path / "results" / "english_lm" / "xmoe" / "seed-1" / file.name
     assert read_record(copy).experts == read_record(file).experts and copy.stat().st_size < 150_000
     assert re.search(r'"loads": \[0, 1, 2, .*, 255\]\n?', copy.read_text())
+
+
+def test_what_commands_leave_beside_the_runs_is_kept_and_shown(commands: Commands, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("figure8", "--models", "mhmoe-params", "--", "--img-size", "32")
+    assert reproduce(tmp_path, *words) == 0
+    (tmp_path / "out" / "figure8").mkdir()
+    (tmp_path / "out" / "figure8" / "diversity.json").write_text(
+        json.dumps({"checkpoints": [str(tmp_path / "out" / "a.pt")]})
+    )
+    (tmp_path / "out" / "figure8" / "patches.png").touch()
+    assert reproduce(tmp_path, *words[:3], "--keep", *words[3:]) == 0
+    kept = json.loads((tmp_path / "results" / "masked_multimodal" / "figure8" / "diversity.json").read_text())
+    assert kept == {"checkpoints": ["outputs/masked_multimodal/a.pt"]}
+    page = written.read_page(EXPERIMENTS["figure8"], Path("results"))
+    assert page.command == "mhmoe reproduce figure8 -- --img-size 32"
+    assert "](../../results/masked_multimodal/figure8/patches.png)" in written._report(page, Path("results")).text
 
 
 def _change(file: Path, **fields: object) -> None:
