@@ -34,6 +34,8 @@ from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary
         ("\n| time|,", [(1, 2)]),
         ("\n| time|.", []),  # perhaps of a name in a program
         ("\n| time", []),  # the last is not routed
+        ("\n| ti|me |", [(1, 3)]),
+        ("\n| ti|me ", []),
         ("\n| time|'", []),  # who knows what follows
         ("\n| time|\n", [(1, 2)]),
         ("\n| \\xc3|\\xa9|time| \\xe2|\\x80|\\x94| |time| x", [(8, 9)]),  # an accented letter, a dash
