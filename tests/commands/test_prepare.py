@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 from image_text_data import shape_settings
 
+from mhmoe_fairseq.common.files import read_json
 from mhmoe_fairseq.data.documents import Document
 from mhmoe_fairseq.prepare.classification import ClassificationSettings
 from mhmoe_fairseq.prepare.english import EnglishSettings
@@ -65,7 +66,7 @@ def test_bad_flags_are_one_line_before_any_work(mhmoe_prepare, tmp_path, monkeyp
 
 def test_a_new_source_is_one_entry(mhmoe_prepare, tmp_path, monkeypatch, sentences):
     class Spoken(Source):
-        name, licence, unit = "spoken", "none needed", "line = sentence"
+        name, licence, unit, held_out = "spoken", "none needed", "line = sentence", 0.2
 
         def __init__(self, count):
             self.count = count
@@ -83,6 +84,9 @@ def test_a_new_source_is_one_entry(mhmoe_prepare, tmp_path, monkeypatch, sentenc
     status, out, err = mhmoe_prepare(*arguments, 60)
     assert (status, err) == (0, "") and "clean: 60 documents" in out
     assert "another --source count (60, now 61)" in mhmoe_prepare(*arguments, 61)[2]
+    kept = read_json(tmp_path / "d" / "manifest.json")["settings"]
+    assert (kept["valid_fraction"], kept["test_fraction"]) == (0.2, 0.2)  # as the source says, unless the user does
+    assert "another --valid-fraction (0.2, now 0.1)" in mhmoe_prepare(*arguments, 60, "--valid-fraction", 0.1)[2]
 
 
 OTHERS = {

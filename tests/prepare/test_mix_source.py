@@ -1,6 +1,8 @@
 """Dictionaries become prose; a mix divides each domain, shuffles what it trains on and names what is missing."""
 
 import gzip
+import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -18,7 +20,8 @@ from mhmoe_fairseq.prepare.sources.dictionaries import (
     gcide_lines,
     wordnet_lines,
 )
-from mhmoe_fairseq.prepare.sources.mix import DOMAINS, MixSource
+from mhmoe_fairseq.prepare.sources.documentation import wheel_documents
+from mhmoe_fairseq.prepare.sources.mix import DOMAINS, PYTHON, MixSource
 
 GCIDE = """00-database-info
    This file was converted from the original database by a program, as it says.
@@ -156,3 +159,65 @@ def test_what_is_read_tells_two_mixes_apart():
         "python": tuple(replace(each, archive=replace(each.archive, version="9")) for each in DOMAINS["python"]),
     }
     assert len({repr(MixSource(domains).identity()) for domains in (DOMAINS, fewer, newer)}) == 3
+
+
+def test_docstrings_of_a_wheels_modules_without_tests(tmp_path):
+    path, prose = tmp_path / "a.whl", '"""The docstring of module {} is one sentence of prose."""'
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a/z.py", "a/b/c.py", "a/tests/test_z.py", "a/data.txt", "other/d.py"):
+            archive.writestr(name, prose.format(name[:-3]))
+        archive.writestr("a/broken.py", "def (")
+    assert [(document.name, document.lines) for document in wheel_documents("a", path)] == [
+        (f"{name}.py", [f"The docstring of module {name} is one sentence of prose."]) for name in ("a/b/c", "a/z")
+    ]
+
+
+def test_pages_of_pythons_documentation_without_its_indexes(make_deb):
+    page = "<html><body><h1>Lists¶</h1><p>Lists hold items of any kind, and they keep their order.¶</p></body></html>"
+    pages = ("library/list.html", "genindex.html", "_static/a.html", "library/index.html", "list.txt")
+    path = make_deb("python3.11-doc", {f"doc/python3.11/html/{name}": page for name in pages})
+    assert [(document.name, document.lines) for document in PYTHON.read(path)] == [
+        ("library/list.html", ["Lists hold items of any kind, and they keep their order."])
+    ]
+
+
+def test_manual_pages_have_no_spaces_where_print_has_none(make_deb):
+    text = "It works like\n.BR read (2)\nor\n.I others\n, and as\n.B write\n(3p) does; see those which do ( as ) such ."
+    path = make_deb("manpages", {"man/man2/a.2": f".TH A 2\n.PP\n{text}\n", "man/de/man2/a.2": f".TH A 2\n{text}\n"})
+    assert [(document.name, document.lines) for document in DOMAINS["manuals"][0].read(path)] == [
+        ("man2/a.2", ["It works like read(2) or others, and as write(3p) does; see those which do ( as ) such."])
+    ]
+
+
+@pytest.mark.parametrize(
+    "client, programs, registry, expected",
+    [
+        ("pip", {}, "", True),
+        ("npm", {}, "", False),
+        ("npm", {"npm": 0}, "", True),
+        ("npm", {}, "https://example.org/npm", True),
+        ("apt-get", {}, "", False),
+        ("apt-get", {"apt-get": 0, "apt-cache": 0}, "", True),
+        ("apt-get", {"apt-get": 0, "apt-cache": 100}, "", False),
+    ],
+)
+def test_what_can_be_had_here(tmp_path, monkeypatch, client, programs, registry, expected):
+    for name, status in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho Package: $3\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    for name, value in {
+        "PATH": tmp_path,
+        "HOME": tmp_path,
+        "npm_config_registry": "",
+        "NPM_CONFIG_REGISTRY": registry,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    archive = Archive(client, "some", "1", "some_*.deb")
+    assert archive.can_be_had(tmp_path) == expected
+    (tmp_path / "some_1.deb").write_text("in the cache")
+    assert archive.can_be_had(tmp_path)
+
+
+def test_without_pip_what_it_would_fetch_cannot_be_had(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pip", None)
+    assert not Archive("pip", "some", "1", "some-1.whl").can_be_had(tmp_path)

@@ -119,6 +119,10 @@ def test_parts_far_from_their_shares_are_told_of():
 def test_splits_of_the_source_are_kept():
     sizes = [DocumentSize(1, "valid"), DocumentSize(1, "train"), DocumentSize(1, "train")]
     assert assign_splits(sizes, shares(0.5, 0.4), 1) == ["valid", "train", "train"]
+    domains = [size._replace(domain="given") for size in sizes] + [DocumentSize(1, domain="drawn")] * 10
+    assigned = assign_splits(domains, shares(0.1, 0.2), 1)  # what one domain prescribes is its own
+    assert assigned[:3] == ["valid", "train", "train"]
+    assert [assigned[3:].count(split) for split in ("train", "valid", "test")] == [7, 1, 2]
 
 
 @pytest.mark.parametrize("valid, test", [(0, 1.0), (0.5, 0.5), (-0.5, 0.1), (float("nan"), 0.1)])
