@@ -85,6 +85,8 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
         assert claimed <= set(experiment.models) and (experiment.claims or experiment.source[:2] != "P2")
     (more_heads,) = [of for of in EXPERIMENTS["p2-table1"].claims if of.reference == "mhmoe-swiglu-h2"]
     assert (more_heads.model, more_heads.paper) == ("mhmoe-swiglu-h3", "-1.8 %")  # 10.51 against 10.70
+    assert more_heads.text == "mhmoe-swiglu-h3 has a lower perplexity than mhmoe-swiglu-h2"
+    assert EXPERIMENTS["table3"].claims[1].paper == "+0.6 points"  # 34.7 against 34.1
     reports = [(experiment.folder, experiment.report) for experiment in EXPERIMENTS.values()]
     assert len(set(reports)) == len(reports)
 

@@ -96,6 +96,8 @@ def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
     assert json.loads((tmp_path / "out" / "search.json").read_text())["date"] == {"dense": searched}
     assert reproduce(tmp_path, *words, "--status") == 0  # knows what the search found
     assert capsys.readouterr().out.count("finished |") == 2
+    others = [*words[:-3], "2e-3", "1e-3"]
+    assert reproduce(tmp_path, *others, "--status") == 0 and capsys.readouterr().out.count("changed |") == 2
     assert reproduce(tmp_path, "table1", "--models", "xmoe", *words[-4:]) == 0  # the search of another model is added
     assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3", "xmoe": "5e-3"}
 
