@@ -62,7 +62,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mhmoe_fairseq", "mhmoe_fairseq.*"]),
-    package_data={"mhmoe_fairseq": ["py.typed", "**/*.yaml", "**/*.json", "**/*.cpp"]},
+    package_data={"mhmoe_fairseq": ["py.typed", "**/*.yaml", "**/*.json", "**/*.cpp", "**/*.html"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mhmoe = mhmoe_fairseq.commands.main:main"]},

@@ -134,7 +134,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(source: Path, wheel:
     wanted = {
         path.relative_to(source).as_posix()
         for path in (source / "mhmoe_fairseq").rglob("*")
-        if path.suffix in {".py", ".yaml", ".json", ".typed", ".cpp"}
+        if path.suffix in {".py", ".yaml", ".json", ".typed", ".cpp", ".html"}
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -1,6 +1,6 @@
-"""``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, or
-to how many experts patches of images (``--diversity``) or polysemous words (``--polysemy``) go over a training; tables,
-JSON and plots."""
+"""``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, to how
+many experts patches of images (``--diversity``) or polysemous words (``--polysemy``) go over a training; tables, JSON
+and plots. Or a page (``--view``) on which every sub-token of a text or an image shows its experts."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -33,6 +33,7 @@ _FLAGS = {
     "": ("threshold", "batch_size"),
     "--diversity": ("image", "images"),
     "--polysemy": ("batch_size", "tiktoken_ranks"),
+    "--view": ("image", "text", "words", "tiktoken_ranks"),
 }
 Measured = TypeVar("Measured")
 
@@ -50,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", type=plain_name, default="valid", help="train, valid or test")
     parser.add_argument(
         "--out", type=output_folder, metavar="DIR",
-        help="folder for routing-SPLIT.json, diversity.json or record-polysemy-SPLIT.json and plots (checkpoint's)",
+        help="folder for routing-SPLIT.json, diversity.json or record-polysemy-SPLIT.json and plots, or view.html "
+        "(checkpoint's)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=real(at_least=0, at_most=1), metavar="SHARE",
@@ -68,14 +70,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint (P1's figure 7): words.json of mhmoe prepare words, or lists of your own, "
         '{"polysemous": ["bank", ...], "control": ["river", ...]}',
     )  # fmt: skip
+    kind.add_argument(
+        "--view", action="store_true",
+        help="write view.html, which shows the experts of every sub-token of texts or images, by layer, in a browser",
+    )  # fmt: skip
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--text", type=existing_file, nargs="+", metavar="FILE", help="with --view: texts")
+    text.add_argument("--words", metavar="TEXT", help="with --view: a text; of pairs with --image, its caption")
     parser.add_argument(
         "--tiktoken-ranks", type=existing_file, metavar="FILE",
-        help="with --polysemy: rank file of data that were prepared with tiktoken",
+        help="with --polysemy or --view: rank file of data that were prepared with tiktoken",
     )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--image", type=existing_file, nargs="+", metavar="FILE", help="with --diversity: images in place of a split's"
-    )
+        "--image", type=existing_file, nargs="+", metavar="FILE",
+        help="with --diversity: images in place of a split's; with --view: images, or with as many texts pairs",
+    )  # fmt: skip
     what.add_argument(
         "--images", "--pictures", type=whole(), metavar="N",
         help="with --diversity: how many of the split, evenly spread (default: 8)",
@@ -89,19 +99,38 @@ def run(args: argparse.Namespace) -> int:
     from ..analysis.reports.plots import require_matplotlib
     from ..models.language_model import find_checkpoint
 
-    kind = "--diversity" if args.diversity else "--polysemy" if args.polysemy else ""
+    kind = next((name for name in _FLAGS if name and getattr(args, name[2:])), "")
     for name in sorted({name for names in _FLAGS.values() for name in names} - {*_FLAGS[kind]}):
         if getattr(args, name) is not None:
             needed = " or ".join(other for other, names in _FLAGS.items() if name in names)
             raise UserError(f"{flag(name)} {f'has no meaning with {kind}' if kind else f'needs {needed}'}")
-    if len(args.checkpoints) > 1 and not kind:
+    if len(args.checkpoints) > 1 and kind in ("", "--view"):
         raise UserError("several checkpoints need --diversity or --polysemy")
-    if not args.no_plots:
+    if not args.no_plots and not args.view:
         require_matplotlib()
     args.checkpoints = [find_checkpoint(path, None) for path in args.checkpoints]
-    files = {"": _analyze_routing, "--diversity": _analyze_diversity, "--polysemy": _analyze_polysemy}[kind](args)
+    work = {"--diversity": _analyze_diversity, "--polysemy": _analyze_polysemy, "--view": _write_view}
+    files = work.get(kind, _analyze_routing)(args)
     say(f"written: {', '.join(map(str, files))}")
     return 0
+
+
+def _write_view(args: argparse.Namespace) -> list[Path]:
+    """Route the texts and images and write the page that shows them."""
+    from ..analysis.reports.view import write_view
+    from ..analysis.routing.view import read_sources, route_view
+
+    sources = read_sources(args.text or [], args.words, args.image or [])
+    [checkpoint] = args.checkpoints
+    file = (args.out or checkpoint.parent) / "view.html"
+    with quiet():
+        view = route_view(
+            checkpoint, args.data, sources, args.tiktoken_ranks, "cpu" if args.cpu else None, args.precision
+        )
+        write_view(file, view)
+    positions = sum(len(sample.tokens) for sample in view.samples)
+    say(f"{positions:,} positions in {len(view.layers)} MoE layers; open the page in a browser")
+    return [file]
 
 
 def _analyze_routing(args: argparse.Namespace) -> list[Path]:

@@ -5,7 +5,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,15 @@ class RoutedCall:
         choices: by MoE layer, ``(B, L, H, K)`` experts of each sub-token, before any is dropped for lack of capacity;
             where each modality has experts of its own, the text's follow the image's.
         num_experts: of a layer, both modalities' together.
+        weights: by MoE layer, ``(B, L, H, K)`` float32 weights of their outputs; 0 where dropped.
+        entropies: by MoE layer, ``(B, L, H)`` entropy in nats of the router's probabilities.
     """
 
     groups: dict[str, Tensor]
     choices: dict[int, Tensor]
     num_experts: int
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    entropies: dict[int, Tensor] = field(default_factory=dict)
 
     def distinct(self, layer: int) -> Tensor:
         """To how many different experts the sub-tokens of each position go, ``(B, L)``."""
@@ -58,22 +62,24 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
         UserError: a layer's experts cannot be listened to.
     """
     layers, is_beit3 = expert_pools(model), hasattr(model, "beit3")
-    heard: dict[int, list[Tensor]] = defaultdict(list)
+    heard: dict[int, list[tuple[Tensor, ...]]] = defaultdict(list)
 
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
-        heard[index].append(assignment.choices_NK)
+        entropy_N = torch.special.entr(assignment.probs_NE.float()).sum(1)
+        heard[index].append((assignment.choices_NK, assignment.gates_NK.float(), entropy_N))
 
     def end_call(module: nn.Module, given: Any, output: tuple[Tensor, dict[str, Any]]) -> None:
         features, extra = output
         (batch, length), split = features.shape[:2], extra.get("image_positions", 0)
-        choices = {}
+        choices, weights, entropies = {}, {}, {}
         for index, pools in layers.items():
             config, sizes = pools[0].config, [length] if len(pools) == 1 else [split, length - split]
-            by_pool = [
-                chosen_NK.view(batch, size, config.subtokens_per_token, config.top_k) + pool * config.num_experts
-                for pool, (chosen_NK, size) in enumerate(zip(heard.pop(index), sizes))
-            ]
-            choices[index] = torch.cat(by_pool, dim=1)
+            by_pool = []
+            for pool, (noted, size) in enumerate(zip(heard.pop(index), sizes)):
+                shape = batch, size, config.subtokens_per_token
+                chosen, weight, entropy = (each.view(*shape, *each.shape[1:]) for each in noted)
+                by_pool.append((chosen + pool * config.num_experts, weight, entropy))
+            choices[index], weights[index], entropies[index] = (torch.cat(each, dim=1) for each in zip(*by_pool))
         was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
         is_real = torch.full((batch, length), was_routed, device=features.device)
         padding_mask = extra["padding_mask"] if is_beit3 else given[0].eq(module.embed_tokens.padding_idx)
@@ -83,7 +89,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
         if 0 < split < length:
             is_image = torch.arange(length, device=features.device) < split
             groups = {"image of pairs": is_real & is_image, "text of pairs": is_real & ~is_image}
-        hear(RoutedCall(groups, choices, len(pools) * config.num_experts))
+        hear(RoutedCall(groups, choices, len(pools) * config.num_experts, weights, entropies))
 
     handles = [(model.beit3 if is_beit3 else model.decoder).register_forward_hook(end_call)]
     for index, pools in layers.items():
