@@ -1,6 +1,6 @@
-"""``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several, to how
-many experts patches of images (``--diversity``) or polysemous words (``--polysemy``) go over a training; tables, JSON
-and plots. Or a page (``--view``) on which every sub-token of a text or an image shows its experts."""
+"""``mhmoe analyze``: which experts a checkpoint uses on a split, by language or modality where there are several; or to
+how many experts patches of images (``--diversity``) or polysemous words (``--polysemy``) go over a training; tables,
+JSON and plots. Or a page (``--view``) on which every sub-token of a text or an image shows its experts."""
 
 import argparse
 from collections.abc import Callable, Iterable

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from browser import Page, as_shown, chosen_anew, needs_browser, shown_subtokens
 from console import evaluation_record, run_console
 from image_text_data import prepare_shapes
 from images_and_words import training_words
@@ -14,6 +15,7 @@ from mhmoe_fairseq.commands.analyze import choose_images
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform
+from mhmoe_fairseq.data.vocabularies import open_vocabulary
 from mhmoe_fairseq.evaluation.records import read_record
 
 
@@ -105,6 +107,28 @@ def test_diversity_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
     for name in ("diversity.png", "diversity-course.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "experts of a patch's sub-tokens, at most 4" in capsys.readouterr().out
+
+
+@needs_browser
+def test_a_page_of_pairs_shows_patches_and_words_in_a_browser(run, data, tmp_path, capsys):
+    images, words = choose_images(data, "valid", 2), [tmp_path / "one.txt", tmp_path / "two.txt"]
+    words[0].write_text("large red circle\n")
+    words[1].write_text("small\n blue bar")
+    flags = ("--data", data, "--view", "--out", tmp_path, "--image", *images, "--text")
+    assert command("analyze", run / "checkpoint_last.pt", *flags, *words) == 0
+    opened = open_model(run / "checkpoint_last.pt", data)
+    text = open_vocabulary(data, None).encode_lines(["small blue bar"])[0]
+    given = {"text_tokens": torch.tensor([[0, *text, 2]]), "images": prepare_images(images, 32)[1:]}
+    layer = opened.model.beit3.encoder.layers[1].moe_layer
+    chosen = chosen_anew(layer, opened.model, **given)
+    for position in (7, 19):  # a patch, and a word's piece
+        page = Page(tmp_path / "view.html", f"sample=2&layer=2&token={position}")
+        assert len(page.of("token")) == len(chosen) == 17 + 2 + len(text)
+        assert shown_subtokens(page) == as_shown(chosen[position - 1])
+    assert [attrs["aria-label"].split(":")[0] for attrs, _ in page.of("token")][5] == "patch, row 2, column 1"
+    (tmp_path / "long.txt").write_text("large red circle " * 9)
+    assert command("analyze", run / "checkpoint_last.pt", *flags[:5], "--text", tmp_path / "long.txt") == 2
+    assert "the model's texts have at most 16" in capsys.readouterr().err
 
 
 def test_words_are_looked_for_in_language_models_alone(run, data, tmp_path, capsys):

@@ -39,7 +39,9 @@ def page_data(view: RoutedView) -> dict[str, Any]:
         "topK": view.samples[0].experts.size(3),
         "experts": view.num_experts,
         "pools": view.num_pools,
-        "samples": [_sample_data(sample, math.log(view.num_experts / view.num_pools) or 1.0) for sample in view.samples],
+        "samples": [
+            _sample_data(sample, math.log(view.num_experts / view.num_pools) or 1.0) for sample in view.samples
+        ],
     }
 
 

@@ -159,8 +159,8 @@ def _check_size(positions: int, layers: int, heads: int, top_k: int) -> None:
     size = positions * layers * heads * (2 * top_k + 1) * 2 * _BASE64
     if positions > MOST_POSITIONS or size > MOST_BYTES:
         raise UserError(
-            f"--view: {positions:,} positions in {layers} layers of {heads} x {top_k} choices are {size / 1e6:.1f} MB; a "
-            f"page holds at most {MOST_POSITIONS:,} positions and {MOST_BYTES / 1e6:.0f} MB: give less text or fewer images"
+            f"--view: {positions:,} positions in {layers} layers of {heads} x {top_k} choices are {size / 1e6:.1f} MB; "
+            f"a page holds at most {MOST_POSITIONS:,} positions and {MOST_BYTES / 1e6:.0f} MB: give less text or images"
         )
 
 

@@ -44,7 +44,10 @@ def test_choices_add_up_to_the_layers_loads(kind, experts):
     for layer, choices in call.choices.items():
         assert choices.shape == (*is_real.shape, 2, 2)
         load = torch.bincount(choices[is_real].flatten(), minlength=call.num_experts)
-        assert torch.equal(load, extra["moe"][layer].stats.expert_load.flatten().long())
+        stats = extra["moe"][layer].stats
+        assert torch.equal(load, stats.expert_load.flatten().long())
+        assert float(call.entropies[layer][is_real].sum()) == pytest.approx(float(stats.entropy.sum()), rel=1e-5)
+        assert torch.allclose(call.weights[layer][is_real].sum(-1), torch.ones(int(is_real.sum()), 2))
     if experts == "separate":
         is_image = torch.arange(image + text) < image
         assert all(bool((choices[:, is_image] < 6).all()) for choices in call.choices.values())
