@@ -35,7 +35,12 @@ def files(tree: Path) -> dict[str, bytes]:
     return {path.relative_to(tree).as_posix(): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
 
 
+def _change(file: Path, **fields: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
 def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Path, tmp_path: Path, capsys) -> None:
+    _change(finished / "dense" / "seed-2" / "record-test.json", settings={"copy": "/mnt/of/xnli", "labels": "yes/no"})
     assert keep(tmp_path) == 0
     kept, folder = files(tmp_path / "results"), "english_lm/dense/seed-2"
     assert len(kept) == 6 * 5 and f"kept: results/{folder}" in capsys.readouterr().out
@@ -44,6 +49,7 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Pa
         read_record(path / "record-test.json") for path in (tmp_path / "results" / folder, finished / "dense/seed-2")
     )
     assert (ours.metrics, ours.model["counts"]) == (theirs.metrics, theirs.model["counts"])
+    assert ours.settings == {"copy": "xnli", "labels": "yes/no"}
     assert ours.data == {"path": "data/mix", "digest": "0" * 64, "source": "sentences"}
     assert "evaluate outputs/english_lm/dense/seed-2/checkpoint_best.pt --data data/mix" in ours.provenance["command"]
     command = kept[f"{folder}/command.sh"].decode()
@@ -89,10 +95,6 @@ def test_what_commands_leave_beside_the_runs_is_kept_and_shown(commands: Command
     page = written.read_page(EXPERIMENTS["figure8"], Path("results"))
     assert page.command == "mhmoe reproduce figure8 -- --img-size 32"
     assert "](../../results/masked_multimodal/figure8/patches.png)" in written._report(page, Path("results")).text
-
-
-def _change(file: Path, **fields: object) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,13 @@ def test_scores_are_compared_by_points_and_experts_and_speeds_by_the_same_rule(t
     finding = judge(BETTER, models)
     assert (finding.verdict, finding.change, finding.interval) == ("seen", "+2.00 points ± 0.00", "[+2.00, +2.00]")
     assert judge(Claim("", "mhmoe", "xmoe", part="de"), models).changes["seed-2"] == pytest.approx(0.2)
+    between = Claim("", "mhmoe", "mhmoe", metric="accuracy", part="de", reference_part="en")
+    for run in (tmp_path / "mhmoe").iterdir():
+        german, english = ({"accuracy": Metric(value, "experts")} for value in (3.3, 3.0))
+        record = make_record(german, "classification", model="mhmoe", parts={"de": german, "en": english})
+        models["of parts"] = read_model("mhmoe", [write_run(run, record)])
+    of_part = judge(between, {"mhmoe": models["of parts"]})
+    assert of_part.change == "+10.00 %" and of_part.verdict == "one seed: nothing claimed"
     active = judge(Claim("", "mhmoe", "xmoe", metric="active experts"), models)
     assert (active.verdict, active.change) == ("seen", "+50.00 points ± 0.00")
     assert judge(Claim("", "mhmoe", "xmoe", metric="tokens/s"), models).verdict == "not seen"
