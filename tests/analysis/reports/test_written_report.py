@@ -282,13 +282,15 @@ def test_models_that_differ_in_experts_alone_are_a_line_over_their_counted_exper
 
 
 def test_speeds_stand_beside_the_papers(tmp_path: Path) -> None:
-    speeds = {"output tokens/s": Metric(64.0, "tokens/s"), "input tokens/s": Metric(28.0, "tokens/s")}
+    values = {"output": 64.0, "input": 28.0, "prompt": 56.0}
+    speeds = {f"{name} tokens/s": Metric(value, "tokens/s") for name, value in values.items()}
     write_run(tmp_path / "xmoe", make_record(text_metrics(20.0)), make_record(speeds, "speed", split="4x7+16"))
     columns = {"input": "4x7+16 input tokens/s", "output": "4x7+16 output tokens/s", "training": "tokens/s"}
     paper = PaperTable("P", "x", {"xmoe": {"input": 18.47, "output": 45.47, "training": 33.98}}, "", columns)
     text = report(tmp_path / "xmoe", tmp_path / "report.md", plots=False, paper=paper)
     row = row_of(text, "xmoe")
     assert (row["4x7+16 output tokens/s"], row["tokens/s"], row["test ppl"]) == ("64.0", "800", "20.00")
-    assert "BATCHxPROMPT+NEW" in text and "4x7+16 input" not in row
+    assert "BATCHxPROMPT+NEW" in text and "4x7+16 input tokens/s" not in row
+    assert row["4x7+16 prompt tokens/s"] == "56.0"
     assert list(row_of(text, "xmoe, paper", table=1).values()) == ["xmoe, paper", "18.47", "45.47", "33.98"]
     assert list(row_of(text, "xmoe, ours", table=1).values()) == ["xmoe, ours", "28.00", "64.00", "800.00"]
