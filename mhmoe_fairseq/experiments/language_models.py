@@ -172,6 +172,10 @@ TABLE_3 = PaperTable(
 )
 
 
+ACTIVE = Claim(
+    "mhmoe-params-e32 has a larger share of active experts than xmoe-e32", "mhmoe-params-e32", "xmoe-e32",
+    f"{90.71 - 8.33:+.1f} points", "active experts",
+)  # fmt: skip
 POLYSEMY = Claim(
     "tokens of polysemous words go to more experts than those of like words with one sense",
     *2 * ("mhmoe-params-h8",), metric="experts per token", what="polysemy", part="polysemous", reference_part="control",
@@ -200,6 +204,9 @@ EXPERIMENTS = (
             column="perplexity")),
     Experiment("table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
         after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",), source="P1 table 11"),
+    Experiment("figure1", "figures 1 and 5: which of 32 experts are active in each layer: a map",
+        "english_lm", ENGLISH_STAGE, FIVE[3:], reference="xmoe-e32", source="P1 figures 1, 5",
+        claims=(ACTIVE,)),
     Experiment("figure4", "figures 4 and 9: perplexity over a training, with 8 and 32 experts", "english_lm",
         ENGLISH_STAGE, FIVE, reference="xmoe", source="P1 figures 4, 9"),
     Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6, source="P1 figure 6",

@@ -103,7 +103,8 @@ P1_MULTIMODAL = (2.8e-3, "(0.9, 0.98)", 1e-6, 0.05, 0.0, 0.1, "cosine", 10_000, 
 SCRIPT = (6e-4, "(0.9, 0.95)", 1e-6, 0.1, 2.0, 0.1, "polynomial_decay", 375, 100_000, 512, 2048, 12, 768, 12, 2048)
 P2_LM = (*SCRIPT[:9], 256, *SCRIPT[10:])
 PAPER = {
-    **dict.fromkeys(("table1", "table5", "table6", "table7", "figure4", "figure6", "figure7", "study"), P1_LM),
+    **dict.fromkeys(("table1", "table5", "table6", "table7", "study"), P1_LM),
+    **dict.fromkeys(("figure1", "figure4", "figure6", "figure7"), P1_LM),
     **dict.fromkeys(("table1-multilingual", "table3"), P1_LM),
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
     **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
@@ -150,6 +151,7 @@ PAPER_TABLE_1 = {
 }
 PAPER_MODELS = {
     "table1": PAPER_TABLE_1,
+    "figure1": {name: of for name, of in PAPER_TABLE_1.items() if name.endswith("-e32")},
     "figure4": PAPER_TABLE_1,
     "table1-multilingual": PAPER_TABLE_1,
     "table3": PAPER_TABLE_1,
@@ -308,7 +310,7 @@ def test_tables_share_the_runs_of_table_1(scale: str) -> None:
     assert trainings("figure7", "--scale", scale).items() <= table_5.items()
     assert commands("figure7", "--scale", scale)[-1][-2:] == ("--polysemy", "data/words/words.json")
     assert ("mhmoe", "prepare", "words", "--dest", "data/words") in commands("figure7", "--scale", scale)
-    for name in ("study", "table5", "table6", "table7", "figure4", "figure6"):
+    for name in ("study", "table5", "table6", "table7", "figure1", "figure4", "figure6"):
         runs = trainings(name, "--scale", scale)
         assert runs.keys() & english.keys() and all(runs[of] == english[of] for of in runs.keys() & english.keys())
 
