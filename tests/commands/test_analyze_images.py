@@ -125,7 +125,8 @@ def test_a_page_of_pairs_shows_patches_and_words_in_a_browser(run, data, tmp_pat
         page = Page(tmp_path / "view.html", f"sample=2&layer=2&token={position}")
         assert len(page.of("token")) == len(chosen) == 17 + 2 + len(text)
         assert shown_subtokens(page) == as_shown(chosen[position - 1])
-    assert [attrs["aria-label"].split(":")[0] for attrs, _ in page.of("token")][5] == "patch, row 2, column 1"
+    [label] = [attrs["aria-label"] for attrs, _ in page.of("token") if attrs["data-token"] == "6"]
+    assert label.startswith("patch, row 2, column 1: experts ")
     (tmp_path / "long.txt").write_text("large red circle " * 9)
     assert command("analyze", run / "checkpoint_last.pt", *flags[:5], "--text", tmp_path / "long.txt") == 2
     assert "the model's texts have at most 16" in capsys.readouterr().err
