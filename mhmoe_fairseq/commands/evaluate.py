@@ -25,7 +25,7 @@ from ..common.tables import MISSING, columns_table, markdown_table, number
 from ..evaluation.records import Metric, Record, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
-_PARTS = {"perplexity": "language", "masked": "masked", "classification": "language"}
+_PARTS = {"perplexity": "domain", "masked": "masked", "classification": "language"}
 _NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image", "speed", "rounds")
 _OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds")
 _OF_ONE_SPLIT = ("record", "output", "splits", "input")
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--split", type=plain_name, action="append", metavar="NAME",
-        help="train, valid, test, one language's, such as test_de, or of questions test-dev; may be repeated, for a "
-        "record of each (test)",
+        help="train, valid, test, one language's or domain's, such as test_de, or of questions test-dev; may be "
+        "repeated, for a record of each (test)",
     )  # fmt: skip
     add(
         "--record", "--json", "--scores", type=output_file, metavar="FILE",
@@ -214,7 +214,8 @@ def describe(record: Record) -> str:
         columns = dict.fromkeys(column for metrics in rows.values() for column in _cells(metrics))
         table = [[name.replace("_", ", "), *(_cells(row).get(title, MISSING) for title in columns)]
                  for name, row in rows.items()]  # fmt: skip
-        head = _PARTS.get(record.what, "split") if record.parts else "split"
+        parts = "language" if record.data.get("languages") else _PARTS.get(record.what, "split")
+        head = parts if record.parts else "split"
         lines.append(markdown_table([head, *columns], table))
     settings = dict(record.settings)
     if settings.pop("derived", False):

@@ -4,9 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from console import evaluate, evaluated, run_console
+from fairseq.data.indexed_dataset import MMapIndexedDataset, MMapIndexedDatasetBuilder
 from images_and_words import training_words, write_images_and_words, write_tokenizer
 
 from mhmoe_fairseq.commands.main import main
@@ -27,6 +29,27 @@ def test_one_text_has_a_total_only_which_is_fairseqs(runs, tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert shown.count("\n| ") == 1  # below the header
     assert "| perplexity | loss (bits/token) |" in shown and f"written: {run / 'record-test.json'}" in shown
+
+
+def test_domains_are_those_that_fairseq_evaluates_one_by_one(runs, tmp_path: Path, capsys) -> None:
+    lines = MMapIndexedDataset(str(runs.data / "test"))
+    for name, part in (("test", range(len(lines))), ("test_first", range(9)), ("test_second", range(9, len(lines)))):
+        builder = MMapIndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=np.uint16)
+        for index in part:
+            builder.add_item(lines[index])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    shutil.copy(runs.data / "dict.txt", tmp_path)
+    checkpoint = runs.copy("mhmoe", tmp_path / "mhmoe") / "checkpoint_last.pt"
+    assert main(["evaluate", str(checkpoint), "--data", str(tmp_path)]) == 0
+    record, shown = read_record(tmp_path / "mhmoe" / "record-test.json"), capsys.readouterr().out
+    assert list(record.parts) == record.experts.parts == ["first", "second"] and "| domain " in shown
+    for domain, metrics in record.parts.items():
+        printed = evaluated(evaluate(tmp_path, checkpoint, "--gen-subset", f"test_{domain}"))
+        loss, perplexity = metrics["loss"], metrics["perplexity"]
+        assert (f"{loss.value:.4f}", f"{perplexity.value:.2f}", loss.count) == (
+            f"{printed.loss:.4f}", f"{printed.perplexity:.2f}", printed.tokens,
+        )  # fmt: skip
+    assert record.metrics["loss"].count == lines.sizes.sum()
 
 
 def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path) -> None:

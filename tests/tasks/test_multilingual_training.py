@@ -94,6 +94,7 @@ def token_count(data: Path, language: str, split: str) -> int:
 def test_one_launch_evaluates_every_language_as_fairseq_does(data: Path, run: Path, capsys) -> None:
     found = record(data, run, "test")
     table = capsys.readouterr().out
+    assert "| language " in table
     for split, metrics in {"test_de": found.parts["de"], "test": found.metrics}.items():
         printed = fairseq_score(data, run, split)
         assert f"{metrics['loss'].value:.4f}" == f"{printed.loss:.4f}"

@@ -12,8 +12,8 @@ from .routing import activation_plot, part_plots, routing_section
 from .runs import Model, all_records, evaluations, read_model, require_one_data
 
 _NOTES = {
-    "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages. bits/byte and bits/char "
-    "divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
+    "perplexity": "ppl: perplexity per token of one vocabulary: compare models, not languages or domains. bits/byte "
+    "and bits/char divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
     "speed": "BATCHxPROMPT+NEW, such as 4x7+16: so many prompts of so many tokens, continued greedily by so many each; "
     "output tokens/s: new tokens over the time of prompts and continuations; prompt tokens/s: the prompts' tokens over "
     "the time to the first new one; medians of rounds in which the checkpoints took turns.",

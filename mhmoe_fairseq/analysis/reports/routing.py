@@ -59,6 +59,7 @@ def _part_table(record: Record, threshold: float) -> str:
         "": loads.parts,
         "number": [f"{next(iter(of_part.values())).count:,}" for of_part in metrics],
         "bits": measured("loss", 4),
+        **({"bits/byte": per_byte} if set(per_byte := measured("bits/byte", 4)) != {MISSING} else {}),
         "active experts": [percent(mean(rows.active(threshold))) for rows in experts],
         "effective experts": [percent(mean(rows.effective())) for rows in experts],
         "experts per position": measured("experts per position", 2),
