@@ -113,6 +113,7 @@ def open_model(
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
     with _opening(file):
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=changes)
+        models[0].make_generation_fast_()  # as fairseq's own commands do
     return Opened(models[0].to(target).eval(), task, settings, file)
 
 

@@ -24,7 +24,7 @@ from .cross_entropy import Prediction, predict
 from .flags import encoder_settings
 from .heads import TaskHeads
 from .options import BEIT3_NAME, BEiT3Options
-from .precision import ComputePrecision
+from .precision import ComputePrecision, round_linear_maps
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +116,12 @@ class MHMoEBEiT3(ComputePrecision, RemembersVocabulary, BaseFairseqModel):
             normalize = head is None or getattr(self.heads[head], "normalize_output", True)
             features, extra = self.beit3(text_tokens, images, masked_patches, attention, normalize_output=normalize)
             return (features if head is None else self.heads[head](features, extra)), extra
+
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """As the base, and the heads'."""
+        for module in (self.beit3.encoder.layers, self.text_head, self.image_head):
+            if module is not None:
+                round_linear_maps(module, dtype)
 
     def text_logits(self, features: Tensor) -> Tensor:
         """``(..., D) -> (..., vocabulary)``."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.hub_utils import GeneratorHubInterface
@@ -21,7 +22,7 @@ from .cross_entropy import Prediction, predict
 from .flags import decoder_settings
 from .heads import LastTokenHead, TaskHeads
 from .options import MODEL_NAME, LanguageModelOptions
-from .precision import ComputePrecision
+from .precision import ComputePrecision, round_linear_maps
 
 CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 
@@ -62,6 +63,13 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
         ignored = self.embed_tokens.padding_idx if has_padding else None
         with self.autocast(features.device.type):
             return predict(features, self.output_projection, targets, ignored, with_best)
+
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """As the base, and the output layer's, which is the embedding, in a copy."""
+        round_linear_maps(self.layers, dtype)
+        weight = self.output_projection.weight
+        del self.output_projection.weight
+        self.output_projection.register_buffer("weight", weight.data.to(dtype), persistent=False)
 
     def extract_features(self, prev_output_tokens: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """``(B, S, D)`` features and the same extras as ``forward``."""

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ..common.errors import UserError
+from ..moe.experts import ExpertFFN
+from ..moe.router import Router
+from ..torchscale_ext.static_xmoe import StaticXMoE
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,21 @@ class ComputePrecision:
         if torch.get_default_device().type != "meta":  # a plan computes nothing
             _tell(self.precision, device_type)
 
+    def make_generation_fast_(self, **kwargs: Any) -> None:
+        """fairseq's call for a model that will not train any more: rounds weights to what it computes in, once.
+
+        In half precision autocast would round them in every step. Norms, routers and embeddings stay as they are.
+        """
+        parent = getattr(super(), "make_generation_fast_", None)
+        if parent is not None:
+            parent(**kwargs)
+        if self.precision in _AUTOCAST_DTYPES:
+            self.round_weights(_AUTOCAST_DTYPES[self.precision])
+
+    def round_weights(self, dtype: torch.dtype) -> None:
+        """Rounds the weights of the layers' maps and experts, in place."""
+        raise NotImplementedError
+
     def autocast(self, device_type: str) -> contextlib.AbstractContextManager:
         """The model's precision, for calling a part by itself, such as the output layer.
 
@@ -119,3 +138,23 @@ class ComputePrecision:
                 "--mhmoe-precision fp16: training in fp16 needs loss scaling: add --amp or --fp16, or take bf16"
             )
         return torch.autocast(device_type, dtype=_AUTOCAST_DTYPES[self.precision])
+
+
+def round_linear_maps(module: nn.Module, dtype: torch.dtype) -> None:
+    """Rounds the weights of what computes under autocast anyway: linear maps and experts, in place; float32 ones alone.
+
+    The maps' results stay the same; experts with few rows, as in a step of decoding, read their weights as they are.
+    """
+    if isinstance(module, (Router, StaticXMoE)):  # compute in float32, or as TorchScale does
+        return
+    if isinstance(module, nn.Linear):
+        weights = [module.weight, module.bias]
+    elif isinstance(module, ExpertFFN):
+        weights = [module.fc1_weight, module.gate_weight, module.fc2_weight]
+    else:
+        weights = []
+        for child in module.children():
+            round_linear_maps(child, dtype)
+    for weight in weights:
+        if weight is not None and weight.dtype == torch.float32:
+            weight.data = weight.data.to(dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.multihead_attention import MultiheadAttention
 
-from ..moe.modes import compute_dtype
+from ..moe.modes import compute_dtype, without_autocast
 from .positions import RotaryPositions
 from .settings import Settings
 
@@ -48,11 +48,14 @@ class KeyValueCache:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """``scaled_dot_product_attention``, in float32 where that is faster, its backward pass included."""
-    half = v.dtype in (torch.bfloat16, torch.float16)
-    if not (half and v.device.type == "cpu" and v.requires_grad and v.size(2) <= _SHORT):
+    with without_autocast(v.device.type):
+        if _is_half_on_cpu(v) and v.requires_grad and v.size(2) <= _SHORT:
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
         return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).type_as(v)
+
+
+def _is_half_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class SelfAttention(MultiheadAttention):
@@ -94,6 +97,8 @@ class SelfAttention(MultiheadAttention):
         if self.rotary is not None:
             q, k = self.rotary(q, past), self.rotary(k, past)
         if cache is not None:
+            if _is_half_on_cpu(v):  # for single queries float32 is four times as fast there
+                k, v = k.float(), v.float()
             k, v = cache.extend(k, v)
         if self.xpos is not None:
             q, k = self._rotate_xpos(q, k, past)
@@ -101,7 +106,7 @@ class SelfAttention(MultiheadAttention):
         attended = _attend(
             q.type_as(v), k.type_as(v), v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal and visible is None
         )
-        attended = attended.transpose(1, 2).reshape(x.shape)
+        attended = attended.to(x.dtype).transpose(1, 2).reshape(x.shape)
         if self.inner_attn_ln is not None:
             attended = self.inner_attn_ln(attended, *image_length)
         return self.out_proj(attended, *image_length)

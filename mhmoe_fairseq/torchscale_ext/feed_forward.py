@@ -35,12 +35,26 @@ class SwiGLUNetwork(nn.Module):
         return self.dropout_module(self.fc2(hidden))
 
 
+class DenseNetwork(FeedForwardNetwork):
+    """TorchScale's, but half precision's activations are not widened beforehand: each kernel does so for itself.
+
+    The same numbers, without a copy of the activation's input in float32 that waits for the backward pass.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D) -> (..., D)``."""
+        hidden = self.activation_dropout_module(self.activation_fn(self.fc1(x.reshape(-1, x.size(-1)))))
+        if self.ffn_layernorm is not None:
+            hidden = self.ffn_layernorm(hidden)
+        return self.dropout_module(self.fc2(hidden).view(x.shape))
+
+
 def build_dense_ffn(settings: Settings, dim: int, ffn_dim: int) -> nn.Module:
     """TorchScale's feed-forward network, or the SwiGLU one for ``activation_fn="silu"``."""
     if settings.activation_fn == "silu":
         return settings.without_biases(SwiGLUNetwork(settings, dim, ffn_dim))
     dropouts = settings.dropout, settings.activation_dropout
-    ffn = FeedForwardNetwork(dim, ffn_dim, settings.activation_fn, *dropouts, settings.layernorm_eps, settings.subln)
+    ffn = DenseNetwork(dim, ffn_dim, settings.activation_fn, *dropouts, settings.layernorm_eps, settings.subln)
     if settings.subln and settings.rms_norm:
         ffn.ffn_layernorm = settings.build_norm(ffn_dim)
     return settings.without_biases(ffn)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from beit3_models import small_beit3
-from language_models import small_model
+from language_models import small_model, token_rows
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.models import precision as precision_module
@@ -101,3 +101,61 @@ def test_processes_of_different_machines_are_told_apart(monkeypatch):
     require_one_precision("bf16")
     with pytest.raises(UserError, match=r"--mhmoe-precision .* \(bf16 on rank 0, fp32 on rank 2\): give fp32 or bf16"):
         require_one_precision(None)
+
+
+@pytest.mark.parametrize(
+    "arch, flags",
+    [
+        ("dense_lm_tiny", {"subln": True}),
+        ("dense_lm_tiny", {"activation_fn": "silu", "rms_norm": True, "rotary_embed": True}),
+        ("dense_lm_tiny", {"share_decoder_input_output_embed": False}),
+        ("smoe_lm_tiny", {"moe_expert_count": 4}),
+        ("xmoe_lm_tiny", {"moe_expert_count": 4, "mhmoe_routing": "torchscale"}),
+        ("mhmoe_lm_tiny", {"mhmoe_shared_expert_dim": 16, "activation_fn": "silu"}),
+        ("mhmoe_lm_tiny", {"mhmoe_heads_number": 2}),
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_weights_rounded_once_give_what_they_give_rounded_in_every_step(arch, flags, precision):
+    """Bit for bit, and losses alike; embedding, norms and routers keep float32, TorchScale's own layer everything."""
+    rows = token_rows([30, 30, 7])
+    model = small_model(arch, mhmoe_precision=precision, **flags).eval()
+    with torch.no_grad():
+        expected = [model(rows)[0], model(rows, targets=rows)[0]]
+        model.make_generation_fast_()
+        found = [model(rows)[0], model(rows, targets=rows)[0]]
+    assert all(map(torch.equal, found, expected))
+    kept = ("embed", "norm", "_ln", "router", *(["moe_layer"] if "mhmoe_routing" in flags else []))
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight"):
+            assert parameter.dtype == (torch.float32 if any(part in name for part in kept) else half), name
+
+
+@pytest.mark.parametrize("arch", ["dense_beit3_tiny", "mhmoe_beit3_tiny"])
+def test_encoders_are_rounded_alike(arch):
+    model = small_beit3(arch, mhmoe_precision="bf16").eval()
+    rows = token_rows([12, 9])
+    with torch.no_grad():
+        expected = model.text_logits(model(rows)[0])
+        model.make_generation_fast_()
+        found = model.text_logits(model(rows)[0])
+    assert torch.equal(found, expected) and model.text_head.weight.dtype == torch.bfloat16
+
+
+def test_steps_of_decoding_read_rounded_weights():
+    """Whose experts otherwise compute with float32 weights: not the same bits, but as near to float32's."""
+    rows = token_rows([12, 12])
+    model = small_model("mhmoe_lm_tiny", mhmoe_precision="bf16", mhmoe_heads_number=2).eval()
+
+    def last():
+        state = {"is_first_step": True}
+        with torch.no_grad():
+            model(rows[:, :-1], incremental_state=state)
+            return model(rows, incremental_state={**state, "is_first_step": False})[0][:, -1].float()
+
+    with torch.no_grad():
+        exact = small_model("mhmoe_lm_tiny", mhmoe_heads_number=2).eval()(rows)[0][:, -1]
+    for _ in range(2):
+        torch.testing.assert_close(last(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+        model.make_generation_fast_()

@@ -113,10 +113,16 @@ def test_no_bias_and_rms_norm_reach_every_part():
 
 
 @pytest.mark.parametrize(
-    "length, training, dtype", [(20, True, "float32"), (300, True, "bfloat16"), (20, False, "bfloat16")]
+    "length, training, decoding, dtype",
+    [
+        (20, True, False, "float32"),
+        (300, True, False, "bfloat16"),
+        (20, False, False, "bfloat16"),
+        (20, False, True, "float32"),
+    ],
 )
-def test_short_sequences_in_training_attend_in_float32(monkeypatch, length, training, dtype):
-    """In half precision on a CPU, where the backward pass is slow; the input is rounded once for three maps."""
+def test_short_sequences_in_training_and_decoding_attend_in_float32(monkeypatch, length, training, decoding, dtype):
+    """In half precision on a CPU, where these are slow; the input is rounded once for three maps."""
     ours, _ = both()
     ours = ours.float()
     seen, attend = [], torch.nn.functional.scaled_dot_product_attention
@@ -131,7 +137,7 @@ def test_short_sequences_in_training_attend_in_float32(monkeypatch, length, trai
     exact = ours(x, is_causal=True)
     seen.clear(), inputs.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
-        half = ours(x, is_causal=True)
+        half = ours(x, is_causal=True, cache=KeyValueCache() if decoding else None)
     assert [str(tensor.dtype) for tensor in seen] == [f"torch.{dtype}"] * 3
     assert half.dtype == torch.bfloat16 and len({tensor.data_ptr() for tensor in inputs}) == 1
     torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
