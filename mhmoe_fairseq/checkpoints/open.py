@@ -113,8 +113,9 @@ def open_model(
     changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
     with _opening(file):
         models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(file)], arg_overrides=changes)
-        models[0].make_generation_fast_()  # as fairseq's own commands do
-    return Opened(models[0].to(target).eval(), task, settings, file)
+    model = models[0].to(target).eval()
+    model.make_generation_fast_()  # as fairseq's own commands do
+    return Opened(model, task, settings, file)
 
 
 def open_text_model(
