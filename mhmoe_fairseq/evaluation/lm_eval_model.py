@@ -56,6 +56,9 @@ class MHMoEHarnessModel(TemplateLM):
         clean: prepare text as ``mhmoe prepare`` does.
         precision: ``fp32``, ``bf16`` or ``auto`` (default: the training's).
 
+    Attributes:
+        num_scored, num_cut: texts that were scored so far, and of these texts that did not fit the model's positions.
+
     Raises:
         UserError, OSError: naming the argument, or the file, and the rule.
     """
@@ -93,6 +96,7 @@ class MHMoEHarnessModel(TemplateLM):
         if lang is None and was_trained_with(self.hub, "mhmoe_language_token"):
             logger.warning(f"{checkpoint} was trained with --mhmoe-language-token: --model_args lang=CODE is missing")
         self.max_gen_toks = max_gen_toks
+        self.num_scored = self.num_cut = 0
         self._device = self.hub.device
 
     @property
@@ -136,6 +140,8 @@ class MHMoEHarnessModel(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         found: list[Any] = [None] * len(requests)
+        self.num_scored += len(requests)
+        self.num_cut += sum(len(context) + len(rest) > self.max_length for _, context, rest in requests)
         scores = self.scorer.scores([(context, continuation) for _, context, continuation in requests])
         for index, score in tqdm(scores, total=len(requests), desc="log-likelihoods", disable=disable_tqdm):
             found[index] = (score.log_prob, score.is_greedy)

@@ -6,9 +6,9 @@ name these ``premise``, ``hypothesis`` and ``label``, as the data set that lm-ev
 and 2.
 """
 
+import dataclasses
 import itertools
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,8 @@ from ..common.errors import UserError
 from ..common.files import atomic_open, json_line, read_utf8_lines, sha256_of, write_json
 from ..data.classification import Fields, Labels, file_format, read_examples
 from ..data.languages import PAPER_LANGUAGES, XNLI_LANGUAGES, get_language
-from .records import Metric, Record, mean_of
+from .packaged_tasks import score_task, write_task
+from .records import Record, mean_of
 
 if TYPE_CHECKING:
     from .lm_eval_model import MHMoEHarnessModel
@@ -137,29 +138,13 @@ def write_tasks(folder: Path, sets: Sequence[XnliSet], split: str) -> list[str]:
     Raises:
         UserError: lm-eval has no such task.
     """
-    import lm_eval
-
-    packaged = Path(lm_eval.__file__).parent / "tasks" / "xnli"
-    folder = folder.resolve()
     names = []
     for one in sets:
         name = f"xnli_{one.code}"
-        include = packaged / f"{name}.yaml"
-        if not include.is_file():
-            raise UserError(f"{include}: lm-eval has no task {name}; another version of it may")
         data = folder / f"{name}.jsonl"
         with atomic_open(data) as stream:
             stream.writelines(map(json_line, one.examples))
-        task = {
-            "include": str(include),
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(data)}, "cache_dir": str(folder / "cache")},
-            "training_split": None,
-            "validation_split": "validation" if split == "validation" else None,
-            "test_split": "test" if split == "test" else None,
-        }
-        write_json(folder / f"{name}.yaml", task)  # what is JSON is YAML
+        write_task(folder, name, f"xnli/{name}.yaml", data, split)
         names.append(name)
     return names
 
@@ -187,26 +172,19 @@ def evaluate_xnli(
         say: told of each language when it is done.
     """
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     if language_symbols is None:
         language_symbols = was_trained_with(model.hub, "mhmoe_language_token")
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     accuracies, predicted = {}, {}
     for code in codes:
         model.scorer.set_language(code if language_symbols else None)
-        name = f"xnli_{code}"
-        found = lm_eval.simple_evaluate(model=model, tasks=[name], task_manager=manager, limit=limit, log_samples=True)
-        samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
-        value, stderr = (100 * float(found["results"][name][key]) for key in ("acc,none", "acc_stderr,none"))
-        accuracies[code] = Metric(value, "%", stderr, len(samples), {"chance": CHANCE})
-        say(f"{code} {value:.1f} ± {stderr:.1f}")
-        log_probs = [[float(log_prob) for log_prob, _ in sample["filtered_resps"]] for sample in samples]
-        labels = [int(sample["target"]) for sample in samples]
-        rows = [{"log_probs": row, "label": label} for row, label in zip(log_probs, labels)]
+        found = score_task(model, tasks, f"xnli_{code}", ["acc"], limit)
+        accuracies[code] = dataclasses.replace(found.metrics["acc"], baselines={"chance": CHANCE})
+        say(f"{code} {accuracies[code].value:.1f} ± {accuracies[code].stderr or 0:.1f}")
+        labels = [int(sample["target"]) for sample in found.samples]
+        rows = [{"log_probs": row, "label": label} for row, label in zip(found.log_probs, labels)]
         write_json(scores / f"{code}.json", rows)
-        chosen = [row.index(max(row)) for row in log_probs]
+        chosen = [row.index(max(row)) for row in found.log_probs]
         predicted[code] = {label: chosen.count(index) for index, label in enumerate(LABELS)}
     metrics = {"accuracy": mean_of(list(accuracies.values()))}
     if set(PAPER_LANGUAGES) <= set(accuracies):
