@@ -87,6 +87,9 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
     assert (more_heads.model, more_heads.paper) == ("mhmoe-swiglu-h3", "-1.8 %")  # 10.51 against 10.70
     assert more_heads.text == "mhmoe-swiglu-h3 has a lower perplexity than mhmoe-swiglu-h2"
     assert EXPERIMENTS["table3"].claims[1].paper == "+0.6 points"  # 34.7 against 34.1
+    for row in EXPERIMENTS["table2"].paper.values.values():  # the paper's avg is the mean of its 14 columns
+        assert abs(sum(list(row.values())[:14]) / 14 - row["avg"]) < 0.07
+    assert EXPERIMENTS["table2"].claims[1].paper == "+1.2 points"
     reports = [(experiment.folder, experiment.report) for experiment in EXPERIMENTS.values()]
     assert len(set(reports)) == len(reports)
 
@@ -105,7 +108,7 @@ P2_LM = (*SCRIPT[:9], 256, *SCRIPT[10:])
 PAPER = {
     **dict.fromkeys(("table1", "table5", "table6", "table7", "study"), P1_LM),
     **dict.fromkeys(("figure1", "figure4", "figure6", "figure7"), P1_LM),
-    **dict.fromkeys(("table1-multilingual", "table3"), P1_LM),
+    **dict.fromkeys(("table1-multilingual", "table2", "table3"), P1_LM),
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
     **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
     "official": SCRIPT,
@@ -307,6 +310,11 @@ def test_tables_share_the_runs_of_table_1(scale: str) -> None:
     assert [Path(word).parent.name for word in xnli[at : at + 5]] == list(table_1)
     english = trainings("table1", "--scale", scale)
     table_5 = trainings("table5", "--scale", scale)
+    assert trainings("table2", "--scale", scale) == {of: english[of] for of in trainings("table2", "--scale", scale)}
+    (zero_shot,) = [of for of in commands("table2", "--scale", scale) if of[:3] == ("mhmoe", "zero-shot", "english")]
+    assert "data/zero-shot" in zero_shot and ("mhmoe", "prepare", "zero-shot", "--dest", "data/zero-shot") in commands(
+        "table2", "--scale", scale
+    )
     assert trainings("figure7", "--scale", scale).items() <= table_5.items()
     assert commands("figure7", "--scale", scale)[-1][-2:] == ("--polysemy", "data/words/words.json")
     assert ("mhmoe", "prepare", "words", "--dest", "data/words") in commands("figure7", "--scale", scale)

@@ -13,6 +13,7 @@ from console import run_console
 from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from labelled import prepare, write_jsonl
 from multilingual_data import LANGUAGES, documents_of
+from zero_shot_questions import write_tasks_folder
 
 from mhmoe_fairseq.analysis.reports.claims import NOT_RUN, judge
 from mhmoe_fairseq.analysis.reports.runs import read_model
@@ -97,6 +98,7 @@ class Toys:
         polysemous, control = "river farmer teacher near behind along".split(), "winter market doctor under the".split()
         write_json(folder / "words.json", {"polysemous": polysemous, "control": control})
         write_json(folder / "manifest.json", {})
+        write_tasks_folder(self.root / "data" / "zero-shot")
         return folder
 
     @cached_property

@@ -16,6 +16,7 @@ from multilingual_data import SENTENCES, write_languages
 from official_reference import PUBLISHED, official_state
 from trained_model import TrainedModel, sentences
 from written_runs import make_record, text_metrics, write_run
+from zero_shot_questions import write_tasks_folder
 
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.files import write_json
@@ -119,6 +120,7 @@ def write_trained_fixtures(root: Path) -> None:
     captioning = ("--task", "mhmoe_captioning", "--criterion", "mhmoe_captioning", "--caption-max-len", 4)
     _train(root, *pretraining_words(root / "shapes", root / "captioner", *captioning, updates=1))
     (root / "xnli").mkdir()
+    write_tasks_folder(root / "questions")
     for code in ("de", "en"):
         write_jsonl(root / "xnli" / f"xnli.dev.{code}.jsonl", xnli_rows(code))
 
@@ -133,6 +135,10 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
                        "--polysemy": [f"{root}/words.json"], "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
+        ("zero-shot", "english"): {
+            "--checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--tasks-dir": [f"{root}/questions"],
+            "--tasks": ["rte,openbookqa"], "--out": ["out"],
+        },
         ("zero-shot", "xnli"): {
             "--checkpoint": [f"{root}/multilingual"], "--xnli-dir": [f"{root}/xnli"], "--out": ["out"],
         },

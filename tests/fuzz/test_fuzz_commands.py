@@ -30,8 +30,8 @@ CLASHES = {
     "--diversity": "pair.valid.jsonl",
     "--image": "mhmoe_captioning",
 }
-# Their own command lines are another program's.
-FOREIGN = {("zero-shot", "lm-eval")}
+# Another program's command line, and what has no valid call without a download.
+FOREIGN = {("zero-shot", "lm-eval"), ("prepare", "zero-shot")}
 
 
 @dataclass(frozen=True)
