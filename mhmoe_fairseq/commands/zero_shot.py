@@ -309,6 +309,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
 
     stay_offline()
     from ..data.languages import parse_languages
+    from ..evaluation import lm_eval_model  # noqa: F401  (says how to install lm-eval, before any file is read)
     from ..evaluation.xnli import evaluate_xnli, read_xnli, write_tasks
 
     codes = None if args.langs is None else parse_languages(args.langs)
