@@ -264,7 +264,7 @@ def _run_english(args: argparse.Namespace) -> int:
     files = open_tasks(args.tasks_dir, choose_tasks(args.tasks))
     name_models(args.checkpoint)
     stay_offline()
-    from ..evaluation import lm_eval_model  # noqa: F401  (says how to install lm-eval, before any model)
+    from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any model)
     from ..evaluation.english_tasks import evaluate_english
 
     def evaluate(name: str, file: Path) -> tuple[Record, Any]:
@@ -309,7 +309,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
 
     stay_offline()
     from ..data.languages import parse_languages
-    from ..evaluation import lm_eval_model  # noqa: F401  (says how to install lm-eval, before any file is read)
+    from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any file is read)
     from ..evaluation.xnli import evaluate_xnli, read_xnli, write_tasks
 
     codes = None if args.langs is None else parse_languages(args.langs)
