@@ -264,8 +264,8 @@ def _run_english(args: argparse.Namespace) -> int:
     files = open_tasks(args.tasks_dir, choose_tasks(args.tasks))
     name_models(args.checkpoint)
     stay_offline()
-    from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any model)
     from ..evaluation.english_tasks import evaluate_english
+    from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any model)
 
     def evaluate(name: str, file: Path) -> tuple[Record, Any]:
         model = _harness_model(args, file)
