@@ -34,7 +34,7 @@ QUICK = Recipe(
 )
 DEMO = QUICK.variant("--mhmoe-precision auto", QUICK.scales).at_cpu(updates=240)
 # The tables' own: 4.1 million tokens of text from several domains, the learning rate searched for every model. Like the
-# demo they compute in what is fast on the machine: after 300 updates bf16 is as far as float32 (docs/benchmarks).
+# demo they compute in what is fast on the machine: bf16 costs nothing that shows (docs/benchmarks/2026-11-29-bf16-quality.md).
 ENGLISH = QUICK.variant("", QUICK.scales, data="data/mix", prepare="english --source mix").at_cpu(
     updates=1000, samples=32, validations=8, flags="--tokens-per-sample 128 --lr 4e-3 --mhmoe-precision auto",
     seeds=SEEDS,
