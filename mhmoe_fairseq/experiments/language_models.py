@@ -34,11 +34,10 @@ QUICK = Recipe(
 )
 DEMO = QUICK.variant("--mhmoe-precision auto", QUICK.scales).at_cpu(updates=240)
 # The tables' own: 4.1 million tokens of text from several domains, the learning rate searched for every model. Like the
-# demo they compute in what is fast on the machine: bf16 costs nothing that shows (docs/benchmarks/2026-11-29-bf16-quality.md).
+# demo they compute in what is fast on the machine: bf16 costs nothing that shows (docs/benchmarks, 2026-11-29).
 ENGLISH = QUICK.variant("", QUICK.scales, data="data/mix", prepare="english --source mix").at_cpu(
     updates=1000, samples=32, validations=8, flags="--tokens-per-sample 128 --lr 4e-3 --mhmoe-precision auto",
-    seeds=SEEDS,
-    lrs=("2e-3", "4e-3", "8e-3"), search_updates=200,
+    seeds=SEEDS, lrs=("4e-3", "8e-3", "1.6e-2"), search_updates=200,
 )  # fmt: skip
 OFFICIAL = QUICK.variant(
     name="official",

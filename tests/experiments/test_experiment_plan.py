@@ -355,7 +355,7 @@ def test_the_whole_experiment_keeps_mhmoes_flops_and_its_checkpoints() -> None:
 def test_learning_rates_are_searched_for_every_model_and_then_all_seeds_trained() -> None:
     assert len(commands("study-multimodal")) == 1 + 3 * 3 + 3 * 3 * 2 + 1
     assert searched("study-multimodal")[0] == ("dense", 1e-3, 150)
-    lrs, models = (2e-3, 4e-3, 8e-3), EXPERIMENTS["study"].models
+    lrs, models = (4e-3, 8e-3, 1.6e-2), EXPERIMENTS["study"].models
     assert searched("study") == [(model, lr, 200) for model in models for lr in lrs]
     assert searched("study", "--models", "xmoe", "--updates", "7") == [("xmoe", lr, 7) for lr in lrs]  # never longer
     assert not searched("study", "--scale", "paper") and not searched("study", "--", "--lr", "1e-3")
