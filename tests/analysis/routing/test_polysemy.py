@@ -146,9 +146,9 @@ def words_of(sizes: dict[str, tuple[int, int]]) -> dict[str, Word]:
 def test_pairs_are_of_like_words() -> None:
     polysemous = words_of({"a": (100, 1), "b": (8, 1), "c": (8, 2), "d": (11, 1), "e": (30, 3), "f": (2, 1)})
     control = words_of({"u": (70, 1), "v": (10, 1), "w": (8, 2), "x": (8, 1), "y": (3, 1), "z": (142, 1)})
-    pairs = pair_words(polysemous, control)
     polysemous |= words_of({"g": (50, 4), "h": (300, 1), "i": (310, 1)})
     control |= words_of({"s": (300, 1), "t": (50, 5)})
+    pairs = pair_words(polysemous, control)
     # a-u are 0.514 apart in log2, a-z 0.506, y-f 0.58; d and b both are near v and x.
     assert sorted(pairs) == [("b", "x"), ("c", "w"), ("d", "v"), ("h", "s")]
     assert pair_words(polysemous, {}) == [] == pair_words({}, control)
