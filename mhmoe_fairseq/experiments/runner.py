@@ -155,8 +155,8 @@ class Runner:
             file = self.plan.out / SEARCH
             kept = read_json(file) if file.is_file() else {}  # other models' of experiments that share the folder
             found: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
-            earlier, dates = kept.get("best_lr", {}), kept.get("date", {})
-            known = {model: dates[model] for model in best if model in dates and earlier.get(model) == best[model]}
+            earlier, dates = kept.get("valid_loss_bits", {}), kept.get("date", {})
+            known = {model: dates.get(model) for model in best if earlier.get(model) == losses[model]}
             found["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
             write_json(file, {name: {**kept.get(name, {}), **values} for name, values in found.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
