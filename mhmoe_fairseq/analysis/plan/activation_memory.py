@@ -145,8 +145,7 @@ class ActivationMemory:
         if settings.activation_fn == "silu":
             inner = 4 * f * a  # both maps, silu, product
         else:  # relu keeps its output, which is the next map's input
-            shared = settings.activation_fn == "relu" and not self.shape.half
-            inner = f * _FP32 + (0 if shared else f * a)
+            inner = f * a * (1 if settings.activation_fn == "relu" else 2)
         norm = f * a + _NORM if settings.subln else 0
         masks = self._mask(settings.activation_dropout, f, a) + self._mask(settings.dropout, d, a)
         return self._attention() + d * a + inner + norm + masks
