@@ -207,6 +207,7 @@ class Steps:
 
     def tokens(self, rows: int, length: int) -> torch.Tensor:
         self.trainer.model.eval()
+        self.trainer.model.make_generation_fast_()  # as every command that opens a model for use
         generator = torch.Generator().manual_seed(SEED)
         return torch.randint(self.dictionary.nspecial, len(self.dictionary), (rows, length), generator=generator)
 
