@@ -34,8 +34,8 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     """Copies the runs of a finished experiment into the tree, each under a temporary name first; returns their folders.
 
     Raises:
-        UserError: naming the first run that is unfinished, half-written, of another length or other data than what is
-            kept, or tested before its learning rate was chosen. Then nothing was copied.
+        UserError: naming the first run that is unfinished, half-written, of another length, scale or other data than
+            what is kept, with fewer records, or tested before its learning rate was chosen. Then nothing was copied.
     """
     runs = plan.runs()
     if not runs:
@@ -44,6 +44,7 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     search = read_json(found) if found.is_file() else {}
     for run in runs:
         _require_whole(plan, run, search)
+        _require_no_loss(plan, run, _folder(plan, run, tree))
     for task, together in _by_task(runs).items():
         replaced = {_folder(plan, run, tree) for run in together}
         kept = (tree / plan.experiment.folder / task).glob("*/seed-*")
@@ -82,6 +83,20 @@ def _require_whole(plan: Plan, run: Run, search: dict[str, Any]) -> None:
     if chosen and tested and tested < chosen:
         raise UserError(
             f"--keep: {run.name} was tested ({tested}) before its learning rate was chosen ({chosen}): tests come last"
+        )
+
+
+def _require_no_loss(plan: Plan, run: Run, target: Path) -> None:
+    """Checks that what is kept of a run is of the same scale, and has no record that the run lacks."""
+    if not (target / STATE).is_file():
+        return
+    kept, new = read_json(target / STATE).get(CHOICE, ""), chosen(plan.choice)
+    if kept != new:
+        raise UserError(f"--keep: {target} was trained with {kept or 'no flags'}, this with {new or 'none'}: remove it")
+    names = {file.name for pattern in ("record-*.json", "routing-*.json") for file in target.glob(pattern)}
+    if lost := sorted(name for name in names if not (run.folder / name).is_file()):
+        raise UserError(
+            f"--keep: {target} has {', '.join(lost)}, which {run.folder} lacks: measure that too, or remove it there"
         )
 
 

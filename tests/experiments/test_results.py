@@ -63,6 +63,18 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Pa
     assert keep(tmp_path) == 0 and files(tmp_path / "results") == kept  # replaced, nothing left beside
 
 
+def test_what_was_measured_of_a_kept_run_is_not_lost(finished: Path, tmp_path: Path, capsys) -> None:
+    assert keep(tmp_path) == 0
+    folder = tmp_path / "results" / "english_lm" / "dense" / "seed-2"
+    (folder / "record-zero-shot-english.json").write_bytes((folder / "record-test.json").read_bytes())
+    before = files(tmp_path / "results")
+    assert keep(tmp_path) == 2 and files(tmp_path / "results") == before
+    assert "seed-2 has record-zero-shot-english.json, which" in capsys.readouterr().err
+    (folder / "record-zero-shot-english.json").unlink()
+    _change(folder / "run.json", choice="--size small")
+    assert keep(tmp_path) == 2 and "was trained with --size small, this with none" in capsys.readouterr().err
+
+
 def test_loads_are_kept_as_whole_numbers_on_one_line(finished: Path, tmp_path: Path) -> None:
     file = finished / "xmoe" / "seed-1" / "record-test.json"
     row = {
