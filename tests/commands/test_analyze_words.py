@@ -32,7 +32,7 @@ def lists(tmp_path: Path) -> Path:
 
 def test_a_course_of_updates(runs, tmp_path: Path, lists: Path, capsys: pytest.CaptureFixture) -> None:
     last = runs.copy("mhmoe", tmp_path / "mhmoe") / "checkpoint_last.pt"
-    state = torch.load(last, weights_only=False)
+    state = torch.load(last, weights_only=True)
     state["optimizer_history"][-1]["num_updates"] = 3
     torch.save(state, last.with_name("checkpoint_1_3.pt"))
     flags = ["--data", runs.data, "--polysemy", lists, "--split", "test"]
