@@ -38,6 +38,20 @@ Lapis \\La"pis\\, n.; pl. {Lapides}. [L.]
 
    2. (Min.) Too short.
 
+Larch \\Larch\\, n.
+   1. A tree of the cold north, as Webster wrote of it.
+      [1913 Webster]
+
+   2. what WordNet knows of larches, in two paragraphs;
+
+   Syn: tree of the larch family, or so.
+        [WordNet 1.5 +PJC]
+
+   3. Webster's words, which WordNet's were put among.
+      [1913 Webster + WordNet 1.5]
+
+   5. A sense of which nobody says whence they have it, or from whom.
+
 Broken pronunci"a*tion\\ A line that its brackets and strokes do not end as they should.
 """
 WORDNET = """'hood
@@ -64,31 +78,39 @@ FOLDOC_TEXT = """lenient evaluation%%%leniency
 
 def test_gcide_keeps_definitions_without_pronunciation_etymology_and_origin():
     assert list(gcide_lines(GCIDE)) == [
-        "Lapidate, v. t. To stone to death, as a crowd did in the old stories.",
-        "Lapis, n.; pl. Lapides. 1. A stone, or what the Romans called one in their cæsura. --Bp. Hall.",
+        ["Lapidate, v. t. To stone to death, as a crowd did in the old stories."],
+        ["Lapis, n.; pl. Lapides. 1. A stone, or what the Romans called one in their cæsura. --Bp. Hall."],
+        [
+            "Larch, n. 1. A tree of the cold north, as Webster wrote of it.",
+            "A sense of which nobody says whence they have it, or from whom.",
+        ],
+        [],
     ]
 
 
 def test_wordnet_gives_every_gloss_once_with_the_first_word_that_has_it():
     assert list(wordnet_lines(WORDNET)) == [
-        "'hood: (slang) a neighborhood where one lives",
-        'Kovna: a city in central Lithuania; "Kovna lies there"',
-        "Kovno: a second sense of this very word",
+        ["'hood: (slang) a neighborhood where one lives"],
+        ['Kovna: a city in central Lithuania; "Kovna lies there"'],
+        ["Kovno: a second sense of this very word"],
     ]
 
 
 def test_foldoc_paragraphs_without_labels_references_and_dates():
+    first = (
+        "lenient evaluation: An evaluation strategy, described in, under which all redexes are evaluated in parallel."
+    )
     assert list(foldoc_lines(FOLDOC_TEXT)) == [
-        "lenient evaluation: An evaluation strategy, described in, under which all redexes are evaluated in parallel.",
-        "Lenient evaluation is an example of an eager evaluation strategy, as a second paragraph says.",
+        [first, "Lenient evaluation is an example of an eager evaluation strategy, as a second paragraph says."],
     ]
 
 
-def test_neighbouring_entries_are_one_document(make_deb):
-    text = "\n".join(f"word{number}\n    n 1: the meaning of number {number} as such" for number in range(250))
+def test_neighbouring_entries_are_one_document_and_no_entry_is_divided(make_deb):
+    senses = "\n".join(f"    n {sense}: meaning {sense} of word {{0}} as such" for sense in (1, 2, 3))
+    text = "\n".join(f"word{number}\n{senses.format(number)}" for number in range(80))
     path = make_deb("dict-wn", {"usr/share/dictd/wn.dict.dz": gzip.compress(text.encode())})
     documents = list(dictionary_documents(wordnet_lines, path))
-    assert [len(document.lines) for document in documents] == [100, 100, 50]
+    assert [len(document.lines) for document in documents] == [102, 102, 36]
     with pytest.raises(UserError, match="has 0 dictionaries"):
         list(FOLDOC.read(make_deb("dict-foldoc", {"usr/share/doc/a": b"nothing"})))
 
@@ -182,10 +204,14 @@ def test_pages_of_pythons_documentation_without_its_indexes(make_deb):
 
 
 def test_manual_pages_have_no_spaces_where_print_has_none(make_deb):
-    text = "It works like\n.BR read (2)\nor\n.I others\n, and as\n.B write\n(3p) does; see those which do ( as ) such ."
+    text = "It works like\n.BR read (2)\n, like\n.BR write (2)\nor\n.I others\n, and as\n.B write\n(3p) does; "
+    text += "see those which do ( as ) such ."
     path = make_deb("manpages", {"man/man2/a.2": f".TH A 2\n.PP\n{text}\n", "man/de/man2/a.2": f".TH A 2\n{text}\n"})
     assert [(document.name, document.lines) for document in DOMAINS["manuals"][0].read(path)] == [
-        ("man2/a.2", ["It works like read(2) or others, and as write(3p) does; see those which do ( as ) such."])
+        (
+            "man2/a.2",
+            ["It works like read(2), like write(2) or others, and as write(3p) does; see those which do ( as ) such."],
+        )
     ]
 
 

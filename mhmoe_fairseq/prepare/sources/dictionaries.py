@@ -1,6 +1,7 @@
 """Prose out of the dictionaries that Debian packages in dictd's format: GCIDE, WordNet and FOLDOC.
 
-An entry is an unindented headword and an indented text; so many lines of neighbouring entries are one document.
+An entry is an unindented headword and an indented text; neighbouring entries of so many lines are one document, so that
+no entry is divided between training and evaluation.
 """
 
 import gzip
@@ -33,8 +34,8 @@ _RELATED = re.compile(r"\[(?:syn|ant|also|sim)[^\]]*\]")
 _MIN_GLOSS_WORDS = 4
 
 
-def dictionary_documents(read: Callable[[str], Iterator[str]], path: Path) -> Iterator[Document]:
-    """Yields the lines that ``read`` makes of a dictd database's text, so many to a document."""
+def dictionary_documents(read: Callable[[str], Iterator[list[str]]], path: Path) -> Iterator[Document]:
+    """Yields the entries that ``read`` makes of a dictd database's text, each a list of lines, in documents of many."""
     found = [content for _, content in iter_deb_members(path, lambda name: name.endswith(".dict.dz"))]
     if len(found) != 1:
         raise UserError(f"{path}: has {len(found)} dictionaries (*.dict.dz), one was expected; delete it and run again")
@@ -45,12 +46,12 @@ def dictionary_documents(read: Callable[[str], Iterator[str]], path: Path) -> It
     yield from _grouped(read(text))
 
 
-def _grouped(lines: Iterable[str]) -> Iterator[Document]:
+def _grouped(entries_lines: Iterable[list[str]]) -> Iterator[Document]:
     kept: list[str] = []
     number = 0
-    for line in lines:
-        kept.append(line)
-        if len(kept) == _LINES_PER_DOCUMENT:
+    for lines in entries_lines:
+        kept += lines
+        if len(kept) >= _LINES_PER_DOCUMENT:
             yield Document(f"entries {number}", kept)
             kept, number = [], number + 1
     if kept:
@@ -69,51 +70,65 @@ def entries(text: str) -> Iterator[tuple[str, str]]:
             body.append(line)
 
 
-def gcide_lines(text: str) -> Iterator[str]:
-    """Yields the definitions, notes and quotations of GCIDE, without pronunciation, etymology and origin."""
+def gcide_lines(text: str) -> Iterator[list[str]]:
+    """Yields each entry's definitions, notes and quotations, without pronunciation, etymology and origin.
+
+    What GCIDE took from WordNet, whose glosses are a domain of their own, is left out: everything of an entry between
+    the origin before and an origin that names WordNet.
+    """
     for headword, body in entries(text):
+        kept, since_origin = [], []
         for paragraph in re.split(r"\n\s*\n", f"{headword}\n{body}"):
-            line = _ACCENTED.sub(_letter, _ORIGIN.sub("", _PRONUNCIATION.sub("", paragraph)))
-            while (shorter := _BRACKETS.sub("", line)) != line:
-                line = shorter
-            line = _SPACED.sub(r"\1", " ".join(line.replace("{", "").replace("}", "").split()))
-            line = _RESPELLING.sub("", _NUMBER.sub("", line)).replace(",,", ",")
-            if is_prose(line) and "\\" not in line:
-                yield line
+            if "WordNet" in paragraph:
+                since_origin.clear()
+                continue
+            since_origin.append(_gcide_line(paragraph))
+            if _ORIGIN.search(paragraph):
+                kept += since_origin
+                since_origin.clear()
+        yield [line for line in kept + since_origin if is_prose(line) and "\\" not in line]
+
+
+def _gcide_line(paragraph: str) -> str:
+    line = _ACCENTED.sub(_letter, _ORIGIN.sub("", _PRONUNCIATION.sub("", paragraph)))
+    while (shorter := _BRACKETS.sub("", line)) != line:
+        line = shorter
+    line = _SPACED.sub(r"\1", " ".join(line.replace("{", "").replace("}", "").split()))
+    return _RESPELLING.sub("", _NUMBER.sub("", line)).replace(",,", ",")
 
 
 def _letter(found: re.Match[str]) -> str:
     return _LIGATURES.get(found["ligature"]) or found["first"] + _COMBINING[found["before"]]
 
 
-def foldoc_lines(text: str) -> Iterator[str]:
-    """Yields the paragraphs of FOLDOC that read like sentences; an entry's first begins with its headword."""
+def foldoc_lines(text: str) -> Iterator[list[str]]:
+    """Yields each entry's paragraphs that read like sentences; its first begins with its headword."""
     for headword, body in entries(text):
-        name = headword.split("%%%")[0]
+        lines: list[str] = []
         for index, paragraph in enumerate(filter(None, map(str.strip, re.split(r"\n\s*\n", body)))):
             line = _LABEL.sub("", _NUMBER.sub("", " ".join(paragraph.split())))
             line = _BRACKETS.sub("", line.replace("{", "").replace("}", ""))
             line = _SPACED.sub(r"\1", " ".join(line.split()))
             if is_prose(line):
-                yield line if index else f"{name}: {line}"
+                lines.append(line if index else f"{headword.split('%%%')[0]}: {line}")
+        yield lines
 
 
-def wordnet_lines(text: str) -> Iterator[str]:
-    """Yields every sense's gloss and examples once, behind the first word that has it."""
+def wordnet_lines(text: str) -> Iterator[list[str]]:
+    """Yields each word's glosses and examples; a gloss stands behind the first word that has it."""
     seen: set[str] = set()
     for headword, body in entries(text):
-        for sense in _SENSE.split(body)[1:]:
-            gloss = " ".join(_RELATED.sub("", sense).split())
-            if len(gloss.split()) >= _MIN_GLOSS_WORDS and gloss not in seen:
-                seen.add(gloss)
-                yield f"{headword}: {gloss}"
+        glosses = dict.fromkeys(" ".join(_RELATED.sub("", sense).split()) for sense in _SENSE.split(body)[1:])
+        new = [gloss for gloss in glosses if len(gloss.split()) >= _MIN_GLOSS_WORDS and gloss not in seen]
+        seen.update(new)
+        yield [f"{headword}: {gloss}" for gloss in new]
 
 
-def _dictionary(package: str, licence: str, read: Callable[[str], Iterator[str]]) -> PackagedSource:
+def _dictionary(package: str, licence: str, read: Callable[[str], Iterator[list[str]]]) -> PackagedSource:
     return PackagedSource(
         name=package,
         licence=licence,
-        unit=f"document = {_LINES_PER_DOCUMENT} lines of neighbouring entries, line = paragraph or sense",
+        unit=f"document = neighbouring entries of {_LINES_PER_DOCUMENT} lines, line = paragraph or sense",
         archive=Archive("apt-get", package, None, f"{package}_*.deb"),
         read=partial(dictionary_documents, read),
     )

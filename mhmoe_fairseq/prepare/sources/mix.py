@@ -21,8 +21,8 @@ from .debian_formats import blocks
 from .dictionaries import FOLDOC, GCIDE, WORDNET
 from .documentation import is_prose, linux_doc, wheel_documents
 
-# A manual page's fonts leave spaces where print has none: ``read (2) .``
-_SPACED = re.compile(r"(?<=\w) (\(\d?\w?\)|[,.;:](?= |$))")
+# A manual page's fonts leave spaces where print has none: ``read (2) , and``
+_SPACED = re.compile(r"(?<=\w) (?=\(\d?\w?\)|[,.;:](?: |$))|(?<=\w\)) (?=[,.;:](?: |$))")
 
 
 def _family(name: str, package: str) -> PackagedSource:
@@ -36,7 +36,7 @@ def _family(name: str, package: str) -> PackagedSource:
 def _family_documents(name: str, path: Path) -> Iterator[Document]:
     passages = (passage for language, passage in FAMILIES[name].read(path, ("en",)))
     for document, same in groupby(passages, key=lambda passage: passage.document):
-        lines = (_SPACED.sub(r"\1", line) for passage in same for line in passage.lines)
+        lines = (_SPACED.sub("", line) for passage in same for line in passage.lines)
         yield Document(document, list(filter(is_prose, lines)))
 
 
