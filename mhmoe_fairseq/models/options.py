@@ -213,6 +213,11 @@ class MoEOptions(FairseqDataclass):
         "biases in the two projections; the official code has them even with --no-bias (default: off with --no-bias)",
         needs="heads", layer="projection_bias", values=SWITCH,
     )  # fmt: skip
+    mhmoe_projection_gain: Optional[float] = option(
+        "what the initial weights of the two projections are multiplied by; TorchScale's sub-LN multiplies attention's "
+        "and the experts' by sqrt(ln(2 layers)), these are left alone (default: 1)",
+        needs="heads", layer="projection_gain", affects="training",
+    )  # fmt: skip
     mhmoe_no_split: Optional[bool] = option(
         "do not split tokens; experts work on whole tokens (paper 1, table 6)",
         needs="heads", layer="split", values=OPPOSITE,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
-from ._fields import ConfigError, Count, Rate, Size, check_fields, declared_choices
+from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices
 from .gate import GateFields
 from .router import ROUTERS, RouterFields
 
@@ -33,6 +33,7 @@ class MHMoEConfig(RouterFields, GateFields):
         head_projection, merge_projection: linear maps before the split and after the merge;
             None means "present when ``num_heads > 1``".
         num_projection_layers: layers in each projection, ReLU between them (P1 table 7).
+        projection_gain: what both projections' initial weights are multiplied by; the experts' are TorchScale's to rescale.
         split: False keeps whole tokens (P1 table 6, "without token splitting"); the experts
             then work on D dimensions and ``num_heads`` only decides the projections' default.
         subtoken_residual: add the sub-token to the experts' sum (P1 equation 6).
@@ -62,6 +63,7 @@ class MHMoEConfig(RouterFields, GateFields):
     merge_projection: bool | None = None
     num_projection_layers: Count = 1
     projection_bias: bool = True
+    projection_gain: Positive = 1.0
     split: bool = True
     subtoken_residual: bool = False
     shared_expert_dim: Count = 0

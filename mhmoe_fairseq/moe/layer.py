@@ -82,12 +82,12 @@ class MHMoELayer(nn.Module):
         self.parallel = parallel
         self.head_projection, self.merge_projection = None, None
         if config.has_head_projection:
-            self.head_projection = Projection(config, gain=1 / math.sqrt(2), zero_bias=False)
+            self.head_projection = Projection(config, gain=config.projection_gain / math.sqrt(2), zero_bias=False)
         self.router = ROUTERS[config.router](config)
         self.gate = GATES[config.routing](config)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
-            self.merge_projection = Projection(config, gain=1.0, zero_bias=True)
+            self.merge_projection = Projection(config, gain=config.projection_gain, zero_bias=True)
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
     def reset_parameters(self) -> None:

@@ -68,6 +68,7 @@ def test_dense_has_no_moe_layer():
         ({"mhmoe_head_projection": "off"}, {"has_head_projection": False}),
         ({"mhmoe_merge_projection": "off"}, {"has_merge_projection": False}),
         ({"mhmoe_projection_bias": "off"}, {"projection_bias": False}),
+        ({"mhmoe_projection_gain": 1.5}, {"projection_gain": 1.5}),
         ({"mhmoe_no_split": True, "mhmoe_budget": "none"}, {"split": False, "subtoken_dim": 128}),
         ({"mhmoe_shared_expert_dim": 40}, {"shared_expert_dim": 40}),
         ({"mhmoe_router_dim": 12}, {"router_dim": 12}),

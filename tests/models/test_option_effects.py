@@ -23,7 +23,8 @@ class Effect(NamedTuple):
 
     Attributes:
         kind: ``function``: results in evaluation; ``training``: results in training only; ``losses``: the auxiliary
-            losses only; ``gradients``: these only; ``inputs``: which inputs are taken; ``nothing``.
+            losses only; ``gradients``: these only; ``initial``: initial values only; ``inputs``: which inputs are taken;
+            ``nothing``.
         value: a value of the flag.
         other: flags of both models.
         arch: family of both models.
@@ -80,6 +81,7 @@ SHARED = {
     "mhmoe_head_projection": Effect("function", "off"),
     "mhmoe_merge_projection": Effect("function", "off"),
     "mhmoe_projection_bias": Effect("function", "on", {"no_bias": True}),
+    "mhmoe_projection_gain": Effect("initial", 2.0),
     "mhmoe_no_split": Effect("function", True),
     "mhmoe_shared_expert_dim": Effect("function", 16),
     "cpu": Effect("nothing", True),  # fairseq's: on which device --mhmoe-precision auto looks
@@ -182,8 +184,11 @@ def test_a_flag_changes_what_it_should_and_no_more(stack, name):
     if effect.kind != "function":
         assert alike(before.trained, after.trained) == (effect.kind != "training")
         assert alike(before.losses, after.losses) == (effect.kind != "losses")
-    if effect.kind in ("nothing", "gradients"):
-        assert alike(before.gradient, after.gradient) == (effect.kind == "nothing")
+    if effect.kind in ("nothing", "gradients", "initial"):
+        assert alike(before.gradient, after.gradient) == (effect.kind != "gradients")
+    if effect.kind == "initial":
+        fresh = build(stack, effect.arch, {**effect.other, name: effect.value})
+        assert not all(map(alike, plain.state_dict().values(), fresh.state_dict().values()))
     if effect.same_as is not None:
         expected = results(stack, with_flags(stack, effect, effect.same_as, plain))
         assert all(alike(one, other) for one, other in zip(after, expected))
@@ -194,7 +199,7 @@ def test_a_flag_changes_what_it_should_and_no_more(stack, name):
 OTHERWISE = {
     "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "max_target_positions", "tokens_per_sample",
 }  # fmt: skip
-SAID = {"losses": "training", "gradients": "function", "inputs": "function"}
+SAID = {"losses": "training", "initial": "training", "gradients": "function", "inputs": "function"}
 
 
 @pytest.mark.parametrize("stack", OWN)

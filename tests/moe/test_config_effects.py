@@ -55,6 +55,7 @@ EFFECTS = {
     "head_projection of one head": Effect({"head_projection": True}, ROUTING, {"num_heads": 1}),
     "merge_projection": Effect({"merge_projection": False}, {"hidden"}),
     "num_projection_layers": Effect({"num_projection_layers": 2}, ROUTING),
+    "projection_gain with the same weights": Effect({"projection_gain": 2.0}, set()),
     "projection_bias": Effect({"projection_bias": False}, ROUTING),
     "split": Effect({"split": False}, ROUTING),
     "subtoken_residual": Effect({"subtoken_residual": True}, {"hidden"}),

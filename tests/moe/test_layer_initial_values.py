@@ -25,6 +25,7 @@ CONFIGS = {
     "swiglu without biases": {"activation": "swiglu", "expert_bias": False},
     "relu sub-LN": {"activation": "relu", "expert_layernorm": True},
     "deep projections": {"num_projection_layers": 3},
+    "scaled projections": {"projection_gain": 1.5},
     "no projections": {"num_projection_layers": 0},
     "whole tokens": {"split": False, "head_projection": False},
     "shared expert": {"shared_expert_dim": SHARED, "routing": "capacity"},
@@ -57,19 +58,25 @@ def rules_for(name: str) -> list[str]:
     return [pattern for pattern in RULES if re.fullmatch(pattern, name)]
 
 
+def expected_values(name: str, config: MHMoEConfig) -> Values:
+    rule = RULES[rules_for(name)[0]](config.subtoken_dim)
+    gain = config.projection_gain if re.search(r"projection\.\d\.weight", name) else 1
+    return rule._replace(size=rule.size * gain)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_parameter_follows_its_rule(kind: str) -> None:
     layer = build(kind)
     for name, parameter in layer.named_parameters():
         assert len(rules_for(name)) == 1, f"{name}: rules {rules_for(name)}"
-        assert_follows(name, parameter, RULES[rules_for(name)[0]](layer.config.subtoken_dim))
+        assert_follows(name, parameter, expected_values(name, layer.config))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_expert_follows_the_rule_by_itself_with_values_of_its_own(kind: str) -> None:
     layer = build(kind)
     for name, parameter in layer.experts.named_parameters():
-        rule = RULES[rules_for(f"experts.{name}")[0]](layer.config.subtoken_dim)
+        rule = expected_values(f"experts.{name}", layer.config)
         for expert, values in enumerate(parameter):
             assert_follows(f"{name}[{expert}]", values, rule)
         if rule.kind != "constant":
@@ -90,6 +97,6 @@ def test_parameters_are_drawn_again_by_the_same_rules(kind: str) -> None:
             parameter.fill_(7.0)
     layer.reset_parameters()
     for name, parameter in layer.named_parameters():
-        rule = RULES[rules_for(name)[0]](layer.config.subtoken_dim)
+        rule = expected_values(name, layer.config)
         assert_follows(name, parameter, rule)
         assert torch.equal(parameter, first[name]) == (rule.kind == "constant"), name
