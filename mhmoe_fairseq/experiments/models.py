@@ -26,8 +26,16 @@ MHMOE_VARIANTS = {
     "-projections-2": "--mhmoe-projection-layers 2",
     "-projections-3": "--mhmoe-projection-layers 3",
     "-static": "--mhmoe-routing capacity",
+    # What may decide, one setting at a time (the experiment "causes").
+    "-subtoken-residual": "--mhmoe-subtoken-residual",
+    "-gain": "--mhmoe-projection-gain 1.44",  # sub-LN's own of four layers, sqrt(ln 8)
+    "-p1-router": PAPER_ROUTER,
+    "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
+# MH-MoE under ``flops`` with experts k times as narrow and as many, top-k times k: the same products and parameters,
+# only their width against a sub-token's is another; times 1 it is 14 at CPU scale, a dense network's 4.
+NARROWER = (2, 4)
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
 SWIGLU = """
     --activation-fn silu --rotary-embed --rms-norm --no-bias --no-token-positional-embeddings --no-scale-embedding
@@ -79,6 +87,18 @@ MODELS = {
         )
         for budget in ("params", "flops")
         for name, flags in MHMOE_VARIANTS.items()
+    },
+    "mhmoe-flops-linear-router": Model(
+        "mhmoe", f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget flops --mhmoe-router linear"
+    ),
+    **{
+        f"mhmoe-flops-narrower-{times}": Model(
+            "mhmoe",
+            f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget none --moe-expert-count {35 * times} --moe-top-k {2 * times} "
+            f"--moe-ffn-dim {448 // times}",
+            f"{PAPER_ROUTER} --moe-ffn-dim {2688 // times}",
+        )
+        for times in NARROWER
     },
     # The dense network between two projections: an MoE layer of one expert, which every token uses with weight 1.
     "dense-projections": Model("xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER),

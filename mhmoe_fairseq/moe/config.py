@@ -33,7 +33,7 @@ class MHMoEConfig(RouterFields, GateFields):
         head_projection, merge_projection: linear maps before the split and after the merge;
             None means "present when ``num_heads > 1``".
         num_projection_layers: layers in each projection, ReLU between them (P1 table 7).
-        projection_gain: what both projections' initial weights are multiplied by; the experts' are TorchScale's to rescale.
+        projection_gain: of both projections' initial weights, which TorchScale does not rescale as it does experts'.
         split: False keeps whole tokens (P1 table 6, "without token splitting"); the experts
             then work on D dimensions and ``num_heads`` only decides the projections' default.
         subtoken_residual: add the sub-token to the experts' sum (P1 equation 6).

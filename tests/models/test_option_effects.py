@@ -23,8 +23,8 @@ class Effect(NamedTuple):
 
     Attributes:
         kind: ``function``: results in evaluation; ``training``: results in training only; ``losses``: the auxiliary
-            losses only; ``gradients``: these only; ``initial``: initial values only; ``inputs``: which inputs are taken;
-            ``nothing``.
+            losses only; ``gradients``: these only; ``initial``: initial values only; ``inputs``: which inputs are
+            taken; ``nothing``.
         value: a value of the flag.
         other: flags of both models.
         arch: family of both models.

@@ -15,8 +15,8 @@ SHARED = """
 --activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-budget --mhmoe-capacity-factor
 --mhmoe-expert-parallel-size --mhmoe-head-projection --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split
---mhmoe-normalize-gates --mhmoe-precision
---mhmoe-projection-bias --mhmoe-projection-gain --mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
+--mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
+--mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
 --mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias
