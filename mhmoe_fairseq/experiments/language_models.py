@@ -40,7 +40,9 @@ ENGLISH = QUICK.variant("", QUICK.scales, data="data/mix", prepare="english --so
     seeds=SEEDS, lrs=("4e-3", "8e-3", "1.6e-2"), search_updates=200,
 )  # fmt: skip
 # One setting is changed at a time, so the learning rate is one for all: what the search chose for each of the study's.
-CAUSES = ENGLISH.at_cpu(flags=f"{ENGLISH.scales['cpu'].flags} --lr 8e-3", lrs=(), seeds=(1,))
+CAUSES = ENGLISH.variant("", ENGLISH.scales, name="causes").at_cpu(
+    flags=f"{ENGLISH.scales['cpu'].flags} --lr 8e-3", lrs=(), seeds=(1,)
+)
 OFFICIAL = QUICK.variant(
     name="official",
     flags='--moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1',
@@ -255,7 +257,7 @@ EXPERIMENTS = (
         paper=TABLE_1, reference="xmoe",
         claims=claims(TABLE_1, "xmoe < dense", "mhmoe-params < xmoe", "mhmoe-flops < xmoe", "mhmoe-flops-h2 < xmoe")),
     Experiment("causes", "what decides between MH-MoE and X-MoE: width and number of experts, projections, router",
-        "causes", (Stage(CAUSES),), ("xmoe", "mhmoe-flops", *(f"mhmoe-flops{cause}" for cause in (
+        "english_lm", (Stage(CAUSES),), ("xmoe", "mhmoe-flops", *(f"mhmoe-flops{cause}" for cause in (
             "-h2", "-narrower-2", "-narrower-4", "-gain", "-subtoken-residual", "-p1-router", "-linear-router",
             "-weak-balance",
         ))), reference="xmoe"),
