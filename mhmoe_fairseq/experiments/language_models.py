@@ -108,12 +108,13 @@ def perplexities(title: str, models: str, *values: float, of: str = P1) -> Paper
     return PaperTable(f"{of}, {title}", "perplexity", dict(zip(models.split(), values, strict=True)), note)
 
 
-def claims(paper: PaperTable, *pairs: str, column: str = "", **of_claim: Any) -> tuple[Claim, ...]:
+def claims(paper: PaperTable, *pairs: str, column: str = "", at: str = "", **of_claim: Any) -> tuple[Claim, ...]:
     """Returns a claim for each ``better < worse`` (two models), with the paper's own difference.
 
     Args:
         paper: the table that says so; of models that it has not, nothing is said of the paper.
         column: the paper's, of a table that has several.
+        at: words behind the paper's difference, such as when it was measured.
         of_claim: metric, part, ... of every claim.
     """
     found = []
@@ -123,7 +124,8 @@ def claims(paper: PaperTable, *pairs: str, column: str = "", **of_claim: Any) ->
         metric, of_paper = of_claim.get("metric", paper.metric), ""
         if len(values) == 2:
             of_percent = f"{values[0] - values[1]:+.1f} points"
-            of_paper = of_percent if paper.metric == "accuracy" else f"{100 * (values[0] / values[1] - 1):+.1f} %"
+            is_share = "accuracy" in (paper.metric, metric)
+            of_paper = (of_percent if is_share else f"{100 * (values[0] / values[1] - 1):+.1f} %") + at
         text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {metric} than {worse}"
         found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **of_claim}))
     return tuple(found)

@@ -1,6 +1,6 @@
 """The second paper's tables: MH-MoE of equal FLOPs and parameters, shared experts, head and merge layers, BitNet."""
 
-from ..analysis.reports.tables import PaperTable
+from ..analysis.reports.tables import HALFWAY, PaperTable
 from .language_models import ENGLISH, OTHER_CORPUS, claims
 from .models import SWIGLU_WIDTHS
 from .spec import Experiment, Scale, Stage
@@ -28,6 +28,7 @@ PAPER_2 = ENGLISH.variant(
 MODELS = ("dense-swiglu", "smoe-swiglu", "fine-grained", "mhmoe-swiglu-h2", "mhmoe-swiglu-h3")
 _COLUMNS = [f"{corpus}, {updates}" for updates in ("50k", "100k") for corpus in ("RedPajama", "Wiki", "C4")]
 _HALF, _MAIN = "RedPajama, 50k", "RedPajama, 100k"
+_OURS = "beside 50k stands ours after half of the updates, on the validation split, and ours at the end"
 
 
 def _table(title: str, suffix: str, *rows: tuple[float, ...]) -> PaperTable:
@@ -37,8 +38,8 @@ def _table(title: str, suffix: str, *rows: tuple[float, ...]) -> PaperTable:
         f"{P2}, {title}",
         "perplexity",
         {name: dict(zip(_COLUMNS, row)) for name, row in zip(names, rows)},
-        f"Perplexities on three corpora, ours under the last of RedPajama's; {OTHER_CORPUS}",
-        {_MAIN: "perplexity"},
+        f"Perplexities on three corpora; {_OURS} is under RedPajama, 100k; {OTHER_CORPUS}",
+        {_HALF: HALFWAY.title, _MAIN: "perplexity"},
     )
 
 
@@ -47,8 +48,8 @@ def _after_50k(title: str, **values: float) -> PaperTable:
         f"{P2}, {title}",
         "perplexity",
         {name.replace("_", "-"): {_HALF: value} for name, value in values.items()},
-        f"Perplexity after 50,000 updates, ours of a whole training; {OTHER_CORPUS}",
-        {_HALF: "perplexity"},
+        f"Perplexity after 50,000 of 100,000 updates; {_OURS} has a column alone; {OTHER_CORPUS}",
+        {_HALF: HALFWAY.title, "end of training": "perplexity"},
     )
 
 
@@ -100,11 +101,11 @@ EXPERIMENTS = (
     Experiment("p2-table4", "head and merge layers, with and without, in every sparse model", _FOLDER,
         _STAGE, tuple(TABLE_4.values), paper=TABLE_4, source="P2 table 4",
         claims=claims(TABLE_4, "smoe-swiglu-projections < smoe-swiglu", "fine-grained-projections < fine-grained",
-            "mhmoe-swiglu-h2 < mhmoe-swiglu-h2-no-projections", column=_HALF)),
+            "mhmoe-swiglu-h2 < mhmoe-swiglu-h2-no-projections", column=_HALF, at=" at 50k")),
     Experiment("p2-table5", "head and merge layers, one by one", _FOLDER,
         _STAGE, tuple(TABLE_5.values), paper=TABLE_5, source="P2 table 5",
         claims=claims(TABLE_5, "mhmoe-swiglu-h2-head-only < mhmoe-swiglu-h2-no-projections",
             "mhmoe-swiglu-h2-merge-only < mhmoe-swiglu-h2-no-projections",
             "mhmoe-swiglu-h2-head-only < mhmoe-swiglu-h2-merge-only", "mhmoe-swiglu-h2 < mhmoe-swiglu-h2-head-only",
-            column=_HALF)),
+            column=_HALF, at=" at 50k")),
 )  # fmt: skip

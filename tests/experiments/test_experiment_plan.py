@@ -90,6 +90,9 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
     for row in EXPERIMENTS["table2"].paper.values.values():  # the paper's avg is the mean of its 14 columns
         assert abs(sum(list(row.values())[:14]) / 14 - row["avg"]) < 0.07
     assert EXPERIMENTS["table2"].claims[1].paper == "+1.2 points"
+    # Shares differ by points, as ours do; CIDEr, which is none, by percent.
+    assert [claim.paper for claim in EXPERIMENTS["table4"].claims] == ["+1.7 points", "+1.7 points", "+3.0 %"]
+    assert EXPERIMENTS["p2-table5"].claims[0].paper == "-1.9 % at 50k"
     reports = [(experiment.folder, experiment.report) for experiment in EXPERIMENTS.values()]
     assert len(set(reports)) == len(reports)
 

@@ -43,6 +43,10 @@ def test_words_are_compared_not_their_case_and_punctuation():
     )
     assert 0 < scores["BLEU-4"] < scores["BLEU-1"] < 100 and next(iter(scores)) == "CIDEr"
     assert absent == {"METEOR": "not asked for", "SPICE": "not asked for"}
+    # The unit of papers' tables, where 120.5 is pycocoevalcap's 1.205: the only reference itself has 10 there.
+    alone = {image: captions[:1] for image, captions in REFERENCES.items()}
+    best, _ = score_captions({image: of[0] for image, of in alone.items()}, alone, with_java=False)
+    assert (best["CIDEr"], best["BLEU-4"]) == pytest.approx((1000, 100))
 
 
 def test_what_java_would_compute_is_absent_with_a_reason(monkeypatch, tmp_path):

@@ -46,6 +46,10 @@ class TrainingLog:
         per_update = [value for _, value in self.curve("wpb")]
         return self.num_updates * statistics.fmean(per_update) if per_update else None
 
+    def perplexity_halfway(self) -> float | None:
+        """Validation perplexity after half of the updates; None where none was measured then."""
+        return dict(self.curve("valid_ppl")).get(self.num_updates / 2)
+
     def tokens_per_second(self) -> float | None:
         """Median training speed over the log intervals; None without records.
 

@@ -10,7 +10,7 @@ from ...common.errors import UserError
 from ...common.tables import MISSING, columns_table, markdown_table, millions, number, percent
 from ...evaluation.records import ExpertLoads, Metric
 from .routing import mean
-from .runs import Model, Run, all_records, evaluations, mean_and_deviation
+from .runs import Model, Run, TrainingLog, all_records, evaluations, mean_and_deviation
 
 # Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
 # is shown of every split, the others of the report's own; of speed, whose splits are workloads, all.
@@ -64,7 +64,7 @@ class PaperTable:
         values: model -> the metric; or column -> the metric for tables with several columns.
         note: what the numbers are of.
         columns: the paper's column -> the column of our table of models that stands beside it; a language, another part
-            or a metric of our records needs no entry.
+            or a metric of our records needs no entry. A column that the paper has not is ours alone.
     """
 
     title: str
@@ -91,9 +91,9 @@ class Column:
 
     def measured(self, model: Model) -> dict[str, Metric]:
         """Seed -> the metric, where it was measured."""
-        if self.what == TRAINING_SPEED.what:
-            speeds = {run.path.name: run.log.tokens_per_second() for run in model.runs}
-            return {name: Metric(speed, "tokens/s") for name, speed in speeds.items() if speed is not None}
+        if self in OF_LOGS:
+            logged = {run.path.name: OF_LOGS[self](run.log) for run in model.runs}
+            return {name: Metric(value, self.metric) for name, value in logged.items() if value is not None}
         found = {}
         for run, record in all_records([model]):
             metrics = record.metrics if self.part is None else record.parts.get(self.part, {})
@@ -120,6 +120,8 @@ class Column:
 
 # In training, of the log whatever was evaluated.
 TRAINING_SPEED = Column("tokens/s", "training", "train", "tokens/s")
+HALFWAY = Column("valid ppl halfway", "training", "valid", "perplexity")
+OF_LOGS = {TRAINING_SPEED: TrainingLog.tokens_per_second, HALFWAY: TrainingLog.perplexity_halfway}
 
 
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:
@@ -218,25 +220,34 @@ def _change(model: Model, reference: Model, column: Column) -> str:
 
 
 def against_guessing(models: Sequence[Model], columns: Sequence[Column]) -> str:
-    """A line for each score that can be guessed: by how much each model is above the best way of guessing."""
+    """A line for each score that can be guessed: by how much each model is above the best way of guessing.
+
+    Behind it stand two standard errors of the examples, which no number of seeds makes smaller: the metric's own, mean
+    of the seeds; of a share without one the best guess's.
+    """
     lines = []
     for column in columns:
         best = max(column.guesses(models).values(), default=None)
         if best is None or column.metric in LOWER_IS_BETTER:
             continue
-        measured = {model.name: values for model in models if (values := column.values(model))}
-        gains = {name: round(statistics.fmean(values) - best, 2) for name, values in measured.items()}
-        metrics = column.metrics(models)
-        count = next((metric.count for metric in metrics if metric.count), None)
-        is_share = count is not None and all(metric.unit == "%" for metric in metrics)
-        margin = 2 * math.sqrt(best * (100 - best) / count) if is_share else 0.0
-        failed = ", ".join(name for name, gain in gains.items() if gain <= margin)
-        lines.append(
-            f"- {column.title} ({best:.2f}{f', two standard errors {margin:.2f}' if margin else ''}): "
-            + ", ".join(f"{name} {gain:+.2f}" for name, gain in gains.items())
-            + (f"; **not clearly above it: {failed}**" if failed else "")
-        )
-    return "\n".join(["Above the best way of guessing without looking, by points:", "", *lines]) if lines else ""
+        told, failed = [], []
+        for model in models:
+            if measured := list(column.measured(model).values()):
+                gain = statistics.fmean(metric.value for metric in measured) - best
+                margin = 2 * statistics.fmean(_standard_error(metric, best) for metric in measured)
+                told.append(f"{model.name} {gain:+.2f}" + (f" ± {margin:.2f}" if margin else ""))
+                failed += [model.name] if round(gain, 2) <= margin else []
+        unclear = f"; **not clearly above it: {', '.join(failed)}**" if failed else ""
+        lines.append(f"- {column.title} ({best:.2f}): {', '.join(told)}{unclear}")
+    head = "Above the best way of guessing without looking, by points, ± two standard errors of the examples:"
+    return "\n".join([head, "", *lines]) if lines else ""
+
+
+def _standard_error(metric: Metric, guess: float) -> float:
+    """A metric's own, or of a share of ``count`` examples what ``guess`` percent have; 0 where nothing is known."""
+    if metric.stderr is not None:
+        return metric.stderr
+    return math.sqrt(guess * (100 - guess) / metric.count) if metric.unit == "%" and metric.count else 0.0
 
 
 def part_columns(models: Sequence[Model], what: str, split: str) -> dict[str, list[Column]]:
@@ -305,7 +316,7 @@ def paper_section(paper: PaperTable, models: Sequence[Model], columns: Sequence[
     numbers = {
         name: values if isinstance(values, Mapping) else {paper.metric: values} for name, values in paper.values.items()
     }
-    titles = list(dict.fromkeys(title for values in numbers.values() for title in values))
+    titles = list(dict.fromkeys([*(title for values in numbers.values() for title in values), *paper.columns]))
     by_name = {model.name: model for model in models}
     rows = []
     for name, values in numbers.items():
@@ -325,7 +336,7 @@ def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], 
     """Our values of a column of the paper's: one of the report's columns, a metric or a part of the record."""
     measured = [(what, name) for what, splits in evaluations([model]).items() for name in splits]
     measured.sort(key=lambda names: names[1] != split)
-    known = [*columns, TRAINING_SPEED]
+    known = [*columns, *OF_LOGS]
     known = [column for column in known if column.title == title or (column.metric, column.split) == (title, split)]
     known += [Column(title, what, name, metric, title) for what, name in measured]
     known += [Column(title, what, name, title.removeprefix(f"{name} ")) for what, name in measured]
