@@ -32,6 +32,7 @@ COMMANDS = {
     "analyze": "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
     "checkpoint": "inspect, convert, average and import checkpoints",
     "generate": "continue a prompt with a trained language model, or caption images",
+    "doctor": "describe this installation and machine, for reports of bugs",
 }
 # Former names, and the words that take their place. A call by a former name says the new one and then runs it.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -47,7 +48,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 # What needs neither fairseq nor our models; everything else finds them registered.
-WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce")
+WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce", "doctor")
 
 
 def build_parser(command: str | None = None) -> ArgumentParser:

@@ -8,7 +8,6 @@ no PyTorch.
 import dataclasses
 import math
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
-from ..common.provenance import timestamp, versions
+from ..common.provenance import commit, timestamp, versions
 
 SCHEMA = "mhmoe-record/1"
 KINDS = (
@@ -229,21 +228,9 @@ def describe_origin(device: str, precision: str) -> dict[str, Any]:
     """The provenance of a record that is measured now, by this process."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "versions": versions(_PACKAGES),
         "date": timestamp(),
         "device": device,
         "precision": precision,
     }
-
-
-def _commit() -> str | None:
-    """The commit of a checkout, ``-dirty`` behind it where files differ; None of an installed package."""
-    folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

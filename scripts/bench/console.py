@@ -3,7 +3,6 @@
 import argparse
 import datetime
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -18,16 +17,15 @@ from tqdm import tqdm
 
 from mhmoe_fairseq.common.arguments import HelpFormatter, whole
 from mhmoe_fairseq.common.files import atomic_path
+from mhmoe_fairseq.common.provenance import machine, proc, versions
 from mhmoe_fairseq.common.tables import markdown_table
 
-from .memory import proc
 from .timing import MIN_PAIRS, Operator
 
 Target = tuple[str, bool]  # a promise with what was measured, and whether it was kept
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "numpy", "torchscale", "fairseq", "fairseq-fixed", "transformers")
 LOAD = os.getloadavg()  # before a benchmark adds to it
-WIDE_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8")
 
 
 def make_parser(description: str, epilog: str) -> argparse.ArgumentParser:
@@ -109,14 +107,9 @@ def operator_sections(profiles: Mapping[object, Iterable[Operator]]) -> dict[str
 @functools.cache
 def _machine() -> list[tuple[str, str]]:
     """Returns hardware, versions and load as rows (what, value), read once."""
-    flags, memory = proc("cpuinfo", "flags").split(), proc("meminfo", "MemTotal")
-    installed = {dist.metadata["Name"].lower(): dist.version for dist in importlib.metadata.distributions()}
+    installed = versions(PACKAGES)
     return [
-        ("Processor", proc("cpuinfo", "model name") or platform.processor()),
-        ("Wide units", ", ".join(unit for unit in WIDE_UNITS if unit in flags) or "unknown"),
-        ("Cores", f"{os.cpu_count()}"),
-        ("Memory", f"{int(memory.split()[0]) / 2**20:.0f} GiB" if memory else "unknown"),
-        ("System", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        *machine().items(),
         ("Versions", ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)),
         ("Float32 products", f"MKL: {torch.backends.mkl.is_available()}, {torch.get_float32_matmul_precision()}"),
         ("Load average at the start", ", ".join(f"{value:.2f}" for value in LOAD)),

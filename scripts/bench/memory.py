@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mhmoe_fairseq.common.provenance import proc
+
 Peak = dict[str, float | None]
 
 
@@ -55,13 +57,6 @@ def tensor_peak(call: Callable[[], object], existing: Iterable[torch.Tensor]) ->
     with StorageTally(existing) as tally:
         call()
     return tally.peak
-
-
-def proc(file: str, field: str) -> str:
-    """Returns a field of a file of Linux's /proc, an empty text elsewhere."""
-    path = Path("/proc", file)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 def status(field: str) -> float | None:

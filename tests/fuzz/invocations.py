@@ -88,6 +88,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
             "file": [f"{root}/shapes/visual_tokenizer.pt"], "images": [f"{root}/shapes/images/small-red-bar.png"],
         },
         ("reproduce",): {"name": ["demo"], "--dry-run": [], "--out": ["out"]},
+        ("doctor",): {"--json": []},
         ("report",): {"runs": [f"{root}/run"], "--out": ["report.md"], "--no-plots": []},
         ("checkpoint", "inspect"): {"checkpoint": [f"{root}/imported/model.pt"], "--json": ["a.json"]},
         ("checkpoint", "convert"): {"source": [f"{root}/imported/model.pt"], "target": ["model.safetensors"]},

@@ -38,6 +38,19 @@ def load() -> bool:
     return True
 
 
+def absence() -> str | None:
+    """Says why :func:`load` finds no kernels and what mends it; None where it does."""
+    if load():
+        return None
+    if os.environ.get(_OFF) == "0":
+        return f"{_OFF}=0"
+    if library().exists():
+        return "PyTorch cannot load the file: remove it and run make setup"
+    if any(_SOURCE.parent.glob("kernels-*.compiled")):
+        return "built for another PyTorch, processor or source: run make setup"
+    return "not built: run make setup where there is a C++ compiler"
+
+
 def build() -> Path:
     """Compiles the kernels for this processor, unless they are there; half a minute.
 
