@@ -1,6 +1,7 @@
 """English and multilingual language modelling: recipes, the papers' tables and our own studies."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ ENGLISH = QUICK.variant("", QUICK.scales, data="data/mix", prepare="english --so
 # One setting is changed at a time, so the learning rate is one for all: what the search chose for each of the study's.
 CAUSES = ENGLISH.variant("", ENGLISH.scales, name="causes").at_cpu(
     flags=f"{ENGLISH.scales['cpu'].flags} --lr 8e-3", lrs=(), seeds=(1,)
+)
+# The study's settings for shorter and longer trainings, at CPU scale of 0.6, 2.5 and 10 million tokens.
+LENGTHS = tuple(
+    CAUSES.variant(
+        "",
+        {name: replace(scale, updates=round(scale.updates * share)) for name, scale in CAUSES.scales.items()},
+        name=f"length-{share}",
+    )
+    for share in (0.15, 0.6, 2.5)
+)
+# Ten million tokens, twice as wide: with two heads a sub-token has 128 dimensions.
+WIDE = ENGLISH.variant("", ENGLISH.scales, name="wide").at_cpu(
+    updates=2500, flags=f"{ENGLISH.scales['cpu'].flags} --decoder-embed-dim 256 --decoder-ffn-embed-dim 1024"
 )
 OFFICIAL = QUICK.variant(
     name="official",
@@ -263,6 +277,13 @@ EXPERIMENTS = (
             "-h2", "-narrower-2", "-narrower-4", "-gain", "-subtoken-residual", "-p1-router", "-linear-router",
             "-weak-balance",
         ))), reference="xmoe"),
+    Experiment("lengths", "what decides: 0.6, 2.5 and 10 million tokens of training", "english_lm",
+        tuple(Stage(recipe) for recipe in LENGTHS), ("xmoe", "mhmoe-flops"), reference="xmoe"),
+    Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",
+        (Stage(WIDE),), ("dense", "xmoe", "xmoe-e32", *(
+            f"mhmoe-{budget}{heads}" for budget in ("flops", "params") for heads in ("-h2", "")
+        )), paper=TABLE_1, reference="xmoe",
+        claims=claims(TABLE_1, "xmoe < dense", "mhmoe-params < xmoe", "mhmoe-flops < xmoe", "mhmoe-flops-h2 < xmoe")),
     Experiment("table1-multilingual", "perplexity by language, dense, X-MoE and MH-MoE", "multilingual_lm",
         MULTILINGUAL_STAGE, FIVE, paper=TABLE_1_MULTILINGUAL, reference="xmoe", source="P1 table 1",
         claims=claims(TABLE_1_MULTILINGUAL, *_TABLE_1_CLAIMS)),
