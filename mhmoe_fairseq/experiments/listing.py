@@ -22,10 +22,13 @@ HOURS = (
 )
 
 
+_SIZES = ("--task", "--tokens-per-sample", "--img-size", "--decoder-embed-dim")
+
+
 def _kind(flags: Flags) -> tuple[object, ...]:
     """What a training's speed depends on beside its model: family and size, task, how long a sample is."""
     _, family = _split(flags)
-    return family, *(flags.get(name) for name in ("--task", "--tokens-per-sample", "--img-size"))
+    return family, *(flags.get(name) for name in _SIZES)
 
 
 def _split(flags: Flags) -> tuple[str, str]:
