@@ -1,6 +1,7 @@
 """``mhmoe evaluate``: how good a checkpoint is on a split, by its task's measures, or how fast checkpoints answer."""
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.ranges import flag
 from ..common.tables import MISSING, columns_table, markdown_table, number
-from ..evaluation.records import Metric, Record, record_file, write_record
+from ..evaluation.records import Metric, Record, looks_at_test, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "domain", "masked": "masked", "classification": "language"}
@@ -145,6 +146,9 @@ def run(args: argparse.Namespace) -> int:
         say(describe(record))
         if record.metrics:
             path = args.record or record_file(file.parent, record.split)
+            if earlier := looks_at_test(path, record):
+                say(f"evaluated before: {', '.join(earlier)}: a test set is for once, after all choices")
+                record = dataclasses.replace(record, provenance={**record.provenance, "earlier": earlier})
             write_record(path, record)
             say(f"written: {path}")
     return 0

@@ -11,7 +11,7 @@ from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.tables import markdown_table
 from ..experiments import EXPERIMENTS
-from ..experiments.kept import TREE, keep
+from ..experiments.kept import TREE, keep, unmeasured
 from ..experiments.listing import HOURS, details, rows
 from ..experiments.plan import Choice, Plan
 from ..experiments.results import check_results, require_tree, write_results
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
                 )
             for folder in keep(plan, args.results):
                 say(f"kept: {folder}")
+            if missing := unmeasured(plan):
+                say(f"not measured yet: {', '.join(map(str, missing))}: mhmoe reproduce {args.name} does that")
         elif args.status:
             say(markdown_table(["run", "state", "updates"], list(describe(plan))))
         else:
@@ -101,8 +103,8 @@ def _report(args: argparse.Namespace) -> int:
         )
         return 1 if wrong else 0
     with quiet():
-        for path in write_results(EXPERIMENTS, args.results):
-            say(f"written: {path}")
+        for line in write_results(EXPERIMENTS, args.results):
+            say(line)
     return 0
 
 

@@ -145,7 +145,8 @@ class Record:
         model: ``arch``, ``settings`` (flags by name) and ``counts`` (parameters, active, FLOPs per token).
         data: ``path``, ``digest``, ``source``, ``kind``, ``split``.
         checkpoint: ``path``, ``sha256``, ``updates``.
-        provenance: ``command``, ``commit``, ``versions``, ``date``, ``device``, ``precision``.
+        provenance: ``command``, ``commit``, ``versions``, ``date``, ``device``, ``precision``; ``earlier``: dates of
+            evaluations of the same test split whose record this one took the place of.
     """
 
     what: str
@@ -203,6 +204,17 @@ def read_record(path: Path) -> Record:
     if (problem := _problem(record)) is not None:
         raise UserError(f"{path}: {problem}")
     return record
+
+
+def looks_at_test(path: Path, record: Record) -> list[str]:
+    """Returns when the record of a test split that lies at ``path``, and those before it, were measured, if any."""
+    try:
+        before = read_record(path) if record.split.startswith("test") and path.is_file() else None
+    except UserError:  # half a file is none
+        return []
+    if before is None or (before.what, before.split) != (record.what, record.split):
+        return []
+    return [*before.provenance.get("earlier", []), str(before.provenance.get("date"))]
 
 
 def _metrics(kept: Mapping[str, Any]) -> dict[str, Metric]:

@@ -113,6 +113,7 @@ EXPERIMENTS = (
     Experiment("figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
         (Stage(PRETRAINING, ("mhmoe-*",)),), ("mhmoe-params",), paper_models=("mhmoe-params-kept",), seeds=(1,),
         after=("mhmoe analyze --diversity {checkpoints} --data {data} --images 8 --out {out}/figure8",),
+        measures=("figure8/diversity.json",),
         source="P1 figures 8, 10"),
     Experiment("multimodal", "everything: tables 1 and 4, figure 8; at CPU scale MH-MoE has X-MoE's FLOPs, too",
         _FOLDER, models=("dense", "xmoe", "mhmoe-flops"), parts=("table1-multimodal", "table4", "figure8")),

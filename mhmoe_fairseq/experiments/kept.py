@@ -10,7 +10,8 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Sequence
+import socket
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,11 @@ from .spec import Experiment
 
 TREE = Path("results")
 CHOICE = "choice"  # in run.json: flags of mhmoe reproduce
+_RECORDS = ("record-*.json", "routing-*.json")
 _LOG_KEYS = ("num_updates", "loss", "gate_loss", "wps", "wpb", "wall")
-_ABSOLUTE = re.compile(r"(?<![\w./!-])/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
+_ABSOLUTE = re.compile(r"(?<![\w./!~-])(?:~[\w.-]*|\.\.)?/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
+_QUOTED = re.compile(r"(?<=')(?:~[\w.-]*|\.\.)?/(?:[^'/]+/)*([^'/]+)/?(?=')")  # as a shell's line has one with spaces
+_FILE_URI = re.compile(r"\bfile:(?://[\w.-]*)?(?=/)")
 _NUMBERS = re.compile(r"\[\n\s+([^][{}]*?)\n\s*\]")
 
 
@@ -35,7 +39,8 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
 
     Raises:
         UserError: naming the first run that is unfinished, half-written, of another length, scale or other data than
-            what is kept, with fewer records, or tested before its learning rate was chosen. Then nothing was copied.
+            what is kept, with fewer records or some of another checkpoint, or tested before its learning rate was
+            chosen. Then nothing was copied.
     """
     runs = plan.runs()
     if not runs:
@@ -44,13 +49,20 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     search = read_json(found) if found.is_file() else {}
     for run in runs:
         _require_whole(plan, run, search)
-        _require_no_loss(plan, run, _folder(plan, run, tree))
+        _require_one_checkpoint(run)
+        _require_one_choice(plan, _folder(plan, run, tree))
+        _require_no_loss(run.folder, _folder(plan, run, tree), *_RECORDS)
+    others = [name for name in others_of(plan.experiment) if any((plan.out / name).glob("*.json"))]
+    for name in others_of(plan.experiment):
+        _require_no_loss(plan.out / name, tree / plan.experiment.folder / name, "*.json")
+        for file in (plan.out / name).glob("*.json"):
+            read_json(file)
     for task, together in _by_task(runs).items():
         replaced = {_folder(plan, run, tree) for run in together}
         kept = (tree / plan.experiment.folder / task).glob("*/seed-*")
         _require_same_data([*(run.folder for run in together), *sorted({*kept} - replaced)])
     folders = [_copy(plan, run, _folder(plan, run, tree)) for run in runs]
-    folders += [_copy_others(plan, runs[0], name, tree) for name in others_of(plan.experiment)]
+    folders += [_copy_others(plan, runs[0], name, tree) for name in others]
     _keep_search(search, {run.recipe.name_of(run.model) for run in runs}, tree / plan.experiment.folder / SEARCH)
     return folders
 
@@ -78,26 +90,45 @@ def _require_whole(plan: Plan, run: Run, search: dict[str, Any]) -> None:
     updates = read_training_log(run.folder / "train.log").num_updates
     if updates != run.updates:
         raise UserError(f"--keep: {run.name} logged {updates} updates, but {plan.experiment.name} takes {run.updates}")
-    chosen = search.get("date", {}).get(run.recipe.name_of(run.model))
-    tested = read_record(run.record("test")).provenance.get("date")
-    if chosen and tested and tested < chosen:
-        raise UserError(
-            f"--keep: {run.name} was tested ({tested}) before its learning rate was chosen ({chosen}): tests come last"
-        )
+    if problem := too_early(read_record(run.record("test")), run.recipe.name_of(run.model), search):
+        raise UserError(f"--keep: {run.name} {problem}")
 
 
-def _require_no_loss(plan: Plan, run: Run, target: Path) -> None:
-    """Checks that what is kept of a run is of the same scale, and has no record that the run lacks."""
+def too_early(test: Record, name: str, search: dict[str, Any]) -> str | None:
+    """Returns what to say of a record from before the search chose its model's learning rate; None of a later one."""
+    chosen, tested = search.get("date", {}).get(name), test.provenance.get("date")
+    if not chosen or not tested or tested >= chosen:
+        return None
+    return f"was tested ({tested}) before its learning rate was chosen ({chosen}): tests come last"
+
+
+def _require_one_checkpoint(run: Run) -> None:
+    """Checks that all records of a run are of the checkpoint that was tested."""
+    tested = read_record(run.record("test")).checkpoint.get("sha256")
+    for file in _files(run.folder, *_RECORDS):
+        if read_record(file).checkpoint.get("sha256") != tested:
+            raise UserError(f"--keep: {file} is of another checkpoint than record-test.json: measure it again")
+
+
+def _require_one_choice(plan: Plan, target: Path) -> None:
+    """Checks that what is kept of a run is of the same scale."""
     if not (target / STATE).is_file():
         return
     kept, new = read_json(target / STATE).get(CHOICE, ""), chosen(plan.choice)
     if kept != new:
         raise UserError(f"--keep: {target} was trained with {kept or 'no flags'}, this with {new or 'none'}: remove it")
-    names = {file.name for pattern in ("record-*.json", "routing-*.json") for file in target.glob(pattern)}
-    if lost := sorted(name for name in names if not (run.folder / name).is_file()):
+
+
+def _require_no_loss(folder: Path, target: Path, *patterns: str) -> None:
+    """Checks that what is kept has no file of these that the folder lacks."""
+    if lost := [file.name for file in _files(target, *patterns) if not (folder / file.name).is_file()]:
         raise UserError(
-            f"--keep: {target} has {', '.join(lost)}, which {run.folder} lacks: measure that too, or remove it there"
+            f"--keep: {target} has {', '.join(lost)}, which {folder} lacks: measure that too, or remove it there"
         )
+
+
+def _files(folder: Path, *patterns: str) -> list[Path]:
+    return sorted(file for pattern in patterns for file in folder.glob(pattern))
 
 
 def _require_same_data(folders: Sequence[Path]) -> None:
@@ -108,7 +139,7 @@ def _require_same_data(folders: Sequence[Path]) -> None:
 def _copy(plan: Plan, run: Run, target: Path) -> Path:
     """Writes the run's files beside ``target`` and moves them there, in place of an earlier copy."""
     temporary, clean = _temporary(target), _cleaner(plan, run)
-    for file in sorted([*run.folder.glob("record-*.json"), *run.folder.glob("routing-*.json")]):
+    for file in _files(run.folder, *_RECORDS):
         _write_compact(temporary / file.name, clean(slim(read_record(file))))
     write_log(temporary / "train.log", read_training_log(run.folder / "train.log"))
     (temporary / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
@@ -143,9 +174,18 @@ def chosen(choice: Choice) -> str:
 
 
 def others_of(experiment: Experiment) -> list[str]:
-    """Returns the folders beside the runs that the experiment's commands write to."""
-    words = [word for command in experiment.after for word in command.split()]
-    return [word.removeprefix("{out}/") for word in words if word.startswith("{out}/")]
+    """Returns the folders beside the runs that hold what the experiment's commands measure."""
+    return list(dict.fromkeys(name.split("/")[0] for name in experiment.measures if "/" in name))
+
+
+def unmeasured(plan: Plan) -> list[Path]:
+    """Returns the files that the experiment's commands after the trainings are to write, and that are not there."""
+    folders = [run.folder for run in plan.runs()]
+    files = [
+        path for name in plan.experiment.measures
+        for path in ([plan.out / name] if "/" in name else [folder / name for folder in folders])
+    ]  # fmt: skip
+    return [file for file in files if not file.is_file()]
 
 
 def _copy_others(plan: Plan, run: Run, name: str, tree: Path) -> Path:
@@ -203,8 +243,11 @@ def _write_compact(path: Path, value: Any) -> None:
         stream.write(f"{text}\n".encode())
 
 
-def _cleaner(plan: Plan, run: Run) -> Any:
-    """Returns a function that takes paths of this machine out of texts and JSON: folders become the plan's defaults."""
+def _cleaner(plan: Plan, run: Run) -> Callable[[Any], Any]:
+    """Returns a function that takes this machine out of texts and JSON: folders become the plan's defaults.
+
+    Of any other path the last name stays, of names of machines ``HOST``.
+    """
     names = {
         str(plan.out): f"outputs/{plan.experiment.folder}",
         str(plan.out.resolve()): f"outputs/{plan.experiment.folder}",
@@ -212,20 +255,36 @@ def _cleaner(plan: Plan, run: Run) -> Any:
         str(run.data.resolve()): run.recipe.data,
         str(PACKAGE): "mhmoe_fairseq",
     }
+    hosts = [_host(name) for name in {socket.gethostname(), plan.choice.master_addr} - {None, "", "localhost"}]
 
     def of_text(text: str) -> str:
+        text = _FILE_URI.sub("", text)
         for folder in sorted(names, key=len, reverse=True):
             text = re.sub(rf"(?<![\w./-]){re.escape(folder)}(?![\w.-])", names[folder], text)
-        return _ABSOLUTE.sub(r"\1", text)
+        for host in hosts:
+            text = host.sub(r"\1HOST", text)
+        if text.startswith("/") and not re.search(r"\s[/-]|\n", text):  # one path, spaces and all
+            return Path(text).name
+        return _ABSOLUTE.sub(r"\1", _QUOTED.sub(r"\1", text))
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
             return of_text(value)
         if isinstance(value, list):
             return [clean(item) for item in value]
-        return {key: clean(item) for key, item in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        keys = [of_text(key) for key in value]
+        told = [key if keys.count(key) == 1 else f"{key} ({at})" for at, key in enumerate(keys, start=1)]
+        return {key: clean(item) for key, item in zip(told, value.values())}
 
     return clean
+
+
+def _host(name: str | None) -> re.Pattern[str]:
+    """Returns a pattern of a machine's name; one that may be any word is taken for it only where an address stands."""
+    before = r"(^|://|@|[^\w./-])" if re.search(r"[\d.-]", str(name)) else r"(://|@|addr[ =])"
+    return re.compile(rf"{before}{re.escape(str(name))}(?:\.[\w-]+)*(?![\w-])")
 
 
 def kept_runs(experiment: Experiment, tree: Path) -> dict[str, list[Path]]:

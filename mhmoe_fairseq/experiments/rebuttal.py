@@ -61,6 +61,7 @@ EXPERIMENTS = (
     Experiment("rebuttal-inference", "tokens/s in use, by heads; run nothing beside it", "speed", (Stage(SPEED),),
         ("xmoe", *(f"mhmoe-{budget}{heads}" for budget in ("params", "flops") for heads in ("-h2", ""))),
         after=("mhmoe evaluate {runs} --data {data} --speed 4x7+16 32x32+32",),
+        measures=("record-speed-4x7+16.json", "record-speed-32x32+32.json"),
         paper=INFERENCE, reference="xmoe", source="rebuttal", alone=True,
         claims=claims(INFERENCE, "xmoe < mhmoe-params-h2", "mhmoe-params-h2 < mhmoe-params",
             column="output", what="speed", split="4x7+16")),

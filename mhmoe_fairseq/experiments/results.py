@@ -13,7 +13,8 @@ from ..analysis.reports.runs import Model, read_model, require_one_data
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json
 from ..common.tables import MISSING, columns_table, markdown_table
-from .kept import CHOICE, kept_runs, others_of
+from ..evaluation.records import read_record
+from .kept import CHOICE, kept_runs, others_of, too_early
 from .plan import SEARCH, STATE
 from .spec import Experiment
 
@@ -61,30 +62,66 @@ def read_page(experiment: Experiment, tree: Path) -> Page:
     return Page(experiment, models, [judge(claim, models) for claim in experiment.claims])
 
 
-def write_results(experiments: Mapping[str, Experiment], tree: Path) -> list[Path]:
-    """Writes RESULTS.md beside the tree, and docs/results with plots below it; returns the texts' paths."""
+def write_results(experiments: Mapping[str, Experiment], tree: Path) -> Iterator[str]:
+    """Writes RESULTS.md beside the tree, and docs/results with plots below it; yields what was written or removed."""
     pages = [read_page(experiment, tree) for experiment in experiments.values()]
-    root, written = tree.parent, []
-    for page in pages:
-        if page.models:
-            report = _report(page, tree)
-            write(report, root / page.file, _plots_of(page))
-            written.append(root / page.file)
+    root, reports = tree.parent, _reports(pages, tree)
+    for page, report in reports:
+        write(report, root / page.file, _plots_of(page))
+        yield f"written: {root / page.file}"
+    for path in _stale(reports, root):
+        path.unlink()
+        if path.suffix == ".png" and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+        yield f"removed: {path}, which no record gives"
     with atomic_open(root / "RESULTS.md") as stream:
         stream.write(summary(pages).encode())
-    return [root / "RESULTS.md", *written]
+    yield f"written: {root / 'RESULTS.md'}"
 
 
 def check_results(experiments: Mapping[str, Experiment], tree: Path) -> Iterator[str]:
-    """Yields what is not as the records give it: a file and its first line that differs, or a plot that is missing."""
+    """Yields what is not as the records give it: the first line of a file that differs, what is missing or stale.
+
+    And a record of the test split from before its model's learning rate was chosen.
+    """
     pages = [read_page(experiment, tree) for experiment in experiments.values()]
-    yield from _difference(tree.parent / "RESULTS.md", summary(pages))
+    root, reports = tree.parent, _reports(pages, tree)
+    yield from _difference(root / "RESULTS.md", summary(pages))
+    for page, report in reports:
+        file = root / page.file
+        yield from _difference(file, f"{report.text}\n")
+        yield from (f"{plot}: is missing" for plot in _linked_plots(page, report, root) if not plot.is_file())
+    yield from (f"{path}: no record gives it" for path in _stale(reports, root))
+    yield from dict.fromkeys(_too_early(pages, tree))
+
+
+def _reports(pages: list[Page], tree: Path) -> list[tuple[Page, Report]]:
+    return [(page, _report(page, tree)) for page in pages if page.models]
+
+
+def _stale(reports: list[tuple[Page, Report]], root: Path) -> list[Path]:
+    """Pages and plots that were written from records which are no longer there."""
+    wanted = {root / page.file for page, _ in reports}
+    wanted |= {plot for page, report in reports for plot in _linked_plots(page, report, root)}
+    folder = root / "docs" / "results"
+    found = [*filter(_is_written, folder.glob("*.md")), *folder.glob("*-plots/*.png")]
+    return sorted(path for path in found if path not in wanted)
+
+
+def _is_written(page: Path) -> bool:
+    """Whether a page is of :func:`write_results`, and not a person's."""
+    text = page.read_text(encoding="utf-8")
+    return text.startswith(f"# {page.stem}: ") and "\n## Records\n" in text
+
+
+def _too_early(pages: list[Page], tree: Path) -> Iterator[str]:
     for page in pages:
-        if page.models:
-            report, file = _report(page, tree), tree.parent / page.file
-            yield from _difference(file, f"{report.text}\n")
-            plots = [file.parent / name for name in _linked_plots(page, report)]
-            yield from (f"{plot}: is missing" for plot in plots if not plot.is_file())
+        folder = tree / page.experiment.folder
+        search = read_json(folder / SEARCH) if (folder / SEARCH).is_file() else {}
+        for run in (run for model in page.models.values() for run in model.runs):
+            name, test = run.path.parent.relative_to(folder).as_posix(), run.path / "record-test.json"
+            if test.is_file() and (problem := too_early(read_record(test), name, search)):
+                yield f"{test}: {problem}"
 
 
 def _difference(file: Path, expected: str) -> Iterator[str]:
@@ -209,8 +246,8 @@ def _links(page: Page, tree: Path) -> str:
     return "\n\n".join([*shown, "\n".join(["## Records", "", *lines])])
 
 
-def _linked_plots(page: Page, report: Report) -> list[str]:
-    return [f"{_plots_of(page)}/{file_of(plot)}" for plot in report.plots]
+def _linked_plots(page: Page, report: Report, root: Path) -> list[Path]:
+    return [(root / page.file).parent / _plots_of(page) / file_of(plot) for plot in report.plots]
 
 
 def require_tree(tree: Path) -> None:

@@ -146,6 +146,8 @@ class Experiment:
         seeds, lrs, search_updates, updates, validations: other than the recipes'.
         needs: words of ``mhmoe prepare`` for what else ``after`` reads, the folder last.
         after: commands that follow, with ``{runs}``, ``{checkpoints}``, ``{data}``, ``{out}`` and ``{xnli}`` filled in.
+        measures: files of ``after`` that are kept: in every run, such as ``record-zero-shot-english.json``,
+            or, with a folder, below ``{out}``.
         paper: the paper's own values of this experiment, the report's last table.
         reference: the model that the report compares the others with.
         parts: names of experiments that are all of this one.
@@ -168,6 +170,7 @@ class Experiment:
     validations: int | None = None
     needs: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    measures: tuple[str, ...] = ()
     paper: PaperTable | None = None
     reference: str | None = None
     parts: tuple[str, ...] = ()

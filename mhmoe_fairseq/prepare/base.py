@@ -112,6 +112,9 @@ class Preparation(ABC, Generic[SomeSettings]):
         source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
         return {"source": source, **self.settings.identity()}
 
+    def require_up_to_date(self, manifest: dict[str, Any]) -> None:  # noqa: B027  (most sources have all they need)
+        """Checks that an earlier preparation lacks nothing that can be had now."""
+
     @abstractmethod
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
@@ -120,7 +123,8 @@ class Preparation(ABC, Generic[SomeSettings]):
         """Prepares ``dest`` and returns the manifest; does nothing if that was done before with equal settings.
 
         Raises:
-            UserError: ``dest`` has other settings or is held by another run; bad input, no room, a client that fails.
+            UserError: ``dest`` has other settings, lacks what can be had now, or is held by another run; bad input, no
+                room, a client that fails.
         """
         self.workspace = Workspace(dest, self.identity())
         self.partial, self.stage = self.workspace.partial, self.workspace.stage
@@ -128,6 +132,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         with exclusive_lock(dest / LOCK, "--dest"):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
+                self.require_up_to_date(read_manifest(dest))
                 self.say(f"{dest}: already prepared with these settings, nothing to do")
                 return read_manifest(dest)
             if state == "resumed":

@@ -10,6 +10,7 @@ from typing import Any, Iterable, Sequence
 
 from tqdm import tqdm
 
+from ..common.errors import UserError
 from ..common.files import atomic_open
 from ..data.documents import Cleaner, Document
 from .base import MODEL_FILE, Preparation, TextSettings, binary_files
@@ -36,6 +37,14 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         """Returns the settings by flag that decide the prepared data, the source's own among them."""
         source = {"name": self.source.name, **self.source.identity()}
         return {"source": source, **self.source.options, **self.settings.identity()}
+
+    def require_up_to_date(self, manifest: dict[str, Any]) -> None:
+        """``UserError`` if the data were prepared without something that the source can fetch now."""
+        if now := self.source.now_available(manifest["source"], self.cache_dir):
+            raise UserError(
+                f"--dest {self.workspace.dest}: was prepared without {', '.join(now)}, which can be fetched now, and "
+                "would be other data: choose another --dest, or add --overwrite to replace it"
+            )
 
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""

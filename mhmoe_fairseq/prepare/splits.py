@@ -39,7 +39,7 @@ def assign_splits(sizes: Sequence[DocumentSize], shares: Mapping[str, float], se
     bytes. Splits prescribed by the source are kept as they are, and then no share applies.
 
     Raises:
-        UserError: no documents, or fewer documents than parts.
+        UserError: no documents, or of a domain fewer documents than parts.
     """
     if not sizes:
         raise UserError("--source: the corpus is empty after cleaning")
@@ -59,8 +59,9 @@ def _assign(sizes: Sequence[DocumentSize], shares: Mapping[str, float], seed: in
         return prescribed
     wanted = [split for split in ("test", "valid") if shares[split] > 0]
     if len(sizes) <= len(wanted):
+        of, parts = f" of {sizes[0].domain}" if sizes[0].domain else "", " and ".join(wanted[::-1])
         raise UserError(
-            f"--source: {len(sizes)} document(s) cannot be split by document into train, {' and '.join(wanted[::-1])}: "
+            f"--source: {len(sizes)} document(s){of} cannot be split by document into train, {parts}: "
             "give more documents, another --document-separator (line, if every line is one), or --valid-fraction 0 / "
             "--test-fraction 0"
         )

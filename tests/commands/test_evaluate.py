@@ -52,12 +52,21 @@ def test_domains_are_those_that_fairseq_evaluates_one_by_one(runs, tmp_path: Pat
     assert record.metrics["loss"].count == lines.sizes.sum()
 
 
-def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path) -> None:
+def test_a_record_tells_what_was_measured_on_what_with_what(runs, tmp_path: Path, capsys) -> None:
     run = runs.copy("mhmoe", tmp_path / "mhmoe")
     assert main(["evaluate", str(run), "--split", "valid", "--record", str(tmp_path / "here.json"), "--cpu"]) == 0
     record = read_record(tmp_path / "here.json")
     both = [str(run), "--split", "test", "--split", "valid", "--cpu"]  # one after the other, as if alone
-    assert main(["evaluate", *both]) == 0 and read_record(run / "record-test.json").split == "test"
+    assert main(["evaluate", *both]) == 0
+    tested = read_record(run / "record-test.json")
+    assert tested.split == "test" and "evaluated before" not in capsys.readouterr().out
+    dates = [tested.provenance["date"]]
+    for _ in range(2):
+        assert main(["evaluate", *both]) == 0
+        assert capsys.readouterr().out.count(f"evaluated before: {', '.join(dates)}: a test set is for once") == 1
+        tested = read_record(run / "record-test.json")
+        assert tested.provenance["earlier"] == dates
+        dates.append(tested.provenance["date"])
     again = read_record(run / "record-valid.json")
     assert (again.metrics, again.experts, again.data) == (record.metrics, record.experts, record.data)
     assert main(["evaluate", *both, "--record", str(tmp_path / "both.json")]) == 2

@@ -100,6 +100,25 @@ def test_other_settings_are_refused_until_overwrite(run, tmp_path, text_corpus):
     assert hashes(tmp_path / "d") != before
 
 
+def test_own_domains_are_held_out_each_for_itself(run, tmp_path, text_corpus):
+    documents = text_corpus.read_text().split("\n\n")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "a.jsonl").write_text("".join(json.dumps({"text": of}) + "\n" for of in documents[20:]))
+    text_corpus.write_text("\n\n".join(documents[:20]))
+    words = ["--source", "domains", f"first={text_corpus}", f"second={tmp_path / 'second'}", "--dest", tmp_path / "d"]
+    assert run(*words, *SMALL)[0] == 0
+    splits = read_json(tmp_path / "d" / "manifest.json")["splits"]
+    assert {name: of["documents"] for name, of in splits.items()} == {
+        "train": 32, "valid": 4, "valid_first": 2, "valid_second": 2, "test": 4, "test_first": 2, "test_second": 2,
+    }  # fmt: skip
+    assert "already prepared" in run(*words, *SMALL)[1]
+    status, _, err = run("--source", "domains", "--dest", tmp_path / "d", *SMALL)
+    assert status == 2 and "--source domains: needs NAME=PATH of each domain after it, got none" in err
+    text_corpus.write_text(documents[0])
+    status, _, err = run(*words, *SMALL, "--overwrite")
+    assert status == 2 and "1 document(s) of first cannot be split by document" in err
+
+
 def test_without_held_out_parts(run, tmp_path, text_corpus):
     arguments = ["--vocab-size", "300", "--valid-fraction", "0", "--test-fraction", "0", "--tokenizer-model", "bpe"]
     status, out, _ = run("--source", "text", text_corpus, "--dest", tmp_path / "d", *arguments)

@@ -1,5 +1,6 @@
 """Records: what is written is read again; what is no record is refused by field and rule."""
 
+import dataclasses
 import json
 import sys
 
@@ -12,6 +13,7 @@ from mhmoe_fairseq.evaluation.records import (
     Metric,
     Record,
     describe_origin,
+    looks_at_test,
     mean_percent,
     read_record,
     record_file,
@@ -35,6 +37,18 @@ def test_a_record_survives_its_file(tmp_path):
     assert path.name == "record-test.json"
     assert read_record(path) == RECORD
     assert json.loads(path.read_text())["schema"] == SCHEMA
+
+
+def test_of_a_test_split_alone_earlier_records_are_told(tmp_path):
+    path = tmp_path / "record.json"
+    assert looks_at_test(path, RECORD) == []
+    write_record(path, dataclasses.replace(RECORD, provenance={"date": "2", "earlier": ["1"]}))
+    assert looks_at_test(path, RECORD) == ["1", "2"]
+    assert looks_at_test(path, dataclasses.replace(RECORD, what="masked")) == []
+    write_record(path, dataclasses.replace(RECORD, split="valid"))
+    assert looks_at_test(path, dataclasses.replace(RECORD, split="valid")) == []
+    path.write_text("{")
+    assert looks_at_test(path, RECORD) == []
 
 
 def test_parts_and_the_main_metric():

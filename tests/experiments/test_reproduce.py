@@ -156,6 +156,8 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
     runs = [out / stage.recipe.name_of(model) / "seed-1" for stage, model in trained(experiment)]
     for run in runs:
         assert {record.split for record in map(read_record, run.glob("record-*.json"))} >= {"valid", "test"}
+    measured = [[out / of] if "/" in of else [run / of for run in runs] for of in experiment.measures]
+    assert all(file.is_file() for each in measured for file in each)
     models = {model: read_model(model, folders) for model, folders in kept_runs(experiment, toys.root).items()}
     claims = [claim for claim in experiment.claims if claim.metric != "CIDEr"]  # after two updates 0, and no reference
     assert NOT_RUN not in [judge(claim, models).verdict for claim in claims]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,8 +40,24 @@ def _change(file: Path, **fields: object) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
 
-def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Path, tmp_path: Path, capsys) -> None:
-    _change(finished / "dense" / "seed-2" / "record-test.json", settings={"copy": "/mnt/of/xnli", "labels": "yes/no"})
+# What a record may hold, and what is kept of it on a machine of the name node-7.
+OF_THE_MACHINE: dict[str, object] = {
+    "/mnt/of/xnli": "xnli",
+    "/mnt/my disk/of xnli": "of xnli",
+    "run --out '/mnt/my disk/of xnli' -x ~me/b ../../mnt/c": "run --out 'of xnli' -x b c",
+    "file:///mnt/of/xnli and file://node-7/mnt/a": "xnli and a",
+    "x=/mnt/a,/mnt/b:/mnt/c": "x=a,b:c",
+    "node-7.local:29500 tcp://node-7:1 me@node-7": "HOST:29500 tcp://HOST:1 me@HOST",
+    "yes/no, https://pypi.org/simple/x, and/or": "yes/no, https://pypi.org/simple/x, and/or",
+}
+
+
+def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(
+    finished: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
+    settings = {"values": list(OF_THE_MACHINE), "keys": {"/a/de": 1, "/b/de": 2, "file:///mnt/en": 3}}
+    _change(finished / "dense" / "seed-2" / "record-test.json", settings=settings)
     assert keep(tmp_path) == 0
     kept, folder = files(tmp_path / "results"), "english_lm/dense/seed-2"
     assert len(kept) == 6 * 5 and f"kept: results/{folder}" in capsys.readouterr().out
@@ -49,7 +66,7 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Pa
         read_record(path / "record-test.json") for path in (tmp_path / "results" / folder, finished / "dense/seed-2")
     )
     assert (ours.metrics, ours.model["counts"]) == (theirs.metrics, theirs.model["counts"])
-    assert ours.settings == {"copy": "xnli", "labels": "yes/no"}
+    assert ours.settings == {"values": list(OF_THE_MACHINE.values()), "keys": {"de (1)": 1, "de (2)": 2, "en": 3}}
     assert ours.data == {"path": "data/mix", "digest": "0" * 64, "source": "sentences"}
     assert "evaluate outputs/english_lm/dense/seed-2/checkpoint_best.pt --data data/mix" in ours.provenance["command"]
     command = kept[f"{folder}/command.sh"].decode()
@@ -64,13 +81,25 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(finished: Pa
 
 
 def test_what_was_measured_of_a_kept_run_is_not_lost(finished: Path, tmp_path: Path, capsys) -> None:
-    assert keep(tmp_path) == 0
-    folder = tmp_path / "results" / "english_lm" / "dense" / "seed-2"
-    (folder / "record-zero-shot-english.json").write_bytes((folder / "record-test.json").read_bytes())
+    assert keep(tmp_path) == 0 and "not measured yet" not in capsys.readouterr().out
+    table2 = ("table2", *PAIR[1:])
+    assert keep(tmp_path, *table2) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith("not measured yet: ") and said.count("record-zero-shot-english.json") == 6
+    assert said.endswith(": mhmoe reproduce table2 does that")
+    run, folder = finished / "dense" / "seed-2", tmp_path / "results" / "english_lm" / "dense" / "seed-2"
+    record = run / "record-zero-shot-english.json"
+    record.write_bytes((run / "record-test.json").read_bytes())
+    assert keep(tmp_path, *table2) == 0 and capsys.readouterr().out.count("record-zero-shot-english.json") == 5
     before = files(tmp_path / "results")
+    assert folder / record.name in [tmp_path / "results" / name for name in before]
+    _change(record, checkpoint={"sha256": "1"})
+    assert keep(tmp_path) == 2 and files(tmp_path / "results") == before
+    assert f"{record} is of another checkpoint than record-test.json" in capsys.readouterr().err
+    record.unlink()
     assert keep(tmp_path) == 2 and files(tmp_path / "results") == before
     assert "seed-2 has record-zero-shot-english.json, which" in capsys.readouterr().err
-    (folder / "record-zero-shot-english.json").unlink()
+    (folder / record.name).unlink()
     _change(folder / "run.json", choice="--size small")
     assert keep(tmp_path) == 2 and "was trained with --size small, this with none" in capsys.readouterr().err
 
@@ -92,21 +121,30 @@ def test_loads_are_kept_as_whole_numbers_on_one_line(finished: Path, tmp_path: P
     assert re.search(r'"loads": \[0, 1, 2, .*, 255\]\n?', copy.read_text())
 
 
-def test_what_commands_leave_beside_the_runs_is_kept_and_shown(commands: Commands, tmp_path: Path, monkeypatch) -> None:
+def test_what_commands_leave_beside_the_runs_is_kept_and_shown(
+    commands: Commands, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     words = ("figure8", "--models", "mhmoe-params", "--", "--img-size", "32")
-    assert reproduce(tmp_path, *words) == 0
-    (tmp_path / "out" / "figure8").mkdir()
-    (tmp_path / "out" / "figure8" / "diversity.json").write_text(
-        json.dumps({"checkpoints": [str(tmp_path / "out" / "a.pt")]})
-    )
-    (tmp_path / "out" / "figure8" / "patches.png").touch()
-    assert reproduce(tmp_path, *words[:3], "--keep", *words[3:]) == 0
-    kept = json.loads((tmp_path / "results" / "masked_multimodal" / "figure8" / "diversity.json").read_text())
+    to_keep, left, tree = (*words[:3], "--keep", *words[3:]), tmp_path / "out" / "figure8", tmp_path / "results"
+    assert reproduce(tmp_path, *words) == 0 and reproduce(tmp_path, *to_keep) == 0
+    assert f"not measured yet: {left / 'diversity.json'}: " in capsys.readouterr().out
+    assert not (tree / "masked_multimodal" / "figure8").exists()
+    left.mkdir()
+    (left / "diversity.json").write_text(json.dumps({"checkpoints": [str(tmp_path / "out" / "a.pt")]}))
+    (left / "patches.png").touch()
+    assert reproduce(tmp_path, *to_keep) == 0
+    kept = json.loads((tree / "masked_multimodal" / "figure8" / "diversity.json").read_text())
     assert kept == {"checkpoints": ["outputs/masked_multimodal/a.pt"]}
     page = written.read_page(EXPERIMENTS["figure8"], Path("results"))
     assert page.command == "mhmoe reproduce figure8 -- --img-size 32"
     assert "](../../results/masked_multimodal/figure8/patches.png)" in written._report(page, Path("results")).text
+    before = files(tree)
+    for spoil, message in ((lambda file: file.write_text('{"che'), "diversity.json"), (Path.unlink, "which .* lacks")):
+        spoil(left / "diversity.json")
+        capsys.readouterr()
+        assert reproduce(tmp_path, *to_keep) == 2 and files(tree) == before
+        assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +217,42 @@ def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
     record.write_text(record.read_text().replace('"value": 24.1', '"value": 24.2'))
     assert check() == 1
     assert mhmoe(["reproduce", "--report"]) == 0 and check() == 0
-    next(page.parent.glob("table1-plots/*.png")).unlink()
-    assert check() == 1 and "is missing" in capsys.readouterr().out
+    plot = next(page.parent.glob("table1-plots/*.png"))
+    plot.unlink()
+    assert check() == 1 and f"{plot.relative_to(tmp_path)}: is missing" in capsys.readouterr().out
+    _change(record, provenance={"date": "1", "earlier": ["0"]})
+    _change(tmp_path / "results" / "english_lm" / "search.json", date={"dense": "2"})
+    assert mhmoe(["reproduce", "--report"]) == 0
+    assert "test split more than once, earlier: dense, seed-1 (0)." in page.read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert check() == 1 and capsys.readouterr().out.count("was tested (1) before its learning rate was chosen (2)") == 1
     assert mhmoe(["reproduce", "--check"]) == 2 and mhmoe(["reproduce", "--report", "--results", "none"]) == 2
+
+
+@needs_matplotlib
+def test_pages_and_plots_of_records_that_are_gone_are_noticed_and_removed(
+    finished: Path, tmp_path: Path, capsys
+) -> None:
+    assert keep(tmp_path) == 0 and mhmoe(["reproduce", "--report"]) == 0
+    pages = tmp_path / "docs" / "results"
+    (pages / "earlier-studies.md").write_text("# Earlier studies\n")
+    (pages / "table1-plots" / "another.png").touch()
+    before = files(pages)
+    shutil.rmtree(tmp_path / "results" / "english_lm" / "xmoe")
+    capsys.readouterr()
+    assert mhmoe(["reproduce", "--report", "--check"]) == 1
+    told = capsys.readouterr().out
+    assert "docs/results/table5.md: no record gives it" in told and "another.png: no record gives it" in told
+    assert files(pages) == before
+    assert mhmoe(["reproduce", "--report"]) == 0 and "removed: docs/results/table5.md" in capsys.readouterr().out
+    assert mhmoe(["reproduce", "--report", "--check"]) == 0
+    kept = files(pages)
+    assert "table1.md" in kept and "earlier-studies.md" in kept and "table5.md" not in kept
+    assert "table1-plots/another.png" not in kept and not (pages / "table5-plots").exists()
+    record = tmp_path / "results" / "english_lm" / "dense" / "seed-1" / "record-test.json"
+    record.write_bytes(record.read_bytes()[:-20])  # half a record is none
+    for words in (["--report"], ["--report", "--check"], ["--list"]):
+        assert mhmoe(["reproduce", *words]) == 2 and "dense/seed-1/record-test.json" in capsys.readouterr().err
 
 
 def test_the_committed_results_are_what_their_records_give(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,24 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
     }  # fmt: skip
 
 
+def further_calls(root: Path) -> list[tuple[tuple[str, ...], Call]]:
+    """Calls of another kind of commands that have one already; what they take in common is tried there."""
+    return [
+        (("prepare", "english"), {
+            "--source": ["domains", f"first={root}/corpus.txt", f"second={root}/texts"], "--dest": ["dest"],
+            "--vocab-size": ["340"], "--document-separator": ["blank-line"], "--jsonl-field": ["text"],
+        }),
+        (("analyze",), {
+            "checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"], "--view": [],
+            "--text": [f"{root}/corpus.txt"], "--out": ["out"],
+        }),
+        (("analyze",), {
+            "checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/images"], "--view": [],
+            "--words": ["red"], "--image": [f"{root}/shapes/images/small-red-bar.png"], "--out": ["out"],
+        }),
+    ]  # fmt: skip
+
+
 def _train(root: Path, *words: Any) -> None:
     run_console("fairseq-train", *words, cwd=root)
 

@@ -1,13 +1,20 @@
 """Odd values for every option of every ``mhmoe`` command: one line that names the option and the rule, or success."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from forked import Outcome, run_forked
-from invocations import Call, trained_calls, untrained_calls, write_trained_fixtures, write_untrained_fixtures
+from invocations import (
+    Call,
+    further_calls,
+    trained_calls,
+    untrained_calls,
+    write_trained_fixtures,
+    write_untrained_fixtures,
+)
 from options import NEVER, Option, furnish, leaves, options_of
 
 from mhmoe_fairseq.commands.main import COMMANDS, build_parser
@@ -71,16 +78,13 @@ class Case:
         return (*self.option.shown, *given, *clash, "lm-eval is not installed")
 
 
-def cases(commands: dict[tuple[str, ...], Call]) -> list[Case]:
-    """Every odd value of every option of the commands."""
+def cases(calls: Iterable[tuple[tuple[str, ...], Call]], given_alone: bool = False) -> list[Case]:
+    """Every odd value of every option of the commands; ``given_alone``: of the options that their calls give."""
     found = []
-    for name in dict.fromkeys(command[0] for command in commands):
-        for command, parser in leaves(build_parser(name)):
-            if command not in commands:
-                continue
-            for option in options_of(parser):
-                for value in option.values:
-                    found.append(Case(command, option, value, words_of(command, commands[command], option, value)))
+    for command, call in calls:
+        for option in options_of(dict(leaves(build_parser(command[0])))[command]):
+            if not given_alone or option.name in call:
+                found += [Case(command, option, of, words_of(command, call, option, of)) for of in option.values]
     return found
 
 
@@ -133,23 +137,27 @@ def test_every_command_has_a_call() -> None:
 
 
 def test_some_odd_values_of_commands_that_need_no_model(untrained: Path, tmp_path: Path) -> None:
-    check(random.Random(SEED).sample(cases(untrained_calls(untrained)), QUICK), untrained, tmp_path / "work")
+    some = random.Random(SEED).sample(cases(untrained_calls(untrained).items()), QUICK)
+    check(some, untrained, tmp_path / "work")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("calls", [untrained_calls, trained_calls])
-def test_every_odd_value_of_every_option(
-    calls: Callable[[Path], dict[tuple[str, ...], Call]], trained: Path, tmp_path: Path
-) -> None:
-    check(cases(calls(trained)), trained, tmp_path / "work")
+@pytest.mark.parametrize("kind", ["untrained", "trained", "further"])
+def test_every_odd_value_of_every_option(kind: str, trained: Path, tmp_path: Path) -> None:
+    found = {
+        "untrained": lambda: cases(untrained_calls(trained).items()),
+        "trained": lambda: cases(trained_calls(trained).items()),
+        "further": lambda: cases(further_calls(trained), given_alone=True),
+    }[kind]()
+    check(found, trained, tmp_path / "work")
 
 
 @pytest.mark.slow
 def test_the_calls_are_right(trained: Path, tmp_path: Path) -> None:
     """Otherwise every odd value would be refused for another's sake."""
     nothing = Option("", "switch", ())
-    calls = {**untrained_calls(trained), **trained_calls(trained)}
-    words = [tuple(word for word in words_of(command, call, nothing, None) if word) for command, call in calls.items()]
+    calls = [*untrained_calls(trained).items(), *trained_calls(trained).items(), *further_calls(trained)]
+    words = [tuple(word for word in words_of(command, call, nothing, None) if word) for command, call in calls]
     outcomes = run_forked("mhmoe_fairseq.commands.main:main", words, trained, tmp_path / "work", furnish)
     for call, outcome in zip(words, outcomes):
         assert outcome.status == 0 or "lm-eval is not installed" in outcome.err, f"{call}\n{outcome.err}"

@@ -143,6 +143,48 @@ def test_unreadable_jsonl_line_is_named(tmp_path, line, message):
         list(own_text.jsonl_documents(path, "text"))
 
 
+def test_own_domains_come_from_files_and_folders(tmp_path):
+    for name, text in {
+        "law/a.txt": "a\n\nb\n",
+        "law/c/d.jsonl": '{"body": "d"}\n',
+        "law/e.png": "",
+        "f": "f\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    said = []
+    source = own_text.domain_source([f"law={tmp_path}/law", f"news_2={tmp_path}/f"], "blank-line", "body")
+    provenance, documents = source.open(tmp_path, said.append)
+    read = [(document.domain, document.split, document.lines) for document in documents]
+    assert read == [*(("law", None, [line]) for line in "abd"), ("news_2", None, ["f"])]
+    names = {domain: [entry["name"] for entry in files] for domain, files in provenance["inputs"].items()}
+    assert names == {"law": ["a.txt", "d.jsonl"], "news_2": ["f"]} and source.identity() == {
+        "inputs": provenance["inputs"]
+    }
+    assert [*provenance["left_out"].values()] == [[f"{tmp_path}/law/e.png"]] and "e.png" in said[0]
+    assert source.options == {"document_separator": "blank-line", "jsonl_field": "body"}
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("law=a.txt", "news"), "--source domains news: must be NAME=PATH"),
+        (("law=a.txt", "n é=b.txt"), "must be NAME=PATH, the name of letters without accents"),
+        (("law=a.txt", "law=b.txt"), "--source domains: needs two domains, got law=a.txt law=b.txt"),
+        (("law=a.txt", "news=folder"), "--source domains news=folder: no file in that folder ends in .txt"),
+        (("law=a.txt", "news=c.txt"), "--source domains: no such file: c.txt"),
+        (("law=a.txt", "news=b.txt"), "b.txt is text of law and of news, and would stay in law alone"),
+    ],
+)
+def test_domains_that_are_none_are_refused(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "folder/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("same\n")
+    with pytest.raises(UserError, match=message):
+        own_text.domain_source(words).identity()
+
+
 def make_shards(folder, valid=("Held out line.\n\nAnother.\n",)):
     """TorchScale's layout with two training shards; returns the folder."""
     (folder / "json").mkdir(parents=True)

@@ -124,8 +124,8 @@ def part(name, sentences, client="pip", package=None):
 
 
 @pytest.fixture
-def prepared(tmp_path, sentences):
-    """A mix of two domains, prepared, whose third has a package that nobody has; what was said, too."""
+def mix(tmp_path, sentences):
+    """How to prepare a mix of two domains, whose third has a package that nobody has; what was said, too."""
     domains = {
         "first": (part("first", sentences),),
         "second": (part("second", sentences),),
@@ -136,8 +136,30 @@ def prepared(tmp_path, sentences):
     for name in ("first", "second"):
         (cache / f"{name}_1.deb").write_text(name)
     settings = EnglishSettings(vocab_size=300, valid_fraction=0.1, test_fraction=0.2)
-    EnglishPreparation(MixSource(domains), settings, cache, said.append).run(tmp_path / "data")
+    return EnglishPreparation(MixSource(domains), settings, cache, said.append), said
+
+
+@pytest.fixture
+def prepared(mix, tmp_path):
+    """The mix, prepared, and what was said."""
+    preparation, said = mix
+    preparation.run(tmp_path / "data")
     return tmp_path / "data", said
+
+
+def test_a_mix_that_lacked_what_can_be_had_now_is_not_taken_for_done(mix, prepared, tmp_path):
+    (preparation, said), (data, _) = mix, prepared
+    preparation.run(data)
+    assert said[-1].endswith("nothing to do")
+    package = tmp_path / "cache" / "third_1.deb"
+    package.write_text("third")
+    with pytest.raises(UserError, match=r"was prepared without third \(third\), which can be fetched now"):
+        preparation.run(data)
+    manifest = preparation.run(data, overwrite=True)
+    assert manifest["source"]["missing"] == [] and "valid_third" in manifest["splits"]
+    package.unlink()  # what was prepared with everything stays good where less can be had
+    preparation.run(data)
+    assert said[-1].endswith("nothing to do")
 
 
 def test_each_domain_is_divided_for_itself_and_its_held_out_parts_stand_alone_too(prepared):

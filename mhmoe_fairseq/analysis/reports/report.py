@@ -146,6 +146,12 @@ def _notes(models: Sequence[Model], split: str) -> str:
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]
+    looks = [
+        f"{model.name}, {run.path.name} ({', '.join(earlier)})"
+        for model in models for run, record in all_records([model]) if (earlier := record.provenance.get("earlier"))
+    ]  # fmt: skip
+    if looks:
+        lines.append(f"evaluated on the test split more than once, earlier: {'; '.join(looks)}.")
     if any(len(model.runs) > 1 for model in models):
         lines.append("Mean ± sample standard deviation over the seeds.")
     if any(record.settings.get("derived") for record in records):

