@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ class Runner:
 
     def _work(self) -> None:
         plan = self.plan
-        list(plan.following())  # what is missing is told before hours of training
+        for words in plan.following():  # what is missing is told before hours of training
+            if words[1] == "zero-shot" and find_spec("lm_eval") is None:
+                raise UserError(f'{plan.experiment.name} needs lm-eval: pip install "mhmoe-fairseq[lm-eval]"')
         for folder, words in plan.preparations():
             if words and not _is_prepared(folder):
                 self._tell(f"{folder}: no data yet: {shlex.join(words)}")

@@ -141,6 +141,15 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
     assert "xmoe/seed-1" not in commands.trained()
 
 
+def test_what_the_later_commands_need_is_asked_for_before_the_trainings(
+    commands: Commands, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reproduce(tmp_path, "table3") == 2 and "--xnli must be the folder" in capsys.readouterr().err
+    monkeypatch.setattr(runner, "find_spec", lambda name: None)
+    assert reproduce(tmp_path, "table3", "--xnli", str(tmp_path)) == 2
+    assert "table3 needs lm-eval: pip install" in capsys.readouterr().err and commands.called == []
+
+
 def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> None:
     machine = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0"]
     assert reproduce(tmp_path, "table1", "--models", "dense", *machine) == 0
