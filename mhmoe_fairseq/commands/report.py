@@ -1,4 +1,4 @@
-"""``mhmoe report``: trained models side by side, as one Markdown file with plots; reads records and logs alone."""
+"""``mhmoe report``: trained models side by side, as Markdown or HTML with plots; reads records and logs alone."""
 
 import argparse
 from pathlib import Path
@@ -19,6 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "MODEL/seed-N of several seeds, TASK/MODEL of several tasks, or a folder of such",
     )  # fmt: skip
     parser.add_argument("--out", type=output_file, default=Path("outputs/report.md"), metavar="FILE", help="the report")
+    parser.add_argument(
+        "--html", type=output_file, metavar="FILE", help="write it as one HTML file, too, with the plots inside"
+    )
     parser.add_argument(
         "--split", type=plain_name, default="test", help="whose languages, modalities and experts are shown"
     )
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
             paper=tables.get(args.paper),
             data=args.data,
             plots=not args.no_plots,
+            html=args.html,
             say=say,
         )
     return 0

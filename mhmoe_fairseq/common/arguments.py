@@ -61,6 +61,28 @@ def add_fields(parser: Any, defaults: Any, *rows: tuple[str, Any, str | None, st
         parser.add_argument(flag(name), default=getattr(defaults, name), metavar=metavar, help=text, **allowed)
 
 
+def shell_completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """Returns a script that makes ``bash`` or ``zsh`` complete what ``parser`` takes, files and folders by their type.
+
+    Raises:
+        UserError: shtab is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as error:
+        raise UserError("--print-completion needs shtab: pip install 'mhmoe-fairseq[completion]'") from error
+    parsers = [parser]
+    for each in parsers:  # grows
+        for action in each._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += dict.fromkeys(action.choices.values())
+            elif action.type in (existing_folder, output_folder):
+                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+            elif action.type in (existing_path, existing_file, output_file):
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
+    return shtab.complete(parser, shell)
+
+
 PRECISIONS = ("fp32", "bf16", "auto")  # in which a trained model may be asked to compute
 
 

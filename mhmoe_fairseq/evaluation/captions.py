@@ -8,6 +8,7 @@ import torch
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
+from ..common.timing import tracked
 from ..data.datasets.labelled import CaptionDataset
 from ..data.images.reading import read_image
 from ..data.images.transforms import EvaluationTransform
@@ -104,7 +105,7 @@ def caption_images(opened: Opened, paths: Sequence[Path], search: CaptionSearch,
         UserError: a file is missing or no image.
     """
     transform = EvaluationTransform(opened.task.args.img_size)
-    for start in range(0, len(paths), batch_size):
+    for start in tracked(range(0, len(paths), batch_size), "caption", "batches"):
         batch = torch.stack([transform(read_image(path)) for path in paths[start : start + batch_size]])
         yield from opened.task.write_captions(opened.model, batch.to(opened.device), search)
 

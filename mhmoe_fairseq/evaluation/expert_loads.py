@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..moe import RoutingStats
+from ..torchscale_ext.feed_forward import SeparateExperts
 from .records import ExpertLoads, LayerLoads
 
-POOLS = ("image", "text")  # where a layer has experts of its own for each modality, in their order
+POOLS = SeparateExperts.pools  # where a layer has experts of its own for each modality, in their order
 
 
 class LoadCounter:

@@ -16,6 +16,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..common.timing import tracked
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def continue_prompts(
     generator = model.task.build_generator(model.models, options)
     if search.sampling:
         generator.search = PromptSampling(model.tgt_dict, search.top_k or -1, search.top_p or -1.0)
-    for start in range(0, len(prompts), batch_size):
+    for start in tracked(range(0, len(prompts), batch_size), "generate", "batches"):
         if search.sampling:
             torch.manual_seed(search.seed)
         batch = encoded[start : start + batch_size]

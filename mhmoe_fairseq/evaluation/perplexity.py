@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
+from ..common.timing import tracked
 from ..compat import logging_as_found
 from ..criterions.masked_multimodal import PARTS, MaskedMultimodalConfig, MaskedMultimodalCriterion, masked_targets
 from .expert_loads import LoadCounter
@@ -94,7 +95,7 @@ def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size
     counts: list[int] = []
 
     def counted() -> Iterator[dict[str, Any]]:
-        for batch in batches:
+        for batch in tracked(batches, f"evaluate {split}", "batches"):
             if batch:
                 counts.append(int(batch["ntokens"]) - (int(batch["nsentences"]) if has_bos else 0))
             yield batch

@@ -22,6 +22,7 @@ from fairseq.hub_utils import GeneratorHubInterface
 
 from ..checkpoints.open import was_trained_with
 from ..common.errors import UserError
+from ..common.timing import tracked
 from ..data.documents import clean_line
 from ..data.languages import language_symbol
 
@@ -182,7 +183,7 @@ class TextScorer:
 
     def score_all(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Score]:
         """As ``scores``, in the order of ``pairs``."""
-        found = dict(self.scores(pairs))
+        found = dict(tracked(self.scores(pairs), "score", "texts", total=len(pairs)))
         return [found[index] for index in range(len(pairs))]
 
     def windows(self, tokens: list[int], num_scored: int) -> list[Window]:

@@ -13,6 +13,7 @@ from fairseq.data import ListDataset
 from ..checkpoints.open import Opened
 from ..common.errors import UserError
 from ..common.files import atomic_open, json_line, require_files
+from ..common.timing import tracked
 from ..data.classification import Example, Fields, Labels, given_labels, read_examples
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.identity import MANIFEST, read_manifest
@@ -193,7 +194,8 @@ def _classify(opened: Opened, split: str, dataset: LabelledSentences, max_tokens
     probabilities = np.empty((len(dataset), len(opened.task.classes)), dtype=np.float32)
     head = opened.task.args.classification_head_name
     most = max(max_tokens, int(dataset.sizes.max()))  # a longer example makes a batch of its own
-    for indices in dataset.batch_by_size(dataset.ordered_indices(), max_tokens=most):
+    batches = dataset.batch_by_size(dataset.ordered_indices(), max_tokens=most)
+    for indices in tracked(batches, f"evaluate {split}", "batches"):
         batch = dataset.collater([dataset[index] for index in indices])
         batch = utils.apply_to_sample(lambda tensor: tensor.to(opened.device), batch)
         with torch.no_grad():

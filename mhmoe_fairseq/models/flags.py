@@ -18,7 +18,7 @@ from ..moe import ConfigError, MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported
-from .options import BEiT3Options, LanguageModelOptions
+from .options import BENCHMARK_ROUTERS, BEiT3Options, LanguageModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +185,12 @@ def _check_moe(options: Any) -> None:
     router, budget, routing = (_text(getattr(options, f"mhmoe_{name}")) for name in ("router", "budget", "routing"))
     if options.moe_top1_expert and options.moe_top_k != 1:
         raise UserError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
+    if router in BENCHMARK_ROUTERS.values():
+        name = next(name for name, layer in BENCHMARK_ROUTERS.items() if layer == router)
+        raise UserError(
+            f"--mhmoe-router ({router}) chooses experts whatever the input, so that no model learns by it: where only "
+            f"speed is measured, give {name}"
+        )
     if options.use_xmoe and router != "xmoe":
         raise UserError(f"--use-xmoe contradicts --mhmoe-router {router}")
     if options.moe_ffn_dim is not None and budget not in (None, "none"):

@@ -26,7 +26,8 @@ OPPOSITE = {True: False, False: True}
 ACTIVATION_CHOICES = ChoiceEnum([*ACTIVATIONS])
 ON_OFF_CHOICES = ChoiceEnum([*SWITCH])
 ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *TORCHSCALE])
-ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router")])
+BENCHMARK_ROUTERS = {"balanced-for-benchmarks": "balanced"}  # of which no model learns anything: asked by long names
+ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router"), *BENCHMARK_ROUTERS])
 PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
 BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
@@ -152,8 +153,9 @@ class MoEOptions(FairseqDataclass):
     )  # fmt: skip
     mhmoe_router: Optional[ROUTER_CHOICES] = option(
         "linear: logits x W; xmoe: a low-dimensional projection compared with normalised expert embeddings; arch: "
-        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default)",
-        needs="moe", layer="router",
+        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default); balanced-for-benchmarks: experts by turns, whatever "
+        "the input",
+        needs="moe", layer="router", values=BENCHMARK_ROUTERS,
     )  # fmt: skip
     mhmoe_router_preset: Optional[PRESET_CHOICES] = option(
         "p1: the paper's appendix: router dimension 16 / heads, both sides normalised, temperature starting at 0.3",

@@ -276,6 +276,6 @@ def choices(field: str) -> tuple[str, ...]:
     """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name.
 
     >>> choices("router"), choices("balance_scope")
-    (('linear', 'xmoe'), ('rank', 'global'))
+    (('linear', 'xmoe', 'balanced'), ('rank', 'global'))
     """
     return declared_choices(MHMoEConfig, field)

@@ -5,7 +5,7 @@ A new router is a subclass of :class:`Router` in ``ROUTERS``, and the fields it 
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from .modes import without_autocast
 # since the forward pass normalises them.
 _EXPERT_NORM = 1.5
 _MIN_TEMPERATURE = 1e-2
+_NOT_ITS_TURN = -1e4  # float16 has it, and its exponential is 0
 ROUTERS: "dict[str, type[Router]]" = {}
 
 
@@ -27,7 +28,8 @@ class RouterFields:
     """What :class:`MHMoEConfig` says about the router.
 
     Args:
-        router: a name in ``ROUTERS``: ``"xmoe"`` (low-dimensional, normalised experts) or ``"linear"``.
+        router: a name in ``ROUTERS``: ``"xmoe"`` (low-dimensional, normalised experts), ``"linear"``, or for benchmarks
+            ``"balanced"``.
         router_dim: width of the X-MoE router's projection.
         router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).
         router_temperature: initial value of a learnable temperature, or None for none.
@@ -204,4 +206,28 @@ class XMoERouter(Router):
         return logits_NE
 
 
-ROUTERS.update(linear=LinearRouter, xmoe=XMoERouter)
+class BalancedRouter(LinearRouter):
+    """Sends sub-tokens to experts by turns, whatever they hold: equal loads, for measuring speed.
+
+    Sub-token n of a call gets the experts nK to nK + K - 1, modulo E; their gate weights, and nothing else, come from
+    the linear logits.
+
+    >>> config = MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16, router="balanced")
+    >>> MHMoELayer(config)(torch.randn(6, 8)).stats.expert_load
+    tensor([3., 3., 3., 3.])
+    """
+
+    def __init__(self, config: Any) -> None:  # an MHMoEConfig: a router has no top_k among its own fields
+        super().__init__(config)
+        self.top_k = config.top_k
+
+    def scores(self, x_Nd: Tensor) -> Tensor:
+        """``x W^T`` for the experts whose turn it is, far below it for the others."""
+        logits_NE = super().scores(x_Nd)
+        experts, device = logits_NE.size(1), logits_NE.device
+        starts_N1 = torch.arange(logits_NE.size(0), device=device).unsqueeze(1) * self.top_k
+        turns_NE = (torch.arange(experts, device=device) - starts_N1) % experts
+        return logits_NE + (turns_NE >= self.top_k) * _NOT_ITS_TURN
+
+
+ROUTERS.update(linear=LinearRouter, xmoe=XMoERouter, balanced=BalancedRouter)

@@ -58,6 +58,26 @@ def routing_stats(assignment: Assignment, plan: DispatchPlan, padding_mask_N: Te
         return RoutingStats(load_E, dropped, entropy_N.sum(), num_subtokens)
 
 
+def head_loads(assignment: Assignment, num_heads: int, num_experts: int) -> Tensor:
+    """Counts each head's assignments to each expert before dropping, ``(H, E)`` float64, without host synchronisation.
+
+    Summed over heads they are :class:`RoutingStats`' ``expert_load``.
+
+    >>> gate = Gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=16, top_k=1))
+    >>> head_loads(gate(torch.eye(2).repeat(3, 1)), num_heads=2, num_experts=2).tolist()  # sub-tokens of 3 tokens
+    [[3.0, 0.0], [0.0, 3.0]]
+    """
+    experts_NK = assignment.experts_NK
+    heads_N = torch.arange(experts_NK.size(0), device=experts_NK.device) % num_heads
+    starts_N1 = (heads_N * (num_experts + 1)).unsqueeze(1)  # a column more for the virtual expert
+    counts = torch.zeros(num_heads * (num_experts + 1), dtype=torch.float64, device=experts_NK.device)
+    index_R = (experts_NK + starts_N1).flatten()
+    counts.index_add_(0, index_R, counts.new_ones(()).expand(index_R.size(0)))
+    if assignment.dropped_NK is not None:
+        counts.index_add_(0, (assignment.choices_NK + starts_N1).flatten(), assignment.dropped_NK.flatten().double())
+    return counts.view(num_heads, num_experts + 1)[:, :num_experts]
+
+
 def active_share(load_E: Tensor, threshold: float = 0.01) -> Tensor:
     """Share of experts with at least ``threshold`` of the uniform load; over dim -1.
 

@@ -76,7 +76,12 @@ class SeparateExperts(nn.Module):
 
     Both are always called, with no positions too: experts on other processes wait for every process's rows, whatever
     its batch holds.
+
+    Attributes:
+        pools: what ``A`` and ``B`` route.
     """
+
+    pools = ("image", "text")
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()

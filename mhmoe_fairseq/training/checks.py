@@ -4,7 +4,7 @@ That is flags and combinations of them, processes that nobody connected, and a f
 """
 
 import os
-from dataclasses import dataclass  # fairseq reads the field types: no postponed annotations here
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
 from pathlib import Path
 from typing import Any, Optional
 
@@ -61,6 +61,15 @@ class TrainingFlags(FairseqDataclass):
     finetune_from_model: Optional[str] = II("checkpoint.finetune_from_model")
     restore_file: str = II("checkpoint.restore_file")
     reset_optimizer: bool = II("checkpoint.reset_optimizer")
+    log_interval: int = II("common.log_interval")
+    tensorboard_logdir: Optional[str] = II("common.tensorboard_logdir")
+    mhmoe_load_log: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "write how many sub-tokens of each layer and head went to each expert there, every --log-interval "
+            "updates: .jsonl or .csv; with --tensorboard-logdir as histograms, too (docs/flags.md)"
+        },
+    )
 
 
 def check_training_numbers(flags: TrainingFlags) -> None:

@@ -21,6 +21,7 @@ from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
 from .checks import check_training_numbers, hold_save_dir, refuse_ddp_without_gpus, require_process_group
 from .expert_state import prepare_sharded_model
 from .failures import guard_ranks, no_lone_recovery
+from .load_log import LoadLog
 from .nonfinite import latest_routing, report_nonfinite
 from .router_updates import RouterUpdates
 
@@ -49,6 +50,7 @@ class ParallelTask(FairseqTask):
     _router_updates = RouterUpdates(nn.Module())
     _routing: dict[nn.Module, RoutingStats] = {}
     _has_reported = False
+    _load_log: LoadLog | None = None
 
     @classmethod
     def setup_task(cls, args: Any, **kwargs: Any) -> "ParallelTask":
@@ -84,6 +86,7 @@ class ParallelTask(FairseqTask):
             groups = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}
             guard_ranks((groups | {distributed_utils.get_global_group()}) - {None})
             self._router_updates = RouterUpdates(model)
+            self._load_log = LoadLog(model, self.args)
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
             logger.warning(
@@ -138,7 +141,14 @@ class ParallelTask(FairseqTask):
             )
         if isinstance(sys.exc_info()[1], FloatingPointError):  # fairseq looks where in the update it came from
             report_nonfinite(model, outcome[0], "the update whose gradient is not finite", self._routing)
+        outcome = outcome if self._load_log is None else self._load_log.add_to(outcome)
         return without_metrics(outcome) if filler else outcome
+
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        """fairseq's hook for the logs of one update, or of one batch of a validation, of all ranks."""
+        super().reduce_metrics(logging_outputs, criterion)
+        if self._load_log is not None:
+            self._load_log.log(logging_outputs, self.num_updates + 1)
 
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
         """fairseq's hook for an update of the parameters, after which routers may act."""

@@ -79,3 +79,38 @@ def test_what_the_user_can_mend_is_one_line_and_a_bug_is_not(capsys, monkeypatch
     error = ValueError("ours")
     with pytest.raises(ValueError, match="ours"):
         main(["report", str(tmp_path)])
+
+
+BASH = """
+source "$1"
+COMP_WORDS=(mhmoe "${@:2}") COMP_CWORD=$(($# - 1))
+_shtab_mhmoe
+printf "%s\\n" "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    "words, completed",
+    [
+        (["rep"], {"report", "reproduce"}),
+        (["checkpoint", "con"], {"convert"}),
+        (["report", "--no-p"], {"--no-plots"}),
+        (["generate", "--precision", ""], {"fp32", "bf16", "auto"}),
+    ],
+)
+def test_bash_completes_commands_flags_and_choices(capsys, tmp_path, words, completed):
+    pytest.importorskip("shtab", reason="an optional package")
+    with pytest.raises(SystemExit) as end:
+        main(["--print-completion", "bash"])
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+    bash = ["bash", "-c", BASH, "-", tmp_path / "completion", *words]
+    done = subprocess.run(bash, capture_output=True, text=True, cwd=tmp_path)
+    assert end.value.code == 0 and set(done.stdout.split()) == completed
+
+
+def test_completion_needs_its_package_and_a_shell(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    for shell, said in (("zsh", "needs shtab: pip install 'mhmoe-fairseq[completion]'"), ("fish", "invalid choice")):
+        assert main(["--print-completion", shell]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("mhmoe: error: --print-completion") and said in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """``mhmoe report``: what it opens, and what it refuses; its tables are in tests/analysis/reports."""
 
+import base64
 import importlib.util
 import json
 import re
@@ -31,10 +32,14 @@ def test_a_report_on_ten_runs_opens_no_checkpoint_and_no_data(tmp_path: Path, ca
             for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
                 (run / name).mkdir()  # whoever opens it as a file fails, whatever the user's rights
     out = tmp_path / "report.md"
-    assert report(tmp_path / "runs", "--out", out, "--aggregate", "--reference", "dense") == 0
+    page = tmp_path / "page" / "report.html"
+    assert report(tmp_path / "runs", "--out", out, "--aggregate", "--reference", "dense", "--html", page) == 0
     printed = capsys.readouterr().out
-    assert "| 23.00 ± 1.58 |" in printed and printed.endswith(f"report: {out}\n")
-    assert (tmp_path / "report-plots" / "seeds-test-ppl.png").is_file()
+    assert "| 23.00 ± 1.58 |" in printed and printed.endswith(f"report: {out}, {page}\n")
+    plot = (tmp_path / "report-plots" / "seeds-test-ppl.png").read_bytes()
+    written = page.read_text(encoding="utf-8")
+    assert base64.b64encode(plot).decode() in written and '<td class="number">23.00 ± 1.58</td>' in written
+    assert not re.search(r'(src|href)="(?!data:)', written) and "|--" not in written
 
 
 def test_runs_that_were_really_trained_and_evaluated(runs, tmp_path: Path) -> None:

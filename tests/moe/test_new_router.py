@@ -14,6 +14,7 @@ from mhmoe_fairseq.moe import ConfigError, MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.config import choices
 from mhmoe_fairseq.moe.router import ROUTERS, Router, RouterFields
 
+BUILT_IN = ("linear", "xmoe", "balanced")
 FIELDS = {"embed_dim": 24, "num_heads": 4, "num_experts": 5, "expert_ffn_dim": 16, "router": "two_layers"}
 
 
@@ -44,7 +45,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_counted_like_the_built_layer() -> None:
     layer = MHMoELayer(MHMoEConfig(**FIELDS)).double()
-    assert isinstance(layer.router, TwoLayerRouter) and choices("router") == ("linear", "xmoe", "two_layers")
+    assert isinstance(layer.router, TwoLayerRouter) and choices("router") == (*BUILT_IN, "two_layers")
     counts = layer.counts()
     assert counts.params == sum(parameter.numel() for parameter in layer.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -75,5 +76,5 @@ def test_models_plans_and_analyses_use_it_or_refuse_it_by_name() -> None:
 def test_what_it_has_no_use_for_is_refused_and_so_is_an_unknown_name() -> None:
     with pytest.raises(ConfigError, match=r"router_temperature \(0.3\) needs the xmoe router; router is 'two_layers'"):
         MHMoEConfig(**FIELDS, router_temperature=0.3)
-    with pytest.raises(ConfigError, match=r"router \('three'\) must be one of linear, xmoe, two_layers"):
+    with pytest.raises(ConfigError, match=r"router \('three'\) must be one of linear, xmoe, balanced, two_layers"):
         MHMoEConfig(**{**FIELDS, "router": "three"})

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer, RoutingStats, stats
@@ -51,3 +52,20 @@ def test_layer_counts_real_subtokens_and_entropy():
     assert counted.num_subtokens == 4 and counted.expert_load.sum() == 8
     torch.testing.assert_close(counted.entropy / counted.num_subtokens, torch.tensor(math.log(4)))
     assert not any(value.requires_grad for value in counted)
+
+
+@pytest.mark.parametrize("routing", ["dropless", "capacity"])
+def test_head_loads_count_each_choice_of_each_head(routing):
+    torch.manual_seed(0)
+    config = MHMoEConfig(embed_dim=12, num_heads=3, num_experts=4, expert_ffn_dim=4, routing=routing)
+    layer, seen = MHMoELayer(config), []
+    layer.gate.register_forward_hook(lambda gate, args, assignment: seen.append(assignment))
+    mask = torch.arange(20) % 5 == 0
+    load = layer(torch.randn(20, 12), mask).stats.expert_load
+    expected = torch.zeros(3, 4)
+    for subtoken, experts in enumerate(seen[0].choices_NK.tolist()):
+        for expert in experts if not mask[subtoken // 3] else ():
+            expected[subtoken % 3, expert] += 1
+    counted = stats.head_loads(seen[0], 3, 4)
+    assert torch.equal(counted.float(), expected) and torch.equal(counted.sum(0).float(), load)
+    assert (seen[0].dropped_NK is not None and seen[0].dropped_NK.any()) == (routing == "capacity")

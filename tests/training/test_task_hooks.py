@@ -23,7 +23,7 @@ class Task(ParallelTask, FairseqTask):
 @pytest.fixture
 def task():
     task = Task(Namespace())
-    task.args = Namespace(save_dir="checkpoints", no_save=True)
+    task.args = Namespace(save_dir="checkpoints", no_save=True, mhmoe_load_log=None)
     return task
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from ...common.files import atomic_open
 from ...evaluation.records import ACTIVE_THRESHOLD
 from . import tables
+from .page import html_page
 from .plots import Plot, draw_all, draw_bars, draw_curves, draw_scaling, draw_seeds, file_of, require_matplotlib
 from .routing import activation_plot, part_plots, routing_section
 from .runs import Model, all_records, evaluations, read_model, require_one_data
@@ -41,6 +42,7 @@ def write_report(
     paper: tables.PaperTable | None = None,
     data: Path | None = None,
     plots: bool = True,
+    html: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Write models side by side as Markdown, with plots beside it, and return the text.
@@ -54,6 +56,7 @@ def write_report(
         reference: a model that the others are compared with, seed by seed.
         paper: the paper's own table, printed last with ours beside it.
         data: refuse records of other data than this prepared folder's.
+        html: a second file, the same as one HTML page with the plots inside.
         say: takes the tables for the terminal, then the name of the file.
 
     Raises:
@@ -67,7 +70,10 @@ def write_report(
     report = compose(models, split, reference, paper, folder if plots else None)
     write(report, out, folder)
     say(report.head)
-    say(f"report: {out}")
+    if html is not None:
+        with atomic_open(html) as stream:
+            stream.write(html_page(report.text, out.parent).encode())
+    say(f"report: {out}" + (f", {html}" if html else ""))
     return report.text
 
 

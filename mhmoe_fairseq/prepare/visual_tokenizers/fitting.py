@@ -14,6 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ...common.errors import UserError
 from ...common.files import atomic_path, sha256_of
+from ...common.timing import tracked
 from ...data.images.reading import ImageError, read_image
 from ...data.images.transforms import EvaluationViews, PretrainingViews
 from ...data.multimodal.index import index_files, read_index
@@ -90,7 +91,7 @@ def read_views(
     rows = range(len(paths)) if len(paths) <= most else sorted(rng.choice(len(paths), most, replace=False))
     whole, crop = EvaluationViews(image_size, image_size), PretrainingViews(image_size, image_size)
     views, problems = [], []
-    for row in rows:
+    for row in tracked(rows, "read images", "images"):
         try:
             image = read_image(folder / paths[row])
         except ImageError as error:
@@ -167,7 +168,7 @@ def fit_patch_kmeans(patches: Tensor, settings: KMeansSettings, say: Say = lambd
     mean = patches.mean(0)
     points = patches - mean
     centroids = distinct[torch.randperm(len(distinct), generator=generator)[:vocab_size]] - mean
-    for iteration in range(1, iterations + 1):
+    for iteration in tracked(range(1, iterations + 1), "fit", "iterations"):
         assigned = nearest(points, centroids)
         counts = torch.bincount(assigned, minlength=vocab_size)
         distances = (points - centroids[assigned]).square().sum(1)
@@ -206,7 +207,7 @@ def train_vqvae(images: Tensor, settings: VQVAESettings, say: Say) -> VQVAE:
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.updates)
     start, errors = time.monotonic(), []
-    for update in range(1, settings.updates + 1):
+    for update in tracked(range(1, settings.updates + 1), "fit", "updates"):
         batch = images[torch.randint(len(images), (settings.batch_size,), generator=generator)].to(settings.device)
         vectors = model.vectors(batch)
         ids = model.choose(vectors.detach())
