@@ -277,8 +277,8 @@ EXPERIMENTS = (
             "-h2", "-narrower-2", "-narrower-4", "-gain", "-subtoken-residual", "-p1-router", "-linear-router",
             "-weak-balance",
         ))), reference="xmoe"),
-    Experiment("lengths", "what decides: 0.6, 2.5 and 10 million tokens of training", "english_lm",
-        tuple(Stage(recipe) for recipe in LENGTHS), ("xmoe", "mhmoe-flops"), reference="xmoe"),
+    *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} times the study's updates", "english_lm",
+        (Stage(recipe),), ("xmoe", "mhmoe-flops"), reference="xmoe") for recipe in LENGTHS),
     Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",
         (Stage(WIDE),), ("dense", "xmoe", "xmoe-e32", *(
             f"mhmoe-{budget}{heads}" for budget in ("flops", "params") for heads in ("-h2", "")
