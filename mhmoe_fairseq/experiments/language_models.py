@@ -48,10 +48,10 @@ CAUSES = ENGLISH.variant("", ENGLISH.scales, name="causes").at_cpu(
 LENGTHS = tuple(
     CAUSES.variant(
         "",
-        {name: replace(scale, updates=round(scale.updates * share)) for name, scale in CAUSES.scales.items()},
-        name=f"length-{share}",
+        {name: replace(scale, updates=scale.updates * percent // 100) for name, scale in CAUSES.scales.items()},
+        name=f"length-{percent}",
     )
-    for share in (0.15, 0.6, 2.5)
+    for percent in (15, 60, 250)
 )
 # Ten million tokens, twice as wide: with two heads a sub-token has 128 dimensions.
 WIDE = ENGLISH.variant("", ENGLISH.scales, name="wide").at_cpu(
@@ -277,7 +277,7 @@ EXPERIMENTS = (
             "-h2", "-narrower-2", "-narrower-4", "-gain", "-subtoken-residual", "-p1-router", "-linear-router",
             "-weak-balance",
         ))), reference="xmoe"),
-    *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} times the study's updates", "english_lm",
+    *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} % of the study's updates", "english_lm",
         (Stage(recipe),), ("xmoe", "mhmoe-flops"), reference="xmoe") for recipe in LENGTHS),
     Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",
         (Stage(WIDE),), ("dense", "xmoe", "xmoe-e32", *(

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# What decides: 0.6 times the study's updates. Flags: mhmoe reproduce --help
-exec mhmoe reproduce length-0.6 "$@"
