@@ -35,6 +35,7 @@ EXTRAS = {
     "captions": ["pycocoevalcap>=1.2"],
     "bench": ["transformers>=5"],
     "completion": ["shtab>=1.7"],
+    "hf": ["tokenizers>=0.22"],  # to export; who opens the export needs transformers>=5.10
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3",
@@ -64,7 +65,16 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["mhmoe_fairseq", "mhmoe_fairseq.*"]),
-    package_data={"mhmoe_fairseq": ["py.typed", "**/*.yaml", "**/*.json", "**/*.cpp", "**/*.html"]},
+    package_data={
+        "mhmoe_fairseq": [
+            "py.typed",
+            "**/*.yaml",
+            "**/*.json",
+            "**/*.cpp",
+            "**/*.html",
+            "checkpoints/huggingface/remote/*.py",
+        ]
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mhmoe = mhmoe_fairseq.commands.main:main"]},

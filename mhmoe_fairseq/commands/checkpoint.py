@@ -1,8 +1,9 @@
-"""``mhmoe checkpoint``: look into checkpoints, convert, average and import them."""
+"""``mhmoe checkpoint``: look into checkpoints, convert, average, import and export them."""
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..common.arguments import (
     add_action,
@@ -11,6 +12,7 @@ from ..common.arguments import (
     existing_path,
     output_file,
     output_folder,
+    real,
     whole,
 )
 from ..common.console import say
@@ -46,10 +48,18 @@ dictionary. The result has no optimizer state: evaluate it or fine-tune from it.
   mhmoe checkpoint average --inputs checkpoints --num-update-checkpoints 5 --checkpoint-upper-bound 20000 \\
       --output mean.pt
 """
+_EXPORT = """\
+hf: a folder that transformers 5.10 and later, lm-eval and vLLM open without this package: config.json, the model's
+code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Dropless routing only.
+fairseq: such a folder, perhaps trained further, becomes model.pt and dict.txt again. Details: docs/export.md.
+
+  mhmoe checkpoint export --format hf checkpoints/checkpoint_best.pt exported
+  mhmoe checkpoint export --format fairseq exported back
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe checkpoint inspect|convert|average|import-official``."""
+    """Flags of ``mhmoe checkpoint inspect|convert|average|import-official|export``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     inspect = add_action(actions, "inspect", "say what a checkpoint holds", _INSPECT)
     inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
@@ -96,6 +106,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write only the MoE layers, for MHMoELayer in plain PyTorch: moe_layers.pt, {layer: {config, state}}",
     )  # fmt: skip
     official.add_argument("--overwrite", action="store_true", help="replace files of these names in --out")
+    _add_export(actions)
+
+
+def _add_export(actions: Any) -> None:
+    export = add_action(actions, "export", "make a folder for Hugging Face of a language model, and back", _EXPORT)
+    export.add_argument(
+        "source", type=existing_path, metavar="FROM", help="a checkpoint; with fairseq a folder of hf's"
+    )
+    export.add_argument("out", type=output_folder, metavar="DIR", help="the folder to write, empty or not there")
+    export.add_argument("--format", choices=("hf", "fairseq"), required=True, help="what to make")
+    export.add_argument(
+        "--data", metavar="DIR", type=existing_folder,
+        help="hf: folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
+    )  # fmt: skip
+    export.add_argument(
+        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="hf: rank file of a vocabulary of tiktoken's"
+    )
+    export.add_argument(
+        "--max-shard-size", type=real(above=0), default=5.0, metavar="GB", help="hf: most weights in one file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -163,7 +193,39 @@ def _import_official(args: argparse.Namespace) -> None:
     say("\n".join(import_official(args.checkpoint, args.out, **options)))
 
 
-_ACTIONS = {"inspect": _inspect, "convert": _convert, "average": _average, "import-official": _import_official}
+def _export(args: argparse.Namespace) -> None:
+    from ..checkpoints.huggingface.export import export_model, import_folder
+
+    if args.format == "fairseq":
+        for flag in ("data", "tiktoken_ranks"):
+            if getattr(args, flag):
+                raise UserError(f"--{flag.replace('_', '-')} has no meaning with --format fairseq")
+        say("\n".join(import_folder(args.source, args.out)))
+        return
+    options = {"data": args.data, "ranks": args.tiktoken_ranks, "shard_bytes": round(args.max_shard_size * 1e9)}
+    say("\n".join(export_model(args.source, args.out, measured=_measured(args.source), **options)))
+
+
+def _measured(checkpoint: Path) -> list[list[str]]:
+    """The metrics of the records beside a checkpoint: name, value, unit, split, digest of the data."""
+    from ..evaluation.records import read_record
+
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    records = map(read_record, sorted(folder.glob("record-*.json")))
+    return [
+        [name, f"{metric.value:.4g}", metric.unit, record.split, str(record.data.get("digest", MISSING))[:16]]
+        for record in records
+        for name, metric in record.metrics.items()
+    ]
+
+
+_ACTIONS = {
+    "inspect": _inspect,
+    "convert": _convert,
+    "average": _average,
+    "import-official": _import_official,
+    "export": _export,
+}
 
 
 def describe(summary: "CheckpointSummary") -> str:

@@ -98,6 +98,10 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         ("checkpoint", "import-official"): {
             "checkpoint": [f"{root}/official.pt"], "--out": ["out"], "--data": [f"{root}/dictionary"],
         },
+        ("checkpoint", "export"): {
+            "source": [f"{root}/imported/model.pt"], "out": ["out"], "--format": ["hf"],
+            "--data": [f"{root}/dictionary"],
+        },
     }  # fmt: skip
 
 

@@ -72,10 +72,10 @@ class Case:
         ]
 
     def _names(self) -> tuple[str, ...]:
-        """What the line may call it by; XNLI asks for its package before it looks at anything else."""
+        """What the line may call it by; who needs an optional package asks for it first."""
         given = (self.value,) if self.option.kind not in ("whole", "real") and self.value else ()
         clash = (CLASHES[self.option.name],) if self.option.name in CLASHES else ()
-        return (*self.option.shown, *given, *clash, "lm-eval is not installed")
+        return (*self.option.shown, *given, *clash, "is not installed")
 
 
 def cases(calls: Iterable[tuple[tuple[str, ...], Call]], given_alone: bool = False) -> list[Case]:
@@ -160,5 +160,5 @@ def test_the_calls_are_right(trained: Path, tmp_path: Path) -> None:
     words = [tuple(word for word in words_of(command, call, nothing, None) if word) for command, call in calls]
     outcomes = run_forked("mhmoe_fairseq.commands.main:main", words, trained, tmp_path / "work", furnish)
     for call, outcome in zip(words, outcomes):
-        assert outcome.status == 0 or "lm-eval is not installed" in outcome.err, f"{call}\n{outcome.err}"
+        assert outcome.status == 0 or "is not installed" in outcome.err, f"{call}\n{outcome.err}"
         assert not outcome.harmed

@@ -199,18 +199,27 @@ def convert_checkpoint(official: Mapping[str, Tensor], options: Any, dictionary:
         raise UserError(f"the weights do not fit the stored settings: {'; '.join(wrong[:6])}{more}")
     if dictionary is not None:
         state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
-    progress = {"optimizer_history": [_NO_PROGRESS], "task_state": {}, "extra_state": {"epoch": 0}}
-    return {"args": None, "cfg": _stored_config(options), "model": state, **progress}
+    return stored_checkpoint(state, options, {"_name": "mhmoe_language_modeling", "data": ""})
 
 
-def _stored_config(options: Any) -> dict[str, Any]:
-    """fairseq's configuration as plain data, with our model, task and criterion in it."""
+def stored_checkpoint(state: Mapping[str, Tensor], options: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a model that begins a training, with our criterion.
+
+    Args:
+        task: its settings, to which the model's lengths are added.
+    """
+    task_state = {"language_token": True} if task.get("mhmoe_language_token") else {}
+    progress = {"optimizer_history": [_NO_PROGRESS], "task_state": task_state, "extra_state": {"epoch": 0}}
+    return {"args": None, "cfg": _stored_config(options, task), "model": dict(state), **progress}
+
+
+def _stored_config(options: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+    """fairseq's configuration as plain data."""
     config: Any = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
     plain = (bool, int, float, type(None))
     model = {name: value if isinstance(value, plain) else str(value) for name, value in vars(options).items()}
     lengths = {name: model[name] for name in ("tokens_per_sample", "max_target_positions")}
-    task = {"_name": "mhmoe_language_modeling", "data": "", **lengths}
-    return {**config, "model": model, "task": task, "criterion": {"_name": "moe_cross_entropy"}}
+    return {**config, "model": model, "task": {**task, **lengths}, "criterion": {"_name": "moe_cross_entropy"}}
 
 
 def _load_dictionary(data: Path, official: Mapping[str, Tensor]) -> Dictionary:

@@ -1,0 +1,1 @@
+"""Language models as folders that ``transformers`` opens without this package, and back."""

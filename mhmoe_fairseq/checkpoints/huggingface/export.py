@@ -1,0 +1,254 @@
+"""``mhmoe checkpoint export``: a trained language model as a folder for ``transformers``, and back."""
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from fairseq.data import Dictionary
+from torch import Tensor
+
+from ...common.errors import UserError
+from ...common.files import atomic_path, explain_full_disk, read_json, refuse_path_separator, write_json
+from ...data.vocabularies import MODEL_FILE
+from ...models.architectures import named_architecture
+from ...models.bases import fingerprint
+from ...models.flags import decoder_settings
+from ...models.language_model import build_language_model, find_checkpoint, find_data
+from ..files import read_trained, write_checkpoint
+from ..official.importing import stored_checkpoint
+from ..open import read_settings
+from ..summary import different_shapes, weights_of
+from .card import write_card
+from .mapping import describe_model, export_weights, import_weights
+from .tokenizer import build_tokenizer, require_packages
+
+FORMATS = ("hf", "fairseq")
+REMOTE = Path(__file__).parent / "remote"
+_CONFIG, _INDEX, _WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+_FINGERPRINT = "decoder.vocabulary_fingerprint"
+_AUTO = {"AutoConfig": "configuration_mhmoe.MHMoEConfig", "AutoModel": "modeling_mhmoe.MHMoEModel"}
+
+
+def export_model(
+    checkpoint: Path, out: Path, *, data: Path | None = None, ranks: Path | None = None,
+    shard_bytes: int = 5 * 10**9, measured: Sequence[Sequence[str]] = (),
+) -> list[str]:  # fmt: skip
+    """Write a folder that ``AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`` opens.
+
+    Args:
+        checkpoint: a file, or the folder that holds one.
+        out: a folder that is not there or empty; on an error it stays so.
+        data: the folder with dict.txt and the vocabulary (default: the checkpoint's own, or its training data).
+        ranks: rank file of a tiktoken vocabulary.
+        shard_bytes: most bytes of weights in one file.
+        measured: rows of the model card: metric, value, unit, data, digest.
+
+    Returns:
+        what was written.
+
+    Raises:
+        UserError: naming what is wrong or cannot be exported, before anything is written.
+    """
+    require_packages()
+    _require_empty(out)
+    file = find_checkpoint(checkpoint, None)
+    trained, stored = read_trained(file), read_settings(file)
+    options, task = _options(stored["model"], file), _plain(stored["task"], "data")
+    folder, dictionary = _open_dictionary(file, data)
+    weights = weights_of(trained, file)
+    _check_dictionary(weights, dictionary, folder)
+    settings = decoder_settings(options, len(dictionary))
+    criterion = stored.get("criterion") or {}
+    model = describe_model(options, settings, criterion.get("moe_gate_loss_wt", 0.01))
+    start = "<s>" if task.get("add_bos_token") else "</s>"
+    ids = {"bos_token_id": dictionary.index(start), "eos_token_id": dictionary.eos(), "pad_token_id": dictionary.pad()}
+    own = {"model": _plain(vars(options)), "task": task}
+    config = {
+        "model_type": "mhmoe_lm", "architectures": ["MHMoEForCausalLM"], "dtype": "float32",
+        "auto_map": {**_AUTO, "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM"},
+        **ids, **model, "fairseq": own,
+    }  # fmt: skip
+    tokenizer = build_tokenizer(dictionary, folder, ranks, start)
+    exported = export_weights(weights, settings)
+    count = sum(map(Tensor.numel, exported.values()))
+    with _whole_folder(out) as target:
+        write_json(target / _CONFIG, config)
+        write_json(target / "generation_config.json", ids)
+        tokenizer.save(str(target / "tokenizer.json"))
+        write_json(target / "tokenizer_config.json", _tokenizer_config(start, settings.max_target_positions))
+        files = _write_weights(exported, target, shard_bytes)
+        for source in (*REMOTE.glob("*.py"), folder / "dict.txt", folder / MODEL_FILE):
+            if source.is_file():
+                shutil.copyfile(source, target / source.name)
+        write_card(target / "README.md", config, folder, count, measured)
+    left_out = [name for name in weights if name.startswith("classification_heads.")]
+    return [
+        f"{out}: {count:,} parameters in {files} file{'s'[: files > 1]}, tokenizer of {len(dictionary):,} symbols",
+        *(["heads of fine-tuning are left out"] if left_out else []),
+        f"to open: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)",
+    ]
+
+
+def import_folder(source: Path, out: Path) -> list[str]:
+    """Write model.pt, dict.txt and sentencepiece.model of an exported folder, which may have been trained further.
+
+    Raises:
+        UserError: naming the file and what is wrong, before anything is written.
+    """
+    _require_empty(out)
+    refuse_path_separator(out, "output")
+    config = _read_config(source / _CONFIG)
+    try:
+        options = _options(config["fairseq"]["model"], source / _CONFIG)
+        task = {**config["fairseq"]["task"], "data": ""}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{source / _CONFIG}: no fairseq settings in it: mhmoe checkpoint export did not write it"
+        ) from error
+    if not (source / "dict.txt").is_file():
+        raise UserError(f"{source}: no dict.txt in it: copy it from the folder that mhmoe checkpoint export wrote")
+    dictionary = Dictionary.load(str(source / "dict.txt"))
+    settings = decoder_settings(options, len(dictionary))
+    for name, value in describe_model(options, settings, 0.0).items():
+        if name in config and config[name] != value and name != "mhmoe_balance_weight":
+            rule = f"the fairseq settings in it say {value!r}"
+            raise UserError(f"{source / _CONFIG}: {name} ({config[name]!r}) contradicts its own settings: {rule}")
+    with torch.device("meta"):
+        model = build_language_model(options, dictionary)
+    expected = {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT}
+    state = import_weights(_read_weights(source), expected, settings)
+    wrong = [f"{name} is {one}, not {other}" for name, one, other in different_shapes(state, expected)]
+    if wrong:
+        raise UserError(f"{source}: the weights do not fit {_CONFIG}: {'; '.join(wrong[:3])}")
+    state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
+    with _whole_folder(out) as target:
+        write_checkpoint(stored_checkpoint(state, options, task), target / "model.pt", overwrite=False)
+        for name in ("dict.txt", MODEL_FILE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+    return [f"{out / 'model.pt'}: opens as the model that was exported; mhmoe evaluate needs its data, --data"]
+
+
+# ---------------------------------------------------------------------- settings
+
+
+def _options(stored: Mapping[str, Any], file: Path) -> Any:
+    """The options of a language model that a checkpoint or config.json keeps."""
+    if "encoder_layers" in stored:
+        raise UserError(f"{file} is BEiT-3: only language models can be exported")
+    options = argparse.Namespace(**stored)
+    named_architecture(options._name)(options)
+    return options
+
+
+def _plain(stored: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    """What is given of stored settings, as JSON has it."""
+    plain = (bool, int, float, str)
+    return {
+        str(name): value if isinstance(value, plain) else str(value)
+        for name, value in stored.items()
+        if value is not None and name not in without
+    }
+
+
+def _open_dictionary(file: Path, data: Path | None) -> tuple[Path, Dictionary]:
+    try:
+        folder = find_data(file, None if data is None else str(data))
+    except FileNotFoundError as error:
+        raise UserError(f"{str(error).partition(':')[0]}: name the folder of the model's dictionary, --data") from error
+    return folder, Dictionary.load(str(folder / "dict.txt"))
+
+
+def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path) -> None:
+    rows, stored = len(weights["decoder.embed_tokens.weight"]), weights.get(_FINGERPRINT)
+    if rows != len(dictionary) or (stored is not None and stored.tolist() != fingerprint(dictionary)):
+        raise UserError(
+            f"{folder / 'dict.txt'} ({len(dictionary):,} words) is not the checkpoint's dictionary ({rows:,} words)"
+        )
+
+
+def _tokenizer_config(start: str, max_length: int) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": start, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "model_max_length": max_length, "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }  # fmt: skip
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent}: no {path.name} in it: it is no folder of mhmoe checkpoint export")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("model_type") != "mhmoe_lm":
+        raise UserError(f"{path}: model_type must be mhmoe_lm")
+    return config
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _require_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder: name one that is, or that does not exist")
+
+
+@contextlib.contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """Yields a folder under a temporary name, which becomes ``out`` when all is written; an error leaves nothing."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_full_disk(out):
+            temporary.mkdir(parents=True)
+            yield temporary
+            os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(weights: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> int:
+    """Write the files of weights and, of several, their index; returns how many."""
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, value in weights.items():
+        if shards[-1] and sum(one.nbytes for one in shards[-1].values()) + value.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = value
+    names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else [_WEIGHTS]
+    for name, shard in zip(names, shards):
+        with atomic_path(folder / name) as temporary:
+            safetensors.torch.save_file(shard, temporary, {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(value.nbytes for value in weights.values())
+        files = {weight: name for name, shard in zip(names, shards) for weight in shard}
+        write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    return len(shards)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    names = [_WEIGHTS]
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX)
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(found, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in found.values()
+        ):
+            raise UserError(f"{folder / _INDEX}: no index of safetensors files")
+        names = sorted(set(found.values()))
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no {name} in it")
+        try:
+            weights |= safetensors.torch.load_file(folder / name)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{folder / name}: no readable weights ({error})") from error
+    return weights

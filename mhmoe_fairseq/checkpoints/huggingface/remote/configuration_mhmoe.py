@@ -1,0 +1,116 @@
+"""Configuration of MH-MoE language models for transformers 5.10 and later; needs no other package.
+
+Every number of experts has a name of its own: under ``num_experts`` serving engines would look for experts as wide as
+the model and replace ours, which are as wide as a sub-token.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+_CHOICES = {
+    "hidden_act": ("gelu", "relu", "silu"),
+    "absolute_positions": ("sinusoidal", "learned", "none"),
+    "relative_positions": ("rotary", "xpos", "none"),
+    "norm": ("layernorm", "rmsnorm"),
+    "mhmoe_router": ("xmoe", "linear"),
+    "mhmoe_balance": ("top1", "topk"),
+}
+_AT_LEAST_ONE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
+_OF_EXPERTS = "mhmoe_experts mhmoe_top_k mhmoe_heads mhmoe_expert_size mhmoe_router_dim"
+_AT_LEAST_ZERO = "mhmoe_freq mhmoe_shared_size mhmoe_head_projections mhmoe_merge_projections"
+
+
+class MHMoEConfig(PreTrainedConfig):
+    """What decides the function of an ``mhmoe_lm`` model, and what it was trained with.
+
+    Args:
+        hidden_act: of dense networks and experts; ``silu`` means SwiGLU, with a gate matrix.
+        absolute_positions, relative_positions: added to the embedding; rotating queries and keys.
+        post_norm: normalise behind the residual connection, whose other branch is multiplied by ``residual_scale``.
+        sub_norm: a norm on attention's and dense networks' inner activation; the experts' is ``mhmoe_expert_norm``,
+            whose scale and shift are part of ``down_proj``.
+        mhmoe_freq: every n-th layer has experts; 0 for none.
+        mhmoe_heads: sub-tokens that each token is split into.
+        mhmoe_head_projections, mhmoe_merge_projections: linear maps before the split and after the merge.
+        mhmoe_balance_weight: of the balance loss in the loss, when ``output_router_logits`` asks for it.
+        fairseq: settings of the fairseq model and task, for the way back.
+
+    Raises:
+        ValueError: naming the field, its value and the rule.
+    """
+
+    model_type = "mhmoe_lm"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 2048
+    hidden_act: str = "gelu"
+    absolute_positions: str = "sinusoidal"
+    relative_positions: str = "none"
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    sub_norm: bool = True
+    post_norm: bool = False
+    residual_scale: float = 1.0
+    use_bias: bool = True
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    mhmoe_freq: int = 2
+    mhmoe_experts: int = 8
+    mhmoe_top_k: int = 2
+    mhmoe_heads: int = 1
+    mhmoe_expert_size: int = 3072
+    mhmoe_expert_norm: bool = True
+    mhmoe_shared_size: int = 0
+    mhmoe_head_projections: int = 0
+    mhmoe_merge_projections: int = 0
+    mhmoe_projection_bias: bool = True
+    mhmoe_subtoken_residual: bool = False
+    mhmoe_router: str = "xmoe"
+    mhmoe_router_dim: int = 16
+    mhmoe_router_cosine: bool = False
+    mhmoe_router_temperature: float | None = None
+    mhmoe_router_fp32: bool = True
+    mhmoe_normalize_gates: bool = True
+    mhmoe_balance: str = "top1"
+    mhmoe_balance_weight: float = 0.01
+    output_router_logits: bool = False
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 2
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 1
+    tie_word_embeddings: bool = True
+    fairseq: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the fields."""
+        for name, allowed in _CHOICES.items():
+            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        for least, names in enumerate((_AT_LEAST_ZERO, f"{_AT_LEAST_ONE} {_OF_EXPERTS}")):
+            for name in names.split():
+                value = getattr(self, name)
+                self._require(name, type(value) is int and value >= least, f"an integer of at least {least}")
+        heads, parts = self.num_attention_heads, self.mhmoe_heads
+        self._require("num_attention_heads", self.hidden_size % heads == 0, f"a divisor of {self.hidden_size}")
+        self._require("mhmoe_heads", self.hidden_size % parts == 0, f"a divisor of {self.hidden_size}")
+        self._require("mhmoe_top_k", self.mhmoe_top_k <= self.mhmoe_experts, f"at most {self.mhmoe_experts}")
+        self._require("mhmoe_freq", self.mhmoe_freq <= self.num_hidden_layers, f"at most {self.num_hidden_layers}")
+        super().__post_init__(**kwargs)
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"config.json: {name} ({getattr(self, name)!r}) must be {rule}")
+
+    @property
+    def expert_bias(self) -> bool:
+        """Whether experts have biases: with a norm inside them always, since its shift is one of them."""
+        return self.use_bias or self.mhmoe_expert_norm

@@ -1,0 +1,119 @@
+"""Opens exported folders as someone who never heard of fairseq: ``python transformers_probe.py FOLDER ...``.
+
+Each folder has ``probe.pt``: ``ids``, ``(B, S)`` without padding. What comes of it is written to ``found.pt`` there.
+"""
+
+import inspect
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+for _name in ("mhmoe_fairseq", "fairseq", "torchscale", "fairscale", "sentencepiece"):
+    sys.modules[_name] = None  # type: ignore[assignment]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+
+def open_folder(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().item()
+
+
+def padded(rows: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
+    """The rows, padded on the left, and their mask."""
+    width = max(map(len, rows))
+    ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
+    mask = torch.stack([(torch.arange(width) >= width - len(row)).long() for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def use(model: Any, folder: Path, ids: Tensor) -> dict[str, Any]:
+    """Logits, and the largest differences between two ways to the same."""
+    logits = model(ids).logits
+    found: dict[str, Any] = {"logits": logits}
+    for backend in ("eager", "batched_mm", "grouped_mm"):
+        if model.config.mhmoe_freq:
+            model.set_experts_implementation(backend)
+        found[f"experts {backend}"] = difference(model(ids).logits, logits)
+    for backend in ("eager", "sdpa"):
+        model.set_attn_implementation(backend)
+        found[f"attention {backend}"] = difference(model(ids).logits, logits)
+
+    half = ids.size(1) // 2
+    for name in ("cache", "past_key_values"):
+        first = model(ids[:, :half], use_cache=True)
+        kept = first["cache"] if "cache" in first else first["past_key_values"]
+        steps = [model(ids[:, at : at + 1], **{name: kept}).logits for at in range(half, ids.size(1))]
+        found[f"steps with {name}"] = difference(torch.cat([first.logits, *steps], dim=1), logits)
+
+    rows = [ids[0], ids[1, : half + 1]]
+    together, mask = padded(rows, model.config.pad_token_id)
+    for row, at, one in zip(model(together, attention_mask=mask).logits, mask, rows):
+        found[f"left padding of {len(one)}"] = difference(row[at.bool()], model(one[None]).logits[0])
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    alone = [model.generate(row[None], **greedy)[0, len(row) :] for row in rows]
+    slow = [model.generate(row[None], use_cache=False, **greedy)[0, len(row) :] for row in rows]
+    batch = model.generate(together, attention_mask=mask, **greedy)[:, together.size(1) :]
+    found["generated without cache"] = all(torch.equal(*pair) for pair in zip(alone, slow))
+    found["generated padded"] = all(torch.equal(*pair) for pair in zip(alone, batch))
+    beams = {**greedy, "num_beams": 3, "num_return_sequences": 2}
+    found["beams"] = torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+
+    again = folder / "again"
+    model.save_pretrained(again, max_shard_size="40KB")
+    found["files"] = len(list(again.glob("*.safetensors")))
+    reopened = open_folder(again).state_dict()
+    found["saved again"] = all(torch.equal(value, reopened[name]) for name, value in model.state_dict().items())
+    return found
+
+
+def train(model: Any, ids: Tensor) -> dict[str, Any]:
+    """Losses with labels, and the balance loss."""
+    plain = model(ids, labels=ids)
+    asked = model(ids, labels=ids, output_router_logits=True)
+    found = {"loss": plain.loss.item(), "with balance": asked.loss.item()}
+    if asked.aux_loss is not None:
+        found["balance"] = asked.aux_loss.item()
+    asked.loss.backward()
+    found["without gradient"] = [name for name, value in model.named_parameters() if value.grad is None]
+    return found
+
+
+def train_with_trainer(folder: Path, ids: Tensor) -> dict[str, Any]:
+    """One step of transformers' Trainer, which needs accelerate, recomputing activations."""
+    from transformers import Trainer, TrainingArguments
+
+    model = open_folder(folder, output_router_logits=True).train()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            scratch, max_steps=1, use_cpu=True, report_to=[], learning_rate=0.01, gradient_checkpointing=True,
+            save_strategy="no", disable_tqdm=True, max_grad_norm=0,
+        )  # fmt: skip
+        loss = Trainer(model, arguments, train_dataset=rows).train().training_loss
+    after = dict(model.named_parameters())
+    return {"trained loss": loss, "moved": sum(not torch.equal(before[name], after[name]) for name in before)}
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        ids = torch.load(folder / "probe.pt")["ids"]
+        model = open_folder(folder)
+        found = {**use(model, folder, ids), **train(model, ids)}
+        if (folder / "train").exists():
+            found.update(train_with_trainer(folder, ids))
+        found["parameters"] = sum(map(Tensor.numel, model.parameters()))
+        found["takes"] = list(inspect.signature(model.forward).parameters)
+        torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    main()
