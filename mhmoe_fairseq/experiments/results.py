@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 from ..analysis.reports import tables
@@ -146,15 +147,16 @@ def summary(pages: list[Page]) -> str:
     return "\n\n".join(filter(None, [_HEAD, "## Claims", *claims, RULE, *sections, told, _MORE])) + "\n"
 
 
-def _claims(pages: list[Page]) -> Iterator[tuple[Page, Claim, Finding]]:
-    for page in pages:
-        for claim, finding in zip(page.experiment.claims, page.findings):
-            yield page, claim, finding
+def _claims(pages: list[Page]) -> list[tuple[Page, Claim, Finding]]:
+    """All claims, those that our runs speak of first."""
+    found = [row for page in pages for row in zip(repeat(page), page.experiment.claims, page.findings)]
+    return sorted(found, key=lambda row: row[2].verdict == NOT_RUN)
 
 
 def _claim_row(page: Page, claim: Claim, finding: Finding) -> list[str]:
     """Claim, paper, ours, verdict, and at what scale."""
-    source = f"{page.experiment.source}: {claim.text}"
+    experiment = page.experiment
+    source = f"{experiment.source} ({experiment.name}): {claim.text}"
     ours = MISSING
     if finding.changes:
         ours = f"{finding.values[0]} against {finding.values[1]}: {finding.change} (n = {len(finding.changes)})"
