@@ -22,12 +22,13 @@ from ..common.errors import UserError
 from ..common.files import atomic_open, read_json, write_json
 from ..evaluation.records import SCHEMA, Record, read_record
 from .plan import PACKAGE, SEARCH, STATE, Choice, Plan, Run
-from .spec import Experiment
+from .spec import Experiment, Flags, parse_flags
 
 TREE = Path("results")
 CHOICE = "choice"  # in run.json: flags of mhmoe reproduce
 _RECORDS = ("record-*.json", "routing-*.json")
 _LOG_KEYS = ("num_updates", "loss", "gate_loss", "wps", "wpb", "wall")
+_OF_ONE_RUN = ("--seed", "--save-dir", "--log-file", "--finetune-from-model")
 _ABSOLUTE = re.compile(r"(?<![\w./!~-])(?:~[\w.-]*|\.\.)?/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
 _QUOTED = re.compile(r"(?<=')(?:~[\w.-]*|\.\.)?/(?:[^'/]+/)*([^'/]+)/?(?=')")  # as a shell's line has one with spaces
 _FILE_URI = re.compile(r"\bfile:(?://[\w.-]*)?(?=/)")
@@ -39,8 +40,8 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
 
     Raises:
         UserError: naming the first run that is unfinished, half-written, of another length, scale or other data than
-            what is kept, with fewer records or some of another checkpoint, or tested before its learning rate was
-            chosen. Then nothing was copied.
+            what is kept, trained otherwise than a kept seed, with fewer records or some of another checkpoint, or
+            tested before its learning rate was chosen. Then nothing was copied.
     """
     runs = plan.runs()
     if not runs:
@@ -60,6 +61,7 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     for task, together in _by_task(runs).items():
         replaced = {_folder(plan, run, tree) for run in together}
         kept = (tree / plan.experiment.folder / task).glob("*/seed-*")
+        _require_one_recipe(plan, together, tree)
         _require_same_data([*(run.folder for run in together), *sorted({*kept} - replaced)])
     folders = [_copy(plan, run, _folder(plan, run, tree)) for run in runs]
     folders += [_copy_others(plan, runs[0], name, tree) for name in others]
@@ -129,6 +131,28 @@ def _require_no_loss(folder: Path, target: Path, *patterns: str) -> None:
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
     return sorted(file for pattern in patterns for file in folder.glob(pattern))
+
+
+def _require_one_recipe(plan: Plan, runs: Sequence[Run], tree: Path) -> None:
+    """Checks that the seeds of a model that stay in the tree were trained as the new ones."""
+    replaced = {_folder(plan, run, tree) for run in runs}
+    for run in runs:
+        for kept in sorted({*_folder(plan, run, tree).parent.glob("seed-*")} - replaced):
+            if not (kept / STATE).is_file():
+                continue
+            before, now = _recipe(read_json(kept / STATE)), _recipe(_cleaner(plan, run)(read_json(run.folder / STATE)))
+            if differing := [flag for flag in {**before, **now} if before.get(flag) != now.get(flag)]:
+                raise UserError(
+                    f"--keep: {kept} was trained with another {', '.join(differing)} than {run.name}: keep that seed "
+                    "anew, too, or remove it"
+                )
+
+
+def _recipe(state: dict[str, Any]) -> Flags:
+    """The flags of a run's training, but for its seed and its paths."""
+    words = state["command"]
+    flags = parse_flags(words[next(at for at, word in enumerate(words) if word.startswith("--")) :])
+    return {flag: value for flag, value in flags.items() if flag not in _OF_ONE_RUN}
 
 
 def _require_same_data(folders: Sequence[Path]) -> None:

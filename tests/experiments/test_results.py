@@ -174,6 +174,12 @@ def test_runs_of_another_length_or_other_data_than_the_kept_ones_are_refused(
     assert keep(tmp_path) == 2
     assert "dense/seed-1 in" in (said := capsys.readouterr().err) and "was trained with other flags" in said
     assert keep(tmp_path, "table1", "--models", "xmoe", "--seeds", "2") == 0
+    kept = tmp_path / "results" / "english_lm" / "xmoe" / "seed-2" / "run.json"
+    before = kept.read_text()
+    kept.write_text(before.replace('"4e-3"', '"9e-3"'))
+    assert keep(tmp_path, "table1", "--models", "xmoe", "--seeds", "1") == 2
+    assert "seed-2 was trained with another --lr than xmoe/seed-1: keep" in capsys.readouterr().err
+    kept.write_text(before)
     for run in (finished / "xmoe").iterdir():
         _change(run / "record-test.json", data={"digest": "1"})
         _change(run / "record-valid.json", data={"digest": "1"})
