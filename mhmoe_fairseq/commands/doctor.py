@@ -27,7 +27,7 @@ PACKAGES = (
 # Extras of setup.py: the package that each brings, and what it is for.
 EXTRAS = {
     "tiktoken": ("tiktoken", "dictionaries of tiktoken's ranks"),
-    "lm-eval": ("lm-eval", "mhmoe zero-shot lm-eval"),
+    "lm-eval": ("lm-eval", "mhmoe zero-shot"),
     "plots": ("matplotlib", "plots of report, reproduce and analyze"),
     "tensorboard": ("tensorboardX", "fairseq's --tensorboard-logdir"),
     "captions": ("pycocoevalcap", "METEOR and SPICE of captions"),
