@@ -144,6 +144,11 @@ def _in_precision(asked: str | None, device: torch.device) -> dict[str, str]:
     return {"mhmoe_precision": resolve(asked, device.type)}
 
 
+def precision_of(file: Path, asked: str | None, device: str | None) -> str:
+    """Returns the precision that a checkpoint's model would be opened in, without opening it; see ``open_model``."""
+    return resolve(asked or read_settings(file)["model"].get("mhmoe_precision"), find_device(device).type)
+
+
 def read_settings(file: Path) -> dict[str, Any]:
     """The configuration stored in a checkpoint, by section; its tensors are not read.
 

@@ -22,7 +22,7 @@ from ..common.errors import UserError
 from ..common.files import require_files, sha256_of, write_json
 from ..common.ranges import flag
 from ..common.tables import markdown_table, number
-from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_record, record_file, write_record
+from ..evaluation.records import ACTIVE_THRESHOLD, Record, read_kept, record_file, write_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,16 +138,14 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
     from ..analysis.reports.plots import draw_all
     from ..analysis.reports.routing import activation_plot, describe_routing, part_plots
     from ..analysis.routing.measure import measure_routing
-    from ..checkpoints.open import find_device, read_settings
+    from ..checkpoints.open import precision_of
     from ..data.identity import identify_data
-    from ..models.precision import resolve
 
     [checkpoint] = args.checkpoints
     out = args.out or checkpoint.parent
     file, threshold = out / f"routing-{args.split}.json", args.threshold or ACTIVE_THRESHOLD
     device = "cpu" if args.cpu else None
-    settings = read_settings(checkpoint)["model"]
-    precision = resolve(args.precision or settings.get("mhmoe_precision"), find_device(device).type)
+    precision = precision_of(checkpoint, args.precision, device)
     origin = (sha256_of(checkpoint), identify_data(args.data).digest, args.split, precision)
     record = _read_kept(file, origin)
     with quiet():
@@ -169,11 +167,8 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
 
 def _read_kept(file: Path, origin: tuple[str, str, str, str]) -> Record | None:
     """A record with expert loads of this very checkpoint, data, split and precision; None if there is none."""
-    if not file.is_file():
-        return None
-    record = read_record(file)
-    known = (record.checkpoint.get("sha256"), record.data.get("digest"), record.split)
-    return record if (*known, record.provenance.get("precision")) == origin and record.experts is not None else None
+    record = read_kept(file, origin)
+    return None if record is None or record.experts is None else record
 
 
 def _analyze_diversity(args: argparse.Namespace) -> list[Path]:

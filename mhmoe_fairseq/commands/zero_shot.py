@@ -1,6 +1,7 @@
 """``mhmoe zero-shot``: language models on tasks that they were not trained for."""
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,10 +25,8 @@ from ..common.arguments import (
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.files import read_json, require_files, sha256_of
-from ..common.tables import markdown_table, number
-from ..evaluation.records import Record, mean_of, record_file, write_record
+from ..evaluation.records import Record, mean_of, read_kept, record_file, write_record
 
-PROBE = "cross-lingual probe of our own, not XNLI: which of n sentences translates the one before it"
 _OTHER_COMMANDS = ("ls", "validate")
 _HELP = """mhmoe zero-shot lm-eval: lm-eval's command line with the model mhmoe, which --model need not name.
 
@@ -149,13 +148,17 @@ def run(args: argparse.Namespace) -> int:
     return {"lm-eval": _run_lm_eval, "english": _run_english, "xnli": _run_xnli, "probe": _run_probe}[args.kind](args)
 
 
+def _path(args: argparse.Namespace, file: Path) -> Path:
+    """Where a checkpoint's record is written."""
+    return args.record or record_file(file.parent, f"zero-shot-{args.kind}")
+
+
 def _write(args: argparse.Namespace, record: Record, file: Path, hub: Any) -> Record:
     """Write what a checkpoint's model was found to do, with what it was measured with."""
     from ..checkpoints.open import Opened
     from ..evaluation.evaluate import with_origin
 
-    record = with_origin(record, Opened.of_text_model(hub, file))
-    path = args.record or record_file(file.parent, f"zero-shot-{args.kind}")
+    record, path = with_origin(record, Opened.of_text_model(hub, file)), _path(args, file)
     write_record(path, record)
     say(f"written: {path}")
     return record
@@ -176,8 +179,26 @@ def name_models(checkpoints: Sequence[Path]) -> list[str]:
     return next(names for names in named if len(set(names)) == len(names))
 
 
-def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], tuple[Record, Any]]) -> dict[str, Record]:
-    """Evaluate one checkpoint after the other, by name and file, and write each record at once; they come by name."""
+def _kept(args: argparse.Namespace, file: Path, digest: str) -> Record | None:
+    """What was recorded earlier of a checkpoint on these data, in this precision, with its experts; None if nothing."""
+    from ..checkpoints.open import precision_of
+
+    with contextlib.suppress(UserError):  # half a record is none
+        precision = precision_of(file, args.precision, "cpu" if args.cpu else None)
+        record = read_kept(_path(args, file), (sha256_of(file), digest, args.kind, precision))
+        if record is not None and (record.experts or not record.model["counts"].get("experts")):
+            return record
+    return None
+
+
+def _record_each(
+    args: argparse.Namespace, digest: str, evaluate: Callable[[str, Path, Record | None], tuple[Record, Any]]
+) -> dict[str, Record]:
+    """Evaluate one checkpoint after the other, by name and file, and write each record at once; they come by name.
+
+    Args:
+        evaluate: from name, file and an earlier record to the record and the model, or to that one and None.
+    """
     from ..models.language_model import find_checkpoint
 
     if args.record is not None and len(args.checkpoint) > 1:
@@ -186,8 +207,10 @@ def _record_each(args: argparse.Namespace, evaluate: Callable[[str, Path], tuple
     records = {}
     for name, file in zip(name_models(args.checkpoint), files):
         with quiet():
-            record, hub = evaluate(name, file)
-        records[name] = _write(args, record, file, hub)
+            record, hub = evaluate(name, file, _kept(args, file, digest))
+        if hub is None:
+            say(f"{name}: scored already, {_path(args, file)}")
+        records[name] = record if hub is None else _write(args, record, file, hub)
     return records
 
 
@@ -247,70 +270,60 @@ def _open_evaluated(config: dict[str, Any]) -> tuple[Path, Any] | None:
     return file, open_text_model(file, given.get("data"), given.get("device"), given.get("precision"))
 
 
-def _harness_model(args: argparse.Namespace, file: Path) -> Any:
-    """A checkpoint's model as lm-eval sees it."""
+def _harness_model(args: argparse.Namespace, file: Path) -> tuple[Any, Any]:
+    """A checkpoint's model as lm-eval sees it, and a counter of its experts."""
+    from ..checkpoints.open import Opened
+    from ..evaluation.expert_loads import LoadCounter
     from ..evaluation.lm_eval_model import MHMoEHarnessModel
 
     device, rows = "cpu" if args.cpu else None, args.max_batch_tokens
-    return MHMoEHarnessModel(
+    model = MHMoEHarnessModel(
         file, args.data, batch_size="auto", max_batch_tokens=rows, device=device, precision=args.precision
     )
+    return model, LoadCounter(Opened.of_text_model(model.hub, file).layers)
 
 
 def _run_english(args: argparse.Namespace) -> int:
-    from ..data.zero_shot_tasks import choose_tasks, open_tasks
+    from ..data.zero_shot_tasks import choose_tasks, digest_of, open_tasks
     from ..evaluation.packaged_tasks import stay_offline
 
     files = open_tasks(args.tasks_dir, choose_tasks(args.tasks))
     name_models(args.checkpoint)
     stay_offline()
-    from ..evaluation.english_tasks import evaluate_english
+    from ..evaluation.english_tasks import evaluate_english, known_answers
     from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any model)
 
-    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
-        model = _harness_model(args, file)
+    digest = digest_of(args.tasks_dir, args.limit)
+
+    def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:
+        known = known_answers(kept, files)
+        if kept is not None and known.keys() >= files.keys():
+            return kept, None
+        model, counter = _harness_model(args, file)
         record = evaluate_english(
-            model, files, args.tasks_dir, args.out / "tasks", scores=args.out / "scores" / name.replace("/", "_"),
-            limit=args.limit, say=lambda line: say(f"{name}: {line}"),
+            model, counter, files, args.tasks_dir, args.out / "tasks", known=known, digest=digest,
+            scores=args.out / "scores" / name.replace("/", "_"), limit=args.limit,
+            say=lambda line: say(f"{name}: {line}"),
         )  # fmt: skip
         return record, model.hub
 
-    say(describe_english(_record_each(args, evaluate)))
+    from ..analysis.reports.zero_shot import describe_english
+
+    say(describe_english(_record_each(args, digest, evaluate), list(files)))
     return 0
 
 
-def describe_english(records: dict[str, Record]) -> str:
-    """A row for each score, majority and chance beside those of the models, then the mean and over what it is."""
-    first = next(iter(records.values()))
-    parts = {part: {name: record.parts[part]["accuracy"] for name, record in records.items()} for part in first.parts}
-    parts["mean"] = {name: record.metrics["accuracy"] for name, record in records.items()}
-    table = []
-    for part, metrics in parts.items():
-        of = next(iter(metrics.values()))
-        guesses = [number(of.baselines.get(guess), 1) for guess in ("majority", "chance")]
-        scores = [f"{metric.value:.1f} ± {metric.stderr or 0:.1f}" for metric in metrics.values()]
-        table.append([part, f"{of.count:,}", *scores, *guesses])
-    cut = first.settings["cut texts"].values()
-    limit, length = first.settings["limit"], first.settings["most tokens"]
-    absent = f" Absent: {', '.join(first.absent)}." if first.absent else ""
-    trial = "" if limit is None else f" A trial: --limit {limit}."
-    return "\n".join([
-        f"Zero-shot accuracy (%) and its standard error, by lm-eval's prompts and metrics.{trial}",
-        f"Last row: {first.settings['accuracy']}, which compares with a mean of the same ones alone.{absent}",
-        f"{sum(of['cut'] for of in cut):,} of {sum(of['scored'] for of in cut):,} texts were longer than {length} "
-        "tokens and lost their beginning.",
-        "",
-        markdown_table(["score", "questions", *records, "majority", "chance"], table),
-    ])  # fmt: skip
-
-
 def _run_xnli(args: argparse.Namespace) -> int:
-    from ..evaluation.packaged_tasks import stay_offline
+    from ..evaluation.packaged_tasks import RELEASE, release, stay_offline
 
     stay_offline()
+    from ..analysis.reports.zero_shot import describe_xnli
+    from ..checkpoints.open import read_settings
     from ..data.languages import parse_languages
+    from ..data.xnli import read_xnli
     from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any file is read)
-    from ..evaluation.xnli import evaluate_xnli, read_xnli, write_tasks
+    from ..evaluation.xnli import evaluate_xnli, write_tasks
+    from ..experiments import EXPERIMENTS
 
     codes = None if args.langs is None else parse_languages(args.langs)
     name_models(args.checkpoint)
@@ -322,46 +335,26 @@ def _run_xnli(args: argparse.Namespace) -> int:
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     data = {"path": str(args.xnli_dir), "digest": digest, "split": args.split, "files": files}
 
-    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
-        model = _harness_model(args, file)
+    def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:
+        trained = bool(read_settings(file)["task"].get("mhmoe_language_token"))
+        how = {"limit": args.limit, "language symbols": trained if args.language_token is None else args.language_token}
+        if kept is not None and {**kept.settings, **how, RELEASE: release()} == kept.settings:
+            return kept, None
+        model, counter = _harness_model(args, file)
         record = evaluate_xnli(
-            model, [one.code for one in sets], args.out / "tasks", args.out / "scores" / name.replace("/", "_"),
-            language_symbols=args.language_token, limit=args.limit, say=lambda line: say(f"{name}: {line}"),
+            model, counter, [one.code for one in sets], args.out / "tasks",
+            args.out / "scores" / name.replace("/", "_"), language_symbols=how["language symbols"], limit=args.limit,
+            say=lambda line: say(f"{name}: {line}"),
         )  # fmt: skip
         return dataclasses.replace(record, data=data), model.hub
 
-    records = _record_each(args, evaluate)
-    say(describe_xnli(records, args.split, args.limit))
+    records = _record_each(args, digest, evaluate)
+    say(describe_xnli(records, args.split, args.limit, EXPERIMENTS["table3"].paper))
     return 0
 
 
-def describe_xnli(records: dict[str, Record], split: str, limit: int | None) -> str:
-    """Ours and the paper's, in percent."""
-    from ..experiments import EXPERIMENTS
-
-    paper = EXPERIMENTS["table3"].paper
-    first = next(iter(records.values()))
-    codes = list(first.parts)
-    rows = {}
-    for name, record in records.items():
-        rows[f"ours: {name}"] = record.values("accuracy")
-        if (mean := record.metrics.get("mean of the paper's languages")) is not None:
-            rows[f"ours: {name}"]["avg"] = mean.value
-    rows |= {f"paper: {name}": values for name, values in paper.values.items()}
-    table = [[name, *(number(values.get(code), 1) for code in [*codes, "avg"])] for name, values in rows.items()]
-    counts = {metrics["accuracy"].count for metrics in first.parts.values()}
-    size = " to ".join(map(str, sorted({min(counts), max(counts)})))
-    trial = "" if limit is None else f"; a trial: --limit {limit}"
-    return "\n".join([
-        f"Zero-shot XNLI accuracy (%), {split}, {size} examples per language{trial}; chance 33.3; "
-        "avg: mean of the paper's 14 languages.",
-        f"The paper's rows ({paper.title}) are other models on other training data: beside ours, not mixed with them.",
-        "",
-        markdown_table(["model", *codes, "avg"], table),
-    ])  # fmt: skip
-
-
 def _run_probe(args: argparse.Namespace) -> int:
+    from ..analysis.reports.zero_shot import PROBE, describe_probe
     from ..checkpoints.open import open_text_model
     from ..evaluation.probe import default_pairs, make_items, parse_pairs, probe, read_aligned
     from ..evaluation.scoring import TextScorer
@@ -375,7 +368,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     settings = {"what": PROBE, **how, "max_items": args.max_items, "language symbols": args.language_token}
     data = {"path": str(path), "digest": sha256_of(path), "split": args.split}
 
-    def evaluate(name: str, file: Path) -> tuple[Record, Any]:
+    def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:
         hub = open_text_model(file, args.data, "cpu" if args.cpu else None, args.precision)
         scorer = TextScorer(hub, batch_tokens=args.max_batch_tokens)
         parts = {
@@ -385,24 +378,6 @@ def _run_probe(args: argparse.Namespace) -> int:
         metrics = {way: mean_of([found[way] for found in parts.values()]) for way in next(iter(parts.values()))}
         return Record("zero-shot", "probe", metrics, parts, settings=settings, data=data), hub
 
-    records = _record_each(args, evaluate)
+    records = _record_each(args, data["digest"], evaluate)
     say(describe_probe(records, args.candidates, args.split))
     return 0
-
-
-def describe_probe(records: dict[str, Record], candidates: int, split: str) -> str:
-    """A row for every pair and their mean, two columns for every model."""
-    first = next(iter(records.values()))
-    header = ["pair", "items", *(f"{name}: {way}" for name in records for way in first.metrics)]
-    rows = []
-    for pair in [*first.parts, None]:
-        found = [record.metrics if pair is None else record.parts[pair] for record in records.values()]
-        cells = [f"{metric.value:.1f} ± {metric.stderr:.1f}" for metrics in found for metric in metrics.values()]
-        rows.append([pair or "mean", str(next(iter(found[0].values())).count), *cells])
-    return "\n".join([
-        f"{PROBE[0].upper()}{PROBE[1:]} (n = {candidates}, {split} split).",
-        f"Accuracy in percent and its standard error; chance is {100 / candidates:.1f}. Pair: language of the "
-        "context - of the candidates.",
-        "",
-        markdown_table(header, rows),
-    ])  # fmt: skip

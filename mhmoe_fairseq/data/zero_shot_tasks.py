@@ -1,6 +1,8 @@
 """The nine English tasks of P1's table 2: which answers are right, and the folder of ``mhmoe prepare zero-shot``."""
 
 import difflib
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +90,13 @@ _TASKS = (
 TASKS = {task.name: task for task in _TASKS}
 TRUTHFULQA = tuple(name for name in TASKS if name.startswith("truthfulqa"))
 PACKAGED = tuple(name for name in TASKS if name not in TRUTHFULQA)
+
+
+def digest_of(folder: Path, limit: int | None) -> str:
+    """Returns what tells the eight packaged tasks' first ``limit`` questions from others, whichever are scored."""
+    files = read_manifest(folder)["files"]
+    hashes = [files.get(TASKS[name].file, {}).get("sha256") for name in PACKAGED]
+    return hashlib.sha256(json.dumps([hashes, limit]).encode()).hexdigest()
 
 
 def choose_tasks(names: str | None) -> list[ZeroShotTask] | None:

@@ -2,16 +2,20 @@
 
 import logging
 import os
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.errors import UserError
 from ..common.files import write_json
-from .records import Metric
+from .records import ExpertLoads, Metric
 
 if TYPE_CHECKING:
     from .lm_eval_model import MHMoEHarnessModel
+
+
+RELEASE = "prompts, targets and metric"  # a record's setting, :func:`release`
 
 
 class Scored(NamedTuple):
@@ -26,6 +30,19 @@ class Scored(NamedTuple):
     metrics: dict[str, Metric]
     samples: list[dict[str, Any]]
     log_probs: list[list[float]]
+
+
+def release() -> str:
+    """Returns whose prompts and metrics they are."""
+    import lm_eval
+
+    return f"lm-eval {lm_eval.__version__}"
+
+
+def active_experts(experts: ExpertLoads | None) -> dict[str, Metric]:
+    """Returns the share of active experts over all tasks, mean of the MoE layers; nothing of a dense model."""
+    shares = [] if experts is None else experts.of(None).active()
+    return {"active experts": Metric(100 * statistics.fmean(shares), "%")} if shares else {}
 
 
 def stay_offline() -> None:

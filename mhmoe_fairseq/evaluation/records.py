@@ -94,11 +94,28 @@ class LayerLoads:
         return self.dropped / max(sum(self.loads), 1.0)
 
 
+def _together(rows: Sequence[LayerLoads]) -> LayerLoads:
+    """One layer's rows as one, without a part; each part's entropy has the weight of its assignments."""
+    totals = [sum(row.loads) for row in rows]
+    loads = [sum(of_expert) for of_expert in zip(*(row.loads for row in rows))]
+    known = [row.entropy * total for row, total in zip(rows, totals) if row.entropy is not None]
+    entropy = sum(known) / sum(totals) if len(known) == len(rows) and sum(totals) else None
+    return LayerLoads(rows[0].layer, loads, None, rows[0].pool, sum(row.dropped for row in rows), entropy)
+
+
 @dataclass(frozen=True)
 class ExpertLoads:
     """The experts of a model over a split: a row per layer and pool for the whole, then for each part."""
 
     layers: list[LayerLoads]
+
+    @classmethod
+    def of_parts(cls, rows: Sequence[LayerLoads]) -> "ExpertLoads":
+        """Returns the rows of all parts together, layer by layer, and behind them those of each part."""
+        pools: dict[tuple[int, str | None], list[LayerLoads]] = {}
+        for row in rows:
+            pools.setdefault((row.layer, row.pool), []).append(row)
+        return cls([*(_together(pools[key]) for key in sorted(pools, key=lambda of: (of[0], of[1] or ""))), *rows])
 
     def of(self, part: str | None = None) -> "ExpertLoads":
         """The rows of one part, or of the whole split."""
@@ -215,6 +232,19 @@ def looks_at_test(path: Path, record: Record) -> list[str]:
     if before is None or (before.what, before.split) != (record.what, record.split):
         return []
     return [*before.provenance.get("earlier", []), str(before.provenance.get("date"))]
+
+
+def read_kept(path: Path, origin: tuple[str, str, str, str]) -> Record | None:
+    """Returns a record that is there already, of this origin; None where there is none or another's.
+
+    Args:
+        origin: the checkpoint's SHA-256, the data's digest, the split and the precision that it has to have.
+    """
+    if not path.is_file():
+        return None
+    record = read_record(path)
+    known = (record.checkpoint.get("sha256"), record.data.get("digest"), record.split)
+    return record if (*known, record.provenance.get("precision")) == origin else None
 
 
 def _metrics(kept: Mapping[str, Any]) -> dict[str, Metric]:

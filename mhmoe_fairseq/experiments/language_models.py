@@ -138,9 +138,10 @@ def claims(paper: PaperTable, *pairs: str, column: str = "", at: str = "", **of_
         metric, of_paper = of_claim.get("metric", paper.metric), ""
         if len(values) == 2:
             of_percent = f"{values[0] - values[1]:+.1f} points"
-            is_share = "accuracy" in (paper.metric, metric)
+            is_share = bool({"accuracy", "active experts"} & {paper.metric, metric})
             of_paper = (of_percent if is_share else f"{100 * (values[0] / values[1] - 1):+.1f} %") + at
-        text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {metric} than {worse}"
+        of_what = f"share of {metric}" if metric == "active experts" else of_claim.get("part") or metric
+        text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {of_what} than {worse}"
         found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **of_claim}))
     return tuple(found)
 
@@ -174,6 +175,7 @@ TABLE_7 = PaperTable(
     "perplexity",
     {model: dict(zip(_TABLE_7_COLUMNS, row)) for model, row in _TABLE_7_ROWS.items()},
     f"Validation perplexity, and accuracy of three tasks in percent, of {OTHER_CORPUS}",
+    {task: f"{task} acc" for task in _TABLE_7_COLUMNS[1:]},
 )
 _COLUMNS = (
     "ARC-C acc", "ARC-C acc_norm", "ARC-E acc", "ARC-E acc_norm", "RTE acc", "OpenBookQA acc", "OpenBookQA acc_norm",
@@ -200,6 +202,12 @@ TABLE_2 = PaperTable(
     f"which ours stands only with TruthfulQA; {_EIGHT}: of the eight others, computed here from the paper's scores.",
     {"avg": "mean of 14 scores"},
 )
+FIGURE_6_TABLE = PaperTable(
+    f"{P1}, tables 1 and 2, at 8 and 32 experts",
+    "perplexity",
+    {model: {"perplexity": TABLE_1.values[model], _EIGHT: TABLE_2.values[model][_EIGHT]} for model in FIVE[1:]},
+    f"Figure 6 itself is drawn without numbers; of {OTHER_CORPUS}",
+)
 _LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")
 _XNLI = {
     "dense": (33.1, 33.3, 33.0, 35.1, 32.8, 34.4, 33.6, 34.2, 33.3, 33.1, 33.3, 33.9, 33.5, 32.9, 33.5),
@@ -216,15 +224,30 @@ TABLE_3 = PaperTable(
 )
 
 
-ACTIVE = Claim(
-    "mhmoe-params-e32 has a larger share of active experts than xmoe-e32", "mhmoe-params-e32", "xmoe-e32",
-    f"{90.71 - 8.33:+.1f} points", "active experts",
-)  # fmt: skip
+ACTIVE = PaperTable(
+    f"{P1}, figures 1 and 5: active experts",
+    "active experts",
+    {"xmoe-e32": 8.33, "mhmoe-params-e32": 90.71},
+    "In percent, mean of 6 layers, by the paper's own threshold; other models on other training data.",
+)
+ENGLISH_TASKS = (
+    "mhmoe zero-shot english --checkpoint {runs} --data {data} --tasks-dir data/zero-shot --out {out}/zero-shot"
+)
+XNLI = "mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli"
+_QUESTIONS: dict[str, Any] = {
+    "needs": ("zero-shot --dest data/zero-shot",), "measures": ("record-zero-shot-english.json",),
+}  # fmt: skip
+_ZERO_SHOT = {**_QUESTIONS, "after": (ENGLISH_TASKS,)}
+_ZERO_SHOT_XNLI: dict[str, Any] = {"measures": ("record-zero-shot-xnli.json",), "after": (XNLI,)}
+_ON_ENGLISH, _ON_XNLI = ({"what": "zero-shot", "split": split} for split in ("english", "xnli"))
+_MORE_ACTIVE = "mhmoe-params-e32 < xmoe-e32"
 POLYSEMY = Claim(
     "tokens of polysemous words go to more experts than those of like words with one sense",
     *2 * ("mhmoe-params-h8",), metric="experts per token", what="polysemy", part="polysemous", reference_part="control",
 )  # fmt: skip
+_WITH_PROJECTIONS = "mhmoe-params < mhmoe-params-no-projections"
 _TABLE_1_CLAIMS = ("xmoe < dense", "mhmoe-params < xmoe", "mhmoe-params-e32 < xmoe-e32", "xmoe-e32 < xmoe")
+_FIGURE_6_CLAIMS = ("mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")
 EXPERIMENTS = (
     Experiment("demo", "the three models on real text, MH-MoE under both budgets: 7 minutes on 2 cores", "demo",
         (Stage(DEMO),), (*THREE, "mhmoe-flops"), paper=TABLE_1),
@@ -232,12 +255,8 @@ EXPERIMENTS = (
         ENGLISH_STAGE, (*FIVE, "mhmoe-flops"), paper_models=FIVE, paper=TABLE_1, reference="xmoe",
         source="P1 table 1", claims=claims(TABLE_1, *_TABLE_1_CLAIMS)),
     Experiment("table2", "zero-shot English tasks of the models of table1; needs the extra lm-eval", "english_lm",
-        ENGLISH_STAGE, FIVE, needs=("zero-shot --dest data/zero-shot",), after=(
-            "mhmoe zero-shot english --checkpoint {runs} --data {data} --tasks-dir data/zero-shot "
-            "--out {out}/zero-shot",
-        ),
-        measures=("record-zero-shot-english.json",), paper=TABLE_2, reference="xmoe", source="P1 table 2",
-        claims=claims(TABLE_2, *_TABLE_1_CLAIMS, column=_EIGHT, metric=_EIGHT, what="zero-shot", split="english")),
+        ENGLISH_STAGE, FIVE, **_ZERO_SHOT, paper=TABLE_2, reference="xmoe", source="P1 table 2",
+        claims=claims(TABLE_2, *_TABLE_1_CLAIMS, column=_EIGHT, metric=_EIGHT, **_ON_ENGLISH)),
     Experiment("table5", "number of heads", "english_lm",
         ENGLISH_STAGE, ("xmoe", "mhmoe-params-h2", "mhmoe-params", "mhmoe-params-h8", "mhmoe-params-h16"),
         paper_models=tuple(TABLE_5.values), paper=TABLE_5, reference="xmoe", source="P1 table 5",
@@ -248,20 +267,27 @@ EXPERIMENTS = (
         claims=claims(TABLE_6, "dense < dense-projections", "xmoe-projections < xmoe",
             "mhmoe-params-no-projections < xmoe", "mhmoe-params < mhmoe-params-no-projections",
             "mhmoe-params < mhmoe-params-no-splitting")),
-    Experiment("table7", "0 to 3 layers in each projection", "english_lm",
-        ENGLISH_STAGE, tuple(TABLE_7.values), paper=TABLE_7, source="P1 table 7",
-        claims=claims(TABLE_7, "mhmoe-params < mhmoe-params-no-projections",
-            "mhmoe-params-projections-2 < mhmoe-params", "mhmoe-params < mhmoe-params-projections-3",
-            column="perplexity")),
+    Experiment("table7", "0 to 3 layers in each projection, and three zero-shot tasks; needs the extra lm-eval",
+        "english_lm", ENGLISH_STAGE, tuple(TABLE_7.values), **_QUESTIONS,
+        after=(f"{ENGLISH_TASKS} --tasks {','.join(_TABLE_7_COLUMNS[1:]).lower()}",), paper=TABLE_7,
+        source="P1 table 7",
+        claims=(
+            *claims(TABLE_7, _WITH_PROJECTIONS, "mhmoe-params-projections-2 < mhmoe-params",
+                "mhmoe-params < mhmoe-params-projections-3", column="perplexity"),
+            *(claim for task in _TABLE_7_COLUMNS[1:] for claim in claims(
+                TABLE_7, _WITH_PROJECTIONS, column=task, metric="accuracy", part=f"{task} acc", **_ON_ENGLISH)),
+        )),
     Experiment("table11", "numbers of parameters, counted beside the paper's; nothing is trained", "english_lm",
         after=("mhmoe plan --arch mhmoe_lm_base --experts 8 16 32 64 128 256",), source="P1 table 11"),
-    Experiment("figure1", "figures 1 and 5: which of 32 experts are active in each layer: a map",
-        "english_lm", ENGLISH_STAGE, FIVE[3:], reference="xmoe-e32", source="P1 figures 1, 5",
-        claims=(ACTIVE,)),
+    Experiment("figure1", "which of 32 experts are active on table2's tasks, in each layer: a map; needs lm-eval",
+        "english_lm", ENGLISH_STAGE, FIVE[3:], **_ZERO_SHOT, paper=ACTIVE, reference="xmoe-e32", source="P1 figure 1",
+        claims=claims(ACTIVE, _MORE_ACTIVE, **_ON_ENGLISH)),
     Experiment("figure4", "figures 4 and 9: perplexity over a training, with 8 and 32 experts", "english_lm",
         ENGLISH_STAGE, FIVE, reference="xmoe", source="P1 figures 4, 9"),
-    Experiment("figure6", "8 to 256 experts", "english_lm", ENGLISH_STAGE, FIGURE_6, source="P1 figure 6",
-        claims=claims(TABLE_1, "mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")),
+    Experiment("figure6", "8 to 256 experts: perplexity and zero-shot English tasks; needs the extra lm-eval",
+        "english_lm", ENGLISH_STAGE, FIGURE_6, **_ZERO_SHOT, paper=FIGURE_6_TABLE, source="P1 figure 6",
+        claims=(*claims(FIGURE_6_TABLE, *_FIGURE_6_CLAIMS, column="perplexity"),
+            *claims(FIGURE_6_TABLE, *_FIGURE_6_CLAIMS, column=_EIGHT, metric=_EIGHT, **_ON_ENGLISH))),
     Experiment("figure7", "experts per token of polysemous words and like control words, 8 heads", "english_lm",
         ENGLISH_STAGE, ("mhmoe-params-h8",), source="P1 figure 7", needs=("words --dest data/words",),
         after=("mhmoe analyze {runs} --data {data} --split test --polysemy data/words/words.json",),
@@ -289,9 +315,11 @@ EXPERIMENTS = (
         claims=claims(TABLE_1_MULTILINGUAL, *_TABLE_1_CLAIMS)),
     Experiment("table3", "zero-shot XNLI of the models of table1-multilingual; needs --xnli and the extra lm-eval",
         "multilingual_lm", MULTILINGUAL_STAGE, FIVE,
-        after=("mhmoe zero-shot xnli --checkpoint {runs} --data {data} --xnli-dir {xnli} --out {out}/xnli",),
-        measures=("record-zero-shot-xnli.json",), paper=TABLE_3, source="P1 table 3",
-        claims=claims(TABLE_3, *_TABLE_1_CLAIMS, column="avg", what="zero-shot", split="xnli")),
+        **_ZERO_SHOT_XNLI, paper=TABLE_3, source="P1 table 3",
+        claims=claims(TABLE_3, *_TABLE_1_CLAIMS, column="avg", **_ON_XNLI)),
+    Experiment("figure5", "which of 32 experts are active on XNLI, in each layer: a map; needs --xnli and lm-eval",
+        "multilingual_lm", MULTILINGUAL_STAGE, FIVE[3:], **_ZERO_SHOT_XNLI, paper=ACTIVE, reference="xmoe-e32",
+        source="P1 figure 5", claims=claims(ACTIVE, _MORE_ACTIVE, **_ON_XNLI)),
     Experiment("classification", "fine-tuned to classify in one language, tested in all; needs --data",
         "multilingual_lm", (Stage(CLASSIFICATION),), THREE),
     Experiment("study-multilingual", "14 languages, three seeds, a shorter training", "multilingual_lm",

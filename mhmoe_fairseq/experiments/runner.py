@@ -22,11 +22,20 @@ from ..common.errors import UserError
 from ..common.files import read_json, write_json
 from ..common.locks import LOCK, exclusive_lock
 from ..common.provenance import timestamp
+from ..data.word_lists import read_word_lists
+from ..data.xnli import read_xnli
+from ..data.zero_shot_tasks import open_tasks
 from .plan import SEARCH, Plan, Run, with_starts
 from .spec import Recipe
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
+# Flags of commands that follow the trainings -> what reads their file or folder, and complains.
+_READ_LATER: dict[str, Callable[[Path], object]] = {
+    "--tasks-dir": lambda folder: open_tasks(folder, None),
+    "--xnli-dir": lambda folder: read_xnli(folder, "validation"),
+    "--polysemy": read_word_lists,
+}
 _ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+( [\w-]+)?: error: ")
 # Of several processes: another's end, and torchrun's summary of it.
 _CONSEQUENCES = ("ChildFailedError", "by peer")
@@ -128,6 +137,10 @@ class Runner:
                 call(words, self.threads, lambda line: self.say(f"    {line}"))
             elif not _is_prepared(folder):
                 raise UserError(missing_data(plan, folder))
+        for words in plan.following():
+            for flag, value in zip(words, words[1:]):
+                if flag in _READ_LATER:
+                    _READ_LATER[flag](Path(value))
         self.plan = plan = replace(plan, best_lrs=self._search())
         for runs in plan.stages():
             self._finish(runs)

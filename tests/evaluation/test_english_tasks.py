@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from zero_shot_questions import FIRST_IS_RIGHT, QUESTIONS, write_tasks_folder
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.zero_shot_tasks import PACKAGED, TASKS
+from mhmoe_fairseq.evaluation import english_tasks
+from mhmoe_fairseq.evaluation.packaged_tasks import score_task
 from mhmoe_fairseq.evaluation.records import read_record
 
 pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
@@ -19,10 +22,12 @@ from mhmoe_fairseq.evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: E4
 
 
 def run(trained_model, root: Path, *words: str, truthfulqa: bool = False):
-    """The record, the text that was said and the folder of scores."""
-    (root / "run").mkdir()
-    shutil.copy(trained_model.checkpoint, root / "run" / "model.pt")
-    tasks, said = write_tasks_folder(root / "tasks", truthfulqa=truthfulqa), []
+    """The record, the text that was said and the folder of scores; again in the same folder, if it is there."""
+    if not (root / "run").exists():
+        (root / "run").mkdir()
+        shutil.copy(trained_model.checkpoint, root / "run" / "model.pt")
+        write_tasks_folder(root / "tasks", truthfulqa=truthfulqa)
+    tasks, said = root / "tasks", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mhmoe_fairseq.commands.zero_shot.say", said.append)
         status = main([
@@ -51,8 +56,9 @@ def test_scores_equal_direct_scoring(trained_model, hub, tmp_path: Path) -> None
     values = record.values("accuracy")
     assert values["OpenBookQA acc"] == pytest.approx(100 * right / 3)
     assert values["OpenBookQA acc_norm"] == pytest.approx(100 * normed / 3)
-    assert record.main.value == pytest.approx(sum(values.values()) / 3) and list(record.metrics) == ["accuracy"]
-    assert record.settings["accuracy"] == "mean of 3 scores of 2 tasks" and "TruthfulQA" in record.absent
+    assert record.main.value == pytest.approx(sum(values.values()) / 3)
+    assert list(record.metrics) == ["mean of 3 of 14 scores", "active experts"]  # no name of a mean of the paper's
+    assert "mean of 3 scores of 2 tasks" in said and "TruthfulQA" in record.absent
     cut = record.settings["cut texts"]
     assert cut["boolq"] == {"cut": 6, "scored": 6} and cut["openbookqa"] == {"cut": 0, "scored": 12}
     assert "6 of 18 texts were longer than 64 tokens" in said and "Absent: " in said
@@ -63,7 +69,7 @@ def test_scores_equal_direct_scoring(trained_model, hub, tmp_path: Path) -> None
 def test_a_model_of_constant_scores_takes_the_first_answer(trained_model, tmp_path, monkeypatch, truthfulqa) -> None:
     constant = lambda self, requests, **_: [(-1.0, False)] * len(requests)  # noqa: E731
     monkeypatch.setattr(MHMoEHarnessModel, "_loglikelihood_tokens", constant)
-    record, _, _ = run(trained_model, tmp_path, truthfulqa=truthfulqa)
+    record, said, _ = run(trained_model, tmp_path, truthfulqa=truthfulqa)
     values = record.values("accuracy")
     for name, right in FIRST_IS_RIGHT.items():
         assert values[f"{TASKS[name].title} acc"] == pytest.approx(100 * right / 3)
@@ -77,3 +83,39 @@ def test_a_model_of_constant_scores_takes_the_first_answer(trained_model, tmp_pa
         assert not record.absent
     deviation = math.sqrt(2 / 9 / 2) * 100 / math.sqrt(1)  # of one right answer among three, by lm-eval's n - 1
     assert record.parts["PIQA acc"]["accuracy"].stderr == pytest.approx(deviation)
+    # Questions' sums: two scores of a task share them (acc_norm takes the longest answer, the third), tasks do not.
+    sums = {"arc_easy": [1, 1, 0], "arc_challenge": [1, 1, 1], "openbookqa": [0, 1, 0], "hellaswag": [1, 0, 1]}
+    sums |= {name: [index < FIRST_IS_RIGHT[name] for index in range(3)] for name in FIRST_IS_RIGHT if name not in sums}
+    errors = [100 * statistics.pstdev(of) / math.sqrt(3) for of in sums.values()]
+    mean = record.metrics["mean of 12 scores"]
+    assert mean.stderr == pytest.approx(math.sqrt(sum(error**2 for error in errors)) / 12)
+    for guess in ("chance", "majority"):
+        of_scores = [record.parts[f"{TASKS[name].title} {score}"]["accuracy"].baselines[guess]
+                     for name in PACKAGED for score in TASKS[name].scores]  # fmt: skip
+        assert mean.baselines[guess] == pytest.approx(sum(of_scores) / 12)
+
+
+def test_what_is_scored_is_not_scored_again_and_experts_are_counted_by_task(
+    trained_model, hub, tmp_path, monkeypatch
+) -> None:
+    scored: list[str] = []
+    monkeypatch.setattr(english_tasks, "score_task", lambda *of: scored.append(of[2]) or score_task(*of))
+    run(trained_model, tmp_path, "--tasks", "openbookqa")
+    both, said, _ = run(trained_model, tmp_path, "--tasks", "piqa,openbookqa")
+    assert scored == ["openbookqa", "piqa"] and "mean of 3 scores of 2 tasks" in said
+    again, said, _ = run(trained_model, tmp_path, "--tasks", "openbookqa")
+    assert scored == ["openbookqa", "piqa"] and again == both and "run: scored already" in said
+    assert "mean of 2 scores of 1 task," in said and "PIQA acc" not in said
+    texts = [f"{of['question_stem']} {text}" for of in QUESTIONS["openbookqa"] for text in of["choices"]["text"]]
+    tokens = sum(len(line_ids(hub, text)) for text in texts)
+    for layer in {row.layer for row in both.experts.layers}:
+        whole, *of_tasks = (row for row in both.experts.layers if row.layer == layer)
+        assert (whole.part, *(row.part for row in of_tasks)) == (None, "openbookqa", "piqa")
+        assert sum(of_tasks[0].loads) == tokens * both.model["counts"]["heads"] * both.model["counts"]["top_k"]
+        assert whole.loads == [sum(each) for each in zip(*(row.loads for row in of_tasks))]
+    active = both.experts.of(None).active()
+    assert both.metrics["active experts"].value == pytest.approx(100 * sum(active) / len(active))
+    trial, _, _ = run(trained_model, tmp_path, "--tasks", "openbookqa", "--limit", "2")
+    assert scored[2:] == ["openbookqa"] and trial.parts.keys() == {"OpenBookQA acc", "OpenBookQA acc_norm"}
+    (tmp_path / "run" / "record-zero-shot-english.json").write_text("{")
+    assert run(trained_model, tmp_path, "--tasks", "piqa")[0].parts.keys() == {"PIQA acc"}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import direct_scores, line_ids
-from test_xnli_data import write_lines
+from labelled import write_jsonl
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.evaluation.records import read_record
@@ -16,7 +16,8 @@ pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 import lm_eval  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from mhmoe_fairseq.evaluation.xnli import read_xnli, write_tasks  # noqa: E402
+from mhmoe_fairseq.data.xnli import read_xnli  # noqa: E402
+from mhmoe_fairseq.evaluation.xnli import write_tasks  # noqa: E402
 
 # The official prompts, as lm-eval's README gives them: premise, question word, label, hypothesis.
 PROMPTS = {
@@ -37,7 +38,7 @@ def xnli_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("xnli")
     for code, rows in EXAMPLES.items():
         lines = [{"premise": one, "hypothesis": two, "label": label} for one, two, label in rows]
-        write_lines(folder / f"{code}.jsonl", lines)
+        write_jsonl(folder / f"{code}.jsonl", lines)
     return folder
 
 
@@ -124,6 +125,6 @@ def test_all_fifteen_languages_have_a_task(tmp_path):
     from mhmoe_fairseq.data.languages import XNLI_LANGUAGES
 
     for number, code in enumerate(XNLI_LANGUAGES):
-        write_lines(tmp_path / f"{code}.jsonl", [{"premise": f"a {number}", "hypothesis": "b", "label": "neutral"}])
+        write_jsonl(tmp_path / f"{code}.jsonl", [{"premise": f"a {number}", "hypothesis": "b", "label": "neutral"}])
     names = write_tasks(tmp_path / "tasks", read_xnli(tmp_path, "validation"), "validation")
     assert names == [f"xnli_{code}" for code in XNLI_LANGUAGES]

@@ -92,6 +92,9 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
     assert EXPERIMENTS["table2"].claims[1].paper == "+1.2 points"
     # Shares differ by points, as ours do; CIDEr, which is none, by percent.
     assert [claim.paper for claim in EXPERIMENTS["table4"].claims] == ["+1.7 points", "+1.7 points", "+3.0 %"]
+    assert {claim.paper for name in ("figure1", "figure5") for claim in EXPERIMENTS[name].claims} == {"+82.4 points"}
+    of_tasks = [(claim.part, claim.paper) for claim in EXPERIMENTS["table7"].claims if claim.part]
+    assert of_tasks == [("RTE acc", "+0.5 points"), ("PIQA acc", "+1.1 points"), ("Winogrande acc", "+2.1 points")]
     assert EXPERIMENTS["p2-table5"].claims[0].paper == "-1.9 % at 50k"
     reports = [(experiment.folder, experiment.report) for experiment in EXPERIMENTS.values()]
     assert len(set(reports)) == len(reports)
@@ -111,7 +114,7 @@ P2_LM = (*SCRIPT[:9], 256, *SCRIPT[10:])
 PAPER = {
     **dict.fromkeys(("table1", "table5", "table6", "table7", "study"), P1_LM),
     **dict.fromkeys(("figure1", "figure4", "figure6", "figure7"), P1_LM),
-    **dict.fromkeys(("table1-multilingual", "table2", "table3"), P1_LM),
+    **dict.fromkeys(("table1-multilingual", "table2", "table3", "figure5"), P1_LM),
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
     **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
     "official": SCRIPT,
@@ -157,7 +160,7 @@ PAPER_TABLE_1 = {
 }
 PAPER_MODELS = {
     "table1": PAPER_TABLE_1,
-    "figure1": {name: of for name, of in PAPER_TABLE_1.items() if name.endswith("-e32")},
+    **dict.fromkeys(("figure1", "figure5"), {of: PAPER_TABLE_1[of] for of in ("xmoe-e32", "mhmoe-params-e32")}),
     "figure4": PAPER_TABLE_1,
     "table1-multilingual": PAPER_TABLE_1,
     "table3": PAPER_TABLE_1,
@@ -315,9 +318,15 @@ def test_tables_share_the_runs_of_table_1(scale: str) -> None:
     table_5 = trainings("table5", "--scale", scale)
     assert trainings("table2", "--scale", scale) == {of: english[of] for of in trainings("table2", "--scale", scale)}
     (zero_shot,) = [of for of in commands("table2", "--scale", scale) if of[:3] == ("mhmoe", "zero-shot", "english")]
-    assert "data/zero-shot" in zero_shot and ("mhmoe", "prepare", "zero-shot", "--dest", "data/zero-shot") in commands(
-        "table2", "--scale", scale
-    )
+    for name, tasks in {"table7": ("--tasks", "rte,piqa,winogrande"), "figure1": (), "figure6": ()}.items():
+        found = commands(name, "--scale", scale)
+        assert ("mhmoe", "prepare", "zero-shot", "--dest", "data/zero-shot") in found
+        (follow_up,) = [of for of in found if of[:3] == ("mhmoe", "zero-shot", "english")]
+        assert follow_up[follow_up.index("--out") + 2 :] == tasks  # all where none is named
+        runs = [parse(words).save_dir for words in trainings(name, "--scale", scale).values()]
+        assert {*follow_up} >= {*zero_shot[-4:], *runs}
+    assert trainings("figure5", "--scale", scale).items() <= table_1.items()
+    assert [of[2] for of in commands("figure5", "--scale", scale) if of[1] == "zero-shot"] == ["xnli"]
     assert trainings("figure7", "--scale", scale).items() <= table_5.items()
     assert commands("figure7", "--scale", scale)[-1][-2:] == ("--polysemy", "data/words/words.json")
     assert ("mhmoe", "prepare", "words", "--dest", "data/words") in commands("figure7", "--scale", scale)
@@ -371,20 +380,7 @@ def test_learning_rates_are_searched_for_every_model_and_then_all_seeds_trained(
 
 
 def test_the_users_flags_win_and_reach_the_preparation() -> None:
-    words = [
-        "--models",
-        "xmoe*",
-        "--updates",
-        "40",
-        "--validations",
-        "2",
-        "--size",
-        "small",
-        "--data",
-        "D",
-        "--out",
-        "O",
-    ]
+    words = "--models xmoe* --updates 40 --validations 2 --size small --data D --out O".split()
     prepare, training, *_ = commands(
         "figure8", *words, "--models", "mhmoe-params", "--", "--img-size", "32", "--lr=1e-4"
     )

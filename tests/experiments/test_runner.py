@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_stand_ins import Commands, after, reproduce
+from zero_shot_questions import write_tasks_folder
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
@@ -144,10 +145,18 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
 def test_what_the_later_commands_need_is_asked_for_before_the_trainings(
     commands: Commands, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert reproduce(tmp_path, "table3") == 2 and "--xnli must be the folder" in capsys.readouterr().err
     monkeypatch.setattr(runner, "find_spec", lambda name: None)
-    assert reproduce(tmp_path, "table3", "--xnli", str(tmp_path)) == 2
-    assert "table3 needs lm-eval: pip install" in capsys.readouterr().err and commands.called == []
+    assert reproduce(tmp_path, "table7") == 2
+    assert "table7 needs lm-eval: pip install" in capsys.readouterr().err and commands.called == []
+    assert reproduce(tmp_path, "table7", "--dry-run") == 0
+    monkeypatch.setattr(runner, "find_spec", lambda name: name)
+    (write_tasks_folder(tmp_path / "data" / "zero-shot") / "piqa.jsonl").unlink()
+    assert reproduce(tmp_path, "table7") == 2 and commands.trained() == []
+    assert "piqa.jsonl: is missing; mhmoe prepare zero-shot" in capsys.readouterr().err
+    assert reproduce(tmp_path, "figure5", "--xnli", str(tmp_path)) == 2 and commands.trained() == []
+    assert "no XNLI validation file in it" in capsys.readouterr().err
 
 
 def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> None:

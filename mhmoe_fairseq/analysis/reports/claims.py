@@ -43,8 +43,9 @@ class Claim:
         text: the claim in words, such as ``MH-MoE has a lower perplexity than X-MoE``.
         model, reference: names of models of the experiment.
         paper: what the paper measured, in its own numbers.
-        metric: its name in our records, such as ``perplexity``; or ``active experts``, ``effective experts``, and of
-            the training's log ``tokens/s``, ``balance loss``; empty: the main one of ``what``.
+        metric: its name in our records, such as ``perplexity``; without ``what`` also ``active experts``,
+            ``effective experts``, and of the training's log ``tokens/s``, ``balance loss``; empty: the main one of
+            ``what``.
         what: kind of the evaluation, such as ``perplexity``, ``masked``, ``captions``; empty: the first of the records.
         part: language, domain or modality; None: the whole split.
         reference_part: of the reference, where it is another.
@@ -150,7 +151,7 @@ def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[f
         if record is not None:
             of = record.metrics if part is None else record.parts[part]
             found[run.path.name] = of[metric].value, of[metric].unit, terms
-        elif metric in _OTHER:
+        elif metric in _OTHER and not claim.what:
             unit, measure = _OTHER[metric]
             if (value := measure(run, claim.split)) is not None:
                 found[run.path.name] = value, unit, terms

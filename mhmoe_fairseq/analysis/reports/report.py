@@ -211,6 +211,16 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]
         yield activation_plot("expert-activation", {name: record.experts for name, record in found.items()})
     for name, record in found.items():
         yield from part_plots(f"routing-{name}", name, record)
+    for tasks in evaluations(models).get("zero-shot", ()):
+        of_tasks = {
+            model.name: record.experts
+            for model in models
+            for record in model.runs[0].records
+            if (record.what, record.split) == ("zero-shot", tasks) and record.experts is not None
+        }
+        if of_tasks:
+            name, draw, maps, title, label = activation_plot(f"expert-activation-{tasks}", of_tasks)
+            yield name, draw, maps, f"{title}, {tasks} tasks", label
 
 
 def _scaling_plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]) -> Iterator[Plot]:
@@ -220,9 +230,8 @@ def _scaling_plots(models: Sequence[Model], split: str, columns: Sequence[tables
         if experts := tables.counts_of(model).get("experts"):
             families.setdefault(tables.all_but_experts(model), {})[experts] = model
     for column in columns:
-        if column.metric != tables.HEADLINES[column.what][0][1] or not (
-            column.split == split or column.what == "zero-shot"
-        ):
+        is_main = column.metric == tables.HEADLINES[column.what][0][1] and column.split == split
+        if not (is_main or column.what == "zero-shot"):
             continue
         lines = {}
         for key, family in families.items():

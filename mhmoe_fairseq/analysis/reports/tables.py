@@ -8,12 +8,13 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.tables import MISSING, columns_table, markdown_table, millions, number, percent
+from ...evaluation.english_tasks import COMPARABLE
 from ...evaluation.records import ExpertLoads, Metric
 from .routing import mean
 from .runs import Model, Run, TrainingLog, all_records, evaluations, mean_and_deviation
 
 # Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
-# is shown of every split, the others of the report's own; of speed, whose splits are workloads, all.
+# is shown of every split, the others of the report's own; of speed and of tasks, whose splits are none, all.
 HEADLINES = {
     "perplexity": (("ppl", "perplexity"), ("bits/byte", "bits/byte")),
     "masked": (("ppl", "perplexity"),),
@@ -23,7 +24,7 @@ HEADLINES = {
     "captions": (("CIDEr", "CIDEr"), ("BLEU-4", "BLEU-4"), ("METEOR", "METEOR"), ("SPICE", "SPICE")),
     "image classification": (("classes", "top-1"),),
     "retrieval": (("recall", "mean recall"),),
-    "zero-shot": (("accuracy", "accuracy"),),
+    "zero-shot": (("accuracy", "accuracy"), *((mean, mean) for mean in COMPARABLE)),
     "polysemy": (("polysemy", "difference"),),
     "speed": (("output tokens/s", "output tokens/s"), ("prompt tokens/s", "prompt tokens/s")),
 }
@@ -37,6 +38,7 @@ PART_NAMES = {
     "image": "patches of images", "text": "words of texts", "pair_image": "patches of pairs",
     "pair_text": "words of pairs",
 }  # fmt: skip
+_ALL_SHOWN = ("speed", "zero-shot")
 _COUNTED = {"perplexity": "tokens", "masked": "positions", "polysemy": "words"}
 # Settings that a fair comparison keeps equal, by section of the stored configuration.
 COMPARED_SETTINGS = {
@@ -132,7 +134,7 @@ def columns_of(models: Sequence[Model], split: str) -> list[Column]:
         for what, headlines in HEADLINES.items()
         for name in measured.get(what, ())
         for title, metric in headlines
-        if metric == headlines[0][1] or name == split or what == "speed"
+        if metric == headlines[0][1] or name == split or what in _ALL_SHOWN
     ]
     return [column for column in columns if any(map(column.values, models))]
 
@@ -267,6 +269,8 @@ def parts_section(models: Sequence[Model], what: str, split: str) -> str:
     by_metric = part_columns(models, what, split)
     if not by_metric:
         return ""
+    if not any(columns[-1].values(model) for columns in by_metric.values() for model in models):
+        by_metric = {metric: columns[:-1] for metric, columns in by_metric.items()}  # nothing is of all of them
     first = next(iter(by_metric.values()))
     counts = ([metric.count for metric in column.metrics(models) if metric.count] for column in first)
     table = {
@@ -276,7 +280,7 @@ def parts_section(models: Sequence[Model], what: str, split: str) -> str:
     for metric, columns in by_metric.items():
         for model in models:
             table[f"{model.name}, {SHORT.get(metric, metric)}"] = [column.cell(model) for column in columns]
-        for guess in columns[-1].guesses(models):
+        for guess in dict.fromkeys(guess for column in columns for guess in column.guesses(models)):
             known = [number(column.guesses(models).get(guess), column.digits) for column in columns]
             table[f"{guess}, {SHORT.get(metric, metric)}"] = known
     return f"## {what.capitalize()} by part, {split} split\n\n{columns_table(table)}"
@@ -338,6 +342,8 @@ def _measured(model: Model, title: str, metric: str, columns: Sequence[Column], 
     measured.sort(key=lambda names: names[1] != split)
     known = [*columns, *OF_LOGS]
     known = [column for column in known if column.title == title or (column.metric, column.split) == (title, split)]
-    known += [Column(title, what, name, metric, title) for what, name in measured]
+    for what, name in measured:
+        main = HEADLINES.get(what, (("", metric),))[0][1]
+        known += [Column(title, what, name, of, title) for of in (metric, main)]
     known += [Column(title, what, name, title.removeprefix(f"{name} ")) for what, name in measured]
     return next((values for column in known if (values := column.values(model))), [])

@@ -11,7 +11,7 @@ from mhmoe_fairseq.analysis.reports.plots import draw_all
 from mhmoe_fairseq.analysis.reports.report import compose, write_report
 from mhmoe_fairseq.analysis.reports.runs import find_runs, read_model
 from mhmoe_fairseq.analysis.reports.tables import PaperTable
-from mhmoe_fairseq.evaluation.records import Metric
+from mhmoe_fairseq.evaluation.records import Metric, record_file, write_record
 
 PNG = b"\x89PNG"
 
@@ -163,8 +163,6 @@ def test_routing_that_was_analysed_tells_languages_apart(tmp_path: Path) -> None
         experts=_language_loads(), settings={"guesses": [[[3, 1], [1, 3]]] * 2, "piece_tokens": 16},
     )  # fmt: skip
     (run / "routing-test.json").write_text((run / "record-test.json").read_text())
-    from mhmoe_fairseq.evaluation.records import write_record
-
     write_record(run / "routing-test.json", measured)
     text = report(run, tmp_path / "report.md")
     assert row_of(text, "mhmoe", table=1)["part guessed right"] == "80.0 %"
@@ -252,6 +250,28 @@ def test_runs_of_other_data_are_refused(runs: Path, tmp_path: Path, field: str, 
                  for name in ("xnli", "probe")]  # fmt: skip
     text = report(write_run(tmp_path / "other" / "dense", *zero_shot), tmp_path / "report.md", plots=False)
     assert row_of(text, "dense")["xnli accuracy"] == row_of(text, "dense")["probe accuracy"] == "40.00"
+
+
+def test_tasks_have_a_map_of_their_experts_and_no_mean_beside_one_of_others(runs: Path, tmp_path: Path) -> None:
+    guesses = {"chance": 50.0, "majority": 52.7}
+    scores = {"RTE acc": {"accuracy": Metric(54.0, "%", 3.0, 277, guesses)}}
+    for name, metrics in (("mhmoe", {"mean of 12 scores": Metric(30.0, "%", 0.5, 9, guesses)}),
+                          ("dense", {"mean of 1 of 14 scores": Metric(54.0, "%", 3.0, 277, guesses)})):  # fmt: skip
+        experts = loads((1, None, [4.0, 0, 0, 0]), (1, "rte", [4.0, 0, 0, 0])) if name == "mhmoe" else None
+        metrics["active experts"] = Metric(25.0, "%")
+        record = make_record(metrics, "zero-shot", name, split="english", parts=scores, experts=experts)
+        write_record(record_file(runs / name, "zero-shot-english"), record)
+    paper = PaperTable("P", "active experts", {"mhmoe": 90.71})
+    text = report(runs, tmp_path / "report.md", paper=paper)
+    assert "expert-activation-english.png" in text and "## Expert activation, english tasks" in text
+    assert row_of(text, "mhmoe")["english mean of 12 scores"] == "30.00"
+    assert row_of(text, "dense")["english mean of 12 scores"] == "–" and "of 14 scores" not in text
+    assert row_of(text, "RTE acc", table=1) == {
+        "": "RTE acc", "examples": "277", "dense, right": "54.00", "mhmoe, right": "54.00", "chance, right": "50.00",
+        "majority, right": "52.70",
+    }  # fmt: skip
+    assert len(tables(text)[1]) == 1  # no row of the whole
+    assert [list(row.values()) for row in tables(text)[-1]] == [["mhmoe, paper", "90.71"], ["mhmoe, ours", "25.00"]]
 
 
 def test_one_name_is_one_model(runs: Path, tmp_path: Path) -> None:

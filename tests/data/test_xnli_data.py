@@ -7,7 +7,7 @@ import pytest
 
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.commands.zero_shot import name_models
-from mhmoe_fairseq.evaluation.xnli import read_xnli
+from mhmoe_fairseq.data.xnli import read_xnli
 
 ROWS = {
     "en": [
