@@ -97,5 +97,7 @@ def test_scores_are_compared_by_points_and_experts_and_speeds_by_the_same_rule(t
     assert of_part.change == "+10.00 %" and of_part.verdict == "one seed: nothing claimed"
     active = judge(Claim("", "mhmoe", "xmoe", metric="active experts"), models)
     assert (active.verdict, active.change) == ("seen", "+50.00 points ± 0.00")
+    on_tasks = Claim("", "mhmoe", "xmoe", metric="active experts", what="zero-shot", split="english")
+    assert judge(on_tasks, models).verdict == "not run"  # other text's experts do not stand for the tasks'
     assert judge(Claim("", "mhmoe", "xmoe", metric="tokens/s"), models).verdict == "not seen"
     assert judge(Claim("", "mhmoe", "xmoe", metric="balance loss"), models).changes["seed-1"] == 0
