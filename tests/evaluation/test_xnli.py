@@ -95,7 +95,8 @@ def test_the_table_has_ours_and_the_papers(result, trained_model):
     assert len(paper) == 5 and "chance 33.3" in text and "beside ours, not mixed" in text
     record = read_record(trained_model.folder / "record-zero-shot-xnli.json")
     assert set(record.data["files"]) == set(EXAMPLES) and record.data["split"] == "validation"
-    assert list(record.metrics) == ["accuracy"]  # three languages are not the paper's fourteen
+    assert list(record.metrics) == ["accuracy", "active experts"]  # three languages are not the paper's fourteen
+    assert {*record.experts.parts} == {*EXAMPLES}
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
