@@ -1,5 +1,5 @@
 # make help          what there is
-# PYTHON=python3.10  the interpreter to use (3.10, 3.11 or 3.12; default: the first that runs)
+# PYTHON=python3.10  the interpreter to use (3.10 to 3.13; default: the first that runs)
 # EXTRAS=...         optional packages, see setup.py (default: dev,plots,tensorboard)
 # DEMO_DIR, DEMO_UPDATES, DEMO_SOURCE, DEMO_VOCAB_SIZE
 #                    where the demo goes, its updates (240), corpus and vocabulary, as `mhmoe prepare english` takes them
@@ -38,7 +38,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): setup.py pyproject.toml scripts/setup.sh mhmoe_fairseq/moe/cpu/kernels.cpp $(wildcard constraints/*.txt)
-	@test -n "$(VERSION)" || { echo "setup: error: no Python 3.10, 3.11 or 3.12 found that runs (PYTHON=$(PYTHON))" >&2; exit 1; }
+	@test -n "$(VERSION)" || { echo "setup: error: no Python 3.10 to 3.13 found that runs (PYTHON=$(PYTHON))" >&2; exit 1; }
 	scripts/setup.sh "$(PYTHON)" "$(VENV)"
 	@touch $@
 

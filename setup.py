@@ -63,7 +63,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.10,<3.13",
+    python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mhmoe_fairseq", "mhmoe_fairseq.*"]),
     package_data={
         "mhmoe_fairseq": [

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 import tempfile
 
-SUPPORTED = ((3, 10), (3, 11), (3, 12))
+SUPPORTED = ((3, 10), (3, 11), (3, 12), (3, 13))
 # The environment with a CUDA build of torch takes 6.2 GB, its downloaded wheels 2.6 GB.
 VENV_GIB = 7.0
 DOWNLOAD_GIB = 3.0
@@ -21,7 +21,7 @@ def python_problems() -> list[str]:
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     problems = []
     if sys.version_info[:2] not in SUPPORTED:
-        problems.append(f"Python {version} is not supported: use 3.10, 3.11 or 3.12 (make setup PYTHON=python3.11)")
+        problems.append(f"Python {version} is not supported: use 3.10 to 3.13 (make setup PYTHON=python3.11)")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -32,7 +32,7 @@ def python_problems() -> list[str]:
 
 def compiler_problems() -> list[str]:
     """fairseq is compiled on the spot, except where its wheel fits (3.12 on Linux x86-64)."""
-    if sys.version_info[:2] >= (3, 12) and sys.platform == "linux" and platform.machine() == "x86_64":
+    if sys.version_info[:2] == (3, 12) and sys.platform == "linux" and platform.machine() == "x86_64":
         return []
     problems = []
     compiler = os.environ.get("CXX", "c++").split()[0]

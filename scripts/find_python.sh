@@ -20,7 +20,7 @@ candidates() { # VERSION
     echo python3
 }
 
-[ $# -gt 0 ] || set -- 3.11 3.12 3.10
+[ $# -gt 0 ] || set -- 3.11 3.12 3.10 3.13
 for version in "$@"; do
     for candidate in $(candidates "$version"); do
         if runs_as "$candidate" "$version"; then
