@@ -12,9 +12,11 @@ import torch
 from language_models import SMALL, small_dictionary, token_rows
 from torch import Tensor
 
+from mhmoe_fairseq.checkpoints.files import read_trained
 from mhmoe_fairseq.checkpoints.official.importing import stored_checkpoint
 from mhmoe_fairseq.checkpoints.open import open_model
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.evaluation.records import Metric, Record, write_record
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.language_model import build_language_model
 
@@ -104,3 +106,121 @@ def test_every_way_there_gives_the_same(opened: dict[str, dict[str, Any]], name:
     assert found["generated without cache"] and found["generated padded"] and found["beams"]
     assert found["saved again"] and found["files"] > 1
     assert found["without gradient"] == []
+
+
+def test_balance_loss_is_ours_and_is_added_with_its_weight(opened: dict[str, dict[str, Any]]) -> None:
+    for name in ("mhmoe", "deepnorm"):
+        found = opened[name]
+        model = open_model(found["folder"].parent / "model.pt", found["folder"].parent, "cpu").model
+        with torch.no_grad():
+            extra = model(token_rows([14, 14], words=WORDS))[1]
+        losses = [output.balance_loss for output in extra["moe"] if output is not None]
+        assert found["balance"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        assert found["with balance"] == pytest.approx(found["loss"] + 0.01 * found["balance"], rel=1e-6)
+
+
+def test_trainer_takes_a_step(opened: dict[str, dict[str, Any]]) -> None:
+    pytest.importorskip("accelerate", reason="needs pip install accelerate")
+    found = opened["mhmoe"]
+    assert 0 < found["trained loss"] < 20 and found["moved"] > 30
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(tmp_path: Path, name: str) -> None:
+    """Weights are the same bit by bit, but for experts with a norm inside; results are the same everywhere."""
+    arch, flags = MODELS[name]
+    task = {"sample_break_mode": "eos", "add_bos_token": True}
+    checkpoint = write_model(tmp_path / "one", arch, task, **flags)
+    shards = ("--max-shard-size", "0.00002")
+    assert export(checkpoint, tmp_path / "hf", *shards) == 0
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 3
+    back = tmp_path / "back"
+    assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(tmp_path / "hf"), str(back)]) == 0
+    before, after = (read_trained(folder / "model.pt") for folder in (checkpoint.parent, back))
+    folded = ".experts.fc2_", ".experts.layernorm_"
+    assert before["model"].keys() == after["model"].keys()
+    has_norm = any("experts.layernorm" in weight for weight in before["model"])
+    for weight, value in before["model"].items():
+        if not (has_norm and any(part in weight for part in folded)):
+            assert torch.equal(value, after["model"][weight]), weight
+    given = {key: value for key, value in before["cfg"]["model"].items() if value is not None}
+    assert given == {key: value for key, value in after["cfg"]["model"].items() if value is not None}
+    kept = after["cfg"]["task"]
+    assert {key: kept[key] for key in task} == task
+    ids = token_rows([20, 20], words=WORDS)
+    torch.testing.assert_close(logits_of(back / "model.pt", ids), logits_of(checkpoint, ids), rtol=1e-5, atol=1e-5)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line of ``mhmoe checkpoint export``, which wrote nothing."""
+    out = Path(str(words[-1]))
+    before = sorted(out.iterdir()) if out.is_dir() else None
+    capsys.readouterr()
+    assert mhmoe(["checkpoint", "export", *map(str, words)]) != 0
+    assert (sorted(out.iterdir()) if out.is_dir() else None) == before
+    assert not list(out.parent.glob(f".{out.name}*"))
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line
+    return line
+
+
+def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, out = write_model(tmp_path / "good", "mhmoe_lm_tiny"), tmp_path / "out"
+    capacity = write_model(tmp_path / "capacity", "smoe_lm_tiny", mhmoe_routing="capacity")
+    assert "--mhmoe-routing capacity cannot be exported" in refusal(capsys, "--format", "hf", capacity, out)
+    assert "--format" in refusal(capsys, "--format", "gguf", good, out)
+    assert "not an empty folder" in refusal(capsys, "--format", "hf", good, tmp_path / "good")
+    (tmp_path / "other").mkdir()
+    small_dictionary(WORDS + 1).save(str(tmp_path / "other" / "dict.txt"))
+    words = "--data", tmp_path / "other", good, out
+    assert "is not the checkpoint's dictionary" in refusal(capsys, "--format", "hf", *words)
+    (tmp_path / "good" / "dict.txt").unlink()
+    assert "no dict.txt" in refusal(capsys, "--format", "hf", good, out)
+
+
+def test_damaged_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, folder, out = write_model(tmp_path / "good", "mhmoe_lm_tiny"), tmp_path / "hf", tmp_path / "out"
+    assert export(checkpoint, folder, "--max-shard-size", "0.00002") == 0
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    config = folder / "config.json"
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    text = whole[config].decode()
+    damages = [
+        (config, text.replace('"mhmoe_top_k": 2', '"mhmoe_top_k": 3'), "mhmoe_top_k (3) contradicts"),
+        (config, text.replace('"mhmoe_lm"', '"llama"'), "model_type must be mhmoe_lm"),
+        (config, text.replace('"fairseq"', '"nothing"'), "no fairseq settings"),
+        (config, text.replace('"decoder_attention_heads": 2', '"decoder_attention_heads": 7'), "must divide"),
+        (config, "{", "not valid JSON"),
+        (shard, whole[shard][: len(whole[shard]) // 2], f"{shard.name}: no readable weights"),
+        (shard, None, f"no {shard.name} in it"),
+        (folder / "dict.txt", None, "no dict.txt"),
+        (config, None, "no config.json"),
+    ]
+    for path, content, message in damages:
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert message in refusal(capsys, "--format", "fairseq", folder, out), message
+        path.write_bytes(whole[path])
+    assert "--data has no meaning" in refusal(capsys, "--format", "fairseq", "--data", tmp_path / "good", folder, out)
+    assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(folder), str(out)]) == 0
+
+
+def test_the_card_tells_records_and_data(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "run", "mhmoe_lm_tiny")
+    digest = "0123456789abcdef"
+    record = Record("perplexity", "test", {"perplexity": Metric(12.345, "perplexity")}, data={"digest": digest * 4})
+    write_record(tmp_path / "run" / "record-test.json", record)
+    assert export(checkpoint, tmp_path / "hf") == 0
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "8 experts, 2 for each of a token's 4 sub-tokens" in card and "add_bos_token=False" in card
+    cells = card.split("\n| perplexity")[1].split("|")[1:5]
+    assert [cell.strip() for cell in cells] == ["12.35", "perplexity", "test", digest]
+
+
+def test_without_tokenizers_the_line_that_installs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    line = refusal(capsys, "--format", "hf", write_model(tmp_path / "run", "dense_lm_tiny"), tmp_path / "hf")
+    assert "pip install 'mhmoe_fairseq[hf]'" in line

@@ -2,11 +2,12 @@
 
 A text becomes ``</s>`` (of models trained with ``--add-bos-token`` ``<s>``), then its lines, cleaned as by ``mhmoe
 prepare``, with ``</s>`` between them. Different are: symbols of the dictionary that stand in a text as they are
-spelled (``</s>``, ``<s>``, ``<pad>``, ``<unk>``, ``__de__``), which are read as such; and long runs of one character,
-which have segmentations of equal score.
+spelled (``</s>``, ``<s>``, ``<pad>``, ``<unk>``, ``__de__``), which are read as such; long runs of one character,
+which have segmentations of equal score; and in unigram vocabularies byte pieces (``<0x41>``) of characters without a
+piece.
 """
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ _SENTINEL = "\ufb01 \uff21 \u2460 Straße"  # what Unicode's compatible normalis
 
 def require_packages() -> None:
     """Raise ``UserError`` with the line that installs what is missing."""
-    if importlib.util.find_spec("tokenizers") is None:
-        raise UserError("tokenizers is not installed: pip install 'mhmoe_fairseq[hf]'")
+    try:
+        importlib.import_module("tokenizers")
+    except ImportError:
+        raise UserError("tokenizers is not installed: pip install 'mhmoe_fairseq[hf]'") from None
 
 
 def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, start: str) -> Any:
