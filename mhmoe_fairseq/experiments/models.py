@@ -33,9 +33,14 @@ MHMOE_VARIANTS = {
     "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
-# MH-MoE under ``flops`` with experts k times as narrow and as many, top-k times k: the same products and parameters,
-# only their width against a sub-token's is another; times 1 it is 14 at CPU scale, a dense network's 4.
+# X-MoE and MH-MoE (flops) with experts so many times as narrow and as many, and top-k times as many of them: the same
+# products and parameters, only an expert's width against its input's is another (MH-MoE's: 14, a dense network's: 4).
 NARROWER = (2, 4)
+# Kind and flags, experts, width of one at CPU and at paper scale.
+_WIDTHS = {
+    "xmoe": ("xmoe", "", 8, 512, 3072),
+    "mhmoe-flops": ("mhmoe", "--mhmoe-heads-number 4 --mhmoe-budget none", 35, 448, 2688),
+}
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
 SWIGLU = """
     --activation-fn silu --rotary-embed --rms-norm --no-bias --no-token-positional-embeddings --no-scale-embedding
@@ -92,12 +97,12 @@ MODELS = {
         "mhmoe", f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget flops --mhmoe-router linear"
     ),
     **{
-        f"mhmoe-flops-narrower-{times}": Model(
-            "mhmoe",
-            f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget none --moe-expert-count {35 * times} --moe-top-k {2 * times} "
-            f"--moe-ffn-dim {448 // times}",
-            f"{PAPER_ROUTER} --moe-ffn-dim {2688 // times}",
+        f"{name}-narrower-{times}": Model(
+            kind,
+            f"{MOE} {flags} --moe-expert-count {experts * times} --moe-top-k {2 * times} --moe-ffn-dim {cpu // times}",
+            f"{PAPER_ROUTER} --moe-ffn-dim {paper // times}",
         )
+        for name, (kind, flags, experts, cpu, paper) in _WIDTHS.items()
         for times in NARROWER
     },
     # The dense network between two projections: an MoE layer of one expert, which every token uses with weight 1.
