@@ -32,6 +32,7 @@ def write_untrained_fixtures(root: Path) -> None:
     (root / "corpus.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     words = ["--source", "text", root / "corpus.txt", "--dest", root / "english", "--vocab-size", 340]
     assert mhmoe(["prepare", "english", *map(str, words)]) == 0
+    (root / "short.txt").write_text("\n".join(lines[:5]), encoding="utf-8")
     for code in ("de", "en"):
         texts = [SENTENCES[code].replace("\n", f" {number}\n") for number in range(40)]
         (root / "texts" / f"{code}.txt").parent.mkdir(exist_ok=True)
@@ -137,7 +138,7 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
             "checkpoint": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"], "--record": ["record.json"],
         },
         ("analyze",): {"checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"],
-                       "--polysemy": [f"{root}/words.json"], "--out": ["out"], "--no-plots": []},
+                       "--polysemy": [f"{root}/words.json"], "--split": ["train"], "--out": ["out"], "--no-plots": []},
         ("generate",): {"checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--prompt": ["The river"],
                         "--max-len-b": ["12"]},
         ("zero-shot", "english"): {
@@ -163,7 +164,7 @@ def further_calls(root: Path) -> list[tuple[tuple[str, ...], Call]]:
         }),
         (("analyze",), {
             "checkpoints": [f"{root}/lm/checkpoint_last.pt"], "--data": [f"{root}/english"], "--view": [],
-            "--text": [f"{root}/corpus.txt"], "--out": ["out"],
+            "--text": [f"{root}/short.txt"], "--out": ["out"],
         }),
         (("analyze",), {
             "checkpoints": [f"{root}/beit3/checkpoint_last.pt"], "--data": [f"{root}/images"], "--view": [],
