@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.errors import UserError
 from ..common.files import read_utf8_lines, sha256_of
@@ -41,7 +41,7 @@ class XnliSet(NamedTuple):
     code: str
     path: Path
     sha256: str
-    examples: tuple[dict[str, str | int], ...]
+    examples: tuple[dict[str, Any], ...]
     left_out: dict[str, str]
 
 
@@ -93,7 +93,7 @@ def _expected(split: str, code: str) -> str:
     return f"looked for xnli.{alias}.tsv, xnli.{alias}.jsonl, {code}/{split}.jsonl, {code}.jsonl and the like"
 
 
-def _read(path: Path, code: str | None) -> Iterator[dict[str, str | int]]:
+def _read(path: Path, code: str | None) -> Iterator[dict[str, Any]]:
     """Examples of a file: those of one language, or all if ``code`` is None."""
     names = _field_names(path)
     if not names:
