@@ -1,6 +1,5 @@
 """English and multilingual language modelling: recipes, the papers' tables and our own studies."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,8 +132,7 @@ def claims(paper: PaperTable, *pairs: str, column: str = "", at: str = "", **of_
     """
     found = []
     for better, worse in (pair.split(" < ") for pair in pairs):
-        rows = [paper.values.get(name) for name in (better, worse)]
-        values = [row[column] if isinstance(row, Mapping) else row for row in rows if row is not None]
+        values = [paper.value(name, column) for name in (better, worse) if name in paper.values]
         metric, of_paper = of_claim.get("metric", paper.metric), ""
         if len(values) == 2:
             of_percent = f"{values[0] - values[1]:+.1f} points"
@@ -205,7 +203,7 @@ TABLE_2 = PaperTable(
 FIGURE_6_TABLE = PaperTable(
     f"{P1}, tables 1 and 2, at 8 and 32 experts",
     "perplexity",
-    {model: {"perplexity": TABLE_1.values[model], _EIGHT: TABLE_2.values[model][_EIGHT]} for model in FIVE[1:]},
+    {model: {"perplexity": TABLE_1.value(model), _EIGHT: TABLE_2.value(model, _EIGHT)} for model in FIVE[1:]},
     f"Figure 6 itself is drawn without numbers; of {OTHER_CORPUS}",
 )
 _LANGUAGES = ("bg", "de", "el", "en", "es", "fr", "hi", "ru", "sw", "th", "tr", "ur", "vi", "zh", "avg")

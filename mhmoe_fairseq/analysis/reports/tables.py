@@ -75,6 +75,11 @@ class PaperTable:
     note: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
 
+    def value(self, model: str, column: str = "") -> float:
+        """Returns a model's number, of a table with several columns the one of ``column``; KeyError if it has none."""
+        row = self.values[model]
+        return row[column] if isinstance(row, Mapping) else row
+
 
 @dataclass(frozen=True)
 class Column:

@@ -126,14 +126,16 @@ class MHMoENetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""
         inner = self.up_proj(x)
-        inner = self.act_fn(inner) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * inner
-        inner = self.dropout(inner)
+        inner = self.dropout(self.act_fn(inner) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * inner)
         return self.down_proj(inner if self.inner_norm is None else self.inner_norm(inner))
 
 
 @use_experts_implementation
 class MHMoEExperts(nn.Module):
     """E networks ``d -> F -> d`` with stacked weights, of which each sub-token uses K."""
+
+    has_gate: bool
+    has_bias: bool
 
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
@@ -143,11 +145,11 @@ class MHMoEExperts(nn.Module):
         self.dropout = config.activation_dropout
         self.gated, self.biased = config.hidden_act == "silu", config.expert_bias
         e, f, d = config.mhmoe_experts, config.mhmoe_expert_size, config.hidden_size // config.mhmoe_heads
-        first, rows = ("gate_up_proj", 2 * f) if self.gated else ("up_proj", f)
-        self.register_parameter(first, nn.Parameter(torch.empty(e, rows, d)))
+        self.first, rows = ("gate_up_proj", 2 * f) if self.gated else ("up_proj", f)
+        self.register_parameter(self.first, nn.Parameter(torch.empty(e, rows, d)))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
         if self.biased:
-            self.register_parameter(f"{first}_bias", nn.Parameter(torch.zeros(e, rows)))
+            self.register_parameter(f"{self.first}_bias", nn.Parameter(torch.zeros(e, rows)))
             self.down_proj_bias = nn.Parameter(torch.zeros(e, d))
 
     def act_fn(self, inner: Tensor) -> Tensor:
@@ -167,11 +169,10 @@ class MHMoEExperts(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sums of the chosen experts, ``(N, d), (N, K), (N, K) -> (N, d)``: ``eager``, one by one."""
         summed = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        first = self.gate_up_proj if self.gated else self.up_proj
-        first_bias = (self.gate_up_proj_bias if self.gated else self.up_proj_bias) if self.biased else None
+        first, first_bias = getattr(self, self.first), getattr(self, f"{self.first}_bias", None)
         for expert in range(self.num_experts):
             rows, choices = torch.where(top_k_index == expert)
-            inner = F.linear(hidden_states[rows], first[expert], first_bias[expert] if self.biased else None)
+            inner = F.linear(hidden_states[rows], first[expert], None if first_bias is None else first_bias[expert])
             inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
             y = F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert] if self.biased else None)
             summed = summed.index_add(0, rows, (y * top_k_weights[rows, choices, None]).to(summed.dtype))
@@ -434,9 +435,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss, balance = None, None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        balance = None
         if outputs.router_logits:
             real, length = None, outputs.last_hidden_state.size(1)
             if attention_mask is not None and attention_mask.dim() == 2:
