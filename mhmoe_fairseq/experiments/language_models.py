@@ -297,12 +297,14 @@ EXPERIMENTS = (
         paper=TABLE_1, reference="xmoe",
         claims=claims(TABLE_1, "xmoe < dense", "mhmoe-params < xmoe", "mhmoe-flops < xmoe", "mhmoe-flops-h2 < xmoe")),
     Experiment("causes", "what decides between MH-MoE and X-MoE: width and number of experts, projections, router",
-        "english_lm", (Stage(CAUSES),), ("xmoe", "xmoe-narrower-2", "xmoe-narrower-4", "mhmoe-flops", *(
+        "english_lm", (Stage(ENGLISH, ("xmoe", "mhmoe-flops")), Stage(CAUSES, ("xmoe-*", "mhmoe-flops-*"))),
+        ("xmoe", "xmoe-narrower-2", "xmoe-narrower-4", "mhmoe-flops", *(
             f"mhmoe-flops-{cause}" for cause in (
                 "narrower-2", "narrower-4", "h2", "gain", "subtoken-residual", "p1-router", "linear-router",
                 "weak-balance",
             )
-        )), reference="xmoe"),
+        )), reference="xmoe", claims=claims(TABLE_1, "mhmoe-flops-narrower-4 < mhmoe-flops",
+            "mhmoe-flops-narrower-4 < xmoe", "mhmoe-flops-narrower-4 < xmoe-narrower-4", "xmoe-narrower-4 < xmoe")),
     *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} % of the study's updates", "english_lm",
         (Stage(recipe),), ("xmoe", "mhmoe-flops"), reference="xmoe") for recipe in LENGTHS),
     Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",

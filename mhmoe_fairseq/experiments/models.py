@@ -35,6 +35,7 @@ MHMOE_VARIANTS = {
 }
 # X-MoE and MH-MoE (flops) with experts so many times as narrow and as many, and top-k times as many of them: the same
 # products and parameters, only an expert's width against its input's is another (MH-MoE's: 14, a dense network's: 4).
+# Four times is the second paper's own choice for four heads: its top-k is the sparse model's times the heads.
 NARROWER = (2, 4)
 # Kind and flags, experts, width of one at CPU and at paper scale.
 _WIDTHS = {
