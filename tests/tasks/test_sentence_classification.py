@@ -76,7 +76,7 @@ def test_the_task_and_its_flags():
     SentenceClassificationTask.add_args(parser)
     assert {flag for action in parser._actions for flag in action.option_strings} == {
         "--num-classes", "--classification-head-name", "--mhmoe-head-dropout", "--tokens-per-sample",
-        "--max-target-positions", "--mhmoe-language-token",
+        "--max-target-positions", "--mhmoe-language-token", "--mhmoe-load-log",
     }  # fmt: skip
     assert all(action.help for action in parser._actions)
 
