@@ -48,7 +48,7 @@ OF_THE_MACHINE: dict[str, object] = {
     "file:///mnt/of/xnli and file://node-7/mnt/a": "xnli and a",
     "x=/mnt/a,/mnt/b:/mnt/c": "x=a,b:c",
     "node-7.local:29500 tcp://node-7:1 me@node-7": "HOST:29500 tcp://HOST:1 me@HOST",
-    "yes/no, https://pypi.org/simple/x, and/or": "yes/no, https://pypi.org/simple/x, and/or",
+    "yes/no, https://example.org/a/x, and/or": "yes/no, https://example.org/a/x, and/or",
 }
 
 

@@ -13,7 +13,7 @@ NAMES = ("loss", "ppl", "gate_loss", "z_loss", "moe_active", "moe_load_max", "mo
 @pytest.mark.parametrize("tracker", TRACKERS)
 def test_a_tracker_has_the_numbers_of_the_log(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(TRACKERS[tracker]) is None:
-        pytest.skip(f"{TRACKERS[tracker]} is an optional package")
+        pytest.skip(f"needs {TRACKERS[tracker]}, an optional package: pip install {TRACKERS[tracker]}")
     for name, value in (("MODE", "offline"), ("DIR", tmp_path), ("SILENT", "true"), ("NAME", "first-run")):
         monkeypatch.setenv(f"WANDB_{name}", str(value))
     flags = {"tensorboard": ("--tensorboard-logdir", tmp_path / "board"), "wandb": ("--wandb-project", "mhmoe")}
