@@ -196,6 +196,8 @@ class StopDecoder:
     def continue_prompts(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """The continuation of every prompt, without the prompt and without what ended it.
 
+        It is decoded alone, as lm-eval decodes it: under SentencePiece its first word loses the space before it.
+
         Args:
             prompts: ids, the leading symbol included. Together with ``max_tokens`` they must fit the model.
         """
@@ -212,7 +214,7 @@ class StopDecoder:
                     continue
                 tokens[row, position] = chosen[row]
                 if found[row] is None:
-                    found[row] = self._finished(prompt, tokens[row, len(prompt) : position + 1].tolist())
+                    found[row] = self._finished(tokens[row, len(prompt) : position + 1])
             if None not in found:
                 break
         return [text or "" for text in found]
@@ -226,17 +228,9 @@ class StopDecoder:
             return log_probs.argmax(1).cpu()
         return self.sampling.step(0, log_probs[:, None], None)[1][:, 0].cpu()
 
-    def _finished(self, prompt: Sequence[int], new: list[int]) -> str | None:
+    def _finished(self, new: Tensor) -> str | None:
         """The text of a row's new tokens if they end it, else None."""
-        ends = new[-1] == self.dictionary.eos()
-        text = self._text(prompt, new[:-1] if ends else new)
+        ends = bool(new[-1] == self.dictionary.eos())
+        text = self.model.decode(new[:-1] if ends else new)
         cut = cut_at(text, self.stops)
         return text if cut is None and (ends or len(new) >= self.max_tokens) else cut
-
-    def _text(self, prompt: Sequence[int], new: list[int]) -> str:
-        """What ``new`` adds to the prompt's last line: alone it would lose a space at its start."""
-        line: list[int] = []
-        for token in prompt[1:]:  # the first is the leading symbol
-            line = [] if token == self.dictionary.eos() else [*line, token]
-        before, whole = (self.model.decode(torch.tensor(ids, dtype=torch.long)) for ids in (line, line + new))
-        return whole[len(before) :] if whole.startswith(before) else self.model.decode(torch.tensor(new))

@@ -176,9 +176,7 @@ class MHMoEHarnessModel(TemplateLM):
     def _generate(self, contexts: Sequence[str], arguments: dict[str, Any], bar: tqdm) -> list[str]:
         search, stops, most = read_generation_arguments(arguments, self.max_gen_toks, self.max_length)
         decoder = StopDecoder(self.hub, search, stops, most)
-        room = self.max_length - most  # for the context: the last new token is never read
-        encoded = [self.scorer.encode(context) for context in contexts]
-        prompts = [[self.prefix_token_id, *context[max(0, len(context) - room) :]] for context in encoded]
+        prompts = [self.scorer.prompt(context, self.max_length - most) for context in contexts]
         found: list[str] = [""] * len(prompts)
         for batch in self.scorer.batches(range(len(prompts)), lambda row: len(prompts[row]) + most):
             for row, text in zip(batch, decoder.continue_prompts([prompts[row] for row in batch])):

@@ -156,6 +156,13 @@ class TextScorer:
             )
         return whole[:length], whole[length:]
 
+    def prompt(self, context: str, room: int) -> list[int]:
+        """Ids to go on from, at most ``room``: leading symbol and context, cut on the left as lm-eval cuts them."""
+        tokens = [self.leading_symbol, *self.encode(context)][-room:]
+        if self._keeps_leading_symbol:  # the model never saw a text without its language
+            tokens[0] = self.leading_symbol
+        return tokens
+
     def scores(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Iterator[tuple[int, Score]]:
         """Score every continuation once, the longest texts first.
 

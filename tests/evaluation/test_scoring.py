@@ -127,6 +127,8 @@ def test_overlong_contexts_are_cut_on_the_left(model):
         log_probs = model.models[0](torch.tensor([kept[:-1]]))[0].log_softmax(-1)[0]
     expected = log_probs.gather(1, torch.tensor(kept[1:])[:, None])[-len(continuation) :].double().sum()
     assert score.log_prob == pytest.approx(expected.item(), rel=1e-6)
+    tokens = [scorer.leading_symbol, *context]
+    assert scorer.prompt(TEXTS[3], 99) == tokens and scorer.prompt(TEXTS[3], 5) == tokens[-5:]
 
 
 def test_every_token_of_an_overlong_text_is_predicted_once(model):
@@ -190,6 +192,8 @@ def test_a_language_symbol_leads_every_window():
     german = hub.src_dict.index("__de__")
     scorer = TextScorer(hub, language="de", max_length=6)
     assert all(window.inputs[0] == german for window in scorer.windows([german, *range(5, 25)], 20))
+    scorer.encode = lambda text: [5, 9, 8]
+    assert scorer.prompt("", 3) == [german, 9, 8]
     [led] = scorer.score_all([([], [5, 9, 8])])
     scorer.set_language(None)
     [plain] = scorer.score_all([([german], [5, 9, 8])])
