@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from console import evaluate, evaluated, evaluation_record
+from fairseq.data import Dictionary
 from language_models import SMALL, small_dictionary, token_rows
 from torch import Tensor
+from trained_model import TrainedModel
 
 from mhmoe_fairseq.checkpoints.files import read_trained
 from mhmoe_fairseq.checkpoints.official.importing import stored_checkpoint
@@ -23,6 +27,8 @@ from mhmoe_fairseq.models.language_model import build_language_model
 pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
 PROBE = Path(__file__).parents[1] / "support" / "transformers_probe.py"
 WORDS = 60
+PADDED = token_rows([14, 14], words=WORDS)
+PADDED[1, 7:] = Dictionary().pad()
 SWIGLU = {"activation_fn": "silu", "rms_norm": True, "no_bias": True, "rotary_embed": True}
 
 # Every option that changes what is computed is in at least one of them.
@@ -85,6 +91,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
         found[name] = {"ours": logits_of(checkpoint, ids), "folder": out}
     if importlib.util.find_spec("accelerate"):
         (found["mhmoe"]["folder"] / "train").touch()
+    (found["mhmoe"]["folder"] / "damage").touch()
     environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
     folders = [str(entry["folder"]) for entry in found.values()]
     subprocess.run([sys.executable, str(PROBE), *folders], env=environment, check=True)
@@ -109,13 +116,15 @@ def test_every_way_there_gives_the_same(opened: dict[str, dict[str, Any]], name:
 
 
 def test_balance_loss_is_ours_and_is_added_with_its_weight(opened: dict[str, dict[str, Any]]) -> None:
-    for name in ("mhmoe", "deepnorm"):
+    """The mean of the layers' over real tokens, padding apart."""
+    for name in ("mhmoe", "smoe", "deepnorm"):
         found = opened[name]
         model = open_model(found["folder"].parent / "model.pt", found["folder"].parent, "cpu").model
-        with torch.no_grad():
-            extra = model(token_rows([14, 14], words=WORDS))[1]
-        losses = [output.balance_loss for output in extra["moe"] if output is not None]
-        assert found["balance"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+        for key, ids in (("balance", token_rows([14, 14], words=WORDS)), ("balance of padded", PADDED)):
+            with torch.no_grad():
+                extra = model(ids)[1]
+            losses = [output.balance_loss for output in extra["moe"] if output is not None]
+            assert found[key] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert found["with balance"] == pytest.approx(found["loss"] + 0.01 * found["balance"], rel=1e-6)
 
 
@@ -125,9 +134,27 @@ def test_trainer_takes_a_step(opened: dict[str, dict[str, Any]]) -> None:
     assert 0 < found["trained loss"] < 20 and found["moved"] > 30
 
 
+def test_damaged_folders_are_refused_elsewhere(opened: dict[str, dict[str, Any]]) -> None:
+    """An impossible value by its field and rule; what the weights contradict, and half of them, by transformers."""
+    found = {**opened["mhmoe"]["refusals"]}
+    mismatch, shard = found.pop("mhmoe_expert_size"), found.pop("shard")
+    assert "mismatch" in mismatch and shard.startswith("SafetensorError"), (mismatch, shard)
+    for name, message in found.items():
+        assert f"config.json: {name} (" in message and "must be" in message, message
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_by_transformers_comes_back(opened: dict[str, dict[str, Any]], tmp_path: Path, name: str) -> None:
+    again, back = opened[name]["folder"] / "again", tmp_path / "back"
+    shutil.copyfile(again.parent / "dict.txt", again / "dict.txt")
+    assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(again), str(back)]) == 0
+    logits = logits_of(back / "model.pt", token_rows([14, 14], words=WORDS))
+    torch.testing.assert_close(logits, opened[name]["ours"], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(tmp_path: Path, name: str) -> None:
-    """Weights are the same bit by bit, but for experts with a norm inside; results are the same everywhere."""
+    """Weights are the same bit by bit, and with them results; but for experts with a norm inside, to rounding."""
     arch, flags = MODELS[name]
     task = {"sample_break_mode": "eos", "add_bos_token": True}
     checkpoint = write_model(tmp_path / "one", arch, task, **flags)
@@ -148,7 +175,22 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     kept = after["cfg"]["task"]
     assert {key: kept[key] for key in task} == task
     ids = token_rows([20, 20], words=WORDS)
-    torch.testing.assert_close(logits_of(back / "model.pt", ids), logits_of(checkpoint, ids), rtol=1e-5, atol=1e-5)
+    least = 1e-5 * has_norm
+    torch.testing.assert_close(logits_of(back / "model.pt", ids), logits_of(checkpoint, ids), rtol=least, atol=least)
+
+
+def test_perplexity_there_and_back(trained_model: TrainedModel, tmp_path: Path) -> None:
+    """Of a trained model whose experts have a norm: what fairseq-eval-lm prints, and the record to rounding."""
+    back, printed, records = tmp_path / "back", [], []
+    assert export(trained_model.checkpoint, tmp_path / "hf") == 0
+    assert str(trained_model.folder.parent) not in (tmp_path / "hf" / "config.json").read_text(encoding="utf-8")
+    assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(tmp_path / "hf"), str(back)]) == 0
+    for checkpoint in (trained_model.checkpoint, back / "model.pt"):
+        printed.append(evaluated(evaluate(trained_model.data, checkpoint)))
+        record = evaluation_record(tmp_path, checkpoint, "--data", trained_model.data, "--split", "test")
+        records.append({name: metric.value for name, metric in record.metrics.items()})
+    assert printed[0] == printed[1] and printed[0].perplexity > 2
+    assert records[1] == pytest.approx(records[0], rel=1e-6)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -168,12 +210,18 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     good, out = write_model(tmp_path / "good", "mhmoe_lm_tiny"), tmp_path / "out"
     capacity = write_model(tmp_path / "capacity", "smoe_lm_tiny", mhmoe_routing="capacity")
     assert "--mhmoe-routing capacity cannot be exported" in refusal(capsys, "--format", "hf", capacity, out)
+    balanced = write_model(tmp_path / "balanced", "smoe_lm_tiny", mhmoe_router="balanced-for-benchmarks")
+    assert "--mhmoe-router balanced-for-benchmarks cannot be exp" in refusal(capsys, "--format", "hf", balanced, out)
     assert "--format" in refusal(capsys, "--format", "gguf", good, out)
     assert "not an empty folder" in refusal(capsys, "--format", "hf", good, tmp_path / "good")
     (tmp_path / "other").mkdir()
     small_dictionary(WORDS + 1).save(str(tmp_path / "other" / "dict.txt"))
-    words = "--data", tmp_path / "other", good, out
-    assert "is not the checkpoint's dictionary" in refusal(capsys, "--format", "hf", *words)
+    renamed = (tmp_path / "good" / "dict.txt").read_text(encoding="utf-8").replace("w7 ", "other ")
+    for content in (None, renamed):  # too many words, another word
+        if content is not None:
+            (tmp_path / "other" / "dict.txt").write_text(content, encoding="utf-8")
+        words = "--data", tmp_path / "other", good, out
+        assert "is not the checkpoint's dictionary" in refusal(capsys, "--format", "hf", *words)
     (tmp_path / "good" / "dict.txt").unlink()
     assert "no dict.txt" in refusal(capsys, "--format", "hf", good, out)
 

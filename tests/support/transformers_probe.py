@@ -4,6 +4,8 @@ Each folder has ``probe.pt``: ``ids``, ``(B, S)`` without padding. What comes of
 """
 
 import inspect
+import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +17,11 @@ for _name in ("mhmoe_fairseq", "fairseq", "torchscale", "fairscale", "sentencepi
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+
+IMPOSSIBLE = {
+    "mhmoe_top_k": 9, "mhmoe_heads": 5, "mhmoe_experts": 0, "mhmoe_freq": -1, "mhmoe_router": "balanced",
+    "mhmoe_expert_size": 17, "num_attention_heads": 3, "hidden_act": "tanh", "hidden_size": "wide",
+}  # fmt: skip
 
 
 def open_folder(folder: Path, **options: Any) -> Any:
@@ -82,6 +89,9 @@ def train(model: Any, ids: Tensor) -> dict[str, Any]:
     if asked.aux_loss is not None:
         found["balance"] = asked.aux_loss.item()
     asked.loss.backward()
+    together, mask = padded([ids[0], ids[1, : ids.size(1) // 2]], model.config.pad_token_id)
+    balance = model(together, attention_mask=mask, output_router_logits=True).aux_loss
+    found["balance of padded"] = None if balance is None else balance.item()
     found["without gradient"] = [name for name, value in model.named_parameters() if value.grad is None]
     return found
 
@@ -103,6 +113,28 @@ def train_with_trainer(folder: Path, ids: Tensor) -> dict[str, Any]:
     return {"trained loss": loss, "moved": sum(not torch.equal(before[name], after[name]) for name in before)}
 
 
+def refusals(folder: Path) -> dict[str, str]:
+    """What is said of folders that someone damaged by hand: by the field of config.json, or ``shard``."""
+    edited, found = folder / "edited", {}
+    shutil.copytree(folder, edited, ignore=shutil.ignore_patterns("again", "*.pt"))
+    config, weights = edited / "config.json", edited / "model.safetensors"
+    whole = config.read_text(encoding="utf-8"), weights.read_bytes()
+    for name, value in IMPOSSIBLE.items():
+        config.write_text(json.dumps({**json.loads(whole[0]), name: value}), encoding="utf-8")
+        found[name] = _refusal(edited)
+    config.write_text(whole[0], encoding="utf-8")
+    weights.write_bytes(whole[1][:-9])
+    return {**found, "shard": _refusal(edited)}
+
+
+def _refusal(folder: Path) -> str:
+    try:
+        open_folder(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "opened"
+
+
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
         ids = torch.load(folder / "probe.pt")["ids"]
@@ -110,6 +142,8 @@ def main() -> None:
         found = {**use(model, folder, ids), **train(model, ids)}
         if (folder / "train").exists():
             found.update(train_with_trainer(folder, ids))
+        if (folder / "damage").exists():
+            found["refusals"] = refusals(folder)
         found["parameters"] = sum(map(Tensor.numel, model.parameters()))
         found["takes"] = list(inspect.signature(model.forward).parameters)
         torch.save(found, folder / "found.pt")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...common.errors import UserError
 from ...common.files import atomic_path, explain_full_disk, read_json, refuse_path_separator, write_json
 from ...data.vocabularies import MODEL_FILE
-from ...models.architectures import named_architecture
+from ...models.architectures import KINDS, named_architecture
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings
 from ...models.language_model import build_language_model, find_checkpoint, find_data
@@ -143,18 +143,18 @@ def _options(stored: Mapping[str, Any], file: Path) -> Any:
     """The options of a language model that a checkpoint or config.json keeps."""
     if "encoder_layers" in stored:
         raise UserError(f"{file} is BEiT-3: only language models can be exported")
-    options = argparse.Namespace(**stored)
-    named_architecture(options._name)(options)
+    architecture = named_architecture(stored["_name"])
+    options = argparse.Namespace(**{**KINDS[architecture.kind].from_task, **stored})
+    architecture(options)
     return options
 
 
 def _plain(stored: Mapping[str, Any], *without: str) -> dict[str, Any]:
-    """What is given of stored settings, as JSON has it."""
-    plain = (bool, int, float, str)
+    """What is given of stored settings, as JSON has it, but for paths and what fairseq copies from other sections."""
     return {
-        str(name): value if isinstance(value, plain) else str(value)
+        str(name): value if isinstance(value, (bool, int, float, str)) else str(value)
         for name, value in stored.items()
-        if value is not None and name not in without
+        if not (name in without or value is None or isinstance(value, (dict, list, tuple)) or os.sep in str(value))
     }
 
 

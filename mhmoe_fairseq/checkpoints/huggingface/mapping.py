@@ -19,6 +19,7 @@ from ...torchscale_ext.settings import DecoderSettings
 _EXPERTS = re.compile(r"(decoder\.layers\.\d+\.moe_layer\.experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
+_ROUTERS = ("xmoe", "linear")
 _RENAMED = (
     (".self_attn.out_proj.", ".self_attn.o_proj."),
     ("inner_attn_ln", "inner_norm"),
@@ -42,13 +43,18 @@ def describe_model(options: Any, settings: DecoderSettings, balance_weight: floa
         settings: what ``decoder_settings`` made of them.
 
     Raises:
-        UserError: for routing that no other software has, by its name.
+        UserError: for routing or a router that no other software has, by its name.
     """
     routing = str(options.mhmoe_routing or "dropless")
     if settings.moe is not None and routing != "dropless":
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: what its experts refuse depends on the batch, which "
             "other software does not repeat; train with dropless routing, or go on with it from this checkpoint"
+        )
+    if settings.moe is not None and settings.moe.router not in _ROUTERS:
+        raise UserError(
+            f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
+            f"{' and '.join(_ROUTERS)} only"
         )
     absolute = "learned" if options.decoder_learned_pos else "sinusoidal"
     relative = "rotary" if settings.rotary_embed else "xpos" if settings.xpos_rel_pos else "none"

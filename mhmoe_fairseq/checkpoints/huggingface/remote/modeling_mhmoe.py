@@ -265,12 +265,7 @@ class MHMoELayer(nn.Module):
 
 
 def balance_loss(logits: Tensor, real: Tensor | None, config: MHMoEConfig) -> Tensor:
-    """``E * sum_p f_p P_p`` of one layer: 1 when the load is uniform.
-
-    Args:
-        logits: ``(N, E)``.
-        real: float ``(N,)``, 0 where padded; None for all real.
-    """
+    """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded."""
     index, _ = choose(logits, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, False)
     probabilities = torch.softmax(logits.float(), dim=1)
     chosen = torch.zeros_like(probabilities).scatter_(1, index, 1.0) / index.size(1)
@@ -316,10 +311,7 @@ class MHMoEPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MHMoEDecoderLayer"]
     _keep_in_fp32_modules_strict = ["router"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
