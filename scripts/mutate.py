@@ -6,7 +6,7 @@ is known.
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -214,7 +214,10 @@ def main(words: Sequence[str] | None = None) -> int:
         digests = {mutant.change: mutant.digest for mutant in mutants}
         kept = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8")) if (ROOT / OUTCOMES).exists() else {}
         outcomes = {change: of for change, of in kept.items() if of["digest"] == digests.get(change)}
-        waiting = [mutant for mutant in chosen if arguments.again or mutant.change not in outcomes]
+        waiting = [
+            mutant for mutant in chosen
+            if (arguments.again or mutant.change not in outcomes) and all(map(importlib.util.find_spec, mutant.needs))
+        ]  # fmt: skip
         if waiting:
             run(waiting, outcomes, arguments.jobs, arguments.time_limit)
     except ListError as error:

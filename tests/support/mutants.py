@@ -3,6 +3,7 @@
 A list is a TOML file::
 
     tests = ["tests/moe"]             # what runs for its mutants: files, folders or node ids
+    needs = ["tokenizers"]            # modules without which the tests are skipped, and the mutants not run; if any
 
     [[mutant]]
     change = "the layer's output dropout is never applied"
@@ -33,7 +34,7 @@ except ModuleNotFoundError:
 LISTS = Path("tests/mutants")
 PACKAGE = Path("mhmoe_fairseq")
 _REQUIRED = {"change", "function", "expression", "becomes"}
-_OPTIONAL = {"module", "occurrence", "tests"}
+_OPTIONAL = {"module", "occurrence", "tests", "needs"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -63,6 +64,7 @@ class Mutant:
     becomes: str
     module: str
     tests: tuple[str, ...]
+    needs: tuple[str, ...]
 
 
 def read_mutants(root: Path) -> list[Mutant]:
@@ -79,11 +81,12 @@ def read_mutants(root: Path) -> list[Mutant]:
         except tomllib.TOMLDecodeError as error:
             problems.append(f"{LISTS / file.name}: {error}")
             continue
+        of_list = {name: content[name] for name in ("tests", "needs") if name in content}
         for entry in content.get("mutant", []):
             try:
                 if entry.get("change") in mutants:
                     raise ListError("another mutant has the same words")
-                mutant = _read(root, file.stem, {"tests": content.get("tests", []), **entry})
+                mutant = _read(root, file.stem, {"tests": [], **of_list, **entry})
                 mutants[mutant.change] = mutant
             except ListError as error:
                 problems.append(f"{LISTS / file.name}: {entry.get('change')!r}: {error}")
@@ -101,7 +104,7 @@ def _read(root: Path, list_name: str, entry: dict) -> Mutant:
     digest = hashlib.sha256(json.dumps([before, entry]).encode())
     for file in _test_files(root, entry):
         digest.update(file.read_bytes())
-    fields = {"module": "", **entry, "tests": tuple(entry["tests"])}
+    fields = {"module": "", **entry, "tests": tuple(entry["tests"]), "needs": tuple(entry.get("needs", ()))}
     fields.pop("occurrence", None)
     return Mutant(list_name, path, before, after, digest.hexdigest()[:16], **fields)
 
