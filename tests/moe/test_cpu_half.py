@@ -211,6 +211,16 @@ def test_a_pass_without_gradients_keeps_one_piece(monkeypatch: pytest.MonkeyPatc
     assert len(casts) == used < 64 and all(weights.fc1_weight.dim() == 2 for weights in casts)
 
 
+def test_no_cast_weights_are_kept_for_the_backward() -> None:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            build(expert_layernorm=True)(torch.randn(24, 32))
+    kept_half = [tuple(t.shape) for t in kept if t.dtype == torch.bfloat16]
+    assert any(shape[1:] == (44,) for shape in kept_half)  # pre-activations
+    assert not [shape for shape in kept_half if len(shape) > 2]
+
+
 # ---------------------------------------------------------------------- kernels
 
 

@@ -160,13 +160,17 @@ class RankParameters:
     dense: int
     expert: int
 
-    def rounded_bytes(self, shape: ModelShape) -> int:
-        """Copies in the half type that autocast keeps for the backward pass; one layer's if recomputed."""
+    def rounded_bytes(self, shape: ModelShape, backend: str) -> int:
+        """Copies in the half type that autocast keeps for the backward pass; one layer's if recomputed.
+
+        On a CPU ("loop") the experts' are made anew, one expert's at a time.
+        """
         if not shape.half:
             return 0
+        expert = 0 if backend == "loop" else self.expert
         if not shape.recompute:
-            return 2 * (self.dense + self.expert)
-        return 2 * (self.dense // shape.layers + self.expert // max(shape.moe_layers, 1))
+            return 2 * (self.dense + expert)
+        return 2 * (self.dense // shape.layers + expert // max(shape.moe_layers, 1))
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ def plan_ranks(
         size=size,
         experts=experts,
         parameters=parameters,
-        rounded=parameters.rounded_bytes(shape),
+        rounded=parameters.rounded_bytes(shape, backend),
         activations=cluster.tokens * memory.peak(recompute=False),
         activations_recomputed=cluster.tokens * memory.peak(recompute=True),
         saved=counts.total,

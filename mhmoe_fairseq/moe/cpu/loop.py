@@ -3,8 +3,9 @@
 What is kept for the backward is the pre-activation alone, ``(R, F)``; plain autograd keeps the activation too and
 holds the sorted input and the gradient of whole slices. The rest is recomputed in pieces small enough for the cache.
 
-It computes in the dtype of its input. Weights of another, as under autocast, are cast once for both passes, and their
-gradients are summed in their own dtype.
+It computes in the dtype of its input. Weights of another, as under autocast, are cast expert by expert in either pass:
+kept for the backward, the copies of all layers would be half as large as all gradients. Gradients are summed in the
+weights' own dtype.
 
 Values are read on the host and written to memory of its own, and the backward is no graph. So the loop cannot be
 traced or transformed (:func:`eager_obstacle`), and where a gradient is to be differentiated again its backward computes
@@ -103,7 +104,6 @@ class _LoopFFN(torch.autograd.Function):
         layout = lay_out(plan, row_multiple(x_Nd.dtype, plan.order_R.size(0), num_experts))
         source_R = layout.plan.source_R
         rows, keep = source_R.size(0), keep and any(ctx.needs_input_grad)
-        cast = _cast(given, x_Nd.dtype) if keep else given  # else of experts that have rows alone, below
         # Without a backward one piece of pre-activations is enough, used again and again.
         kept_rows = rows if keep else min(rows, _PIECE_ROWS)
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
@@ -112,11 +112,10 @@ class _LoopFFN(torch.autograd.Function):
         inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF, has_backward=False)
         y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
         y_Rd[layout.ends[-1] :].zero_()  # rows of the virtual expert
-        of_experts = list(zip(_of_experts(given), _of_experts(cast)))
+        of_experts = _of_experts(given)
         for expert, pieces in layout.pieces(_PIECE_ROWS):
-            exact, own = of_experts[expert]
-            own = own if keep else _cast(own, x_Nd.dtype)
-            normed = _normed(exact)
+            exact = of_experts[expert]
+            own, normed = _cast(exact, x_Nd.dtype), _normed(exact)
             for piece in pieces:
                 kept = piece if keep else slice(0, piece.stop - piece.start)
                 x = x_Nd.index_select(0, source_R[piece])
@@ -133,14 +132,13 @@ class _LoopFFN(torch.autograd.Function):
                     y.add_(own.fc2_bias)
         if keep:
             ctx.settings, ctx.layout = settings, layout
-            ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *cast, *given)
+            ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *given)
         return combine(y_Rd, gates_NK, layout.plan)
 
     @staticmethod
     def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor | None, ...]:
-        x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *both = ctx.saved_tensors
-        count = len(ExpertWeights._fields)
-        cast, weights = ExpertWeights(*both[:count]), ExpertWeights(*both[count:])
+        x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *given = ctx.saved_tensors
+        weights = ExpertWeights(*given)
         if torch.is_grad_enabled() or eager_obstacle([grad_Nd]):  # create_graph, or a batch of gradients
             return _differentiable_backward(ctx, grad_Nd, x_Nd, gates_NK, weights)
         layout: Layout = ctx.layout
@@ -151,11 +149,11 @@ class _LoopFFN(torch.autograd.Function):
         x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
         x_grad_Rd[layout.ends[-1] :].zero_()
         inner = inner_of(ctx.settings, min(len(y_Rd), _PIECE_ROWS), hidden_RF, has_backward=True)
-        of_experts = list(zip(_of_experts(weights), _of_experts(cast)))
+        of_experts = _of_experts(weights)
 
         for expert, pieces in layout.pieces(_PIECE_ROWS):
-            exact, own = of_experts[expert]
-            normed = _normed(exact)
+            exact = of_experts[expert]
+            own, normed = _cast(exact, x_Nd.dtype), _normed(exact)
             for piece in pieces:
                 x = x_Nd.index_select(0, source_R[piece])
                 y_grad = grad_Nd.index_select(0, source_R[piece])

@@ -101,9 +101,10 @@ def test_rounded_weights() -> None:
     parameters = RankParameters(counts.non_expert, counts.expert // SIZE)
     half = dataclasses.replace(shape, half=True)
     one_layer = parameters.dense // LAYERS + parameters.expert // LAYERS
-    assert parameters.rounded_bytes(shape) == 0
-    assert parameters.rounded_bytes(half) == 2 * (counts.non_expert + counts.expert // 4)
-    assert parameters.rounded_bytes(dataclasses.replace(half, recompute=True)) == 2 * one_layer
+    assert parameters.rounded_bytes(shape, "grouped") == 0
+    assert parameters.rounded_bytes(half, "grouped") == 2 * (counts.non_expert + counts.expert // 4)
+    assert parameters.rounded_bytes(half, "loop") == 2 * counts.non_expert
+    assert parameters.rounded_bytes(dataclasses.replace(half, recompute=True), "grouped") == 2 * one_layer
 
 
 # ---------------------------------------------------------------------- activations, per token
