@@ -2,7 +2,7 @@
 
 The bugs stand in tests/mutants/*.toml (format: tests/support/mutants.py), their outcomes in outcomes.json there;
 a mutant runs again only when its file, its tests or the mutant itself has changed. The report is written from all that
-is known.
+is known. Beside other work, some at a time until none is left: ``nice -n 19 scripts/mutate.py --most 20``.
 """
 
 import argparse
@@ -63,11 +63,13 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="those with TEXT in change, function or expression")
     parser.add_argument("--list", action="append", choices=names, help="only this list; may be repeated")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies at the same time (default: 1)")
+    parser.add_argument("--most", type=int, metavar="N", help="run N at most; the same call goes on with the others")
     parser.add_argument("--again", action="store_true", help="run mutants with a valid outcome, too")
     parser.add_argument("--time-limit", type=float, default=600.0, metavar="S", help="seconds a run may take")
     arguments = parser.parse_args(words)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs ({arguments.jobs}) must be at least 1")
+    for name in ("jobs", "most"):
+        if (number := getattr(arguments, name)) is not None and number < 1:
+            parser.error(f"--{name} ({number}) must be at least 1")
     return arguments
 
 
@@ -217,7 +219,7 @@ def main(words: Sequence[str] | None = None) -> int:
         waiting = [
             mutant for mutant in chosen
             if (arguments.again or mutant.change not in outcomes) and all(map(importlib.util.find_spec, mutant.needs))
-        ]  # fmt: skip
+        ][: arguments.most]  # fmt: skip
         if waiting:
             run(waiting, outcomes, arguments.jobs, arguments.time_limit)
     except ListError as error:
