@@ -150,7 +150,7 @@ def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:
     """The tables and how to read them."""
     kind = settings.architecture.kind
     has_paper = any(row.paper for row in rows)
-    header = ["model", "experts", "expert width", "non-expert", "expert", "sum", "active", "MFLOPs/token"]
+    header = ["model", "experts", "expert width", "top-k", "non-expert", "expert", "sum", "active", "MFLOPs/token"]
     cells = [_cells(row) for row in rows]
     if has_paper:
         header += ["paper: non-expert", "expert", "sum"]
@@ -191,6 +191,7 @@ def _cells(row: "PlanRow") -> list[str]:
         row.family,
         MISSING if moe is None else f"{moe.num_experts}",
         MISSING if moe is None else f"{moe.expert_ffn_dim:,}",
+        MISSING if moe is None else f"{moe.top_k}",
         millions(counts.non_expert),
         millions(counts.expert),
         millions(counts.total),
@@ -204,7 +205,7 @@ def _as_json(row: "PlanRow") -> dict[str, Any]:
     return {
         "family": row.family,
         "experts_asked_for": row.experts,
-        **{name: getattr(moe, name, None) for name in ("num_experts", "expert_ffn_dim", "num_heads")},
+        **{name: getattr(moe, name, None) for name in ("num_experts", "expert_ffn_dim", "top_k", "num_heads")},
         "non_expert_params": counts.non_expert,
         "expert_params": counts.expert,
         "total_params": counts.total,

@@ -16,11 +16,15 @@ OFFICIAL = """
 EXPERTS = (16, 32, 64, 128, 256)  # 8 is a name's own
 HEADS = (2, 6, 8, 12, 16)  # 4 is a name's own; the CPU scale's width is not divided by 6 and 12
 TOP_K = (3, 4)  # 2 is a name's own
+# Experts so many times as narrow, as many, and top-k times as many of them. 4 is the second paper's choice for four
+# heads: experts are 3.5 times as wide as what they see, X-MoE's 4 times; without it MH-MoE's are 14 times as wide.
+GRANULARITY = (2, 4)
 MHMOE_VARIANTS = {
     "": "",
     **{f"-e{experts}": f"--moe-expert-count {experts}" for experts in EXPERTS},
     **{f"-h{heads}": f"--mhmoe-heads-number {heads}" for heads in HEADS},
     **{f"-h2-k{top_k}": f"--mhmoe-heads-number 2 --moe-top-k {top_k}" for top_k in TOP_K},
+    **{f"-g{times}": f"--mhmoe-granularity {times}" for times in GRANULARITY},
     "-no-splitting": "--mhmoe-no-split",
     "-no-projections": "--mhmoe-projection-layers 0",
     "-projections-2": "--mhmoe-projection-layers 2",
@@ -33,26 +37,24 @@ MHMOE_VARIANTS = {
     "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
-# X-MoE and MH-MoE (flops) with experts so many times as narrow and as many, and top-k times as many of them: the same
-# products and parameters, only an expert's width against its input's is another (MH-MoE's: 14, a dense network's: 4).
-# Four times is the second paper's own choice for four heads: its top-k is the sparse model's times the heads.
-NARROWER = (2, 4)
-# Kind and flags, experts, width of one at CPU and at paper scale.
-_WIDTHS = {
-    "xmoe": ("xmoe", "", 8, 512, 3072),
-    "mhmoe-flops": ("mhmoe", "--mhmoe-heads-number 4 --mhmoe-budget none", 35, 448, 2688),
+# xmoe-g4, and but for two experts mhmoe-flops-g4, as runs from before --mhmoe-granularity spell them: kind and flags,
+# experts, width of one at CPU and at paper scale.
+_SPELLED = {
+    "xmoe-narrower-4": ("xmoe", "", 32, 128, 768),
+    "mhmoe-flops-narrower-4": ("mhmoe", "--mhmoe-heads-number 4 --mhmoe-budget none", 140, 112, 672),
 }
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
 SWIGLU = """
     --activation-fn silu --rotary-embed --rms-norm --no-bias --no-token-positional-embeddings --no-scale-embedding
 """
-# Name -> kind, experts, top-k, heads, width of an expert as a share of the dense networks'. Both shares of MH-MoE are
-# what keeps the sparse model's FLOPs; its experts are the paper's, 3 % off equal parameters (41.3 and 93 by its rule).
+# Name -> kind, experts, heads, granularity, width of an expert as a share of the dense networks', before granularity,
+# which makes top-k the number of heads. MH-MoE's share is what keeps the sparse model's FLOPs; its experts are the
+# paper's, 40 and 96 in the end, 3 % off equal parameters (41.3 and 93 by its rule).
 SWIGLU_MODELS = {
     "smoe-swiglu": ("smoe", 8, 1, 1, 1.0),
-    "fine-grained": ("smoe", 16, 2, 1, 1 / 2),
-    "mhmoe-swiglu-h2": ("mhmoe", 40, 2, 2, 3 / 8),
-    "mhmoe-swiglu-h3": ("mhmoe", 96, 3, 3, 1 / 4),
+    "fine-grained": ("smoe", 8, 1, 2, 1.0),
+    "mhmoe-swiglu-h2": ("mhmoe", 20, 2, 2, 3 / 4),
+    "mhmoe-swiglu-h3": ("mhmoe", 32, 3, 3, 3 / 4),
 }
 SWIGLU_WIDTHS = {"cpu": 512, "paper": 2048}  # of the dense networks, for models 192 and 768 wide
 HEAD_LAYER, MERGE_LAYER = "--mhmoe-head-projection {}", "--mhmoe-merge-projection {}"
@@ -66,10 +68,11 @@ SWIGLU_VARIANTS = {
 }
 
 
-def _swiglu(kind: str, experts: int, top_k: int, heads: int, share: float, variant: str) -> Model:
+def _swiglu(kind: str, experts: int, heads: int, granularity: int, share: float, variant: str) -> Model:
     flags = f"""
-        {SWIGLU} --moe-freq 2 --moe-expert-count {experts} --moe-top-k {top_k} --moe-gating-use-fp32
+        {SWIGLU} --moe-freq 2 --moe-expert-count {experts} --moe-top-k 1 --moe-gating-use-fp32
         --mhmoe-router linear {f"--mhmoe-heads-number {heads}" if heads > 1 else ""}
+        {f"--mhmoe-granularity {granularity}" if granularity > 1 else ""}
     """
     cpu, paper = (
         f"--moe-ffn-dim {share * width:.0f} {variant.format(width=width)}" for width in SWIGLU_WIDTHS.values()
@@ -85,6 +88,7 @@ MODELS = {
     "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},
+    **{f"xmoe-g{times}": Model("xmoe", f"{MOE} --mhmoe-granularity {times}", PAPER_ROUTER) for times in GRANULARITY},
     "xmoe-static": Model("xmoe", f"{MOE} --mhmoe-routing capacity", PAPER_ROUTER),
     # What MH-MoE keeps of X-MoE: its parameters (the paper's tables), or its FLOPs and parameters (the second paper).
     **{
@@ -98,13 +102,12 @@ MODELS = {
         "mhmoe", f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget flops --mhmoe-router linear"
     ),
     **{
-        f"{name}-narrower-{times}": Model(
+        name: Model(
             kind,
-            f"{MOE} {flags} --moe-expert-count {experts * times} --moe-top-k {2 * times} --moe-ffn-dim {cpu // times}",
-            f"{PAPER_ROUTER} --moe-ffn-dim {paper // times}",
+            f"{MOE} {flags} --moe-expert-count {experts} --moe-top-k 8 --moe-ffn-dim {cpu}",
+            f"{PAPER_ROUTER} --moe-ffn-dim {paper}",
         )
-        for name, (kind, flags, experts, cpu, paper) in _WIDTHS.items()
-        for times in NARROWER
+        for name, (kind, flags, experts, cpu, paper) in _SPELLED.items()
     },
     # The dense network between two projections: an MoE layer of one expert, which every token uses with weight 1.
     "dense-projections": Model("xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER),

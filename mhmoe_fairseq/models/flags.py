@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
 _WIDTH_MULTIPLES = (8, 4, 2, 1)
+_NARROW_ROUNDING = 0.01  # of a width that --mhmoe-granularity divides: a multiple that is further off is too coarse
 _CONTRADICTIONS = (
     ("subln", "no_subln"),
     ("subln", "deepnorm"),
@@ -130,7 +131,10 @@ def _moe_config(options: Any) -> MHMoEConfig | None:
 
 
 def _with_budget(options: Any) -> MHMoEConfig:
-    """The layer as the flags say, or of the width that spends what the one-head layer of the same flags spends."""
+    """The layer as the flags say, or of the width that spends what the one-head layer of the same flags spends.
+
+    Of ``--mhmoe-granularity`` the latter has nothing: what experts cost does not depend on it.
+    """
     fields = _layer_fields(options)
     names = [entry.metadata["layer"] for entry in _entries(options) if entry.metadata["needs"] == "heads"]
     of_heads = {name: fields.pop(name) for name in names if name in fields}
@@ -140,14 +144,22 @@ def _with_budget(options: Any) -> MHMoEConfig:
     reference = MHMoEConfig(num_heads=1, **fields, **_preset(options, heads=1))
     changes = {"num_projection_layers": 1, **of_heads, **_preset(options, heads)}
     plain = MHMoEConfig(num_heads=heads, **{**fields, **changes})
-    budget = _text(options.mhmoe_budget) or "none"
+    budget, times = _text(options.mhmoe_budget) or "none", options.mhmoe_granularity or 1
     if budget == "none" or plain.num_params() == reference.num_params():
-        return plain
+        return plain.finer(times)
+    changes |= {"num_experts": times * plain.num_experts, "top_k": times * plain.top_k}
+
+    def matching(multiple: int) -> MHMoEConfig:
+        return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+
     for multiple in _WIDTH_MULTIPLES:
         try:
-            return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+            found = matching(multiple)
         except ConfigError as error:
             problem = ConfigError(error.field, error.value, f"{error.rule}; or set the width yourself: --moe-ffn-dim")
+            continue
+        if times == 1 or abs(found.expert_ffn_dim / matching(1).expert_ffn_dim - 1) <= _NARROW_ROUNDING:
+            return found
     raise problem
 
 
@@ -207,7 +219,8 @@ def _check_moe(options: Any) -> None:
             raise UserError(f"{flag(name)} is about capacity; it contradicts dropless routing (--mhmoe-routing)")
         if routing is None:
             logger.warning(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
-    if routing is not None and options.moe_normalize_gate_prob_before_dropping and options.moe_top_k == 1:
+    top_k = options.moe_top_k * (options.mhmoe_granularity or 1)
+    if routing is not None and options.moe_normalize_gate_prob_before_dropping and top_k == 1:
         logger.warning("--moe-normalize-gate-prob-before-dropping has no effect with one expert per sub-token")
 
 
@@ -218,7 +231,8 @@ def _flags_for_fields(options: Any) -> Iterator[None]:
         yield
     except ConfigError as error:
         entries = {entry.metadata["layer"]: entry for entry in _entries(options)}
-        flags = {"budget": "mhmoe_budget", **{layer: entry.name for layer, entry in entries.items()}}
+        own = {name: f"mhmoe_{name}" for name in ("budget", "granularity")}
+        flags = {**own, **{layer: entry.name for layer, entry in entries.items()}}
         given = _value(options, entries[error.field]) if error.field in entries else None
         named = ConfigError(error.field, given or error.value, error.rule)
         raise UserError(named.message(lambda field: flag(flags[field]) if field in flags else field)) from error

@@ -196,6 +196,12 @@ class MoEOptions(FairseqDataclass):
         "or --moe-ffn-dim as it is (default: params for mhmoe_* without --moe-ffn-dim, else none)",
         needs="heads",
     )
+    mhmoe_granularity: Optional[int] = option(
+        "experts N times as narrow and N times as many, and for each sub-token N times --moe-top-k of them: the same "
+        "products and parameters (default: 1); paper 2 takes the number of heads, one head makes it fine-grained MoE. "
+        "A budget is that of the one-head layer without it",
+        needs="moe",
+    )
     mhmoe_subtoken_residual: Optional[bool] = option(
         "add each sub-token to its experts' sum (paper 1, equation 6)", needs="heads", layer="subtoken_residual"
     )

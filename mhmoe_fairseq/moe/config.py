@@ -200,6 +200,20 @@ class MHMoEConfig(RouterFields, GateFields):
             return _match_flops(base, reference, multiple_of, expert_multiple)
         raise ConfigError("budget", budget, "must be one of params, flops")
 
+    def finer(self, times: int) -> "MHMoEConfig":
+        """This layer with experts ``times`` as narrow, as many, and as many of them for each sub-token.
+
+        The same products and weights of experts; only their output biases and the router grow. With one head it is
+        fine-grained MoE; paper 2 takes ``times`` as the number of heads.
+
+        Raises:
+            ConfigError: if ``times`` does not divide the experts' width.
+        """
+        if self.expert_ffn_dim % times:
+            raise ConfigError("granularity", times, f"must divide {{expert_ffn_dim}} ({self.expert_ffn_dim})")
+        many = {"num_experts": self.num_experts * times, "top_k": self.top_k * times}
+        return dataclasses.replace(self, expert_ffn_dim=self.expert_ffn_dim // times, **many)
+
     def budget_gap(self, reference: "MHMoEConfig") -> "BudgetGap":
         """How far this layer is from ``reference``: relative gaps, positive where this one is larger."""
         return BudgetGap(

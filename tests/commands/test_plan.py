@@ -132,6 +132,20 @@ def test_flops_budget_keeps_flops_and_json_has_the_figures(tmp_path: Path, capsy
     assert mhmoe["num_experts"] > xmoe["num_experts"] == 32
 
 
+def test_granularity_is_of_the_model_not_of_its_reference_and_survives_rounding(tmp_path: Path, capsys) -> None:
+    words, path = ["plan", "--budget", "flops", "--mhmoe-granularity", "4"], tmp_path / "plan.json"
+    for ranks, experts in ((), 142), (("--ranks", "32"), 128):
+        assert main([*words, *ranks, "--json", str(path)]) == 0
+        _, xmoe, mhmoe = json.loads(path.read_text())
+        of_both = [[of[name] for name in ("num_experts", "top_k", "expert_ffn_dim")] for of in (xmoe, mhmoe)]
+        assert of_both == [[8, 2, 3072], [experts, 8, 672]]
+        assert mhmoe["flops_per_token"] == pytest.approx(xmoe["flops_per_token"], rel=0.01)
+    said = capsys.readouterr().out
+    assert "--mhmoe-budget none --moe-ffn-dim 672 --moe-expert-count 128 --moe-top-k 8" in said
+    (row,) = {line.split("|")[4].strip() for line in said.splitlines() if line.startswith("| mhmoe ") and "672" in line}
+    assert row == "8"
+
+
 def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> None:
     flags = ["--experts", "4", "--vocab-size", "500", "--ffn-dim", "128", "--top-k", "1", "--layers", "2"]
     assert main(["plan", "--arch", "smoe_lm_tiny", *flags]) == 0

@@ -1,5 +1,6 @@
 """What experiments would call: commands that fairseq, the models and ``mhmoe`` accept, with the papers' settings."""
 
+import dataclasses
 import functools
 import shlex
 from pathlib import Path
@@ -289,10 +290,16 @@ def test_the_models_of_one_table_differ_in_the_model_alone(name: str, scale: str
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_mhmoe_keeps_xmoes_budget(scale: str) -> None:
-    models = trainings("table1", "--scale", scale, "--models", "xmoe", "mhmoe-params", "mhmoe-flops")
-    xmoe, params, flops = map(counts, models.values())
-    assert 0.995 * xmoe.total <= params.total <= xmoe.total
-    assert flops.flops_per_token == pytest.approx(xmoe.flops_per_token, rel=0.01)
+    names = ("xmoe", "xmoe-g4", "mhmoe-params", "mhmoe-params-g2", "mhmoe-flops", "mhmoe-flops-g4")
+    models = trainings("table1", "--scale", scale, "--models", *names)
+    xmoe, *of_xmoe, params, finer, flops, of_heads = (counts(models[name]) for name in names)
+    assert all(0.995 * xmoe.total <= of.total <= xmoe.total for of in (params, finer))
+    for same in (*of_xmoe, flops, of_heads):
+        assert same.flops_per_token == pytest.approx(xmoe.flops_per_token, rel=0.02)
+    assert [of.moe.top_k for of in (*of_xmoe, finer, flops, of_heads)] == [8, 4, 2, 8]
+    spelled = trainings("causes", "--scale", scale, "--models", "xmoe-narrower-4", "mhmoe-flops-narrower-4")
+    same, nearly = map(moe_of, spelled.values())
+    assert same == of_xmoe[0].moe and dataclasses.replace(nearly, num_experts=142) == of_heads.moe
 
 
 def test_the_official_recipe_is_a_multi_head_model_with_its_flags() -> None:

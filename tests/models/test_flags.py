@@ -8,6 +8,7 @@ from language_models import SMALL
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.flags import decoder_settings, expert_parallel_size, moe_config
 from mhmoe_fairseq.moe import MHMoEConfig
+from mhmoe_fairseq.moe.router import ROUTERS
 
 
 def config(arch="mhmoe_lm_tiny", **flags):
@@ -56,6 +57,10 @@ def test_dense_has_no_moe_layer():
         ({"moe_top1_expert": True}, {"top_k": 1}),
         ({"moe_ffn_dim": 96}, {"expert_ffn_dim": 96}),
         ({"mhmoe_budget": "none"}, {"expert_ffn_dim": 512}),
+        (
+            {"mhmoe_granularity": 2, "mhmoe_budget": "none"},
+            {"num_experts": 16, "top_k": 4, "expert_ffn_dim": 256},
+        ),
         ({"activation_fn": "relu"}, {"activation": "relu"}),
         ({"no_bias": True}, {"expert_bias": False, "projection_bias": False}),
         ({"no_subln": True}, {"expert_layernorm": False}),
@@ -150,6 +155,49 @@ def test_small_models_meet_the_budget_with_finer_widths(heads):
     assert config("mhmoe_lm_base", mhmoe_heads_number=heads).expert_ffn_dim % 8 == 0
 
 
+def products(layer):
+    """FLOPs of a token without the router's."""
+    return layer.flops_per_token() - layer.subtokens_per_token * ROUTERS[layer.router].flops(layer)
+
+
+def weights(layer):
+    """Of experts and projections, without biases, norms and router: what the FLOPs budget keeps."""
+    projections = 2 * layer.embed_dim**2 if layer.num_heads > 1 else 0
+    return layer.num_experts * 2 * layer.subtoken_dim * layer.expert_ffn_dim + projections
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize("size", ["tiny", "base"])
+@pytest.mark.parametrize("family", ["xmoe", "mhmoe"])
+def test_granularity_keeps_parameters_and_products(family, size, budget, times):
+    reference = config(f"xmoe_lm_{size}")
+    plain, ours = (config(f"{family}_lm_{size}", mhmoe_budget=budget, mhmoe_granularity=of) for of in (None, times))
+    assert ours.top_k == times * reference.top_k and products(ours) == pytest.approx(products(plain), rel=0.01)
+    # What rounding the number of experts may cost; biases and scores of more experts, which a parameter budget spends.
+    rounding = 0.5 / plain.num_experts if budget == "flops" and family == "mhmoe" else 0
+    assert ours.num_params() == pytest.approx(plain.num_params(), rel=rounding + 0.006)
+    if budget == "flops":
+        assert weights(ours) == pytest.approx(weights(reference), rel=0.5 / ours.num_experts + 1e-3)
+        assert products(ours) == pytest.approx(products(reference), rel=0.01)
+    elif family == "mhmoe":
+        assert ours.num_experts == times * reference.num_experts and ours.num_params() <= reference.num_params()
+
+
+@pytest.mark.parametrize("times, experts, width", [(2, 71, 224), (4, 142, 112), (16, 567, 28)])
+def test_narrow_experts_are_not_rounded_coarsely(times, experts, width):
+    ours = config(mhmoe_budget="flops", mhmoe_granularity=times)
+    assert (ours.num_experts, ours.expert_ffn_dim) == (experts, width)
+
+
+@pytest.mark.parametrize("heads, experts, width", [(2, 41, 768), (3, 93, 512)])
+def test_granularity_of_as_many_as_heads_is_paper_2s_rule(heads, experts, width):
+    flags = {"activation_fn": "silu", "no_bias": True, "rms_norm": True, "decoder_ffn_embed_dim": 2048, "moe_top_k": 1}
+    budget = {"mhmoe_budget": "flops", "mhmoe_heads_number": heads, "mhmoe_granularity": heads}
+    ours = config("mhmoe_lm_base", mhmoe_router="linear", **flags, **budget)
+    assert (ours.num_experts, ours.top_k, ours.expert_ffn_dim) == (experts, heads, width)
+
+
 def test_a_budget_that_no_width_meets_names_the_way_out():
     with pytest.raises(ValueError, match=r"'params'.*--mhmoe-heads-number=4.*--moe-ffn-dim"):
         config(**{**SMALL, "decoder_ffn_embed_dim": 8, "mhmoe_projection_layers": 6})
@@ -171,6 +219,8 @@ def test_a_budget_that_no_width_meets_names_the_way_out():
         ("mhmoe_lm_tiny", {"moe_ffn_dim": 64, "mhmoe_budget": "flops"}, r"--moe-ffn-dim \(64\).*--mhmoe-budget flops"),
         ("dense_lm_tiny", {"mhmoe_heads_number": 4}, "--mhmoe-heads-number needs MoE layers, but the model is dense"),
         ("dense_lm_tiny", {"mhmoe_budget": "params"}, "--mhmoe-budget needs MoE layers"),
+        ("dense_lm_tiny", {"mhmoe_granularity": 2}, "--mhmoe-granularity needs MoE layers"),
+        ("xmoe_lm_tiny", {"mhmoe_granularity": 3}, r"--mhmoe-granularity \(3\) must divide --moe-ffn-dim \(512\)"),
         ("dense_lm_tiny", {"moe_freq": 2}, r"--moe-freq \(2\) contradicts a dense_\* architecture"),
         ("mhmoe_lm_tiny", {"moe_freq": 5}, r"--moe-freq \(5\) must be 0 or at most --decoder-layers \(4\)"),
         ("mhmoe_lm_tiny", {"moe_freq": -1}, r"--moe-freq \(-1\)"),

@@ -76,6 +76,7 @@ SHARED = {
     "mhmoe_balance_scope": Effect("nothing", "global"),  # in one process
     "mhmoe_expert_parallel_size": Effect("nothing", 1),
     "mhmoe_budget": Effect("function", "flops", {"embed_dim": 128, "ffn_embed_dim": 512, "mhmoe_heads_number": 2}),
+    "mhmoe_granularity": Effect("function", 2),
     "mhmoe_subtoken_residual": Effect("function", True),
     "mhmoe_projection_layers": Effect("function", 2),
     "mhmoe_head_projection": Effect("function", "off"),

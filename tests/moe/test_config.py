@@ -121,6 +121,19 @@ def test_flops_budget_leaves_each_sub_token_its_experts():
     assert wide.num_experts == 32
 
 
+@pytest.mark.parametrize("heads, bias", [(1, 6 * 2 * 64), (4, 6 * 2 * 16)])
+def test_finer_experts_have_as_many_weights_and_products(heads, bias):
+    fields = {"embed_dim": 64, "num_experts": 6, "top_k": 2, "expert_ffn_dim": 48, "router": "linear"}
+    layer = MHMoEConfig(num_heads=heads, **fields)
+    finer = layer.finer(3)
+    assert (finer.num_experts, finer.top_k, finer.expert_ffn_dim) == (18, 6, 16)
+    # Scores of 12 more experts for each sub-token, and output biases.
+    assert finer.num_params() - layer.num_params() == 64 // heads * 12 + bias
+    assert finer.flops_per_token() - layer.flops_per_token() == 2 * 64 * 12
+    with pytest.raises(ValueError, match=r"granularity \(5\) must divide expert_ffn_dim \(48\)"):
+        layer.finer(5)
+
+
 def test_params_budget_takes_the_widest_that_fits():
     target = reference(8)
     matched = MHMoEConfig.matching(target, budget="params", num_heads=4)

@@ -10,7 +10,7 @@ COUNTS = {
     "dense": {"parameters": 2_000_000, "active": 2_000_000, "flops_per_token": 4_100_000, "context": 32},
     "mhmoe": {
         "parameters": 3_500_000, "active": 2_500_000, "flops_per_token": 5_250_000, "context": 32, "heads": 2,
-        "experts": 4, "expert_width": 1024,
+        "experts": 4, "expert_width": 1024, "top_k": 2,
     },
 }  # fmt: skip
 

@@ -91,12 +91,16 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     if experts is not None:
         flags["moe_expert_count"] = experts
         if settings.cluster is not None:
-            size = expert_parallel_size(experts, asked, settings.cluster.ranks, "--ranks")
+            number = experts * (flags.get("mhmoe_granularity") or 1)
+            size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
     options = architecture_options(name, **flags)
     moe = None if size == 1 else moe_config(options)
     if moe is not None and moe.num_experts % size:
         rounded = max(round(moe.num_experts / size), 1) * size
         fixed = {"mhmoe_budget": "none", "moe_ffn_dim": moe.expert_ffn_dim, "moe_expert_count": rounded}
+        if flags.pop("mhmoe_granularity", None):
+            flags.pop("moe_top1_expert", None)
+            fixed["moe_top_k"] = moe.top_k
         words = " ".join(f"{flag(name)} {value}" for name, value in fixed.items())
         note = f"the budget's {moe.num_experts:,} experts are rounded to what {size:,} ranks can share: {words}"
         options = architecture_options(name, **{**flags, **fixed})
@@ -106,8 +110,9 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
 
 
 def _flags_of(family: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that a baseline can have: none of MH-MoE's for the one-head reference, none of MoE's for dense."""
+    """The flags that a baseline has: dense none of MoE's, a budget's reference neither MH-MoE's nor granularity."""
     if family == "dense":
         kept = [name for name in options_with(needs="") if name != "moe_freq"]
         return {name: value for name, value in flags.items() if name in kept}
-    return {name: value for name, value in flags.items() if name not in options_with(needs="heads")}
+    others = {*options_with(needs="heads"), "mhmoe_granularity"}
+    return {name: value for name, value in flags.items() if name not in others}

@@ -187,6 +187,7 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         "experts x width": [
             f"{size['experts']} x {size['expert_width']:,}" if size.get("experts") else MISSING for size in sizes
         ],
+        "top-k": [str(size.get("top_k") or MISSING) for size in sizes],
         "parameters": [millions(size.get("parameters")) for size in sizes],
         "active": [millions(size.get("active")) for size in sizes],
         "MFLOPs/token": [number(size["flops_per_token"] / 1e6) if size else MISSING for size in sizes],

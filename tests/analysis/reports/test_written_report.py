@@ -50,12 +50,12 @@ def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: 
     said: list[str] = []
     text = report(runs, tmp_path / "out" / "report.md", say=said.append)
     assert row_of(text, "dense") == {
-        "model": "dense", "heads": "–", "experts x width": "–", "parameters": "2.00M", "active": "2.00M",
-        "MFLOPs/token": "4.10", "tokens/s": "800", "updates": "8", "valid ppl": "21.00", "test ppl": "20.00",
-        "test bits/byte": "1.2500", "active experts": "–", "effective experts": "–",
+        "model": "dense", "heads": "–", "experts x width": "–", "top-k": "–", "parameters": "2.00M",
+        "active": "2.00M", "MFLOPs/token": "4.10", "tokens/s": "800", "updates": "8", "valid ppl": "21.00",
+        "test ppl": "20.00", "test bits/byte": "1.2500", "active experts": "–", "effective experts": "–",
     }  # fmt: skip
     row = row_of(text, "mhmoe")
-    assert (row["heads"], row["experts x width"], row["test ppl"]) == ("2", "4 x 1,024", "10.00")
+    assert [row[of] for of in ("heads", "experts x width", "top-k", "test ppl")] == ["2", "4 x 1,024", "2", "10.00"]
     assert row["active experts"] == "75.0 %"  # half of the first layer's, all of the second's
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert set(plots) == {f"report-plots/{name}.png" for name in ("valid-ppl", "gate-loss", "expert-activation")}
