@@ -43,8 +43,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "swiglu biases": ("mhmoe_lm_tiny", {"activation_fn": "silu", "subln": True, "mhmoe_projection_layers": 3}),
     "no bias": ("mhmoe_lm_tiny", {"no_bias": True, "activation_fn": "relu", "mhmoe_shared_expert_dim": 8}),
     "no projections": ("mhmoe_lm_tiny", {"mhmoe_projection_layers": 0, "mhmoe_subtoken_residual": True}),
-    "p1": ("mhmoe_lm_tiny", {"mhmoe_router_preset": "p1", "mhmoe_projection_layers": 2, "mhmoe_granularity": 2}),
-    "gates": ("smoe_lm_tiny", {"no_token_positional_embeddings": True, "mhmoe_normalize_gates": "off"}),
+    "p1": ("mhmoe_lm_tiny", {"mhmoe_router_preset": "p1", "mhmoe_projection_layers": 2}),
+    "gates": (
+        "smoe_lm_tiny",
+        {"no_token_positional_embeddings": True, "mhmoe_normalize_gates": "off", "mhmoe_granularity": 2},
+    ),
     "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "topk"}),
 }  # fmt: skip
 
