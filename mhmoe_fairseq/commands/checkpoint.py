@@ -50,8 +50,9 @@ dictionary. The result has no optimizer state: evaluate it or fine-tune from it.
 """
 _EXPORT = """\
 hf: a folder that transformers 5.10 and later, lm-eval and vLLM open without this package: config.json, the model's
-code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Dropless routing only.
-fairseq: such a folder, perhaps trained further, becomes model.pt and dict.txt again. Details: docs/export.md.
+code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Of BEiT-3 the encoder
+and the head of classes or questions, for transformers' pipelines. Dropless routing only. Details: docs/export.md.
+fairseq: such a folder of a language model, perhaps trained further, becomes model.pt and dict.txt again.
 
   mhmoe checkpoint export --format hf checkpoints/checkpoint_best.pt exported
   mhmoe checkpoint export --format fairseq exported back
@@ -110,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_export(actions: Any) -> None:
-    export = add_action(actions, "export", "make a folder for Hugging Face of a language model, and back", _EXPORT)
+    export = add_action(actions, "export", "make a folder for Hugging Face of a model, and back", _EXPORT)
     export.add_argument(
         "source", type=existing_path, metavar="FROM", help="a checkpoint; with fairseq a folder of hf's"
     )

@@ -3,6 +3,7 @@
 Each folder has ``probe.pt``: ``ids``, ``(B, S)`` without padding. What comes of it is written to ``found.pt`` there.
 """
 
+import copy
 import inspect
 import json
 import shutil
@@ -32,6 +33,27 @@ def difference(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().item()
 
 
+class Product(torch.nn.Module):
+    """A linear map whose weight nobody can read, as in engines that put their own in place of ``nn.Linear``."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.product = (linear,)  # no child of its own
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product[0](x)
+
+
+def without_weights(model: Any) -> Any:
+    """A copy whose linear maps can only be called."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, Product(child))
+    return model
+
+
 def padded(rows: list[Tensor], pad: int) -> tuple[Tensor, Tensor]:
     """The rows, padded on the left, and their mask."""
     width = max(map(len, rows))
@@ -52,6 +74,7 @@ def use(model: Any, folder: Path, ids: Tensor) -> dict[str, Any]:
     for backend in ("eager", "sdpa"):
         model.set_attn_implementation(backend)
         found[f"attention {backend}"] = difference(model(ids).logits, logits)
+    found["attention without linear weights"] = difference(without_weights(model)(ids).logits, logits)
 
     half = ids.size(1) // 2
     for name in ("cache", "past_key_values"):

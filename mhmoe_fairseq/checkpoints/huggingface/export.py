@@ -1,4 +1,4 @@
-"""``mhmoe checkpoint export``: a trained language model as a folder for ``transformers``, and back."""
+"""``mhmoe checkpoint export``: a trained model as a folder for ``transformers``, and a language model back."""
 
 import argparse
 import contextlib
@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -19,12 +19,13 @@ from ...common.files import atomic_path, explain_full_disk, read_json, refuse_pa
 from ...data.vocabularies import MODEL_FILE
 from ...models.architectures import KINDS, named_architecture
 from ...models.bases import fingerprint
-from ...models.flags import decoder_settings
+from ...models.flags import decoder_settings, encoder_settings
 from ...models.language_model import build_language_model, find_checkpoint, find_data
 from ..files import read_trained, write_checkpoint
 from ..official.importing import stored_checkpoint
 from ..open import read_settings
 from ..summary import different_shapes, weights_of
+from .beit3 import describe_encoder, describe_images, export_encoder_weights, head_of, label_names
 from .card import write_card
 from .mapping import describe_model, export_weights, import_weights
 from .tokenizer import build_tokenizer, require_packages
@@ -36,14 +37,32 @@ _FINGERPRINT = "decoder.vocabulary_fingerprint"
 _AUTO = {"AutoConfig": "configuration_mhmoe.MHMoEConfig", "AutoModel": "modeling_mhmoe.MHMoEModel"}
 
 
+class _Contents(NamedTuple):
+    """What a kind of model puts into its folder.
+
+    Attributes:
+        ends: the symbols that begin and end every text; empty for none.
+        files: further JSON files by name.
+        code: files of ``remote/``.
+        left_out: parts of the checkpoint that are not exported.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    ends: tuple[str, str]
+    files: dict[str, dict[str, Any]]
+    code: str
+    left_out: list[str]
+
+
 def export_model(
     checkpoint: Path, out: Path, *, data: Path | None = None, ranks: Path | None = None,
     shard_bytes: int = 5 * 10**9, measured: Sequence[Sequence[str]] = (),
 ) -> list[str]:  # fmt: skip
-    """Write a folder that ``AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)`` opens.
+    """Write a folder that transformers' ``from_pretrained(out, trust_remote_code=True)`` opens.
 
     Args:
-        checkpoint: a file, or the folder that holds one.
+        checkpoint: of a language model or BEiT-3; a file, or the folder that holds one.
         out: a folder that is not there or empty; on an error it stays so.
         data: the folder with dict.txt and the vocabulary (default: the checkpoint's own, or its training data).
         ranks: rank file of a tiktoken vocabulary.
@@ -60,40 +79,62 @@ def export_model(
     _require_empty(out)
     file = find_checkpoint(checkpoint, None)
     trained, stored = read_trained(file), read_settings(file)
-    options, task = _options(stored["model"], file), _plain(stored["task"], "data")
+    options, task = _options(stored["model"]), _plain(stored["task"], "data")
     folder, dictionary = _open_dictionary(file, data)
     weights = weights_of(trained, file)
-    _check_dictionary(weights, dictionary, folder)
-    settings = decoder_settings(options, len(dictionary))
-    criterion = stored.get("criterion") or {}
-    model = describe_model(options, settings, criterion.get("moe_gate_loss_wt", 0.01))
-    start = "<s>" if task.get("add_bos_token") else "</s>"
-    ids = {"bos_token_id": dictionary.index(start), "eos_token_id": dictionary.eos(), "pad_token_id": dictionary.pad()}
+    is_encoder = "encoder_layers" in stored["model"]
+    _check_dictionary(weights, dictionary, folder, is_encoder)
+    contents = (_beit3 if is_encoder else _language_model)(options, dictionary, weights, {**trained, "cfg": stored})
     own = {"model": _plain(vars(options)), "task": task}
-    config = {
-        "model_type": "mhmoe_lm", "architectures": ["MHMoEForCausalLM"], "dtype": "float32",
-        "auto_map": {**_AUTO, "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM"},
-        **ids, **model, "fairseq": own,
-    }  # fmt: skip
-    tokenizer = build_tokenizer(dictionary, folder, ranks, start)
-    exported = export_weights(weights, settings)
-    count = sum(map(Tensor.numel, exported.values()))
+    symbols = {"bos_token_id": contents.ends[0], "eos_token_id": "</s>", "pad_token_id": "<pad>"}
+    ids = {name: dictionary.index(symbol) for name, symbol in symbols.items()}
+    config = {"dtype": "float32", **ids, **contents.config, "fairseq": own}
+    tokenizer = build_tokenizer(dictionary, folder, ranks, *contents.ends)
+    count = sum(map(Tensor.numel, contents.weights.values()))
     with _whole_folder(out) as target:
-        write_json(target / _CONFIG, config)
-        write_json(target / "generation_config.json", ids)
+        for name, content in {_CONFIG: config, **contents.files}.items():
+            write_json(target / name, content)
+        if not is_encoder:
+            write_json(target / "generation_config.json", ids)
         tokenizer.save(str(target / "tokenizer.json"))
-        write_json(target / "tokenizer_config.json", _tokenizer_config(start, settings.max_target_positions))
-        files = _write_weights(exported, target, shard_bytes)
-        for source in (*REMOTE.glob("*.py"), folder / "dict.txt", folder / MODEL_FILE):
+        length, side = config["max_position_embeddings"], "right" if is_encoder else "left"
+        write_json(target / "tokenizer_config.json", _tokenizer_config(contents.ends[0], length, side))
+        files = _write_weights(contents.weights, target, shard_bytes)
+        for source in (*REMOTE.glob(contents.code), folder / "dict.txt", folder / MODEL_FILE):
             if source.is_file():
                 shutil.copyfile(source, target / source.name)
         write_card(target / "README.md", config, folder, count, measured)
-    left_out = [name for name in weights if name.startswith("classification_heads.")]
+    loader = list(config["auto_map"])[-1]
     return [
         f"{out}: {count:,} parameters in {files} file{'s'[: files > 1]}, tokenizer of {len(dictionary):,} symbols",
-        *(["heads of fine-tuning are left out"] if left_out else []),
-        f"to open: AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)",
+        *([f"left out: {', '.join(contents.left_out)}"] if contents.left_out else []),
+        f"to open: {loader}.from_pretrained({str(out)!r}, trust_remote_code=True)",
     ]
+
+
+def _language_model(
+    options: Any, dictionary: Dictionary, weights: Mapping[str, Tensor], trained: Mapping[str, Any]
+) -> _Contents:
+    settings, criterion = decoder_settings(options, len(dictionary)), trained["cfg"].get("criterion") or {}
+    config = {
+        "model_type": "mhmoe_lm", "architectures": ["MHMoEForCausalLM"],
+        "auto_map": {**_AUTO, "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM"},
+        **describe_model(options, settings, criterion.get("moe_gate_loss_wt", 0.01)),
+    }  # fmt: skip
+    start = "<s>" if trained["cfg"]["task"].get("add_bos_token") else "</s>"
+    heads = sorted({".".join(name.split(".")[:2]) for name in weights if name.startswith("classification_heads.")})
+    return _Contents(config, export_weights(weights, settings), (start, ""), {}, "*_mhmoe.py", heads)
+
+
+def _beit3(
+    options: Any, dictionary: Dictionary, weights: Mapping[str, Tensor], trained: Mapping[str, Any]
+) -> _Contents:
+    settings, head = encoder_settings(options, len(dictionary)), head_of(weights)
+    exported, left_out = export_encoder_weights(weights, settings, head)
+    classes = (trained.get("task_state") or {}).get("classes")
+    config = describe_encoder(options, settings, head, label_names(exported, classes))
+    files = {"preprocessor_config.json": describe_images(settings.img_size, trained["cfg"]["task"])}
+    return _Contents(config, exported, ("<s>", "</s>"), files, "*.py", left_out)
 
 
 def import_folder(source: Path, out: Path) -> list[str]:
@@ -106,7 +147,7 @@ def import_folder(source: Path, out: Path) -> list[str]:
     refuse_path_separator(out, "output")
     config = _read_config(source / _CONFIG)
     try:
-        options = _options(config["fairseq"]["model"], source / _CONFIG)
+        options = _options(config["fairseq"]["model"])
         task = {**config["fairseq"]["task"], "data": ""}
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -139,10 +180,8 @@ def import_folder(source: Path, out: Path) -> list[str]:
 # ---------------------------------------------------------------------- settings
 
 
-def _options(stored: Mapping[str, Any], file: Path) -> Any:
-    """The options of a language model that a checkpoint or config.json keeps."""
-    if "encoder_layers" in stored:
-        raise UserError(f"{file} is BEiT-3: only language models can be exported")
+def _options(stored: Mapping[str, Any]) -> Any:
+    """The options of a model that a checkpoint or config.json keeps."""
     architecture = named_architecture(stored["_name"])
     options = argparse.Namespace(**{**KINDS[architecture.kind].from_task, **stored})
     architecture(options)
@@ -166,19 +205,22 @@ def _open_dictionary(file: Path, data: Path | None) -> tuple[Path, Dictionary]:
     return folder, Dictionary.load(str(folder / "dict.txt"))
 
 
-def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path) -> None:
-    rows, stored = len(weights["decoder.embed_tokens.weight"]), weights.get(_FINGERPRINT)
+def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path, is_encoder: bool) -> None:
+    embedding, mark = "decoder.embed_tokens", _FINGERPRINT
+    if is_encoder:
+        embedding, mark = "beit3.text_embed", "vocabulary_fingerprint"
+    rows, stored = len(weights[f"{embedding}.weight"]), weights.get(mark)
     if rows != len(dictionary) or (stored is not None and stored.tolist() != fingerprint(dictionary)):
         raise UserError(
             f"{folder / 'dict.txt'} ({len(dictionary):,} words) is not the checkpoint's dictionary ({rows:,} words)"
         )
 
 
-def _tokenizer_config(start: str, max_length: int) -> dict[str, Any]:
+def _tokenizer_config(start: str, max_length: int, side: str) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": start, "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>",
-        "model_max_length": max_length, "padding_side": "left", "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length, "padding_side": side, "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }  # fmt: skip
 
@@ -187,6 +229,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path.parent}: no {path.name} in it: it is no folder of mhmoe checkpoint export")
     config = read_json(path)
+    if isinstance(config, dict) and config.get("model_type") == "mhmoe_beit3":
+        raise UserError(f"{path.parent} is BEiT-3: only language models come back; keep its checkpoint")
     if not isinstance(config, dict) or config.get("model_type") != "mhmoe_lm":
         raise UserError(f"{path}: model_type must be mhmoe_lm")
     return config

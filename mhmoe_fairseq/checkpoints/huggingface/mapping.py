@@ -14,13 +14,20 @@ from torch import Tensor
 from torchscale.component.xpos_relative_position import XPOS
 
 from ...common.errors import UserError
-from ...torchscale_ext.settings import DecoderSettings
+from ...torchscale_ext.settings import DecoderSettings, Settings
 
-_EXPERTS = re.compile(r"(decoder\.layers\.\d+\.moe_layer\.experts\.)(\w+)")
+_STACK = r"(?:decoder|beit3\.encoder)\.layers\.\d+"
+_EXPERTS = re.compile(rf"({_STACK}\.moe_layer\.(?:[AB]\.)?experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
 _ROUTERS = ("xmoe", "linear")
 _RENAMED = (
+    ("beit3.encoder.embed_positions.A.weight", "model.image_positions.weight"),
+    ("beit3.encoder.embed_positions.B.weight", "model.text_positions.weight"),
+    ("beit3.vision_embed.proj.", "model.patch_embed."),
+    ("beit3.vision_embed.", "model."),
+    ("beit3.text_embed.", "model.text_embed."),
+    ("beit3.encoder.", "decoder."),
     (".self_attn.out_proj.", ".self_attn.o_proj."),
     ("inner_attn_ln", "inner_norm"),
     ("ffn_layernorm", "inner_norm"),
@@ -36,7 +43,7 @@ _RENAMED = (
 
 
 def describe_model(options: Any, settings: DecoderSettings, balance_weight: float) -> dict[str, Any]:
-    """Returns the fields of ``remote/configuration_mhmoe.py`` that say what the model computes.
+    """Returns the fields of ``remote/configuration_mhmoe.py`` that say what a language model computes.
 
     Args:
         options: those that the model was built from.
@@ -45,6 +52,21 @@ def describe_model(options: Any, settings: DecoderSettings, balance_weight: floa
     Raises:
         UserError: for routing or a router that no other software has, by its name.
     """
+    absolute = "learned" if options.decoder_learned_pos else "sinusoidal"
+    relative = "rotary" if settings.rotary_embed else "xpos" if settings.xpos_rel_pos else "none"
+    return {
+        **describe_stack(options, settings, "decoder"),
+        "max_position_embeddings": settings.max_target_positions,
+        "absolute_positions": "none" if options.no_token_positional_embeddings else absolute,
+        "relative_positions": relative,
+        "embedding_scale": 1.0 if settings.no_scale_embedding else settings.decoder_embed_dim**0.5,
+        "tie_word_embeddings": settings.share_decoder_input_output_embed,
+        "mhmoe_balance_weight": balance_weight,
+    }
+
+
+def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, Any]:
+    """Returns the fields that decoders and encoders have in common; fails as ``describe_model``."""
     routing = str(options.mhmoe_routing or "dropless")
     if settings.moe is not None and routing != "dropless":
         raise UserError(
@@ -56,36 +78,32 @@ def describe_model(options: Any, settings: DecoderSettings, balance_weight: floa
             f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
             f"{' and '.join(_ROUTERS)} only"
         )
-    absolute = "learned" if options.decoder_learned_pos else "sinusoidal"
-    relative = "rotary" if settings.rotary_embed else "xpos" if settings.xpos_rel_pos else "none"
-    fields = {
+    width, inner, layers, heads, is_pre_norm = (
+        getattr(settings, f"{stack}_{name}")
+        for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "normalize_before")
+    )
+    return {
         "vocab_size": settings.vocab_size,
-        "hidden_size": settings.decoder_embed_dim,
-        "intermediate_size": settings.decoder_ffn_embed_dim,
-        "num_hidden_layers": settings.decoder_layers,
-        "num_attention_heads": settings.decoder_attention_heads,
-        "max_position_embeddings": settings.max_target_positions,
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "hidden_act": settings.activation_fn,
-        "absolute_positions": "none" if options.no_token_positional_embeddings else absolute,
-        "relative_positions": relative,
-        "embedding_scale": 1.0 if settings.no_scale_embedding else settings.decoder_embed_dim**0.5,
         "embedding_norm": settings.layernorm_embedding,
         "norm": "rmsnorm" if settings.rms_norm else "layernorm",
         "norm_eps": settings.layernorm_eps,
         "sub_norm": settings.subln,
-        "post_norm": not settings.decoder_normalize_before,
-        "residual_scale": (2.0 * settings.decoder_layers) ** 0.25 if settings.deepnorm else 1.0,
+        "post_norm": not is_pre_norm,
+        "residual_scale": (2.0 * layers) ** 0.25 if settings.deepnorm else 1.0,
         "use_bias": not settings.no_bias,
         "dropout": settings.dropout,
         "attention_dropout": settings.attention_dropout,
         "activation_dropout": settings.activation_dropout,
-        "tie_word_embeddings": settings.share_decoder_input_output_embed,
-        "mhmoe_balance_weight": balance_weight,
+        **_describe_experts(settings),
     }
-    return {**fields, **_describe_experts(settings)}
 
 
-def _describe_experts(settings: DecoderSettings) -> dict[str, Any]:
+def _describe_experts(settings: Settings) -> dict[str, Any]:
     moe = settings.moe
     if moe is None:
         return {"mhmoe_freq": 0, "mhmoe_expert_norm": False}
@@ -124,7 +142,7 @@ def exported_name(name: str, gated: bool) -> str:
     return name.replace("decoder.output_projection.", "lm_head.").replace("decoder.", "model.", 1)
 
 
-def export_weights(state: Mapping[str, Tensor], settings: DecoderSettings) -> dict[str, Tensor]:
+def export_weights(state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
     """Returns the weights under their names there, in float32; a tied output layer is left out."""
     gated, exported = settings.activation_fn == "silu", {}
     banks: dict[str, dict[str, Tensor]] = {}
@@ -135,7 +153,7 @@ def export_weights(state: Mapping[str, Tensor], settings: DecoderSettings) -> di
             exported[exported_name(name, gated)] = value.float().contiguous()
     for prefix, bank in banks.items():
         exported |= {exported_name(prefix, gated) + name: value for name, value in _export_experts(bank).items()}
-    if settings.share_decoder_input_output_embed:
+    if getattr(settings, "share_decoder_input_output_embed", False):
         del exported["lm_head.weight"]
     return exported
 

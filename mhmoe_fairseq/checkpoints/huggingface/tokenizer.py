@@ -33,13 +33,14 @@ def require_packages() -> None:
         raise UserError("tokenizers is not installed: pip install 'mhmoe_fairseq[hf]'") from None
 
 
-def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, start: str) -> Any:
+def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, start: str, end: str = "") -> Any:
     """Returns the ``tokenizers.Tokenizer`` of a dictionary.
 
     Args:
         folder: where sentencepiece.model lies; without it and ``ranks`` the dictionary has whole words.
         ranks: the rank file of a tiktoken vocabulary.
         start: the symbol that begins every text.
+        end: the symbol that ends every text; empty for none.
 
     Raises:
         UserError: if dictionary and vocabulary do not belong together, or the model normalises text by itself.
@@ -64,8 +65,10 @@ def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, st
     tokenizer.add_special_tokens([AddedToken("</s>", normalized=True, special=True)])
     named = ["<s>", "<pad>", "<unk>", *filter(dictionary.__contains__, map(language_symbol, LANGUAGES))]
     tokenizer.add_special_tokens([AddedToken(word, normalized=False, special=True) for word in named])
+    behind = f" {end}" if end else ""
+    symbols = [(symbol, dictionary.index(symbol)) for symbol in {start, end} - {""}]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A $B:1", special_tokens=[(start, dictionary.index(start))]
+        single=f"{start} $A{behind}", pair=f"{start} $A $B:1{behind}", special_tokens=symbols
     )
     return tokenizer
 
