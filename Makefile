@@ -13,6 +13,7 @@ DEMO_DIR ?= outputs/demo
 DEMO_SOURCE ?= web-bible
 DEMO_VOCAB_SIZE ?= 4000
 DEMO_JOBS ?= 2
+VLLM_VENV ?= .venv/vllm
 BIN := $(abspath $(VENV))/bin
 # Set-up runs once for each choice of extras, and again when what it installs has changed.
 STAMP := $(VENV)/.setup-$(EXTRAS)
@@ -21,13 +22,14 @@ STAMP := $(VENV)/.setup-$(EXTRAS)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 export EXTRAS PYTHON
 
-.PHONY: help setup demo test test-slow check docs mutate bench gpu-check clean
+.PHONY: help setup demo test test-slow test-vllm check docs mutate bench gpu-check clean
 
 help:
 	@echo "make setup      environment in .venv/<Python version>, about 3 minutes"
 	@echo "make demo       train Dense, X-MoE and MH-MoE on real text, report in outputs/demo/report.md"
 	@echo "make test       the default test suite"
 	@echo "make test-slow  the tests that train for longer, too"
+	@echo "make test-vllm  exported models in vLLM on the CPU, in an environment of its own in .venv/vllm (3 GB)"
 	@echo "make check      linters, types, layering, shell scripts, the API reference"
 	@echo "make docs       API reference of moe/, parallel/ and experiments/, in outputs/api; a warning is an error"
 	@echo "make mutate     put bugs into a copy of the package, see that the tests notice; half an hour, JOBS=N"
@@ -51,6 +53,14 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow or not slow" $(TESTS)
+
+$(VLLM_VENV)/.setup: constraints/vllm.txt scripts/setup_vllm.sh
+	scripts/setup_vllm.sh "$(PYTHON)" "$(VLLM_VENV)"
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.setup
+	$(MAKE) setup EXTRAS=$(EXTRAS),hf
+	MHMOE_VLLM=$(abspath $(VLLM_VENV))/bin/python $(PYTEST) -m slow tests/checkpoints/test_vllm.py
 
 check: $(STAMP)
 	PATH="$(BIN):$$PATH" bash scripts/check.sh
