@@ -27,8 +27,8 @@ from ..evaluation.records import Metric, Record, looks_at_test, record_file, wri
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
 _PARTS = {"perplexity": "domain", "masked": "masked", "classification": "language"}
-_NOT_OPTIONS = ("command", "checkpoint", "data", "split", "record", "cpu", "precision", "image", "speed", "rounds")
-_OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds")
+_OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds", "vllm")
+_NOT_OPTIONS = (*_OF_SPEED, "split", "image")
 _OF_ONE_SPLIT = ("record", "output", "splits", "input")
 
 
@@ -67,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "turns; a record of each and every workload",
     )  # fmt: skip
     speed.add_argument("--rounds", type=whole(), metavar="N", help="timed turns of each checkpoint (7)")
+    speed.add_argument(
+        "--vllm", type=existing_file, metavar="PYTHON",
+        help="export the checkpoints and time vLLM: the interpreter of an environment that has it, such as "
+        ".venv/vllm/bin/python of make test-vllm",
+    )  # fmt: skip
     text = parser.add_argument_group("text in several languages")
     text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
     masked = parser.add_argument_group("masked images")
@@ -124,8 +129,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--image: mhmoe generate CHECKPOINT --image FILE captions single images")
     if args.speed is not None:
         return _measure_speed(args)
-    if len(args.checkpoint) > 1 or args.rounds is not None:
-        raise UserError(f"{'--rounds' if args.rounds else 'several checkpoints'}: need --speed")
+    given = {"several checkpoints": len(args.checkpoint) > 1, "--rounds": args.rounds, "--vllm": args.vllm}
+    for name in (name for name, value in given.items() if value):
+        raise UserError(f"{name}: need --speed")
     from ..checkpoints.open import open_model, read_settings
     from ..evaluation.evaluate import evaluate, split_options
     from ..models.language_model import find_checkpoint
@@ -167,12 +173,14 @@ def _measure_speed(args: argparse.Namespace) -> int:
     for name in (name for name, value in vars(args).items() if value is not None and name not in _OF_SPEED):
         raise UserError(f"{flag(name)}: has no meaning with --speed")
     from ..checkpoints.open import open_model
+    from ..evaluation.served import measure_served
     from ..evaluation.speed import Workload, measure_speed, require_language_models
     from ..models.language_model import find_checkpoint
 
     workloads = list(dict.fromkeys(map(Workload.parse, args.speed)))
     files = list(dict.fromkeys(find_checkpoint(path, None) for path in args.checkpoint))
-    records = {(file, load): record_file(file.parent, f"speed-{load}") for file in files for load in workloads}
+    engine = "vllm-" if args.vllm else ""
+    records = {(file, load): record_file(file.parent, f"speed-{engine}{load}") for file in files for load in workloads}
     if args.record is not None and len(records) > 1:
         raise UserError(f"--record: takes one checkpoint and one workload, not {len(records)} together")
     if args.record is not None:
@@ -186,8 +194,10 @@ def _measure_speed(args: argparse.Namespace) -> int:
         opened = [open_model(file, args.data, device, precision=args.precision) for file in files]
     for model, load in itertools.product(opened, workloads):
         load.require_room(model)
-    for load in workloads:
-        found = measure_speed(opened, load, **({} if args.rounds is None else {"rounds": args.rounds}))
+    rounds = {} if args.rounds is None else {"rounds": args.rounds}
+    served = None if args.vllm is None else measure_served(opened, workloads, args.vllm, **rounds)
+    for index, load in enumerate(workloads):
+        found = measure_speed(opened, load, **rounds) if served is None else served[index]
         say(describe_speeds(files, found))
         for file, record in zip(files, found):
             write_record(records[file, load], record)

@@ -3,7 +3,7 @@
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,11 +128,7 @@ def measure_speed(
     Raises:
         UserError: for a model of another dictionary, or with too few positions.
     """
-    first = models[0].task.source_dictionary
-    for opened in models:
-        workload.require_room(opened)
-        if opened.task.source_dictionary != first:
-            raise UserError(f"--speed: {opened.file} and {models[0].file} must have one dictionary")
+    first = one_dictionary(models, [workload])
     prompts = workload.prompts(first)
 
     def turn(opened: Opened) -> Timing:
@@ -141,13 +137,32 @@ def measure_speed(
             return continue_greedily(opened.model.decoder, given, workload.new, first.pad(), clock)[1]
 
     timings = take_turns([partial(turn, opened) for opened in models], rounds)
-    return [_record(opened, workload, found, len(models)) for opened, found in zip(models, timings)]
+    by_round = [[timing.rates(workload) for timing in found] for found in timings]
+    rates = [{name: [found[name] for found in rounds] for name in rounds[0]} for rounds in by_round]
+    return [speed_record(opened, workload, of_model, len(models)) for opened, of_model in zip(models, rates)]
 
 
-def _record(opened: Opened, workload: Workload, timings: Sequence[Timing], models: int) -> Record:
-    """The medians of one model's rates; what was done, and every round's rates, among the settings."""
-    by_round = [timing.rates(workload) for timing in timings]
-    rates = {name: [found[name] for found in by_round] for name in by_round[0]}
+def one_dictionary(models: Sequence[Opened], workloads: Sequence[Workload]) -> Any:
+    """Returns the models' dictionary; ``UserError`` for one of another, or with too few positions for a workload."""
+    first = models[0].task.source_dictionary
+    for opened in models:
+        for workload in workloads:
+            workload.require_room(opened)
+        if opened.task.source_dictionary != first:
+            raise UserError(f"--speed: {opened.file} and {models[0].file} must have one dictionary")
+    return first
+
+
+def speed_record(
+    opened: Opened, workload: Workload, rates: Mapping[str, list[float]], models: int, engine: str = ""
+) -> Record:
+    """Returns the medians of one model's rates; what was done, and every round's rates, among the settings.
+
+    Args:
+        rates: of every round, by metric.
+        models: that took turns.
+        engine: with version and precision, where another software computed; its first word begins the split.
+    """
     metrics = {
         name: Metric(statistics.median(values), "tokens/s", count=workload.tokens(name))
         for name, values in rates.items()
@@ -157,10 +172,13 @@ def _record(opened: Opened, workload: Workload, timings: Sequence[Timing], model
         "prompt_tokens": workload.prompt,
         "new_tokens": workload.new,
         "prompts": f"random words, seed {SEED}",
-        "rounds": len(timings),
+        "rounds": len(next(iter(rates.values()))),
         "models_by_turns": models,
         "threads": torch.get_num_threads(),
-        "by_round": rates,
+        "by_round": dict(rates),
     }
-    record = Record("speed", str(workload), metrics, settings=settings, data=evaluated_data(opened, str(workload)))
+    split = str(workload)
+    if engine:
+        settings["engine"], split = engine, f"{engine.split()[0].lower()}-{workload}"
+    record = Record("speed", split, metrics, settings=settings, data=evaluated_data(opened, split))
     return with_origin(record, opened)

@@ -57,6 +57,8 @@ SWIGLU_MODELS = {
     "mhmoe-swiglu-h3": ("mhmoe", 32, 3, 3, 3 / 4),
 }
 SWIGLU_WIDTHS = {"cpu": 512, "paper": 2048}  # of the dense networks, for models 192 and 768 wide
+# Mixtral's proportions: every layer has experts, 3.5 times as wide as the model, of which each token uses two of eight.
+MIXTRAL = f"{SWIGLU} --moe-freq 1 --moe-expert-count 8 --moe-top-k 2 --mhmoe-router linear"
 HEAD_LAYER, MERGE_LAYER = "--mhmoe-head-projection {}", "--mhmoe-merge-projection {}"
 SWIGLU_VARIANTS = {
     "": "",
@@ -113,6 +115,14 @@ MODELS = {
     "dense-projections": Model("xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER),
     "xmoe-projections": Model("xmoe", f"{MOE} {PROJECTIONS}", PAPER_ROUTER),
     **{f"official-h{heads}": Model("mhmoe", f"{OFFICIAL} --mhmoe-heads-number {heads}") for heads in (1, 2, 4)},
+    "smoe-mixtral": Model("smoe", MIXTRAL),
+    **{
+        f"mhmoe-{budget}-mixtral-h{heads}": Model(
+            "mhmoe", f"{MIXTRAL} --mhmoe-heads-number {heads} --mhmoe-budget {budget}"
+        )
+        for budget in ("params", "flops")
+        for heads in (2, 4)
+    },
     "dense-swiglu": Model("dense", SWIGLU),
     **{
         f"{name}{variant}": _swiglu(*parts, flags)

@@ -1,6 +1,8 @@
 """``mhmoe evaluate --speed``: what is timed are greedy continuations, tokens are counted by hand, models take turns."""
 
 import itertools
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +117,7 @@ def test_a_record_of_each_checkpoint_and_workload(runs, tmp_path: Path, capsys: 
         (["--speed", "1x1+1", "1x1+2", "--record", "r.json"], "--record: takes one checkpoint and one workload, not 2"),
         (["OTHER", "--speed", "1x1+1"], "checkpoints of one folder would share a record"),
         (["OTHER"], "several checkpoints: need --speed"),
+        (["--vllm", sys.executable], "--vllm: need --speed"),
         (["--rounds", "3"], "--rounds: need --speed"),
     ],
 )
@@ -138,3 +141,51 @@ def test_only_language_models_with_one_dictionary_are_compared(trained_model, mo
     other = SimpleNamespace(model=opened.model, task=task, file=Path("other.pt"))
     with pytest.raises(ValueError, match="other.pt and .* must have one dictionary"):
         measure_speed([opened, other], Workload(1, 1, 1))
+
+
+_ENGINE = """
+import json, pathlib, sys
+__version__ = "1.2.3"
+LOG = pathlib.Path(__file__).with_name("log")
+
+class SamplingParams:
+    def __init__(self, **given):
+        assert given["ignore_eos"] and given["temperature"] == 0
+        self.max_tokens = given["max_tokens"]
+
+class LLM:
+    def __init__(self, folder, **given):
+        assert not given["enable_prefix_caching"]
+        assert given["dtype"] == "float32" and given["max_model_len"] == 7
+        self.arch = json.loads(pathlib.Path(folder, "config.json").read_text())["fairseq"]["model"]["_name"]
+
+    def generate(self, prompts, sampling, use_tqdm):
+        with LOG.open("a") as log:
+            lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+            print(json.dumps([self.arch, lengths, sampling.max_tokens]), file=log)
+        output = type("Output", (), {"outputs": [type("One", (), {"token_ids": [4] * sampling.max_tokens})]})
+        return [output] * len(prompts)
+"""
+
+
+def test_exported_models_take_turns_in_vllm(runs, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
+    folders = [runs.copy(name, tmp_path / name) for name in ("dense", "mhmoe")]
+    (tmp_path / "vllm.py").write_text(_ENGINE)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    words = ["--speed", "2x3+4", "1x1+1", "--rounds", "2", "--cpu", "--vllm", str(python)]
+    call = ["evaluate", *map(str, folders), *words]
+    assert main(call) == 0
+    assert "workload vllm-2x3+4: medians of 2 rounds" in capsys.readouterr().out
+    dense, mhmoe = ([f"{name}_lm_tiny", [3, 3], 4] for name in ("dense", "mhmoe"))
+    log = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert log[2:6] == [dense, mhmoe, mhmoe, dense] and sorted(log[:2]) == [dense, mhmoe] and len(log) == 12
+    record = read_record(folders[1] / "record-speed-vllm-2x3+4.json")
+    rounds = record.settings["by_round"]
+    assert record.split == "vllm-2x3+4" and record.settings["engine"] == "vLLM 1.2.3, float32"
+    assert rounds["input tokens/s"] == pytest.approx([6 / 8 * rate for rate in rounds["output tokens/s"]])
+    (tmp_path / "vllm.py").write_text("raise OSError('no such engine')")
+    assert main(call) == 2
+    assert f"--vllm ({python}) failed: OSError: no such engine" in capsys.readouterr().err

@@ -17,7 +17,7 @@ _NOTES = {
     "and bits/char divide by the bytes and characters of the text, line ends included, and compare vocabularies, too.",
     "speed": "BATCHxPROMPT+NEW, such as 4x7+16: so many prompts of so many tokens, continued greedily by so many each; "
     "output tokens/s: new tokens over the time of prompts and continuations; prompt tokens/s: the prompts' tokens over "
-    "the time to the first new one; medians of rounds in which the checkpoints took turns.",
+    "the time to the first new one; medians of rounds in which the checkpoints took turns; vllm-: by vLLM.",
     "polysemy": "Experts per token: different experts among a token's sub-tokens, mean of the MoE layers; polysemous "
     "and control: words in pairs of like frequency and equally many tokens, chosen by a rule from WordNet unless the "
     "record says otherwise, not by GPT-4 as in the paper; all: every word of the lists in the split; polysemy: mean "
