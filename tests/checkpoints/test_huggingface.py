@@ -27,6 +27,7 @@ PROBE = Path(__file__).parents[1] / "support" / "transformers_probe.py"
 PADDED = token_rows([14, 14], words=WORDS)
 PADDED[1, 7:] = Dictionary().pad()
 
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """For every model what this package computes and what one process without it does."""
