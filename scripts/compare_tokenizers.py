@@ -5,6 +5,8 @@ difference of a kind that docs/export.md does not name is shown, and the status 
 """
 
 import argparse
+import json
+import math
 import random
 import re
 import sys
@@ -13,10 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from fairseq.data import Dictionary
 from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
+from tokenizers import normalizers
 
 from mhmoe_fairseq.checkpoints.huggingface.tokenizer import build_tokenizer
 from mhmoe_fairseq.common.arguments import existing_file, existing_folder, whole
@@ -37,6 +40,8 @@ ODD = (
 )  # fmt: skip
 LINE_ENDS = ("\n", "\n", "\n\n", "\r\n", "\r", " \n ", "\u2028")
 LONGEST_WORD = 10_000
+UNKNOWN = "unknown"
+_BYTE = -100.0  # in place of the exported score of byte pieces, beside which all others would be nothing
 _SYMBOLS = re.compile("|".join(["</?s>", "<pad>", "<unk>", *map(language_symbol, LANGUAGES)]))
 
 
@@ -76,8 +81,20 @@ def _any_character(generator: random.Random) -> str:
     return _any_character(generator) if 0xD800 <= code < 0xE000 else chr(code)
 
 
-def open_both(folder: Path, ranks: Path | None) -> tuple[Any, TextScorer]:
-    """Returns the exported tokenizer of a vocabulary, and this package's scorer of it without a model."""
+class Both(NamedTuple):
+    """The exported tokenizer of a vocabulary, this package's scorer of it without a model, a unigram model's scores."""
+
+    tokenizer: Any
+    scorer: TextScorer
+    scores: list[float]
+
+    def ids(self, text: str) -> tuple[list[int], list[int]]:
+        """The exported tokenizer's ids, and those that this package scores."""
+        return self.tokenizer.encode(text).ids, [self.scorer.dictionary.eos(), *self.scorer.encode(text)]
+
+
+def open_both(folder: Path, ranks: Path | None) -> Both:
+    """Open both sides of a folder's vocabulary, or of a rank file."""
     dictionary = Dictionary()
     for symbol in (*open_vocabulary(folder, ranks).symbols, *map(language_symbol, LANGUAGES)):
         dictionary.add_symbol(symbol)
@@ -89,20 +106,26 @@ def open_both(folder: Path, ranks: Path | None) -> tuple[Any, TextScorer]:
     scorer = object.__new__(TextScorer)
     scorer.clean, scorer.dictionary, scorer._told_of_unknown_words = True, dictionary, True
     scorer.model = SimpleNamespace(encode=lambda line: dictionary.encode_line(bpe.encode(line)).long())  # type: ignore
-    return build_tokenizer(dictionary, folder, ranks, "</s>"), scorer
+    tokenizer = build_tokenizer(dictionary, folder, ranks, "</s>")
+    model = json.loads(tokenizer.to_str())["model"]
+    is_unigram = model["type"] == "Unigram"
+    return Both(tokenizer, scorer, [max(score, _BYTE) for _, score in model["vocab"]] if is_unigram else [])
 
 
-def is_different(tokenizer: Any, scorer: TextScorer, text: str) -> bool:
-    """Whether the two give a text other ids."""
-    return tokenizer.encode(text).ids != [scorer.dictionary.eos(), *scorer.encode(text)]
-
-
-def known_difference(tokenizer: Any, scorer: TextScorer, text: str) -> str:
-    """Which of the differences that docs/export.md names this one is; "" for none of them."""
+def difference(both: Both, text: str) -> str | None:
+    """Returns which difference of those that docs/export.md names a text has, "unknown", or None if it has none."""
+    exported, ours = both.ids(text)
+    if exported == ours:
+        return None
     if _SYMBOLS.search(text):
         return "a spelled symbol"
-    same = sorted(tokenizer.encode(text).ids) == sorted([scorer.dictionary.eos(), *scorer.encode(text)])
-    return "pieces in another order" if same else ""
+    if normalizers.NFC().normalize_str(text) != unicodedata.normalize("NFC", text):
+        return "marks newer than Unicode 9"
+    if both.scores:  # SentencePiece adds them in float32
+        one, other = (sum(both.scores[index] for index in ids) for ids in (exported, ours))
+        if math.isclose(one, other, rel_tol=1e-6):
+            return "equal scores"
+    return UNKNOWN
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -112,22 +135,20 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiktoken-ranks", type=existing_file, metavar="FILE", help="compare this vocabulary")
     parser.add_argument("--texts", type=whole(), default=5000, metavar="N", help="of each language")
     args = parser.parse_args(words)
-    tokenizer, scorer = open_both(args.data, args.tiktoken_ranks)
+    both = open_both(args.data, args.tiktoken_ranks)
     rows, unknown = [], []
     for folder in sorted((args.data / "text").iterdir()):
         files = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]
         lines = [*dict.fromkeys(line for text in files for line in text.split("\n") if line)]
         texts = make_texts(lines, args.texts, folder.name)
-        different = [text for text in texts if is_different(tokenizer, scorer, text)]
-        kinds = Counter(known_difference(tokenizer, scorer, text) for text in different)
-        unknown += [text for text in different if not known_difference(tokenizer, scorer, text)]
-        real = len({*texts} & {*lines})
-        named = ", ".join(f"{kind or 'unknown'} {number}" for kind, number in kinds.items())
-        rows.append([folder.name, str(len(texts)), str(real), str(len(different)), named])
+        found = {text: kind for text in texts if (kind := difference(both, text))}
+        unknown += [text for text, kind in found.items() if kind == UNKNOWN]
+        named = ", ".join(f"{kind} {number}" for kind, number in Counter(found.values()).items())
+        rows.append([folder.name, str(len(texts)), str(len({*texts} & {*lines})), str(len(found)), named])
         print(rows[-1], file=sys.stderr)
     print(markdown_table(["language", "texts", "lines as they are", "other ids", "because of"], rows))
     for text in unknown[:20]:
-        print(repr(text[:200]), tokenizer.encode(text).ids[:40], scorer.encode(text)[:40])
+        print(repr(text[:200]), *(ids[:40] for ids in both.ids(text)))
     return int(bool(unknown))
 
 

@@ -1,10 +1,7 @@
 """A tokenizer of the ``tokenizers`` package that gives the ids of this package's own scoring.
 
 A text becomes ``</s>`` (of models trained with ``--add-bos-token`` ``<s>``), then its lines, cleaned as by ``mhmoe
-prepare``, with ``</s>`` between them. Different are: symbols of the dictionary that stand in a text as they are
-spelled (``</s>``, ``<s>``, ``<pad>``, ``<unk>``, ``__de__``), which are read as such; long runs of one character,
-which have segmentations of equal score; and in unigram vocabularies byte pieces (``<0x41>``) of characters without a
-piece.
+prepare``, with ``</s>`` between them. What is different stands in docs/export.md.
 """
 
 import importlib
