@@ -39,12 +39,9 @@ if [ "$version" = 3.10 ]; then
     # C++ extensions for non-autoregressive models, the slowest part to compile.
     install 'fairseq==0.12.2' omegaconf hydra-core
 else
-    # Not in pip's build environment: that would download and unpack a second torch. The two settings
-    # compile with two processes and without debug information.
-    settings=$(mktemp)
-    trap 'rm -f "$settings"' EXIT
-    printf '[build_ext]\nparallel = 2\n' >"$settings"
-    DIST_EXTRA_CONFIG=$settings CFLAGS="-O1 -g0 ${CFLAGS-}" install --no-build-isolation 'fairseq-fixed==0.12.3.1'
+    # Not in pip's build environment: that would download and unpack a second torch. Without debug information, and one
+    # extension after the other: they share a build.ninja, which two at the same time read half-written.
+    CFLAGS="-O1 -g0 ${CFLAGS-}" install --no-build-isolation 'fairseq-fixed==0.12.3.1'
 fi
 
 say "3/3 TorchScale, the tools and mhmoe_fairseq itself (editable)"
