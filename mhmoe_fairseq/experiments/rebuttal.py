@@ -47,11 +47,12 @@ SPEED = ENGLISH.variant(
 # One update: a speed needs no more. Mixtral 8x7B is 4,096 wide with 32 layers and 32 heads.
 _MIXTRAL_SIZES = {"cpu": (512, 1792, 4, 8, 128), "paper": (4096, 14336, 32, 32, 4096)}
 MIXTRAL = SPEED.variant(
-    "--max-valid-steps 1",
+    "--max-valid-steps 1 --no-save-optimizer-state --no-last-checkpoints",
     {
         name: Scale(
             1, 8, f"--decoder-embed-dim {width} --decoder-ffn-embed-dim {inner} --decoder-layers {layers} "
-            f"--decoder-attention-heads {heads} --tokens-per-sample {length} --lr 1e-4", validations=1, warmup=1,
+            f"--decoder-attention-heads {heads} --tokens-per-sample {length} --lr 1e-4 "
+            "--mhmoe-precision auto", validations=1, warmup=1,
         )
         for name, (width, inner, layers, heads, length) in _MIXTRAL_SIZES.items()
     },
