@@ -211,8 +211,8 @@ class MHMoEConfig(RouterFields, GateFields):
         """
         if self.expert_ffn_dim % times:
             raise ConfigError("granularity", times, f"must divide {{expert_ffn_dim}} ({self.expert_ffn_dim})")
-        many = {"num_experts": self.num_experts * times, "top_k": self.top_k * times}
-        return dataclasses.replace(self, expert_ffn_dim=self.expert_ffn_dim // times, **many)
+        width, number, top_k = self.expert_ffn_dim // times, self.num_experts * times, self.top_k * times
+        return dataclasses.replace(self, expert_ffn_dim=width, num_experts=number, top_k=top_k)
 
     def budget_gap(self, reference: "MHMoEConfig") -> "BudgetGap":
         """How far this layer is from ``reference``: relative gaps, positive where this one is larger."""
