@@ -36,6 +36,7 @@ EXTRAS = {
     "bench": ["transformers>=5"],
     "completion": ["shtab>=1.7"],
     "hf": ["tokenizers>=0.22"],  # to export; who opens the export needs transformers>=5.10
+    "hf-tests": ["accelerate>=1", "lm-eval>=0.4.13", "transformers>=5.10"],  # what the tests open exports with
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3",

@@ -15,7 +15,8 @@ out=constraints/py$version.txt
         "$venv/bin/python" -m pip freeze --all --exclude-editable --exclude mhmoe-fairseq |
             grep -E '^[A-Za-z0-9_.-]+==' | grep -v -i -E '^(pip|triton|nvidia-|cuda-)' | sed 's/+[a-z0-9.]*$//'
         # Optional extras that the environment need not hold.
-        for pin in tiktoken==0.14.0 lm_eval==0.4.13 pycocoevalcap==1.2 pycocotools==2.0.11 transformers==5.23.0 tokenizers==0.23.3 \
+        for pin in tiktoken==0.14.0 lm_eval==0.4.13 pycocoevalcap==1.2 pycocotools==2.0.11 transformers==5.23.0 \
+            tokenizers==0.23.3 accelerate==1.15.0 psutil==7.2.2 \
             safetensors==0.8.0; do
             "$venv/bin/python" -m pip show -q "${pin%%==*}" 2>/dev/null || echo "$pin"
         done

@@ -34,6 +34,7 @@ EXTRAS = {
     "bench": ("transformers", "its models as rivals in make bench"),
     "completion": ("shtab", "mhmoe --print-completion"),
     "hf": ("tokenizers", "mhmoe checkpoint export"),
+    "hf-tests": ("accelerate", "tests of exported models in transformers and lm-eval"),
     "dev": ("pytest", "tests, linters, API reference"),
 }
 _SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MHMOE_CPU_KERNELS")
