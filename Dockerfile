@@ -3,7 +3,7 @@
 FROM python:3.11-bookworm
 WORKDIR /mhmoe_fairseq
 COPY . .
-ENV EXTRAS=plots,tensorboard,hf
-RUN make setup PYTHON=python3.11 && rm -rf /root/.cache
+ENV EXTRAS=plots,tensorboard,hf PIP_NO_CACHE_DIR=1
+RUN make setup PYTHON=python3.11
 ENV PATH=/mhmoe_fairseq/.venv/3.11/bin:$PATH
 CMD ["mhmoe", "--help"]
