@@ -31,6 +31,7 @@ ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router"), *BENCHMARK_ROUTERS])
 PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
 BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
+SCORE_CHOICES = ChoiceEnum(choices("gate_score"))
 SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
@@ -172,9 +173,19 @@ class MoEOptions(FairseqDataclass):
         "X-MoE router: initial value of a learned temperature (default: no temperature)",
         needs="xmoe", layer="router_temperature",
     )  # fmt: skip
+    mhmoe_gate_score: Optional[SCORE_CHOICES] = option(
+        "what experts are chosen and weighed by: the softmax of the router's logits, or each one's sigmoid (default: "
+        "softmax)",
+        needs="moe", layer="gate_score",
+    )  # fmt: skip
     mhmoe_normalize_gates: Optional[ON_OFF_CHOICES] = option(
-        "renormalise the gate weights over the chosen experts if there are two or more (default: on)",
+        "renormalise the gate weights over the chosen experts if there are two or more; off: the scores as they are "
+        "(default: on)",
         needs="moe", layer="normalize_gates", values=SWITCH,
+    )  # fmt: skip
+    mhmoe_gate_scale: Optional[float] = option(
+        "what the gate weights are multiplied by in the end (default: 1; DeepSeek-V3: 2.5)",
+        needs="moe", layer="gate_scale",
     )  # fmt: skip
     mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
         "balance loss: count first choices, as GShard does, or all choices (default: top1)",

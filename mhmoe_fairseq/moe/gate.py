@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..common.ranges import ANY
 from ._fields import ConfigError, Positive, Size
 from .dispatch import sort_by_expert
+from .scores import SCORES
 
 GATES: "dict[str, type[Gate]]" = {}
 
@@ -27,7 +28,10 @@ class GateFields:
         num_experts: experts E.
         top_k: experts per sub-token K.
         routing: a name in ``GATES``: ``"dropless"``, or ``"capacity"`` (the choices of GShard and TorchScale).
-        normalize_gates: renormalise the gate weights over the selected experts when K >= 2.
+        gate_score: a name in ``SCORES``: ``"softmax"`` or ``"sigmoid"`` of the router's logits.
+        normalize_gates: gate weights are the chosen experts' scores divided by their sum when K >= 2; False, and with
+            K = 1: the scores as they are.
+        gate_scale: what the gate weights are multiplied by in the end.
         normalize_before_dropping: with capacity routing, renormalise before dropping.
         second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
         capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
@@ -40,7 +44,9 @@ class GateFields:
     num_experts: Size
     top_k: Size = 2
     routing: Annotated[str, GATES] = "dropless"
+    gate_score: Annotated[str, SCORES] = "softmax"
     normalize_gates: bool = True
+    gate_scale: Positive = 1.0
     normalize_before_dropping: bool = False
     second_expert_policy: Literal["all", "sampling", "random"] = "all"
     capacity_factor: Positive = 1.0
@@ -52,13 +58,16 @@ class GateFields:
             raise ConfigError("top_k", self.top_k, f"must be at most {{num_experts}} ({self.num_experts})")
         if self.second_expert_policy != "all" and self.top_k != 2:
             raise ConfigError("second_expert_policy", self.second_expert_policy, f"needs {{top_k}} 2, not {self.top_k}")
+        if self.second_expert_policy != "all" and self.gate_score != "softmax":
+            rule = f"draws by probabilities: it needs {{gate_score}} softmax, not {self.gate_score}"
+            raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
 
 
 class Assignment(NamedTuple):
     """Chosen experts and gate weights.
 
     Attributes:
-        probs_NE: the router's softmax, in float32 or wider.
+        probs_NE: the scores as probabilities, in float32 or wider: the softmax, or scores divided by their sum.
         experts_NK: int64, first choice first; E (the virtual expert) where ``kept_NK`` is False.
         gates_NK: weights of the experts' outputs, 0 where not kept.
         choices_NK: the experts chosen before padding, policy and capacity took any away.
@@ -78,7 +87,7 @@ class Assignment(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Softmax, then the K best experts of every sub-token; no expert is ever full.
+    """Scores, then the K best experts of every sub-token; no expert is ever full.
 
     Who wants to know what is chosen, such as an analysis, registers a forward hook here.
 
@@ -94,6 +103,7 @@ class Gate(nn.Module):
     def __init__(self, config: GateFields) -> None:
         super().__init__()
         self.config = config
+        self.score = SCORES[config.gate_score]
 
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
@@ -110,13 +120,14 @@ class Gate(nn.Module):
         normalizes = config.normalize_gates and config.top_k > 1
         normalizes_first = config.normalize_before_dropping or not (self.drops_tokens or policy == "random")
 
-        probs_NE = self.probabilities(logits_NE)
+        scores_NE = self.score.of(logits_NE)
+        probs_NE = self.score.probabilities(scores_NE)
         if policy == "sampling" and noise is None:
             noise = gumbel_noise(logits_NE)
-        choices_NK = top_k_experts(logits_NE, probs_NE, config.top_k, noise if policy == "sampling" else None)
-        gates_NK = probs_NE.gather(1, choices_NK)
+        choices_NK = top_k_experts(logits_NE, scores_NE, config.top_k, noise if policy == "sampling" else None)
+        gates_NK = scores_NE.gather(1, choices_NK)
         if normalizes and normalizes_first:
-            gates_NK = normalized(gates_NK)
+            gates_NK = self.score.normalized(gates_NK)
 
         chosen_NK = None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(gates_NK)
         if policy == "random":  # GShard: the second expert is used with probability min(1, 2 g_2)
@@ -126,17 +137,16 @@ class Gate(nn.Module):
 
         kept_NK, dropped_NK = self._apply_capacity(choices_NK, chosen_NK, padding_mask_N)
         if kept_NK is None:
-            return Assignment(probs_NE, choices_NK, gates_NK, choices_NK, None, None)
+            return Assignment(probs_NE, choices_NK, self._scaled(gates_NK), choices_NK, None, None)
         gates_NK = gates_NK.masked_fill(~kept_NK, 0)
         if normalizes and not normalizes_first:
-            gates_NK = normalized(gates_NK)
+            gates_NK = self.score.normalized(gates_NK)
         experts_NK = choices_NK.masked_fill(~kept_NK, config.num_experts)
-        return Assignment(probs_NE, experts_NK, gates_NK, choices_NK, kept_NK, dropped_NK)
+        return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK)
 
-    def probabilities(self, logits_NE: Tensor) -> Tensor:
-        """The softmax, in float32 or wider."""
-        half = logits_NE.dtype in (torch.float16, torch.bfloat16)
-        return torch.softmax(logits_NE, dim=1, dtype=torch.float32 if half else logits_NE.dtype)
+    def _scaled(self, gates_NK: Tensor) -> Tensor:
+        scale = self.config.gate_scale
+        return gates_NK if scale == 1 else gates_NK * scale
 
     def _apply_capacity(
         self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
@@ -173,17 +183,17 @@ class CapacityGate(Gate):
 GATES.update(dropless=Gate, capacity=CapacityGate)
 
 
-def top_k_experts(logits_NE: Tensor, probs_NE: Tensor, k: int, noise_NE: Tensor | None = None) -> Tensor:
+def top_k_experts(logits_NE: Tensor, scores_NE: Tensor, k: int, noise_NE: Tensor | None = None) -> Tensor:
     """The K best experts per row, ``(N, K)``; ties go to the lowest index, as in GShard.
 
-    The first choice is the argmax of the softmax, the following ones of the remaining logits: two different logits can
-    round to one probability, and TorchScale chooses so. ``noise_NE`` is added for all choices but the first.
+    The first choice is the argmax of the scores, the following ones of the remaining logits: two different logits can
+    round to one score, and TorchScale chooses so. ``noise_NE`` is added for all choices but the first.
 
     >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
     >>> top_k_experts(logits, logits.softmax(1), 2)
     tensor([[1, 2]])
     """
-    chosen = [probs_NE.argmax(dim=1, keepdim=True)]
+    chosen = [scores_NE.argmax(dim=1, keepdim=True)]
     rest = logits_NE.detach() if noise_NE is None else logits_NE.detach() + noise_NE
     for _ in range(k - 1):
         rest = rest.scatter(1, chosen[-1], float("-inf"))
@@ -198,15 +208,6 @@ def gumbel_noise(like: Tensor) -> Tensor:
     torch.Size([2, 3])
     """
     return -torch.empty_like(like).exponential_().log()
-
-
-def normalized(gates_NK: Tensor) -> Tensor:
-    """Gate weights that sum to one per row.
-
-    >>> normalized(torch.tensor([[0.5, 0.3]]))
-    tensor([[0.6250, 0.3750]])
-    """
-    return gates_NK / gates_NK.sum(1, keepdim=True).clamp(min=torch.finfo(gates_NK.dtype).eps)
 
 
 def expert_capacity(config: GateFields, num_subtokens: Tensor, *, training: bool) -> Tensor:

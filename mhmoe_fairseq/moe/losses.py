@@ -18,7 +18,7 @@ class RouterSums(NamedTuple):
 
     Attributes:
         chosen_E: how often each expert was chosen, all choices of one sub-token together counting 1.
-        probs_E: the router's full softmax, summed over real sub-tokens.
+        probs_E: the probabilities of all experts, summed over real sub-tokens.
         z: squared log-partition, summed.
         num_real: real sub-tokens.
 

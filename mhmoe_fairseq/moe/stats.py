@@ -17,7 +17,7 @@ class RoutingStats(NamedTuple):
     Attributes:
         expert_load: ``(E,)`` float32, assignments (sub-token, choice) per expert before dropping.
         dropped: scalar, assignments dropped for lack of capacity.
-        entropy: scalar, the router's softmax entropy in nats summed over real sub-tokens.
+        entropy: scalar, the entropy in nats of the experts' probabilities, summed over real sub-tokens.
         num_subtokens: scalar, real (not padded) sub-tokens.
 
     >>> stats = RoutingStats(torch.tensor([3.0, 1.0]), *torch.tensor([1.0, 2.0, 4.0]))

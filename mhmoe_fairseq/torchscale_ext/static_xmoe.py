@@ -153,7 +153,9 @@ def check_supported(moe: MHMoEConfig) -> None:
         "router_temperature": (None,),
         "capacity_factor": (1.0,),
         "balance_assignment": ("top1",),
+        "gate_score": ("softmax",),
         "normalize_gates": (True,),
+        "gate_scale": (1.0,),
     }
     refused = [field for field, values in possible.items() if getattr(moe, field) not in values]
     refused += [f"{part}_projection" for part in ("head", "merge") if getattr(moe, f"has_{part}_projection")]

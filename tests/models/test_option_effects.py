@@ -71,7 +71,9 @@ SHARED = {
     "mhmoe_router_dim": Effect("function", 8),
     "mhmoe_router_normalize": Effect("function", "both"),
     "mhmoe_router_temperature": Effect("function", 0.5),
+    "mhmoe_gate_score": Effect("function", "sigmoid"),
     "mhmoe_normalize_gates": Effect("function", "off"),
+    "mhmoe_gate_scale": Effect("function", 2.5),
     "mhmoe_balance_assignment": Effect("losses", "topk"),
     "mhmoe_balance_scope": Effect("nothing", "global"),  # in one process
     "mhmoe_expert_parallel_size": Effect("nothing", 1),

@@ -14,8 +14,8 @@ from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
 SHARED = """
 --activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-budget --mhmoe-capacity-factor
---mhmoe-expert-parallel-size --mhmoe-granularity --mhmoe-head-projection --mhmoe-heads-number
---mhmoe-merge-projection --mhmoe-no-split
+--mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
+--mhmoe-head-projection --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
 --mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
 --mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual

@@ -64,6 +64,8 @@ EFFECTS = {
     "router_normalize": Effect({"router_normalize": "both"}, ROUTING),
     "router_temperature": Effect({"router_temperature": 0.5}, ROUTING),
     "gating_fp32": Effect({"gating_fp32": False}, ROUTING, {"num_projection_layers": 0}, dtype=torch.bfloat16),
+    "gate_score": Effect({"gate_score": "sigmoid"}, {"hidden", "balance"}),
+    "gate_scale": Effect({"gate_scale": 2.5}, {"hidden"}),
     "normalize_gates": Effect({"normalize_gates": False}, {"hidden"}),
     "normalize_gates of one expert": Effect({"normalize_gates": False}, set(), {"top_k": 1}),
     "normalize_before_dropping": Effect({"normalize_before_dropping": True}, {"hidden"}, CAPACITY),

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
-from mhmoe_fairseq.moe.gate import GATES, CapacityGate, Gate, expert_capacity, gumbel_noise, normalized, top_k_experts
+from mhmoe_fairseq.moe.gate import GATES, CapacityGate, Gate, expert_capacity, gumbel_noise, top_k_experts
 from mhmoe_fairseq.moe.router import XMoERouter
+from mhmoe_fairseq.moe.scores import SCORES
 
 ROWS = 20_000
 
@@ -63,8 +64,9 @@ def test_noise_moves_the_second_choice_only() -> None:
     assert top_k_experts(logits, logits.softmax(1), 2).tolist() == [[0, 1]]
 
 
-def test_weights_of_nothing_are_zero() -> None:
-    gates = normalized(torch.tensor([[0.0, 0.0], [0.2, 0.6]]))
+@pytest.mark.parametrize("score", SCORES)
+def test_weights_of_nothing_are_zero(score: str) -> None:
+    gates = SCORES[score].normalized(torch.tensor([[0.0, 0.0], [0.2, 0.6]]))
     torch.testing.assert_close(gates, torch.tensor([[0.0, 0.0], [0.25, 0.75]]))
 
 

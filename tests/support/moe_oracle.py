@@ -67,13 +67,14 @@ def forward(layer, x, padding_mask=None):
             total = sub if config.subtoken_residual else torch.zeros_like(sub)
             if not padded:
                 logits = router_logits(layer, sub)
-                probs = logits.softmax(0)
+                scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
+                probs = scores / scores.sum()
                 chosen = sorted(range(config.num_experts), key=lambda e: (-logits[e].item(), e))[: config.top_k]
-                weights = torch.stack([probs[e] for e in chosen])
+                weights = torch.stack([scores[e] for e in chosen])
                 if config.top_k > 1 and config.normalize_gates:
                     weights = weights / weights.sum()
                 for weight, e in zip(weights, chosen):
-                    total = total + weight * expert(layer, e, sub)
+                    total = total + config.gate_scale * weight * expert(layer, e, sub)
                 all_probs.append(probs)
                 all_chosen.append(chosen)
                 z_terms.append(logits.logsumexp(0) ** 2)

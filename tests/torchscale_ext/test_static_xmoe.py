@@ -95,6 +95,8 @@ def test_a_model_trains(arch, top_k):
         ("xmoe_lm_tiny", {"mhmoe_shared_expert_dim": 8}, "--mhmoe-shared-expert-dim"),
         ("xmoe_lm_tiny", {"mhmoe_router_preset": "p1"}, r"--mhmoe-router-normalize \('both'\)"),
         ("xmoe_lm_tiny", {"mhmoe_capacity_factor": 2.0}, "--mhmoe-capacity-factor"),
+        ("xmoe_lm_tiny", {"mhmoe_gate_score": "sigmoid"}, r"--mhmoe-gate-score \('sigmoid'\)"),
+        ("xmoe_lm_tiny", {"mhmoe_gate_scale": 2.5}, r"--mhmoe-gate-scale \(2.5\)"),
         ("xmoe_lm_tiny", {"mhmoe_head_projection": "on"}, "--mhmoe-head-projection"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 
 from ...moe import MHMoEConfig
 from ...moe.router import ROUTERS
+from ...moe.scores import SCORES
 from ...torchscale_ext.settings import DecoderSettings
 
 _FP32 = 4
@@ -157,7 +158,7 @@ class ActivationMemory:
         if self.shape.half and (moe.gating_fp32 or not moe.has_head_projection):
             inputs += moe.embed_dim * gate
         reduced = h * ROUTERS[moe.router].num_kept(moe) * gate
-        probabilities = h * e * 2 * _FP32  # the softmax, and the logits for the z-loss
+        probabilities = h * (e + SCORES[moe.gate_score].num_kept(e)) * _FP32  # the logits for the z-loss, and scores
         gates = h * k * (_INDEX + 1) + (h * (k + 2) * _FP32 if moe.normalize_gates and k > 1 else 0)
         z_loss = h * (_FP32 + 1)
         return inputs + reduced + probabilities + gates + z_loss

@@ -125,7 +125,9 @@ def _describe_experts(settings: Settings) -> dict[str, Any]:
         "mhmoe_router_cosine": moe.router_normalize == "both",
         "mhmoe_router_temperature": moe.router_temperature,
         "mhmoe_router_fp32": moe.gating_fp32,
+        "mhmoe_gate_score": moe.gate_score,
         "mhmoe_normalize_gates": moe.normalize_gates,
+        "mhmoe_gate_scale": moe.gate_scale,
         "mhmoe_balance": moe.balance_assignment,
     }
 

@@ -50,6 +50,7 @@ CASES = [
     ("mhmoe_lm_tiny", "loop", {"mhmoe_budget": "params", "mhmoe_heads_number": 2}),
     ("mhmoe_lm_tiny", "loop", {"activation_fn": "silu", "moe_expert_count": 32, "mhmoe_projection_layers": 2}),
     ("mhmoe_lm_tiny", "loop", {"mhmoe_precision": "bf16"}),
+    ("smoe_lm_tiny", "loop", {"mhmoe_gate_score": "sigmoid", "moe_expert_count": 64, "moe_freq": 1, "dropout": 0.0}),
     ("mhmoe_lm_tiny", "grouped", {}),
     ("mhmoe_lm_tiny", "grouped", {"mhmoe_precision": "bf16", "moe_freq": 1}),
     ("mhmoe_lm_tiny", "grouped", {"mhmoe_precision": "bf16", "no_subln": True, "activation_fn": "relu"}),

@@ -14,6 +14,7 @@ _CHOICES = {
     "relative_positions": ("rotary", "xpos", "none"),
     "norm": ("layernorm", "rmsnorm"),
     "mhmoe_router": ("xmoe", "linear"),
+    "mhmoe_gate_score": ("softmax", "sigmoid"),
     "mhmoe_balance": ("top1", "topk"),
 }
 _AT_LEAST_ONE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
@@ -33,6 +34,8 @@ class MHMoEConfig(PreTrainedConfig):
         mhmoe_freq: every n-th layer has experts; 0 for none.
         mhmoe_heads: sub-tokens that each token is split into.
         mhmoe_head_projections, mhmoe_merge_projections: linear maps before the split and after the merge.
+        mhmoe_gate_score: what experts are chosen and weighed by: a softmax of the logits, or sigmoids.
+        mhmoe_normalize_gates, mhmoe_gate_scale: what becomes of two or more chosen scores, and then of all.
         mhmoe_balance_weight: of the balance loss in the loss, when ``output_router_logits`` asks for it.
         fairseq: settings of the fairseq model and task, for the way back.
 
@@ -79,7 +82,9 @@ class MHMoEConfig(PreTrainedConfig):
     mhmoe_router_cosine: bool = False
     mhmoe_router_temperature: float | None = None
     mhmoe_router_fp32: bool = True
+    mhmoe_gate_score: str = "softmax"
     mhmoe_normalize_gates: bool = True
+    mhmoe_gate_scale: float = 1.0
     mhmoe_balance: str = "top1"
     mhmoe_balance_weight: float = 0.01
     output_router_logits: bool = False

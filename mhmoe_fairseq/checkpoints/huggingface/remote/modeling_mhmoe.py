@@ -23,13 +23,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_mhmoe import MHMoEConfig
+from .routing_mhmoe import MHMoERouter, balance_loss, gate
 
 # Transformers 5.24 calls "cache" what was "past_key_values".
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 _FIRST_POSITION = 2  # fairseq's sinusoidal positions count from here
 _XPOS_BASE = 512
-_MIN_TEMPERATURE = 1e-2
 
 
 def build_norm(config: MHMoEConfig, dim: int) -> nn.Module:
@@ -179,50 +179,6 @@ class MHMoEExperts(nn.Module):
         return summed.to(hidden_states.dtype)
 
 
-class MHMoERouter(nn.Module):
-    """One logit for each sub-token and expert. Its weights are plain parameters: engines replace ``nn.Linear``."""
-
-    def __init__(self, config: MHMoEConfig) -> None:
-        super().__init__()
-        self.config = config
-        e, r, d = config.mhmoe_experts, config.mhmoe_router_dim, config.hidden_size // config.mhmoe_heads
-        if config.mhmoe_router == "linear":
-            self.weight = nn.Parameter(torch.empty(e, d))
-            return
-        self.reduction = nn.Parameter(torch.empty(r, d))
-        self.expert_embedding = nn.Parameter(torch.empty(e, r))
-        if config.mhmoe_router_temperature is not None:
-            self.temperature = nn.Parameter(torch.empty(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, d) -> (N, E)``."""
-        config = self.config
-        x = x.float() if config.mhmoe_router_fp32 else x
-        if config.mhmoe_router == "linear":
-            return F.linear(x, self.weight.to(x.dtype))
-        x = F.linear(x, self.reduction.to(x.dtype))
-        if config.mhmoe_router_cosine:
-            x = F.normalize(x, dim=1, eps=1e-4)
-        logits = F.linear(x, F.normalize(self.expert_embedding.to(x.dtype), dim=1, eps=1e-4))
-        if config.mhmoe_router_temperature is not None:
-            logits = logits / self.temperature.to(x.dtype).clamp(min=_MIN_TEMPERATURE)
-        return logits
-
-
-def choose(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The K best experts of every row and the weights of their outputs, ``(N, K)`` each; ties go to the first."""
-    probabilities = torch.softmax(logits.float(), dim=1)
-    chosen, rest = [probabilities.argmax(dim=1, keepdim=True)], logits.detach()
-    for _ in range(top_k - 1):
-        rest = rest.scatter(1, chosen[-1], float("-inf"))
-        chosen.append(rest.argmax(dim=1, keepdim=True))
-    index = torch.cat(chosen, dim=1)
-    weights = probabilities.gather(1, index)
-    if normalize and top_k > 1:
-        weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
-    return index, weights
-
-
 class MHMoEProjection(nn.ModuleList):
     """Square linear maps with ReLU between them."""
 
@@ -256,22 +212,12 @@ class MHMoELayer(nn.Module):
         config = self.config
         subtokens = self.head_projection(x).reshape(-1, config.hidden_size // config.mhmoe_heads)
         logits = self.router(subtokens)
-        index, weights = choose(logits, config.mhmoe_top_k, config.mhmoe_normalize_gates)
+        index, weights = gate(logits, config)
         y = self.experts(subtokens, index, weights.to(x.dtype))
         if config.mhmoe_subtoken_residual:
             y = y + subtokens
         y = self.merge_projection(y.reshape(x.shape))
         return y if self.shared_expert is None else y + self.shared_expert(x), logits
-
-
-def balance_loss(logits: Tensor, real: Tensor | None, config: MHMoEConfig) -> Tensor:
-    """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded."""
-    index, _ = choose(logits, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, False)
-    probabilities = torch.softmax(logits.float(), dim=1)
-    chosen = torch.zeros_like(probabilities).scatter_(1, index, 1.0) / index.size(1)
-    weights = probabilities.new_ones(len(logits), 1) if real is None else real[:, None].to(probabilities)
-    count = weights.sum().clamp(min=1)
-    return logits.size(1) * ((chosen * weights).sum(0) / count * ((probabilities * weights).sum(0) / count)).sum()
 
 
 class MHMoEDecoderLayer(GradientCheckpointingLayer):
