@@ -11,6 +11,7 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..common.ranges import flag
 from ..models.options import options_with
+from ..moe.quantize import packed_names
 from .files import OPTIMIZER_STATE, SUFFIXES, read_checkpoint
 from .summary import different_shapes, fingerprint_of, weights_of
 
@@ -64,6 +65,9 @@ def average(paths: list[Path]) -> dict[str, Any]:
     """
     checkpoints = [read_checkpoint(path) for path in paths]
     weights = [weights_of(checkpoint, path) for checkpoint, path in zip(checkpoints, paths)]
+    for path, state in zip(paths, weights):
+        if packed_names(state):
+            raise UserError(f"{path} is packed: average the checkpoints that were packed, and pack the mean")
     settings = [_function_settings(checkpoint) for checkpoint in checkpoints]
     for path, state, flags in zip(paths, weights, settings):
         for difference in _differences(weights[0], state, settings[0], flags):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..common.errors import UserError
 from ..data.identity import MANIFEST, identify_data, identify_manifest
 from ..data.tensor_files import without_wrapper
+from ..moe.quantize import without_packing
 from .files import OPTIMIZER_STATE
 
 _EXPERT_BANK = re.compile(r"(.*)\.experts\.fc1_weight")
@@ -73,7 +74,7 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
     """
     weights = weights_of(checkpoint, path)
     unique = list(unique_weights(weights))
-    parameters = [(name, value) for name, value in unique if value.is_floating_point()]
+    parameters = [(name, value) for name, value in without_packing(dict(unique)).items() if value.is_floating_point()]
     settings = _entry(checkpoint, "cfg", "model")
     history = checkpoint.get("optimizer_history")
     progress = _entry({"last": history[-1] if isinstance(history, list) and history else None}, "last")

@@ -1,4 +1,4 @@
-"""``mhmoe checkpoint``: look into checkpoints, convert, average, import and export them."""
+"""``mhmoe checkpoint``: look into checkpoints, convert, average, pack, import and export them."""
 
 import argparse
 import dataclasses
@@ -48,6 +48,14 @@ dictionary. The result has no optimizer state: evaluate it or fine-tune from it.
   mhmoe checkpoint average --inputs checkpoints --num-update-checkpoints 5 --checkpoint-upper-bound 20000 \\
       --output mean.pt
 """
+_PACK = """\
+Of a model with --mhmoe-quantize: its weights of -1, 0 and 1 take two bits each, with a scale for every matrix, all
+others stay as they are, and the optimizer state goes. What comes out evaluates and generates as before, to the last
+bit, and cannot be trained. The suffix says the format: .pt, which every command opens, or .safetensors.
+
+  mhmoe checkpoint pack checkpoints/checkpoint_best.pt packed.pt
+  mhmoe checkpoint pack checkpoints/checkpoint_best.pt packed.safetensors
+"""
 _EXPORT = """\
 hf: a folder that transformers 5.10 and later, lm-eval and vLLM open without this package: config.json, the model's
 code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Of BEiT-3 the encoder
@@ -60,7 +68,7 @@ fairseq: such a folder of a language model, perhaps trained further, becomes mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe checkpoint inspect|convert|average|import-official|export``."""
+    """Flags of ``mhmoe checkpoint inspect|convert|average|pack|import-official|export``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     inspect = add_action(actions, "inspect", "say what a checkpoint holds", _INSPECT)
     inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
@@ -83,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint-upper-bound", type=whole(at_least=0), metavar="M", help="none of a later epoch or update than M"
     )
     mean.add_argument("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
-    for writer in (convert, mean):
+    pack = add_action(actions, "pack", "write 1.58-bit weights in two bits each, for evaluation", _PACK)
+    pack.add_argument("source", type=existing_file, metavar="FROM", help="a .pt or .safetensors file")
+    pack.add_argument("target", type=output_file, metavar="TO", help="a .pt or .safetensors file to write")
+    for writer in (convert, mean, pack):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     official = add_action(actions, "import-official", "import a checkpoint of the official MH-MoE")
@@ -187,6 +198,19 @@ def _average(args: argparse.Namespace) -> None:
     say("\n  ".join([head, *map(str, paths)]))
 
 
+def _pack(args: argparse.Namespace) -> None:
+    from ..checkpoints.files import check_output, write_checkpoint
+    from ..checkpoints.packed import pack_checkpoint
+    from ..checkpoints.summary import summarize
+
+    check_output(args.target, overwrite=args.overwrite)
+    packed = pack_checkpoint(args.source)
+    write_checkpoint(packed, args.target, overwrite=args.overwrite)
+    summary = summarize(args.target, packed)
+    size, packed_size = byte_size(summary.file_bytes), byte_size(summary.dtypes["uint8"])
+    say(f"{args.target}: {summary.total:,} parameters, {size}, of which 1.58-bit weights take {packed_size}")
+
+
 def _import_official(args: argparse.Namespace) -> None:
     from ..checkpoints.official.importing import import_official
 
@@ -224,6 +248,7 @@ _ACTIONS = {
     "inspect": _inspect,
     "convert": _convert,
     "average": _average,
+    "pack": _pack,
     "import-official": _import_official,
     "export": _export,
 }

@@ -32,7 +32,7 @@ COMMANDS = {
     "zero-shot": "language models on tasks of lm-evaluation-harness, XNLI, or a cross-lingual probe",
     "report": "compare trained models by their records: tables and plots",
     "analyze": "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
-    "checkpoint": "inspect, convert, average and import checkpoints",
+    "checkpoint": "inspect, convert, average, pack, import and export checkpoints",
     "generate": "continue a prompt with a trained language model, or caption images",
     "doctor": "describe this installation and machine, for reports of bugs",
 }

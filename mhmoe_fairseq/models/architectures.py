@@ -7,7 +7,8 @@ stored configuration. ``base`` is the paper's model.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,5 +157,13 @@ def architecture_options(arch: str, **flags: Any) -> Any:
         if not hasattr(options, name):
             raise UserError(f"{flag(name)} is not an option of {arch}")
         setattr(options, name, value)
+    architecture(options)
+    return options
+
+
+def stored_options(stored: Mapping[str, Any]) -> Any:
+    """The options of a model that a checkpoint or an exported folder keeps; ``UserError`` as above."""
+    architecture = named_architecture(stored["_name"])
+    options = Namespace(**{**KINDS[architecture.kind].from_task, **stored})
     architecture(options)
     return options

@@ -87,7 +87,8 @@ def _shared_settings(options: Any) -> dict[str, Any]:
     check_flags(options)
     _check_stack(options)
     own = {entry.name: _value(options, entry) for entry in _entries(options) if entry.metadata["stack"]}
-    return {**own, "moe": _moe_config(options), "subln": _has_subln(options)}
+    quantize_maps = _text(options.mhmoe_quantize) == "all"
+    return {**own, "moe": _moe_config(options), "subln": _has_subln(options), "quantize_maps": quantize_maps}
 
 
 def _check_stack(options: Any) -> None:
@@ -184,6 +185,8 @@ def _preset(options: Any, heads: int) -> dict[str, Any]:
 
 def _check_dense(options: Any) -> None:
     """Refuse our flags of MoE layers in a model without; warn of the lineage's."""
+    if _text(options.mhmoe_quantize) == "experts":
+        raise UserError("--mhmoe-quantize (experts) needs MoE layers, but the model is dense (--moe-freq 0): take all")
     for name in _given(options, "moe", "heads", "capacity", "xmoe"):
         if not name.startswith("mhmoe_"):
             logger.warning(f"{flag(name)} has no effect: the model is dense (--moe-freq 0)")

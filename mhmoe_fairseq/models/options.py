@@ -36,6 +36,8 @@ SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
+QUANTIZED = {"none": False, "experts": True, "all": True}
+QUANTIZE_CHOICES = ChoiceEnum([*QUANTIZED])
 PRECISION_CHOICES = ChoiceEnum(["fp32", "bf16", "fp16", "auto"])
 
 
@@ -244,6 +246,12 @@ class MoEOptions(FairseqDataclass):
     mhmoe_shared_expert_dim: Optional[int] = option(
         "inner width of one more expert that every token uses (paper 2, table 2; default: 0, none)",
         needs="moe", layer="shared_expert_dim",
+    )  # fmt: skip
+    mhmoe_quantize: Optional[QUANTIZE_CHOICES] = option(
+        "BitNet b1.58, weights of -1, 0 and 1 with one scale for each matrix and inputs of eight bits: experts, the "
+        "shared one too, or all: attention and dense networks as well; never router, projections, embeddings and "
+        "heads (paper 2, table 3; default: none)",
+        layer="quantize_experts", values=QUANTIZED,
     )  # fmt: skip
     cpu: bool = option(None, affects="nothing", default=II("common.cpu"))
     tpu: bool = option(None, affects="nothing", default=II("common.tpu"))

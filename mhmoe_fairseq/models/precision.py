@@ -18,6 +18,7 @@ from torch import nn
 
 from ..common.errors import UserError
 from ..moe.experts import ExpertFFN
+from ..moe.quantize import TernaryWeights
 from ..moe.router import Router
 from ..torchscale_ext.static_xmoe import StaticXMoE
 
@@ -114,10 +115,14 @@ class ComputePrecision:
         """fairseq's call for a model that will not train any more: rounds weights to what it computes in, once.
 
         In half precision autocast would round them in every step. Norms, routers and embeddings stay as they are.
+        Ternary weights become so for good, in any precision.
         """
         parent = getattr(super(), "make_generation_fast_", None)
         if parent is not None:
             parent(**kwargs)
+        for module in self.modules():
+            if isinstance(module, TernaryWeights):
+                module.fix_weights()
         if self.precision in _AUTOCAST_DTYPES:
             self.round_weights(_AUTOCAST_DTYPES[self.precision])
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .dispatch import DispatchPlan
 from .modes import in_forward_mode
+from .quantize import quantize_activation
 
 _ALIGNMENT_BYTES = 16  # grouped_mm: every row stride
 
@@ -36,6 +37,7 @@ def expert_network(
     drop: Callable[[Tensor], Tensor],
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     per_row: Callable[[Tensor], Tensor],
+    quantized: bool = False,
 ) -> Tensor:
     """The experts' outputs of the rows of ``x``, ``(..., d) -> (..., d)``.
 
@@ -43,6 +45,7 @@ def expert_network(
         drop: dropout on the inner activation.
         linear: ``x W' + b`` with each row's own expert, from stacked weights and biases.
         per_row: a stacked vector ``(E, F)`` as every row's expert has it, broadcastable to the activation.
+        quantized: round the second map's input to eight bits, as that of the first and the weights have been.
     """
     inner = linear(x, weights.fc1_weight, weights.fc1_bias)
     if weights.gate_weight is not None:
@@ -53,6 +56,8 @@ def expert_network(
     if weights.layernorm_weight is not None and weights.layernorm_bias is not None:
         scale, shift = per_row(weights.layernorm_weight), per_row(weights.layernorm_bias)
         inner = F.layer_norm(inner, inner.shape[-1:]) * scale + shift
+    if quantized:
+        inner = quantize_activation(inner)
     return linear(inner, weights.fc2_weight, weights.fc2_bias)
 
 
@@ -67,7 +72,9 @@ def grouped_mm_supports(device: torch.device, dtype: torch.dtype, widths: tuple[
     return True
 
 
-def grouped_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
+def grouped_ffn(
+    x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float, quantized: bool
+) -> Tensor:
     """Expert outputs of sorted rows through grouped_mm, ``(R, d) -> (R, d)``; 0 in rows of the virtual expert."""
     expert_R = plan.expert_of_row()
     real_R1 = (expert_R < weights.fc1_weight.size(0)).unsqueeze(1)
@@ -85,10 +92,12 @@ def grouped_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activa
         # Clean because of its gradient, a product with that of fc2's input.
         return clean(stacked.index_select(0, index_R))
 
-    return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row)
+    return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row, quantized)
 
 
-def blocked_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float) -> Tensor:
+def blocked_ffn(
+    x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float, quantized: bool
+) -> Tensor:
     """Expert outputs of sorted rows through batched products over equal blocks, ``(R, d) -> (R, d)``.
 
     Every expert's rows are padded to whole blocks of ceil(R / E) rows; at most 2E blocks are needed whatever the
@@ -117,7 +126,7 @@ def blocked_ffn(x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activa
 
     x_Sd = x_Rd.new_zeros(spare + 1, x_Rd.size(1)).index_copy(0, slot_R, x_Rd)
     x_Bbd = x_Sd[:-1].view(num_blocks, block, -1)
-    y_Bbd = expert_network(x_Bbd, weights, activation, _dropout(dropout), linear, per_row)
+    y_Bbd = expert_network(x_Bbd, weights, activation, _dropout(dropout), linear, per_row, quantized)
     return F.pad(y_Bbd.reshape(spare, -1), (0, 0, 0, 1)).index_select(0, slot_R)
 
 

@@ -39,6 +39,8 @@ class MHMoEConfig(RouterFields, GateFields):
         subtoken_residual: add the sub-token to the experts' sum (P1 equation 6).
         shared_expert_dim: inner width of one always-active expert on whole tokens (P2 table 2);
             0 for none.
+        quantize_experts: ternary matrices and inputs of eight bits in all experts, the shared one too (P2 table 3;
+            see :mod:`.quantize`). Projections and router stay as they are.
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
         balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
             processes' batches together (``"global"``), as one process would see them in one batch.
@@ -67,6 +69,7 @@ class MHMoEConfig(RouterFields, GateFields):
     split: bool = True
     subtoken_residual: bool = False
     shared_expert_dim: Count = 0
+    quantize_experts: bool = False
     balance_assignment: Literal["top1", "topk"] = "top1"
     balance_scope: Literal["rank", "global"] = "rank"
 

@@ -27,15 +27,18 @@ from .cpu.loop import loop_ffn
 from .dispatch import DispatchPlan, combine
 from .modes import compute_dtype, eager_obstacle, without_autocast
 from .parallelism import ExpertParallelism, Traffic, exchanged_ffn
+from .quantize import TernaryLinear, TernaryWeights, quantize_activation
 
 BACKENDS = ("auto", "loop", "grouped", "blocked")
 
 
-class ExpertFFN(nn.Module):
+class ExpertFFN(TernaryWeights):
     """E feed-forward networks ``d -> F -> d`` with stacked parameters.
 
     One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; with SwiGLU ``silu(fc1(x)) * gate(x)`` stands for the
-    activation. Initialised like ``nn.Linear``, each expert from a generator of its own.
+    activation. Initialised like ``nn.Linear``, each expert from a generator of its own. With ``quantize_experts`` every
+    expert's matrix is ternary, with a scale of its own, and the maps' inputs have eight bits: a sub-token's before it
+    is sent, that of ``fc2`` in each routed row.
 
     Args:
         parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
@@ -74,6 +77,8 @@ class ExpertFFN(nn.Module):
         self.layernorm_bias = parameter(norm, e, f)
         self.fc2_weight = nn.Parameter(torch.empty(e, d, f))
         self.fc2_bias = parameter(bias, e, d)
+        if config.quantize_experts:
+            self.ternary_names = ("fc1_weight", *(["gate_weight"] if swiglu else []), "fc2_weight")
         self.reset_parameters()
         if self.parallel is not None:
             self.parallel.shard(self)
@@ -97,22 +102,26 @@ class ExpertFFN(nn.Module):
         weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
         if self.parallel is not None:
             weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
-        x_Nd = x_Nd.to(compute_dtype(x_Nd))
-        local_ffn = functools.partial(self._local_ffn, weights)
+        dtype = compute_dtype(x_Nd)
         with without_autocast(device):
+            if self.ternary_names:
+                quantized = {name: self.ternary_weight(getattr(weights, name)) for name in self.ternary_names}
+                weights, x_Nd = weights._replace(**quantized), quantize_activation(x_Nd)
+            x_Nd = x_Nd.to(dtype)
+            local_ffn = functools.partial(self._local_ffn, weights)
             if self.parallel is None:
                 return local_ffn(x_Nd, gates_NK, plan), None
             return exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
 
     def _local_ffn(self, weights: ExpertWeights, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
         dropout = self.config.activation_dropout if self.training else 0.0
-        activation = self.config.activation
+        of_network = self.config.activation, dropout, self.config.quantize_experts
         backend = self._backend_for(x_Nd, weights)
         if backend == "loop":  # casts the weights itself
-            return loop_ffn(x_Nd, gates_NK, plan, weights, activation, dropout)
+            return loop_ffn(x_Nd, gates_NK, plan, weights, *of_network)
         weights = ExpertWeights._make(None if w is None else w.to(x_Nd.dtype) for w in weights)
         device_ffn = grouped_ffn if backend == "grouped" else blocked_ffn
-        y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, activation, dropout)
+        y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, *of_network)
         return combine(y_Rd, gates_NK, plan)
 
     def _backend_for(self, x_Nd: Tensor, weights: Sequence[Tensor | None] = ()) -> str:
@@ -142,9 +151,10 @@ class SharedExpert(nn.Module):
         super().__init__()
         d, f, bias = config.embed_dim, config.shared_expert_dim, config.expert_bias
         self.activation = config.activation
-        self.fc1 = nn.Linear(d, f, bias=bias)
-        self.gate = nn.Linear(d, f, bias=bias) if self.activation == "swiglu" else None
-        self.fc2 = nn.Linear(f, d, bias=bias)
+        linear = TernaryLinear if config.quantize_experts else nn.Linear
+        self.fc1 = linear(d, f, bias=bias)
+        self.gate = linear(d, f, bias=bias) if self.activation == "swiglu" else None
+        self.fc2 = linear(f, d, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """``(T, D) -> (T, D)``."""

@@ -72,7 +72,7 @@ class SelfAttention(MultiheadAttention):
         if settings.rotary_embed:
             self.rotary = RotaryPositions(self.head_dim, settings.max_target_positions)
         settings.replace_norms(self, "inner_attn_ln")
-        settings.without_biases(self)
+        settings.fit_maps(self)
 
     def forward(
         self,
@@ -130,7 +130,7 @@ class MultiwaySelfAttention(SelfAttention):
         super().__init__(settings, dim, num_heads)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             setattr(self, name, settings.for_modalities(lambda: nn.Linear(dim, dim)))
-        settings.without_biases(self)
+        settings.fit_maps(self)
         self.xpos = None  # an image and its text are no one sequence of positions
 
 

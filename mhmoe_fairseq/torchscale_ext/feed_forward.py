@@ -52,12 +52,12 @@ class DenseNetwork(FeedForwardNetwork):
 def build_dense_ffn(settings: Settings, dim: int, ffn_dim: int) -> nn.Module:
     """TorchScale's feed-forward network, or the SwiGLU one for ``activation_fn="silu"``."""
     if settings.activation_fn == "silu":
-        return settings.without_biases(SwiGLUNetwork(settings, dim, ffn_dim))
+        return settings.fit_maps(SwiGLUNetwork(settings, dim, ffn_dim))
     dropouts = settings.dropout, settings.activation_dropout
     ffn = DenseNetwork(dim, ffn_dim, settings.activation_fn, *dropouts, settings.layernorm_eps, settings.subln)
     if settings.subln and settings.rms_norm:
         ffn.ffn_layernorm = settings.build_norm(ffn_dim)
-    return settings.without_biases(ffn)
+    return settings.fit_maps(ffn)
 
 
 class SharedExperts(MHMoELayer):

@@ -14,6 +14,7 @@ from torchscale.architecture.config import DecoderConfig, EncoderConfig
 
 from ..moe import MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
+from ..moe.quantize import TernaryLinear
 
 # TorchScale's position tables leave their first rows unused, as fairseq's do.
 UNUSED_POSITIONS = 2
@@ -54,6 +55,7 @@ class _LayerSettings:
         parallel: the processes that the MoE layers extend over; None for one.
         rms_norm: RMSNorm in place of LayerNorm.
         no_bias: no bias in any linear map.
+        quantize_maps: ternary weights and inputs of eight bits in attention's and dense networks' linear maps.
         torchscale: the configuration's own arguments.
     """
 
@@ -67,6 +69,7 @@ class _LayerSettings:
         parallel: ExpertParallelism | None = None,
         rms_norm: bool = False,
         no_bias: bool = False,
+        quantize_maps: bool = False,
         **torchscale: Any,
     ) -> None:
         super().__init__(**torchscale)
@@ -75,6 +78,7 @@ class _LayerSettings:
         self.parallel = parallel
         self.rms_norm = rms_norm
         self.no_bias = no_bias
+        self.quantize_maps = quantize_maps
 
     def build_norm(self, dim: int) -> nn.Module:
         """RMSNorm or LayerNorm over ``dim`` features."""
@@ -93,11 +97,16 @@ class _LayerSettings:
                 build = functools.partial(self.build_norm, *norm.normalized_shape)
                 setattr(module, name, self.for_modalities(build))
 
-    def without_biases(self, module: _Module) -> _Module:
-        """``module``; with ``no_bias`` without the bias of every linear map inside it, while norms keep theirs."""
-        for child in module.modules():
-            if self.no_bias and isinstance(child, nn.Linear):
-                child.register_parameter("bias", None)
+    def fit_maps(self, module: _Module) -> _Module:
+        """``module``, all linear maps inside it with or without bias and ternary as the settings say."""
+        for parent in list(module.modules()):
+            for name, child in parent.named_children():
+                if not isinstance(child, nn.Linear):
+                    continue
+                if self.no_bias:
+                    child.register_parameter("bias", None)
+                if self.quantize_maps:
+                    setattr(parent, name, TernaryLinear.of(child))
         return module
 
 

@@ -156,6 +156,7 @@ def check_supported(moe: MHMoEConfig) -> None:
         "gate_score": ("softmax",),
         "normalize_gates": (True,),
         "gate_scale": (1.0,),
+        "quantize_experts": (False,),
     }
     refused = [field for field, values in possible.items() if getattr(moe, field) not in values]
     refused += [f"{part}_projection" for part in ("head", "merge") if getattr(moe, f"has_{part}_projection")]

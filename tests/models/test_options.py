@@ -17,7 +17,7 @@ SHARED = """
 --mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
 --mhmoe-head-projection --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
---mhmoe-projection-layers --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
+--mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
 --mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias

@@ -60,6 +60,7 @@ EFFECTS = {
     "split": Effect({"split": False}, ROUTING),
     "subtoken_residual": Effect({"subtoken_residual": True}, {"hidden"}),
     "shared_expert_dim": Effect({"shared_expert_dim": 8}, {"hidden"}),
+    "quantize_experts": Effect({"quantize_experts": True}, {"hidden"}),
     "router_dim": Effect({"router_dim": 4}, ROUTING),
     "router_normalize": Effect({"router_normalize": "both"}, ROUTING),
     "router_temperature": Effect({"router_temperature": 0.5}, ROUTING),

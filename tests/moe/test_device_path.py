@@ -9,7 +9,10 @@ from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe import experts as experts_module
 
 FIELDS = {"embed_dim": 64, "num_heads": 4, "num_experts": 4, "expert_ffn_dim": 32}
-VARIANTS = [{}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1}, {"routing": "capacity"}]
+VARIANTS = [
+    {}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1}, {"routing": "capacity"},
+    {"quantize_experts": True, "shared_expert_dim": 32},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -38,6 +38,9 @@ VARIANTS = {
     "shared_swiglu": {"shared_expert_dim": 20, "activation": "swiglu"},
     "shared_relu": {"shared_expert_dim": 20, "activation": "relu", "expert_bias": False},
     "many_experts": {"num_experts": 40},
+    "quantized": {"quantize_experts": True},
+    "quantized_shared": {"quantize_experts": True, "shared_expert_dim": 20, "expert_layernorm": True},
+    "quantized_swiglu": {"quantize_experts": True, "activation": "swiglu", "expert_bias": False},
 }
 
 
@@ -103,6 +106,7 @@ def test_random_configurations_equal_oracle(seed):
         router=draw.choice(["linear", "xmoe"]),
         expert_layernorm=draw.random() < 0.3,
         expert_bias=draw.random() < 0.7,
+        quantize_experts=draw.random() < 0.3,
     )
     torch.manual_seed(seed)
     tokens = draw.randint(1, 9)

@@ -10,6 +10,7 @@ VARIANTS = [
     {"router": "linear"},
     {"router_temperature": 0.3, "router_normalize": "both", "expert_layernorm": True, "activation": "swiglu"},
     {"num_projection_layers": 2, "expert_bias": False, "projection_bias": False},
+    {"quantize_experts": True},
 ]
 
 

@@ -25,6 +25,7 @@ VARIANTS = {
         "activation": "swiglu", "expert_layernorm": True, "shared_expert_dim": 16, "num_projection_layers": 2,
         "routing": "capacity",
     },
+    "quantized": {"quantize_experts": True, "shared_expert_dim": 16},
     "temperature": {"router_temperature": 0.3, "router_normalize": "both"},
 }  # fmt: skip
 variants = pytest.mark.parametrize("variant", VARIANTS)

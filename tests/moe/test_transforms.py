@@ -19,6 +19,7 @@ VARIANTS = {
     "swiglu": {"activation": "swiglu", "expert_bias": False, "shared_expert_dim": 16},
     "layernorm": {"expert_layernorm": True, "activation": "relu", "subtoken_residual": True},
     "everything": {"routing": "capacity", "activation": "swiglu", "expert_layernorm": True},
+    "quantized": {"quantize_experts": True, "expert_layernorm": True, "shared_expert_dim": 16},
     "temperature": {"router_temperature": 0.3, "router_normalize": "both"},
 }
 # The temperature's gradient is a sum whose terms cancel; in float32 the plain layer has it to 1e-4 only.
@@ -72,8 +73,9 @@ def assert_compiled_equals_eager(variant, backend, masked):
 # ---------------------------------------------------------------------- compilers
 
 
-def test_compiled_in_every_size():
-    assert_compiled_equals_eager("everything", "aot_eager", masked=True)
+@pytest.mark.parametrize("variant", ["everything", "quantized"])
+def test_compiled_in_every_size(variant):
+    assert_compiled_equals_eager(variant, "aot_eager", masked=True)
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_compiled_by_inductor_in_every_size(variant):
     assert_compiled_equals_eager(variant, "inductor", masked=variant in ("everything", "swiglu"))
 
 
-@pytest.mark.parametrize("variant", ["plain", "everything"])
+@pytest.mark.parametrize("variant", ["plain", "everything", "quantized"])
 def test_exported_with_a_free_number_of_tokens(variant):
     layer = build(variant).eval()
     (x, mask), tokens = inputs(SIZES[0]), torch.export.Dim("tokens", min=2)
@@ -121,7 +123,7 @@ def test_func_grad_of_the_parameters():
 
 
 @sizes
-@pytest.mark.parametrize("variant", ["plain", "everything"])
+@pytest.mark.parametrize("variant", ["plain", "everything", "quantized"])
 def test_vmap_equals_one_sample_after_the_other(variant, tokens):
     layer = build(variant)
     x, mask = inputs(tokens)

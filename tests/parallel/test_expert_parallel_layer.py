@@ -24,6 +24,7 @@ VARIANTS = {
     "capacity_top1": {"routing": "capacity", "top_k": 1, "capacity_factor": 0.5, "num_heads": 1, "router": "linear"},
     "capacity_before": {"routing": "capacity", "normalize_before_dropping": True, "capacity_factor": 0.7},
     "global": {"balance_scope": "global"},
+    "quantized": {"quantize_experts": True, "shared_expert_dim": 20},
     "global_topk": {"balance_scope": "global", "balance_assignment": "topk"},
 }
 

@@ -4,8 +4,37 @@ import torch
 import torch.nn.functional as F
 
 
-def feed_forward(weights, activation, layernorm, x):
+class Rounded(torch.autograd.Function):
+    """The second argument, with the first one's gradient."""
+
+    @staticmethod
+    def forward(ctx, x, rounded):
+        return rounded
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def ternary(weight):
+    """BitNet b1.58's matrix: -1, 0 or 1 times the mean of the absolute values."""
+    scale = sum(abs(value) for value in weight.flatten().tolist()) / weight.numel()
+    steps = [[min(max(round(value / max(scale, 1e-5)), -1), 1) for value in row] for row in weight.tolist()]
+    return Rounded.apply(weight, scale * torch.tensor(steps, dtype=weight.dtype))
+
+
+def eight_bits(x):
+    """A vector in whole steps of a 127th of its largest number."""
+    step = max(max(map(abs, x.tolist())), 1e-5) / 127
+    return Rounded.apply(x, step * torch.tensor([round(value / step) for value in x.tolist()], dtype=x.dtype))
+
+
+def feed_forward(weights, activation, layernorm, x, quantized):
     """A feed-forward network on one vector; ``weights`` by name, those that it has."""
+    if quantized:
+        matrices = ("fc1_weight", "gate_weight", "fc2_weight")
+        weights = {name: ternary(weight) if name in matrices else weight for name, weight in weights.items()}
+        x = eight_bits(x)
     hidden = weights["fc1_weight"] @ x + weights.get("fc1_bias", 0)
     if activation == "swiglu":
         hidden = hidden * hidden.sigmoid() * (weights["gate_weight"] @ x + weights.get("gate_bias", 0))
@@ -15,19 +44,22 @@ def feed_forward(weights, activation, layernorm, x):
         hidden = torch.where(hidden > 0, hidden, 0)
     if layernorm:
         hidden = F.layer_norm(hidden, hidden.shape, weights["layernorm_weight"], weights["layernorm_bias"])
+    if quantized:
+        hidden = eight_bits(hidden)
     return weights["fc2_weight"] @ hidden + weights.get("fc2_bias", 0)
 
 
 def expert(layer, index, x):
     """One expert on one sub-token ``(d,)``."""
     weights = {name: p[index] for name, p in layer.experts.named_parameters()}
-    return feed_forward(weights, layer.config.activation, layer.config.expert_layernorm, x)
+    config = layer.config
+    return feed_forward(weights, config.activation, config.expert_layernorm, x, config.quantize_experts)
 
 
 def shared_expert(layer, x):
     """The shared expert on one token ``(D,)``."""
     weights = {name.replace(".", "_"): p for name, p in layer.shared_expert.named_parameters()}
-    return feed_forward(weights, layer.config.activation, False, x)
+    return feed_forward(weights, layer.config.activation, False, x, layer.config.quantize_experts)
 
 
 def router_logits(layer, x):

@@ -1,6 +1,5 @@
 """``mhmoe checkpoint export``: a trained model as a folder for ``transformers``, and a language model back."""
 
-import argparse
 import contextlib
 import os
 import shutil
@@ -17,7 +16,7 @@ from torch import Tensor
 from ...common.errors import UserError
 from ...common.files import atomic_path, explain_full_disk, read_json, refuse_path_separator, write_json
 from ...data.vocabularies import MODEL_FILE
-from ...models.architectures import KINDS, named_architecture
+from ...models.architectures import stored_options
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings, encoder_settings
 from ...models.language_model import build_language_model, find_checkpoint, find_data
@@ -79,7 +78,12 @@ def export_model(
     _require_empty(out)
     file = find_checkpoint(checkpoint, None)
     trained, stored = read_trained(file), read_settings(file)
-    options, task = _options(stored["model"]), _plain(stored["task"], "data")
+    options, task = stored_options(stored["model"]), _plain(stored["task"], "data")
+    if str(options.mhmoe_quantize or "none") != "none":
+        raise UserError(
+            f"{file}: --mhmoe-quantize ({options.mhmoe_quantize}): 1.58-bit models are not exported, since the code "
+            "there multiplies by weights as they are; mhmoe checkpoint pack makes a small file of one"
+        )
     folder, dictionary = _open_dictionary(file, data)
     weights = weights_of(trained, file)
     is_encoder = "encoder_layers" in stored["model"]
@@ -147,7 +151,7 @@ def import_folder(source: Path, out: Path) -> list[str]:
     refuse_path_separator(out, "output")
     config = _read_config(source / _CONFIG)
     try:
-        options = _options(config["fairseq"]["model"])
+        options = stored_options(config["fairseq"]["model"])
         task = {**config["fairseq"]["task"], "data": ""}
     except (KeyError, TypeError) as error:
         raise UserError(
@@ -178,14 +182,6 @@ def import_folder(source: Path, out: Path) -> list[str]:
 
 
 # ---------------------------------------------------------------------- settings
-
-
-def _options(stored: Mapping[str, Any]) -> Any:
-    """The options of a model that a checkpoint or config.json keeps."""
-    architecture = named_architecture(stored["_name"])
-    options = argparse.Namespace(**{**KINDS[architecture.kind].from_task, **stored})
-    architecture(options)
-    return options
 
 
 def _plain(stored: Mapping[str, Any], *without: str) -> dict[str, Any]:

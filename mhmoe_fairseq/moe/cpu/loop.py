@@ -9,7 +9,8 @@ weights' own dtype.
 
 Values are read on the host and written to memory of its own, and the backward is no graph. So the loop cannot be
 traced or transformed (:func:`eager_obstacle`), and where a gradient is to be differentiated again its backward computes
-it anew in autograd's operations, with the same dropout.
+it anew in autograd's operations, with the same dropout. Quantised experts are computed in these operations at once: the
+norm's scale and what the kernels fuse would have to be apart where the second map's input is rounded.
 """
 
 import functools
@@ -34,11 +35,20 @@ _FEW_ROWS = 4
 
 
 def loop_ffn(
-    x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float
+    x_Nd: Tensor,
+    gates_NK: Tensor,
+    plan: DispatchPlan,
+    weights: ExpertWeights,
+    activation: str,
+    dropout: float,
+    quantized: bool,
 ) -> Tensor:
     """Gate-weighted sum of the experts' outputs, ``(N, d)``; differentiable as often as wanted."""
     seed = int(torch.randint(2**62, ())) if dropout else 0
     settings = InnerSettings(activation, dropout, seed)
+    if quantized:
+        layout = lay_out(plan, row_multiple(x_Nd.dtype, plan.order_R.size(0), weights.fc1_weight.size(0)))
+        return _in_autograds_operations(settings, layout, x_Nd, gates_NK, _present(weights), quantized)
     if _has_few_rows(x_Nd, gates_NK, plan, weights) and FusedInner.applies(settings, x_Nd.dtype):
         return _whole_experts(x_Nd, gates_NK, plan, weights)
     # Inside the function gradients are off, and its context tells of inputs that want one even under no_grad.
@@ -187,18 +197,26 @@ def _differentiable_backward(
     ctx: Any, grad_Nd: Tensor, x_Nd: Tensor, gates_NK: Tensor, weights: ExpertWeights
 ) -> tuple[Tensor | None, ...]:
     """What ``_LoopFFN.backward`` returns, as functions of all that they depend on."""
-    present = {name: weight for name, weight in weights._asdict().items() if weight is not None}
-
     with without_autocast("cpu"):  # as in the forward
-        forward = functools.partial(_in_autograds_operations, ctx)
-        gradients = torch.func.vjp(forward, x_Nd, gates_NK, present)[1]
+        forward = functools.partial(_in_autograds_operations, ctx.settings, ctx.layout)
+        gradients = torch.func.vjp(forward, x_Nd, gates_NK, _present(weights))[1]
         x_grad_Nd, gates_grad_NK, grads = gradients(grad_Nd)
     return x_grad_Nd, gates_grad_NK, None, None, None, *(grads.get(name) for name in ExpertWeights._fields)
 
 
-def _in_autograds_operations(ctx: Any, x_Nd: Tensor, gates_NK: Tensor, present: dict[str, Tensor]) -> Tensor:
+def _present(weights: ExpertWeights) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights._asdict().items() if weight is not None}
+
+
+def _in_autograds_operations(
+    settings: InnerSettings,
+    layout: Layout,
+    x_Nd: Tensor,
+    gates_NK: Tensor,
+    present: dict[str, Tensor],
+    quantized: bool = False,
+) -> Tensor:
     """The output of ``_LoopFFN.forward``, dropout included."""
-    settings, layout = ctx.settings, ctx.layout
     cast = {name: weight.to(x_Nd.dtype) for name, weight in present.items()}
     weights = ExpertWeights(**{**dict.fromkeys(ExpertWeights._fields), **cast})  # type: ignore[arg-type]
     source_R = layout.plan.source_R
@@ -212,9 +230,13 @@ def _in_autograds_operations(ctx: Any, x_Nd: Tensor, gates_NK: Tensor, present: 
                 return inner
             return inner * dropout_scale(settings, piece, inner.new_empty(inner.shape))
 
-        return expert_network(x, weights, settings.activation, drop, linear, lambda stacked: stacked[expert])
+        def of_expert(stacked: Tensor) -> Tensor:
+            return stacked[expert]
+
+        return expert_network(x, weights, settings.activation, drop, linear, of_expert, quantized)
 
     pieces = [(expert, piece) for expert, pieces in layout.pieces(_PIECE_ROWS) for piece in pieces]
+    pieces = pieces or [(0, slice(0, 0))]  # so that weights have gradients without rows, too
     outputs = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in pieces]
     virtual = x_Nd.new_zeros(source_R.size(0) - layout.ends[-1], x_Nd.size(1))
     return combine(torch.cat([*outputs, virtual]), gates_NK, layout.plan)
