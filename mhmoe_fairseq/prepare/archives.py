@@ -46,6 +46,7 @@ class Archive:
         filename: what the client names the file; ``*`` stands for an unknown version.
         sha256: full hash of an immutable archive; None where the version moves (then it is only recorded).
         instead: what to do without it, for the error messages.
+        preferred: of apt-get, the version to take where the suite still has it beside newer ones.
     """
 
     client: str
@@ -54,10 +55,21 @@ class Archive:
     filename: str
     sha256: Optional[str] = None
     instead: str = "choose another source (docstrings needs no download)"
+    preferred: Optional[str] = None
 
     def command(self) -> list[str]:
         """Returns the download command."""
         return [word.format(package=self.package, version=self.version) for word in _COMMANDS[self.client]]
+
+    def commands(self) -> list[list[str]]:
+        """Returns the download commands to try, one after the other until one has fetched the archive."""
+        first = [] if self.preferred is None else [[*self.command()[:-1], f"{self.package}={self.preferred}"]]
+        return [*first, self.command()]
+
+    def cached(self, cache_dir: Path) -> Optional[Path]:
+        """Returns the archive in ``cache_dir``, of the preferred version if it is there, else the newest file."""
+        wanted = "" if self.preferred is None else self.filename.replace("*", f"{debian_name(self.preferred)}_*")
+        return (_newest(cache_dir, wanted) if wanted else None) or _newest(cache_dir, self.filename)
 
     def has_client(self) -> bool:
         """Whether the client is installed."""
@@ -87,7 +99,7 @@ class Archive:
 
 def fetch(archive: Archive, cache_dir: Path, say: Say) -> tuple[Path, dict[str, object]]:
     """Returns the archive in ``cache_dir``, downloaded if needed, and its manifest entry; ``UserError`` if it fails."""
-    path = _newest(cache_dir, archive.filename)
+    path = archive.cached(cache_dir)
     digest = sha256_of(path) if path else None
     if path and archive.sha256 in (None, digest):
         say(f"archive: {path.name} from {cache_dir}, SHA-256 {digest}")
@@ -122,16 +134,22 @@ def _download(archive: Archive, cache_dir: Path) -> tuple[Path, str]:
             return cache_dir / downloaded.name, digest
 
 
+def debian_name(version: str) -> str:
+    """A version as names of Debian's files have it: without what a colon would mean."""
+    return version.replace(":", "%3a")
+
+
 def _newest(folder: Path, pattern: str) -> Optional[Path]:
     return max(filter(Path.is_file, folder.glob(pattern)), key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _run_client(archive: Archive, folder: Path) -> Path:
     """Runs the client inside ``folder``; ``UserError`` carries the last line it said when it fails."""
-    done = subprocess.run(archive.command(), cwd=folder, capture_output=True, text=True, errors="replace")
-    path = _newest(folder, archive.filename)
-    if done.returncode == 0 and path is not None:
-        return path
+    for command in archive.commands():
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        path = _newest(folder, archive.filename)
+        if done.returncode == 0 and path is not None:
+            return path
     said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
     full = [line for line in said if "no space left" in line.lower()]
     complaints = [line for line in said if line.lower().startswith(("error", "e:", "npm err"))]

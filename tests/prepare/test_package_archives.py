@@ -7,6 +7,7 @@ import tarfile
 import threading
 import zipfile
 from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -23,18 +24,24 @@ ARCHIVE = archives.Archive("npm", "corpus-demo", "1.0.0", "corpus-demo-1.0.0.tgz
 
 
 @pytest.fixture
-def npm(tmp_path, monkeypatch):
-    """A program called npm, alone on the PATH with the shell's tools, that writes what it is told to."""
+def client(tmp_path, monkeypatch):
+    """Programs by name, alone on the PATH with the shell's tools, that do what they are told to."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
 
-    def write(script: str) -> None:
-        program = folder / "npm"
+    def write(name: str, script: str) -> None:
+        program = folder / name
         program.write_text("#!/bin/sh\n" + script)
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
 
     return write
+
+
+@pytest.fixture
+def npm(client):
+    """Writes a program called npm."""
+    return partial(client, "npm")
 
 
 def test_fetch_runs_the_client_once_and_then_uses_the_cache(npm, tmp_path):
@@ -87,6 +94,20 @@ def test_a_debian_package_already_there_gives_its_version(linux_deb, tmp_path):
     assert provenance["version"] == "6.1.176-1"
     assert provenance["archive_sha256"] == hashlib.sha256(linux_deb.read_bytes()).hexdigest()
     assert [document.name for document in documents] == ["PCI/pci.rst", "fb/frame.txt"]
+
+
+def test_the_preferred_version_is_taken_where_the_suite_or_the_cache_has_it(client, tmp_path):
+    moving = archives.Archive("apt-get", "docs", None, "docs_*.deb", preferred="1:6.1-2")
+    suite = """case "$2" in
+        docs) printf new > docs_7_all.deb;; docs=$HAS) printf old > docs_1%3a6.1-2_all.deb;; *) exit 100; esac"""
+    client("apt-get", suite.replace("$HAS", "1:6.1-2"))
+    path, entry = archives.fetch(moving, tmp_path / "has", print)
+    assert (entry["version"], path.read_text()) == ("1%3a6.1-2", "old")
+    client("apt-get", suite.replace("$HAS", "none"))
+    assert archives.fetch(moving, tmp_path / "moved", print)[1]["version"] == "7"
+    for name in ("docs_1%3a6.1-2_all.deb", "docs_8_all.deb"):  # the newest file is the other
+        (tmp_path / "has" / name).write_text("here")
+    assert archives.fetch(moving, tmp_path / "has", print)[1]["version"] == "1%3a6.1-2"
 
 
 def test_a_packaged_source_reads_only_the_pinned_archive(bible_wheel, monkeypatch):

