@@ -13,7 +13,8 @@ from ..common.errors import UserError
 from ..common.files import sha256_of
 from ..common.ranges import flag
 from ..data.identity import read_manifest
-from ..models.counts import context_of, count_built
+from ..models.counts import count_built
+from ..models.flags import context_of
 from ..models.options import BEiT3Options, LanguageModelOptions
 from .captions import evaluate_captions
 from .expert_loads import LoadCounter

@@ -16,6 +16,7 @@ from fairseq.models import register_model_architecture
 
 from ..common.errors import UserError
 from ..common.ranges import flag
+from ..moe.merged import MERGINGS
 from . import beit3, language_model  # noqa: F401  (models must be registered before their architectures)
 from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
 from .precision import device_type_of, resolve
@@ -47,6 +48,7 @@ SIZES: dict[str, dict[str, int]] = {
     "small": {"layers": 6, "embed_dim": 256, "attention_heads": 8, "ffn_embed_dim": 1024},
     "base": {"layers": 12, "embed_dim": 768, "attention_heads": 12, "ffn_embed_dim": 3072},
 }
+_OWN_ROUTERS = {"smear": "layernorm"}  # of a way to route, where --mhmoe-router does not say
 _COMMON = {"activation_fn": "gelu", "dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
 
@@ -70,12 +72,13 @@ def dense(args: Any) -> None:
 def sparse(args: Any, router: str) -> None:
     """GShard's sparse MoE: an MoE layer every second layer, eight experts, two per token, one head.
 
-    Its router is linear; X-MoE's is low-dimensional and normalised.
+    Its router is linear; X-MoE's is low-dimensional and normalised. Of merged experts a token passes one network.
     """
-    top_k = 1 if getattr(args, "moe_top1_expert", None) else 2
+    routing = str(getattr(args, "mhmoe_routing", None))
+    top_k = 1 if getattr(args, "moe_top1_expert", None) or routing in MERGINGS else 2
     fill(args, moe_freq=2, moe_expert_count=8, moe_top_k=top_k, mhmoe_heads_number=1)
     if str(getattr(args, "mhmoe_router", None) or "arch") == "arch":
-        args.mhmoe_router = "xmoe" if getattr(args, "use_xmoe", None) else router
+        args.mhmoe_router = "xmoe" if getattr(args, "use_xmoe", None) else _OWN_ROUTERS.get(routing, router)
 
 
 def mhmoe(args: Any) -> None:

@@ -11,7 +11,7 @@ from fairseq.data import Dictionary
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..moe import MHMoEConfig
+from ..moe import MergedConfig, MHMoEConfig
 from ..moe.parallelism import ExpertParallelism
 from ..parallel import expert_parallelism
 from ..torchscale_ext.settings import Settings
@@ -75,12 +75,13 @@ def spread_experts(settings: Settings, options: Any, task: Any) -> None:
 def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertParallelism | None:
     """The processes that torch.distributed knows of, as ``--mhmoe-expert-parallel-size`` asks; None for one process."""
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    size = 1 if moe is None else expert_parallel_size(moe.num_experts, asked, world_size)
+    has_experts = moe is not None and not isinstance(moe, MergedConfig)  # merged ones are needed all together
+    size = expert_parallel_size(moe.num_experts, asked, world_size) if has_experts else 1
     if world_size == 1:
         return None
     if size > 1:
         logger.info(f"expert parallelism: {size} of {world_size} processes share one bank of experts")
-    elif moe is not None:
+    elif has_experts:
         logger.warning(
             "no expert parallelism: every process holds all experts, since that was asked for or their number and "
             f"that of the processes ({world_size}) have no common divisor"

@@ -87,13 +87,6 @@ def stack_of_layers(model: Any) -> Any:
     return model.beit3.encoder if isinstance(model, MHMoEBEiT3) else model.decoder
 
 
-def context_of(options: Any) -> int:
-    """Positions that attention is counted for; of BEiT-3 an image's with the longest text."""
-    if isinstance(options, BEiT3Options):
-        return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
-    return int(options.tokens_per_sample)
-
-
 def build_on_meta(options: Any, dictionary: Dictionary, num_visual_tokens: int = 0) -> nn.Module:
     """The model of filled options, without memory for its weights.
 

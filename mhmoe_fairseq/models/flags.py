@@ -14,7 +14,8 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.ranges import check_flag, check_flags, flag
-from ..moe import ConfigError, MHMoEConfig
+from ..moe import ConfigError, MergedConfig, MHMoEConfig
+from ..moe.merged import MERGINGS
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # Expert widths under a budget: multiples of 8 suit grouped kernels; only small models need finer ones to come close.
 _WIDTH_MULTIPLES = (8, 4, 2, 1)
 _NARROW_ROUNDING = 0.01  # of a width that --mhmoe-granularity divides: a multiple that is further off is too coarse
+_WITH_CAPACITY = ("capacity", "torchscale")
 _CONTRADICTIONS = (
     ("subln", "no_subln"),
     ("subln", "deepnorm"),
@@ -40,10 +42,11 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
     Raises:
         UserError: naming the flag, its value and the rule, for anything contradictory or impossible.
     """
+    _check_causal(options)
     return DecoderSettings(
         **_shared_settings(options),
         parallel=parallel,
-        feed_forward="torchscale" if _text(options.mhmoe_routing) == "torchscale" else "moe",
+        feed_forward=_feed_forward(options),
         share_decoder_input_output_embed=not options.no_share_decoder_input_output_embed,
         max_target_positions=options.max_target_positions or options.tokens_per_sample,
         vocab_size=vocab_size,
@@ -52,7 +55,11 @@ def decoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism 
 
 def encoder_settings(options: Any, vocab_size: int, parallel: ExpertParallelism | None = None) -> EncoderSettings:
     """Returns everything that a BEiT-3 encoder is built from; fails as ``decoder_settings`` does."""
-    kind = "separate" if _text(options.mhmoe_modality_experts) == "separate" else "moe"
+    kind = _feed_forward(options)
+    if _text(options.mhmoe_modality_experts) == "separate":
+        if kind != "moe":
+            raise UserError(f"--mhmoe-modality-experts separate cannot be combined with --mhmoe-routing {kind}")
+        kind = "separate"
     return EncoderSettings(**_shared_settings(options), parallel=parallel, feed_forward=kind, vocab_size=vocab_size)
 
 
@@ -60,6 +67,13 @@ def moe_config(options: Any) -> MHMoEConfig | None:
     """Returns the MoE layers' configuration, its budget spent, or None for a dense model; fails as the decoder's."""
     check_flags(options)
     return _moe_config(options)
+
+
+def context_of(options: Any) -> int:
+    """Positions that attention is counted for; of BEiT-3 an image's with the longest text."""
+    if _stack(options) == "encoder":
+        return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
+    return int(options.tokens_per_sample)
 
 
 def expert_parallel_size(
@@ -91,6 +105,20 @@ def _shared_settings(options: Any) -> dict[str, Any]:
     return {**own, "moe": _moe_config(options), "subln": _has_subln(options), "quantize_maps": quantize_maps}
 
 
+def _feed_forward(options: Any) -> str:
+    """Which layer stands in a model for what ``--mhmoe-routing`` names."""
+    routing = _text(options.mhmoe_routing)
+    return routing if routing in ("torchscale", *MERGINGS) else "moe"
+
+
+def _check_causal(options: Any) -> None:
+    """Refuse, for a language model, routing by which a position depends on what follows it."""
+    routing = _text(options.mhmoe_routing)
+    reason = MERGINGS[routing].sees_later if routing in MERGINGS else ""
+    if reason:
+        raise UserError(f"--mhmoe-routing {routing} is for BEiT-3 and not for language models: {reason}")
+
+
 def _check_stack(options: Any) -> None:
     stack = _stack(options)
     width, heads = _size(options, "embed_dim"), _size(options, "attention_heads")
@@ -106,6 +134,11 @@ def _check_stack(options: Any) -> None:
             raise UserError(
                 "--mhmoe-routing torchscale is for language models: TorchScale's encoder refuses MoE layers for two "
                 "modalities; use --mhmoe-routing capacity, which makes the same choices"
+            )
+        if _text(options.mhmoe_routing) == "lory":
+            raise UserError(
+                "--mhmoe-routing lory is for language models: an image and its text are no sequence of segments; use "
+                "--mhmoe-routing smear, which merges experts for each example"
             )
 
 
@@ -142,16 +175,17 @@ def _with_budget(options: Any) -> MHMoEConfig:
     heads = of_heads.pop("num_heads")
     # Not given: biases as everywhere, under a budget, too.
     of_heads.setdefault("projection_bias", fields["expert_bias"])
-    reference = MHMoEConfig(num_heads=1, **fields, **_preset(options, heads=1))
+    kind = MergedConfig if _text(options.mhmoe_routing) in MERGINGS else MHMoEConfig
+    reference = kind(num_heads=1, **fields, **_preset(options, heads=1))
     changes = {"num_projection_layers": 1, **of_heads, **_preset(options, heads)}
-    plain = MHMoEConfig(num_heads=heads, **{**fields, **changes})
+    plain = kind(num_heads=heads, **{**fields, **changes})
     budget, times = _text(options.mhmoe_budget) or "none", options.mhmoe_granularity or 1
     if budget == "none" or plain.num_params() == reference.num_params():
         return plain.finer(times)
     changes |= {"num_experts": times * plain.num_experts, "top_k": times * plain.top_k}
 
     def matching(multiple: int) -> MHMoEConfig:
-        return MHMoEConfig.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+        return kind.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
 
     for multiple in _WIDTH_MULTIPLES:
         try:
@@ -171,6 +205,8 @@ def _layer_fields(options: Any) -> dict[str, Any]:
         layer, value = entry.metadata["layer"], _value(options, entry)
         if layer is not None and value is not None:
             values[layer] = entry.metadata["values"].get(value, value)
+    if _text(options.mhmoe_routing) == "smear":
+        values["segment_length"] = context_of(options)
     if _text(options.mhmoe_routing) in (None, "dropless"):  # without effect there; the warning is given
         values.pop("second_expert_policy", None)
     return values
@@ -187,7 +223,7 @@ def _check_dense(options: Any) -> None:
     """Refuse our flags of MoE layers in a model without; warn of the lineage's."""
     if _text(options.mhmoe_quantize) == "experts":
         raise UserError("--mhmoe-quantize (experts) needs MoE layers, but the model is dense (--moe-freq 0): take all")
-    for name in _given(options, "moe", "heads", "capacity", "xmoe"):
+    for name in _given(options, "moe", "heads", "capacity", "lory", "xmoe"):
         if not name.startswith("mhmoe_"):
             logger.warning(f"{flag(name)} has no effect: the model is dense (--moe-freq 0)")
         elif name != "mhmoe_router" or _text(options.mhmoe_router) != "arch":
@@ -218,10 +254,21 @@ def _check_moe(options: Any) -> None:
     if len(of_router) > 1 and of_router[0] == "mhmoe_router_preset":
         raise UserError(f"--mhmoe-router-preset sets what {flag(of_router[1])} sets: give one")
     for name in _given(options, "capacity"):
-        if routing == "dropless" or (routing is None and name.startswith("mhmoe_")):
-            raise UserError(f"{flag(name)} is about capacity; it contradicts dropless routing (--mhmoe-routing)")
+        if routing not in (None, *_WITH_CAPACITY) or (routing is None and name.startswith("mhmoe_")):
+            kind = routing or "dropless"
+            raise UserError(f"{flag(name)} is about capacity; it contradicts {kind} routing (--mhmoe-routing)")
         if routing is None:
             logger.warning(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
+    for name in _given(options, "lory"):
+        if routing != "lory":
+            raise UserError(f"{flag(name)} needs --mhmoe-routing lory, not {routing or 'dropless'}")
+    for name in ("mhmoe_granularity", "mhmoe_expert_parallel_size"):
+        value = getattr(options, name, None) or 1
+        if routing in MERGINGS and value > 1:
+            raise UserError(
+                f"{flag(name)} ({value}) must be 1 with --mhmoe-routing {routing}: every token passes a network "
+                "averaged over all experts"
+            )
     top_k = options.moe_top_k * (options.mhmoe_granularity or 1)
     if routing is not None and options.moe_normalize_gate_prob_before_dropping and top_k == 1:
         logger.warning("--moe-normalize-gate-prob-before-dropping has no effect with one expert per sub-token")

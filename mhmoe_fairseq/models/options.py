@@ -13,6 +13,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from ..moe.config import choices
+from ..moe.merged import MERGINGS
 
 MODEL_NAME = "mhmoe_lm"
 BEIT3_NAME = "mhmoe_beit3"
@@ -25,7 +26,7 @@ OPPOSITE = {True: False, False: True}
 
 ACTIVATION_CHOICES = ChoiceEnum([*ACTIVATIONS])
 ON_OFF_CHOICES = ChoiceEnum([*SWITCH])
-ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *TORCHSCALE])
+ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *MERGINGS, *TORCHSCALE])
 BENCHMARK_ROUTERS = {"balanced-for-benchmarks": "balanced"}  # of which no model learns anything: asked by long names
 ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router"), *BENCHMARK_ROUTERS])
 PRESET_CHOICES = ChoiceEnum(["p1"])
@@ -55,8 +56,8 @@ def option(
 
     Args:
         text: its help; None for what is no flag of ours: fairseq fills it from the task or from its own groups.
-        needs: without what it has no effect: ``moe`` layers, ``capacity`` routing, the ``xmoe`` router, or (MH-MoE's)
-            ``heads``, which a one-head reference lacks.
+        needs: without what it has no effect: ``moe`` layers, ``capacity`` or ``lory`` routing, the ``xmoe`` router, or
+            (MH-MoE's) ``heads``, which a one-head reference lacks.
         layer: the field of ``MHMoEConfig`` that it sets, to what it says or, of a switch, to whether it is given.
         values: the layer's values for the flag's, where they differ.
         stack: whether it sets the field of its own name in ``DecoderSettings`` or ``EncoderSettings``.
@@ -147,7 +148,9 @@ class MoEOptions(FairseqDataclass):
     )
     mhmoe_routing: Optional[ROUTING_CHOICES] = option(
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
-        "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process)",
+        "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process); lory, smear: no choice, but one "
+        "network averaged over all experts, for each segment of a text by the one before it, or (BEiT-3) for each "
+        "example",
         needs="moe", layer="routing", values=TORCHSCALE,
     )  # fmt: skip
     mhmoe_capacity_factor: Optional[float] = option(
@@ -155,8 +158,9 @@ class MoEOptions(FairseqDataclass):
         needs="capacity", layer="capacity_factor",
     )  # fmt: skip
     mhmoe_router: Optional[ROUTER_CHOICES] = option(
-        "linear: logits x W; xmoe: a low-dimensional projection compared with normalised expert embeddings; arch: "
-        "linear for smoe_*, xmoe for xmoe_* and mhmoe_* (default); balanced-for-benchmarks: experts by turns, whatever "
+        "linear: logits x W; xmoe: a low-dimensional projection compared with normalised expert embeddings; layernorm: "
+        "LN(x) LN(W); arch: linear for smoe_*, xmoe for xmoe_* and mhmoe_*, layernorm with smear routing (default); "
+        "balanced-for-benchmarks: experts by turns, whatever "
         "the input",
         needs="moe", layer="router", values=BENCHMARK_ROUTERS,
     )  # fmt: skip
@@ -286,6 +290,9 @@ class LanguageModelOptions(MoEOptions):
     share_decoder_input_output_embed: Optional[bool] = option(
         "use the embedding's weights as output projection; the default, accepted for the lineage's command lines",
         affects="nothing",
+    )
+    mhmoe_segment_length: Optional[int] = option(
+        "with lory routing: tokens of a segment (default: 256)", needs="lory", layer="segment_length"
     )
     max_target_positions: Optional[int] = option(None, default=II("task.max_target_positions"))
     tokens_per_sample: int = option(None, default=II("task.tokens_per_sample"))

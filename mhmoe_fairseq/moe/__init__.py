@@ -10,6 +10,11 @@
 from ._fields import ConfigError
 from .config import BudgetGap, LayerCounts, MHMoEConfig
 from .layer import MHMoELayer, MHMoEOutput
+from .lory import LoryLayer
+from .merged import MergedConfig, SMEARLayer
 from .stats import RoutingStats
 
-__all__ = ["BudgetGap", "ConfigError", "LayerCounts", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "RoutingStats"]
+__all__ = [
+    "BudgetGap", "ConfigError", "LayerCounts", "LoryLayer", "MHMoEConfig", "MHMoELayer", "MHMoEOutput", "MergedConfig",
+    "RoutingStats", "SMEARLayer",
+]  # fmt: skip

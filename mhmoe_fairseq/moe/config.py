@@ -292,7 +292,7 @@ def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, ex
 def choices(field: str) -> tuple[str, ...]:
     """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name.
 
-    >>> choices("router"), choices("balance_scope")
-    (('linear', 'xmoe', 'balanced'), ('rank', 'global'))
+    >>> choices("activation"), choices("balance_scope")
+    (('gelu', 'relu', 'swiglu'), ('rank', 'global'))
     """
     return declared_choices(MHMoEConfig, field)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.multihead_attention import MultiheadAttention
 
+from ..moe.lory import SegmentMemory
 from ..moe.modes import compute_dtype, without_autocast
 from .positions import RotaryPositions
 from .settings import Settings
@@ -18,11 +19,16 @@ _SHORT = 256
 
 
 class KeyValueCache:
-    """The keys and values of earlier steps, ``(B, heads, S, d)``; empty at first."""
+    """What a layer keeps of earlier steps: keys and values, ``(B, heads, S, d)``; empty at first.
+
+    Attributes:
+        memory: what its experts keep; None if nothing.
+    """
 
     def __init__(self) -> None:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self.memory: SegmentMemory | None = None
 
     def __len__(self) -> int:
         """How many positions it has."""
@@ -44,6 +50,8 @@ class KeyValueCache:
         """Row ``i`` becomes what row ``rows[i]`` was; there may be more rows than before, or fewer."""
         assert self._keys is not None and self._values is not None, "an empty cache"
         self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+        if self.memory is not None:
+            self.memory.reorder(rows)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

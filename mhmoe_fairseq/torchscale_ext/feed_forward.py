@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.feedforward_network import FeedForwardNetwork
 
-from ..moe import ConfigError, LayerCounts, MHMoELayer, MHMoEOutput, RoutingStats
+from ..moe import ConfigError, LayerCounts, LoryLayer, MHMoELayer, MHMoEOutput, RoutingStats, SMEARLayer
 from ..moe.parallelism import Traffic
 from .settings import Settings
 from .static_xmoe import StaticXMoE
@@ -71,6 +71,24 @@ class SharedExperts(MHMoELayer):
         return super().forward(x, padding_mask)
 
 
+class SegmentedExperts(LoryLayer):
+    """Experts merged for each segment of a text (``--mhmoe-routing lory``)."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.moe)
+
+
+class SoftlyMergedExperts(SMEARLayer):
+    """Experts merged for each example, its image's and its text's positions together (``--mhmoe-routing smear``)."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings.moe)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, image_length: int = 0) -> MHMoEOutput:
+        """Apply the layer to ``(B, L, D)``; ``padding_mask`` bool ``(B, L)``, True where padded."""
+        return super().forward(x, padding_mask)
+
+
 class SeparateExperts(nn.Module):
     """Two MH-MoE layers: ``A`` routes the image's positions, ``B`` the text's (``--mhmoe-modality-experts separate``).
 
@@ -128,10 +146,13 @@ class SeparateExperts(nn.Module):
 
 
 # Each is built from settings, called as (x, padding_mask[, image_length]), returns an MHMoEOutput, and has ``counts``
-# (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens).
+# (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens). One with ``new_memory`` depends on a text's
+# earlier positions and, in incremental decoding, takes what that gave for the text as its third argument.
 FEED_FORWARDS: dict[str, type[nn.Module]] = {
     "moe": SharedExperts,
     "separate": SeparateExperts,
+    "lory": SegmentedExperts,
+    "smear": SoftlyMergedExperts,
     "torchscale": StaticXMoE,
 }
 

@@ -10,6 +10,7 @@ from torchscale.architecture.decoder import DecoderLayer
 from torchscale.architecture.encoder import EncoderLayer
 
 from ..moe import MHMoEOutput
+from ..moe.lory import SegmentMemory
 from .attention import KeyValueCache, MultiwaySelfAttention, SelfAttention
 from .feed_forward import build_dense_ffn, build_feed_forward
 from .settings import DecoderSettings, EncoderSettings, Settings
@@ -59,11 +60,18 @@ class _MoELayer:
         x = self._after(norm, x, self.dropout_module(attended), *image_length)
         y = self._before(self.final_layer_norm, x, *image_length)
         if self.is_moe_layer:
-            output = self.moe_layer(y, padding_mask, *image_length)
+            output = self.moe_layer(y, padding_mask, *image_length, *self._memory(cache))
             y, output = output.hidden, output.without_hidden()
         else:
             y = self.ffn(y, *image_length)
         return self._after(self.final_layer_norm, x, y, *image_length), output
+
+    def _memory(self, cache: KeyValueCache | None) -> list[SegmentMemory]:
+        """What experts that depend on earlier steps keep of them, in incremental decoding; nothing of others."""
+        if cache is None or not hasattr(self.moe_layer, "new_memory"):
+            return []
+        cache.memory = cache.memory or self.moe_layer.new_memory()
+        return [cache.memory]
 
     def _before(self, norm: nn.Module, x: Tensor, *image_length: int) -> Tensor:
         """What a half of the layer gets."""

@@ -110,6 +110,7 @@ OWN = {
         "xpos_rel_pos": Effect("function", True, POSITIONS),
         "no_share_decoder_input_output_embed": Effect("gradients", True),
         "share_decoder_input_output_embed": Effect("nothing", True),
+        "mhmoe_segment_length": Effect("function", 3, {"mhmoe_routing": "lory"}, arch="smoe"),
         "max_target_positions": Effect("nothing", 8),  # the longest row; learned positions are as many
         "tokens_per_sample": Effect("nothing", 8),
     },

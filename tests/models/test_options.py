@@ -26,7 +26,8 @@ SHARED = """
 OWN = {
     MHMoELanguageModel: """
 --decoder-attention-heads --decoder-embed-dim --decoder-ffn-embed-dim --decoder-layers --decoder-learned-pos
---no-scale-embedding --no-share-decoder-input-output-embed --no-token-positional-embeddings --rotary-embed
+--mhmoe-segment-length --no-scale-embedding --no-share-decoder-input-output-embed --no-token-positional-embeddings
+--rotary-embed
 --share-decoder-input-output-embed --xpos-rel-pos
 """,
     MHMoEBEiT3: """

@@ -14,7 +14,7 @@ from mhmoe_fairseq.moe import ConfigError, MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.config import choices
 from mhmoe_fairseq.moe.router import ROUTERS, Router, RouterFields
 
-BUILT_IN = ("linear", "xmoe", "balanced")
+BUILT_IN = tuple(ROUTERS)
 FIELDS = {"embed_dim": 24, "num_heads": 4, "num_experts": 5, "expert_ffn_dim": 16, "router": "two_layers"}
 
 
@@ -76,5 +76,5 @@ def test_models_plans_and_analyses_use_it_or_refuse_it_by_name() -> None:
 def test_what_it_has_no_use_for_is_refused_and_so_is_an_unknown_name() -> None:
     with pytest.raises(ConfigError, match=r"router_temperature \(0.3\) needs the xmoe router; router is 'two_layers'"):
         MHMoEConfig(**FIELDS, router_temperature=0.3)
-    with pytest.raises(ConfigError, match=r"router \('three'\) must be one of linear, xmoe, balanced, two_layers"):
+    with pytest.raises(ConfigError, match=rf"router \('three'\) must be one of {', '.join(BUILT_IN)}, two_layers"):
         MHMoEConfig(**{**FIELDS, "router": "three"})

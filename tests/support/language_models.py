@@ -7,7 +7,8 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.models.counts import ModelCounts, build_on_meta, context_of, count_built
+from mhmoe_fairseq.models.counts import ModelCounts, build_on_meta, count_built
+from mhmoe_fairseq.models.flags import context_of
 from mhmoe_fairseq.models.language_model import MHMoELanguageModel, build_language_model
 from mhmoe_fairseq.moe.parallelism import ExpertParallelism
 

@@ -13,7 +13,7 @@ K D numbers go to the experts whatever H is, but the experts' inner activations 
 from dataclasses import dataclass
 from typing import Any
 
-from ...moe import MHMoEConfig
+from ...moe import MergedConfig, MHMoEConfig
 from ...moe.router import ROUTERS
 from ...moe.scores import SCORES
 from ...torchscale_ext.settings import DecoderSettings
@@ -102,7 +102,7 @@ class ActivationMemory:
         shared = 0
         if moe.shared_expert_dim:
             shared = moe.shared_expert_dim * a * maps + (d * a if self.shape.half else 0)
-        routed = self._router(moe) + self._experts(moe)
+        routed = self._merged(moe) if isinstance(moe, MergedConfig) else self._router(moe) + self._experts(moe)
         return self._attention() + padding + projections + routed + shared + self._mask(settings.dropout, d, a)
 
     def _layers(self) -> list[int]:
@@ -174,6 +174,16 @@ class ActivationMemory:
         here = moved + order if is_loop else 2 * moved + rows * (1 + 3 * _INDEX + a)
         received = (2 if is_loop else 1) * moved + order if self.exchanged else 0
         return rows * self._inner(moe) + here + received
+
+    def _merged(self, moe: MergedConfig) -> int:
+        """Merged experts: a token's input and inner activations; a segment's mean, routing and network."""
+        a, f = self.shape.element, moe.expert_ffn_dim
+        tensors = {"swiglu": 4, "relu": 1}.get(moe.activation, 2) + (2 if moe.expert_layernorm else 0)
+        norm, mask = _NORM if moe.expert_layernorm else 0, self._mask(moe.activation_dropout, f, a)
+        of_token = _INDEX + 1 + moe.embed_dim * a + tensors * f * a + norm + mask
+        weights = moe.matrices_per_expert * moe.embed_dim * f + (f if moe.expert_layernorm else 0)
+        routing = moe.embed_dim * _FP32 + ROUTERS[moe.router].num_kept(moe) * _FP32 + moe.num_experts * (_FP32 + a)
+        return of_token + (weights * a + routing) // moe.segment_length
 
     def _inner(self, moe: MHMoEConfig) -> int:
         """The inner activation of a row."""

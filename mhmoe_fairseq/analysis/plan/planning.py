@@ -7,9 +7,10 @@ from typing import Any
 from ...checkpoints.summary import count_parts
 from ...common.ranges import flag
 from ...models.architectures import Architecture, architecture_options, named_architecture
-from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
-from ...models.flags import expert_parallel_size, moe_config
+from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, count_built
+from ...models.flags import context_of, expert_parallel_size, moe_config
 from ...models.options import LanguageModelOptions, MoEOptions, options_with
+from ...moe.merged import MERGINGS
 from .activation_memory import shape_of
 from .ranks import Cluster, RankPlan, plan_ranks
 from .table_11 import PAPER_VISUAL_TOKENS, PAPER_VOCAB_SIZES, SAME_MODEL, TABLE_11
@@ -90,7 +91,7 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     asked, size, note = flags.pop("mhmoe_expert_parallel_size", None), 1, None
     if experts is not None:
         flags["moe_expert_count"] = experts
-        if settings.cluster is not None:
+        if settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS:
             number = experts * (flags.get("mhmoe_granularity") or 1)
             size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
     options = architecture_options(name, **flags)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...common.errors import UserError
 from ...common.tables import MISSING, byte_size, duration, markdown_table, millions
 from ...models.counts import ModelCounts
-from ...moe import MHMoEConfig
+from ...moe import MergedConfig, MHMoEConfig
 from .activation_memory import ActivationMemory, ModelShape
 
 _COUNT_BYTES = 8  # row counts travel as int64
@@ -214,6 +214,8 @@ def plan_ranks(
 ) -> RankPlan:
     """Count one model on ``cluster`` with ``size`` ranks to a bank of experts."""
     backend = "loop" if cpu else "grouped" if shape.half else "blocked"
+    if isinstance(shape.moe, MergedConfig):  # has none of these: batched products over whole segments
+        backend = "blocked"
     memory = ActivationMemory(shape, backend, exchanged=size > 1, cpu=cpu)
     parameters = RankParameters(counts.non_expert, counts.expert // size)
     moe, traffic, experts, largest, exchange_seconds = counts.moe, None, None, 0, 0.0

@@ -1,5 +1,7 @@
 """What autograd holds between a forward and a backward pass, measured."""
 
+import math
+
 import torch
 from moe_oracle import losses_of
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ def kept_bytes_of(model: nn.Module, tokens: Tensor, *, backward: bool = False) -
     """
     shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.dim() > 1}
     weights = shapes | {shape[::-1] if len(shape) == 2 else (shape[0], *shape[:0:-1]) for shape in shapes}
+    weights |= {(shape[0], math.prod(shape[1:])) for shape in shapes}  # as merged experts take them
     known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 

@@ -56,6 +56,10 @@ CASES = [
     ("mhmoe_lm_tiny", "grouped", {"mhmoe_precision": "bf16", "no_subln": True, "activation_fn": "relu"}),
     ("mhmoe_lm_tiny", "grouped", {"mhmoe_precision": "bf16", "activation_fn": "silu", "moe_gating_use_fp32": True}),
     ("smoe_lm_tiny", "grouped", {"mhmoe_precision": "bf16", "moe_expert_count": 16}),
+    ("smoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 32}),
+    ("smoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 16, "activation_fn": "silu"}),
+    ("xmoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 16, "activation_dropout": 0.1}),
+    ("smoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 32, "mhmoe_precision": "bf16"}),
     ("xmoe_lm_tiny", "grouped", {"mhmoe_no_split": True, "mhmoe_shared_expert_dim": 48}),
 ]
 
