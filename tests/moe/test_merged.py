@@ -73,7 +73,7 @@ def oracle(layer, tokens):
             name: sum(p * expert for p, expert in zip(probs, stacked))
             for name, stacked in layer.experts.named_parameters()
         }
-        outputs.append(feed_forward(merged, config.activation, config.expert_layernorm, token))
+        outputs.append(feed_forward(merged, config.activation, config.expert_layernorm, token, False))
         weights.append(probs)
     return outputs, weights
 
@@ -134,7 +134,7 @@ def test_all_weight_on_one_expert_is_that_expert():
         weights = {name: stacked[expert] for name, stacked in layer.experts.named_parameters()}
         y = layer.experts(x, torch.eye(EXPERTS, dtype=x.dtype)[expert : expert + 1])
         for token, one in zip(x[0], y[0]):
-            torch.testing.assert_close(one, feed_forward(weights, "gelu", True, token), rtol=0, atol=1e-12)
+            torch.testing.assert_close(one, feed_forward(weights, "gelu", True, token, False), rtol=0, atol=1e-12)
 
 
 def test_first_segments_begin_with_equal_weights():
