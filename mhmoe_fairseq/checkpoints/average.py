@@ -64,6 +64,13 @@ def average(paths: list[Path]) -> dict[str, Any]:
             finite.
     """
     checkpoints = [read_checkpoint(path) for path in paths]
+    means = mean_weights(paths, weights_of_one_model(paths, checkpoints))
+    kept = {name: value for name, value in checkpoints[-1].items() if name not in ("model", OPTIMIZER_STATE)}
+    return {**kept, "model": means}
+
+
+def weights_of_one_model(paths: Sequence[Path], checkpoints: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Tensor]]:
+    """The checkpoints' weights; ``UserError`` naming the file and what differs, if they are not of one model."""
     weights = [weights_of(checkpoint, path) for checkpoint, path in zip(checkpoints, paths)]
     for path, state in zip(paths, weights):
         if packed_names(state):
@@ -72,15 +79,23 @@ def average(paths: list[Path]) -> dict[str, Any]:
     for path, state, flags in zip(paths, weights, settings):
         for difference in _differences(weights[0], state, settings[0], flags):
             raise UserError(f"{path} is not the model of {paths[0]}: {difference}")
+    return weights
+
+
+def mean_weights(paths: Sequence[Path], weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of every tensor, computed in float64; tied weights stay tied, and counts are the last file's.
+
+    Raises:
+        UserError: naming the file and the weight that is not finite.
+    """
     shared: dict[tuple[Any, ...], Tensor] = {}
     means = {}
     for name, value in weights[-1].items():
         identity = (value.data_ptr(), value.shape) if value.numel() else (name,)
-        if identity not in shared:  # tied weights stay tied
+        if identity not in shared:
             shared[identity] = _mean(name, paths, [state[name] for state in weights])
         means[name] = shared[identity]
-    kept = {name: value for name, value in checkpoints[-1].items() if name not in ("model", OPTIMIZER_STATE)}
-    return {**kept, "model": means}
+    return means
 
 
 def _mean(name: str, paths: Sequence[Path], values: Sequence[Tensor]) -> Tensor:

@@ -56,6 +56,14 @@ bit, and cannot be trained. The suffix says the format: .pt, which every command
   mhmoe checkpoint pack checkpoints/checkpoint_best.pt packed.pt
   mhmoe checkpoint pack checkpoints/checkpoint_best.pt packed.safetensors
 """
+_MIX = """\
+Branch-Train-MiX: dense models, each trained on from the seed on a domain of its own, become one smoe_lm_* model of the
+same size, with an expert of each branch's feed-forward network in every layer (or every n-th: --moe-freq); all else is
+the branches' mean, tensor by tensor. Routers are new and random, and there is no optimizer state: train it on.
+The same --branch several times is sparse upcycling. docs/domains.md has the whole recipe.
+
+  mhmoe checkpoint mix --seed seed.pt --branch law.pt --branch code.pt --include-seed --output mixed.pt
+"""
 _EXPORT = """\
 hf: a folder that transformers 5.10 and later, lm-eval and vLLM open without this package: config.json, the model's
 code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Of BEiT-3 the encoder
@@ -68,7 +76,7 @@ fairseq: such a folder of a language model, perhaps trained further, becomes mod
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``mhmoe checkpoint inspect|convert|average|pack|import-official|export``."""
+    """Flags of ``mhmoe checkpoint inspect|convert|average|mix|pack|import-official|export``."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
     inspect = add_action(actions, "inspect", "say what a checkpoint holds", _INSPECT)
     inspect.add_argument("checkpoint", type=existing_file, nargs="+", metavar="FILE", help="a .pt or .safetensors file")
@@ -94,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pack = add_action(actions, "pack", "write 1.58-bit weights in two bits each, for evaluation", _PACK)
     pack.add_argument("source", type=existing_file, metavar="FROM", help="a .pt or .safetensors file")
     pack.add_argument("target", type=output_file, metavar="TO", help="a .pt or .safetensors file to write")
-    for writer in (convert, mean, pack):
+    mixed = _add_mix(actions)
+    for writer in (convert, mean, mixed, pack):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     official = add_action(actions, "import-official", "import a checkpoint of the official MH-MoE")
@@ -119,6 +128,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     official.add_argument("--overwrite", action="store_true", help="replace files of these names in --out")
     _add_export(actions)
+
+
+def _add_mix(actions: Any) -> argparse.ArgumentParser:
+    mixed = add_action(actions, "mix", "make one model with experts of several dense ones", _MIX)
+    add = mixed.add_argument
+    add("--seed", type=existing_file, required=True, metavar="FILE", help="what the branches were trained from")
+    add(
+        "--branch", type=existing_file, action="append", required=True, metavar="FILE",
+        help="a dense model that becomes an expert; repeated, once for each",
+    )  # fmt: skip
+    add("--include-seed", action="store_true", help="make the seed an expert, too, behind the branches")
+    add("--moe-freq", type=whole(), default=1, metavar="N", help="experts in every n-th layer, means elsewhere (1)")
+    add("--moe-top-k", type=whole(), default=2, metavar="K", help="experts per token (2)")
+    add("--router-seed", type=whole(at_least=0), default=1, metavar="N", help="of the routers' random values (1)")
+    add("--output", type=output_file, required=True, metavar="FILE", help="a .pt or .safetensors file")
+    return mixed
 
 
 def _add_export(actions: Any) -> None:
@@ -211,6 +236,25 @@ def _pack(args: argparse.Namespace) -> None:
     say(f"{args.target}: {summary.total:,} parameters, {size}, of which 1.58-bit weights take {packed_size}")
 
 
+def _mix(args: argparse.Namespace) -> None:
+    from ..checkpoints.files import check_output, write_checkpoint
+    from ..checkpoints.mix import mix
+
+    check_output(args.output, overwrite=args.overwrite)
+    branches = [*args.branch, *([args.seed] if args.include_seed else [])]
+    numbers = {"moe_freq": args.moe_freq, "top_k": args.moe_top_k, "router_seed": args.router_seed}
+    mixed = mix(args.seed, branches, **numbers)
+    write_checkpoint(mixed, args.output, overwrite=args.overwrite)
+    arch, layers = mixed["cfg"]["model"]["_name"], mixed["cfg"]["model"]["decoder_layers"]
+    with_experts = layers // args.moe_freq
+    others = "" if with_experts == layers else ", the networks of the others averaged"
+    head = f"{args.output}: {arch}, {len(branches)} experts in {with_experts} of {layers} layers{others}; new routers"
+    sizes = f"--arch {arch} --moe-freq {args.moe_freq} --moe-expert-count {len(branches)} --moe-top-k {args.moe_top_k}"
+    resets = " ".join(f"--reset-{part}" for part in ("optimizer", "dataloader", "meters", "lr-scheduler"))
+    tail = f"to train on: fairseq-train ... {sizes} --restore-file {args.output} {resets}"
+    say("\n  ".join([head, *map(str, branches)]) + f"\n{tail}, and the branches' other flags of the model")
+
+
 def _import_official(args: argparse.Namespace) -> None:
     from ..checkpoints.official.importing import import_official
 
@@ -249,6 +293,7 @@ _ACTIONS = {
     "convert": _convert,
     "average": _average,
     "pack": _pack,
+    "mix": _mix,
     "import-official": _import_official,
     "export": _export,
 }

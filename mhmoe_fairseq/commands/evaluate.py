@@ -26,7 +26,7 @@ from ..common.tables import MISSING, columns_table, markdown_table, number
 from ..evaluation.records import Metric, Record, looks_at_test, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
-_PARTS = {"perplexity": "domain", "masked": "masked", "classification": "language"}
+_PARTS = {"perplexity": "domain", "domain mixture": "domain", "masked": "masked", "classification": "language"}
 _OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds", "vllm")
 _NOT_OPTIONS = (*_OF_SPEED, "split", "image")
 _OF_ONE_SPLIT = ("record", "output", "splits", "input")
@@ -72,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="export the checkpoints and time vLLM: the interpreter of an environment that has it, such as "
         ".venv/vllm/bin/python of make test-vllm",
     )  # fmt: skip
-    text = parser.add_argument_group("text in several languages")
-    text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
+    _add_text_arguments(parser)
     masked = parser.add_argument_group("masked images")
     masked.add_argument(
         "--visual-tokenizer", type=existing_file, metavar="FILE",
@@ -89,6 +88,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-java", action="store_const", const=True, help="leave out METEOR and SPICE even if they can be had"
     )
     captions.add_argument("--image", nargs="+", help=argparse.SUPPRESS)
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    text = parser.add_argument_group("text in several languages")
+    text.add_argument("--langs", type=nonempty, metavar="CODES", help="only these languages, with commas in between")
+    domains = parser.add_argument_group("text under a model with an expert for each domain")
+    domains.add_argument(
+        "--domain-mixture", type=nonempty, metavar="METHOD",
+        help="do not tell the model the text's domain, but mix all experts' predictions: exact, by Bayes' rule from "
+        "the document's tokens before; demix-code, from the one before; or a domain's name, whose expert predicts all",
+    )  # fmt: skip
 
 
 def _add_sentence_arguments(group: argparse._ArgumentGroup) -> None:
@@ -142,8 +152,9 @@ def run(args: argparse.Namespace) -> int:
     splits = list(dict.fromkeys(args.split or ["test"]))
     for name in (name for name in _OF_ONE_SPLIT if len(splits) > 1 and getattr(args, name) is not None):
         raise UserError(f"{flag(name)}: takes one --split, and {len(splits)} are given")
+    suffix = f"-{args.domain_mixture}" if args.domain_mixture else ""
     if args.record is None:
-        _require_writable(record_file(file.parent, split) for split in splits)
+        _require_writable(record_file(file.parent, split + suffix) for split in splits)
     with quiet():
         opened = open_model(file, args.data, "cpu" if args.cpu else None, overrides, args.precision)
     for split in splits:
@@ -151,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
             record = evaluate(opened, split, **options)
         say(describe(record))
         if record.metrics:
-            path = args.record or record_file(file.parent, record.split)
+            path = args.record or record_file(file.parent, record.split + suffix)
             if earlier := looks_at_test(path, record):
                 say(f"evaluated before: {', '.join(earlier)}: a test set is for once, after all choices")
                 record = dataclasses.replace(record, provenance={**record.provenance, "earlier": earlier})

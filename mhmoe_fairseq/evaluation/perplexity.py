@@ -1,5 +1,6 @@
 """Perplexity of text, with the function behind ``fairseq-eval-lm``, and of masked patches and words."""
 
+import contextlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from ..common.errors import UserError
 from ..common.timing import tracked
 from ..compat import logging_as_found
 from ..criterions.masked_multimodal import PARTS, MaskedMultimodalConfig, MaskedMultimodalCriterion, masked_targets
+from .domain_mixture import DomainMixture, score_batches
 from .expert_loads import LoadCounter
 from .records import Metric, Record
 
@@ -62,27 +64,34 @@ def together(scores: Iterable[Score]) -> Score:
 
 
 def evaluate_text(
-    opened: Opened, split: str, counter: LoadCounter, *, max_tokens: int | None = 36000, batch_size: int | None = 32
-) -> Record:
+    opened: Opened, split: str, counter: LoadCounter, *, max_tokens: int | None = 36000, batch_size: int | None = 32,
+    domain_mixture: str | None = None,
+) -> Record:  # fmt: skip
     """Score a split in the blocks of the task, as ``fairseq-eval-lm`` with the same options does.
 
     Args:
         split: ``valid``, ``test``, or one language's, such as ``test_de``.
         max_tokens, batch_size: most tokens and blocks per batch.
+        domain_mixture: of a model with experts of domains, how they are mixed where the text's domain is not told; see
+            ``DomainMixture``; then every expert reads everything, and no loads are counted.
 
     Raises:
         UserError, FileNotFoundError: for a block that is longer than a batch, or as ``task.load_dataset``.
     """
+    mixture = None if domain_mixture is None else DomainMixture(opened.task, domain_mixture)
     scores = {}
     for part, name in (opened.task.parts_of(split) or {None: split}).items():
-        with counter.counting(part):
-            score = _score(opened.model, opened.task, name, max_tokens, batch_size)
+        with counter.counting(part) if mixture is None else contextlib.nullcontext():
+            score = _score(opened.model, opened.task, name, max_tokens, batch_size, mixture)
         scores[part] = score._replace(bytes=opened.identity.bytes_of(name, score.targets))
     parts = {part: score.metrics("token") for part, score in scores.items() if part is not None}
-    return Record("perplexity", split, together(scores.values()).metrics("token"), parts)
+    what, settings = ("perplexity", {}) if mixture is None else (mixture.kind, mixture.settings)
+    return Record(what, split, together(scores.values()).metrics("token"), parts, settings=settings)
 
 
-def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size: int | None) -> Score:
+def _score(
+    model: Any, task: Any, split: str, max_tokens: int | None, batch_size: int | None, mixture: DomainMixture | None
+) -> Score:
     task.load_dataset(split)
     dataset = task.dataset(split)
     longest = int(max(dataset.sizes, default=0))
@@ -100,13 +109,19 @@ def _score(model: Any, task: Any, split: str, max_tokens: int | None, batch_size
                 counts.append(int(batch["ntokens"]) - (int(batch["nsentences"]) if has_bos else 0))
             yield batch
 
-    found = eval_lm(
-        [model], task.source_dictionary, counted(), target_dictionary=task.target_dictionary, remove_bos_token=has_bos
-    )
-    tokens = sum(counts)  # fairseq tells only those that it scored per second
+    if mixture is None:
+        found = eval_lm(
+            [model], task.source_dictionary, counted(), target_dictionary=task.target_dictionary,
+            remove_bos_token=has_bos,
+        )  # fmt: skip
+        tokens = sum(counts)  # fairseq tells only those that it scored per second
+        bits = float(found["loss"]) * tokens
+    else:
+        bits = score_batches(mixture, model, counted(), has_bos)
+        tokens = sum(counts)
     characters = getattr(dataset, "characters", {})
     total = sum(characters.values()) if characters and tokens == dataset.sizes.sum() else None
-    return Score(tokens, float(found["loss"]) * tokens, characters=total)
+    return Score(tokens, bits, characters=total)
 
 
 def guess(counts: Collection[int]) -> Score:

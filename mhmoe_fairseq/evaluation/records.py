@@ -21,7 +21,8 @@ from ..common.provenance import commit, timestamp, versions
 SCHEMA = "mhmoe-record/1"
 KINDS = (
     "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
-    "image classification", "zero-shot", "routing", "polysemy", "speed",
+    "image classification", "zero-shot", "routing", "polysemy", "speed", "domain mixture",
+    "one-token mixture", "one domain",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
 _PACKAGES = (  # that a metric may depend on

@@ -18,7 +18,7 @@ from ..common.errors import UserError
 from ..common.ranges import flag
 from ..moe.merged import MERGINGS
 from . import beit3, language_model  # noqa: F401  (models must be registered before their architectures)
-from .options import BEIT3_NAME, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
+from .options import BEIT3_NAME, DOMAIN, MODEL_NAME, BEiT3Options, LanguageModelOptions, MoEOptions
 from .precision import device_type_of, resolve
 
 
@@ -75,7 +75,7 @@ def sparse(args: Any, router: str) -> None:
     Its router is linear; X-MoE's is low-dimensional and normalised. Of merged experts a token passes one network.
     """
     routing = str(getattr(args, "mhmoe_routing", None))
-    top_k = 1 if getattr(args, "moe_top1_expert", None) or routing in MERGINGS else 2
+    top_k = 1 if getattr(args, "moe_top1_expert", None) or routing in (*MERGINGS, *DOMAIN) else 2
     fill(args, moe_freq=2, moe_expert_count=8, moe_top_k=top_k, mhmoe_heads_number=1)
     if str(getattr(args, "mhmoe_router", None) or "arch") == "arch":
         args.mhmoe_router = "xmoe" if getattr(args, "use_xmoe", None) else _OWN_ROUTERS.get(routing, router)

@@ -19,7 +19,7 @@ from ..moe.merged import MERGINGS
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported
-from .options import BENCHMARK_ROUTERS, BEiT3Options, LanguageModelOptions
+from .options import BENCHMARK_ROUTERS, DOMAIN, BEiT3Options, LanguageModelOptions
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,11 @@ def context_of(options: Any) -> int:
     if _stack(options) == "encoder":
         return 1 + (int(options.img_size) // int(options.patch_size)) ** 2 + int(options.max_text_length)
     return int(options.tokens_per_sample)
+
+
+def routes_by_domain(options: Any) -> bool:
+    """Whether a model's experts are domains of the data, which its input then has to name."""
+    return _text(getattr(options, "mhmoe_routing", None)) in DOMAIN
 
 
 def expert_parallel_size(
@@ -140,6 +145,8 @@ def _check_stack(options: Any) -> None:
                 "--mhmoe-routing lory is for language models: an image and its text are no sequence of segments; use "
                 "--mhmoe-routing smear, which merges experts for each example"
             )
+        if routes_by_domain(options):
+            raise UserError("--mhmoe-routing domain is for language models: images with texts have no domains")
 
 
 def _has_subln(options: Any) -> bool:
@@ -207,6 +214,8 @@ def _layer_fields(options: Any) -> dict[str, Any]:
             values[layer] = entry.metadata["values"].get(value, value)
     if _text(options.mhmoe_routing) == "smear":
         values["segment_length"] = context_of(options)
+    if routes_by_domain(options):
+        values["router"] = "domain"
     if _text(options.mhmoe_routing) in (None, "dropless"):  # without effect there; the warning is given
         values.pop("second_expert_policy", None)
     return values
@@ -248,6 +257,8 @@ def _check_moe(options: Any) -> None:
         raise UserError(
             f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
         )
+    if routes_by_domain(options) and router != "linear":
+        raise UserError(f"--mhmoe-router ({router}) contradicts --mhmoe-routing domain, which has none: take smoe_*")
     of_router = _given(options, "xmoe")
     if of_router and router != "xmoe":
         raise UserError(f"{flag(of_router[0])} needs --mhmoe-router xmoe, not {router}")

@@ -21,14 +21,15 @@ BEIT3_NAME = "mhmoe_beit3"
 # A flag's value -> the layer's, where they differ: silu means SwiGLU; TorchScale's own layer has limited slots, too.
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swiglu"}
 TORCHSCALE = {"torchscale": "capacity"}
+DOMAIN = {"domain": "dropless"}  # routing in name, and the router of that name
 SWITCH = {"on": True, "off": False}
 OPPOSITE = {True: False, False: True}
 
 ACTIVATION_CHOICES = ChoiceEnum([*ACTIVATIONS])
 ON_OFF_CHOICES = ChoiceEnum([*SWITCH])
-ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *MERGINGS, *TORCHSCALE])
+ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *MERGINGS, *TORCHSCALE, *DOMAIN])
 BENCHMARK_ROUTERS = {"balanced-for-benchmarks": "balanced"}  # of which no model learns anything: asked by long names
-ROUTER_CHOICES = ChoiceEnum(["arch", *choices("router"), *BENCHMARK_ROUTERS])
+ROUTER_CHOICES = ChoiceEnum(["arch", *(name for name in choices("router") if name not in DOMAIN), *BENCHMARK_ROUTERS])
 PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
 BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
@@ -150,8 +151,9 @@ class MoEOptions(FairseqDataclass):
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
         "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process); lory, smear: no choice, but one "
         "network averaged over all experts, for each segment of a text by the one before it, or (BEiT-3) for each "
-        "example",
-        needs="moe", layer="routing", values=TORCHSCALE,
+        "example; domain: an expert for each domain of the data, or language, and no router (DEMix; smoe_*, top-k 1, "
+        "as many experts as domains)",
+        needs="moe", layer="routing", values={**TORCHSCALE, **DOMAIN},
     )  # fmt: skip
     mhmoe_capacity_factor: Optional[float] = option(
         "with capacity routing: slots per expert in training, as a multiple of an even share (default: 1.0)",

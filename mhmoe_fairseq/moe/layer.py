@@ -100,20 +100,24 @@ class MHMoELayer(nn.Module):
             if callable(reset):
                 reset()
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> MHMoEOutput:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, domain: Tensor | None = None) -> MHMoEOutput:
         """Apply the layer; ``ValueError`` if the shapes do not fit.
 
         Args:
             x: ``(..., D)``.
             padding_mask: bool ``(...)``, True where padded. Padded tokens are never routed, count in no loss and use
                 no capacity; their output does not depend on their input.
+            domain: int64 ``(...)``, each token's expert, for ``router="domain"`` and no other.
         """
         if x.size(-1) != self.config.embed_dim:
             raise ValueError(f"x has {x.size(-1)} features; embed_dim is {self.config.embed_dim}")
         if padding_mask is not None and padding_mask.shape != x.shape[:-1]:
             raise ValueError(f"padding_mask has shape {tuple(padding_mask.shape)}; x has {tuple(x.shape[:-1])}")
+        if domain is not None and domain.shape != x.shape[:-1]:
+            raise ValueError(f"domain has shape {tuple(domain.shape)}; x has {tuple(x.shape[:-1])}")
         x_TD = x.reshape(-1, x.size(-1))
         mask_N = None
+        domain_N = None if domain is None else domain.reshape(-1)
         if padding_mask is not None:
             mask_T = padding_mask.reshape(-1).bool()
             x_TD = x_TD.masked_fill(mask_T.unsqueeze(1), 0)  # 0 * NaN is NaN: never multiply by the mask
@@ -121,7 +125,7 @@ class MHMoELayer(nn.Module):
 
         heads_TD = x_TD if self.head_projection is None else self.head_projection(x_TD)
         x_Nd = split_heads(heads_TD, self.config.subtokens_per_token)
-        output = self._route(x_Nd, mask_N)
+        output = self._route(x_Nd, mask_N, domain_N)
         y_Nd = output.hidden
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
@@ -133,10 +137,10 @@ class MHMoELayer(nn.Module):
         y_TD = F.dropout(y_TD, self.config.dropout, self.training)
         return output._replace(hidden=y_TD.view(x.shape))
 
-    def _route(self, x_Nd: Tensor, mask_N: Tensor | None) -> MHMoEOutput:
+    def _route(self, x_Nd: Tensor, mask_N: Tensor | None, domain_N: Tensor | None) -> MHMoEOutput:
         """Steps 2 to 4, ``hidden`` being ``(N, d)``."""
         config = self.config
-        logits_NE = self.router(x_Nd)
+        logits_NE = self.router(x_Nd, domain_N)
         assignment = self.gate(logits_NE, mask_N)
         plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
@@ -145,7 +149,8 @@ class MHMoELayer(nn.Module):
         if self.parallel is not None and config.balance_scope == "global":
             sums = sums.over(self.parallel.sum)
         stats = routing_stats(assignment, plan, mask_N)
-        return MHMoEOutput(y_Nd, load_balancing_loss(sums), router_z_loss(sums), stats, traffic)
+        balance_loss = load_balancing_loss(sums) if self.router.learns else torch.zeros_like(sums.num_real)
+        return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic)
 
     @property
     def drops_tokens(self) -> bool:
@@ -191,4 +196,5 @@ def taken_for_padding(model: nn.Module, applies: bool = True) -> Iterator[None]:
 
 def _all_padded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
     x: Tensor = args[0]
-    return (x, x.new_ones(x.shape[:-1], dtype=torch.bool)), {}
+    others = {name: value for name, value in kwargs.items() if name != "padding_mask"}
+    return (x, x.new_ones(x.shape[:-1], dtype=torch.bool), *args[2:]), others

@@ -29,7 +29,7 @@ class RouterFields:
 
     Args:
         router: a name in ``ROUTERS``: ``"xmoe"`` (low-dimensional, normalised experts), ``"linear"``, or for benchmarks
-            ``"balanced"``.
+            ``"balanced"``; ``"domain"`` takes its choices from the caller.
         router_dim: width of the X-MoE router's projection.
         router_normalize: ``"expert"`` (TorchScale) or ``"both"`` (a true cosine).
         router_temperature: initial value of a learnable temperature, or None for none.
@@ -58,9 +58,14 @@ class Router(nn.Module):
     ``gating_fp32`` routes half-precision inputs in float32 and without autocast: a rounded logit changes which expert
     is chosen, not just by how much.
 
+    Attributes:
+        learns: whether the gate's losses teach it; without, they are 0.
+
     >>> issubclass(ROUTERS["linear"], Router)
     True
     """
+
+    learns = True
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__()
@@ -93,8 +98,10 @@ class Router(nn.Module):
         """The logits, in the dtype of ``x_Nd``: ``(N, d) -> (N, E)``."""
         raise NotImplementedError
 
-    def forward(self, x_Nd: Tensor) -> Tensor:
-        """``(N, d) -> (N, E)`` logits."""
+    def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
+        """``(N, d) -> (N, E)`` logits; ``ConfigError`` where ``domain_N``, each sub-token's, is given in vain."""
+        if domain_N is not None:
+            raise ConfigError("domain", tuple(domain_N.shape), "is given, but {router} is not 'domain'")
         if not self.gating_fp32:
             return self.scores(x_Nd)
         half = x_Nd.dtype in (torch.float16, torch.bfloat16)
@@ -230,4 +237,53 @@ class BalancedRouter(LinearRouter):
         return logits_NE + (turns_NE >= self.top_k) * _NOT_ITS_TURN
 
 
-ROUTERS.update(linear=LinearRouter, xmoe=XMoERouter, balanced=BalancedRouter)
+class DomainRouter(Router):
+    """DEMix (Gururangan et al., arXiv 2108.05036): an expert for each domain, which the caller names; no parameters.
+
+    The logits leave one choice, so that its gate weight is exactly 1; no gradient reaches another domain's expert.
+
+    >>> config = MHMoEConfig(embed_dim=8, num_experts=3, expert_ffn_dim=16, router="domain", top_k=1)
+    >>> MHMoELayer(config)(torch.randn(2, 8), domain=torch.tensor([2, 0])).stats.expert_load
+    tensor([1., 0., 1.])
+    """
+
+    learns = False
+
+    def __init__(self, config: RouterFields) -> None:
+        super().__init__(config)
+        self.num_experts = config.num_experts
+
+    @classmethod
+    def check(cls, config: Any) -> None:  # an MHMoEConfig, of more fields than a router's own
+        """One head and one expert per token, since all of a token goes to its domain."""
+        super().check(config)
+        for field in ("num_heads", "top_k"):
+            if getattr(config, field) != 1:
+                raise ConfigError(
+                    field, getattr(config, field), "must be 1: all of a token goes to its domain's expert"
+                )
+
+    @staticmethod
+    def num_params(config: RouterFields) -> int:
+        """None."""
+        return 0
+
+    @staticmethod
+    def flops(config: RouterFields) -> int:
+        """No product."""
+        return 0
+
+    @staticmethod
+    def num_kept(config: RouterFields) -> int:
+        """Nothing."""
+        return 0
+
+    def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
+        """``(N, d), (N,) -> (N, E)``; ``ConfigError`` without domains."""
+        if domain_N is None:
+            raise ConfigError("domain", None, "must be given: the expert of every token is its domain's")
+        logits_NE = x_Nd.new_full((x_Nd.size(0), self.num_experts), _NOT_ITS_TURN)
+        return logits_NE.scatter(1, domain_N.unsqueeze(1), 0.0)
+
+
+ROUTERS.update(linear=LinearRouter, xmoe=XMoERouter, balanced=BalancedRouter, domain=DomainRouter)

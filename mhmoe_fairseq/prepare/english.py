@@ -13,6 +13,8 @@ from tqdm import tqdm
 from ..common.errors import UserError
 from ..common.files import atomic_open
 from ..data.documents import Cleaner, Document
+from ..data.domains import FILE as DOMAINS
+from ..data.domains import write_domains
 from .base import MODEL_FILE, Preparation, TextSettings, binary_files
 from .binarize import iter_lines
 from .splits import SPLITS, DocumentSize, assign_splits, unlike_shares
@@ -54,6 +56,9 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         if self.settings.tokenizer == "sentencepiece":
             self.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
             outputs.append(MODEL_FILE)
+        if any(size.domain for size in read_sizes(self.partial / _SIZES)):
+            self.stage("domains", [DOMAINS], self._name_domains)
+            outputs.append(DOMAINS)
         source = {"name": self.source.name, "licence": self.source.licence, "unit": self.source.unit, **provenance}
         entries = {
             "source": source,
@@ -78,19 +83,14 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
     def _split(self) -> list[str]:
         """Divides the corpus; of several domains each held-out part is there for itself, too, as ``valid_DOMAIN``."""
-        sizes, settings = read_sizes(self.partial / _SIZES), self.settings
-        assigned = assign_splits(sizes, settings.shares, settings.seed)
+        sizes, assigned, order = self._arrange()
+        settings = self.settings
         parts = [
             (split,) if split == "train" or size.domain is None else (split, f"{split}_{size.domain}")
             for size, split in zip(sizes, assigned)
         ]
         present = sorted(set(itertools.chain(*parts)), key=lambda name: (SPLITS.index(name.split("_")[0]), name))
         targets = {split: self.partial / "text" / f"{split}.txt" for split in present}
-        order = list(range(len(sizes)))
-        if any(size.domain for size in sizes):  # a training must not see one domain after the other
-            random.Random(settings.seed).shuffle(order)
-            order = [*filter(lambda index: assigned[index] == "train", order)]
-            order += [index for index, split in enumerate(assigned) if split != "train"]
         write_splits(self.partial / _CORPUS, sizes, parts, targets, order)
         prescribed = any(size.split for size in sizes)
         counts = ", ".join(f"{split} {assigned.count(split)}" for split in SPLITS if split in assigned)
@@ -101,6 +101,24 @@ class EnglishPreparation(Preparation[EnglishSettings]):
         if not prescribed and (warning := unlike_shares(filled, settings.shares)):
             self.say(f"warning: {warning}")
         return present
+
+    def _arrange(self) -> tuple[list[DocumentSize], list[str], list[int]]:
+        """Returns the documents, the split of each, and the order in which splits have them."""
+        sizes, seed = read_sizes(self.partial / _SIZES), self.settings.seed
+        assigned = assign_splits(sizes, self.settings.shares, seed)
+        order = list(range(len(sizes)))
+        if any(size.domain for size in sizes):  # a training must not see one domain after the other
+            random.Random(seed).shuffle(order)
+            order = [*filter(lambda index: assigned[index] == "train", order)]
+            order += [index for index, split in enumerate(assigned) if split != "train"]
+        return sizes, assigned, order
+
+    def _name_domains(self) -> None:
+        sizes, assigned, order = self._arrange()
+        documents: dict[str, list[str]] = {split: [] for split in SPLITS if split in assigned}
+        for index in order:
+            documents[assigned[index]].append(str(sizes[index].domain))
+        write_domains(self.partial / DOMAINS, documents)
 
     def _train_vocabulary(self) -> None:
         text, max_lines = self.partial / "text" / "train.txt", self.settings.tokenizer_lines

@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 from fairseq import utils
 from fairseq.data import FairseqDataset, LMContextWindowDataset, MonolingualDataset
+from fairseq.models import BaseFairseqModel
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..common.errors import UserError
 from ..data.binarised import check_folder, check_split, domain_splits
 from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
+from ..data.datasets.domains import DomainBlocks, of_one_domain
+from ..data.domains import divided_split, domain_names, domains_of_lines
+from ..models.flags import routes_by_domain
 from ..training import ParallelTask, TrainingFlags
 
 
@@ -30,9 +34,13 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
     Attributes:
         context_type: the class of a data set whose blocks are each read with some tokens before them.
+        domains: what the model's experts are of, in their order; None without ``--mhmoe-routing domain``.
+        names_domains: whether batches then tell each token's domain; False where the caller of the model does.
     """
 
     context_type: type[FairseqDataset] = LMContextWindowDataset
+    domains: list[str] | None = None
+    names_domains = True
 
     @classmethod
     def check_args(cls, args: Any) -> None:
@@ -57,6 +65,36 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
             if (shard / "dict.txt").is_file() and (shard / "dict.txt").read_bytes() != words:
                 raise UserError(f"{shard}/dict.txt differs from {first}/dict.txt: shards share one dictionary")
 
+    def build_model(self, args: Any, from_checkpoint: bool = False) -> BaseFairseqModel:
+        """Build the model; for training with experts of domains, see first that there are as many of both."""
+        if routes_by_domain(args) and not from_checkpoint:
+            self.domains = self.domains_of_data()
+            if args.moe_expert_count != len(self.domains):
+                raise UserError(
+                    f"--moe-expert-count ({args.moe_expert_count}) must be {len(self.domains)} with --mhmoe-routing "
+                    f"domain, one for each of the data's domains: {', '.join(self.domains)}"
+                )
+        return super().build_model(args, from_checkpoint)
+
+    def domains_of_data(self) -> list[str]:
+        """Return the domains that the data name; a ``UserError`` if they name none."""
+        return domain_names(data_folders(self.args)[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the task."""
+        return {**super().state_dict(), **({} if self.domains is None else {"domains": self.domains})}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the order of the domains from a checkpoint, whatever that of the data."""
+        self.domains = state_dict.get("domains")
+        super().load_state_dict(state_dict)
+
+    def expert_of_domain(self, name: str) -> int:
+        """Return the number of a domain's expert; a ``UserError`` if the model has none."""
+        if name not in (self.domains or ()):
+            raise UserError(f"the model has no expert for domain {name}, only for {', '.join(self.domains or ())}")
+        return self.domains.index(name)
+
     def parts_of(self, split: str) -> dict[str, str]:
         """Return the domains of a split, each with the name of its own split; empty where it has none."""
         return domain_splits(data_folders(self.args)[0], split)
@@ -64,14 +102,29 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
     def load_dataset(self, split: str, epoch: int = 1, combine: bool = False, **kwargs: Any) -> None:
         """Check and load a split; the training split of all shards is checked at once, before training starts.
 
+        Of data that name their documents' domains, ``train_DOMAIN`` is the training documents of one.
         An error names the file that is missing, truncated or of another dictionary.
         """
         folders = data_folders(self.args)
         current = folders[(epoch - 1) % len(folders)]
-        for folder in folders if split == "train" else [current]:
-            check_split(folder / split, len(self.dictionary))
-        super().load_dataset(split, epoch=epoch, combine=combine, **kwargs)
-        self.datasets[split] = WholeMonolingualDataset.of(self.datasets[split])
+        whole, domain = divided_split(current, split)
+        for folder in folders if whole == "train" else [current]:
+            check_split(folder / whole, len(self.dictionary))
+        super().load_dataset(whole, epoch=epoch, combine=combine, **kwargs)
+        dataset = self.datasets.pop(whole)
+        if domain is not None:
+            lines = domains_of_lines(current, whole, dataset.dataset.dataset.sizes)
+            cut = self.args.tokens_per_sample, self.args.sample_break_mode
+            dataset = of_one_domain(dataset, lines == domain_names(current).index(domain), *cut)
+        self.datasets[split] = self._whole(dataset, split, current)
+
+    def _whole(self, dataset: MonolingualDataset, split: str, folder: Path) -> WholeMonolingualDataset:
+        """The same blocks in whole batches, each token with its domain where the model wants it."""
+        if self.domains is None or not self.names_domains:
+            return WholeMonolingualDataset.of(dataset)
+        experts = np.array([self.expert_of_domain(name) for name in domain_names(folder)])
+        lines = domains_of_lines(folder, split, dataset.dataset.dataset.sizes)
+        return DomainBlocks.labelled(dataset, experts[lines])
 
     def filter_indices_by_size(
         self,
@@ -97,6 +150,8 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
     ) -> Any:
         """Batches for ``fairseq-eval-lm`` with all of the blocks, or a ``UserError`` that names what does not fit."""
         require_fitting_blocks(dataset.sizes, max_positions, max_tokens, context_window)
+        if context_window > 0 and self.domains is not None:
+            raise UserError("--context-window: has no meaning with --mhmoe-routing domain, whose blocks name domains")
         if context_window > 0:
             pad = self.source_dictionary.pad()
             dataset = self.context_type(dataset, self.args.tokens_per_sample, context_window, pad)

@@ -131,6 +131,12 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
             self.datasets[split] = SampledLanguagesDataset(*read, seed=self.args.seed, **sampling)
         else:
             self.datasets[split] = LanguagesDataset(*read, self._characters(base, parts))
+        if self.domains is not None and self.names_domains:
+            self.datasets[split].experts = {language: self.expert_of_domain(language) for language in parts}
+
+    def domains_of_data(self) -> list[str]:
+        """Return the languages."""
+        return self.languages
 
     def parts_of(self, split: str) -> dict[str, str]:
         """Return the languages of a split, each with the name of its own split."""

@@ -45,6 +45,7 @@ class MHMoEDecoder(Decoder):
         features_only: bool = False,
         return_all_hiddens: bool = False,
         token_embeddings: Tensor | None = None,
+        domain: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Logits for every position.
@@ -59,6 +60,7 @@ class MHMoEDecoder(Decoder):
             features_only: leave out the output projection.
             return_all_hiddens: keep every layer's output in ``extra["inner_states"]``.
             token_embeddings: ``(B, S, D)`` in place of the embedding's.
+            domain: int64 ``(B, S)``, the expert of every position, for ``router="domain"``.
 
         Returns:
             ``(B, S, vocabulary)`` logits or ``(B, S, D)`` features, and ``extra`` with one entry per layer in
@@ -72,10 +74,12 @@ class MHMoEDecoder(Decoder):
         else:
             padding_mask, kind = padding_mask.bool(), "caption" if is_causal else "full"
             visible = visible_keys(kind, 0, padding_mask.size(1), padding_mask, padding_mask.device)
+        if domain is not None:
+            domain = domain[:, -x.size(1) :]
         padding_mask = padding_mask[:, -x.size(1) :]  # incremental decoding: the mask spans all keys, x one token
 
         inner_states, outputs = [x], []
-        masks = {"padding_mask": padding_mask, "visible": visible, "is_causal": is_causal}
+        masks = {"padding_mask": padding_mask, "visible": visible, "is_causal": is_causal, "domain": domain}
         for index, layer in enumerate(self.layers):
             cache = None if incremental_state is None else incremental_state.setdefault(index, KeyValueCache())
             x, output = pass_through(self, layer, x, **masks, cache=cache)

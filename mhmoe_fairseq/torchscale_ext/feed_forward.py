@@ -66,9 +66,15 @@ class SharedExperts(MHMoELayer):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings.moe, parallel=settings.parallel)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, image_length: int = 0) -> MHMoEOutput:
-        """Apply the layer to ``(B, L, D)``; ``padding_mask`` bool ``(B, L)``, True where padded."""
-        return super().forward(x, padding_mask)
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        image_length: int = 0,
+        domain: Tensor | None = None,
+    ) -> MHMoEOutput:
+        """Apply the layer to ``(B, L, D)``; ``padding_mask`` bool, True where padded, and ``domain`` are ``(B, L)``."""
+        return super().forward(x, padding_mask, domain)
 
 
 class SegmentedExperts(LoryLayer):
@@ -145,9 +151,9 @@ class SeparateExperts(nn.Module):
         )
 
 
-# Each is built from settings, called as (x, padding_mask[, image_length]), returns an MHMoEOutput, and has ``counts``
-# (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens). One with ``new_memory`` depends on a text's
-# earlier positions and, in incremental decoding, takes what that gave for the text as its third argument.
+# Each is built from settings, called as (x, padding_mask[, image_length][, domain=...]), returns an MHMoEOutput, and
+# has ``counts`` (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens). One with ``new_memory`` depends
+# on a text's earlier positions and, in incremental decoding, takes what that gave for the text as its third argument.
 FEED_FORWARDS: dict[str, type[nn.Module]] = {
     "moe": SharedExperts,
     "separate": SeparateExperts,

@@ -43,6 +43,7 @@ class _MoELayer:
         visible: Tensor | None = None,
         cache: KeyValueCache | None = None,
         is_causal: bool = False,
+        domain: Tensor | None = None,
     ) -> tuple[Tensor, MHMoEOutput | None]:
         """One layer.
 
@@ -50,6 +51,7 @@ class _MoELayer:
             x: ``(B, S, D)``.
             padding_mask: bool ``(B, S)``, True = padded: such positions are not routed to experts.
             visible, cache, is_causal: as in ``SelfAttention``.
+            domain: int64 ``(B, S)``, for experts that are chosen by it.
 
         Returns:
             ``(B, S, D)``, and losses, statistics and traffic of the experts, or None for a dense layer.
@@ -60,7 +62,8 @@ class _MoELayer:
         x = self._after(norm, x, self.dropout_module(attended), *image_length)
         y = self._before(self.final_layer_norm, x, *image_length)
         if self.is_moe_layer:
-            output = self.moe_layer(y, padding_mask, *image_length, *self._memory(cache))
+            by_domain = {} if domain is None else {"domain": domain}
+            output = self.moe_layer(y, padding_mask, *image_length, *self._memory(cache), **by_domain)
             y, output = output.hidden, output.without_hidden()
         else:
             y = self.ffn(y, *image_length)

@@ -17,6 +17,7 @@ from .runs import Model, Run, TrainingLog, all_records, evaluations, mean_and_de
 # is shown of every split, the others of the report's own; of speed and of tasks, whose splits are none, all.
 HEADLINES = {
     "perplexity": (("ppl", "perplexity"), ("bits/byte", "bits/byte")),
+    "domain mixture": (("ppl by mixture", "perplexity"), ("bits/byte by mixture", "bits/byte")),
     "masked": (("ppl", "perplexity"),),
     "classification": (("accuracy", "accuracy"),),
     "questions": (("questions", "accuracy"),),
@@ -39,7 +40,7 @@ PART_NAMES = {
     "pair_text": "words of pairs",
 }  # fmt: skip
 _ALL_SHOWN = ("speed", "zero-shot")
-_COUNTED = {"perplexity": "tokens", "masked": "positions", "polysemy": "words"}
+_COUNTED = {"perplexity": "tokens", "domain mixture": "tokens", "masked": "positions", "polysemy": "words"}
 # Settings that a fair comparison keeps equal, by section of the stored configuration.
 COMPARED_SETTINGS = {
     "optimization": ("max_update", "update_freq", "lr", "clip_norm"),

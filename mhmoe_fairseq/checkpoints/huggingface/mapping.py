@@ -14,6 +14,7 @@ from torch import Tensor
 from torchscale.component.xpos_relative_position import XPOS
 
 from ...common.errors import UserError
+from ...models.flags import routes_by_domain
 from ...torchscale_ext.settings import DecoderSettings, Settings
 
 _STACK = r"(?:decoder|beit3\.encoder)\.layers\.\d+"
@@ -68,6 +69,11 @@ def describe_model(options: Any, settings: DecoderSettings, balance_weight: floa
 def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, Any]:
     """Returns the fields that decoders and encoders have in common; fails as ``describe_model``."""
     routing = str(options.mhmoe_routing or "dropless")
+    if routes_by_domain(options):
+        raise UserError(
+            "--mhmoe-routing domain cannot be exported: other software does not tell the domain of a text, which "
+            "chooses the experts; mhmoe evaluate --domain-mixture scores text without it"
+        )
     if settings.moe is not None and routing != "dropless":
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: what its experts refuse depends on the batch, which "

@@ -7,6 +7,7 @@ import torch
 from fairseq.data import LMContextWindowDataset, MonolingualDataset
 
 from .batching import SizedRows, WholeBatches, passes
+from .domains import add_domains
 
 
 class LanguagesDataset(WholeBatches, SizedRows):
@@ -20,7 +21,12 @@ class LanguagesDataset(WholeBatches, SizedRows):
         symbols: language -> the word that stands in place of the context before a block's first target; where there is
             none that context is left as it is. Targets stay the same, so that perplexities compare.
         characters: language -> characters of its text, where known.
+
+    Attributes:
+        experts: language -> the number of its expert, for models that have one for each; else empty.
     """
+
+    experts: dict[str, int] = {}
 
     def __init__(
         self,
@@ -45,6 +51,8 @@ class LanguagesDataset(WholeBatches, SizedRows):
             source[0] = self.symbols[language]
             sample["source"] = source
         sample = {**sample, "id": int(index), "language": self._numbers[position]}
+        if self.experts:
+            sample["domain"] = torch.tensor(self.experts[language])
         if self.characters:
             sample["characters"] = len(sample["target"]) * self._per_token[language]
         return sample
@@ -59,6 +67,8 @@ class LanguagesDataset(WholeBatches, SizedRows):
             return {}
         batch = self.parts[self.languages[0]].collater(samples)  # all parts are made with the same settings
         batch["languages"] = torch.stack([sample["language"] for sample in samples])
+        if self.experts:
+            add_domains(batch, [sample["domain"] for sample in samples])
         if self.characters:
             batch["characters"] = torch.tensor([sample["characters"] for sample in samples])
         return batch
