@@ -152,8 +152,8 @@ class SeparateExperts(nn.Module):
 
 
 # Each is built from settings, called as (x, padding_mask[, image_length][, domain=...]), returns an MHMoEOutput, and
-# has ``counts`` (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens). One with ``new_memory`` depends
-# on a text's earlier positions and, in incremental decoding, takes what that gave for the text as its third argument.
+# has ``counts`` (a LayerCounts) and ``drops_tokens`` (whether experts may refuse tokens). One with ``new_memory``
+# depends on a text's earlier positions and, in incremental decoding, takes what that gave for it as third argument.
 FEED_FORWARDS: dict[str, type[nn.Module]] = {
     "moe": SharedExperts,
     "separate": SeparateExperts,
