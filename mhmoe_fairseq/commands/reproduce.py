@@ -123,7 +123,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def experiment_of(name: str | None) -> Experiment:
-    """Returns the experiment of that name; ``UserError`` with the nearest ones, or with what it waits for."""
+    """Returns the experiment of that name; ``UserError`` with the nearest ones."""
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name or "", EXPERIMENTS, n=4, cutoff=0.5) or list(EXPERIMENTS)[:4]
         raise UserError(
@@ -135,8 +135,6 @@ def experiment_of(name: str | None) -> Experiment:
 def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
     """Yields the plan of the experiment, or of each of its parts; ``UserError`` for a bad name or combination."""
     experiment = experiment_of(args.name)
-    if experiment.unavailable:
-        raise UserError(f"{experiment.name} cannot be run yet: {experiment.unavailable}")
     if args.jobs > 1 and (args.scale != "cpu" or args.nnodes > 1):
         raise UserError(f"--jobs ({args.jobs}) must be 1 on several machines and at paper scale: a run takes all GPUs")
     if experiment.alone and args.jobs > 1:

@@ -79,7 +79,8 @@ _FLAGS_BY_RANGE = {
     POSITIVE: """mhmoe_capacity_factor mhmoe_gate_scale mhmoe_projection_gain mhmoe_router_temperature
         head_lr_multiplier t_mult""",
     Range(low=0): """moe_gate_loss_wt mhmoe_z_loss_wt sentencepiece_alpha lr adam_eps weight_decay clip_norm max_update
-        stop_time_hours warmup_updates lr_shrink max_lr end_learning_rate power total_num_update""",
+        stop_time_hours warmup_updates lr_shrink max_lr end_learning_rate power total_num_update second_lr
+        second_weight_decay""",
     Range(low=0, high=100): "multilang_sampling_alpha caption_length_penalty",  # of powers that a number can hold
     INSIDE: "image_mask_prob text_mask_prob pair_text_mask_prob caption_mask_prob",
     Range(low=0, high=1, open_low=True): "layer_decay",

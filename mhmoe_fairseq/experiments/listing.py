@@ -86,7 +86,7 @@ def default_plan(experiment: Experiment) -> Plan:
 
 def _runs(experiment: Experiment) -> list[Run]:
     plan = default_plan(experiment)
-    return [*plan.search(), *plan.runs()] if experiment.stages and not experiment.unavailable else []
+    return [*plan.search(), *plan.runs()] if experiment.stages else []
 
 
 def _state(run: Run) -> str:
@@ -140,7 +140,7 @@ def rows(experiments: Mapping[str, Experiment], tree: Path) -> Iterator[list[str
             _trains(runs),
             MISSING if (tokens := tokens_of(runs)) is None else f"{tokens / 1e6:,.1f}M",
             _hours([speeds.hours(run) for run, state in zip(runs, states) if state not in ("trained", "finished")]),
-            _how_far(experiment, states),
+            _how_far(states),
             _verdicts(experiment, tree),
         ]
 
@@ -150,9 +150,7 @@ def _hours(each: list[float | None]) -> str:
     return "?" if len(known) < len(each) else f"{sum(known):.1f}" if each else MISSING
 
 
-def _how_far(experiment: Experiment, states: list[str]) -> str:
-    if experiment.unavailable:
-        return "not yet"
+def _how_far(states: list[str]) -> str:
     done = sum(state == "finished" for state in states)
     if not states:
         return MISSING
@@ -166,8 +164,6 @@ def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
     )
     yield "", f"{experiment.name}: {experiment.summary}"
     yield "source", row["source"]
-    if experiment.unavailable:
-        yield "not available yet", experiment.unavailable
     yield "command", f"mhmoe reproduce {experiment.name}   (paper scale: --scale paper)"
     if experiment.parts:
         yield "parts", ", ".join(experiment.parts)

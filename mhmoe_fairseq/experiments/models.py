@@ -59,10 +59,12 @@ SWIGLU_MODELS = {
 SWIGLU_WIDTHS = {"cpu": 512, "paper": 2048}  # of the dense networks, for models 192 and 768 wide
 # Mixtral's proportions: every layer has experts, 3.5 times as wide as the model, of which each token uses two of eight.
 MIXTRAL = f"{SWIGLU} --moe-freq 1 --moe-expert-count 8 --moe-top-k 2 --mhmoe-router linear"
+BITNET = "--mhmoe-quantize all"
 HEAD_LAYER, MERGE_LAYER = "--mhmoe-head-projection {}", "--mhmoe-merge-projection {}"
 SWIGLU_VARIANTS = {
     "": "",
     "-shared": "--mhmoe-shared-expert-dim {width}",
+    "-bitnet": BITNET,
     "-projections": f"{HEAD_LAYER} {MERGE_LAYER}".format("on", "on"),
     "-no-projections": f"{HEAD_LAYER} {MERGE_LAYER}".format("off", "off"),
     "-head-only": f"{HEAD_LAYER} {MERGE_LAYER}".format("on", "off"),
@@ -124,6 +126,7 @@ MODELS = {
         for heads in (2, 4)
     },
     "dense-swiglu": Model("dense", SWIGLU),
+    "dense-swiglu-bitnet": Model("dense", f"{SWIGLU} {BITNET}"),
     **{
         f"{name}{variant}": _swiglu(*parts, flags)
         for name, parts in SWIGLU_MODELS.items()

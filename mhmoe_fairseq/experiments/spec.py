@@ -153,7 +153,6 @@ class Experiment:
         parts: names of experiments that are all of this one.
         source: where it is from: ``P1 table 5``, ``rebuttal``, ``P2 table 1``, ``ours``.
         claims: what its runs are to show.
-        unavailable: why it cannot be run yet; empty: it can.
         alone: speed is measured, so that nothing may run at the same time.
     """
 
@@ -176,7 +175,6 @@ class Experiment:
     parts: tuple[str, ...] = ()
     source: str = "ours"
     claims: tuple[Claim, ...] = ()
-    unavailable: str = ""
     alone: bool = False
 
     @property

@@ -66,7 +66,7 @@ def searched(*words: str) -> list[tuple[str, list[float], int]]:
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", [name for name, experiment in EXPERIMENTS.items() if not experiment.unavailable])
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_command_is_accepted(name: str, scale: str) -> None:
     assert commands(name, "--scale", scale)
     for command in commands(name, "--scale", scale):
