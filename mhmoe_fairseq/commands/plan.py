@@ -189,7 +189,7 @@ def _cells(row: "PlanRow") -> list[str]:
     counts, moe = row.counts, row.counts.moe
     return [
         row.family,
-        MISSING if moe is None else f"{moe.num_experts}",
+        MISSING if moe is None else moe.experts_in_words,
         MISSING if moe is None else f"{moe.expert_ffn_dim:,}",
         MISSING if moe is None else f"{moe.top_k}",
         millions(counts.non_expert),
@@ -205,7 +205,7 @@ def _as_json(row: "PlanRow") -> dict[str, Any]:
     return {
         "family": row.family,
         "experts_asked_for": row.experts,
-        **{name: getattr(moe, name, None) for name in ("num_experts", "expert_ffn_dim", "top_k", "num_heads")},
+        **{name: getattr(moe, name, None) for name in ("num_experts", "num_banks", "expert_ffn_dim", "top_k", "num_heads")},
         "non_expert_params": counts.non_expert,
         "expert_params": counts.expert,
         "total_params": counts.total,

@@ -118,7 +118,7 @@ def _describe_model(opened: Opened) -> dict[str, Any]:
     counts = count_built(opened.model, context_of(kind.from_namespace(Namespace(**options))))
     numbers = {name: value for name, value in vars(counts).items() if name not in ("moe", "non_expert")}
     if counts.moe is not None:
-        numbers |= {"experts": counts.moe.num_experts, "top_k": counts.moe.top_k, "heads": counts.moe.num_heads}
+        numbers |= {"experts": counts.moe.total_experts, "top_k": counts.moe.top_k, "heads": counts.moe.num_heads}
         numbers["expert_width"] = counts.moe.expert_ffn_dim
     numbers = {"parameters": counts.total, **numbers}
     return {"arch": options.get("_name"), "settings": opened.settings, "counts": numbers}

@@ -76,7 +76,7 @@ def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertPa
     """The processes that torch.distributed knows of, as ``--mhmoe-expert-parallel-size`` asks; None for one process."""
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     has_experts = moe is not None and not isinstance(moe, MergedConfig)  # merged ones are needed all together
-    size = expert_parallel_size(moe.num_experts, asked, world_size) if has_experts else 1
+    size = expert_parallel_size(moe.total_experts, asked, world_size) if has_experts else 1
     if world_size == 1:
         return None
     if size > 1:

@@ -36,6 +36,8 @@ BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
 SCORE_CHOICES = ChoiceEnum(choices("gate_score"))
 SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
+BANK_CHOICES = ChoiceEnum(choices("expert_banks"))
+ROUTER_INPUT_CHOICES = ChoiceEnum(choices("router_input"))
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
 QUANTIZED = {"none": False, "experts": True, "all": True}
@@ -221,6 +223,20 @@ class MoEOptions(FairseqDataclass):
         "A budget is that of the one-head layer without it",
         needs="moe",
     )
+    mhmoe_latent_dim: Optional[int] = option(
+        "inner width of the MoE layer, between the head projection and the merge projection (default: the model's); "
+        "with one head and --mhmoe-router-input token a LatentMoE",
+        needs="heads", layer="latent_dim",
+    )  # fmt: skip
+    mhmoe_expert_banks: Optional[BANK_CHOICES] = option(
+        "shared: all heads have one router and one bank of experts (default); per-head: every head has a router and "
+        "--moe-expert-count experts of its own (Multi-Head LatentMoE)",
+        needs="heads", layer="expert_banks",
+    )  # fmt: skip
+    mhmoe_router_input: Optional[ROUTER_INPUT_CHOICES] = option(
+        "what the router sees: the subtoken (default), or with one head the token before the head projection",
+        needs="heads", layer="router_input",
+    )  # fmt: skip
     mhmoe_subtoken_residual: Optional[bool] = option(
         "add each sub-token to its experts' sum (paper 1, equation 6)", needs="heads", layer="subtoken_residual"
     )

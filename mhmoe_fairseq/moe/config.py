@@ -2,12 +2,14 @@
 
 Letters used in names and shape comments throughout ``moe/``:
 B batch, S sequence, T = B*S tokens, D model dim, H heads, d = D/H sub-token dim,
-N = T*H sub-tokens, E experts, K top-k, R = N*K routed rows, C capacity, F expert hidden.
+N = T*H sub-tokens, E experts, K top-k, R = N*K routed rows, C capacity, F expert hidden; L = H*d, the layer's inner
+width, which is D unless ``latent_dim`` says otherwise.
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
 from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices
@@ -25,13 +27,20 @@ class MHMoEConfig(RouterFields, GateFields):
     Args:
         embed_dim: model dimension D.
         num_heads: MH-MoE heads H, the number of sub-tokens each token is split into.
+        latent_dim: inner width L between the projections, so that d = L / H; None for D. With one head and
+            ``router_input="token"`` it makes the layer a LatentMoE (arXiv 2601.18089).
+        expert_banks: ``"shared"``, one router and E experts for all heads; or ``"per-head"``, a router and a bank of E
+            experts, ``num_experts``, for each (Multi-Head LatentMoE, arXiv 2602.04870). Expert e of head h is the
+            layer's expert h*E + e.
+        router_input: what the router sees: the ``"subtoken"``, or with one sub-token per token the ``"token"``, before
+            the head projection.
         expert_ffn_dim: inner width F of one expert.
         activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (three matrices per expert).
         expert_layernorm: LayerNorm on the inner activation (TorchScale's sub-LN).
         activation_dropout: dropout on the inner activation.
         dropout: dropout on the layer's output, applied once.
         head_projection, merge_projection: linear maps before the split and after the merge;
-            None means "present when ``num_heads > 1``".
+            None means "present when ``num_heads > 1`` or with a ``latent_dim``".
         num_projection_layers: layers in each projection, ReLU between them (P1 table 7).
         projection_gain: of both projections' initial weights, which TorchScale does not rescale as it does experts'.
         split: False keeps whole tokens (P1 table 6, "without token splitting"); the experts
@@ -56,6 +65,9 @@ class MHMoEConfig(RouterFields, GateFields):
     embed_dim: Size
     expert_ffn_dim: Size
     num_heads: Size = 1
+    latent_dim: Annotated[int | None, SIZE] = None
+    expert_banks: Literal["shared", "per-head"] = "shared"
+    router_input: Literal["subtoken", "token"] = "subtoken"
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     expert_bias: bool = True
     expert_layernorm: bool = False
@@ -77,10 +89,19 @@ class MHMoEConfig(RouterFields, GateFields):
         check_fields(self)
         ROUTERS[self.router].check(self)
         self.check_gate()
-        if self.embed_dim % self.num_heads:
-            raise ConfigError("num_heads", self.num_heads, f"must divide {{embed_dim}} ({self.embed_dim})")
+        if self.inner_dim % self.num_heads:
+            width = "embed_dim" if self.latent_dim is None else "latent_dim"
+            raise ConfigError("num_heads", self.num_heads, f"must divide {{{width}}} ({self.inner_dim})")
         if self.num_projection_layers == 0 and (self.head_projection or self.merge_projection):
             raise ConfigError("num_projection_layers", 0, "is 0, but a projection is switched on")
+        if self.inner_dim != self.embed_dim and not (self.has_head_projection and self.has_merge_projection):
+            rule = f"differs from {{embed_dim}} ({self.embed_dim}), which needs {{head_projection}} and {{merge_projection}}"
+            raise ConfigError("latent_dim", self.latent_dim, rule)
+        if self.router_input == "token" and self.subtokens_per_token > 1:
+            rule = f"needs one sub-token per token; {{num_heads}} is {self.num_heads}"
+            raise ConfigError("router_input", self.router_input, rule)
+        if self.expert_banks == "per-head" and self.num_heads > self.subtokens_per_token:
+            raise ConfigError("expert_banks", self.expert_banks, "needs sub-tokens; {split} is switched off")
 
     @property
     def has_head_projection(self) -> bool:
@@ -93,7 +114,7 @@ class MHMoEConfig(RouterFields, GateFields):
         return self._has_projection(self.merge_projection)
 
     def _has_projection(self, switch: bool | None) -> bool:
-        wanted = self.num_heads > 1 if switch is None else switch
+        wanted = self.num_heads > 1 or self.latent_dim is not None if switch is None else switch
         return wanted and self.num_projection_layers > 0
 
     @property
@@ -102,9 +123,29 @@ class MHMoEConfig(RouterFields, GateFields):
         return self.num_heads if self.split else 1
 
     @property
+    def inner_dim(self) -> int:
+        """Width L between the projections."""
+        return self.latent_dim or self.embed_dim
+
+    @property
     def subtoken_dim(self) -> int:
-        """Width of what an expert sees: d = D / H, or D without splitting."""
-        return self.embed_dim // self.subtokens_per_token
+        """Width of what an expert sees: d = L / H, or L without splitting."""
+        return self.inner_dim // self.subtokens_per_token
+
+    @property
+    def router_input_dim(self) -> int:
+        """Width of what a router sees."""
+        return self.embed_dim if self.router_input == "token" else self.subtoken_dim
+
+    @property
+    def num_banks(self) -> int:
+        """Banks of experts, each with a router: H or 1."""
+        return self.num_heads if self.expert_banks == "per-head" else 1
+
+    @property
+    def head_widths(self) -> list[int]:
+        """Widths in front of, between and behind the head projection's maps; the merge projection's are the reverse."""
+        return [self.embed_dim] + [self.inner_dim] * self.num_projection_layers
 
     @property
     def matrices_per_expert(self) -> int:
@@ -119,13 +160,13 @@ class MHMoEConfig(RouterFields, GateFields):
         return self.matrices_per_expert * d * f + biases + layernorm
 
     def num_router_params(self) -> int:
-        """Parameters of the router."""
-        return ROUTERS[self.router].num_params(self)
+        """Parameters of the router, or of all heads' routers."""
+        return self.num_banks * ROUTERS[self.router].num_params(self)
 
     def num_projection_params(self) -> int:
         """Parameters of the head and merge projections together."""
-        layer = self.embed_dim**2 + (self.embed_dim if self.projection_bias else 0)
-        return self._num_projection_matrices() * layer
+        biases = sum(width for _, width in self._projection_maps()) if self.projection_bias else 0
+        return self._num_projection_weights() + biases
 
     def num_shared_expert_params(self) -> int:
         """Parameters of the shared expert (P2)."""
@@ -136,16 +177,21 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def num_params(self) -> int:
         """All parameters of the layer."""
-        return self.num_active_params() + (self.num_experts - self.top_k) * self.num_expert_params()
+        return self._num_always_active() + self.total_experts * self.num_expert_params()
 
     def num_active_params(self) -> int:
-        """Parameters one sub-token uses: projections, router, shared expert and K experts."""
-        always = self.num_projection_params() + self.num_router_params() + self.num_shared_expert_params()
-        return always + self.top_k * self.num_expert_params()
+        """Parameters one sub-token uses: projections, router, shared expert and K experts.
+
+        Where every head has a bank of its own, those that a token uses: all routers, and K experts of each bank.
+        """
+        return self._num_always_active() + self.num_banks * self.top_k * self.num_expert_params()
+
+    def _num_always_active(self) -> int:
+        return self.num_projection_params() + self.num_router_params() + self.num_shared_expert_params()
 
     def counts(self) -> "LayerCounts":
         """All counts together."""
-        experts = self.num_experts * self.num_expert_params()
+        experts = self.total_experts * self.num_expert_params()
         return LayerCounts(self.num_params(), experts, self.num_active_params(), self.flops_per_token())
 
     def flops_per_token(self) -> int:
@@ -153,12 +199,22 @@ class MHMoEConfig(RouterFields, GateFields):
         h = self.subtokens_per_token
         experts = h * self.top_k * self.matrices_per_expert * self.subtoken_dim * self.expert_ffn_dim
         router = h * ROUTERS[self.router].flops(self)
-        projections = self._num_projection_matrices() * self.embed_dim**2
+        projections = self._num_projection_weights()
         shared = self.matrices_per_expert * self.embed_dim * self.shared_expert_dim
         return 2 * (experts + projections + shared) + router
 
-    def _num_projection_matrices(self) -> int:
-        return (self.has_head_projection + self.has_merge_projection) * self.num_projection_layers
+    def _projection_maps(self) -> list[tuple[int, int]]:
+        """Widths of input and output of every map of both projections."""
+        head = list(itertools.pairwise(self.head_widths))
+        merge = list(itertools.pairwise(reversed(self.head_widths)))
+        return head * self.has_head_projection + merge * self.has_merge_projection
+
+    def projection_inputs(self) -> int:
+        """Features of one token that go into the maps of both projections."""
+        return sum(width for width, _ in self._projection_maps())
+
+    def _num_projection_weights(self) -> int:
+        return sum(width_in * width_out for width_in, width_out in self._projection_maps())
 
     @classmethod
     def matching(
@@ -272,10 +328,10 @@ def _match_params(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int) -
 
 
 def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, expert_multiple: int) -> MHMoEConfig:
-    # One token: K0 m D F0 = P D^2 + H K m (D/H) F; the layer: m D F0 E0 = P D^2 + m (D/H) F E.
-    d, m = base.embed_dim, base.matrices_per_expert
-    projections = base._num_projection_matrices() * d
-    width_exact = (reference.top_k * reference.expert_ffn_dim - projections / m) / base.top_k
+    # Of W projection weights and B banks, one token: K0 m D F0 = W + H K m (L/H) F; the layer: m D F0 E0 = W + m (L/H) F B E.
+    m, projections = base.matrices_per_expert, base._num_projection_weights()
+    reference_width = m * reference.inner_dim * reference.expert_ffn_dim
+    width_exact = (reference.top_k * reference_width - projections) / (m * base.inner_dim * base.top_k)
     width = round(width_exact / multiple_of) * multiple_of
     if width < 1:
         raise ConfigError(
@@ -284,8 +340,9 @@ def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, ex
             "is spent: the projections alone cost more than the reference's experts ({expert_ffn_dim} would be "
             f"{width_exact:.1f}); take a wider reference or fewer projection layers",
         )
-    available = m * d * reference.expert_ffn_dim * reference.num_experts - projections * d
-    experts = round(available / (m * base.subtoken_dim * width) / expert_multiple) * expert_multiple
+    available = reference_width * reference.total_experts - projections
+    one_of_each = m * base.subtoken_dim * width * base.num_banks
+    experts = round(available / one_of_each / expert_multiple) * expert_multiple
     return dataclasses.replace(base, expert_ffn_dim=width, num_experts=max(experts, base.top_k, expert_multiple))
 
 

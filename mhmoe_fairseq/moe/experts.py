@@ -33,7 +33,7 @@ BACKENDS = ("auto", "loop", "grouped", "blocked")
 
 
 class ExpertFFN(TernaryWeights):
-    """E feed-forward networks ``d -> F -> d`` with stacked parameters.
+    """E feed-forward networks ``d -> F -> d`` with stacked parameters, of all banks one after the other.
 
     One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; with SwiGLU ``silu(fc1(x)) * gate(x)`` stands for the
     activation. Initialised like ``nn.Linear``, each expert from a generator of its own. With ``quantize_experts`` every
@@ -60,9 +60,10 @@ class ExpertFFN(TernaryWeights):
         self.backend = backend
         self.parallel = parallel if parallel is not None and parallel.size > 1 else None
         size, rank = (1, 0) if self.parallel is None else (self.parallel.size, self.parallel.rank)
-        if config.num_experts % size:
-            raise ValueError(f"expert parallelism over {size} processes must divide num_experts ({config.num_experts})")
-        e, f, d = config.num_experts // size, config.expert_ffn_dim, config.subtoken_dim
+        if config.total_experts % size:
+            number = config.experts_in_words
+            raise ValueError(f"expert parallelism over {size} processes must divide num_experts ({number})")
+        e, f, d = config.total_experts // size, config.expert_ffn_dim, config.subtoken_dim
         self.local_experts = range(rank * e, (rank + 1) * e)
         bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..common.ranges import ANY
 from ._fields import ConfigError, Positive, Size
+from .banks import of_all_banks
 from .dispatch import sort_by_expert
 from .scores import SCORES
 
@@ -25,7 +26,7 @@ class GateFields:
     """What :class:`MHMoEConfig` says about the choice of experts.
 
     Args:
-        num_experts: experts E.
+        num_experts: experts E, of each bank.
         top_k: experts per sub-token K.
         routing: a name in ``GATES``: ``"dropless"``, or ``"capacity"`` (the choices of GShard and TorchScale).
         gate_score: a name in ``SCORES``: ``"softmax"`` or ``"sigmoid"`` of the router's logits.
@@ -52,6 +53,21 @@ class GateFields:
     capacity_factor: Positive = 1.0
     eval_capacity_fraction: Annotated[float, ANY] = 0.25
 
+    @property
+    def num_banks(self) -> int:
+        """Banks of ``num_experts`` experts, of which consecutive sub-tokens use one after the other."""
+        return 1
+
+    @property
+    def total_experts(self) -> int:
+        """Experts of all banks."""
+        return self.num_banks * self.num_experts
+
+    @property
+    def experts_in_words(self) -> str:
+        """Their number, of several banks ``"4 x 8"``."""
+        return f"{self.num_experts}" if self.num_banks == 1 else f"{self.num_banks} x {self.num_experts}"
+
     def check_gate(self) -> None:
         """Refuse fields that contradict each other."""
         if self.top_k > self.num_experts:
@@ -68,7 +84,8 @@ class Assignment(NamedTuple):
 
     Attributes:
         probs_NE: the scores as probabilities, in float32 or wider: the softmax, or scores divided by their sum.
-        experts_NK: int64, first choice first; E (the virtual expert) where ``kept_NK`` is False.
+        experts_NK: int64, first choice first, counted through all banks; the number of all (the virtual expert) where
+            ``kept_NK`` is False.
         gates_NK: weights of the experts' outputs, 0 where not kept.
         choices_NK: the experts chosen before padding, policy and capacity took any away.
         kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
@@ -128,6 +145,7 @@ class Gate(nn.Module):
         gates_NK = scores_NE.gather(1, choices_NK)
         if normalizes and normalizes_first:
             gates_NK = self.score.normalized(gates_NK)
+        choices_NK = of_all_banks(choices_NK, config.num_banks, config.num_experts)
 
         chosen_NK = None if padding_mask_N is None else (~padding_mask_N).unsqueeze(1).expand_as(gates_NK)
         if policy == "random":  # GShard: the second expert is used with probability min(1, 2 g_2)
@@ -141,7 +159,7 @@ class Gate(nn.Module):
         gates_NK = gates_NK.masked_fill(~kept_NK, 0)
         if normalizes and not normalizes_first:
             gates_NK = self.score.normalized(gates_NK)
-        experts_NK = choices_NK.masked_fill(~kept_NK, config.num_experts)
+        experts_NK = choices_NK.masked_fill(~kept_NK, config.total_experts)
         return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK)
 
     def _scaled(self, gates_NK: Tensor) -> Tensor:
@@ -175,8 +193,9 @@ class CapacityGate(Gate):
             num_real = torch.full((), choices_NK.size(0), device=choices_NK.device)
         else:
             num_real = (~padding_mask_N).sum()
-        slots_NK = slot_positions(choices_NK.masked_fill(~chosen_NK, config.num_experts), config.num_experts)
-        within_NK = slots_NK < expert_capacity(config, num_real, training=self.training)
+        slots_NK = slot_positions(choices_NK.masked_fill(~chosen_NK, config.total_experts), config.total_experts)
+        num_of_bank = torch.div(num_real, config.num_banks, rounding_mode="floor")
+        within_NK = slots_NK < expert_capacity(config, num_of_bank, training=self.training)
         return chosen_NK & within_NK, chosen_NK & ~within_NK
 
 
@@ -214,7 +233,7 @@ def expert_capacity(config: GateFields, num_subtokens: Tensor, *, training: bool
     """Slots per expert as GShard and TorchScale count them: ``int(factor * K * ceil(N / E))``, in evaluation
     ``ceil(fraction * N)``; at least one.
 
-    ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens), so that counting padding costs no synchronisation.
+    ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens of a bank), so that counting padding costs no synchronisation.
 
     >>> expert_capacity(GateFields(num_experts=4, capacity_factor=1.25), torch.tensor(8), training=True)
     tensor(5., dtype=torch.float64)

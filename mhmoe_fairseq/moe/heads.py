@@ -1,10 +1,11 @@
 """Splitting tokens into sub-tokens and merging them again (P1 section 3)."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .config import MHMoEConfig
 
 
 def split_heads(x_TD: Tensor, num_heads: int) -> Tensor:
@@ -35,7 +36,7 @@ def repeat_mask(padding_mask_T: Tensor, num_heads: int) -> Tensor:
 
 
 class _ProjectionLayer(nn.Linear):
-    """One square map of a projection; ``nn.Linear``'s initial values until it has a ``gain``."""
+    """One map of a projection; ``nn.Linear``'s initial values until it has a ``gain``."""
 
     gain: float | None = None
     zero_bias = False
@@ -54,26 +55,27 @@ class _ProjectionLayer(nn.Linear):
 
 
 class Projection(nn.ModuleList):
-    """``num_projection_layers`` square linear maps ``(..., D) -> (..., D)`` with ReLU between them (P1 table 7).
+    """Linear maps with ReLU between them (P1 table 7).
 
     Args:
+        widths: of the features in front of the first map, behind it, ..., and behind the last.
         gain: of the Xavier-uniform initial weights (P1 appendix E: 1/sqrt(2) before the split, 1 after the merge).
         zero_bias: whether biases begin at zero, as the merge projection's do.
 
-    >>> Projection(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4), gain=1.0, zero_bias=True)[0].bias.any()
-    tensor(False)
+    >>> Projection([8, 4], bias=True, gain=1.0, zero_bias=True)[0].bias
+    Parameter containing:
+    tensor([0., 0., 0., 0.], requires_grad=True)
     """
 
-    def __init__(self, config: MHMoEConfig, *, gain: float, zero_bias: bool) -> None:
-        dim, bias = config.embed_dim, config.projection_bias
-        layers = [_ProjectionLayer(dim, dim, bias=bias) for _ in range(config.num_projection_layers)]
+    def __init__(self, widths: Sequence[int], *, bias: bool, gain: float, zero_bias: bool) -> None:
+        layers = [_ProjectionLayer(*sizes, bias=bias) for sizes in itertools.pairwise(widths)]
         super().__init__(layers)
         for layer in layers:  # after all were made, the order of random numbers that a seed stands for
             layer.gain, layer.zero_bias = gain, zero_bias
             layer.draw()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., D) -> (..., D)``."""
+        """From the first width to the last."""
         for index, linear in enumerate(self):
             x = linear(F.relu(x) if index else x)
         return x

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .banks import build_router
 from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
@@ -16,7 +17,6 @@ from .gate import GATES
 from .heads import Projection, merge_heads, repeat_mask, split_heads
 from .losses import load_balancing_loss, router_sums, router_z_loss
 from .parallelism import ExpertParallelism, Traffic
-from .router import ROUTERS
 from .stats import RoutingStats, routing_stats
 
 
@@ -50,8 +50,8 @@ class MHMoELayer(nn.Module):
     """Split every token into H sub-tokens, route each to K of E experts, merge the results.
 
     The forward pass:
-      1. head projection ``D -> D``, split into H sub-tokens of d = D/H;
-      2. router: one logit per sub-token and expert;
+      1. head projection ``D -> L``, split into H sub-tokens of d = L/H;
+      2. router: one logit per sub-token and expert, of its head's bank where each has its own;
       3. top-k experts and gate weights; with ``routing="capacity"`` the overflow is dropped;
       4. sort by expert, expert FFNs, weighted sum back in sub-token order;
       5. optionally the sub-token itself (P1 equation 6) and a shared expert's output (P2);
@@ -81,13 +81,14 @@ class MHMoELayer(nn.Module):
         self.config = config
         self.parallel = parallel
         self.head_projection, self.merge_projection = None, None
+        widths, bias, gain = config.head_widths, config.projection_bias, config.projection_gain
         if config.has_head_projection:
-            self.head_projection = Projection(config, gain=config.projection_gain / math.sqrt(2), zero_bias=False)
-        self.router = ROUTERS[config.router](config)
+            self.head_projection = Projection(widths, bias=bias, gain=gain / math.sqrt(2), zero_bias=False)
+        self.router = build_router(config)
         self.gate = GATES[config.routing](config)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
-            self.merge_projection = Projection(config, gain=config.projection_gain, zero_bias=True)
+            self.merge_projection = Projection(widths[::-1], bias=bias, gain=gain, zero_bias=True)
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
     def reset_parameters(self) -> None:
@@ -125,7 +126,8 @@ class MHMoELayer(nn.Module):
 
         heads_TD = x_TD if self.head_projection is None else self.head_projection(x_TD)
         x_Nd = split_heads(heads_TD, self.config.subtokens_per_token)
-        output = self._route(x_Nd, mask_N, domain_N)
+        routed = x_TD if self.config.router_input == "token" else x_Nd
+        output = self._route(x_Nd, self.router(routed, domain_N), mask_N)
         y_Nd = output.hidden
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
@@ -137,15 +139,14 @@ class MHMoELayer(nn.Module):
         y_TD = F.dropout(y_TD, self.config.dropout, self.training)
         return output._replace(hidden=y_TD.view(x.shape))
 
-    def _route(self, x_Nd: Tensor, mask_N: Tensor | None, domain_N: Tensor | None) -> MHMoEOutput:
-        """Steps 2 to 4, ``hidden`` being ``(N, d)``."""
+    def _route(self, x_Nd: Tensor, logits_NE: Tensor, mask_N: Tensor | None) -> MHMoEOutput:
+        """Steps 3 and 4, ``hidden`` being ``(N, d)``."""
         config = self.config
-        logits_NE = self.router(x_Nd, domain_N)
         assignment = self.gate(logits_NE, mask_N)
-        plan = plan_dispatch(assignment.experts_NK, config.num_experts, all_real=assignment.kept_NK is None)
+        plan = plan_dispatch(assignment.experts_NK, config.total_experts, all_real=assignment.kept_NK is None)
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
-        sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment)
+        sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment, banks=config.num_banks)
         if self.parallel is not None and config.balance_scope == "global":
             sums = sums.over(self.parallel.sum)
         stats = routing_stats(assignment, plan, mask_N)
@@ -164,7 +165,8 @@ class MHMoELayer(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""
         c = self.config
-        sizes = f"heads={c.num_heads}, experts={c.num_experts}, top_k={c.top_k}, expert_ffn_dim={c.expert_ffn_dim}"
+        experts, width = c.experts_in_words, c.expert_ffn_dim
+        sizes = f"heads={c.num_heads}, experts={experts}, top_k={c.top_k}, expert_ffn_dim={width}"
         return f"{sizes}, routing={c.routing}, params={c.num_params():,}"
 
 

@@ -17,7 +17,7 @@ class RouterSums(NamedTuple):
     """What the losses depend on.
 
     Attributes:
-        chosen_E: how often each expert was chosen, all choices of one sub-token together counting 1.
+        chosen_E: how often each expert of all banks was chosen, all choices of one sub-token together counting 1.
         probs_E: the probabilities of all experts, summed over real sub-tokens.
         z: squared log-partition, summed.
         num_real: real sub-tokens.
@@ -42,13 +42,14 @@ class RouterSums(NamedTuple):
 
 
 def router_sums(
-    logits_NE: Tensor, assignment: Assignment, padding_mask_N: Tensor | None, *, count: str = "top1"
+    logits_NE: Tensor, assignment: Assignment, padding_mask_N: Tensor | None, *, count: str = "top1", banks: int = 1
 ) -> RouterSums:
     """Sums over the real sub-tokens of a batch.
 
     Args:
         padding_mask_N: True where padded.
         count: first choices (``"top1"``, GShard), or all choices divided by K (``"topk"``).
+        banks: of experts; consecutive rows are of one after the other.
 
     >>> gate = Gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4, top_k=1))
     >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
@@ -56,15 +57,20 @@ def router_sums(
     tensor([0.5000, 0.5000])
     """
     probs_NE, choices_NK = assignment.probs_NE, assignment.choices_NK
-    counted_NK = choices_NK[:, :1] if count == "top1" else choices_NK
+    experts = probs_NE.size(1)
+    counted_NK = (choices_NK[:, :1] if count == "top1" else choices_NK) % experts  # in their bank
     chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
     z_N = torch.logsumexp(logits_NE.to(probs_NE.dtype), dim=1).square()
+
+    def by_expert(values_NE: Tensor) -> Tensor:
+        return values_NE.reshape(-1, banks * experts).sum(0)
+
     if padding_mask_N is None:
-        return RouterSums(chosen_NE.sum(0), probs_NE.sum(0), z_N.sum(), z_N.new_full((), z_N.size(0)))
+        return RouterSums(by_expert(chosen_NE), by_expert(probs_NE), z_N.sum(), z_N.new_full((), z_N.size(0)))
     mask_N1 = padding_mask_N.unsqueeze(1)
     return RouterSums(
-        chosen_NE.masked_fill(mask_N1, 0).sum(0),
-        probs_NE.masked_fill(mask_N1, 0).sum(0),
+        by_expert(chosen_NE.masked_fill(mask_N1, 0)),
+        by_expert(probs_NE.masked_fill(mask_N1, 0)),
         z_N.masked_fill(padding_mask_N, 0).sum(),
         (~padding_mask_N).sum().to(z_N.dtype),
     )
@@ -72,6 +78,9 @@ def router_sums(
 
 def load_balancing_loss(sums: RouterSums) -> Tensor:
     """``E * sum_p f_p P_p`` (P1 equation 10, GShard): 1 when both are uniform, 0 without sub-tokens.
+
+    Over H banks of E it is the mean of the banks' losses: each has an H-th of the sub-tokens, so the shares f and P of
+    all are an H-th of those in the bank.
 
     >>> even = torch.tensor([2.0, 2.0])
     >>> load_balancing_loss(RouterSums(even, even, torch.tensor(0.0), torch.tensor(4.0)))

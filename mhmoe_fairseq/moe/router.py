@@ -47,8 +47,8 @@ class RouterFields:
     gating_fp32: bool = True
 
     @property
-    def subtoken_dim(self) -> int:
-        """Width d of what is routed."""
+    def router_input_dim(self) -> int:
+        """Width of what is routed, of sub-tokens d."""
         raise NotImplementedError
 
 
@@ -108,6 +108,11 @@ class Router(nn.Module):
         with without_autocast(x_Nd.device.type):
             return self.scores(x_Nd.float() if half else x_Nd)
 
+    @property
+    def acts_after_updates(self) -> bool:
+        """Whether it has an ``after_update`` of its own."""
+        return type(self).after_update is not Router.after_update
+
     def after_update(self, load_E: Tensor) -> None:
         """Called once after each update of the parameters, in training.
 
@@ -125,18 +130,18 @@ class LinearRouter(Router):
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.subtoken_dim))
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.router_input_dim))
         self.reset_parameters()
 
     @staticmethod
     def num_params(config: RouterFields) -> int:
         """One vector for each expert."""
-        return config.subtoken_dim * config.num_experts
+        return config.router_input_dim * config.num_experts
 
     @staticmethod
     def flops(config: RouterFields) -> int:
         """One product."""
-        return 2 * config.subtoken_dim * config.num_experts
+        return 2 * config.router_input_dim * config.num_experts
 
     @staticmethod
     def num_kept(config: RouterFields) -> int:
@@ -166,7 +171,7 @@ class XMoERouter(Router):
     def __init__(self, config: RouterFields) -> None:
         super().__init__(config)
         self.normalize_both = config.router_normalize == "both"
-        self.reduction = nn.Linear(config.subtoken_dim, config.router_dim, bias=False)
+        self.reduction = nn.Linear(config.router_input_dim, config.router_dim, bias=False)
         self.expert_embedding = nn.Parameter(torch.empty(config.num_experts, config.router_dim))
         self.initial_temperature = config.router_temperature
         self.temperature = None if config.router_temperature is None else nn.Parameter(torch.empty(()))
@@ -180,12 +185,12 @@ class XMoERouter(Router):
     def num_params(config: RouterFields) -> int:
         """The projection, the expert embeddings and the temperature."""
         temperature = config.router_temperature is not None
-        return (config.subtoken_dim + config.num_experts) * config.router_dim + temperature
+        return (config.router_input_dim + config.num_experts) * config.router_dim + temperature
 
     @staticmethod
     def flops(config: RouterFields) -> int:
         """The projection and the product with the expert embeddings."""
-        return 2 * (config.subtoken_dim + config.num_experts) * config.router_dim
+        return 2 * (config.router_input_dim + config.num_experts) * config.router_dim
 
     @staticmethod
     def num_kept(config: RouterFields) -> int:

@@ -15,7 +15,7 @@ class RoutingStats(NamedTuple):
     A layer with several pools of experts has a leading dimension for them in every count.
 
     Attributes:
-        expert_load: ``(E,)`` float32, assignments (sub-token, choice) per expert before dropping.
+        expert_load: ``(E,)`` float32, assignments (sub-token, choice) per expert of all banks before dropping.
         dropped: scalar, assignments dropped for lack of capacity.
         entropy: scalar, the entropy in nats of the experts' probabilities, summed over real sub-tokens.
         num_subtokens: scalar, real (not padded) sub-tokens.

@@ -60,7 +60,7 @@ class LoadLog:
             logger.warning(f"{FLAG} has no effect: the model has no experts")
             return
         config = next(layer.moe_layer.config for layer in layers if layer.is_moe_layer)  # all layers' one
-        self._sums = torch.zeros(len(self._rows), config.subtokens_per_token, config.num_experts, dtype=torch.float64)
+        self._sums = torch.zeros(len(self._rows), config.subtokens_per_token, config.total_experts, dtype=torch.float64)
 
     def _listen(self, index: int, experts: nn.Module) -> None:
         pools = [module for module in experts.modules() if isinstance(module, MHMoELayer)]

@@ -11,7 +11,6 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor, nn
 
 from ..moe import MHMoELayer
-from ..moe.router import Router
 
 
 class RouterUpdates:
@@ -22,7 +21,7 @@ class RouterUpdates:
 
     def __init__(self, model: nn.Module) -> None:
         layers = (layer for layer in model.modules() if isinstance(layer, MHMoELayer))
-        self._layers = [layer for layer in layers if type(layer.router).after_update is not Router.after_update]
+        self._layers = [layer for layer in layers if layer.router.acts_after_updates]
         self._parameters = list(model.parameters()) if self._layers else []
         self._loads: list[Tensor] = []
         for index, layer in enumerate(self._layers):
@@ -31,7 +30,7 @@ class RouterUpdates:
     def begin_batch(self) -> None:
         """Before a batch, count anew if no gradient is there yet, so that an update that was skipped is forgotten."""
         if all(parameter.grad is None for parameter in self._parameters):
-            sizes = [(layer.config.num_experts, next(layer.parameters()).device) for layer in self._layers]
+            sizes = [(layer.config.total_experts, next(layer.parameters()).device) for layer in self._layers]
             self._loads = [torch.zeros(experts, device=device) for experts, device in sizes]
 
     def _add(self, index: int, layer: MHMoELayer, inputs: Any, output: Any) -> None:

@@ -14,10 +14,11 @@ from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
 SHARED = """
 --activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-budget --mhmoe-capacity-factor
---mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
---mhmoe-head-projection --mhmoe-heads-number --mhmoe-merge-projection --mhmoe-no-split
+--mhmoe-expert-banks --mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
+--mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
---mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-normalize
+--mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-input
+--mhmoe-router-normalize
 --mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias

@@ -17,7 +17,7 @@ def test_counts_equal_the_built_module(variant):
     config = layer.config
     assert config.num_params() == sum(p.numel() for p in layer.parameters())
     expert_params = sum(p.numel() for p in layer.experts.parameters())
-    inactive = expert_params * (config.num_experts - config.top_k) // config.num_experts
+    inactive = expert_params * (config.num_experts - config.top_k) // config.num_experts  # of every bank
     assert config.num_active_params() == config.num_params() - inactive
 
 
@@ -48,6 +48,13 @@ def test_flops_equal_a_profiler_count(variant):
         ({"dropout": 1.0}, r"dropout \(1.0\) must be in \[0, 1\)"),
         ({"capacity_factor": 0.0}, r"capacity_factor \(0.0\) must be positive"),
         ({"num_projection_layers": 0, "head_projection": True}, r"num_projection_layers \(0\) is 0, but"),
+        ({"latent_dim": 0}, r"latent_dim \(0\) must be at least 1, an integer"),
+        ({"latent_dim": 18}, r"num_heads \(4\) must divide latent_dim \(18\)"),
+        ({"latent_dim": 16, "merge_projection": False}, r"latent_dim \(16\) differs from embed_dim \(24\), which needs"),
+        ({"latent_dim": 16, "num_projection_layers": 0}, r"latent_dim \(16\) differs from embed_dim \(24\), which needs"),
+        ({"router_input": "token"}, r"router_input \('token'\) needs one sub-token per token; num_heads is 4"),
+        ({"expert_banks": "per-head", "split": False}, r"expert_banks \('per-head'\) needs sub-tokens; split is"),
+        ({"expert_banks": "own"}, r"expert_banks \('own'\) must be one of shared, per-head"),
         ({"num_projection_layers": -1}, r"num_projection_layers \(-1\) must be at least 0, an integer"),
     ],
 )

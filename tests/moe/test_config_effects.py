@@ -37,6 +37,10 @@ class Effect(NamedTuple):
 
 EFFECTS = {
     "num_heads": Effect({"num_heads": 2}, ROUTING),
+    "latent_dim": Effect({"latent_dim": 16}, ROUTING),
+    "expert_banks": Effect({"expert_banks": "per-head"}, ROUTING),
+    "expert_banks of one head": Effect({"expert_banks": "per-head"}, set(), {"num_heads": 1}),
+    "router_input": Effect({"router_input": "token"}, ROUTING, {"num_heads": 1, "latent_dim": 16}),
     "num_experts": Effect({"num_experts": 5}, ROUTING),
     "top_k": Effect({"top_k": 3}, {"hidden"}),
     "expert_ffn_dim": Effect({"expert_ffn_dim": 15}, {"hidden"}),

@@ -41,6 +41,17 @@ VARIANTS = {
     "quantized": {"quantize_experts": True},
     "quantized_shared": {"quantize_experts": True, "shared_expert_dim": 20, "expert_layernorm": True},
     "quantized_swiglu": {"quantize_experts": True, "activation": "swiglu", "expert_bias": False},
+    "narrow_latent": {"latent_dim": 16},
+    "wide_latent_no_bias": {"latent_dim": 48, "projection_bias": False},
+    "deep_latent": {"latent_dim": 16, "num_projection_layers": 3},
+    "latent_of_one_head": {"num_heads": 1, "latent_dim": 16},
+    "latent_no_split": {"latent_dim": 16, "split": False, "router_input": "token"},
+    "latent_moe": {"num_heads": 1, "latent_dim": 16, "router_input": "token", "shared_expert_dim": 20},
+    "banks": {"expert_banks": "per-head"},
+    "banks_latent": {"expert_banks": "per-head", "latent_dim": 32, "router": "linear", "projection_bias": False},
+    "banks_topk_balance": {"expert_banks": "per-head", "balance_assignment": "topk", "top_k": 3},
+    "banks_cosine": {"expert_banks": "per-head", "router_normalize": "both", "router_temperature": 0.3},
+    "banks_swiglu": {"expert_banks": "per-head", "activation": "swiglu", "expert_bias": False, "top_k": 1},
 }
 
 

@@ -20,6 +20,10 @@ VARIANTS = {
     "shared_deep": {"shared_expert_dim": 20, "num_projection_layers": 3},
     "residual_no_split": {"subtoken_residual": True, "split": False},
     "topk_balance": {"balance_assignment": "topk"},
+    "latent": {"latent_dim": 16, "num_heads": 1, "router_input": "token"},
+    "banks": {"expert_banks": "per-head", "num_experts": 5},
+    "banks_global": {"expert_banks": "per-head", "num_experts": 3, "balance_scope": "global", "latent_dim": 32},
+    "banks_capacity": {"expert_banks": "per-head", "num_experts": 3, "routing": "capacity", "capacity_factor": 0.7},
     "capacity": {"routing": "capacity"},
     "capacity_top1": {"routing": "capacity", "top_k": 1, "capacity_factor": 0.5, "num_heads": 1, "router": "linear"},
     "capacity_before": {"routing": "capacity", "normalize_before_dropping": True, "capacity_factor": 0.7},
@@ -100,6 +104,7 @@ def random_case(seed: int, world_size: int) -> Case:
         "balance_scope": draw.choice(["rank", "global"]) if routing == "dropless" else "rank",
         "balance_assignment": draw.choice(["top1", "topk"]),
         "shared_expert_dim": draw.choice([0, 0, 5]),
+        "expert_banks": draw.choice(["shared", "shared", "per-head"]),
     }
     tokens = tuple(draw.choice([0, 1, draw.randint(1, 12)]) for _ in range(world_size))
     padded = tuple(draw.choice([0, count, draw.randint(0, count)]) for count in tokens) if draw.random() < 0.6 else None

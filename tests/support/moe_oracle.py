@@ -62,9 +62,9 @@ def shared_expert(layer, x):
     return feed_forward(weights, layer.config.activation, False, x, layer.config.quantize_experts)
 
 
-def router_logits(layer, x):
-    """The router on one sub-token ``(d,)``."""
-    router = layer.router
+def router_logits(layer, x, head):
+    """The router, or the head's, on one sub-token ``(d,)``."""
+    router = layer.router[head] if layer.config.num_banks > 1 else layer.router
     if layer.config.router == "linear":
         return router.weight @ x
     reduced = router.reduction.weight @ x
@@ -88,7 +88,8 @@ def forward(layer, x, padding_mask=None):
     """``(hidden, balance_loss, z_loss)`` of a dropless layer in evaluation; x is ``(T, D)``."""
     config = layer.config
     heads, dim = config.subtokens_per_token, config.subtoken_dim
-    outputs, all_probs, all_chosen, z_terms = [], [], [], []
+    outputs, z_terms, banks = [], [], config.num_banks
+    all_probs, all_chosen = [[] for _ in range(banks)], [[] for _ in range(banks)]
     for t in range(x.size(0)):
         padded = padding_mask is not None and bool(padding_mask[t])
         token = torch.zeros_like(x[t]) if padded else x[t]
@@ -98,7 +99,7 @@ def forward(layer, x, padding_mask=None):
             sub = projected[h * dim : (h + 1) * dim]
             total = sub if config.subtoken_residual else torch.zeros_like(sub)
             if not padded:
-                logits = router_logits(layer, sub)
+                logits = router_logits(layer, token if config.router_input == "token" else sub, h)
                 scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
                 probs = scores / scores.sum()
                 chosen = sorted(range(config.num_experts), key=lambda e: (-logits[e].item(), e))[: config.top_k]
@@ -106,16 +107,18 @@ def forward(layer, x, padding_mask=None):
                 if config.top_k > 1 and config.normalize_gates:
                     weights = weights / weights.sum()
                 for weight, e in zip(weights, chosen):
-                    total = total + config.gate_scale * weight * expert(layer, e, sub)
-                all_probs.append(probs)
-                all_chosen.append(chosen)
+                    index = e if banks == 1 else h * config.num_experts + e
+                    total = total + config.gate_scale * weight * expert(layer, index, sub)
+                all_probs[h % banks].append(probs)
+                all_chosen[h % banks].append(chosen)
                 z_terms.append(logits.logsumexp(0) ** 2)
             merged.append(total)
         y = projection(layer.merge_projection, torch.cat(merged))
         if layer.shared_expert is not None:
             y = y + shared_expert(layer, token)
         outputs.append(y)
-    return torch.stack(outputs), balance(config, all_probs, all_chosen), sum(z_terms) / max(len(z_terms), 1)
+    losses = [balance(config, *of_bank) for of_bank in zip(all_probs, all_chosen)]
+    return torch.stack(outputs), sum(losses) / banks, sum(z_terms) / max(len(z_terms), 1)
 
 
 def balance(config, all_probs, all_chosen):

@@ -98,7 +98,7 @@ class ActivationMemory:
         if moe is None:
             return 0
         d, maps = settings.decoder_embed_dim, 4 if settings.activation_fn == "silu" else 2
-        projections = (moe.has_head_projection + moe.has_merge_projection) * moe.num_projection_layers * d * a
+        projections = moe.projection_inputs() * a
         shared = 0
         if moe.shared_expert_dim:
             shared = moe.shared_expert_dim * a * maps + (d * a if self.shape.half else 0)
@@ -154,9 +154,9 @@ class ActivationMemory:
     def _router(self, moe: MHMoEConfig) -> int:
         h, k, e, a = moe.subtokens_per_token, moe.top_k, moe.num_experts, self.shape.element
         gate = _FP32 if moe.gating_fp32 else a
-        inputs = moe.embed_dim * a  # the experts' input, too
+        inputs = moe.inner_dim * a  # the experts'
         if self.shape.half and (moe.gating_fp32 or not moe.has_head_projection):
-            inputs += moe.embed_dim * gate
+            inputs += h * moe.router_input_dim * gate
         reduced = h * ROUTERS[moe.router].num_kept(moe) * gate
         probabilities = h * (e + SCORES[moe.gate_score].num_kept(e)) * _FP32  # the logits for the z-loss, and scores
         gates = h * k * (_INDEX + 1) + (h * (k + 2) * _FP32 if moe.normalize_gates and k > 1 else 0)

@@ -1,5 +1,6 @@
 """What a training needs before it starts: an architecture and its baselines, counted without memory for weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,22 +89,23 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     """A model's options, how many ranks share its experts, and how a budget's experts were rounded for them."""
     name = settings.architecture.of_family(family).name
     flags = dict(settings.flags if name == settings.arch else _flags_of(family, settings.flags))
-    asked, size, note = flags.pop("mhmoe_expert_parallel_size", None), 1, None
+    asked, size, note, moe = flags.pop("mhmoe_expert_parallel_size", None), 1, None, None
     if experts is not None:
         flags["moe_expert_count"] = experts
-        if settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS:
-            number = experts * (flags.get("mhmoe_granularity") or 1)
-            size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
     options = architecture_options(name, **flags)
-    moe = None if size == 1 else moe_config(options)
-    if moe is not None and moe.num_experts % size:
-        rounded = max(round(moe.num_experts / size), 1) * size
+    is_shared_out = settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS
+    if experts is not None and is_shared_out and (moe := moe_config(options)) is not None:
+        number = experts * (flags.get("mhmoe_granularity") or 1) * moe.num_banks
+        size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
+    if moe is not None and moe.total_experts % size:
+        multiple = size // math.gcd(size, moe.num_banks)
+        rounded = max(round(moe.num_experts / multiple), 1) * multiple
         fixed = {"mhmoe_budget": "none", "moe_ffn_dim": moe.expert_ffn_dim, "moe_expert_count": rounded}
         if flags.pop("mhmoe_granularity", None):
             flags.pop("moe_top1_expert", None)
             fixed["moe_top_k"] = moe.top_k
         words = " ".join(f"{flag(name)} {value}" for name, value in fixed.items())
-        note = f"the budget's {moe.num_experts:,} experts are rounded to what {size:,} ranks can share: {words}"
+        note = f"the budget's {moe.experts_in_words} experts are rounded to what {size:,} ranks can share: {words}"
         options = architecture_options(name, **{**flags, **fixed})
     if isinstance(options, LanguageModelOptions):
         options.tokens_per_sample = settings.tokens_per_sample

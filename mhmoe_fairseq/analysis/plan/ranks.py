@@ -146,7 +146,7 @@ def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, rec
         row_bytes=row_bytes,
         off_rank=sent * (size - 1) / size,
         off_node=sent * outside,
-        count_bytes=(size - 1) * (moe.num_experts // size) * _COUNT_BYTES,
+        count_bytes=(size - 1) * (moe.total_experts // size) * _COUNT_BYTES,
         transfers=2 * passes + 2 if passes else 0,
         count_transfers=passes,
         seconds=max(times),  # inside the nodes and between them at the same time
@@ -222,7 +222,7 @@ def plan_ranks(
     if moe is not None:
         traffic = exchange(moe, cluster, size, element=shape.element, recompute=shape.recompute)
         exchange_seconds = counts.moe_layers * traffic.transfers * traffic.seconds
-        experts = moe.num_experts // size
+        experts = moe.total_experts // size
         largest = 4 * experts * moe.expert_ffn_dim * moe.subtoken_dim
     flops = cluster.tokens * counts.flops_per_token * (4 if shape.recompute else 3)
     dense_seconds = cluster.all_reduce_seconds(4 * parameters.dense, cluster.ranks)

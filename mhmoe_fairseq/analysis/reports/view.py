@@ -31,7 +31,7 @@ def page_data(view: RoutedView) -> dict[str, Any]:
 
     Weights are in units of 1/65535, entropies in units of ln(E)/65535, with E experts to choose from.
     """
-    checkpoint = view.checkpoint.resolve()
+    checkpoint, choices = view.checkpoint.resolve(), view.num_experts // view.num_pools // view.num_banks
     return {
         "model": "/".join(checkpoint.parts[-3:]),
         "layers": [layer + 1 for layer in view.layers],
@@ -39,9 +39,8 @@ def page_data(view: RoutedView) -> dict[str, Any]:
         "topK": view.samples[0].experts.size(3),
         "experts": view.num_experts,
         "pools": view.num_pools,
-        "samples": [
-            _sample_data(sample, math.log(view.num_experts / view.num_pools) or 1.0) for sample in view.samples
-        ],
+        "choices": choices,
+        "samples": [_sample_data(sample, math.log(choices) or 1.0) for sample in view.samples],
     }
 
 

@@ -33,7 +33,7 @@ class RoutedCall:
             only keeps other processes company is all padding.
         choices: by MoE layer, ``(B, L, H, K)`` experts of each sub-token, before any is dropped for lack of capacity;
             where each modality has experts of its own, the text's follow the image's.
-        num_experts: of a layer, both modalities' together.
+        num_experts: of a layer, all banks' and both modalities' together.
         weights: by MoE layer, ``(B, L, H, K)`` float32 weights of their outputs; 0 where dropped.
         entropies: by MoE layer, ``(B, L, H)`` entropy in nats of the router's probabilities.
     """
@@ -78,7 +78,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
             for pool, (noted, size) in enumerate(zip(heard.pop(index), sizes)):
                 shape = batch, size, config.subtokens_per_token
                 chosen, weight, entropy = (each.view(*shape, *each.shape[1:]) for each in noted)
-                by_pool.append((chosen + pool * config.num_experts, weight, entropy))
+                by_pool.append((chosen + pool * config.total_experts, weight, entropy))
             choices[index], weights[index], entropies[index] = (torch.cat(each, dim=1) for each in zip(*by_pool))
         was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
         is_real = torch.full((batch, length), was_routed, device=features.device)
@@ -89,7 +89,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
         if 0 < split < length:
             is_image = torch.arange(length, device=features.device) < split
             groups = {"image of pairs": is_real & is_image, "text of pairs": is_real & ~is_image}
-        hear(RoutedCall(groups, choices, len(pools) * config.num_experts, weights, entropies))
+        hear(RoutedCall(groups, choices, len(pools) * config.total_experts, weights, entropies))
 
     handles = [(model.beit3 if is_beit3 else model.decoder).register_forward_hook(end_call)]
     for index, pools in layers.items():
@@ -121,7 +121,7 @@ def expert_pools(model: nn.Module) -> dict[int, list[MHMoELayer]]:
 def most_distinct(model: nn.Module) -> int:
     """To how many different experts the sub-tokens of one position can go."""
     config = next(iter(expert_pools(model).values()))[0].config
-    return min(config.num_experts, config.subtokens_per_token * config.top_k)
+    return min(config.total_experts, config.subtokens_per_token * config.top_k)
 
 
 class PositionCounts:

@@ -63,12 +63,14 @@ class RoutedView:
         layers: indices of the L MoE layers, from 0.
         num_experts: of a layer, of all pools together: texts' experts follow images' where each have their own.
         num_pools: 2 where images and texts have experts of their own, else 1.
+        num_banks: of each pool: H where every head has experts of its own, which follow one another, else 1.
     """
 
     checkpoint: Path
     layers: list[int]
     num_experts: int
     num_pools: int
+    num_banks: int
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -127,7 +129,7 @@ def route_view(
     config = first[0].config
     _check_size(positions, len(pools), config.subtokens_per_token, config.top_k)
     texts = _shown_texts(opened, ranks) if any(encoded) else []
-    view = RoutedView(checkpoint, list(pools), config.num_experts * len(first), len(first))
+    view = RoutedView(checkpoint, list(pools), config.total_experts * len(first), len(first), config.num_banks)
     for source, ids, grid in zip(sources, encoded, grids):
         longest = opened.model.max_decoder_positions() if is_text_model else max(len(ids), 1)
         blocks = list(range(0, len(ids), longest)) or [0]

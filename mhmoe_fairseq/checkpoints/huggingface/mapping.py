@@ -14,6 +14,7 @@ from torch import Tensor
 from torchscale.component.xpos_relative_position import XPOS
 
 from ...common.errors import UserError
+from ...common.ranges import flag
 from ...models.flags import routes_by_domain
 from ...torchscale_ext.settings import DecoderSettings, Settings
 
@@ -84,6 +85,9 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
             f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
             f"{' and '.join(_ROUTERS)} only"
         )
+    for name in ("mhmoe_latent_dim", "mhmoe_expert_banks", "mhmoe_router_input"):
+        if settings.moe is not None and getattr(options, name) not in (None, "shared", "subtoken"):
+            raise UserError(f"{flag(name)} ({getattr(options, name)}) cannot be exported: the exported code has none")
     width, inner, layers, heads, is_pre_norm = (
         getattr(settings, f"{stack}_{name}")
         for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "normalize_before")

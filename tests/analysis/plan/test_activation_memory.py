@@ -60,6 +60,13 @@ CASES = [
     ("smoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 16, "activation_fn": "silu"}),
     ("xmoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 16, "activation_dropout": 0.1}),
     ("smoe_lm_tiny", "auto", {"mhmoe_routing": "lory", "mhmoe_segment_length": 32, "mhmoe_precision": "bf16"}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_latent_dim": 32, "mhmoe_projection_layers": 2}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_latent_dim": 96, "mhmoe_precision": "bf16"}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_expert_banks": "per-head"}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_expert_banks": "per-head", "mhmoe_precision": "bf16", "mhmoe_router": "linear"}),
+    ("mhmoe_lm_tiny", "grouped", {"mhmoe_expert_banks": "per-head", "moe_expert_count": 16, "mhmoe_router": "linear"}),
+    ("smoe_lm_tiny", "loop", {"mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_shared_expert_dim": 48}),
+    ("smoe_lm_tiny", "grouped", {"mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_precision": "bf16"}),
     ("xmoe_lm_tiny", "grouped", {"mhmoe_no_split": True, "mhmoe_shared_expert_dim": 48}),
 ]
 
