@@ -205,7 +205,10 @@ def _as_json(row: "PlanRow") -> dict[str, Any]:
     return {
         "family": row.family,
         "experts_asked_for": row.experts,
-        **{name: getattr(moe, name, None) for name in ("num_experts", "num_banks", "expert_ffn_dim", "top_k", "num_heads")},
+        **{
+            name: getattr(moe, name, None)
+            for name in ("num_experts", "num_banks", "expert_ffn_dim", "top_k", "num_heads")
+        },
         "non_expert_params": counts.non_expert,
         "expert_params": counts.expert,
         "total_params": counts.total,

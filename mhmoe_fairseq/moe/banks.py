@@ -1,16 +1,16 @@
 """Heads with a router and a bank of experts of their own (Multi-Head LatentMoE, arXiv 2602.04870, section 3).
 
-The rows of a batch are sub-tokens, of which each token has H in a row: row n is of head, and bank, n % H. A router sees
-its head's rows and numbers its bank's experts from 0. What is behind the gate counts experts through all banks, expert e
+The rows of a batch are sub-tokens, H consecutive ones of each token: row n is of head, and bank, n % H. A router sees
+its head's rows and numbers its bank's experts from 0. Behind the gate experts are counted through all banks, expert e
 of head h being number h*E + e, so that one dispatch and one stack of experts serve all heads.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .router import ROUTERS
+from .router import ROUTERS, Router
 
 
 class HeadRouters(nn.ModuleList):
@@ -32,12 +32,12 @@ class HeadRouters(nn.ModuleList):
     @property
     def acts_after_updates(self) -> bool:
         """Whether the routers have an ``after_update``."""
-        return any(router.acts_after_updates for router in self)
+        return any(cast(Router, router).acts_after_updates for router in self)
 
     def after_update(self, load_E: Tensor) -> None:
         """Tell every router its bank's loads."""
         for router, load in zip(self, load_E.chunk(len(self))):
-            router.after_update(load)
+            cast(Router, router).after_update(load)
 
 
 def build_router(config: Any) -> nn.Module:

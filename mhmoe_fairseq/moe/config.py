@@ -95,7 +95,8 @@ class MHMoEConfig(RouterFields, GateFields):
         if self.num_projection_layers == 0 and (self.head_projection or self.merge_projection):
             raise ConfigError("num_projection_layers", 0, "is 0, but a projection is switched on")
         if self.inner_dim != self.embed_dim and not (self.has_head_projection and self.has_merge_projection):
-            rule = f"differs from {{embed_dim}} ({self.embed_dim}), which needs {{head_projection}} and {{merge_projection}}"
+            needed = "{head_projection} and {merge_projection}"
+            rule = f"differs from {{embed_dim}} ({self.embed_dim}), which needs {needed}"
             raise ConfigError("latent_dim", self.latent_dim, rule)
         if self.router_input == "token" and self.subtokens_per_token > 1:
             rule = f"needs one sub-token per token; {{num_heads}} is {self.num_heads}"
@@ -328,7 +329,8 @@ def _match_params(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int) -
 
 
 def _match_flops(base: MHMoEConfig, reference: MHMoEConfig, multiple_of: int, expert_multiple: int) -> MHMoEConfig:
-    # Of W projection weights and B banks, one token: K0 m D F0 = W + H K m (L/H) F; the layer: m D F0 E0 = W + m (L/H) F B E.
+    # With W projection weights and B banks a token costs K0 m D F0 = W + H K m (L/H) F; the layer has
+    # m D F0 E0 = W + B E m (L/H) F.
     m, projections = base.matrices_per_expert, base._num_projection_weights()
     reference_width = m * reference.inner_dim * reference.expert_ffn_dim
     width_exact = (reference.top_k * reference_width - projections) / (m * base.inner_dim * base.top_k)

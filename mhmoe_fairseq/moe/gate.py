@@ -233,7 +233,8 @@ def expert_capacity(config: GateFields, num_subtokens: Tensor, *, training: bool
     """Slots per expert as GShard and TorchScale count them: ``int(factor * K * ceil(N / E))``, in evaluation
     ``ceil(fraction * N)``; at least one.
 
-    ``num_subtokens`` is a 0-dim integer tensor (real sub-tokens of a bank), so that counting padding costs no synchronisation.
+    ``num_subtokens`` is a 0-dim integer tensor (a bank's real sub-tokens), so that counting padding costs no
+    synchronisation.
 
     >>> expert_capacity(GateFields(num_experts=4, capacity_factor=1.25), torch.tensor(8), training=True)
     tensor(5., dtype=torch.float64)

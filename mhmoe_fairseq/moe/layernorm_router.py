@@ -18,7 +18,7 @@ class LayerNormRouter(Router):
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__(config)
-        dim = config.subtoken_dim
+        dim = config.router_input_dim
         self.expert_weight = nn.Parameter(torch.empty(config.num_experts, dim))
         self.input_scale, self.input_shift = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         self.expert_scale, self.expert_shift = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
@@ -27,7 +27,7 @@ class LayerNormRouter(Router):
     @staticmethod
     def num_params(config: RouterFields) -> int:
         """One vector for each expert, and two norms."""
-        return LinearRouter.num_params(config) + 4 * config.subtoken_dim
+        return LinearRouter.num_params(config) + 4 * config.router_input_dim
 
     @staticmethod
     def flops(config: RouterFields) -> int:
@@ -37,7 +37,7 @@ class LayerNormRouter(Router):
     @staticmethod
     def num_kept(config: RouterFields) -> int:
         """The normalised sub-token, and its norm's mean and deviation."""
-        return config.subtoken_dim + 2
+        return config.router_input_dim + 2
 
     def reset_parameters(self) -> None:
         """Small normal expert vectors under a small norm, inputs under the identity."""

@@ -1,4 +1,4 @@
-"""Heads with a router and a bank of experts each, and layers of another inner width: against plainer layers, counted."""
+"""Heads with a router and a bank of experts each, and layers of another inner width, against plainer layers; counts."""
 
 import pytest
 import torch
@@ -128,8 +128,8 @@ def test_a_latent_moes_router_and_shared_expert_see_the_whole_token() -> None:
 def test_parameters_of_magi_2() -> None:
     """36 MoE layers of 12 heads with 256 experts each, six of them per head (github.com/SandAI-org/MAGI-2-preview)."""
     config = MHMoEConfig(
-        embed_dim=3072, num_heads=12, num_experts=256, top_k=6, expert_ffn_dim=1280, activation="swiglu", router="linear",
-        expert_bias=False, projection_bias=False, shared_expert_dim=1280, **BANKS,
+        embed_dim=3072, num_heads=12, num_experts=256, top_k=6, expert_ffn_dim=1280, activation="swiglu",
+        router="linear", expert_bias=False, projection_bias=False, shared_expert_dim=1280, **BANKS,
     )  # fmt: skip
     assert 36 * config.counts().expert_params == 36 * 12 * 256 * 3 * 256 * 1280 == 108_716_359_680
     assert config.total_experts == 3072 and config.num_banks * config.top_k == 72
