@@ -24,15 +24,20 @@ class HeadRouters(nn.ModuleList):
     def __init__(self, config: Any) -> None:  # an MHMoEConfig, whose module needs the gate's, which needs this one
         super().__init__(ROUTERS[config.router](config) for _ in range(config.num_banks))
 
-    def forward(self, x_Nd: Tensor) -> Tensor:
-        """``(N, d) -> (N, E)`` logits, each row's by its head's router."""
+    def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
+        """``(N, d) -> (N, E)`` logits, each row's by its head's router; domains are for one head."""
         by_head = x_Nd.unflatten(0, (-1, len(self))).unbind(1)
-        return torch.stack([router(x_Td) for router, x_Td in zip(self, by_head)], dim=1).flatten(0, 1)
+        return torch.stack([router(x_Td, domain_N) for router, x_Td in zip(self, by_head)], dim=1).flatten(0, 1)
 
     @property
     def acts_after_updates(self) -> bool:
         """Whether the routers have an ``after_update``."""
-        return any(cast(Router, router).acts_after_updates for router in self)
+        return cast(Router, self[0]).acts_after_updates
+
+    @property
+    def learns(self) -> bool:
+        """Whether the gate's losses teach the routers."""
+        return cast(Router, self[0]).learns
 
     def after_update(self, load_E: Tensor) -> None:
         """Tell every router its bank's loads."""
