@@ -15,6 +15,7 @@ from typing import Any
 from ..common.errors import UserError
 from ..common.ranges import check_flag, check_flags, flag
 from ..moe import ConfigError, MergedConfig, MHMoEConfig
+from ..moe.gate import GATES
 from ..moe.merged import MERGINGS
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
@@ -119,9 +120,9 @@ def _feed_forward(options: Any) -> str:
 def _check_causal(options: Any) -> None:
     """Refuse, for a language model, routing by which a position depends on what follows it."""
     routing = _text(options.mhmoe_routing)
-    reason = MERGINGS[routing].sees_later if routing in MERGINGS else ""
-    if reason:
-        raise UserError(f"--mhmoe-routing {routing} is for BEiT-3 and not for language models: {reason}")
+    kind = {**GATES, **MERGINGS}.get(routing)
+    if kind is not None and kind.sees_later:
+        raise UserError(f"--mhmoe-routing {routing} is for BEiT-3 and not for language models: {kind.sees_later}")
 
 
 def _check_stack(options: Any) -> None:
@@ -265,6 +266,8 @@ def _check_moe(options: Any) -> None:
     if len(of_router) > 1 and of_router[0] == "mhmoe_router_preset":
         raise UserError(f"--mhmoe-router-preset sets what {flag(of_router[1])} sets: give one")
     for name in _given(options, "capacity"):
+        if routing == "expert-choice" and name == "mhmoe_capacity_factor":  # sub-tokens that an expert takes
+            continue
         if routing not in (None, *_WITH_CAPACITY) or (routing is None and name.startswith("mhmoe_")):
             kind = routing or "dropless"
             raise UserError(f"{flag(name)} is about capacity; it contradicts {kind} routing (--mhmoe-routing)")

@@ -153,12 +153,13 @@ class MoEOptions(FairseqDataclass):
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
         "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process); lory, smear: no choice, but one "
         "network averaged over all experts, for each segment of a text by the one before it, or (BEiT-3) for each "
-        "example; domain: an expert for each domain of the data, or language, and no router (DEMix; smoe_*, top-k 1, "
-        "as many experts as domains)",
+        "example; expert-choice: experts choose sub-tokens, as many each (BEiT-3); domain: an expert for each domain "
+        "of the data, or language, and no router (DEMix; smoe_*, top-k 1, as many experts as domains)",
         needs="moe", layer="routing", values={**TORCHSCALE, **DOMAIN},
     )  # fmt: skip
     mhmoe_capacity_factor: Optional[float] = option(
-        "with capacity routing: slots per expert in training, as a multiple of an even share (default: 1.0)",
+        "with capacity routing: slots per expert in training, as a multiple of an even share; with expert-choice what "
+        "an expert takes, so, too, of the experts' FLOPs (default: 1.0)",
         needs="capacity", layer="capacity_factor",
     )  # fmt: skip
     mhmoe_router: Optional[ROUTER_CHOICES] = option(

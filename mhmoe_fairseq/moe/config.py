@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
 from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices
-from .gate import GateFields
+from .gate import GATES, GateFields
 from .router import ROUTERS, RouterFields
 
 
@@ -198,7 +198,8 @@ class MHMoEConfig(RouterFields, GateFields):
     def flops_per_token(self) -> int:
         """FLOPs of one token's forward pass, matrix products only (2 per multiply-add), H*K expert calls."""
         h = self.subtokens_per_token
-        experts = h * self.top_k * self.matrices_per_expert * self.subtoken_dim * self.expert_ffn_dim
+        calls = h * GATES[self.routing].mean_choices(self)
+        experts = round(calls * self.matrices_per_expert * self.subtoken_dim * self.expert_ffn_dim)
         router = h * ROUTERS[self.router].flops(self)
         projections = self._num_projection_weights()
         shared = self.matrices_per_expert * self.embed_dim * self.shared_expert_dim

@@ -7,7 +7,7 @@ A new gate is a subclass of :class:`Gate` in ``GATES``, and the fields it needs 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,16 @@ class GateFields:
     Args:
         num_experts: experts E, of each bank.
         top_k: experts per sub-token K.
-        routing: a name in ``GATES``: ``"dropless"``, or ``"capacity"`` (the choices of GShard and TorchScale).
+        routing: a name in ``GATES``: ``"dropless"``, ``"capacity"`` (the choices of GShard and TorchScale) or
+            ``"expert-choice"``, by which experts choose sub-tokens.
         gate_score: a name in ``SCORES``: ``"softmax"`` or ``"sigmoid"`` of the router's logits.
         normalize_gates: gate weights are the chosen experts' scores divided by their sum when K >= 2; False, and with
             K = 1: the scores as they are.
         gate_scale: what the gate weights are multiplied by in the end.
         normalize_before_dropping: with capacity routing, renormalise before dropping.
         second_expert_policy: GShard's policy for the second expert; training with K = 2 only.
-        capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert.
+        capacity_factor: training capacity = int(factor * K * ceil(N / E)) slots per expert; with expert choice what an
+            expert takes, int(factor * K * N / E).
         eval_capacity_fraction: evaluation capacity as a fraction of the sub-tokens; 0 or below: the training rule.
 
     >>> GateFields(num_experts=4).routing
@@ -110,12 +112,17 @@ class Gate(nn.Module):
 
     Attributes:
         drops_tokens: whether experts may refuse tokens, so that a token's output depends on the others of its batch.
+        is_balanced: whether loads are equal whatever the router says, so that a balance loss has nothing to do.
+        sees_later: why the positions of a sequence depend on later ones, so that language models refuse it; empty where
+            they do not, or only by what is dropped.
 
     >>> Gate(GateFields(num_experts=2))(torch.tensor([[3.0, 1.0]])).gates_NK
     tensor([[0.8808, 0.1192]])
     """
 
     drops_tokens = False
+    is_balanced = False
+    sees_later: ClassVar[str] = ""
 
     def __init__(self, config: GateFields) -> None:
         super().__init__()
@@ -162,6 +169,16 @@ class Gate(nn.Module):
         experts_NK = choices_NK.masked_fill(~kept_NK, config.total_experts)
         return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK)
 
+    @staticmethod
+    def mean_choices(config: GateFields) -> float:
+        """How many experts a sub-token goes to, on average, where none is dropped."""
+        return config.top_k
+
+    @staticmethod
+    def most_choices(config: GateFields) -> int:
+        """How many experts a sub-token can go to."""
+        return config.top_k
+
     def _scaled(self, gates_NK: Tensor) -> Tensor:
         scale = self.config.gate_scale
         return gates_NK if scale == 1 else gates_NK * scale
@@ -175,6 +192,9 @@ class Gate(nn.Module):
 
 class CapacityGate(Gate):
     """As GShard's and TorchScale's gates: an expert takes what comes first, and drops what is over its capacity.
+
+    With K = 1 what is dropped depends on no later position of a sequence. With more it does, where anything is dropped:
+    all first choices queue before all second ones, those of later positions, too.
 
     >>> gate = CapacityGate(GateFields(num_experts=2, top_k=1, routing="capacity"))
     >>> gate(torch.tensor([[1.0, 0.0]] * 3)).kept_NK.flatten()  # 3 sub-tokens, 2 slots for each expert

@@ -150,7 +150,8 @@ class MHMoELayer(nn.Module):
         if self.parallel is not None and config.balance_scope == "global":
             sums = sums.over(self.parallel.sum)
         stats = routing_stats(assignment, plan, mask_N)
-        balance_loss = load_balancing_loss(sums) if self.router.learns else torch.zeros_like(sums.num_real)
+        needs_balance = self.router.learns and not self.gate.is_balanced
+        balance_loss = load_balancing_loss(sums) if needs_balance else torch.zeros_like(sums.num_real)
         return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic)
 
     @property

@@ -90,7 +90,7 @@ class ParallelTask(FairseqTask):
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
             logger.warning(
-                "--mhmoe-routing: which tokens an expert refuses depends on the other rows of the batch, and so do "
+                "--mhmoe-routing: which tokens an expert takes depends on the other rows of the batch, and so do "
                 "loss and perplexity: compare figures of one --batch-size only (lm-eval, xnli and probe score row by "
                 "row)"
             )

@@ -49,7 +49,7 @@ def test_each_validation_reports_its_first_bad_batch(task, caplog):
 
 
 UNBALANCED = "leaves out the MoE layers' balance loss"
-BY_BATCH = "which tokens an expert refuses depends on the other rows of the batch"
+BY_BATCH = "which tokens an expert takes depends on the other rows of the batch"
 
 
 @pytest.fixture(scope="module")

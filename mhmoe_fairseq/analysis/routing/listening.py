@@ -20,6 +20,7 @@ from ...moe import MHMoELayer
 from ...moe.gate import Assignment
 from ...torchscale_ext.feed_forward import SeparateExperts
 
+NOT_CHOSEN = -1
 # What positions are told apart, in the order of tables; a language model's are all text.
 GROUPS = ("image", "text", "image of pairs", "text of pairs")
 
@@ -32,7 +33,8 @@ class RoutedCall:
         groups: bool ``(B, L)`` for each of ``GROUPS`` that the call has: its positions, without padding. A call that
             only keeps other processes company is all padding.
         choices: by MoE layer, ``(B, L, H, K)`` experts of each sub-token, before any is dropped for lack of capacity;
-            where each modality has experts of its own, the text's follow the image's.
+            where each modality has experts of its own, the text's follow the image's. Where experts choose, K is their
+            number, and of those that did not choose the sub-token ``NOT_CHOSEN`` stands there.
         num_experts: of a layer, all banks' and both modalities' together.
         weights: by MoE layer, ``(B, L, H, K)`` float32 weights of their outputs; 0 where dropped.
         entropies: by MoE layer, ``(B, L, H)`` entropy in nats of the router's probabilities.
@@ -47,8 +49,8 @@ class RoutedCall:
     def distinct(self, layer: int) -> Tensor:
         """To how many different experts the sub-tokens of each position go, ``(B, L)``."""
         choices = self.choices[layer].flatten(2)
-        used = torch.zeros(*choices.shape[:2], self.num_experts, dtype=torch.bool, device=choices.device)
-        return used.scatter(-1, choices, True).sum(-1)
+        used = torch.zeros(*choices.shape[:2], self.num_experts + 1, dtype=torch.bool, device=choices.device)
+        return used.scatter(-1, choices.where(choices >= 0, self.num_experts), True)[..., :-1].sum(-1)
 
 
 @contextmanager
@@ -66,7 +68,10 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
 
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
         entropy_N = torch.special.entr(assignment.probs_NE.float()).sum(1)
-        heard[index].append((assignment.choices_NK, assignment.gates_NK.float(), entropy_N))
+        choices_NK = assignment.choices_NK
+        if gate.is_balanced:  # experts choose: what none of them took is no choice
+            choices_NK = torch.where(assignment.kept_NK, choices_NK, choices_NK.new_tensor(NOT_CHOSEN))
+        heard[index].append((choices_NK, assignment.gates_NK.float(), entropy_N))
 
     def end_call(module: nn.Module, given: Any, output: tuple[Tensor, dict[str, Any]]) -> None:
         features, extra = output
@@ -78,7 +83,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
             for pool, (noted, size) in enumerate(zip(heard.pop(index), sizes)):
                 shape = batch, size, config.subtokens_per_token
                 chosen, weight, entropy = (each.view(*shape, *each.shape[1:]) for each in noted)
-                by_pool.append((chosen + pool * config.total_experts, weight, entropy))
+                by_pool.append((chosen.where(chosen < 0, chosen + pool * config.total_experts), weight, entropy))
             choices[index], weights[index], entropies[index] = (torch.cat(each, dim=1) for each in zip(*by_pool))
         was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
         is_real = torch.full((batch, length), was_routed, device=features.device)
@@ -120,8 +125,8 @@ def expert_pools(model: nn.Module) -> dict[int, list[MHMoELayer]]:
 
 def most_distinct(model: nn.Module) -> int:
     """To how many different experts the sub-tokens of one position can go."""
-    config = next(iter(expert_pools(model).values()))[0].config
-    return min(config.total_experts, config.subtokens_per_token * config.top_k)
+    pool = next(iter(expert_pools(model).values()))[0]
+    return min(pool.config.total_experts, pool.config.subtokens_per_token * pool.gate.most_choices(pool.config))
 
 
 class PositionCounts:
@@ -139,7 +144,8 @@ class PositionCounts:
         for group, positions in call.groups.items():
             self._positions[group] += int(positions.sum())
             for layer, choices in call.choices.items():
-                load_E = torch.bincount(choices[positions].flatten(), minlength=call.num_experts)
+                chosen = choices[positions]
+                load_E = torch.bincount(chosen[chosen >= 0], minlength=call.num_experts)
                 self._loads[group, layer] += load_E.cpu()
                 self._distinct[group, layer] += int(call.distinct(layer)[positions].sum())
 

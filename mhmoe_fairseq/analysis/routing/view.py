@@ -119,13 +119,17 @@ def route_view(
     pools = expert_pools(opened.model)
     if not pools:
         raise UserError(f"{checkpoint} is a dense model: it has no experts to show")
+    first = next(iter(pools.values()))
+    if first[0].gate.is_balanced:
+        raise UserError(
+            f"{checkpoint}: its experts choose positions (expert-choice); --view shows positions that choose"
+        )
     is_text_model = isinstance(opened.model, MHMoELanguageModel)
     if is_text_model and any(source.image for source in sources):
         raise UserError(f"{checkpoint} is a language model: it sees no --image")
     encoded = _encode_all(opened, sources, ranks, is_text_model)
     grids = [opened.task.grid if source.image else (0, 0) for source in sources]
     positions = sum(map(len, encoded)) + sum(1 + rows * columns for rows, columns in grids if rows)
-    first = next(iter(pools.values()))
     config = first[0].config
     _check_size(positions, len(pools), config.subtokens_per_token, config.top_k)
     texts = _shown_texts(opened, ranks) if any(encoded) else []

@@ -16,6 +16,7 @@ from torchscale.component.xpos_relative_position import XPOS
 from ...common.errors import UserError
 from ...common.ranges import flag
 from ...models.flags import routes_by_domain
+from ...moe.merged import MERGINGS
 from ...torchscale_ext.settings import DecoderSettings, Settings
 
 _STACK = r"(?:decoder|beit3\.encoder)\.layers\.\d+"
@@ -75,9 +76,13 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
             "--mhmoe-routing domain cannot be exported: other software does not tell the domain of a text, which "
             "chooses the experts; mhmoe evaluate --domain-mixture scores text without it"
         )
+    if settings.moe is not None and routing in MERGINGS:
+        raise UserError(
+            f"--mhmoe-routing {routing} cannot be exported: the exported code chooses experts, it merges none"
+        )
     if settings.moe is not None and routing != "dropless":
         raise UserError(
-            f"--mhmoe-routing {routing} cannot be exported: what its experts refuse depends on the batch, which "
+            f"--mhmoe-routing {routing} cannot be exported: what its experts take depends on the batch, which "
             "other software does not repeat; train with dropless routing, or go on with it from this checkpoint"
         )
     if settings.moe is not None and settings.moe.router not in _ROUTERS:
