@@ -325,8 +325,8 @@ def _model_line(summary: "CheckpointSummary") -> str:
         return f"{MISSING} (no configuration is stored)"
     sizes = [f"{stack}_{size}" for stack in ("decoder", "encoder") for size in ("layers", "embed_dim", "ffn_embed_dim")]
     images = ("img_size", "patch_size", "max_text_length", "mhmoe_modality_experts")
-    of_moe = ("mhmoe_heads_number", "moe_top_k", "mhmoe_granularity", "mhmoe_routing", "mhmoe_budget")
-    names = (*sizes, *images, *of_moe)
+    experts = ("mhmoe_heads_number", "moe_top_k", "mhmoe_granularity", "mhmoe_shared_experts")
+    names = (*sizes, *images, *experts, "mhmoe_routing", "mhmoe_budget")
     given = (f"{name} {summary.settings[name]}" for name in names if name in summary.settings)
     return ", ".join([summary.arch, *given])
 

@@ -71,8 +71,8 @@ _FLAGS_BY_RANGE = {
         tokens_per_sample moe_expert_count moe_top_k moe_ffn_dim mhmoe_heads_number mhmoe_granularity
         mhmoe_latent_dim mhmoe_router_dim mhmoe_segment_length mhmoe_expert_parallel_size caption_beam batch_size
         batch_size_valid model_parallel_size update_freq log_interval""",
-    COUNT: """moe_freq mhmoe_projection_layers mhmoe_shared_expert_dim drop_worst_after data_buffer_size max_epoch
-        force_anneal""",
+    COUNT: """moe_freq mhmoe_projection_layers mhmoe_shared_expert_dim mhmoe_shared_experts drop_worst_after
+        data_buffer_size max_epoch force_anneal""",
     # moe_eval_capacity_token_fraction: 0 or below means the training rule
     ANY: "moe_eval_capacity_token_fraction stop_min_lr warmup_init_lr min_lr lr_period_updates",
     Range(integer=True): "output_dictionary_size",

@@ -89,6 +89,9 @@ MODELS = {
     "smoe": Model("smoe", MOE),
     "smoe-e128-k1": Model("smoe", f"{MOE} --moe-expert-count 128 --moe-top-k 1"),
     "smoe-e256": Model("smoe", f"{MOE} --moe-expert-count 256"),
+    # Single-head baselines at the budget of smoe, which but for its router is xmoe's.
+    "deepseekmoe": Model("deepseekmoe", MOE),
+    "olmoe": Model("olmoe", f"{MOE} --mhmoe-z-loss-wt 0.001"),
     "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},

@@ -88,12 +88,28 @@ def mhmoe(args: Any) -> None:
     sparse(args, router="xmoe")
 
 
+def fine_grained(args: Any, shared_experts: int) -> None:
+    """Experts a quarter as wide, four times as many and four times as many for each token, at GShard's budget.
+
+    ``--moe-expert-count``, ``--moe-top-k`` and ``--moe-ffn-dim`` are the reference's. Gate weights are the softmax as
+    it is, and the balance loss counts all choices. With shared experts this is DeepSeekMoE's layer (arXiv 2401.06066),
+    without OLMoE's (2409.02060); activation, norms, biases and the weights of losses are left to a recipe.
+    """
+    fill(args, mhmoe_granularity=4, mhmoe_shared_experts=shared_experts)
+    fill(args, mhmoe_normalize_gates="off", mhmoe_balance_assignment="topk")
+    sparse(args, router="linear")
+
+
 FAMILIES: dict[str, Callable[[Any], None]] = {
     "dense": dense,
     "smoe": functools.partial(sparse, router="linear"),
     "xmoe": functools.partial(sparse, router="xmoe"),
     "mhmoe": mhmoe,
+    "deepseekmoe": functools.partial(fine_grained, shared_experts=1),
+    "olmoe": functools.partial(fine_grained, shared_experts=0),
 }
+# Whose parameters and products a family keeps.
+REFERENCES = {"mhmoe": "xmoe", "deepseekmoe": "smoe", "olmoe": "smoe"}
 
 
 # ---------------------------------------------------------------------- architectures

@@ -166,7 +166,7 @@ def _moe_config(options: Any) -> MHMoEConfig | None:
         raise UserError(f"--moe-freq ({options.moe_freq}) must be 0 or at most {layers}")
     _check_moe(options)
     with _flags_for_fields(options):
-        moe = _with_budget(options)
+        moe = _with_budget(options).sharing(options.mhmoe_shared_experts or 0)
         if _text(options.mhmoe_routing) == "torchscale":
             check_supported(moe)
         return moe
@@ -295,7 +295,7 @@ def _flags_for_fields(options: Any) -> Iterator[None]:
         yield
     except ConfigError as error:
         entries = {entry.metadata["layer"]: entry for entry in _entries(options)}
-        own = {name: f"mhmoe_{name}" for name in ("budget", "granularity")}
+        own = {name: f"mhmoe_{name}" for name in ("budget", "granularity", "shared_experts")}
         flags = {**own, **{layer: entry.name for layer, entry in entries.items()}}
         given = _value(options, entries[error.field]) if error.field in entries else None
         named = ConfigError(error.field, given or error.value, error.rule)

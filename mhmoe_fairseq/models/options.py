@@ -276,6 +276,11 @@ class MoEOptions(FairseqDataclass):
         "heads (paper 2, table 3; default: none)",
         layer="quantize_experts", values=QUANTIZED,
     )  # fmt: skip
+    mhmoe_shared_experts: Optional[int] = option(
+        "experts, of those there are after --mhmoe-granularity, that every token uses with weight 1, in place of as "
+        "many of its choices: the same products and parameters; one head only (default: 0; deepseekmoe_*: 1)",
+        needs="moe",
+    )
     cpu: bool = option(None, affects="nothing", default=II("common.cpu"))
     tpu: bool = option(None, affects="nothing", default=II("common.tpu"))
     amp: bool = option(None, affects="nothing", default=II("common.amp"))

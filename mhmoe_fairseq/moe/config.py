@@ -275,6 +275,28 @@ class MHMoEConfig(RouterFields, GateFields):
         width, number, top_k = self.expert_ffn_dim // times, self.num_experts * times, self.top_k * times
         return dataclasses.replace(self, expert_ffn_dim=width, num_experts=number, top_k=top_k)
 
+    def sharing(self, experts: int) -> "MHMoEConfig":
+        """This layer with so many of its experts shared: every token passes them, and is routed to as many fewer.
+
+        The same matrices and products: shared experts of width F are one of width ``experts`` F, and weigh 1. Applied
+        to :meth:`finer` it is DeepSeekMoE (equations 6 to 11).
+
+        Raises:
+            ConfigError: if experts see parts of tokens, if no choice is left, or if a shared expert is there already.
+        """
+        if not experts:
+            return self
+        if self.subtoken_dim != self.embed_dim:
+            rule = f"needs {{num_heads}} 1, not {self.num_heads}, and no {{latent_dim}}: it sees whole tokens"
+            raise ConfigError("shared_experts", experts, rule)
+        if experts >= self.top_k:
+            raise ConfigError("shared_experts", experts, f"must be less than the experts of a token ({self.top_k})")
+        if self.shared_expert_dim:
+            raise ConfigError("shared_experts", experts, "contradicts {shared_expert_dim}: give one")
+        number, top_k = self.num_experts - experts, self.top_k - experts
+        width = experts * self.expert_ffn_dim
+        return dataclasses.replace(self, num_experts=number, top_k=top_k, shared_expert_dim=width)
+
     def budget_gap(self, reference: "MHMoEConfig") -> "BudgetGap":
         """How far this layer is from ``reference``: relative gaps, positive where this one is larger."""
         return BudgetGap(

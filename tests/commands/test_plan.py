@@ -153,6 +153,16 @@ def test_any_other_architecture_and_option(capsys: pytest.CaptureFixture) -> Non
     assert models[2:] == ["dense", "smoe"]
 
 
+def test_a_fine_grained_model_stands_beside_the_layer_whose_budget_it_keeps(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    for words, shared, size in (([], 1, 31), (["--mhmoe-shared-experts", "2", "--ranks", "4"], 2, 30)):
+        assert main(["plan", "--arch", "deepseekmoe_lm_base", *words, "--json", str(path)]) == 0
+        _, smoe, ours = json.loads(path.read_text())
+        assert (smoe["family"], smoe["num_experts"], smoe["top_k"]) == ("smoe", 8, 2)
+        assert (ours["num_experts"], ours["top_k"], ours["expert_ffn_dim"]) == (size, 8 - shared, 768)
+        assert ours["flops_per_token"] == pytest.approx(smoe["flops_per_token"], rel=0.002)
+
+
 def test_the_models_flags_are_listed_when_asked_for(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--help-model"]) == 0
     text = capsys.readouterr().out
@@ -162,7 +172,7 @@ def test_the_models_flags_are_listed_when_asked_for(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be one of dense_beit3_base"),
+        (["--arch", "mhmoe_lm"], r"--arch \(mhmoe_lm\) must be one of deepseekmoe_beit3_base"),
         (["--arch", "mhmoe_lm_huge"], "must be one of"),
         (["--heads", "5"], r"--mhmoe-heads-number \(5\) must divide --decoder-embed-dim \(768\)"),
         (["--experts", "0"], r"--experts \(0\) must be at least 1"),

@@ -36,10 +36,10 @@ MAY_BE_ZERO = MAY_BE_NEGATIVE | {
     "activation_dropout", "adam_betas", "adam_eps", "attention_dropout", "caption_length_penalty", "clip_norm",
     "data_buffer_size", "drop_path_rate", "drop_worst_after", "drop_worst_ratio", "dropout", "ema_decay",
     "end_learning_rate", "force_anneal", "label_smoothing", "lr", "lr_shrink", "max_epoch", "max_lr", "max_update",
-    "mhmoe_head_dropout", "mhmoe_projection_layers", "mhmoe_shared_expert_dim", "mhmoe_z_loss_wt", "moe_freq",
-    "moe_gate_loss_wt", "multilang_sampling_alpha", "num_projection_layers", "power", "second_lr",
-    "second_weight_decay", "seed", "sentencepiece_alpha", "shared_expert_dim", "stop_time_hours", "total_num_update",
-    "warmup_updates", "weight_decay",
+    "mhmoe_head_dropout", "mhmoe_projection_layers", "mhmoe_shared_expert_dim", "mhmoe_shared_experts",
+    "mhmoe_z_loss_wt", "moe_freq", "moe_gate_loss_wt", "multilang_sampling_alpha", "num_projection_layers", "power",
+    "second_lr", "second_weight_decay", "seed", "sentencepiece_alpha", "shared_expert_dim", "stop_time_hours",
+    "total_num_update", "warmup_updates", "weight_decay",
 }  # fmt: skip
 NOT_ONE = {"caption_max_len", "max_text_length", "num_classes"} | {
     name for name in FLAGS if name.endswith(("dropout", "_prob", "_ratio", "_smoothing", "drop_path_rate"))

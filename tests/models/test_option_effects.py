@@ -91,6 +91,7 @@ SHARED = {
     "mhmoe_no_split": Effect("function", True),
     "mhmoe_shared_expert_dim": Effect("function", 16),
     "mhmoe_quantize": Effect("function", "experts"),
+    "mhmoe_shared_experts": Effect("function", 1, arch="smoe"),
     "cpu": Effect("nothing", True),  # fairseq's: on which device --mhmoe-precision auto looks
     "tpu": Effect("nothing", True),  # fairseq's: a task refuses it, since it means --bf16
     "amp": Effect("nothing", True),  # fairseq's: permits fp16 in training

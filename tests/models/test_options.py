@@ -18,8 +18,9 @@ SHARED = """
 --mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
 --mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-input
---mhmoe-router-normalize
---mhmoe-router-preset --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-subtoken-residual
+--mhmoe-router-normalize --mhmoe-router-preset
+--mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-shared-experts
+--mhmoe-subtoken-residual
 --moe-eval-capacity-token-fraction --moe-expert-count --moe-ffn-dim --moe-freq --moe-gating-use-fp32
 --moe-normalize-gate-prob-before-dropping --moe-second-expert-policy --moe-top-k --moe-top1-expert --no-bias
 --no-subln --rms-norm --subln --use-xmoe

@@ -34,6 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_token_positional_embeddings": True, "mhmoe_normalize_gates": "off", "mhmoe_granularity": 2},
     ),
     "sigmoid": ("mhmoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_gate_scale": 2.5}),
+    "deepseekmoe": ("deepseekmoe_lm_tiny", {"mhmoe_shared_experts": 2}),
     "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "topk"}),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...checkpoints.summary import count_parts
 from ...common.ranges import flag
-from ...models.architectures import Architecture, architecture_options, named_architecture
+from ...models.architectures import REFERENCES, Architecture, architecture_options, named_architecture
 from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, count_built
 from ...models.flags import context_of, expert_parallel_size, moe_config
 from ...models.options import LanguageModelOptions, MoEOptions, options_with
@@ -67,7 +67,8 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
         UserError: for an unknown architecture, or what building the model refuses.
     """
     architecture, dictionary = settings.architecture, blank_dictionary(settings.vocab_size)
-    families = dict.fromkeys(["dense", *(["xmoe"] if architecture.family == "mhmoe" else []), architecture.family])
+    family = architecture.family
+    families = dict.fromkeys(["dense", REFERENCES.get(family, family), family])
     sizes = architecture.size, settings.vocab_size, settings.num_visual_tokens
     papers_sizes = "base", PAPER_VOCAB_SIZES[architecture.kind], PAPER_VISUAL_TOKENS
     is_papers = sizes == papers_sizes and settings.flags.items() <= SAME_MODEL.items()
@@ -95,7 +96,7 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     options = architecture_options(name, **flags)
     is_shared_out = settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS
     if experts is not None and is_shared_out and (moe := moe_config(options)) is not None:
-        number = experts * (flags.get("mhmoe_granularity") or 1) * moe.num_banks
+        number = (experts * (options.mhmoe_granularity or 1) - (options.mhmoe_shared_experts or 0)) * moe.num_banks
         size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
     if moe is not None and moe.total_experts % size:
         multiple = size // math.gcd(size, moe.num_banks)
@@ -113,9 +114,9 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
 
 
 def _flags_of(family: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that a baseline has: dense none of MoE's, a budget's reference neither MH-MoE's nor granularity."""
+    """The flags that a baseline has: dense none of MoE's, a budget's reference no other's, nor granularity."""
     if family == "dense":
         kept = [name for name in options_with(needs="") if name != "moe_freq"]
         return {name: value for name, value in flags.items() if name in kept}
-    others = {*options_with(needs="heads"), "mhmoe_granularity"}
+    others = {*options_with(needs="heads"), "mhmoe_granularity", "mhmoe_shared_experts"}
     return {name: value for name, value in flags.items() if name not in others}
