@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import SMALL, small_dictionary, token_rows
+from dense_checkpoints import write_dense
+from language_models import small_dictionary, token_rows
 
 from mhmoe_fairseq.checkpoints.mix import mix
-from mhmoe_fairseq.checkpoints.official.importing import stored_checkpoint
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.models.architectures import architecture_options, named_architecture
+from mhmoe_fairseq.models.architectures import named_architecture
 from mhmoe_fairseq.models.language_model import build_language_model
 from mhmoe_fairseq.models.options import LanguageModelOptions
 
@@ -20,23 +20,9 @@ VARIANTS = {
     "SwiGLU without biases, RMSNorm": {"activation_fn": "silu", "no_bias": True, "rms_norm": True},
     "SwiGLU with biases, sub-LN": {"activation_fn": "silu"},
     "deepnorm, relu": {"deepnorm": True, "activation_fn": "relu"},
+    "1.58 bits": {"mhmoe_quantize": "all"},
     "untied, learned positions": {"no_share_decoder_input_output_embed": True, "decoder_learned_pos": True},
 }
-
-
-def write(path: Path, seed: int = 0, arch: str = "dense_lm_tiny", words: int = 40, noise: float = 0.0, **flags) -> Path:
-    """A dense model's checkpoint, with every weight drawn, norms and biases included."""
-    options = architecture_options(arch, **{**SMALL, "dropout": 0.0, **flags})
-    options._name = arch
-    torch.manual_seed(seed)
-    model = build_language_model(options, small_dictionary(words))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    state = model.state_dict()
-    torch.save(stored_checkpoint(state, options, {"_name": "mhmoe_language_modeling", "data": "d"}), path)
-    return path
 
 
 def built(checkpoint: dict):
@@ -57,7 +43,7 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("freq", [1, 2])
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_equal_branches_give_the_seeds_logits_under_any_router(tmp_path: Path, flags: dict, freq: int) -> None:
-    seed = write(tmp_path / "seed.pt", **flags)
+    seed = write_dense(tmp_path / "seed.pt", **flags)
     expected = logits(built(torch.load(seed)))
     for router_seed in (1, 2):
         model = built(mix(seed, [seed] * 3, moe_freq=freq, router_seed=router_seed))
@@ -66,7 +52,7 @@ def test_equal_branches_give_the_seeds_logits_under_any_router(tmp_path: Path, f
 
 
 def test_each_branch_is_an_expert_and_all_else_is_the_mean(tmp_path: Path) -> None:
-    seed, *branches = (write(tmp_path / f"{number}.pt", number) for number in range(4))
+    seed, *branches = (write_dense(tmp_path / f"{number}.pt", number) for number in range(4))
     states = [torch.load(path)["model"] for path in branches]
     mixed = mix(seed, branches, moe_freq=2)
     model, origin = mixed["model"], mixed["mixed_from"]
@@ -90,7 +76,7 @@ def test_each_branch_is_an_expert_and_all_else_is_the_mean(tmp_path: Path) -> No
 
 
 def test_routers_are_drawn_from_their_seed_and_nothing_else(tmp_path: Path) -> None:
-    seed = write(tmp_path / "seed.pt")
+    seed = write_dense(tmp_path / "seed.pt")
     name = "decoder.layers.{}.moe_layer.router.weight"
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -102,27 +88,27 @@ def test_routers_are_drawn_from_their_seed_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_mixed_is_refused_by_one_line(tmp_path: Path) -> None:
-    seed = write(tmp_path / "seed.pt")
+    seed = write_dense(tmp_path / "seed.pt")
     with pytest.raises(UserError, match=r"--moe-top-k \(1\) must be at least 2: .*raw probability"):
         mix(seed, [seed] * 2, top_k=1)
     with pytest.raises(UserError, match=r"--branch: 1 of them cannot be --moe-top-k \(2\)"):
         mix(seed, [seed])
     with pytest.raises(UserError, match=r"--moe-freq \(3\) must be at least 1 and at most the model's 2 layers"):
         mix(seed, [seed] * 2, moe_freq=3)
-    wider = write(tmp_path / "wider.pt", decoder_ffn_embed_dim=96)
+    wider = write_dense(tmp_path / "wider.pt", decoder_ffn_embed_dim=96)
     with pytest.raises(UserError, match=r"wider.pt is not the model of .*seed.pt: --decoder-ffn-embed-dim is 96 in it"):
         mix(seed, [seed, wider])
     torch.save({**torch.load(wider), "cfg": torch.load(seed)["cfg"]}, wider)
     with pytest.raises(UserError, match=r"wider.pt .*: decoder.layers.0.ffn.fc1.bias is \(96,\) in it, \(64,\) there"):
         mix(seed, [seed, wider])
-    other = write(tmp_path / "other.pt", words=41)
+    other = write_dense(tmp_path / "other.pt", words=41)
     with pytest.raises(UserError, match="other.pt is not the model of .*: it has another dictionary"):
         mix(seed, [seed, other])
-    sparse = write(tmp_path / "sparse.pt", arch="smoe_lm_tiny")
+    sparse = write_dense(tmp_path / "sparse.pt", arch="smoe_lm_tiny")
     with pytest.raises(UserError, match=r"sparse.pt is not the model of .*--arch is smoe_lm_tiny in it"):
         mix(seed, [seed, sparse])
     with pytest.raises(UserError, match=r"--seed .*sparse.pt: its --arch \(smoe_lm_tiny\) must be a dense"):
         mix(sparse, [sparse] * 2)
-    norms = write(tmp_path / "norms.pt", rms_norm=True, subln=True)
+    norms = write_dense(tmp_path / "norms.pt", rms_norm=True, subln=True)
     with pytest.raises(UserError, match=r"--seed .*norms.pt: was trained with --rms-norm and --subln"):
         mix(norms, [norms] * 2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from console import run_console, train
+from dense_checkpoints import write_dense
 from fine_tuning_data import fine_tuning_words, write_fine_tuning_data
 from image_text_data import prepare_shapes
 from images_and_words import training_words as pretraining_words
@@ -55,6 +56,7 @@ def write_untrained_fixtures(root: Path) -> None:
     (root / "dictionary").mkdir()
     small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
     settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
+    write_dense(root / "dense.pt")
     torch.save({"args": None, "cfg": settings, "model": official_state(PUBLISHED, 44)}, root / "official.pt")
     words = ("import-official", root / "official.pt", "--out", root / "imported", "--data", root / "dictionary")
     assert mhmoe(["checkpoint", *map(str, words)]) == 0
@@ -95,6 +97,10 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
         ("checkpoint", "convert"): {"source": [f"{root}/imported/model.pt"], "target": ["model.safetensors"]},
         ("checkpoint", "average"): {
             "--inputs": [f"{root}/imported/model.pt", f"{root}/imported/model.pt"], "--output": ["mean.pt"],
+        },
+        ("checkpoint", "mix"): {
+            "--seed": [f"{root}/dense.pt"], "--branch": [f"{root}/dense.pt"], "--include-seed": [],
+            "--output": ["mixed.pt"],
         },
         ("checkpoint", "import-official"): {
             "checkpoint": [f"{root}/official.pt"], "--out": ["out"], "--data": [f"{root}/dictionary"],

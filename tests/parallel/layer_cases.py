@@ -49,6 +49,12 @@ class Case:
             mask = torch.arange(self.tokens[rank]) >= self.tokens[rank] - self.padded[rank]
         return x.requires_grad_(), mask, weights
 
+    def domain(self, rank: int) -> Tensor | None:
+        """Of each token, where the caller names it: several, but not all of them on every rank."""
+        if self.config.router != "domain":
+            return None
+        return (torch.arange(self.tokens[rank]) * (rank + 1)) % self.config.num_experts
+
 
 @dataclass
 class Result:
@@ -72,7 +78,7 @@ def run_rank(case: Case, parallel: DistributedExperts) -> Result:
     parallel.counter = TrafficCounter()
     layer = case.layer(parallel)
     x, mask, weights = case.batch(dist.get_rank())
-    output = layer(x, mask)
+    output = layer(x, mask, case.domain(dist.get_rank()))
     loss_of(output, weights).backward()
     return Result(
         output.hidden.detach(),
@@ -133,7 +139,7 @@ def run_alone(case: Case) -> list[Result]:
         rows = [len(x) for x, _, _ in batches]
         outputs = [output._replace(hidden=hidden) for hidden in output.hidden.split(rows)]
     else:
-        outputs = [layer(x, mask) for x, mask, _ in batches]
+        outputs = [layer(x, mask, case.domain(rank)) for rank, (x, mask, _) in enumerate(batches)]
     losses = [loss_of(output, weights) for output, (_, _, weights) in zip(outputs, batches)]
     (sum(losses) / world_size).backward()
     return [

@@ -29,6 +29,7 @@ VARIANTS = {
     "capacity_before": {"routing": "capacity", "normalize_before_dropping": True, "capacity_factor": 0.7},
     "global": {"balance_scope": "global"},
     "quantized": {"quantize_experts": True, "shared_expert_dim": 20},
+    "domains": {"router": "domain", "num_heads": 1, "top_k": 1},
     "global_topk": {"balance_scope": "global", "balance_assignment": "topk"},
 }
 

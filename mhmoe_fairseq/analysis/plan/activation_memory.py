@@ -157,6 +157,8 @@ class ActivationMemory:
         inputs = moe.inner_dim * a  # the experts'
         if self.shape.half and (moe.gating_fp32 or not moe.has_head_projection):
             inputs += h * moe.router_input_dim * gate
+        if not ROUTERS[moe.router].learns:  # its choices have no gradient
+            return moe.inner_dim * a + h * k * (_INDEX + _FP32)
         reduced = h * ROUTERS[moe.router].num_kept(moe) * gate
         probabilities = h * (e + SCORES[moe.gate_score].num_kept(e)) * _FP32  # the logits for the z-loss, and scores
         gates = h * k * (_INDEX + 1) + (h * (k + 2) * _FP32 if moe.normalize_gates and k > 1 else 0)
