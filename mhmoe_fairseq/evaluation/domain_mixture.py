@@ -32,7 +32,7 @@ def exact(log_probs_JBS: Tensor, starts_BS: Tensor, log_prior_J: Tensor) -> Tens
     positions_S = torch.arange(starts_BS.size(1), device=starts_BS.device)
     first_BS = torch.where(starts_BS, positions_S, 0).cummax(1).values
     evidence_JBS = before_JBS - before_JBS.gather(2, first_BS.expand_as(before_JBS))
-    return _mixed(log_probs_JBS, evidence_JBS + log_prior_J.view(-1, 1, 1))
+    return _mixed_predictions(log_probs_JBS, evidence_JBS + log_prior_J.view(-1, 1, 1))
 
 
 def one_token(log_probs_JBS: Tensor, starts_BS: Tensor, log_prior_J: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ def one_token(log_probs_JBS: Tensor, starts_BS: Tensor, log_prior_J: Tensor) -> 
     """
     weights_JBS = log_probs_JBS.roll(1, 2) + log_prior_J.view(-1, 1, 1)
     weights_JBS[:, :, 0] = 0
-    return _mixed(log_probs_JBS, weights_JBS)
+    return _mixed_predictions(log_probs_JBS, weights_JBS)
 
 
-def _mixed(log_probs_JBS: Tensor, weights_JBS: Tensor) -> Tensor:
+def _mixed_predictions(log_probs_JBS: Tensor, weights_JBS: Tensor) -> Tensor:
     return torch.logsumexp(log_probs_JBS + weights_JBS.log_softmax(0), 0)
 
 

@@ -260,13 +260,12 @@ class DomainRouter(Router):
 
     @classmethod
     def check(cls, config: Any) -> None:  # an MHMoEConfig, of more fields than a router's own
-        """One head and one expert per token, since all of a token goes to its domain."""
+        """One head, one expert per token and no other weight than 1, since all of a token goes to its domain."""
         super().check(config)
-        for field in ("num_heads", "top_k"):
-            if getattr(config, field) != 1:
-                raise ConfigError(
-                    field, getattr(config, field), "must be 1: all of a token goes to its domain's expert"
-                )
+        for field, value in (("num_heads", 1), ("top_k", 1), ("gate_score", "softmax"), ("gate_scale", 1)):
+            if getattr(config, field) != value:
+                rule = f"must be {value}: all of a token goes to its domain's expert, with weight 1"
+                raise ConfigError(field, getattr(config, field), rule)
 
     @staticmethod
     def num_params(config: RouterFields) -> int:

@@ -105,8 +105,8 @@ def test_domains_are_asked_for_where_they_are_needed_and_nowhere_else() -> None:
     learnt, x = layer_and_input(router="linear")
     with pytest.raises(ConfigError, match="domain .* is given, but router is not 'domain'"):
         learnt(x, None, torch.zeros(2, 5, dtype=torch.int64))
-    for field, value in (("num_heads", 2), ("top_k", 2)):
-        with pytest.raises(ConfigError, match=rf"{field} \(2\) must be 1: all of a token goes to its domain"):
+    for field, value in (("num_heads", 2), ("top_k", 2), ("gate_score", "sigmoid"), ("gate_scale", 2.0)):
+        with pytest.raises(ConfigError, match=rf"{field} \({value!r}\) must be .*: all of a token goes to its domain"):
             MHMoEConfig(**{**FIELDS, field: value})
 
 

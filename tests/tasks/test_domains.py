@@ -9,7 +9,9 @@ import pytest
 import torch
 from fairseq.data.indexed_dataset import MMapIndexedDataset
 from mixed_corpora import DOMAINS, prepare_mix
+from multilingual_data import write_languages
 from test_language_modeling import targets, task_for
+from test_multilingual_language_modeling import task_for as multilingual_task
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import read_json, write_json
@@ -116,6 +118,17 @@ def test_a_training_on_one_domain_reads_its_documents_alone(data: Path) -> None:
         assert torch.cat(blocks).tolist() == whole[kept == index].tolist()
     with pytest.raises(FileNotFoundError, match="train_gamma.idx"):
         task.load_dataset("train_gamma")
+
+
+def test_languages_are_domains_where_experts_are_of_them(tmp_path: Path) -> None:
+    task = multilingual_task(write_languages(tmp_path / "languages"))
+    with pytest.raises(UserError, match=r"--moe-expert-count \(2\) must be 4 .*: de, el, en, zh"):
+        task.build_model(MODEL)
+    task.load_state_dict({"domains": ["zh", "en", "el", "de"]})
+    task.load_dataset("valid")
+    for batch in batches(task, "valid"):
+        expected = (3 - batch["languages"]).unsqueeze(1).expand_as(batch["target"])
+        assert torch.equal(batch["net_input"]["domain"], expected)
 
 
 def test_the_labels_change_no_digest_and_lie_beside_the_data(data: Path) -> None:
