@@ -3,11 +3,13 @@
 import argparse
 import math
 
+import official_reference
 import pytest
 import torch
 from console import evaluate, train
 from language_models import relative_error, small_dictionary
-from official_reference import OLDER, PUBLISHED, below, official_logits, official_moe_layer, official_state
+from moe_oracle import eight_bits, ternary
+from official_reference import BITNET, OLDER, PUBLISHED, below, official_logits, official_moe_layer, official_state
 from omegaconf import OmegaConf
 
 from mhmoe_fairseq.checkpoints.official.importing import merge_ranks, read_official
@@ -120,6 +122,33 @@ def test_whole_model(variant, tmp_path, data, capsys):
     torch.testing.assert_close(scores.double(), log_probs.gather(1, tokens[:, None])[:, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("changes", [{}, {"quant_ffn_only": True, "moe_freq": 1}], ids=["all", "experts"])
+def test_bitnet_model(changes, tmp_path, data, capsys, monkeypatch):
+    """All maps of attention and networks round their weight and input; router, head and merge projections do not."""
+    settings = {**BITNET, **changes}
+    state = {name: value.float() for name, value in official_state(settings, 44).items()}
+    write(tmp_path / "official.pt", state, settings)
+    arguments = (tmp_path / "official.pt", "--data", data, "--out", tmp_path / "out", "--routing", "dropless")
+    status, out, err = import_official(capsys, *arguments)
+    assert status == 0 and f"--mhmoe-quantize {'experts' if changes else 'all'}" in out, err
+    plain = official_reference.apply_linear
+
+    def rounded(x, state, name):
+        if any(other.startswith("gate.") for other in state) or (changes and "k_proj.weight" in state):
+            return plain(x, state, name)
+        rows = torch.stack([eight_bits(row) for row in x.view(-1, x.size(-1))]).view(x.shape)
+        return plain(rows, {**state, f"{name}.weight": ternary(state[f"{name}.weight"])}, name)
+
+    monkeypatch.setattr(official_reference, "apply_linear", rounded)
+    tokens = torch.randint(4, 44, (12,), generator=torch.Generator().manual_seed(2))
+    expected = official_logits(tokens, {name: value.double() for name, value in state.items()}, settings)
+    model = MHMoELanguageModel.from_pretrained(str(tmp_path / "out")).models[0]
+    latent = torch.load(tmp_path / "out" / "model.pt", weights_only=True)["model"]
+    model.load_state_dict(latent)  # opened, it had been rounded in float32
+    with torch.no_grad():
+        assert relative_error(model.double()(tokens[None])[0][0], expected) < 1e-6
+
+
 @pytest.mark.slow
 def test_fairseq_evaluates_and_trains_it(trained_model, tmp_path, capsys):
     """The imported checkpoint goes through fairseq's own commands, trained on with the flags that are printed."""
@@ -223,6 +252,10 @@ class Unknown:
     ("changes", "message"),
     [
         ({"weight_bits": 1, "input_bits": 8}, "for: weight_bits=1; input_bits=8"),
+        ({**BITNET, "fc2_bits": 4}, "for: fc2_bits=4"),
+        ({**BITNET, "absmean_alpha": 2.0}, "for: absmean_alpha=2.0"),
+        ({**BITNET, "quant_ffn_only": True}, "for: quant_ffn_only=True"),
+        ({**BITNET, "weight_quant_method": "bwn"}, "for: weight_bits=1; input_bits=8"),
         ({"moe_lora_rank": 4}, "moe_lora_rank=4"),
         ({"n_kv_heads": 2}, "n_kv_heads=2"),
         ({"deepnorm": True}, "deepnorm=True"),

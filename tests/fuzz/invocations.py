@@ -14,7 +14,7 @@ from labelled import training_words as classification_words
 from labelled import write_jsonl, write_task, xnli_rows
 from language_models import small_dictionary
 from multilingual_data import SENTENCES, write_languages
-from official_reference import PUBLISHED, official_state
+from official_reference import BITNET, PUBLISHED, official_state
 from trained_model import TrainedModel, sentences
 from written_runs import make_record, text_metrics, write_run
 from zero_shot_questions import write_tasks_folder
@@ -55,11 +55,12 @@ def write_untrained_fixtures(root: Path) -> None:
     write_json(root / "words.json", lists)
     (root / "dictionary").mkdir()
     small_dictionary(words=40).save(str(root / "dictionary" / "dict.txt"))
-    settings = {"model": PUBLISHED, "task": {"_name": "gpt"}}
     write_dense(root / "dense.pt")
-    torch.save({"args": None, "cfg": settings, "model": official_state(PUBLISHED, 44)}, root / "official.pt")
-    words = ("import-official", root / "official.pt", "--out", root / "imported", "--data", root / "dictionary")
-    assert mhmoe(["checkpoint", *map(str, words)]) == 0
+    for model, name, out in ((PUBLISHED, "official.pt", "imported"), (BITNET, "bitnet.pt", "ternary")):
+        settings = {"model": model, "task": {"_name": "gpt"}}
+        torch.save({"args": None, "cfg": settings, "model": official_state(model, 44)}, root / name)
+        words = ("import-official", root / name, "--out", root / out, "--data", root / "dictionary")
+        assert mhmoe(["checkpoint", *map(str, words)]) == 0
 
 
 def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
@@ -102,6 +103,7 @@ def untrained_calls(root: Path) -> dict[tuple[str, ...], Call]:
             "--seed": [f"{root}/dense.pt"], "--branch": [f"{root}/dense.pt"], "--include-seed": [],
             "--output": ["mixed.pt"],
         },
+        ("checkpoint", "pack"): {"source": [f"{root}/ternary/model.pt"], "target": ["packed.safetensors"]},
         ("checkpoint", "import-official"): {
             "checkpoint": [f"{root}/official.pt"], "--out": ["out"], "--data": [f"{root}/dictionary"],
         },

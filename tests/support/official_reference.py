@@ -23,6 +23,11 @@ PUBLISHED = {
     "moe_lora_rank": -1, "n_kv_heads": 4, "model_parallel_size": 1, "deepnorm": False, "xpos_rel_pos": False,
     "tokens_per_sample": 16, "max_target_positions": None,
 }  # fmt: skip
+# BitNet b1.58 in that code; the reference itself computes without.
+BITNET = {
+    **PUBLISHED, "weight_bits": 1, "input_bits": 8, "weight_quant_method": "absmean", "ffn_bits": -1,
+    "absmean_alpha": 1.0,
+}  # fmt: skip
 # The older copy: TorchScale's decoder with LayerNorms, biases, GELU and learned positions.
 OLDER = {
     **{name: value for name, value in PUBLISHED.items() if not name.endswith("_bits") and name != "moe_top_k"},

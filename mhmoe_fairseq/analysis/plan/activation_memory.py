@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...moe import MergedConfig, MHMoEConfig
+from ...moe.quantize import TernaryLinear
 from ...moe.router import ROUTERS
 from ...moe.scores import SCORES
 from ...torchscale_ext.settings import DecoderSettings
@@ -33,6 +34,7 @@ class ModelShape:
         half: the model computes under autocast in a type of two bytes.
         recompute: activations of a layer are computed again in the backward pass.
         moe: the MoE layers; None for a dense model.
+        ternary: weights of ternary linear maps outside experts.
     """
 
     settings: DecoderSettings
@@ -41,6 +43,7 @@ class ModelShape:
     half: bool
     recompute: bool
     moe: MHMoEConfig | None
+    ternary: int = 0
 
     @property
     def element(self) -> int:
@@ -59,6 +62,7 @@ def shape_of(model: Any) -> ModelShape:
         half=decoder.precision != "fp32",
         recompute=bool(decoder.args.checkpoint_activations),
         moe=decoder.args.moe if moe_layers else None,
+        ternary=sum(part.weight.numel() for part in decoder.modules() if isinstance(part, TernaryLinear)),
     )
 
 
@@ -101,7 +105,8 @@ class ActivationMemory:
         projections = moe.projection_inputs() * a
         shared = 0
         if moe.shared_expert_dim:
-            shared = moe.shared_expert_dim * a * maps + (d * a if self.shape.half else 0)
+            inputs = maps // 2 if moe.quantize_experts else int(self.shape.half)  # each map rounds its own
+            shared = moe.shared_expert_dim * a * maps + inputs * d * a
         routed = self._merged(moe) if isinstance(moe, MergedConfig) else self._router(moe) + self._experts(moe)
         return self._attention() + padding + projections + routed + shared + self._mask(settings.dropout, d, a)
 
@@ -134,10 +139,11 @@ class ActivationMemory:
         settings, a = self.shape.settings, self.shape.element
         d = settings.decoder_embed_dim
         norms = 2 * (d * _FP32 + _NORM)
-        inputs = d * a
+        inputs = (3 if settings.quantize_maps else 1) * d * a  # one for each map that rounds it
         # Queries, keys, values and what becomes of them: on a CPU in float32, if only for short sequences.
         attended = 4 * d * (_FP32 if self.cpu else a) + settings.decoder_attention_heads * _FP32
-        output = d * a + _NORM if settings.subln else 0
+        output = d * a if settings.subln or (settings.quantize_maps and not self.shape.half) else 0
+        output += _NORM if settings.subln else 0
         return norms + inputs + attended + output + self._mask(settings.dropout, d, a)
 
     def _dense_layer(self) -> int:
@@ -149,7 +155,8 @@ class ActivationMemory:
             inner = f * a * (1 if settings.activation_fn == "relu" else 2)
         norm = f * a + _NORM if settings.subln else 0
         masks = self._mask(settings.activation_dropout, f, a) + self._mask(settings.dropout, d, a)
-        return self._attention() + d * a + inner + norm + masks
+        inputs = 2 if settings.quantize_maps and settings.activation_fn == "silu" else 1
+        return self._attention() + inputs * d * a + inner + norm + masks
 
     def _router(self, moe: MHMoEConfig) -> int:
         h, k, e, a = moe.subtokens_per_token, moe.top_k, moe.num_experts, self.shape.element
@@ -173,7 +180,9 @@ class ActivationMemory:
         rows, a, is_loop = moe.subtokens_per_token * moe.top_k, self.shape.element, self.backend == "loop"
         moved = rows * moe.subtoken_dim * a
         order = rows * (_FP32 + 2 * _INDEX)
-        here = moved + order if is_loop else 2 * moved + rows * (1 + 3 * _INDEX + a)
+        here = 2 * moved + rows * (1 + 3 * _INDEX + a)
+        if is_loop:  # autograd's, of ternary experts, keep the rows that come in, too
+            here = (2 if moe.quantize_experts else 1) * moved + order
         received = (2 if is_loop else 1) * moved + order if self.exchanged else 0
         return rows * self._inner(moe) + here + received
 
@@ -190,10 +199,12 @@ class ActivationMemory:
     def _inner(self, moe: MHMoEConfig) -> int:
         """The inner activation of a row."""
         a = self.shape.element
-        if self.backend == "loop":  # pre-activations alone, the rest is computed again
+        is_loop = self.backend == "loop"
+        if is_loop and not moe.quantize_experts:  # pre-activations alone, the rest is computed again
             maps, norm = 2 if moe.activation == "swiglu" else 1, _NORM if moe.expert_layernorm else 0
             return moe.expert_ffn_dim * a * maps + norm
-        tensors = {"swiglu": 4, "relu": 1}.get(moe.activation, 2) + (3 if moe.expert_layernorm else 0)
-        mask = 1 if moe.activation_dropout else 0
+        tensors = {"swiglu": 4, "relu": 1}.get(moe.activation, 2)
+        tensors += (2 if is_loop else 3) if moe.expert_layernorm else 0  # a loop's rows share their expert's scale
+        mask = (a if is_loop else 1) if moe.activation_dropout else 0
         blocks = 2 if self.backend == "blocked" else 1  # padded to whole blocks: twice the rows at most
         return blocks * moe.expert_ffn_dim * (tensors * a + mask)

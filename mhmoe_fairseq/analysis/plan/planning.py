@@ -117,6 +117,7 @@ def _flags_of(family: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that a baseline has: dense none of MoE's, a budget's reference no other's, nor granularity."""
     if family == "dense":
         kept = [name for name in options_with(needs="") if name != "moe_freq"]
-        return {name: value for name, value in flags.items() if name in kept}
+        of_experts = ("mhmoe_quantize", "experts")
+        return {name: value for name, value in flags.items() if name in kept and (name, str(value)) != of_experts}
     others = {*options_with(needs="heads"), "mhmoe_granularity", "mhmoe_shared_experts"}
     return {name: value for name, value in flags.items() if name not in others}

@@ -161,16 +161,16 @@ class RankParameters:
     expert: int
 
     def rounded_bytes(self, shape: ModelShape, backend: str) -> int:
-        """Copies in the half type that autocast keeps for the backward pass; one layer's if recomputed.
+        """Copies, in half precision or ternary, that wait for the backward pass; one layer's if recomputed.
 
-        On a CPU ("loop") the experts' are made anew, one expert's at a time.
+        On a CPU ("loop") the experts' are made anew, one expert's at a time, unless they are ternary.
         """
-        if not shape.half:
-            return 0
-        expert = 0 if backend == "loop" else self.expert
-        if not shape.recompute:
-            return 2 * (self.dense + expert)
-        return 2 * (self.dense // shape.layers + expert // max(shape.moe_layers, 1))
+        is_ternary = shape.moe is not None and shape.moe.quantize_experts
+        dense = self.dense if shape.half else shape.ternary
+        expert = self.expert if is_ternary or (shape.half and backend != "loop") else 0
+        if shape.recompute:
+            dense, expert = dense // shape.layers, expert // max(shape.moe_layers, 1)
+        return shape.element * (dense + expert)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, r
         f"micro-batch, {2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
         _table("memory", {plan.name: _memory(plan, cluster.ranks) for plan in plans}),
-        "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that autocast keeps.\n"
+        "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that are kept.\n"
         "activations: the largest sum in one micro-batch under uniform routing. checkpoint: one file with weights and\n"
         "moments in fp32, as fairseq writes it. largest expert tensor: what a save may add to a rank's device memory.",
     ]

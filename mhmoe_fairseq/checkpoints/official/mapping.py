@@ -50,6 +50,16 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     )
     for name in names.split()
 }
+# Their BitNet b1.58, whose weights of "1 bit" are -1, 0 and 1: what says so, and what must not say otherwise.
+_TERNARY = {
+    "weight_bits": 1, "input_bits": 8, "weight_quant_method": "absmean", "input_quant_method": "absmax_per_token",
+}  # fmt: skip
+_TERNARY_REQUIRED: dict[str, tuple[Any, ...]] = {
+    **{name: (-1, 8) for name in ("ffn_bits", "fc2_bits")},
+    **{name: ("", "absmax_per_token") for name in ("ffn_quant_method", "fc2_quant_method")},
+    **{name: (False,) for name in ("blockwise_quant", "smoothquant", "quant_before_rope")},
+    "absmean_alpha": (1.0,),
+}
 # These quantisers change their input even at 32 bits.
 _SPARSIFIERS = ("absmax_per_token_sp", "absmax_per_token_relu", "absmax_per_token_relu2", "absmax_per_token_sparse_me")
 
@@ -81,9 +91,14 @@ _COMPUTED = re.compile(
 
 def check_settings(settings: Mapping[str, Any], official: Mapping[str, Tensor]) -> None:
     """Raise ``UserError`` naming every stored setting of the model, with its value, that cannot be mapped."""
+    required = _REQUIRED
+    if _is_ternary(settings):
+        required = {**{name: of for name, of in required.items() if name not in _TERNARY}, **_TERNARY_REQUIRED}
+        if settings.get("moe_freq") != 1:  # there are dense networks, which then would be ternary beside attention
+            required["quant_ffn_only"] = (False,)
     refused = [
         f"{name}={settings[name]}"
-        for name, allowed in _REQUIRED.items()
+        for name, allowed in required.items()
         if settings.get(name) is not None and settings[name] not in allowed
     ]
     for name in ("input_quant_method", "ffn_quant_method", "fc2_quant_method"):
@@ -99,6 +114,10 @@ def check_settings(settings: Mapping[str, Any], official: Mapping[str, Tensor]) 
         raise UserError(f"cannot be imported, our model has no counterpart for: {'; '.join(refused)}")
 
 
+def _is_ternary(settings: Mapping[str, Any]) -> bool:
+    return all(settings.get(name) == value for name, value in _TERNARY.items())
+
+
 def model_options(official: Mapping[str, Tensor], settings: Mapping[str, Any], routing: str) -> Any:
     """The options of our model that computes the same, with the architecture as ``_name``.
 
@@ -111,6 +130,8 @@ def model_options(official: Mapping[str, Tensor], settings: Mapping[str, Any], r
         flags.pop("decoder_learned_pos", None)  # stored, but without effect there
     flags["no_share_decoder_input_output_embed"] = not settings.get("share_decoder_input_output_embed")
     flags["subln" if settings.get("subln") else "no_subln"] = True
+    if _is_ternary(settings):
+        flags["mhmoe_quantize"] = "experts" if settings.get("quant_ffn_only") else "all"
     arch = "dense_lm_base"
     if settings.get("moe_freq"):
         of_layers = _moe_flags(official, settings, routing)

@@ -67,6 +67,13 @@ CASES = [
     ("mhmoe_lm_tiny", "grouped", {"mhmoe_expert_banks": "per-head", "moe_expert_count": 16, "mhmoe_router": "linear"}),
     ("smoe_lm_tiny", "loop", {"mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_shared_expert_dim": 48}),
     ("smoe_lm_tiny", "grouped", {"mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_precision": "bf16"}),
+    ("dense_lm_tiny", "loop", {"mhmoe_quantize": "all"}),
+    ("dense_lm_tiny", "loop", {"mhmoe_quantize": "all", "no_subln": True}),
+    ("dense_lm_tiny", "loop", {"mhmoe_quantize": "all", "activation_fn": "silu", "mhmoe_precision": "bf16"}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_quantize": "experts"}),
+    ("mhmoe_lm_tiny", "loop", {"mhmoe_quantize": "experts", "activation_fn": "silu", "activation_dropout": 0.1}),
+    ("mhmoe_lm_tiny", "grouped", {"mhmoe_quantize": "all", "mhmoe_precision": "bf16"}),
+    ("smoe_lm_tiny", "loop", {"mhmoe_quantize": "all", "mhmoe_shared_expert_dim": 48}),
     ("xmoe_lm_tiny", "grouped", {"mhmoe_no_split": True, "mhmoe_shared_expert_dim": 48}),
 ]
 

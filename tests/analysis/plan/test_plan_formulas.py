@@ -107,6 +107,16 @@ def test_rounded_weights() -> None:
     assert parameters.rounded_bytes(dataclasses.replace(half, recompute=True), "grouped") == 2 * one_layer
 
 
+def test_copies_of_ternary_weights() -> None:
+    for value in ("experts", "all"):
+        counts, shape = planned(mhmoe_quantize=value)
+        parameters = RankParameters(counts.non_expert, counts.expert // SIZE)
+        maps = LAYERS * 4 * shape.settings.decoder_embed_dim**2 if value == "all" else 0
+        assert parameters.rounded_bytes(shape, "loop") == 4 * (maps + parameters.expert)
+        half = dataclasses.replace(shape, half=True)
+        assert parameters.rounded_bytes(half, "loop") == 2 * (parameters.dense + parameters.expert)
+
+
 # ---------------------------------------------------------------------- activations, per token
 
 
