@@ -76,8 +76,8 @@ _FLAGS_BY_RANGE = {
     # moe_eval_capacity_token_fraction: 0 or below means the training rule
     ANY: "moe_eval_capacity_token_fraction stop_min_lr warmup_init_lr min_lr lr_period_updates",
     Range(integer=True): "output_dictionary_size",
-    POSITIVE: """mhmoe_capacity_factor mhmoe_gate_scale mhmoe_projection_gain mhmoe_router_temperature
-        head_lr_multiplier t_mult""",
+    POSITIVE: """mhmoe_balancing_rate mhmoe_capacity_factor mhmoe_gate_scale mhmoe_projection_gain
+        mhmoe_router_temperature head_lr_multiplier t_mult""",
     Range(low=0): """moe_gate_loss_wt mhmoe_z_loss_wt sentencepiece_alpha lr adam_eps weight_decay clip_norm max_update
         stop_time_hours warmup_updates lr_shrink max_lr end_learning_rate power total_num_update second_lr
         second_weight_decay""",

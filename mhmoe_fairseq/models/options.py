@@ -34,6 +34,7 @@ PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
 BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
 SCORE_CHOICES = ChoiceEnum(choices("gate_score"))
+BALANCING_CHOICES = ChoiceEnum(choices("balancing"))
 SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BANK_CHOICES = ChoiceEnum(choices("expert_banks"))
@@ -197,6 +198,16 @@ class MoEOptions(FairseqDataclass):
     mhmoe_gate_scale: Optional[float] = option(
         "what the gate weights are multiplied by in the end (default: 1; DeepSeek-V3: 2.5)",
         needs="moe", layer="gate_scale",
+    )  # fmt: skip
+    mhmoe_balancing: Optional[BALANCING_CHOICES] = option(
+        "balance without a loss (see --moe-gate-loss-wt 0): a bias on the scores that experts are chosen by, not "
+        "weighed; after each update it moves by a fixed step (bias-sign), in proportion to what an expert lacks "
+        "(bias-proportional), or to where each expert gets its share (quantile) (default: none)",
+        needs="moe", layer="balancing",
+    )  # fmt: skip
+    mhmoe_balancing_rate: Optional[float] = option(
+        "how far the bias of --mhmoe-balancing moves (default: 0.001; quantile: 1)",
+        needs="moe", layer="balancing_rate", affects="training",
     )  # fmt: skip
     mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
         "balance loss: count first choices, as GShard does, or all choices (default: top1)",

@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._fields import ConfigError
 from .router import ROUTERS, Router
+from .updates import ActsAfterUpdate
 
 
 class HeadRouters(nn.ModuleList):
@@ -23,6 +25,8 @@ class HeadRouters(nn.ModuleList):
 
     def __init__(self, config: Any) -> None:  # an MHMoEConfig, whose module needs the gate's, which needs this one
         super().__init__(ROUTERS[config.router](config) for _ in range(config.num_banks))
+        if isinstance(self[0], ActsAfterUpdate):  # which is told of all banks together
+            raise ConfigError("router", config.router, "learns from loads of one bank; {expert_banks} has several")
 
     def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
         """``(N, d) -> (N, E)`` logits, each row's by its head's router; domains are for one head."""
@@ -30,19 +34,9 @@ class HeadRouters(nn.ModuleList):
         return torch.stack([router(x_Td, domain_N) for router, x_Td in zip(self, by_head)], dim=1).flatten(0, 1)
 
     @property
-    def acts_after_updates(self) -> bool:
-        """Whether the routers have an ``after_update``."""
-        return cast(Router, self[0]).acts_after_updates
-
-    @property
     def learns(self) -> bool:
         """Whether the gate's losses teach the routers."""
         return cast(Router, self[0]).learns
-
-    def after_update(self, load_E: Tensor) -> None:
-        """Tell every router its bank's loads."""
-        for router, load in zip(self, load_E.chunk(len(self))):
-            cast(Router, router).after_update(load)
 
 
 def build_router(config: Any) -> nn.Module:

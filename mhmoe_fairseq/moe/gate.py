@@ -7,13 +7,15 @@ A new gate is a subclass of :class:`Gate` in ``GATES``, and the fields it needs 
 """
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..common.ranges import ANY
-from ._fields import ConfigError, Positive, Size
+from ._fields import ConfigError, Positive
+from .assignment import Assignment
+from .balancing import BALANCINGS, BalancingFields
 from .banks import of_all_banks
 from .dispatch import sort_by_expert
 from .scores import SCORES
@@ -22,7 +24,7 @@ GATES: "dict[str, type[Gate]]" = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateFields:
+class GateFields(BalancingFields):
     """What :class:`MHMoEConfig` says about the choice of experts.
 
     Args:
@@ -44,8 +46,6 @@ class GateFields:
     'dropless'
     """
 
-    num_experts: Size
-    top_k: Size = 2
     routing: Annotated[str, GATES] = "dropless"
     gate_score: Annotated[str, SCORES] = "softmax"
     normalize_gates: bool = True
@@ -54,11 +54,6 @@ class GateFields:
     second_expert_policy: Literal["all", "sampling", "random"] = "all"
     capacity_factor: Positive = 1.0
     eval_capacity_fraction: Annotated[float, ANY] = 0.25
-
-    @property
-    def num_banks(self) -> int:
-        """Banks of ``num_experts`` experts, of which consecutive sub-tokens use one after the other."""
-        return 1
 
     @property
     def total_experts(self) -> int:
@@ -79,30 +74,13 @@ class GateFields:
         if self.second_expert_policy != "all" and self.gate_score != "softmax":
             rule = f"draws by probabilities: it needs {{gate_score}} softmax, not {self.gate_score}"
             raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
-
-
-class Assignment(NamedTuple):
-    """Chosen experts and gate weights.
-
-    Attributes:
-        probs_NE: the scores as probabilities, in float32 or wider: the softmax, or scores divided by their sum.
-        experts_NK: int64, first choice first, counted through all banks; the number of all (the virtual expert) where
-            ``kept_NK`` is False.
-        gates_NK: weights of the experts' outputs, 0 where not kept.
-        choices_NK: the experts chosen before padding, policy and capacity took any away.
-        kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
-        dropped_NK: bool, lost for lack of capacity only; None: none.
-
-    >>> Gate(GateFields(num_experts=4, top_k=1))(torch.eye(4)).choices_NK.flatten()
-    tensor([0, 1, 2, 3])
-    """
-
-    probs_NE: Tensor
-    experts_NK: Tensor
-    gates_NK: Tensor
-    choices_NK: Tensor
-    kept_NK: Tensor | None
-    dropped_NK: Tensor | None
+        if self.second_expert_policy == "sampling" and self.balancing != "none":
+            rule = f"draws by logits, which a bias of scores does not reach; {{balancing}} is {self.balancing}"
+            raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
+        if self.balancing != "none" and GATES[self.routing].is_balanced:
+            rule = f"has nothing to balance: {{routing}} {self.routing} gives every expert the same load"
+            raise ConfigError("balancing", self.balancing, rule)
+        self.check_balancing()
 
 
 class Gate(nn.Module):
@@ -111,6 +89,7 @@ class Gate(nn.Module):
     Who wants to know what is chosen, such as an analysis, registers a forward hook here.
 
     Attributes:
+        balancing: the bias that choices are made with; None for none.
         drops_tokens: whether experts may refuse tokens, so that a token's output depends on the others of its batch.
         is_balanced: whether loads are equal whatever the router says, so that a balance loss has nothing to do.
         sees_later: why the positions of a sequence depend on later ones, so that language models refuse it; empty where
@@ -128,6 +107,8 @@ class Gate(nn.Module):
         super().__init__()
         self.config = config
         self.score = SCORES[config.gate_score]
+        balancing = BALANCINGS[config.balancing]
+        self.balancing = None if balancing is None else balancing(config)
 
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
@@ -148,7 +129,11 @@ class Gate(nn.Module):
         probs_NE = self.score.probabilities(scores_NE)
         if policy == "sampling" and noise is None:
             noise = gumbel_noise(logits_NE)
-        choices_NK = top_k_experts(logits_NE, scores_NE, config.top_k, noise if policy == "sampling" else None)
+        first_NE, following_NE, evidence = scores_NE, logits_NE, None
+        if self.balancing is not None:
+            first_NE = following_NE = self.balancing(scores_NE)
+            evidence = self.balancing.evidence(first_NE, padding_mask_N) if self.training else None
+        choices_NK = top_k_experts(following_NE, first_NE, config.top_k, noise if policy == "sampling" else None)
         gates_NK = scores_NE.gather(1, choices_NK)
         if normalizes and normalizes_first:
             gates_NK = self.score.normalized(gates_NK)
@@ -162,12 +147,12 @@ class Gate(nn.Module):
 
         kept_NK, dropped_NK = self._apply_capacity(choices_NK, chosen_NK, padding_mask_N)
         if kept_NK is None:
-            return Assignment(probs_NE, choices_NK, self._scaled(gates_NK), choices_NK, None, None)
+            return Assignment(probs_NE, choices_NK, self._scaled(gates_NK), choices_NK, None, None, evidence)
         gates_NK = gates_NK.masked_fill(~kept_NK, 0)
         if normalizes and not normalizes_first:
             gates_NK = self.score.normalized(gates_NK)
         experts_NK = choices_NK.masked_fill(~kept_NK, config.total_experts)
-        return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK)
+        return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK, evidence)
 
     @staticmethod
     def mean_choices(config: GateFields) -> float:
@@ -226,7 +211,8 @@ def top_k_experts(logits_NE: Tensor, scores_NE: Tensor, k: int, noise_NE: Tensor
     """The K best experts per row, ``(N, K)``; ties go to the lowest index, as in GShard.
 
     The first choice is the argmax of the scores, the following ones of the remaining logits: two different logits can
-    round to one score, and TorchScale chooses so. ``noise_NE`` is added for all choices but the first.
+    round to one score, and TorchScale chooses so. With a bias, both are the biased scores. ``noise_NE`` is added for
+    all choices but the first.
 
     >>> logits = torch.tensor([[1.0, 3.0, 2.0]])
     >>> top_k_experts(logits, logits.softmax(1), 2)

@@ -29,6 +29,7 @@ class MHMoEOutput(NamedTuple):
         z_loss: scalar, unweighted.
         stats: detached routing counts.
         traffic: what this process sent to the experts; None while all of them are here.
+        evidence: what the gate's balancing counted in training beside the loads; None for nothing.
 
     >>> output = MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16))(torch.randn(2, 3, 8))
     >>> output.hidden.shape, output.stats.expert_load.sum(), output.without_hidden().hidden.shape
@@ -40,6 +41,7 @@ class MHMoEOutput(NamedTuple):
     z_loss: Tensor
     stats: RoutingStats
     traffic: Traffic | None = None
+    evidence: Tensor | None = None
 
     def without_hidden(self) -> "MHMoEOutput":
         """The same with an empty ``hidden``, so that a list over many layers holds no activations."""
@@ -152,7 +154,7 @@ class MHMoELayer(nn.Module):
         stats = routing_stats(assignment, plan, mask_N)
         needs_balance = self.router.learns and not self.gate.is_balanced
         balance_loss = load_balancing_loss(sums) if needs_balance else torch.zeros_like(sums.num_real)
-        return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic)
+        return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic, assignment.evidence)
 
     @property
     def drops_tokens(self) -> bool:

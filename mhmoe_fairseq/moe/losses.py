@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .gate import Assignment
+from .assignment import Assignment
 
 
 class RouterSums(NamedTuple):

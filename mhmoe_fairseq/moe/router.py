@@ -55,17 +55,21 @@ class RouterFields:
 class Router(nn.Module):
     """One logit per sub-token and expert; a subclass has ``scores``, ``num_params`` and ``flops``.
 
+    One that learns by itself, too, has ``after_update`` (``updates.py``).
+
     ``gating_fp32`` routes half-precision inputs in float32 and without autocast: a rounded logit changes which expert
     is chosen, not just by how much.
 
     Attributes:
         learns: whether the gate's losses teach it; without, they are 0.
+        is_fixed: whether its choices do not depend on what is learnt, so that nothing balances them.
 
     >>> issubclass(ROUTERS["linear"], Router)
     True
     """
 
     learns = True
+    is_fixed = False
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__()
@@ -107,18 +111,6 @@ class Router(nn.Module):
         half = x_Nd.dtype in (torch.float16, torch.bfloat16)
         with without_autocast(x_Nd.device.type):
             return self.scores(x_Nd.float() if half else x_Nd)
-
-    @property
-    def acts_after_updates(self) -> bool:
-        """Whether it has an ``after_update`` of its own."""
-        return type(self).after_update is not Router.after_update
-
-    def after_update(self, load_E: Tensor) -> None:
-        """Called once after each update of the parameters, in training.
-
-        Args:
-            load_E: float ``(E,)``, the assignments to each expert in the update's batches, of all processes together.
-        """
 
 
 class LinearRouter(Router):
@@ -229,6 +221,8 @@ class BalancedRouter(LinearRouter):
     tensor([3., 3., 3., 3.])
     """
 
+    is_fixed = True
+
     def __init__(self, config: Any) -> None:  # an MHMoEConfig: a router has no top_k among its own fields
         super().__init__(config)
         self.top_k = config.top_k
@@ -253,6 +247,7 @@ class DomainRouter(Router):
     """
 
     learns = False
+    is_fixed = True
 
     def __init__(self, config: RouterFields) -> None:
         super().__init__(config)

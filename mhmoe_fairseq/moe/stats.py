@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .assignment import Assignment
 from .dispatch import DispatchPlan
-from .gate import Assignment
 
 
 class RoutingStats(NamedTuple):

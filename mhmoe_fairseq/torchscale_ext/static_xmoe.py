@@ -157,6 +157,7 @@ def check_supported(moe: MHMoEConfig) -> None:
         "normalize_gates": (True,),
         "gate_scale": (1.0,),
         "quantize_experts": (False,),
+        "balancing": ("none",),
     }
     refused = [field for field, values in possible.items() if getattr(moe, field) not in values]
     refused += [f"{part}_projection" for part in ("head", "merge") if getattr(moe, f"has_{part}_projection")]

@@ -21,9 +21,9 @@ from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
 from .checks import check_training_numbers, hold_save_dir, refuse_ddp_without_gpus, require_process_group
 from .expert_state import prepare_sharded_model
 from .failures import guard_ranks, no_lone_recovery
+from .layer_updates import LayerUpdates
 from .load_log import LoadLog
 from .nonfinite import latest_routing, report_nonfinite
-from .router_updates import RouterUpdates
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class ParallelTask(FairseqTask):
     has_spread_experts = False
     num_updates = 0
     _has_experts = False
-    _router_updates = RouterUpdates(nn.Module())
+    _layer_updates = LayerUpdates(nn.Module())
     _routing: dict[nn.Module, RoutingStats] = {}
     _has_reported = False
     _load_log: LoadLog | None = None
@@ -85,7 +85,7 @@ class ParallelTask(FairseqTask):
             self.has_spread_experts = bool(shards)
             groups = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}
             guard_ranks((groups | {distributed_utils.get_global_group()}) - {None})
-            self._router_updates = RouterUpdates(model)
+            self._layer_updates = LayerUpdates(model)
             self._load_log = LoadLog(model, self.args)
         self._has_experts = any(getattr(module, "is_moe_layer", False) for module in model.modules())
         if any(getattr(module, "drops_tokens", False) for module in model.modules()):
@@ -133,7 +133,7 @@ class ParallelTask(FairseqTask):
     ) -> tuple[Tensor, Any, dict]:
         """fairseq's forward and backward pass of one batch."""
         self.num_updates = update_num
-        self._router_updates.begin_batch()
+        self._layer_updates.begin_batch()
         filler = is_filler(sample)
         with taken_for_padding(model, filler), no_lone_recovery(self.has_spread_experts):
             outcome = super().train_step(
@@ -151,8 +151,8 @@ class ParallelTask(FairseqTask):
             self._load_log.log(logging_outputs, self.num_updates + 1)
 
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
-        """fairseq's hook for an update of the parameters, after which routers may act."""
-        with self._router_updates.after(optimizer):
+        """fairseq's hook for an update of the parameters, after which modules of its layers may act."""
+        with self._layer_updates.after(optimizer):
             super().optimizer_step(optimizer, model, update_num)
 
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:

@@ -83,6 +83,10 @@ def test_dense_has_no_moe_layer():
         ({"mhmoe_router_normalize": "both"}, {"router_normalize": "both"}),
         ({"mhmoe_router_temperature": 0.07}, {"router_temperature": 0.07}),
         ({"mhmoe_router_preset": "p1"}, {"router_dim": 4, "router_normalize": "both", "router_temperature": 0.3}),
+        (
+            {"mhmoe_balancing": "bias-proportional", "mhmoe_balancing_rate": 0.01},
+            {"balancing": "bias-proportional", "balancing_rate": 0.01},
+        ),
         ({"mhmoe_gate_score": "sigmoid", "mhmoe_gate_scale": 2.5}, {"gate_score": "sigmoid", "gate_scale": 2.5}),
         ({"mhmoe_normalize_gates": "off"}, {"normalize_gates": False}),
         ({"mhmoe_balance_assignment": "topk"}, {"balance_assignment": "topk"}),

@@ -74,6 +74,8 @@ SHARED = {
     "mhmoe_gate_score": Effect("function", "sigmoid"),
     "mhmoe_normalize_gates": Effect("function", "off"),
     "mhmoe_gate_scale": Effect("function", 2.5),
+    "mhmoe_balancing": Effect("nothing", "quantile"),  # before the first update
+    "mhmoe_balancing_rate": Effect("nothing", 0.5, {"mhmoe_balancing": "bias-sign"}),
     "mhmoe_balance_assignment": Effect("losses", "topk"),
     "mhmoe_balance_scope": Effect("nothing", "global"),  # in one process
     "mhmoe_expert_parallel_size": Effect("nothing", 1),
@@ -204,9 +206,10 @@ def test_a_flag_changes_what_it_should_and_no_more(stack, name):
 
 
 # Seen here otherwise than said: rounding; training capacity in evaluation where the fraction is negative; one process;
-# rows as long as the limit.
+# no updates; rows as long as the limit.
 OTHERWISE = {
-    "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "max_target_positions", "tokens_per_sample",
+    "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "mhmoe_balancing", "mhmoe_balancing_rate",
+    "max_target_positions", "tokens_per_sample",
 }  # fmt: skip
 SAID = {"losses": "training", "initial": "training", "gradients": "function", "inputs": "function"}
 

@@ -13,7 +13,8 @@ from mhmoe_fairseq.models.options import BEiT3Options, LanguageModelOptions
 
 SHARED = """
 --activation-dropout --activation-fn --attention-dropout --checkpoint-activations --deepnorm --dropout
---layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-budget --mhmoe-capacity-factor
+--layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-balancing
+--mhmoe-balancing-rate --mhmoe-budget --mhmoe-capacity-factor
 --mhmoe-expert-banks --mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
 --mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain

@@ -5,7 +5,7 @@ import torch
 from test_layer import assert_equals_oracle, build, gradients
 from torch import Tensor
 
-from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe import ConfigError, MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe.router import LinearRouter
 from mhmoe_fairseq.moe.stats import head_loads
 
@@ -105,14 +105,10 @@ def test_what_is_chosen_is_counted_through_all_banks() -> None:
         assert loads[head, own].sum() == loads[head].sum() == 2 * (~mask).sum()
 
 
-def test_each_router_is_told_its_own_banks_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not build(**BANKS).router.acts_after_updates
-    told = []
-    monkeypatch.setattr(LinearRouter, "after_update", lambda router, load_E: told.append((router, load_E.tolist())))
-    layer = build(**BANKS, router="linear")
-    assert layer.router.acts_after_updates
-    layer.router.after_update(torch.arange(20.0))
-    assert told == [(layer.router[head], [5.0 * head + e for e in range(EXPERTS)]) for head in range(HEADS)]
+def test_a_router_that_acts_after_updates_is_not_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LinearRouter, "after_update", lambda router, sums: None, raising=False)
+    with pytest.raises(ConfigError, match=r"router \('linear'\) learns from loads of one bank"):
+        build(**BANKS, router="linear")
 
 
 def test_a_latent_moes_router_and_shared_expert_see_the_whole_token() -> None:

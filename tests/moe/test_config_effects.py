@@ -75,6 +75,8 @@ EFFECTS = {
     "normalize_gates of one expert": Effect({"normalize_gates": False}, set(), {"top_k": 1}),
     "normalize_before_dropping": Effect({"normalize_before_dropping": True}, {"hidden"}, CAPACITY),
     "normalize_before_dropping without drops": Effect({"normalize_before_dropping": True}, set()),
+    "balancing before it has moved": Effect({"balancing": "bias-sign"}, set()),
+    "balancing_rate in one call": Effect({"balancing_rate": 0.5}, set(), {"balancing": "quantile"}, training=True),
     "balance_assignment": Effect({"balance_assignment": "topk"}, {"balance"}),
     "second_expert_policy sampling": Effect({"second_expert_policy": "sampling"}, {"hidden"}, training=True),
     "second_expert_policy random": Effect({"second_expert_policy": "random"}, {"hidden"}, training=True),

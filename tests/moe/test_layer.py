@@ -25,6 +25,8 @@ VARIANTS = {
     "sigmoid": {"gate_score": "sigmoid", "gate_scale": 2.5, "balance_assignment": "topk"},
     "sigmoid_raw": {"gate_score": "sigmoid", "normalize_gates": False, "router": "linear"},
     "sigmoid_top1": {"gate_score": "sigmoid", "top_k": 1, "router_normalize": "both", "router_temperature": 0.3},
+    "biased": {"balancing": "bias-sign"},
+    "biased_sigmoid": {"balancing": "quantile", "gate_score": "sigmoid", "top_k": 3, "router": "linear"},
     "raw_scaled": {"normalize_gates": False, "gate_scale": 16.0},
     "topk_balance": {"balance_assignment": "topk"},
     "residual": {"subtoken_residual": True},
@@ -58,7 +60,10 @@ VARIANTS = {
 def build(dtype=torch.float64, seed=0, backend="auto", **changes):
     torch.manual_seed(seed)
     fields = {"embed_dim": 24, "num_heads": 4, "num_experts": 5, "top_k": 2, "expert_ffn_dim": 16, **changes}
-    return MHMoELayer(MHMoEConfig(**fields), backend=backend).to(dtype).eval()
+    layer = MHMoELayer(MHMoEConfig(**fields), backend=backend).to(dtype).eval()
+    for bias in layer.buffers():  # of a selection that was balanced for a while
+        bias.normal_(std=0.1)
+    return layer
 
 
 def gradients(layer, x, hidden, balance, z):

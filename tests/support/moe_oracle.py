@@ -102,7 +102,8 @@ def forward(layer, x, padding_mask=None):
                 logits = router_logits(layer, token if config.router_input == "token" else sub, h)
                 scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
                 probs = scores / scores.sum()
-                chosen = sorted(range(config.num_experts), key=lambda e: (-logits[e].item(), e))[: config.top_k]
+                by = logits if config.balancing == "none" else scores + layer.gate.balancing.bias[0]
+                chosen = sorted(range(config.num_experts), key=lambda e: (-by[e].item(), e))[: config.top_k]
                 weights = torch.stack([scores[e] for e in chosen])
                 if config.top_k > 1 and config.normalize_gates:
                     weights = weights / weights.sum()

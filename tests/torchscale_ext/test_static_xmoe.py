@@ -97,6 +97,7 @@ def test_a_model_trains(arch, top_k):
         ("xmoe_lm_tiny", {"mhmoe_capacity_factor": 2.0}, "--mhmoe-capacity-factor"),
         ("xmoe_lm_tiny", {"mhmoe_gate_score": "sigmoid"}, r"--mhmoe-gate-score \('sigmoid'\)"),
         ("xmoe_lm_tiny", {"mhmoe_gate_scale": 2.5}, r"--mhmoe-gate-scale \(2.5\)"),
+        ("xmoe_lm_tiny", {"mhmoe_balancing": "bias-sign"}, r"--mhmoe-balancing \('bias-sign'\)"),
         ("xmoe_lm_tiny", {"mhmoe_head_projection": "on"}, "--mhmoe-head-projection"),
     ],
 )

@@ -17,7 +17,7 @@ from ...evaluation.expert_loads import POOLS
 from ...evaluation.records import ExpertLoads, LayerLoads, Metric, Record
 from ...models.counts import stack_of_layers
 from ...moe import MHMoELayer
-from ...moe.gate import Assignment
+from ...moe.assignment import Assignment
 from ...torchscale_ext.feed_forward import SeparateExperts
 
 NOT_CHOSEN = -1

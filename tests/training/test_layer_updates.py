@@ -1,4 +1,4 @@
-"""Routers that act after an update are told the loads of its batches, of all ranks, and of no skipped one."""
+"""Modules that act after an update are told the loads of its batches, of all ranks, and of no skipped one."""
 
 from argparse import Namespace
 from types import SimpleNamespace
@@ -12,24 +12,25 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.balancing import BALANCINGS
 from mhmoe_fairseq.moe.router import LinearRouter
 from mhmoe_fairseq.training import ParallelTask
-from mhmoe_fairseq.training.router_updates import RouterUpdates
+from mhmoe_fairseq.training.layer_updates import LayerUpdates
 
 
 class Listening(LinearRouter):
     """Keeps what it is told."""
 
-    def after_update(self, load_E):
-        self.told = [*getattr(self, "told", []), load_E.tolist()]
+    def after_update(self, sums):
+        self.told = [*getattr(self, "told", []), sums.stats.expert_load.tolist()]
 
 
 class Model(nn.Module):
-    def __init__(self, recomputes=False):
+    def __init__(self, recomputes=False, **fields):
         super().__init__()
         torch.manual_seed(0)
-        config = MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, top_k=1, expert_ffn_dim=8, router="linear")
-        self.layer, self.recomputes = MHMoELayer(config), recomputes
+        fields = {"embed_dim": 8, "num_heads": 2, "num_experts": 4, "top_k": 1, "expert_ffn_dim": 8, **fields}
+        self.layer, self.recomputes = MHMoELayer(MHMoEConfig(router="linear", **fields)), recomputes
         self.layer.router.__class__ = Listening
 
     def forward(self, x):
@@ -50,8 +51,17 @@ def batches(count, seed=0):
 
 def told_of(updates, recomputes=False, steps=None):
     """What the router is told in a training whose updates are lists of batches; a step may be left out, or not made."""
-    model, task = Model(recomputes), Task(Namespace())
-    task._router_updates = RouterUpdates(model)
+    return getattr(after_updates(Model(recomputes), updates, steps).layer.router, "told", [])
+
+
+def bias_after(updates, balancing, recomputes=False, **fields):
+    """The selection bias after a training."""
+    return after_updates(Model(recomputes, balancing=balancing, **fields), updates).layer.gate.balancing.bias
+
+
+def after_updates(model, updates, steps=None):
+    task = Task(Namespace())
+    task._layer_updates = LayerUpdates(model)
     optimizer = SimpleNamespace(backward=lambda loss: loss.backward(), step=lambda: None)
     for number, update in enumerate(updates):
         model.zero_grad()
@@ -59,7 +69,7 @@ def told_of(updates, recomputes=False, steps=None):
             task.train_step({"x": x}, model, lambda m, s: (m(s["x"]).sum(), 1, {}), optimizer, number)
         if steps is None or steps[number]:
             task.optimizer_step(optimizer, model, number)
-    return getattr(model.layer.router, "told", [])
+    return model
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
@@ -77,20 +87,46 @@ def test_a_skipped_update_is_forgotten():
 
 def test_a_step_that_amp_leaves_out_tells_nothing():
     model = Model()
-    updates, scales = RouterUpdates(model), [8.0, 4.0, 4.0, 4.0]
+    updates, scales = LayerUpdates(model), [8.0, 4.0, 4.0, 4.0]
     optimizer = AMPOptimizer.__new__(AMPOptimizer)
     optimizer._grad_scaler = SimpleNamespace(get_scale=lambda: scales.pop(0))
     for count in (0, 1):
         updates.begin_batch()
+        model(batches(1)[0])
         with updates.after(optimizer):
             pass
         assert len(getattr(model.layer.router, "told", [])) == count
 
 
-def on_rank():
-    return told_of([[batch] for batch in batches(4)[dist.get_rank() :: 2]])
+balancings = pytest.mark.parametrize("balancing", [name for name in BALANCINGS if name != "none"])
+
+
+@balancings
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_bias_moves_by_all_batches_of_an_update_as_by_one(balancing, recomputes):
+    one, two, three = batches(3)
+    together = bias_after([[torch.cat([one, two])], [three]], balancing)
+    assert torch.equal(bias_after([[one, two], [three]], balancing, recomputes), together) and together.any()
+
+
+def on_rank(balancing=None):
+    own = [[batch] for batch in batches(4)[dist.get_rank() :: 2]]
+    return told_of(own) if balancing is None else bias_after(own, balancing).tolist()
 
 
 def test_loads_are_of_all_ranks(workers2):
     first, second, third, fourth = batches(4)
     assert workers2.run(on_rank) == [told_of([[first, second], [third, fourth]])] * 2
+
+
+@balancings
+def test_a_bias_is_that_of_all_ranks(balancing, workers2):
+    first, second, third, fourth = batches(4)
+    expected = bias_after([[first, second], [third, fourth]], balancing).tolist()
+    assert workers2.run(on_rank, balancing) == [expected] * 2
+
+
+def test_a_model_without_such_modules_adds_up_nothing():
+    layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=8))
+    LayerUpdates(layer)
+    assert not layer._forward_hooks
