@@ -96,6 +96,13 @@ MODELS = {
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},
     **{f"xmoe-g{times}": Model("xmoe", f"{MOE} --mhmoe-granularity {times}", PAPER_ROUTER) for times in GRANULARITY},
+    # Lory, whose tokens pass one network, averaged over all experts for each segment: about X-MoE's FLOPs, of which
+    # averaging has its part, at its parameters (8 experts of 512, two for each token; at paper scale of 3,072).
+    "lory": Model(
+        "smoe",
+        "--moe-freq 2 --mhmoe-routing lory --mhmoe-segment-length 32 --moe-expert-count 5 --moe-ffn-dim 816",
+        "--mhmoe-segment-length 256 --moe-expert-count 4 --moe-ffn-dim 6144",
+    ),
     "xmoe-static": Model("xmoe", f"{MOE} --mhmoe-routing capacity", PAPER_ROUTER),
     # What MH-MoE keeps of X-MoE: its parameters (the paper's tables), or its FLOPs and parameters (the second paper).
     **{
