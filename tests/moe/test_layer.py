@@ -42,6 +42,7 @@ VARIANTS = {
     "many_experts": {"num_experts": 40},
     "quantized": {"quantize_experts": True},
     "quantized_shared": {"quantize_experts": True, "shared_expert_dim": 20, "expert_layernorm": True},
+    "quantized_banks": {"quantize_experts": True, "expert_banks": "per-head", "latent_dim": 32},
     "quantized_swiglu": {"quantize_experts": True, "activation": "swiglu", "expert_bias": False},
     "narrow_latent": {"latent_dim": 16},
     "wide_latent_no_bias": {"latent_dim": 48, "projection_bias": False},
