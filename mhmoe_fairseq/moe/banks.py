@@ -30,8 +30,13 @@ class HeadRouters(nn.ModuleList):
 
     def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
         """``(N, d) -> (N, E)`` logits, each row's by its head's router; domains are for one head."""
-        by_head = x_Nd.unflatten(0, (-1, len(self))).unbind(1)
-        return torch.stack([router(x_Td, domain_N) for router, x_Td in zip(self, by_head)], dim=1).flatten(0, 1)
+        return self.of_heads(range(len(self)), x_Nd, domain_N)
+
+    def of_heads(self, heads: range, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
+        """The same of sub-tokens that are of these heads alone."""
+        by_head = x_Nd.view(-1, len(heads), x_Nd.size(1)).unbind(1)
+        logits = [self[head](x_Td, domain_N) for head, x_Td in zip(heads, by_head)]
+        return torch.stack(logits, dim=1).flatten(0, 1)
 
     @property
     def learns(self) -> bool:

@@ -110,7 +110,7 @@ class ExpertFFN(TernaryWeights):
                 weights, x_Nd = weights._replace(**quantized), quantize_activation(x_Nd)
             x_Nd = x_Nd.to(dtype)
             local_ffn = functools.partial(self._local_ffn, weights)
-            if self.parallel is None:
+            if self.parallel is None or self.parallel.by == "heads":  # whose rows have arrived before
                 return local_ffn(x_Nd, gates_NK, plan), None
             return exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .banks import build_router
+from .banks import HeadRouters, build_router
 from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .gate import GATES
+from .head_parallelism import of_one_process, plan_pieces, return_slices, send_slices, tell_sources
 from .heads import Projection, merge_heads, repeat_mask, split_heads
-from .losses import load_balancing_loss, router_sums, router_z_loss
+from .losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from .parallelism import ExpertParallelism, Traffic
 from .stats import RoutingStats, routing_stats
 
@@ -87,7 +88,10 @@ class MHMoELayer(nn.Module):
         if config.has_head_projection:
             self.head_projection = Projection(widths, bias=bias, gain=gain / math.sqrt(2), zero_bias=False)
         self.router = build_router(config)
-        self.gate = GATES[config.routing](config)
+        self.routes_slices = parallel is not None and parallel.size > 1 and parallel.by == "heads"
+        # What this process routes for: the layer, or where heads are shared out, one of its own heads alone.
+        self.own = of_one_process(config, parallel.size) if parallel is not None and self.routes_slices else config
+        self.gate = GATES[config.routing](self.own)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
             self.merge_projection = Projection(widths[::-1], bias=bias, gain=gain, zero_bias=True)
@@ -128,8 +132,11 @@ class MHMoELayer(nn.Module):
 
         heads_TD = x_TD if self.head_projection is None else self.head_projection(x_TD)
         x_Nd = split_heads(heads_TD, self.config.subtokens_per_token)
-        routed = x_TD if self.config.router_input == "token" else x_Nd
-        output = self._route(x_Nd, self.router(routed, domain_N), mask_N)
+        if self.routes_slices:
+            output = self._route_slices(heads_TD, None if padding_mask is None else mask_T)
+        else:
+            routed = x_TD if self.config.router_input == "token" else x_Nd
+            output = self._route(x_Nd, self.router(routed, domain_N), mask_N)
         y_Nd = output.hidden
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
@@ -149,9 +156,25 @@ class MHMoELayer(nn.Module):
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
         sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment, banks=config.num_banks)
-        if self.parallel is not None and config.balance_scope == "global":
+        return self._output(y_Nd, sums, routing_stats(assignment, plan, mask_N), traffic)
+
+    def _route_slices(self, x_TL: Tensor, mask_T: Tensor | None) -> MHMoEOutput:
+        """Steps 2 to 4 by the processes of the heads, each process's sub-tokens routed as its own layer would."""
+        parallel, own = self.parallel, self.own
+        assert parallel is not None and isinstance(self.router, HeadRouters)
+        heads = range(parallel.rank * own.num_heads, (parallel.rank + 1) * own.num_heads)
+        slices, traffic = send_slices(parallel, own, x_TL, mask_T)
+        routed = []
+        for x_Nd, mask_N in zip(slices.x_Nd.split(slices.rows_by_source), slices.mask_N.split(slices.rows_by_source)):
+            logits_NE = self.router.of_heads(heads, x_Nd)
+            routed.append((logits_NE, self.gate(logits_NE, mask_N), mask_N))
+        plan, gates_NK = plan_pieces([assignment for _, assignment, _ in routed], own)
+        y_Nd, _ = self.experts(slices.x_Nd, gates_NK, plan)
+        return self._output(return_slices(parallel, slices, y_Nd), *tell_sources(parallel, own, routed), traffic)
+
+    def _output(self, y_Nd: Tensor, sums: RouterSums, stats: RoutingStats, traffic: Traffic | None) -> MHMoEOutput:
+        if self.parallel is not None and self.config.balance_scope == "global":
             sums = sums.over(self.parallel.sum)
-        stats = routing_stats(assignment, plan, mask_N)
         needs_balance = self.router.learns and not self.gate.is_balanced
         balance_loss = load_balancing_loss(sums) if needs_balance else torch.zeros_like(sums.num_real)
         return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic, assignment.evidence)

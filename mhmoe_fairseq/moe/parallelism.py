@@ -30,10 +30,15 @@ class Traffic(NamedTuple):
 
 
 class ExpertParallelism(Protocol):
-    """Experts spread over ``size`` processes, of which this is number ``rank``; every process runs every forward."""
+    """Experts spread over ``size`` processes, of which this is number ``rank``; every process runs every forward.
+
+    Attributes:
+        by: what travels: ``"experts"``, rows to the chosen experts, or ``"heads"``, slices to the heads' processes.
+    """
 
     size: int
     rank: int
+    by: str
 
     def shard(self, module: nn.Module) -> None:
         """Told once the module has its parameters, of which dim 0 is this process's experts."""

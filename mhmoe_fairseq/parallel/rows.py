@@ -38,8 +38,9 @@ class DistributedExperts:
         counter: real transfers since the start; may be replaced.
     """
 
-    def __init__(self, groups: RankGroups) -> None:
+    def __init__(self, groups: RankGroups, by: str = "experts") -> None:
         self.groups = groups
+        self.by = by
         self.size = groups.size
         self.rank = groups.rank
         self.counter = TrafficCounter()
@@ -78,8 +79,10 @@ class DistributedExperts:
         return _AllReduceSum.apply(values)
 
 
-def expert_parallelism(size: int) -> DistributedExperts:
+def expert_parallelism(size: int, by: str = "experts") -> DistributedExperts:
     """What ``MHMoELayer(parallel=...)`` takes, for experts on ``size`` processes each.
+
+    With ``by="heads"`` each has those of whole heads, and tokens travel before they are routed.
 
     Every process of the world must call it, with the same size, which divides their number (else ``ValueError``). With
     size 1 all experts stay on every process; the object then serves ``balance_scope="global"`` alone.
@@ -89,7 +92,7 @@ def expert_parallelism(size: int) -> DistributedExperts:
         raise ValueError(f"expert-parallel size ({size}) must divide the number of processes ({world_size})")
     first = rank - rank % size
     experts, replicas = _group(range(first, first + size)), _group(range(rank % size, world_size, size))
-    return DistributedExperts(RankGroups(size, rank % size, experts, replicas, world_size))
+    return DistributedExperts(RankGroups(size, rank % size, experts, replicas, world_size), by)
 
 
 def _group(ranks: range) -> dist.ProcessGroup:

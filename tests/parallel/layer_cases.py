@@ -24,6 +24,7 @@ class Case:
     fields: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
     training: bool = True
+    by: str = "experts"
     router_scale: float = 1.0  # large: a few experts get everything, the others nothing
 
     @property
@@ -122,8 +123,8 @@ def is_sharded(name: str, size: int) -> bool:
 
 
 def run_ranks(cases: list[Case], size: int) -> list[Result]:
-    parallel = expert_parallelism(size)
-    return [run_rank(case, parallel) for case in cases]
+    parallel = {by: expert_parallelism(size, by) for by in ("experts", "heads")}
+    return [run_rank(case, parallel[case.by]) for case in cases]
 
 
 def run_alone(case: Case) -> list[Result]:
