@@ -69,21 +69,29 @@ def spread_experts(settings: Settings, options: Any, task: Any) -> None:
     if isinstance(task, ParallelTask) and task.is_training:
         require_one_precision(options.mhmoe_precision)
         moe = None if settings.feed_forward == "torchscale" else settings.moe
-        settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size)
+        by = "heads" if str(options.mhmoe_parallel) == "heads" else "experts"
+        settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size, by)
 
 
-def training_parallelism(moe: MHMoEConfig | None, asked: int | None) -> ExpertParallelism | None:
-    """The processes that torch.distributed knows of, as ``--mhmoe-expert-parallel-size`` asks; None for one process."""
+def training_parallelism(moe: MHMoEConfig | None, asked: int | None, by: str = "experts") -> ExpertParallelism | None:
+    """The processes that torch.distributed knows of, as ``--mhmoe-expert-parallel-size`` asks; None for one process.
+
+    Args:
+        by: of ``PARALLELISMS``.
+    """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     has_experts = moe is not None and not isinstance(moe, MergedConfig)  # merged ones are needed all together
-    size = expert_parallel_size(moe.total_experts, asked, world_size) if has_experts else 1
+    size = 1
+    if has_experts:
+        shared_out = moe.num_banks if by == "heads" else moe.total_experts
+        size = expert_parallel_size(shared_out, asked, world_size, what=f"the number of {by}")
     if world_size == 1:
         return None
     if size > 1:
-        logger.info(f"expert parallelism: {size} of {world_size} processes share one bank of experts")
+        logger.info(f"expert parallelism: {size} of {world_size} processes share the {by} of a layer")
     elif has_experts:
         logger.warning(
-            "no expert parallelism: every process holds all experts, since that was asked for or their number and "
+            f"no expert parallelism: every process holds all {by}, since that was asked for or their number and "
             f"that of the processes ({world_size}) have no common divisor"
         )
-    return expert_parallelism(size)
+    return expert_parallelism(size, by)

@@ -83,19 +83,24 @@ def routes_by_domain(options: Any) -> bool:
 
 
 def expert_parallel_size(
-    num_experts: int, asked: int | None, world_size: int, processes: str = "the number of processes"
+    num_experts: int,
+    asked: int | None,
+    world_size: int,
+    processes: str = "the number of processes",
+    what: str = "the number of experts",
 ) -> int:
     """How many of ``world_size`` data-parallel processes share one bank of experts: as asked, or as many as possible.
 
     Raises:
-        UserError: if ``asked`` divides the experts or the processes, called so in the message, unevenly.
+        UserError: if ``asked`` divides the experts (or ``what`` is shared out) or the processes, called so in the
+            message, unevenly.
     """
     if asked is None:
         return math.gcd(num_experts, world_size)
     check_flag("mhmoe_expert_parallel_size", asked)
-    for what, number in (("the number of experts", num_experts), (processes, world_size)):
+    for name, number in ((what, num_experts), (processes, world_size)):
         if number % asked:
-            raise UserError(f"--mhmoe-expert-parallel-size ({asked}) must divide {what} ({number})")
+            raise UserError(f"--mhmoe-expert-parallel-size ({asked}) must divide {name} ({number})")
     return asked
 
 
@@ -265,6 +270,9 @@ def _check_moe(options: Any) -> None:
         raise UserError(f"{flag(of_router[0])} needs --mhmoe-router xmoe, not {router}")
     if len(of_router) > 1 and of_router[0] == "mhmoe_router_preset":
         raise UserError(f"--mhmoe-router-preset sets what {flag(of_router[1])} sets: give one")
+    has_banks = _text(options.mhmoe_expert_banks) == "per-head" and options.mhmoe_heads_number > 1
+    if _text(options.mhmoe_parallel) == "heads" and not has_banks:
+        raise UserError("--mhmoe-parallel (heads) needs --mhmoe-expert-banks per-head and two heads or more")
     for name in _given(options, "capacity"):
         if routing == "expert-choice" and name == "mhmoe_capacity_factor":  # sub-tokens that an expert takes
             continue

@@ -14,6 +14,7 @@ from omegaconf import II
 
 from ..moe.config import choices
 from ..moe.merged import MERGINGS
+from ..moe.parallelism import PARALLELISMS
 
 MODEL_NAME = "mhmoe_lm"
 BEIT3_NAME = "mhmoe_beit3"
@@ -39,6 +40,7 @@ SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
 BANK_CHOICES = ChoiceEnum(choices("expert_banks"))
 ROUTER_INPUT_CHOICES = ChoiceEnum(choices("router_input"))
+PARALLEL_CHOICES = ChoiceEnum(PARALLELISMS)
 BUDGET_CHOICES = ChoiceEnum(["none", "params", "flops"])
 MODALITY_CHOICES = ChoiceEnum(["shared", "separate"])
 QUANTIZED = {"none": False, "experts": True, "all": True}
@@ -221,6 +223,12 @@ class MoEOptions(FairseqDataclass):
     mhmoe_expert_parallel_size: Optional[int] = option(
         "in training, processes that share one bank of experts; divides the experts and the processes (default: as "
         "many as possible). A checkpoint does not depend on it",
+        needs="moe", affects="nothing",
+    )  # fmt: skip
+    mhmoe_parallel: Optional[PARALLEL_CHOICES] = option(
+        "in training on several processes: experts: rows travel to the processes of the chosen experts (default); "
+        "heads: with --mhmoe-expert-banks per-head each process has whole heads, and every token's slices travel "
+        "before they are routed, as many whatever --moe-top-k",
         needs="moe", affects="nothing",
     )  # fmt: skip
     mhmoe_budget: Optional[BUDGET_CHOICES] = option(

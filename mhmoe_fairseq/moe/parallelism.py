@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .dispatch import DispatchPlan, combine
 
+PARALLELISMS = ("experts", "heads")  # what is shared out
+
 
 class Traffic(NamedTuple):
     """What one process sent to the experts in one forward pass; the same comes back, and both again in the backward.

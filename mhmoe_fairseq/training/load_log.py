@@ -66,7 +66,8 @@ class LoadLog:
         pools = [module for module in experts.modules() if isinstance(module, MHMoELayer)]
         for pool, module in zip(getattr(experts, "pools", (None,)), pools or [experts], strict=True):
             count = functools.partial(self._count, len(self._rows))
-            (module.gate if isinstance(module, MHMoELayer) else module).register_forward_hook(count)
+            is_of_gate = isinstance(module, MHMoELayer) and module.config.num_banks == 1
+            (module.gate if is_of_gate else module).register_forward_hook(count)
             self._rows.append((index, pool))
 
     def _count(self, row: int, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -74,8 +75,9 @@ class LoadLog:
         if not module.training or torch._C._current_graph_task_id() != -1:
             return
         self._sums = self._sums.to(inputs[0].device)  # where the model has gone since
-        if hasattr(output, "stats"):  # TorchScale's layer: one head
-            self._sums[row] += output.stats.expert_load.detach()
+        if hasattr(output, "stats"):  # heads with experts of their own; of TorchScale's layer one head
+            by_head = output.stats.expert_load.detach().view(len(self._sums[row]), -1)
+            self._sums[row] += torch.block_diag(*by_head)
         else:
             self._sums[row] += head_loads(output, *self._sums.shape[1:])
 

@@ -227,6 +227,16 @@ def test_a_budget_that_no_width_meets_names_the_way_out():
         ("mhmoe_lm_tiny", {"moe_ffn_dim": 64, "mhmoe_budget": "flops"}, r"--moe-ffn-dim \(64\).*--mhmoe-budget flops"),
         ("dense_lm_tiny", {"mhmoe_heads_number": 4}, "--mhmoe-heads-number needs MoE layers, but the model is dense"),
         ("dense_lm_tiny", {"mhmoe_budget": "params"}, "--mhmoe-budget needs MoE layers"),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_parallel": "heads"},
+            r"--mhmoe-parallel \(heads\) needs --mhmoe-expert-banks per-head",
+        ),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_parallel": "heads", "mhmoe_expert_banks": "per-head", "mhmoe_heads_number": 1},
+            r"--mhmoe-parallel \(heads\) needs .* two heads or more",
+        ),
         ("dense_lm_tiny", {"mhmoe_granularity": 2}, "--mhmoe-granularity needs MoE layers"),
         ("xmoe_lm_tiny", {"mhmoe_granularity": 3}, r"--mhmoe-granularity \(3\) must divide --moe-ffn-dim \(512\)"),
         ("dense_lm_tiny", {"moe_freq": 2}, r"--moe-freq \(2\) contradicts a dense_\* architecture"),

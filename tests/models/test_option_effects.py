@@ -79,6 +79,7 @@ SHARED = {
     "mhmoe_balance_assignment": Effect("losses", "topk"),
     "mhmoe_balance_scope": Effect("nothing", "global"),  # in one process
     "mhmoe_expert_parallel_size": Effect("nothing", 1),
+    "mhmoe_parallel": Effect("nothing", "heads", {"mhmoe_expert_banks": "per-head"}),  # in one process
     "mhmoe_budget": Effect("function", "flops", {"embed_dim": 128, "ffn_embed_dim": 512, "mhmoe_heads_number": 2}),
     "mhmoe_granularity": Effect("function", 2),
     "mhmoe_latent_dim": Effect("function", 16),

@@ -17,7 +17,7 @@ SHARED = """
 --mhmoe-balancing-rate --mhmoe-budget --mhmoe-capacity-factor
 --mhmoe-expert-banks --mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
 --mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-projection --mhmoe-no-split
---mhmoe-normalize-gates --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
+--mhmoe-normalize-gates --mhmoe-parallel --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
 --mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-input
 --mhmoe-router-normalize --mhmoe-router-preset
 --mhmoe-router-temperature --mhmoe-routing --mhmoe-shared-expert-dim --mhmoe-shared-experts

@@ -60,6 +60,23 @@ def test_two_banks_of_experts_train_as_one(trained, data, tmp_path):
     assert figures(several, *FIGURES) == figures(trained(1)[0], *FIGURES)
 
 
+def test_heads_on_two_ranks_train_and_resume_as_in_one_process(data, tmp_path):
+    flags, saving = ("--mhmoe-expert-banks", "per-head"), ("--save-interval-updates", 10)
+    loads = [tmp_path / f"{ranks}.jsonl" for ranks in (1, 2)]
+    one = train(1, data, tmp_path / "one", *flags, "--mhmoe-load-log", loads[0], updates=20)
+    heads = (*flags, "--mhmoe-parallel", "heads")
+    two = train(2, data, tmp_path / "two", *heads, *saving, "--mhmoe-load-log", loads[1], updates=20)
+    assert figures(two, *FIGURES) == figures(one, *FIGURES)
+    assert {update["a2a_rows"] for update in two} == {"256"}  # 128 tokens, half of each to either rank
+    assert loads[0].read_bytes() == loads[1].read_bytes()
+    checkpoint = tmp_path / "two" / "checkpoint_1_10.pt"
+    experts = train(2, data, tmp_path / "again", *flags, "--restore-file", checkpoint, updates=20)
+    for name in ("loss", "gate_loss", "gnorm", "moe_load_max"):  # sums of other parts, rounded otherwise
+        values, expected = ([float(update[name]) for update in updates] for updates in (experts, one[10:]))
+        assert values == pytest.approx(expected, rel=1e-3), name
+    assert {update["a2a_rows"] for update in experts} == {"512"}  # 128 tokens x 2 heads x top 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, size", [(2, 2), (4, 2), (4, 4)])
 def test_limited_capacity_trains_as_in_one_process(data, tmp_path, ranks, size):

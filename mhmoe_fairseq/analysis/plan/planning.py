@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...checkpoints.summary import count_parts
+from ...common.errors import UserError
 from ...common.ranges import flag
 from ...models.architectures import REFERENCES, Architecture, architecture_options, named_architecture
 from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, count_built
@@ -94,6 +95,8 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     if experts is not None:
         flags["moe_expert_count"] = experts
     options = architecture_options(name, **flags)
+    if settings.cluster is not None and flags.get("mhmoe_parallel") == "heads":
+        raise UserError("--mhmoe-parallel (heads) is not planned: --ranks counts what experts that are shared out need")
     is_shared_out = settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS
     if experts is not None and is_shared_out and (moe := moe_config(options)) is not None:
         number = (experts * (options.mhmoe_granularity or 1) - (options.mhmoe_shared_experts or 0)) * moe.num_banks
