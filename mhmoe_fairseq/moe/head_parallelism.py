@@ -27,7 +27,7 @@ def of_one_process(config: MHMoEConfig, size: int) -> MHMoEConfig:
     """The layer that each of ``size`` processes applies to the slices of its heads.
 
     Raises:
-        ConfigError: if heads have no banks of their own, or cannot be shared out evenly.
+        ConfigError: if heads have no banks of their own, a selection bias, or cannot be shared out evenly.
 
     >>> config = MHMoEConfig(embed_dim=8, num_heads=4, num_experts=3, expert_ffn_dim=16, expert_banks="per-head")
     >>> own = of_one_process(config, 2)
@@ -39,6 +39,10 @@ def of_one_process(config: MHMoEConfig, size: int) -> MHMoEConfig:
     if config.num_heads % size:
         raise ConfigError(
             "num_heads", config.num_heads, f"must be a multiple of {size}, the processes that share heads"
+        )
+    if config.balancing != "none":
+        raise ConfigError(
+            "balancing", config.balancing, "needs all heads' experts in one process, not shared-out heads"
         )
     width = config.inner_dim // size
     return dataclasses.replace(config, num_heads=config.num_heads // size, embed_dim=width, latent_dim=None)

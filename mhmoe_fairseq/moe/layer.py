@@ -156,7 +156,8 @@ class MHMoELayer(nn.Module):
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
         sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment, banks=config.num_banks)
-        return self._output(y_Nd, sums, routing_stats(assignment, plan, mask_N), traffic)
+        stats = routing_stats(assignment, plan, mask_N)
+        return self._output(y_Nd, sums, stats, traffic)._replace(evidence=assignment.evidence)
 
     def _route_slices(self, x_TL: Tensor, mask_T: Tensor | None) -> MHMoEOutput:
         """Steps 2 to 4 by the processes of the heads, each process's sub-tokens routed as its own layer would."""
@@ -177,7 +178,7 @@ class MHMoELayer(nn.Module):
             sums = sums.over(self.parallel.sum)
         needs_balance = self.router.learns and not self.gate.is_balanced
         balance_loss = load_balancing_loss(sums) if needs_balance else torch.zeros_like(sums.num_real)
-        return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic, assignment.evidence)
+        return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic)
 
     @property
     def drops_tokens(self) -> bool:

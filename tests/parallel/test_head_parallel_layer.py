@@ -61,5 +61,8 @@ def test_heads_that_cannot_be_shared_out_are_refused() -> None:
     config = Case((1,), fields={"expert_banks": "per-head"}).config
     with pytest.raises(ConfigError, match=r"num_heads \(4\) must be a multiple of 3, the processes that share heads"):
         of_one_process(config, 3)
+    biased = Case((1,), fields={"expert_banks": "per-head", "balancing": "quantile"}).config
+    with pytest.raises(ConfigError, match=r"balancing \('quantile'\) needs all heads' experts in one process"):
+        of_one_process(biased, 2)
     with pytest.raises(ConfigError, match=r"expert_banks \('shared'\) must be 'per-head'"):
         of_one_process(Case((1,)).config, 2)
