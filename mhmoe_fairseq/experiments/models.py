@@ -87,6 +87,8 @@ def _swiglu(kind: str, experts: int, heads: int, granularity: int, share: float,
 MODELS = {
     "dense": Model("dense"),
     "smoe": Model("smoe", MOE),
+    # An expert for each of the mixed corpus's eleven domains, and no router (DEMix).
+    "demix": Model("smoe", "--moe-freq 2 --moe-expert-count 11 --moe-top-k 1 --mhmoe-routing domain"),
     "smoe-e128-k1": Model("smoe", f"{MOE} --moe-expert-count 128 --moe-top-k 1"),
     "smoe-e256": Model("smoe", f"{MOE} --moe-expert-count 256"),
     # Single-head baselines at the budget of smoe, which but for its router is xmoe's.

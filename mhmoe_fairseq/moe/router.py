@@ -255,9 +255,10 @@ class DomainRouter(Router):
 
     @classmethod
     def check(cls, config: Any) -> None:  # an MHMoEConfig, of more fields than a router's own
-        """One head, one expert per token and no other weight than 1, since all of a token goes to its domain."""
+        """Nothing that would divide a token, weigh its expert otherwise or refuse it: all of it goes to its domain."""
         super().check(config)
-        for field, value in (("num_heads", 1), ("top_k", 1), ("gate_score", "softmax"), ("gate_scale", 1)):
+        needed = {"num_heads": 1, "top_k": 1, "routing": "dropless", "gate_score": "softmax", "gate_scale": 1}
+        for field, value in needed.items():
             if getattr(config, field) != value:
                 rule = f"must be {value}: all of a token goes to its domain's expert, with weight 1"
                 raise ConfigError(field, getattr(config, field), rule)
