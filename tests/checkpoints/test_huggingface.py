@@ -172,6 +172,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "--mhmoe-routing capacity cannot be exported" in refusal(capsys, "--format", "hf", capacity, out)
     balanced = write_model(tmp_path / "balanced", "smoe_lm_tiny", mhmoe_router="balanced-for-benchmarks")
     assert "--mhmoe-router balanced-for-benchmarks cannot be exp" in refusal(capsys, "--format", "hf", balanced, out)
+    ternary = write_model(tmp_path / "ternary", "mhmoe_lm_tiny", mhmoe_quantize="all")
+    assert "--mhmoe-quantize (all): 1.58-bit models are not exp" in refusal(capsys, "--format", "hf", ternary, out)
     assert "--format" in refusal(capsys, "--format", "gguf", good, out)
     assert "not an empty folder" in refusal(capsys, "--format", "hf", good, tmp_path / "good")
     (tmp_path / "other").mkdir()

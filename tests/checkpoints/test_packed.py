@@ -70,9 +70,6 @@ def test_what_cannot_be_packed_or_done_with_packed_weights(
     assert f"{packed} is packed" in refusal("pack", packed, tmp_path / "again.pt")
     assert f"{packed} is packed" in refusal("average", "--inputs", packed, packed, "--output", tmp_path / "mean.pt")
     assert "a model without --mhmoe-quantize" in refusal("pack", trained_model.checkpoint, tmp_path / "other.pt")
-    assert "--mhmoe-quantize (all): 1.58-bit models are not exported" in refusal(
-        "export", "--format", "hf", checkpoint, tmp_path / "hf", "--data", trained_model.data
-    )
     words = [*FLAGS, "--mhmoe-quantize", "all", "--finetune-from-model", packed]
     log = train(trained_model.data, tmp_path / "run", "mhmoe_lm_tiny", *words, max_update=1, check=False)
     assert "packed 1.58-bit weights cannot be trained" in log
