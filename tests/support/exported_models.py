@@ -34,6 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_token_positional_embeddings": True, "mhmoe_normalize_gates": "off", "mhmoe_granularity": 2},
     ),
     "sigmoid": ("mhmoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_gate_scale": 2.5}),
+    "balanced": ("smoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_balancing": "bias-sign"}),
+    "balanced softmax": ("mhmoe_lm_tiny", {"mhmoe_balancing": "quantile", "mhmoe_normalize_gates": "off"}),
     "deepseekmoe": ("deepseekmoe_lm_tiny", {"mhmoe_shared_experts": 2}),
     "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "topk"}),
 }  # fmt: skip
@@ -52,6 +54,9 @@ def write_model(folder: Path, arch: str, task: dict[str, Any] | None = None, **f
     with torch.no_grad():
         for value in model.parameters():
             value += 0.2 * torch.randn_like(value) * (value.std(correction=0) or 1)
+        for name, value in model.named_buffers():
+            if name.endswith("balancing.bias"):
+                value += 0.1 * torch.randn_like(value)
     folder.mkdir(parents=True)
     dictionary.save(str(folder / "dict.txt"))
     task = {"_name": "mhmoe_language_modeling", "data": str(folder), **(task or {})}

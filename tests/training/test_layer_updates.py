@@ -98,6 +98,18 @@ def test_a_step_that_amp_leaves_out_tells_nothing():
         assert len(getattr(model.layer.router, "told", [])) == count
 
 
+def test_what_is_evaluated_within_an_update_does_not_count():
+    model = Model()
+    updates = LayerUpdates(model)
+    optimizer = SimpleNamespace(step=lambda: None)
+    updates.begin_batch()
+    model(batches(1)[0])
+    model.eval()(batches(1, seed=1)[0])
+    with updates.after(optimizer):
+        pass
+    assert sum(model.layer.router.told[0]) == 6
+
+
 balancings = pytest.mark.parametrize("balancing", [name for name in BALANCINGS if name != "none"])
 
 

@@ -41,6 +41,7 @@ _RENAMED = (
     (".moe_layer.", ".mlp."),
     (".ffn.", ".mlp."),
     (".router.reduction.weight", ".router.reduction"),
+    (".gate.balancing.bias", ".router.selection_bias"),
     (".fc2.", ".down_proj."),
 )
 
@@ -143,6 +144,7 @@ def _describe_experts(settings: Settings) -> dict[str, Any]:
         "mhmoe_gate_score": moe.gate_score,
         "mhmoe_normalize_gates": moe.normalize_gates,
         "mhmoe_gate_scale": moe.gate_scale,
+        "mhmoe_selection_bias": moe.balancing != "none",
         "mhmoe_balance": moe.balance_assignment,
     }
 

@@ -36,6 +36,7 @@ class MHMoEConfig(PreTrainedConfig):
         mhmoe_head_projections, mhmoe_merge_projections: linear maps before the split and after the merge.
         mhmoe_gate_score: what experts are chosen and weighed by: a softmax of the logits, or sigmoids.
         mhmoe_normalize_gates, mhmoe_gate_scale: what becomes of two or more chosen scores, and then of all.
+        mhmoe_selection_bias: whether a bias of each expert is added to the scores that choose, not to those that weigh.
         mhmoe_balance_weight: of the balance loss in the loss, when ``output_router_logits`` asks for it.
         fairseq: settings of the fairseq model and task, for the way back.
 
@@ -85,6 +86,7 @@ class MHMoEConfig(PreTrainedConfig):
     mhmoe_gate_score: str = "softmax"
     mhmoe_normalize_gates: bool = True
     mhmoe_gate_scale: float = 1.0
+    mhmoe_selection_bias: bool = False
     mhmoe_balance: str = "top1"
     mhmoe_balance_weight: float = 0.01
     output_router_logits: bool = False

@@ -212,7 +212,7 @@ class MHMoELayer(nn.Module):
         config = self.config
         subtokens = self.head_projection(x).reshape(-1, config.hidden_size // config.mhmoe_heads)
         logits = self.router(subtokens)
-        index, weights = gate(logits, config)
+        index, weights = gate(logits, config, self.router.selection_bias)
         y = self.experts(subtokens, index, weights.to(x.dtype))
         if config.mhmoe_subtoken_residual:
             y = y + subtokens

@@ -19,6 +19,8 @@ class MHMoERouter(nn.Module):
         super().__init__()
         self.config = config
         e, r, d = config.mhmoe_experts, config.mhmoe_router_dim, config.hidden_size // config.mhmoe_heads
+        has_bias = config.mhmoe_selection_bias
+        self.selection_bias = nn.Parameter(torch.empty(1, e), requires_grad=False) if has_bias else None
         if config.mhmoe_router == "linear":
             self.weight = nn.Parameter(torch.empty(e, d))
             return
@@ -53,8 +55,10 @@ def normalized(scores: Tensor, config: MHMoEConfig) -> Tensor:
     return scores / scores.sum(1, keepdim=True).clamp(min=least)
 
 
-def choose(logits: Tensor, scores: Tensor, top_k: int) -> Tensor:
-    """The K best experts of every row, ``(N, K)``; ties go to the first."""
+def choose(logits: Tensor, scores: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
+    """The K best experts of every row, ``(N, K)``, by scores with a bias if there is one; ties go to the first."""
+    if bias is not None:
+        logits = scores = scores + bias.float()
     chosen, rest = [scores.argmax(dim=1, keepdim=True)], logits.detach()
     for _ in range(top_k - 1):
         rest = rest.scatter(1, chosen[-1], float("-inf"))
@@ -62,10 +66,10 @@ def choose(logits: Tensor, scores: Tensor, top_k: int) -> Tensor:
     return torch.cat(chosen, dim=1)
 
 
-def gate(logits: Tensor, config: MHMoEConfig) -> tuple[Tensor, Tensor]:
-    """The experts of every sub-token and the weights of their outputs, ``(N, K)`` each."""
+def gate(logits: Tensor, config: MHMoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The experts of every sub-token and the weights of their outputs, ``(N, K)`` each; a bias enters no weight."""
     scores = expert_scores(logits, config)
-    index = choose(logits, scores, config.mhmoe_top_k)
+    index = choose(logits, scores, config.mhmoe_top_k, bias)
     weights = scores.gather(1, index)
     if config.mhmoe_normalize_gates and config.mhmoe_top_k > 1:
         weights = normalized(weights, config)
@@ -73,7 +77,10 @@ def gate(logits: Tensor, config: MHMoEConfig) -> tuple[Tensor, Tensor]:
 
 
 def balance_loss(logits: Tensor, real: Tensor | None, config: MHMoEConfig) -> Tensor:
-    """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded."""
+    """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded.
+
+    Of the choices without a selection bias.
+    """
     scores = expert_scores(logits, config)
     index = choose(logits, scores, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k)
     probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
