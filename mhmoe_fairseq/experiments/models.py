@@ -93,6 +93,17 @@ MODELS = {
     "smoe-e256": Model("smoe", f"{MOE} --moe-expert-count 256"),
     # Single-head baselines at the budget of smoe, which but for its router is xmoe's.
     "deepseekmoe": Model("deepseekmoe", MOE),
+    # MH-MoE's successors at the sparse model's FLOPs: a bank of experts for each head; one head, a quarter as wide,
+    # routed by the whole token.
+    "mhmoe-banks": Model(
+        "mhmoe", f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget flops --mhmoe-expert-banks per-head", PAPER_ROUTER
+    ),
+    "latentmoe": Model(
+        "mhmoe",
+        f"{MOE} --mhmoe-heads-number 1 --mhmoe-budget flops --mhmoe-granularity 4 --mhmoe-router-input token "
+        "--mhmoe-latent-dim 32",
+        f"{PAPER_ROUTER} --mhmoe-latent-dim 192",
+    ),
     "olmoe": Model("olmoe", f"{MOE} --mhmoe-z-loss-wt 0.001"),
     "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},

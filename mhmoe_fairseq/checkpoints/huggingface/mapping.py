@@ -24,6 +24,7 @@ _EXPERTS = re.compile(rf"({_STACK}\.moe_layer\.(?:[AB]\.)?experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
 _ROUTERS = ("xmoe", "linear")
+_OF_HEADS = {"latent_dim": None, "expert_banks": "shared", "router_input": "subtoken"}  # as they have to be
 _RENAMED = (
     ("beit3.encoder.embed_positions.A.weight", "model.image_positions.weight"),
     ("beit3.encoder.embed_positions.B.weight", "model.text_positions.weight"),
@@ -91,9 +92,10 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
             f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
             f"{' and '.join(_ROUTERS)} only"
         )
-    for name in ("mhmoe_latent_dim", "mhmoe_expert_banks", "mhmoe_router_input"):
-        if settings.moe is not None and getattr(options, name) not in (None, "shared", "subtoken"):
-            raise UserError(f"{flag(name)} ({getattr(options, name)}) cannot be exported: the exported code has none")
+    for field, plain in _OF_HEADS.items():
+        if settings.moe is not None and getattr(settings.moe, field) != plain:
+            asked = f"{flag(f'mhmoe_{field}')} ({getattr(settings.moe, field)})"
+            raise UserError(f"{asked} cannot be exported: the exported code has no such layer")
     width, inner, layers, heads, is_pre_norm = (
         getattr(settings, f"{stack}_{name}")
         for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "normalize_before")
