@@ -105,6 +105,7 @@ MODELS = {
         f"{PAPER_ROUTER} --mhmoe-latent-dim 192",
     ),
     "olmoe": Model("olmoe", f"{MOE} --mhmoe-z-loss-wt 0.001"),
+    "remoe": Model("remoe", f"{MOE} --moe-gate-loss-wt 1"),
     "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},

@@ -100,6 +100,12 @@ def fine_grained(args: Any, shared_experts: int) -> None:
     sparse(args, router="linear")
 
 
+def remoe(args: Any) -> None:
+    """As many and as wide experts as GShard's, each used where its logit is positive (arXiv 2412.14711)."""
+    fill(args, mhmoe_routing="relu")
+    sparse(args, router="linear")
+
+
 FAMILIES: dict[str, Callable[[Any], None]] = {
     "dense": dense,
     "smoe": functools.partial(sparse, router="linear"),
@@ -107,9 +113,10 @@ FAMILIES: dict[str, Callable[[Any], None]] = {
     "mhmoe": mhmoe,
     "deepseekmoe": functools.partial(fine_grained, shared_experts=1),
     "olmoe": functools.partial(fine_grained, shared_experts=0),
+    "remoe": remoe,
 }
 # Whose parameters and products a family keeps.
-REFERENCES = {"mhmoe": "xmoe", "deepseekmoe": "smoe", "olmoe": "smoe"}
+REFERENCES = {"mhmoe": "xmoe", "deepseekmoe": "smoe", "olmoe": "smoe", "remoe": "smoe"}
 
 
 # ---------------------------------------------------------------------- architectures

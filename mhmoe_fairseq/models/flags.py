@@ -283,6 +283,10 @@ def _check_moe(options: Any) -> None:
             raise UserError(f"{flag(name)} is about capacity; it contradicts {kind} routing (--mhmoe-routing)")
         if routing is None:
             logger.warning(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
+    if routing == "relu" and _text(options.mhmoe_normalize_gates) == "on":
+        raise UserError(
+            "--mhmoe-normalize-gates (on) contradicts --mhmoe-routing relu, by which logits are the weights"
+        )
     for name in _given(options, "lory"):
         if routing != "lory":
             raise UserError(f"{flag(name)} needs --mhmoe-routing lory, not {routing or 'dropless'}")

@@ -156,8 +156,10 @@ class MoEOptions(FairseqDataclass):
         "dropless: every choice is computed (default); capacity: GShard's and TorchScale's limited slots; torchscale: "
         "TorchScale's own layer as a baseline (one head, top-k 1 or 2, one process); lory, smear: no choice, but one "
         "network averaged over all experts, for each segment of a text by the one before it, or (BEiT-3) for each "
-        "example; expert-choice: experts choose sub-tokens, as many each (BEiT-3); domain: an expert for each domain "
-        "of the data, or language, and no router (DEMix; smoe_*, top-k 1, as many experts as domains)",
+        "example; expert-choice: experts choose sub-tokens, as many each (BEiT-3); relu: every expert with a positive "
+        "logit, weighted by it, --moe-top-k on average in the end (ReMoE, with --moe-gate-loss-wt 1); domain: an "
+        "expert for each domain of the data, or language, and no router (DEMix; smoe_*, top-k 1, as many experts as "
+        "domains)",
         needs="moe", layer="routing", values={**TORCHSCALE, **DOMAIN},
     )  # fmt: skip
     mhmoe_capacity_factor: Optional[float] = option(

@@ -7,7 +7,7 @@
 (torch.Size([2, 10, 64]), tensor(160.))
 """
 
-from . import expert_choice  # noqa: F401  (registered)
+from . import expert_choice, remoe  # noqa: F401  (registered)
 from ._fields import ConfigError
 from .config import BudgetGap, LayerCounts, MHMoEConfig
 from .layer import MHMoELayer, MHMoEOutput

@@ -17,6 +17,8 @@ class Assignment(NamedTuple):
         kept_NK: bool, not padding, not refused by the second-expert policy, within capacity; None: all.
         dropped_NK: bool, lost for lack of capacity only; None: none.
         evidence: what the balancing counted in training beside the loads; None for nothing.
+        regulated: what the balance loss is of, where it is not the choices and the probabilities: how often each expert
+            of the bank was chosen, and its weight, ``(N, E)`` each.
 
     >>> Gate(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=8, top_k=1))(torch.eye(4)).choices_NK.flatten()
     tensor([0, 1, 2, 3])
@@ -29,3 +31,4 @@ class Assignment(NamedTuple):
     kept_NK: Tensor | None
     dropped_NK: Tensor | None
     evidence: Tensor | None = None
+    regulated: tuple[Tensor, Tensor] | None = None

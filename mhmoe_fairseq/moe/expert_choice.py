@@ -23,6 +23,7 @@ class ExpertChoiceGate(Gate):
 
     drops_tokens = True
     is_balanced = True
+    chooses_all = True
     sees_later = "an expert takes the best of all positions, so which of them it takes depends on those that follow"
 
     @staticmethod

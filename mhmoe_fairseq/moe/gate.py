@@ -81,6 +81,7 @@ class GateFields(BalancingFields):
             rule = f"has nothing to balance: {{routing}} {self.routing} gives every expert the same load"
             raise ConfigError("balancing", self.balancing, rule)
         self.check_balancing()
+        GATES[self.routing].check(self)
 
 
 class Gate(nn.Module):
@@ -92,6 +93,7 @@ class Gate(nn.Module):
         balancing: the bias that choices are made with; None for none.
         drops_tokens: whether experts may refuse tokens, so that a token's output depends on the others of its batch.
         is_balanced: whether loads are equal whatever the router says, so that a balance loss has nothing to do.
+        chooses_all: whether the choices are all experts of the bank, of which only those that are kept were chosen.
         sees_later: why the positions of a sequence depend on later ones, so that language models refuse it; empty where
             they do not, or only by what is dropped.
 
@@ -101,6 +103,7 @@ class Gate(nn.Module):
 
     drops_tokens = False
     is_balanced = False
+    chooses_all = False
     sees_later: ClassVar[str] = ""
 
     def __init__(self, config: GateFields) -> None:
@@ -153,6 +156,10 @@ class Gate(nn.Module):
             gates_NK = self.score.normalized(gates_NK)
         experts_NK = choices_NK.masked_fill(~kept_NK, config.total_experts)
         return Assignment(probs_NE, experts_NK, self._scaled(gates_NK), choices_NK, kept_NK, dropped_NK, evidence)
+
+    @classmethod
+    def check(cls, config: GateFields) -> None:
+        """Refuse, with a ConfigError, what this gate cannot do; by default nothing."""
 
     @staticmethod
     def mean_choices(config: GateFields) -> float:

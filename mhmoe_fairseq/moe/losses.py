@@ -58,8 +58,11 @@ def router_sums(
     """
     probs_NE, choices_NK = assignment.probs_NE, assignment.choices_NK
     experts = probs_NE.size(1)
-    counted_NK = (choices_NK[:, :1] if count == "top1" else choices_NK) % experts  # in their bank
-    chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
+    if assignment.regulated is None:
+        counted_NK = (choices_NK[:, :1] if count == "top1" else choices_NK) % experts  # in their bank
+        chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
+    else:
+        chosen_NE, probs_NE = assignment.regulated
     z_N = torch.logsumexp(logits_NE.to(probs_NE.dtype), dim=1).square()
 
     def by_expert(values_NE: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ selection bias. Whoever trains adds up the :class:`UpdateSums` of all calls of t
 processes, and calls it once after the optimizer's step: ``training/layer_updates.py`` for fairseq.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -56,3 +56,15 @@ class ActsAfterUpdate(Protocol):
     def after_update(self, sums: UpdateSums) -> None:
         """Called once after each update of the parameters with what the layer did in the update's batches, of all
         processes together, but for padding, and batches that are only there because other processes wait."""
+
+
+@runtime_checkable
+class ActsAfterUpdates(Protocol):
+    """The same for a module that goes by all layers of the model.
+
+    >>> isinstance(torch.nn.Linear(1, 1), ActsAfterUpdates)
+    False
+    """
+
+    def after_updates(self, layers: Sequence[UpdateSums]) -> None:
+        """Called in place of ``after_update`` with the sums of every layer that has a module which acts."""

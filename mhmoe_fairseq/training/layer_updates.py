@@ -11,19 +11,21 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor, nn
 
 from ..moe import MHMoELayer
-from ..moe.updates import ActsAfterUpdate, UpdateSums
+from ..moe.updates import ActsAfterUpdate, ActsAfterUpdates, UpdateSums
+
+_ACTS = (ActsAfterUpdate, ActsAfterUpdates)
 
 
 class LayerUpdates:
     """Adds up what layers do in an update's batches, and tells their modules that act after one.
 
-    That is every module of a layer with a method ``after_update``, see :class:`~..moe.updates.ActsAfterUpdate`. Nothing
-    is done, and no process waits for another, where there is none.
+    That is every module of a layer with a method ``after_update``, see :class:`~..moe.updates.ActsAfterUpdate`, or
+    ``after_updates``. Nothing is done, and no process waits for another, where there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
         layers = [layer for layer in model.modules() if isinstance(layer, MHMoELayer)]
-        acting = [[module for module in layer.modules() if isinstance(module, ActsAfterUpdate)] for layer in layers]
+        acting = [[module for module in layer.modules() if isinstance(module, _ACTS)] for layer in layers]
         self._acting = [modules for modules in acting if modules]
         self._parameters = list(model.parameters()) if self._acting else []
         self._sums: list[UpdateSums | None] = [None] * len(self._acting)
@@ -50,12 +52,14 @@ class LayerUpdates:
         if uses_amp and optimizer.scaler.get_scale() < scale:
             return
         with torch.no_grad():
-            for modules, sums in zip(self._acting, self._sums):
-                if sums is None:
-                    continue
-                total = sums.over(_over_ranks)
+            counted = [(modules, sums) for modules, sums in zip(self._acting, self._sums) if sums is not None]
+            totals = [sums.over(_over_ranks) for _, sums in counted]
+            for (modules, _), total in zip(counted, totals):
                 for module in modules:
-                    module.after_update(total)
+                    if isinstance(module, ActsAfterUpdates):
+                        module.after_updates(totals)
+                    else:
+                        module.after_update(total)
 
 
 def _over_ranks(vector: Tensor) -> Tensor:

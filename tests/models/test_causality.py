@@ -20,7 +20,7 @@ from mhmoe_fairseq.models.options import BENCHMARK_ROUTERS, ROUTER_CHOICES, ROUT
 TOLERANCE = 1e-6
 LENGTH, BATCH = 9, 3
 # Of every value of --mhmoe-routing. A new one is put where it belongs, and language models refuse what is not causal.
-CAUSAL = {"dropless": {}, "lory": {"mhmoe_segment_length": 3}}
+CAUSAL = {"dropless": {}, "relu": {}, "lory": {"mhmoe_segment_length": 3}}
 CAUSAL_BY_DOMAIN = {"domain"}  # a text's, which is known before it
 REFUSED = {"smear", "expert-choice"}
 BY_DROPS = {"capacity", "torchscale"}  # causal with one expert per sub-token, or where none is dropped

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from language_models import small_model, token_rows
+from language_models import small_model
 
 from mhmoe_fairseq.models.architectures import FAMILIES, KINDS, REFERENCES, SIZES, architecture_options
 from mhmoe_fairseq.models.flags import decoder_settings, moe_config
@@ -110,11 +110,22 @@ def test_refused(flags: dict, message: str) -> None:
         decoder_settings(architecture_options("deepseekmoe_lm_tiny", **flags), vocab_size=50)
 
 
-@pytest.mark.parametrize("family", FINE_GRAINED)
-def test_a_token_depends_on_earlier_ones_only(family: str) -> None:
-    model = small_model(f"{family}_lm_tiny").double().eval()
-    tokens = token_rows([9, 9])
-    other = tokens.clone()
-    other[:, 6:] = tokens[:, 6:].flip(1)
-    with torch.no_grad():
-        torch.testing.assert_close(model(tokens)[0][:, :6], model(other)[0][:, :6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_remoe_has_the_references_experts(kind: str) -> None:
+    ours, reference = config(f"remoe_{kind}_tiny"), config(f"smoe_{kind}_tiny")
+    assert ours == dataclasses.replace(reference, routing="relu")
+    assert ours.counts() == reference.counts()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"mhmoe_normalize_gates": "on"}, r"--mhmoe-normalize-gates \(on\) contradicts --mhmoe-routing relu"),
+        ({"mhmoe_gate_score": "sigmoid"}, r"--mhmoe-gate-score \('sigmoid'\) contradicts --mhmoe-routing relu"),
+        ({"mhmoe_balancing": "bias-sign"}, r"--mhmoe-balancing \('bias-sign'\) contradicts --mhmoe-routing relu"),
+        ({"mhmoe_capacity_factor": 2.0}, "--mhmoe-capacity-factor is about capacity; it contradicts relu routing"),
+    ],
+)
+def test_remoe_refuses_what_is_about_a_fixed_number(flags: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decoder_settings(architecture_options("remoe_lm_tiny", **flags), vocab_size=50)

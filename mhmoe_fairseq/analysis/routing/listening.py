@@ -69,7 +69,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
         entropy_N = torch.special.entr(assignment.probs_NE.float()).sum(1)
         choices_NK = assignment.choices_NK
-        if gate.is_balanced:  # experts choose: what none of them took is no choice
+        if gate.chooses_all:
             choices_NK = torch.where(assignment.kept_NK, choices_NK, choices_NK.new_tensor(NOT_CHOSEN))
         heard[index].append((choices_NK, assignment.gates_NK.float(), entropy_N))
 

@@ -120,9 +120,9 @@ def route_view(
     if not pools:
         raise UserError(f"{checkpoint} is a dense model: it has no experts to show")
     first = next(iter(pools.values()))
-    if first[0].gate.is_balanced:
+    if first[0].gate.chooses_all:
         raise UserError(
-            f"{checkpoint}: its experts choose positions (expert-choice); --view shows positions that choose"
+            f"{checkpoint}: a position goes to any number of experts ({first[0].config.routing}); --view shows top-k"
         )
     is_text_model = isinstance(opened.model, MHMoELanguageModel)
     if is_text_model and any(source.image for source in sources):

@@ -82,6 +82,10 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: the exported code chooses experts, it merges none"
         )
+    if settings.moe is not None and routing == "relu":
+        raise UserError(
+            "--mhmoe-routing relu cannot be exported: the exported code chooses as many experts for each token"
+        )
     if settings.moe is not None and routing != "dropless":
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: what its experts take depends on the batch, which "
