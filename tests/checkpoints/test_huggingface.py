@@ -170,6 +170,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     good, out = write_model(tmp_path / "good", "mhmoe_lm_tiny"), tmp_path / "out"
     capacity = write_model(tmp_path / "capacity", "smoe_lm_tiny", mhmoe_routing="capacity")
     assert "--mhmoe-routing capacity cannot be exported" in refusal(capsys, "--format", "hf", capacity, out)
+    relu = write_model(tmp_path / "relu", "remoe_lm_tiny")
+    assert "--mhmoe-routing relu cannot be exported" in refusal(capsys, "--format", "hf", relu, out)
     balanced = write_model(tmp_path / "balanced", "smoe_lm_tiny", mhmoe_router="balanced-for-benchmarks")
     assert "--mhmoe-router balanced-for-benchmarks cannot be exp" in refusal(capsys, "--format", "hf", balanced, out)
     ternary = write_model(tmp_path / "ternary", "mhmoe_lm_tiny", mhmoe_quantize="all")
