@@ -7,6 +7,7 @@ import pytest
 import torch
 from moe_oracle import relative_error
 from test_layer import build
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from mhmoe_fairseq.common.errors import UserError
@@ -76,6 +77,14 @@ def test_gradients_pass_the_rounding_and_the_clip():
     quantize_weight(weight).sum().backward()
     quantize_activation(x).sum().backward()
     assert torch.equal(weight.grad, torch.ones(2, 2)) and torch.equal(x.grad, torch.ones(3, 5))
+
+
+def test_forward_mode_needs_no_gradients():
+    x, direction = torch.randn(3, 5), torch.randn(3, 5)
+    with torch.no_grad(), forward_ad.dual_level():
+        for rounded in (quantize_weight, quantize_activation):
+            tangent = forward_ad.unpack_dual(rounded(forward_ad.make_dual(x, direction))).tangent
+            assert torch.equal(tangent, direction)
 
 
 def test_experts_are_rounded_separately():
