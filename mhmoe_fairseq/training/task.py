@@ -24,6 +24,7 @@ from .failures import guard_ranks, no_lone_recovery
 from .layer_updates import LayerUpdates
 from .load_log import LoadLog
 from .nonfinite import latest_routing, report_nonfinite
+from .peak_memory import log_peak_memory
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class ParallelTask(FairseqTask):
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """fairseq's hook for the logs of one update, or of one batch of a validation, of all ranks."""
         super().reduce_metrics(logging_outputs, criterion)
+        log_peak_memory()
         if self._load_log is not None:
             self._load_log.log(logging_outputs, self.num_updates + 1)
 

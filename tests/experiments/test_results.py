@@ -76,7 +76,7 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(
     )
     assert "--save-dir outputs/english_lm/dense/seed-2 --log-file outputs/english_lm/dense/seed-2/train.log" in command
     assert json.loads(kept[f"{folder}/train.log"].splitlines()[0]) == {
-        "num_updates": 500, "loss": 5, "wps": 100, "wpb": 4096
+        "num_updates": 500, "loss": 5, "wps": 100, "wpb": 4096, "peak_gb": 1.5
     }  # fmt: skip
     assert keep(tmp_path) == 0 and files(tmp_path / "results") == kept  # replaced, nothing left beside
 

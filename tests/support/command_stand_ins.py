@@ -36,8 +36,9 @@ class Commands:
             run, lr, last = Path(after("--save-dir", words)), float(after("--lr", words)), after("--max-update", words)
             (run / "checkpoint_best.pt").write_text(" ".join(words))
             (run / "checkpoint_1_2.pt").touch()
+            half = str(int(last) // 2)
             lines = [
-                json.dumps({"loss": "5.0", "wps": "100", "wpb": "4096", "num_updates": str(int(last) // 2)}),
+                json.dumps({"loss": "5.0", "wps": "100", "wpb": "4096", "peak_gb": "1.5", "num_updates": half}),
                 json.dumps({"valid_loss": str(abs(lr - 4e-3)), "valid_ppl": "32.0", "valid_num_updates": last}),
             ]
             (run / "train.log").write_text("\n".join(lines))

@@ -16,7 +16,7 @@ from mhmoe_fairseq.parallel import expert_parallelism
 from mhmoe_fairseq.training import ParallelTask
 
 # Speed; what a step of validation has, which is a batch of every rank; and traffic, of which one process has none.
-LEFT_OUT = re.compile(r"(train_|valid_)?(wps|ups|wall|train_wall|a2a_.*)|valid_(wpb|bsz)")
+LEFT_OUT = re.compile(r"(train_|valid_)?(wps|ups|wall|train_wall|peak_gb|a2a_.*)|valid_(wpb|bsz)")
 ODD_VALIDATION = ("--batch-size-valid", 6)  # 16 lines: three batches
 
 

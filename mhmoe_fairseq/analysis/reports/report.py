@@ -139,6 +139,9 @@ def _data_lines(models: Sequence[Model]) -> str:
     return _joined("\n".join(dict.fromkeys(lines)), f"Evaluated at commit {', '.join(commits)}." if commits else "")
 
 
+_PEAK = "peak GB: most memory of a training, 10^9 bytes; of tensors on a GPU, else all of the process."
+
+
 def _notes(models: Sequence[Model], split: str) -> str:
     records = [record for _, record in all_records(models)]
     contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := tables.counts_of(model)))
@@ -146,6 +149,7 @@ def _notes(models: Sequence[Model], split: str) -> str:
         "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
         f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
         "tokens/s: training on this machine, median over the log intervals without a validation.",
+        *([_PEAK] if any(map(tables.PEAK_MEMORY.values, models)) else []),
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
         f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
         *_precision_notes(models),

@@ -50,6 +50,10 @@ class TrainingLog:
         """Validation perplexity after half of the updates; None where none was measured then."""
         return dict(self.curve("valid_ppl")).get(self.num_updates / 2)
 
+    def peak_memory(self) -> float | None:
+        """The most memory of the training, in GB; None where the log does not have it."""
+        return max((value for _, value in self.curve("peak_gb")), default=None)
+
     def tokens_per_second(self) -> float | None:
         """Median training speed over the log intervals; None without records.
 

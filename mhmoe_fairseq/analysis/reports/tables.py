@@ -129,7 +129,11 @@ class Column:
 # In training, of the log whatever was evaluated.
 TRAINING_SPEED = Column("tokens/s", "training", "train", "tokens/s")
 HALFWAY = Column("valid ppl halfway", "training", "valid", "perplexity")
-OF_LOGS = {TRAINING_SPEED: TrainingLog.tokens_per_second, HALFWAY: TrainingLog.perplexity_halfway}
+PEAK_MEMORY = Column("peak GB", "training", "train", "peak GB")
+OF_LOGS = {
+    TRAINING_SPEED: TrainingLog.tokens_per_second, HALFWAY: TrainingLog.perplexity_halfway,
+    PEAK_MEMORY: TrainingLog.peak_memory,
+}  # fmt: skip
 
 
 def columns_of(models: Sequence[Model], split: str) -> list[Column]:
@@ -193,6 +197,7 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         "active": [millions(size.get("active")) for size in sizes],
         "MFLOPs/token": [number(size["flops_per_token"] / 1e6) if size else MISSING for size in sizes],
         "tokens/s": [TRAINING_SPEED.cell(model) for model in models],
+        PEAK_MEMORY.title: [PEAK_MEMORY.cell(model) for model in models],
         "updates": [_updates(model, ",") for model in models],
         **{column.title: [column.cell(model) for model in models] for column in columns},
         "active experts": [_mean_share(model, split, ExpertLoads.active) for model in models],
@@ -203,6 +208,8 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         table[f"{main.title} against {reference}"] = [_change(model, against, main) for model in models]
     if set(table["seeds"]) == {"1"}:
         del table["seeds"]
+    if set(table[PEAK_MEMORY.title]) == {MISSING}:  # logs from before it was measured
+        del table[PEAK_MEMORY.title]
     guessed = {column.title: column.guesses(models) for column in columns}
     for guess in dict.fromkeys(name for values in guessed.values() for name in values):
         row = {column.title: number(guessed[column.title].get(guess), column.digits) for column in columns}

@@ -51,6 +51,12 @@ def test_speed_leaves_out_warm_up_and_intervals_with_a_validation(tmp_path: Path
     assert log.tokens_per_second() == 110  # of 100, 110 and 120: 30's interval began with a validation
 
 
+def test_peak_memory_is_the_most_of_a_run_and_of_its_resumption(tmp_path: Path) -> None:
+    lines = [inner(10, peak_gb="1.25"), inner(20, peak_gb="1.5"), inner(30, peak_gb="1.1")]
+    assert read_training_log(write(tmp_path, *lines)).peak_memory() == 1.5
+    assert read_training_log(write(tmp_path, inner(10))).peak_memory() is None
+
+
 def test_speed_of_a_run_that_validates_all_the_time(tmp_path: Path) -> None:
     lines = [line for end in (10, 20, 30) for line in (inner(end, end), valid(end, 40))]
     assert read_training_log(write(tmp_path, *lines)).tokens_per_second() == 25

@@ -66,6 +66,15 @@ def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: 
     assert "tokens/s" in said[0] and said[1] == f"report: {tmp_path / 'out' / 'report.md'}"
 
 
+def test_memory_has_a_column_and_a_note_where_a_log_tells_it(runs: Path, tmp_path: Path) -> None:
+    assert "peak GB" not in report(runs, tmp_path / "report.md")
+    with open(runs / "mhmoe" / "train.log", "a", encoding="utf-8") as log:
+        log.write('{"num_updates": "9", "peak_gb": "1.234"}\n')
+    text = report(runs, tmp_path / "report.md")
+    assert [row_of(text, name)["peak GB"] for name in ("dense", "mhmoe")] == ["–", "1.23"]
+    assert "- peak GB: most memory of a training" in text
+
+
 def test_what_was_not_measured_is_a_dash(runs: Path, tmp_path: Path) -> None:
     (runs / "dense" / "record-test.json").unlink()
     (runs / "mhmoe" / "train.log").unlink()
