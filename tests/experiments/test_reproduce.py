@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from console import run_console
+from fairseq.data.data_utils import load_indexed_dataset
 from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from labelled import prepare, write_jsonl
 from multilingual_data import LANGUAGES, documents_of
@@ -20,6 +21,7 @@ from mhmoe_fairseq.analysis.reports.claims import NOT_RUN, judge
 from mhmoe_fairseq.analysis.reports.runs import read_model
 from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.files import write_json
+from mhmoe_fairseq.data.domains import write_domains
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
 from mhmoe_fairseq.experiments.kept import kept_runs
@@ -56,11 +58,17 @@ class Toys:
 
     def data(self, task: str) -> Path:
         """Prepared data of a task."""
-        return (
-            self.english
-            if task == "mhmoe_language_modeling"
-            else getattr(self, task.removeprefix("mhmoe_"), self.images)
-        )
+        return getattr(self, task.removeprefix("mhmoe_"), self.images)
+
+    @cached_property
+    def language_modeling(self) -> Path:
+        """English whose documents are of eleven domains by turns, as many as the mixed corpus has."""
+        data = self.root / "english"
+        shutil.copytree(self.english, data)
+        sizes = {split: load_indexed_dataset(str(data / split)).sizes for split in ("train", "valid", "test")}
+        turns = {split: [f"domain{turn % 11}" for turn in range((of == 1).sum() + 1)] for split, of in sizes.items()}
+        write_domains(data / "domains.json", turns)
+        return data
 
     @cached_property
     def images(self) -> Path:
