@@ -15,12 +15,6 @@ OFFICIAL = """
 """
 # A selection bias in place of the balance loss (arXiv 2408.15664): gate weights are sigmoids as they are.
 LOSS_FREE = "--mhmoe-gate-score sigmoid --mhmoe-normalize-gates off --mhmoe-balancing bias-sign --moe-gate-loss-wt 0"
-# The whole token in a quarter of the width, four times as many experts and four times as many for each token
-# (arXiv 2601.18089); router and projections have the token's own width.
-LATENT = """
-    --moe-expert-count 32 --moe-top-k 8 --mhmoe-projection-bias off --mhmoe-router-input token
-    --mhmoe-head-projection on --mhmoe-merge-projection on
-"""
 EXPERTS = (16, 32, 64, 128, 256)  # 8 is a name's own
 HEADS = (2, 6, 8, 12, 16)  # 4 is a name's own; the CPU scale's width is not divided by 6 and 12
 TOP_K = (3, 4)  # 2 is a name's own
@@ -44,7 +38,6 @@ MHMOE_VARIANTS = {
     "-p1-router": PAPER_ROUTER,
     "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-loss-free": LOSS_FREE,
-    "-banks": "--mhmoe-expert-banks per-head",
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
 # xmoe-g4, and but for two experts mhmoe-flops-g4, as runs from before --mhmoe-granularity spell them: kind and flags,
@@ -100,7 +93,6 @@ MODELS = {
     # An expert for each of the mixed corpus's eleven domains, and no router (DEMix).
     "demix": Model("smoe", "--moe-freq 2 --moe-expert-count 11 --moe-top-k 1 --mhmoe-routing domain"),
     "smoe-loss-free": Model("smoe", f"{MOE} {LOSS_FREE}"),
-    "latentmoe": Model("smoe", f"{MOE} {LATENT} --mhmoe-latent-dim 32", "--mhmoe-latent-dim 192"),
     "smoe-e128-k1": Model("smoe", f"{MOE} --moe-expert-count 128 --moe-top-k 1"),
     "smoe-e256": Model("smoe", f"{MOE} --moe-expert-count 256"),
     # Single-head baselines at the budget of smoe, which but for its router is xmoe's.

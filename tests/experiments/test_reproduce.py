@@ -65,8 +65,10 @@ class Toys:
         """English whose documents are of eleven domains by turns, as many as the mixed corpus has."""
         data = self.root / "english"
         shutil.copytree(self.english, data)
-        sizes = {split: load_indexed_dataset(str(data / split)).sizes for split in ("train", "valid", "test")}
-        turns = {split: [f"domain{turn % 11}" for turn in range((of == 1).sum() + 1)] for split, of in sizes.items()}
+        splits = {split: load_indexed_dataset(str(data / split)) for split in ("train", "valid", "test")}
+        documents = {split: (of.sizes == 1).sum() + 1 for split, of in splits.items()}
+        names = [f"domain{turn}" for turn in range(11)]
+        turns = {split: [*itertools.islice(itertools.cycle(names), number)] for split, number in documents.items()}
         write_domains(data / "domains.json", turns)
         return data
 
