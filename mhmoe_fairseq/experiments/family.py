@@ -9,7 +9,7 @@ from .language_models import ENGLISH, claims
 from .spec import Experiment, Stage
 
 _NO_PAPER = PaperTable("none", "perplexity")  # nobody has published these models side by side
-SINGLE_HEAD = ("smoe", "xmoe", "xmoe-g4", "olmoe", "deepseekmoe", "smoe-loss-free", "latentmoe")
+SINGLE_HEAD = ("smoe", "xmoe", "xmoe-g4", "olmoe", "deepseekmoe", "smoe-loss-free", "remoe", "latentmoe")
 MULTI_HEAD = ("mhmoe-flops-h2", "mhmoe-flops", "mhmoe-flops-g4", "mhmoe-flops-loss-free", "mhmoe-banks")
 OTHERS = ("lory", "demix")
 
