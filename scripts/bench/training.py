@@ -29,7 +29,8 @@ from mhmoe_fairseq.common.ranges import flag
 from mhmoe_fairseq.common.timing import Clock, no_garbage_collection
 from mhmoe_fairseq.evaluation.speed import continue_greedily
 from mhmoe_fairseq.models.architectures import SIZES, architecture_options
-from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, build_on_meta, context_of, count_built
+from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary, build_on_meta, count_built
+from mhmoe_fairseq.models.flags import context_of
 
 from .memory import Peak, measure
 from .timing import Operator, operator_times, seconds
