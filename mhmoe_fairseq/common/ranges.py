@@ -69,8 +69,9 @@ _FLAGS_BY_RANGE = {
     SIZE: """decoder_layers decoder_embed_dim decoder_ffn_embed_dim decoder_attention_heads encoder_layers
         encoder_embed_dim encoder_ffn_embed_dim encoder_attention_heads img_size patch_size max_target_positions
         tokens_per_sample moe_expert_count moe_top_k moe_ffn_dim mhmoe_heads_number mhmoe_granularity
-        mhmoe_latent_dim mhmoe_router_dim mhmoe_segment_length mhmoe_expert_parallel_size caption_beam batch_size
-        batch_size_valid model_parallel_size update_freq log_interval""",
+        mhmoe_latent_dim mhmoe_expert_groups mhmoe_kept_groups mhmoe_router_dim mhmoe_segment_length
+        mhmoe_expert_parallel_size caption_beam batch_size batch_size_valid model_parallel_size update_freq
+        log_interval""",
     COUNT: """moe_freq mhmoe_projection_layers mhmoe_shared_expert_dim mhmoe_shared_experts drop_worst_after
         data_buffer_size max_epoch force_anneal""",
     # moe_eval_capacity_token_fraction: 0 or below means the training rule

@@ -35,6 +35,7 @@ PRESET_CHOICES = ChoiceEnum(["p1"])
 NORMALIZE_CHOICES = ChoiceEnum(choices("router_normalize"))
 BALANCE_CHOICES = ChoiceEnum(choices("balance_assignment"))
 SCORE_CHOICES = ChoiceEnum(choices("gate_score"))
+GROUP_SCORE_CHOICES = ChoiceEnum(choices("group_score"))
 BALANCING_CHOICES = ChoiceEnum(choices("balancing"))
 SCOPE_CHOICES = ChoiceEnum(choices("balance_scope"))
 POLICY_CHOICES = ChoiceEnum(choices("second_expert_policy"))
@@ -202,6 +203,19 @@ class MoEOptions(FairseqDataclass):
     mhmoe_gate_scale: Optional[float] = option(
         "what the gate weights are multiplied by in the end (default: 1; DeepSeek-V3: 2.5)",
         needs="moe", layer="gate_scale",
+    )  # fmt: skip
+    mhmoe_expert_groups: Optional[int] = option(
+        "equal groups of consecutive experts, of which a sub-token chooses from the best --mhmoe-kept-groups only "
+        "(DeepSeek-V2, V3; default: 1, no groups)",
+        needs="moe", layer="expert_groups",
+    )  # fmt: skip
+    mhmoe_kept_groups: Optional[int] = option(
+        "groups that a sub-token may choose from, of --mhmoe-expert-groups (default: 1)",
+        needs="moe", layer="kept_groups",
+    )  # fmt: skip
+    mhmoe_group_score: Optional[GROUP_SCORE_CHOICES] = option(
+        "a group's score: the largest in it (max, DeepSeek-V2; default), or the sum of its two largest (top2, V3)",
+        needs="moe", layer="group_score",
     )  # fmt: skip
     mhmoe_balancing: Optional[BALANCING_CHOICES] = option(
         "balance without a loss (see --moe-gate-loss-wt 0): a bias on the scores that experts are chosen by, not "

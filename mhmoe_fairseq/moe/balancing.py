@@ -6,16 +6,15 @@ sub-token is routed by must not depend on the others of its batch. A new rule is
 section 2.1.2), Quantile Balancing (kexue.fm/archives/11619).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.ranges import POSITIVE
 from ._fields import ConfigError, Size
-from .updates import UpdateSums
+from .updates import ExactState, UpdateSums
 
 BALANCINGS: "dict[str, type[SelectionBias] | None]" = {"none": None}
 
@@ -51,7 +50,7 @@ class BalancingFields:
             raise ConfigError("balancing", self.balancing, rule)
 
 
-class SelectionBias(nn.Module):
+class SelectionBias(ExactState):
     """A bias of each expert, in float32 or wider whatever the layer's dtype; a subclass has ``step``.
 
     Attributes:
@@ -94,14 +93,6 @@ class SelectionBias(nn.Module):
 
     def _loads(self, sums: UpdateSums) -> Tensor:
         return sums.stats.expert_load.view_as(self.bias)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SelectionBias":
-        """As every module is moved and cast, but not to half precision: it does not tell 0.5 from 0.5 and a step."""
-        exact = self.bias
-        super()._apply(fn, recurse)
-        if self.bias.dtype in (torch.float16, torch.bfloat16):
-            self.bias = exact.to(self.bias.device)
-        return self
 
 
 class SignBias(SelectionBias):

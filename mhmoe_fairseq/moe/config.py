@@ -92,6 +92,9 @@ class MHMoEConfig(RouterFields, GateFields):
         if self.balancing != "none" and ROUTERS[self.router].is_fixed:
             rule = f"needs a router whose choices are learnt; {{router}} is {self.router!r}"
             raise ConfigError("balancing", self.balancing, rule)
+        if self.expert_groups > 1 and ROUTERS[self.router].is_fixed:
+            rule = f"needs a router whose choices are learnt; {{router}} is {self.router!r}"
+            raise ConfigError("expert_groups", self.expert_groups, rule)
         if self.inner_dim % self.num_heads:
             width = "embed_dim" if self.latent_dim is None else "latent_dim"
             raise ConfigError("num_heads", self.num_heads, f"must divide {{{width}}} ({self.inner_dim})")

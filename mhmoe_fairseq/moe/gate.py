@@ -18,13 +18,14 @@ from .assignment import Assignment
 from .balancing import BALANCINGS, BalancingFields
 from .banks import of_all_banks
 from .dispatch import sort_by_expert
+from .groups import GroupFields, outside_kept_groups
 from .scores import SCORES
 
 GATES: "dict[str, type[Gate]]" = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateFields(BalancingFields):
+class GateFields(BalancingFields, GroupFields):
     """What :class:`MHMoEConfig` says about the choice of experts.
 
     Args:
@@ -81,6 +82,14 @@ class GateFields(BalancingFields):
             rule = f"has nothing to balance: {{routing}} {self.routing} gives every expert the same load"
             raise ConfigError("balancing", self.balancing, rule)
         self.check_balancing()
+        self.check_groups()
+        limits = self.expert_groups > 1
+        if limits and self.balancing == "quantile":
+            rule = f"ranks margins over all experts; {{expert_groups}} ({self.expert_groups}) leave some out"
+            raise ConfigError("balancing", self.balancing, rule)
+        if limits and self.routing in GATES and GATES[self.routing].chooses_all:
+            rule = f"limits which experts a sub-token chooses; with {{routing}} {self.routing} it has no such choice"
+            raise ConfigError("expert_groups", self.expert_groups, rule)
         if self.routing in GATES:  # merged experts have routings of their own, and no gate
             GATES[self.routing].check(self)
 
@@ -137,6 +146,10 @@ class Gate(nn.Module):
         if self.balancing is not None:
             first_NE = following_NE = self.balancing(scores_NE)
             evidence = self.balancing.evidence(first_NE, padding_mask_N) if self.training else None
+        if config.expert_groups > 1:
+            # Not 0, as in transformers' DeepSeek-V3: biased scores may be negative.
+            outside_NE = outside_kept_groups(first_NE, config)
+            first_NE, following_NE = (of.masked_fill(outside_NE, float("-inf")) for of in (first_NE, following_NE))
         choices_NK = top_k_experts(following_NE, first_NE, config.top_k, noise if policy == "sampling" else None)
         gates_NK = scores_NE.gather(1, choices_NK)
         if normalizes and normalizes_first:

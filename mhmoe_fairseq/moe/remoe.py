@@ -1,22 +1,21 @@
 """ReMoE (Wang et al., ICLR 2025, arXiv 2412.14711): every expert whose logit is positive, as many as there are."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._fields import ConfigError
 from .assignment import Assignment
 from .banks import of_all_banks
 from .gate import GATES, Gate, GateFields
-from .updates import UpdateSums
+from .updates import ExactState, UpdateSums
 
 _FIRST_WEIGHT = 1e-8
 _FACTOR = 1.2
 
 
-class AdaptiveWeight(nn.Module):
+class AdaptiveWeight(ExactState):
     """The weight of ReMoE's regulariser: it grows while more than K / E of the experts are used, else shrinks.
 
     One for the whole model: every layer has the same, since each is told of all layers.
@@ -52,14 +51,6 @@ class AdaptiveWeight(nn.Module):
 
     def _used_and_possible(self, sums: UpdateSums) -> tuple[Tensor, Tensor]:
         return sums.stats.expert_load.sum(), sums.stats.num_subtokens * self.num_experts
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "AdaptiveWeight":
-        """As every module is moved and cast, but not to half precision."""
-        exact = self.weight
-        super()._apply(fn, recurse)
-        if self.weight.dtype in (torch.float16, torch.bfloat16):
-            self.weight = exact.to(self.weight.device)
-        return self
 
 
 class ReLUGate(Gate):

@@ -6,10 +6,10 @@ processes, and calls it once after the optimizer's step: ``training/layer_update
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .stats import RoutingStats
 
@@ -68,3 +68,23 @@ class ActsAfterUpdates(Protocol):
 
     def after_updates(self, layers: Sequence[UpdateSums]) -> None:
         """Called in place of ``after_update`` with the sums of every layer that has a module which acts."""
+
+
+class ExactState(nn.Module):
+    """A module whose buffers stay in float32 or wider: half precision does not tell 0.5 from 0.5 and a small step.
+
+    >>> state = ExactState()
+    >>> state.register_buffer("bias", torch.zeros(2))
+    >>> state.half().bias.dtype, state.double().bias.dtype
+    (torch.float32, torch.float64)
+    """
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExactState":
+        """As every module is moved and cast, but not to half precision."""
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = self.get_buffer(name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, value.to(moved.device))
+        return self

@@ -158,6 +158,7 @@ def check_supported(moe: MHMoEConfig) -> None:
         "gate_scale": (1.0,),
         "quantize_experts": (False,),
         "balancing": ("none",),
+        "expert_groups": (1,),
     }
     refused = [field for field, values in possible.items() if getattr(moe, field) not in values]
     refused += [f"{part}_projection" for part in ("head", "merge") if getattr(moe, f"has_{part}_projection")]

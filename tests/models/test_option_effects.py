@@ -74,6 +74,9 @@ SHARED = {
     "mhmoe_gate_score": Effect("function", "sigmoid"),
     "mhmoe_normalize_gates": Effect("function", "off"),
     "mhmoe_gate_scale": Effect("function", 2.5),
+    "mhmoe_expert_groups": Effect("function", 4),
+    "mhmoe_kept_groups": Effect("function", 2, {"mhmoe_expert_groups": 4}),
+    "mhmoe_group_score": Effect("function", "top2", {"mhmoe_expert_groups": 4}),
     "mhmoe_balancing": Effect("nothing", "quantile"),  # before the first update
     "mhmoe_balancing_rate": Effect("nothing", 0.5, {"mhmoe_balancing": "bias-sign"}),
     "mhmoe_balance_assignment": Effect("losses", "topk"),
