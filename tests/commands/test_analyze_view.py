@@ -105,7 +105,7 @@ def test_a_long_text_of_many_layers_is_a_page_of_reasonable_size(tmp_path: Path)
     shape = (12, 2000, 4, 2)
     routed = torch.randint(64, shape), torch.rand(shape), torch.rand(shape[:3])
     sample = Sample("text", ["token "] * 2000, [0], None, (0, 0), *routed)
-    write_view(tmp_path / "view.html", RoutedView(Path("checkpoint.pt"), [*range(12)], 64, 1, [sample]))
+    write_view(tmp_path / "view.html", RoutedView(Path("checkpoint.pt"), [*range(12)], 64, 1, 1, [sample]))
     assert (tmp_path / "view.html").stat().st_size < MOST_BYTES
 
 

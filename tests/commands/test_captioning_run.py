@@ -183,7 +183,7 @@ def test_two_ranks_with_shared_experts_caption_as_one(data, tmp_path, workers2):
              for name, freq in (("one", 2), ("two", 1)))  # fmt: skip
     one = run_console("fairseq-train", *next(words), cwd=tmp_path)
     two = workers2.fairseq("fairseq-train", *next(words))[0]
-    assert "2 of 2 processes share one bank of experts" in two
+    assert "2 of 2 processes share the experts of a layer" in two
     for record, other in zip(validations(one), validations(two), strict=True):
         for key in ("valid_cider", "valid_loss", "valid_accuracy", "valid_moe_entropy"):
             assert float(other[key]) == pytest.approx(float(record[key]), abs=2e-3)

@@ -53,7 +53,7 @@ def test_scores_that_all_vanish_or_saturate_are_no_nan(logit):
 
 
 @pytest.mark.parametrize("routing", ["dropless", "capacity"])
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("router", [name for name in ROUTERS if name != "domain"])  # which has no scores
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_router_and_routing_has_weights_in_float32(router, routing, dtype):
     torch.manual_seed(0)

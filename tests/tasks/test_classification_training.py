@@ -58,7 +58,7 @@ def test_two_ranks_that_share_the_experts_do_what_one_does(data, trained_model, 
     )  # fmt: skip
     one = train(data, tmp_path / "one", *flags, "--update-freq", 2, updates=5)
     two = workers2.fairseq("fairseq-train", *training_words(data, tmp_path / "two", *flags, updates=5))[0]
-    assert "2 of 2 processes share one bank of experts" in two
+    assert "2 of 2 processes share the experts of a layer" in two
     assert len(losses(one)) == 5
     for (number, loss, norm), (same, other_loss, other_norm) in zip(losses(one), losses(two)):
         assert number == same and other_loss == pytest.approx(loss, abs=2e-3)

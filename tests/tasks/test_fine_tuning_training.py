@@ -218,7 +218,7 @@ def test_two_ranks_that_share_the_experts_and_have_unequal_batches(
     flags = ("--finetune-from-model", pretrained, "--layer-decay", 0.9, "--lr", 0.003, "--batch-size", rows // 5 + 1)
     words = fine_tuning_words(task, data, tmp_path / "run", *flags, "--batch-size-valid", 9, updates=9)
     log = workers2.fairseq("fairseq-train", *words)[0]
-    assert "2 of 2 processes share one bank of experts" in log
+    assert "2 of 2 processes share the experts of a layer" in log
     best = max(float(figures[f"valid_{TASKS[task]}"]) for figures in validations(log))
     record = evaluation_record(tmp_path, tmp_path / "run", "--split", "valid")
     assert record.main.value == pytest.approx(best, abs=0.01)

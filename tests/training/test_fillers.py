@@ -64,7 +64,7 @@ def gradients_of(counted, parallel=None):
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1 if counted else 2))
 
     def criterion(model, sample):
-        _, balance, z, stats, _ = model(x, torch.zeros(2, 5, dtype=torch.bool))
+        _, balance, z, stats, *_ = model(x, torch.zeros(2, 5, dtype=torch.bool))
         return balance + z, stats.num_subtokens, {"balance": balance.detach(), "num_subtokens": stats.num_subtokens}
 
     optimizer = SimpleNamespace(backward=lambda loss: loss.backward())
@@ -117,7 +117,7 @@ def test_nothing_is_routed_of_what_is_taken_for_padding(routing):
     x = torch.randn(3, 5, 8, requires_grad=True)
     before = layer(x)
     with taken_for_padding(layer):
-        hidden, balance, z, stats, _ = layer(x, torch.zeros(3, 5, dtype=torch.bool))
+        hidden, balance, z, stats, *_ = layer(x, torch.zeros(3, 5, dtype=torch.bool))
     assert balance == z == 0 and stats.num_subtokens == 0 and stats.expert_load.sum() == 0
     assert hidden.isfinite().all()
     with taken_for_padding(layer, applies=False):

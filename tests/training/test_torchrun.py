@@ -43,7 +43,7 @@ def train(corpus: Path, folder: Path, max_update: int) -> subprocess.Popen:
 def test_two_ranks_train_one_model(corpus: Path, tmp_path: Path) -> None:
     assert train(corpus, tmp_path, 4).wait(300) == 0, output(tmp_path)[-4000:]
     assert "training on 2 devices" in output(tmp_path)
-    assert "expert parallelism: 2 of 2 processes share one bank of experts" in output(tmp_path)
+    assert "expert parallelism: 2 of 2 processes share the experts of a layer" in output(tmp_path)
     state = torch.load(tmp_path / "saved" / "checkpoint_last.pt", weights_only=True)
     assert state["model"]["decoder.layers.1.moe_layer.experts.fc1_weight"].size(0) == 4
     assert state["optimizer_history"][-1]["num_updates"] == 4
