@@ -40,12 +40,6 @@ MHMOE_VARIANTS = {
     "-loss-free": LOSS_FREE,
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
-# xmoe-g4, and but for two experts mhmoe-flops-g4, as runs from before --mhmoe-granularity spell them: kind and flags,
-# experts, width of one at CPU and at paper scale.
-_SPELLED = {
-    "xmoe-narrower-4": ("xmoe", "", 32, 128, 768),
-    "mhmoe-flops-narrower-4": ("mhmoe", "--mhmoe-heads-number 4 --mhmoe-budget none", 140, 112, 672),
-}
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
 SWIGLU = """
     --activation-fn silu --rotary-embed --rms-norm --no-bias --no-token-positional-embeddings --no-scale-embedding
@@ -133,14 +127,6 @@ MODELS = {
     "mhmoe-flops-linear-router": Model(
         "mhmoe", f"{MOE} --mhmoe-heads-number 4 --mhmoe-budget flops --mhmoe-router linear"
     ),
-    **{
-        name: Model(
-            kind,
-            f"{MOE} {flags} --moe-expert-count {experts} --moe-top-k 8 --moe-ffn-dim {cpu}",
-            f"{PAPER_ROUTER} --moe-ffn-dim {paper}",
-        )
-        for name, (kind, flags, experts, cpu, paper) in _SPELLED.items()
-    },
     # The dense network between two projections: an MoE layer of one expert, which every token uses with weight 1.
     "dense-projections": Model("xmoe", f"{MOE} --moe-expert-count 1 --moe-top-k 1 {PROJECTIONS}", PAPER_ROUTER),
     "xmoe-projections": Model("xmoe", f"{MOE} {PROJECTIONS}", PAPER_ROUTER),
