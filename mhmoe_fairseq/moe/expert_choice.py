@@ -31,11 +31,6 @@ class ExpertChoiceGate(Gate):
         """What the capacity factor makes of K."""
         return config.capacity_factor * config.top_k
 
-    @staticmethod
-    def most_choices(config: GateFields) -> int:
-        """All experts."""
-        return config.num_experts
-
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:

@@ -180,10 +180,10 @@ class Gate(nn.Module):
         """How many experts a sub-token goes to, on average, where none is dropped."""
         return config.top_k
 
-    @staticmethod
-    def most_choices(config: GateFields) -> int:
+    @classmethod
+    def most_choices(cls, config: GateFields) -> int:
         """How many experts a sub-token can go to."""
-        return config.top_k
+        return config.num_experts if cls.chooses_all else config.top_k
 
     def _scaled(self, gates_NK: Tensor) -> Tensor:
         scale = self.config.gate_scale

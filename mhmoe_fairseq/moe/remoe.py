@@ -79,11 +79,6 @@ class ReLUGate(Gate):
                 rule = f"contradicts {{routing}} {config.routing}, by which logits choose and weigh experts"
                 raise ConfigError(field, getattr(config, field), rule)
 
-    @staticmethod
-    def most_choices(config: GateFields) -> int:
-        """All experts."""
-        return config.num_experts
-
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:
