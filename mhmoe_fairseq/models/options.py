@@ -12,6 +12,7 @@ from typing import Any, Optional
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
+from ..moe.activations import BY_FLAG
 from ..moe.config import choices
 from ..moe.merged import MERGINGS
 from ..moe.parallelism import PARALLELISMS
@@ -19,14 +20,14 @@ from ..moe.parallelism import PARALLELISMS
 MODEL_NAME = "mhmoe_lm"
 BEIT3_NAME = "mhmoe_beit3"
 
-# A flag's value -> the layer's, where they differ: silu means SwiGLU; TorchScale's own layer has limited slots, too.
-ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "silu": "swiglu"}
+# A flag's value -> the layer's, where they differ; TorchScale's own layer has limited slots, too.
 TORCHSCALE = {"torchscale": "capacity"}
 DOMAIN = {"domain": "dropless"}  # routing in name, and the router of that name
 SWITCH = {"on": True, "off": False}
 OPPOSITE = {True: False, False: True}
 
-ACTIVATION_CHOICES = ChoiceEnum([*ACTIVATIONS])
+_FLAG_OF = {name: given for given, name in BY_FLAG.items()}
+ACTIVATION_CHOICES = ChoiceEnum([_FLAG_OF.get(name, name) for name in choices("activation")])
 ON_OFF_CHOICES = ChoiceEnum([*SWITCH])
 ROUTING_CHOICES = ChoiceEnum([*choices("routing"), *MERGINGS, *TORCHSCALE, *DOMAIN])
 BENCHMARK_ROUTERS = {"balanced-for-benchmarks": "balanced"}  # of which no model learns anything: asked by long names
@@ -84,8 +85,9 @@ class MoEOptions(FairseqDataclass):
     """
 
     activation_fn: Optional[ACTIVATION_CHOICES] = option(
-        "activation of dense networks and experts; silu means SwiGLU, with a gate matrix",
-        layer="activation", values=ACTIVATIONS, stack=True,
+        "activation of dense networks and experts; silu means SwiGLU, with a gate matrix, swiglu7 the clamped one of "
+        "MAGI-2 and gpt-oss",
+        layer="activation", values=BY_FLAG, stack=True,
     )  # fmt: skip
     dropout: Optional[float] = option(
         "dropout on the embedding, on attention's and on feed-forward networks' output",
@@ -287,6 +289,10 @@ class MoEOptions(FairseqDataclass):
     mhmoe_merge_projection: Optional[ON_OFF_CHOICES] = option(
         "the projection after the merge (default: on with more than one head)",
         needs="heads", layer="merge_projection", values=SWITCH,
+    )  # fmt: skip
+    mhmoe_merge_norm: Optional[bool] = option(
+        "RMSNorm between the merged sub-tokens and the merge projection (Stable LatentMoE)",
+        needs="heads", layer="merge_norm",
     )  # fmt: skip
     mhmoe_projection_bias: Optional[ON_OFF_CHOICES] = option(
         "biases in the two projections; the official code has them even with --no-bias (default: off with --no-bias)",

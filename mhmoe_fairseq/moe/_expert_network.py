@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activations import ACTIVATIONS
 from .dispatch import DispatchPlan
 from .modes import in_forward_mode
 from .quantize import quantize_activation
@@ -22,7 +23,7 @@ class ExpertWeights(NamedTuple):
 
     fc1_weight: Tensor  # (E, F, d); under expert parallelism E counts this process's experts
     fc1_bias: Tensor | None  # (E, F)
-    gate_weight: Tensor | None  # (E, F, d), SwiGLU only
+    gate_weight: Tensor | None  # (E, F, d), of a gated activation
     gate_bias: Tensor | None  # (E, F)
     layernorm_weight: Tensor | None  # (E, F)
     layernorm_bias: Tensor | None  # (E, F)
@@ -47,12 +48,10 @@ def expert_network(
         per_row: a stacked vector ``(E, F)`` as every row's expert has it, broadcastable to the activation.
         quantized: round the second map's input to eight bits, as that of the first and the weights have been.
     """
-    inner = linear(x, weights.fc1_weight, weights.fc1_bias)
+    of_maps = [linear(x, weights.fc1_weight, weights.fc1_bias)]
     if weights.gate_weight is not None:
-        inner = F.silu(inner) * linear(x, weights.gate_weight, weights.gate_bias)
-    else:
-        inner = F.gelu(inner) if activation == "gelu" else F.relu(inner)
-    inner = drop(inner)
+        of_maps.append(linear(x, weights.gate_weight, weights.gate_bias))
+    inner = drop(ACTIVATIONS[activation].of(*of_maps))
     if weights.layernorm_weight is not None and weights.layernorm_bias is not None:
         scale, shift = per_row(weights.layernorm_weight), per_row(weights.layernorm_bias)
         inner = F.layer_norm(inner, inner.shape[-1:]) * scale + shift

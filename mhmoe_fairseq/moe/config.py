@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
 from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices
+from .activations import ACTIVATIONS
 from .gate import GATES, GateFields
 from .router import ROUTERS, RouterFields
 
@@ -35,12 +36,13 @@ class MHMoEConfig(RouterFields, GateFields):
         router_input: what the router sees: the ``"subtoken"``, or with one sub-token per token the ``"token"``, before
             the head projection.
         expert_ffn_dim: inner width F of one expert.
-        activation: ``"gelu"``, ``"relu"`` or ``"swiglu"`` (three matrices per expert).
+        activation: a name in ``ACTIVATIONS``; ``"swiglu"`` and ``"swiglu7"`` are gated, with three matrices per expert.
         expert_layernorm: LayerNorm on the inner activation (TorchScale's sub-LN).
         activation_dropout: dropout on the inner activation.
         dropout: dropout on the layer's output, applied once.
         head_projection, merge_projection: linear maps before the split and after the merge;
             None means "present when ``num_heads > 1`` or with a ``latent_dim``".
+        merge_norm: RMSNorm of the merged sub-tokens, in front of the merge projection (Stable LatentMoE, Kimi K3).
         num_projection_layers: layers in each projection, ReLU between them (P1 table 7).
         projection_gain: of both projections' initial weights, which TorchScale does not rescale as it does experts'.
         split: False keeps whole tokens (P1 table 6, "without token splitting"); the experts
@@ -68,13 +70,14 @@ class MHMoEConfig(RouterFields, GateFields):
     latent_dim: Annotated[int | None, SIZE] = None
     expert_banks: Literal["shared", "per-head"] = "shared"
     router_input: Literal["subtoken", "token"] = "subtoken"
-    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    activation: Annotated[str, ACTIVATIONS] = "gelu"
     expert_bias: bool = True
     expert_layernorm: bool = False
     activation_dropout: Rate = 0.0
     dropout: Rate = 0.0
     head_projection: bool | None = None
     merge_projection: bool | None = None
+    merge_norm: bool = False
     num_projection_layers: Count = 1
     projection_bias: bool = True
     projection_gain: Positive = 1.0
@@ -104,6 +107,8 @@ class MHMoEConfig(RouterFields, GateFields):
             needed = "{head_projection} and {merge_projection}"
             rule = f"differs from {{embed_dim}} ({self.embed_dim}), which needs {needed}"
             raise ConfigError("latent_dim", self.latent_dim, rule)
+        if self.merge_norm and not self.has_merge_projection:
+            raise ConfigError("merge_norm", True, "needs {merge_projection}, in front of which it stands")
         if self.router_input == "token" and self.subtokens_per_token > 1:
             rule = f"needs one sub-token per token; {{num_heads}} is {self.num_heads}"
             raise ConfigError("router_input", self.router_input, rule)
@@ -156,8 +161,8 @@ class MHMoEConfig(RouterFields, GateFields):
 
     @property
     def matrices_per_expert(self) -> int:
-        """m in paper 2's budget rule: 3 for SwiGLU, else 2."""
-        return 3 if self.activation == "swiglu" else 2
+        """m in paper 2's budget rule: 3 with a gate, else 2."""
+        return 2 + ACTIVATIONS[self.activation].is_gated
 
     def num_expert_params(self) -> int:
         """Parameters of one routed expert."""
@@ -171,9 +176,9 @@ class MHMoEConfig(RouterFields, GateFields):
         return self.num_banks * ROUTERS[self.router].num_params(self)
 
     def num_projection_params(self) -> int:
-        """Parameters of the head and merge projections together."""
+        """Parameters of the head and merge projections together, and of the norm between."""
         biases = sum(width for _, width in self._projection_maps()) if self.projection_bias else 0
-        return self._num_projection_weights() + biases
+        return self._num_projection_weights() + biases + self.inner_dim * self.merge_norm
 
     def num_shared_expert_params(self) -> int:
         """Parameters of the shared expert (P2)."""
@@ -381,6 +386,6 @@ def choices(field: str) -> tuple[str, ...]:
     """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name.
 
     >>> choices("activation"), choices("balance_scope")
-    (('gelu', 'relu', 'swiglu'), ('rank', 'global'))
+    (('gelu', 'relu', 'swiglu', 'swiglu7'), ('rank', 'global'))
     """
     return declared_choices(MHMoEConfig, field)

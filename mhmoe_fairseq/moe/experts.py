@@ -18,10 +18,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._expert_network import ExpertWeights, blocked_ffn, grouped_ffn, grouped_mm_supports
+from .activations import ACTIVATIONS
 from .config import MHMoEConfig
 from .cpu.loop import loop_ffn
 from .dispatch import DispatchPlan, combine
@@ -35,10 +35,10 @@ BACKENDS = ("auto", "loop", "grouped", "blocked")
 class ExpertFFN(TernaryWeights):
     """E feed-forward networks ``d -> F -> d`` with stacked parameters, of all banks one after the other.
 
-    One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; with SwiGLU ``silu(fc1(x)) * gate(x)`` stands for the
-    activation. Initialised like ``nn.Linear``, each expert from a generator of its own. With ``quantize_experts`` every
-    expert's matrix is ternary, with a scale of its own, and the maps' inputs have eight bits: a sub-token's before it
-    is sent, that of ``fc2`` in each routed row.
+    One expert computes ``fc2(norm(dropout(act(fc1(x)))))``; a gated activation takes ``gate(x)``, too. Initialised
+    like ``nn.Linear``, each expert from a generator of its own. With ``quantize_experts`` every expert's matrix is
+    ternary, with a scale of its own, and the maps' inputs have eight bits: a sub-token's before it is sent, that of
+    ``fc2`` in each routed row.
 
     Args:
         parallel: the processes that share the experts; this one then holds E / P of them. None: all are here.
@@ -65,21 +65,21 @@ class ExpertFFN(TernaryWeights):
             raise ValueError(f"expert parallelism over {size} processes must divide num_experts ({number})")
         e, f, d = config.total_experts // size, config.expert_ffn_dim, config.subtoken_dim
         self.local_experts = range(rank * e, (rank + 1) * e)
-        bias, swiglu, norm = config.expert_bias, config.activation == "swiglu", config.expert_layernorm
+        bias, gated, norm = config.expert_bias, ACTIVATIONS[config.activation].is_gated, config.expert_layernorm
 
         def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(*shape)) if wanted else None
 
         self.fc1_weight = nn.Parameter(torch.empty(e, f, d))
         self.fc1_bias = parameter(bias, e, f)
-        self.gate_weight = parameter(swiglu, e, f, d)
-        self.gate_bias = parameter(swiglu and bias, e, f)
+        self.gate_weight = parameter(gated, e, f, d)
+        self.gate_bias = parameter(gated and bias, e, f)
         self.layernorm_weight = parameter(norm, e, f)
         self.layernorm_bias = parameter(norm, e, f)
         self.fc2_weight = nn.Parameter(torch.empty(e, d, f))
         self.fc2_bias = parameter(bias, e, d)
         if config.quantize_experts:
-            self.ternary_names = ("fc1_weight", *(["gate_weight"] if swiglu else []), "fc2_weight")
+            self.ternary_names = ("fc1_weight", *(["gate_weight"] if gated else []), "fc2_weight")
         self.reset_parameters()
         if self.parallel is not None:
             self.parallel.shard(self)
@@ -151,18 +151,16 @@ class SharedExpert(nn.Module):
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
         d, f, bias = config.embed_dim, config.shared_expert_dim, config.expert_bias
-        self.activation = config.activation
+        self.activation = ACTIVATIONS[config.activation]
         linear = TernaryLinear if config.quantize_experts else nn.Linear
         self.fc1 = linear(d, f, bias=bias)
-        self.gate = linear(d, f, bias=bias) if self.activation == "swiglu" else None
+        self.gate = linear(d, f, bias=bias) if self.activation.is_gated else None
         self.fc2 = linear(f, d, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """``(T, D) -> (T, D)``."""
-        hidden = self.fc1(x_TD)
-        if self.gate is not None:
-            return self.fc2(F.silu(hidden) * self.gate(x_TD))
-        return self.fc2(F.gelu(hidden) if self.activation == "gelu" else F.relu(hidden))
+        maps = [self.fc1] if self.gate is None else [self.fc1, self.gate]
+        return self.fc2(self.activation.of(*(linear(x_TD) for linear in maps)))
 
 
 def _uniform_by_expert(stacked: Tensor, experts: range, bound: float) -> None:

@@ -54,6 +54,22 @@ class _ProjectionLayer(nn.Linear):
                 nn.init.zeros_(self.bias)
 
 
+class MergeNorm(nn.RMSNorm):
+    """RMSNorm of merged tokens, in float32 or wider, in front of the merge projection (Stable LatentMoE, Kimi K3).
+
+    >>> MergeNorm(2)(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+    tensor([[0.8477, 1.1328]], dtype=torch.bfloat16, grad_fn=<ToCopyBackward0>)
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-5)
+
+    def forward(self, x_TL: Tensor) -> Tensor:
+        """``(T, L) -> (T, L)``, in the type of its input."""
+        wide = torch.promote_types(x_TL.dtype, torch.float32)
+        return F.rms_norm(x_TL.to(wide), self.normalized_shape, self.weight.to(wide), self.eps).to(x_TL.dtype)
+
+
 class Projection(nn.ModuleList):
     """Linear maps with ReLU between them (P1 table 7).
 

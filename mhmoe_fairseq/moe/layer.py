@@ -15,7 +15,7 @@ from .dispatch import plan_dispatch
 from .experts import ExpertFFN, SharedExpert
 from .gate import GATES
 from .head_parallelism import of_one_process, plan_pieces, return_slices, send_slices, tell_sources
-from .heads import Projection, merge_heads, repeat_mask, split_heads
+from .heads import MergeNorm, Projection, merge_heads, repeat_mask, split_heads
 from .losses import RouterSums, load_balancing_loss, router_sums, router_z_loss
 from .parallelism import ExpertParallelism, Traffic
 from .stats import RoutingStats, routing_stats
@@ -58,7 +58,7 @@ class MHMoELayer(nn.Module):
       3. top-k experts and gate weights; with ``routing="capacity"`` the overflow is dropped;
       4. sort by expert, expert FFNs, weighted sum back in sub-token order;
       5. optionally the sub-token itself (P1 equation 6) and a shared expert's output (P2);
-      6. merge, merge projection, dropout.
+      6. merge, optionally a norm, merge projection, dropout.
 
     Args:
         backend: how the experts compute: ``"auto"`` (by device, dtype and shape), ``"loop"``, ``"grouped"`` or
@@ -95,6 +95,7 @@ class MHMoELayer(nn.Module):
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
             self.merge_projection = Projection(widths[::-1], bias=bias, gain=gain, zero_bias=True)
+        self.merge_norm = MergeNorm(config.inner_dim) if config.merge_norm else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
 
     def reset_parameters(self) -> None:
@@ -141,6 +142,8 @@ class MHMoELayer(nn.Module):
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
         y_TD = merge_heads(y_Nd, self.config.subtokens_per_token)
+        if self.merge_norm is not None:
+            y_TD = self.merge_norm(y_TD)
         if self.merge_projection is not None:
             y_TD = self.merge_projection(y_TD)
         if self.shared_expert is not None:

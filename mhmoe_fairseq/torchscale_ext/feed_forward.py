@@ -1,7 +1,6 @@
 """What stands behind attention in a layer: a dense network, or experts, which are chosen by name."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchscale.component.feedforward_network import FeedForwardNetwork
 
@@ -11,8 +10,8 @@ from .settings import Settings
 from .static_xmoe import StaticXMoE
 
 
-class SwiGLUNetwork(nn.Module):
-    """The dense feed-forward network behind ``--activation-fn silu``: ``fc2(silu(fc1(x)) * gate(x))``.
+class GatedNetwork(nn.Module):
+    """The dense feed-forward network of a gated activation; for ``silu``: ``fc2(silu(fc1(x)) * gate(x))``.
 
     TorchScale's ``swish`` network has no gate. ``fc1`` and ``fc2`` carry its names, so that its sub-LN and deepnorm
     rescaling of the initial weights finds them; the gate is left alone.
@@ -20,6 +19,7 @@ class SwiGLUNetwork(nn.Module):
 
     def __init__(self, settings: Settings, dim: int, ffn_dim: int) -> None:
         super().__init__()
+        self.activation = settings.activation
         self.fc1 = nn.Linear(dim, ffn_dim)
         self.gate = nn.Linear(dim, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, dim)
@@ -29,7 +29,7 @@ class SwiGLUNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""
-        hidden = self.activation_dropout_module(F.silu(self.fc1(x)) * self.gate(x))
+        hidden = self.activation_dropout_module(self.activation.of(self.fc1(x), self.gate(x)))
         if self.ffn_layernorm is not None:
             hidden = self.ffn_layernorm(hidden)
         return self.dropout_module(self.fc2(hidden))
@@ -50,9 +50,9 @@ class DenseNetwork(FeedForwardNetwork):
 
 
 def build_dense_ffn(settings: Settings, dim: int, ffn_dim: int) -> nn.Module:
-    """TorchScale's feed-forward network, or the SwiGLU one for ``activation_fn="silu"``."""
-    if settings.activation_fn == "silu":
-        return settings.fit_maps(SwiGLUNetwork(settings, dim, ffn_dim))
+    """TorchScale's feed-forward network, or that of a gated activation."""
+    if settings.activation.is_gated:
+        return settings.fit_maps(GatedNetwork(settings, dim, ffn_dim))
     dropouts = settings.dropout, settings.activation_dropout
     ffn = DenseNetwork(dim, ffn_dim, settings.activation_fn, *dropouts, settings.layernorm_eps, settings.subln)
     if settings.subln and settings.rms_norm:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchscale.architecture.config import DecoderConfig, EncoderConfig
 
 from ..moe import MHMoEConfig
+from ..moe.activations import ACTIVATIONS, BY_FLAG, Activation
 from ..moe.parallelism import ExpertParallelism
 from ..moe.quantize import TernaryLinear
 
@@ -79,6 +80,11 @@ class _LayerSettings:
         self.rms_norm = rms_norm
         self.no_bias = no_bias
         self.quantize_maps = quantize_maps
+
+    @property
+    def activation(self) -> Activation:
+        """What ``activation_fn`` names in experts and dense networks: ``silu`` means SwiGLU."""
+        return ACTIVATIONS[BY_FLAG.get(self.activation_fn, self.activation_fn)]
 
     def build_norm(self, dim: int) -> nn.Module:
         """RMSNorm or LayerNorm over ``dim`` features."""

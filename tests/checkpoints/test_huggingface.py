@@ -176,10 +176,14 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "--mhmoe-router balanced-for-benchmarks cannot be exp" in refusal(capsys, "--format", "hf", balanced, out)
     ternary = write_model(tmp_path / "ternary", "mhmoe_lm_tiny", mhmoe_quantize="all")
     assert "--mhmoe-quantize (all): 1.58-bit models are not exp" in refusal(capsys, "--format", "hf", ternary, out)
-    banks = write_model(tmp_path / "banks", "mhmoe_lm_tiny", mhmoe_expert_banks="per-head")
-    assert "--mhmoe-expert-banks (per-head) cannot be exported" in refusal(capsys, "--format", "hf", banks, out)
-    latent = write_model(tmp_path / "latent", "mhmoe_lm_tiny", mhmoe_latent_dim=16)
-    assert "--mhmoe-latent-dim (16) cannot be exported" in refusal(capsys, "--format", "hf", latent, out)
+    for name, value, words in (
+        ("mhmoe_expert_banks", "per-head", "--mhmoe-expert-banks (per-head)"),
+        ("mhmoe_latent_dim", 16, "--mhmoe-latent-dim (16)"),
+        ("mhmoe_merge_norm", True, "--mhmoe-merge-norm (True)"),
+        ("activation_fn", "swiglu7", "--activation-fn swiglu7"),
+    ):
+        unlike = write_model(tmp_path / name, "mhmoe_lm_tiny", **{name: value})
+        assert f"{words} cannot be exported" in refusal(capsys, "--format", "hf", unlike, out)
     assert "--format" in refusal(capsys, "--format", "gguf", good, out)
     assert "not an empty folder" in refusal(capsys, "--format", "hf", good, tmp_path / "good")
     (tmp_path / "other").mkdir()

@@ -92,6 +92,7 @@ SHARED = {
     "mhmoe_projection_layers": Effect("function", 2),
     "mhmoe_head_projection": Effect("function", "off"),
     "mhmoe_merge_projection": Effect("function", "off"),
+    "mhmoe_merge_norm": Effect("function", True),
     "mhmoe_projection_bias": Effect("function", "on", {"no_bias": True}),
     "mhmoe_projection_gain": Effect("initial", 2.0),
     "mhmoe_no_split": Effect("function", True),

@@ -16,7 +16,8 @@ SHARED = """
 --layernorm-embedding --mhmoe-balance-assignment --mhmoe-balance-scope --mhmoe-balancing
 --mhmoe-balancing-rate --mhmoe-budget --mhmoe-capacity-factor
 --mhmoe-expert-banks --mhmoe-expert-parallel-size --mhmoe-gate-scale --mhmoe-gate-score --mhmoe-granularity
---mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-projection --mhmoe-no-split
+--mhmoe-head-projection --mhmoe-heads-number --mhmoe-latent-dim --mhmoe-merge-norm
+--mhmoe-merge-projection --mhmoe-no-split
 --mhmoe-expert-groups --mhmoe-group-score --mhmoe-kept-groups
 --mhmoe-normalize-gates --mhmoe-parallel --mhmoe-precision --mhmoe-projection-bias --mhmoe-projection-gain
 --mhmoe-projection-layers --mhmoe-quantize --mhmoe-router --mhmoe-router-dim --mhmoe-router-input

@@ -9,7 +9,7 @@ from torch import nn
 
 from mhmoe_fairseq.models.language_model import build_language_model
 from mhmoe_fairseq.torchscale_ext.attention import SelfAttention
-from mhmoe_fairseq.torchscale_ext.feed_forward import SwiGLUNetwork
+from mhmoe_fairseq.torchscale_ext.feed_forward import GatedNetwork
 from mhmoe_fairseq.torchscale_ext.static_xmoe import StaticXMoE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:hydra", "ignore:\n:UserWarning")
@@ -111,7 +111,7 @@ def test_criterion_flags():
 
 
 def test_activation_fn_silu_is_swiglu_in_dense_layers_too():
-    assert isinstance(model_of(recipe()[0]).decoder.layers[0].ffn, SwiGLUNetwork)
+    assert isinstance(model_of(recipe()[0]).decoder.layers[0].ffn, GatedNetwork)
     network = small_model("dense_lm_tiny", activation_fn="silu", dropout=0.0).eval().decoder.layers[0].ffn
     x = torch.randn(3, 32)
     expected = network.fc2(network.ffn_layernorm(nn.functional.silu(network.fc1(x)) * network.gate(x)))

@@ -50,6 +50,7 @@ def test_flops_equal_a_profiler_count(variant):
         ({"num_projection_layers": 0, "head_projection": True}, r"num_projection_layers \(0\) is 0, but"),
         ({"latent_dim": 0}, r"latent_dim \(0\) must be at least 1, an integer"),
         ({"latent_dim": 18}, r"num_heads \(4\) must divide latent_dim \(18\)"),
+        ({"merge_norm": True, "num_heads": 1}, r"merge_norm \(True\) needs merge_projection"),
         ({"latent_dim": 16, "merge_projection": False}, r"latent_dim \(16\) differs from embed_dim \(24\), which"),
         ({"latent_dim": 16, "num_projection_layers": 0}, r"latent_dim \(16\) differs from embed_dim \(24\), which"),
         ({"router_input": "token"}, r"router_input \('token'\) needs one sub-token per token; num_heads is 4"),

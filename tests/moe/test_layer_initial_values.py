@@ -23,6 +23,7 @@ CONFIGS = {
     "no biases": {"expert_bias": False, "projection_bias": False, "shared_expert_dim": SHARED},
     "swiglu": {"activation": "swiglu", "shared_expert_dim": SHARED},
     "swiglu without biases": {"activation": "swiglu", "expert_bias": False},
+    "stable latent": {"activation": "swiglu7", "merge_norm": True},
     "relu sub-LN": {"activation": "relu", "expert_layernorm": True},
     "deep projections": {"num_projection_layers": 3},
     "scaled projections": {"projection_gain": 1.5},
@@ -43,6 +44,7 @@ RULES: dict[str, Callable[[int], Values]] = {
     r"head_projection\.\d\.bias": lambda d: uniform(D),
     r"merge_projection\.\d\.weight": lambda d: xavier(D, 1.0),
     r"merge_projection\.\d\.bias": lambda d: ZEROS,
+    r"merge_norm\.weight": lambda d: ONES,
     r"shared_expert\.(fc1|gate)\.(weight|bias)": lambda d: uniform(D),
     r"shared_expert\.fc2\.(weight|bias)": lambda d: uniform(SHARED),
 }

@@ -38,6 +38,10 @@ def feed_forward(weights, activation, layernorm, x, quantized):
     hidden = weights["fc1_weight"] @ x + weights.get("fc1_bias", 0)
     if activation == "swiglu":
         hidden = hidden * hidden.sigmoid() * (weights["gate_weight"] @ x + weights.get("gate_bias", 0))
+    elif activation == "swiglu7":
+        up = (weights["gate_weight"] @ x + weights.get("gate_bias", 0)).clamp(-7, 7)
+        hidden = torch.where(hidden < 7, hidden, 7)
+        hidden = hidden / (1 + (-1.702 * hidden).exp()) * (up + 1)
     elif activation == "gelu":
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
     else:
@@ -114,7 +118,10 @@ def forward(layer, x, padding_mask=None):
                 all_chosen[h % banks].append(chosen)
                 z_terms.append(logits.logsumexp(0) ** 2)
             merged.append(total)
-        y = projection(layer.merge_projection, torch.cat(merged))
+        whole = torch.cat(merged)
+        if config.merge_norm:
+            whole = layer.merge_norm.weight * whole / (whole.square().mean() + 1e-5).sqrt()
+        y = projection(layer.merge_projection, whole)
         if layer.shared_expert is not None:
             y = y + shared_expert(layer, token)
         outputs.append(y)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...moe import MergedConfig, MHMoEConfig
+from ...moe.activations import ACTIVATIONS
 from ...moe.quantize import TernaryLinear
 from ...moe.router import ROUTERS
 from ...moe.scores import SCORES
@@ -101,12 +102,13 @@ class ActivationMemory:
         moe, settings, a, padding = self.shape.moe, self.shape.settings, self.shape.element, 1
         if moe is None:
             return 0
-        d, maps = settings.decoder_embed_dim, 4 if settings.activation_fn == "silu" else 2
-        projections = moe.projection_inputs() * a
+        d, activation = settings.decoder_embed_dim, ACTIVATIONS[moe.activation]
+        projections = moe.projection_inputs() * a + (moe.inner_dim + 1) * _FP32 * moe.merge_norm
         shared = 0
         if moe.shared_expert_dim:
-            inputs = maps // 2 if moe.quantize_experts else int(self.shape.half)  # each map rounds its own
-            shared = moe.shared_expert_dim * a * maps + inputs * d * a
+            maps = 1 + activation.is_gated  # each rounds its own input
+            inputs = maps if moe.quantize_experts else int(self.shape.half)
+            shared = moe.shared_expert_dim * a * activation.num_kept + inputs * d * a
         routed = self._merged(moe) if isinstance(moe, MergedConfig) else self._router(moe) + self._experts(moe)
         return self._attention() + padding + projections + routed + shared + self._mask(settings.dropout, d, a)
 
@@ -149,13 +151,10 @@ class ActivationMemory:
     def _dense_layer(self) -> int:
         settings, a = self.shape.settings, self.shape.element
         d, f = settings.decoder_embed_dim, settings.decoder_ffn_embed_dim
-        if settings.activation_fn == "silu":
-            inner = 4 * f * a  # both maps, silu, product
-        else:  # relu keeps its output, which is the next map's input
-            inner = f * a * (1 if settings.activation_fn == "relu" else 2)
+        inner = settings.activation.num_kept * f * a
         norm = f * a + _NORM if settings.subln else 0
         masks = self._mask(settings.activation_dropout, f, a) + self._mask(settings.dropout, d, a)
-        inputs = 2 if settings.quantize_maps and settings.activation_fn == "silu" else 1
+        inputs = 2 if settings.quantize_maps and settings.activation.is_gated else 1
         return self._attention() + inputs * d * a + inner + norm + masks
 
     def _router(self, moe: MHMoEConfig) -> int:
@@ -189,7 +188,7 @@ class ActivationMemory:
     def _merged(self, moe: MergedConfig) -> int:
         """Merged experts: a token's input and inner activations; a segment's mean, routing and network."""
         a, f = self.shape.element, moe.expert_ffn_dim
-        tensors = {"swiglu": 4, "relu": 1}.get(moe.activation, 2) + (2 if moe.expert_layernorm else 0)
+        tensors = ACTIVATIONS[moe.activation].num_kept + (2 if moe.expert_layernorm else 0)
         norm, mask = _NORM if moe.expert_layernorm else 0, self._mask(moe.activation_dropout, f, a)
         of_token = _INDEX + 1 + moe.embed_dim * a + tensors * f * a + norm + mask
         weights = moe.matrices_per_expert * moe.embed_dim * f + (f if moe.expert_layernorm else 0)
@@ -201,9 +200,9 @@ class ActivationMemory:
         a = self.shape.element
         is_loop = self.backend == "loop"
         if is_loop and not moe.quantize_experts:  # pre-activations alone, the rest is computed again
-            maps, norm = 2 if moe.activation == "swiglu" else 1, _NORM if moe.expert_layernorm else 0
+            maps, norm = moe.matrices_per_expert - 1, _NORM if moe.expert_layernorm else 0
             return moe.expert_ffn_dim * a * maps + norm
-        tensors = {"swiglu": 4, "relu": 1}.get(moe.activation, 2)
+        tensors = ACTIVATIONS[moe.activation].num_kept
         tensors += (2 if is_loop else 3) if moe.expert_layernorm else 0  # a loop's rows share their expert's scale
         mask = (a if is_loop else 1) if moe.activation_dropout else 0
         blocks = 2 if self.backend == "blocked" else 1  # padded to whole blocks: twice the rows at most

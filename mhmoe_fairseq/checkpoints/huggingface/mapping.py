@@ -23,9 +23,15 @@ _STACK = r"(?:decoder|beit3\.encoder)\.layers\.\d+"
 _EXPERTS = re.compile(rf"({_STACK}\.moe_layer\.(?:[AB]\.)?experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
-_ROUTERS = ("xmoe", "linear")
+_ROUTERS, _ACTIVATIONS = ("xmoe", "linear"), ("gelu", "relu", "silu")
 # As they have to be.
-_PLAIN = {"latent_dim": None, "expert_banks": "shared", "router_input": "subtoken", "expert_groups": 1}
+_PLAIN = {
+    "latent_dim": None,
+    "expert_banks": "shared",
+    "router_input": "subtoken",
+    "merge_norm": False,
+    "expert_groups": 1,
+}
 _RENAMED = (
     ("beit3.encoder.embed_positions.A.weight", "model.image_positions.weight"),
     ("beit3.encoder.embed_positions.B.weight", "model.text_positions.weight"),
@@ -97,6 +103,9 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
             f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
             f"{' and '.join(_ROUTERS)} only"
         )
+    if settings.activation_fn not in _ACTIVATIONS:
+        asked, known = f"--activation-fn {settings.activation_fn}", ", ".join(_ACTIVATIONS)
+        raise UserError(f"{asked} cannot be exported: the exported code has {known}")
     for field, plain in _PLAIN.items():
         if settings.moe is not None and getattr(settings.moe, field) != plain:
             asked = f"{flag(f'mhmoe_{field}')} ({getattr(settings.moe, field)})"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._expert_network import ExpertWeights
+from ..activations import ACTIVATIONS
 from . import kernels
 from . import memory as _cpu_memory
 from .norm import EPS
@@ -34,7 +35,7 @@ def dropout_scale(settings: InnerSettings, piece: slice, out: Tensor) -> Tensor:
 
 
 class Inner:
-    """In ATen's operations.
+    """In ATen's operations; an activation that none of them fits in autograd's, of one piece at a time.
 
     Args:
         rows: of the largest piece.
@@ -44,8 +45,9 @@ class Inner:
 
     def __init__(self, settings: InnerSettings, rows: int, hidden_RF: Tensor, has_backward: bool) -> None:
         self._settings = settings
-        # Activation, in the backward its gradient and that of the SwiGLU gate, dropout's scale.
-        count = 1 + has_backward * (1 + (settings.activation == "swiglu")) + bool(settings.dropout)
+        # Activation, in the backward its gradient and that of a gate, dropout's scale.
+        gated = ACTIVATIONS[settings.activation].is_gated
+        count = 1 + has_backward * (1 + gated) + bool(settings.dropout)
         self._scratch = _cpu_memory.empty((count, rows, hidden_RF.size(1)), hidden_RF)
 
     def forward(
@@ -97,25 +99,34 @@ class Inner:
             grad.addcmul_(inner, along_P.to(grad.dtype).unsqueeze(1), value=-1).sub_(shift_P.unsqueeze(1))
         if self._settings.dropout:
             grad.mul_(self._scratch[-1, : len(hidden)])
-        gate_grad = None
-        if gate is not None:
+        return inner, *self._activation_grads(grad, hidden, gate)
+
+    def _activation_grads(self, grad: Tensor, hidden: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gradients of ``hidden``, in place of the activation's, and of ``gate``."""
+        kind = self._settings.activation
+        if kind == "swiglu" and gate is not None:
             gate_grad = torch.ops.aten.silu.out(hidden, out=self._scratch[2, : len(hidden)]).mul_(grad)
             torch.ops.aten.silu_backward.grad_input(grad.mul_(gate), hidden, grad_input=grad)
-        elif self._settings.activation == "gelu":
-            torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-        else:
-            torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad)
-        return inner, grad, gate_grad
+            return grad, gate_grad
+        if kind == "gelu":
+            return torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad), None
+        if kind == "relu":
+            return torch.ops.aten.threshold_backward.grad_input(grad, hidden, 0, grad_input=grad), None
+        grads = torch.func.vjp(ACTIVATIONS[kind].of, *_of_maps(hidden, gate))[1](grad)
+        return grads[0], grads[1] if len(grads) > 1 else None
 
     def _activated(self, piece: slice, hidden: Tensor, gate: Tensor | None) -> Tensor:
         """Activation and dropout, whose scale stays in the last buffer."""
         inner = self._scratch[0, : len(hidden)]
-        if gate is not None:
+        kind = self._settings.activation
+        if kind == "swiglu" and gate is not None:
             torch.ops.aten.silu.out(hidden, out=inner).mul_(gate)
-        elif self._settings.activation == "gelu":
+        elif kind == "gelu":
             torch.ops.aten.gelu.out(hidden, out=inner)
-        else:
+        elif kind == "relu":
             torch.clamp(hidden, min=0, out=inner)
+        else:
+            inner.copy_(ACTIVATIONS[kind].of(*_of_maps(hidden, gate)))
         if self._settings.dropout:
             inner.mul_(dropout_scale(self._settings, piece, self._scratch[-1, : len(hidden)]))
         return inner
@@ -155,6 +166,10 @@ def inner_of(settings: InnerSettings, rows: int, hidden_RF: Tensor, has_backward
     """The fastest that can do what is asked."""
     kind = FusedInner if FusedInner.applies(settings, hidden_RF.dtype) else Inner
     return kind(settings, rows, hidden_RF, has_backward)
+
+
+def _of_maps(hidden: Tensor, gate: Tensor | None) -> list[Tensor]:
+    return [hidden] if gate is None else [hidden, gate]
 
 
 def _vectors(weights: ExpertWeights) -> Sequence[Tensor | None]:
