@@ -86,6 +86,19 @@ def test_quantiles_are_those_of_all_sub_tokens_sorted(score, top_k):
     assert excess(gate.balancing.bias) == pytest.approx(excess(exact), abs=0.1)
 
 
+def test_the_margin_is_that_of_the_first_sub_token_beyond_the_share():
+    """Of two each expert should get one: margins .8 and .2 of expert 0, both 0 of expert 1; the second largest count."""
+    gate = Gate(GateFields(num_experts=2, top_k=1, gate_score="sigmoid", balancing="quantile")).double()
+    evidence = gate(torch.tensor([[0.9, 0.1], [0.6, 0.4]], dtype=torch.float64).logit()).evidence
+    gate.balancing.after_update(sums_of(2, 0, evidence=evidence))
+    torch.testing.assert_close(gate.balancing.bias[0], torch.tensor([-0.1, 0.1]).double(), rtol=0.03, atol=0)
+
+
+def test_counts_beyond_float32_add_up_exactly():
+    sums = sums_of(0, 0, evidence=torch.tensor([2**24, 1])).over(lambda vector: vector.sum() + 0 * vector)
+    assert sums.evidence.tolist() == [2**24 + 1] * 2
+
+
 def test_a_quantile_of_nothing_moves_nothing():
     gate = Gate(GateFields(num_experts=4, balancing="quantile"))
     evidence = gate(torch.randn(6, 4), torch.ones(6, dtype=torch.bool)).evidence

@@ -47,6 +47,9 @@ def test_by_hand():
     assert float(load_balancing_loss(sums)) == pytest.approx(1.0)  # 4 (.25 .5 + .15 .5 + .1 .5)
     two = router_sums(LOGITS, ReLUGate(GateFields(num_experts=4, top_k=2, routing="relu"))(LOGITS), None)
     torch.testing.assert_close(two.chosen_E, sums.chosen_E / 2)
+    scaled = ReLUGate(GateFields(num_experts=4, top_k=1, routing="relu", gate_scale=2.5))
+    torch.testing.assert_close(scaled(LOGITS).gates_NK, 2.5 * assignment.gates_NK)
+    assert gate(LOGITS.bfloat16()).gates_NK.dtype == torch.float32
 
 
 def test_the_weight_follows_the_share_of_experts_in_use():

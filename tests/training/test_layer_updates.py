@@ -32,6 +32,7 @@ class Model(nn.Module):
         fields = {"embed_dim": 8, "num_heads": 2, "num_experts": 4, "top_k": 1, "expert_ffn_dim": 8, **fields}
         self.layer, self.recomputes = MHMoELayer(MHMoEConfig(router="linear", **fields)), recomputes
         self.layer.router.__class__ = Listening
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def forward(self, x):
         layer = self.layer
@@ -136,6 +137,20 @@ def test_a_bias_is_that_of_all_ranks(balancing, workers2):
     first, second, third, fourth = batches(4)
     expected = bias_after([[first, second], [third, fourth]], balancing).tolist()
     assert workers2.run(on_rank, balancing) == [expected] * 2
+
+
+@pytest.mark.parametrize("top_k, factor", [(1, 1.2), (3, 1 / 1.2)])
+def test_what_goes_by_all_layers_is_told_of_all_layers(top_k, factor):
+    """ReMoE: of one layer all experts are used, of the other none, of both half; routers are told their own loads."""
+    models = nn.ModuleList([Model(routing="relu", top_k=top_k, num_heads=1) for _ in range(2)])
+    updates = LayerUpdates(models)
+    for model, logit in zip(models, (1.0, -1.0)):
+        nn.init.constant_(model.layer.router.weight, logit)
+        model(torch.ones(3, 8))
+    with updates.after(SimpleNamespace()):
+        pass
+    assert [model.layer.router.told for model in models] == [[[3.0] * 4], [[0.0] * 4]]
+    assert [model.layer.gate.adaptive.weight.item() for model in models] == pytest.approx([factor * 1e-8] * 2, 1e-6, 0)
 
 
 def test_a_model_without_such_modules_adds_up_nothing():
