@@ -87,7 +87,7 @@ def test_quantiles_are_those_of_all_sub_tokens_sorted(score, top_k):
 
 
 def test_the_margin_is_that_of_the_first_sub_token_beyond_the_share():
-    """Of two each expert should get one: margins .8 and .2 of expert 0, both 0 of expert 1; the second largest count."""
+    """Of two each expert should get one: margins .8 and .2 of expert 0, twice 0 of expert 1; the second counts."""
     gate = Gate(GateFields(num_experts=2, top_k=1, gate_score="sigmoid", balancing="quantile")).double()
     evidence = gate(torch.tensor([[0.9, 0.1], [0.6, 0.4]], dtype=torch.float64).logit()).evidence
     gate.balancing.after_update(sums_of(2, 0, evidence=evidence))

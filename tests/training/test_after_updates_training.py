@@ -1,4 +1,4 @@
-"""What layers change after each update, trained: of one rank and of two, uninterrupted and resumed, in half precision."""
+"""What layers change after each update: on one rank and two, uninterrupted and resumed, in half precision."""
 
 import pytest
 import torch
