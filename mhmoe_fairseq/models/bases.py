@@ -16,7 +16,7 @@ from ..moe.parallelism import ExpertParallelism
 from ..parallel import expert_parallelism
 from ..torchscale_ext.settings import Settings
 from ..training import ParallelTask
-from .flags import expert_parallel_size
+from .flags import expert_parallel_size, shared_out
 from .precision import require_one_precision
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,7 @@ def spread_experts(settings: Settings, options: Any, task: Any) -> None:
     if isinstance(task, ParallelTask) and task.is_training:
         require_one_precision(options.mhmoe_precision)
         moe = None if settings.feed_forward == "torchscale" else settings.moe
-        by = "heads" if str(options.mhmoe_parallel) == "heads" else "experts"
-        settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size, by)
+        settings.parallel = training_parallelism(moe, options.mhmoe_expert_parallel_size, shared_out(options))
 
 
 def training_parallelism(moe: MHMoEConfig | None, asked: int | None, by: str = "experts") -> ExpertParallelism | None:
@@ -83,8 +82,8 @@ def training_parallelism(moe: MHMoEConfig | None, asked: int | None, by: str = "
     has_experts = moe is not None and not isinstance(moe, MergedConfig)  # merged ones are needed all together
     size = 1
     if has_experts:
-        shared_out = moe.num_banks if by == "heads" else moe.total_experts
-        size = expert_parallel_size(shared_out, asked, world_size, what=f"the number of {by}")
+        number = moe.num_banks if by == "heads" else moe.total_experts
+        size = expert_parallel_size(number, asked, world_size, what=f"the number of {by}")
     if world_size == 1:
         return None
     if size > 1:

@@ -82,6 +82,11 @@ def routes_by_domain(options: Any) -> bool:
     return _text(getattr(options, "mhmoe_routing", None)) in DOMAIN
 
 
+def shared_out(options: Any) -> str:
+    """Returns what processes of a training share, of ``PARALLELISMS``."""
+    return _text(options.mhmoe_parallel) or "experts"
+
+
 def expert_parallel_size(
     num_experts: int,
     asked: int | None,
@@ -273,8 +278,6 @@ def _check_moe(options: Any) -> None:
     has_banks = _text(options.mhmoe_expert_banks) == "per-head" and options.mhmoe_heads_number > 1
     if _text(options.mhmoe_parallel) == "heads" and not has_banks:
         raise UserError("--mhmoe-parallel (heads) needs --mhmoe-expert-banks per-head and two heads or more")
-    if _text(options.mhmoe_parallel) == "heads" and _text(options.mhmoe_balancing) not in (None, "none"):
-        raise UserError(f"--mhmoe-balancing ({options.mhmoe_balancing}) needs --mhmoe-parallel experts")
     for name in _given(options, "capacity"):
         if routing == "expert-choice" and name == "mhmoe_capacity_factor":  # sub-tokens that an expert takes
             continue

@@ -247,7 +247,7 @@ class MoEOptions(FairseqDataclass):
         "in training on several processes: experts: rows travel to the processes of the chosen experts (default); "
         "heads: with --mhmoe-expert-banks per-head each process has whole heads, and every token's slices travel "
         "before they are routed, as many whatever --moe-top-k",
-        needs="moe", affects="nothing",
+        needs="heads", affects="nothing",
     )  # fmt: skip
     mhmoe_budget: Optional[BUDGET_CHOICES] = option(
         "expert width from a budget: params (paper 1: the parameters of the one-head layer with the same flags), "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.ranges import POSITIVE
@@ -55,6 +56,7 @@ class SelectionBias(ExactState):
 
     Attributes:
         bias: ``(banks, E)``, a buffer.
+        own: the banks that are chosen from here, others elsewhere: see :meth:`extend`.
         default_rate: how far the bias moves unless ``balancing_rate`` says otherwise.
 
     >>> SelectionBias(BalancingFields(num_experts=2, balancing="bias-sign"))(torch.tensor([[0.5, 0.3]]))
@@ -68,7 +70,16 @@ class SelectionBias(ExactState):
         super().__init__()
         self.top_k = config.top_k
         self.rate = self.default_rate if config.balancing_rate is None else config.balancing_rate
+        self.own = range(config.num_banks)
         self.register_buffer("bias", torch.zeros(config.num_banks, config.num_experts))
+
+    def extend(self, config: BalancingFields, first: int) -> None:
+        """Be the bias of all banks of ``config``, of which as many as before, from ``first`` on, are chosen from here.
+
+        So every process has, and moves, what a checkpoint holds.
+        """
+        self.own = range(first, first + len(self.own))
+        self.register_buffer("bias", self.bias.new_zeros(config.num_banks, config.num_experts))
 
     def reset_parameters(self) -> None:
         """No bias."""
@@ -76,10 +87,14 @@ class SelectionBias(ExactState):
 
     def forward(self, scores_NE: Tensor) -> Tensor:
         """What experts are chosen by, ``(N, E)``; without gradient."""
-        return (scores_NE.detach().view(-1, *self.bias.shape) + self.bias).view_as(scores_NE)
+        bias = self.bias[self.own.start : self.own.stop]
+        return (scores_NE.detach().view(-1, *bias.shape) + bias).view_as(scores_NE)
 
     def evidence(self, biased_NE: Tensor, padding_mask_N: Tensor | None) -> Tensor | None:
-        """Counts of one batch, beside the experts' loads, that ``step`` needs the sum of; None for none."""
+        """Counts of one batch, beside the experts' loads, that ``step`` needs the sum of; None for none.
+
+        Of all banks, zero in those that others choose from.
+        """
         return None
 
     def step(self, sums: UpdateSums) -> Tensor:
@@ -148,12 +163,14 @@ class QuantileBalancing(SelectionBias):
         last_N1 = biased_NE.topk(self.top_k + 1, dim=1).values[:, -1:]
         bounds = self._bounds(biased_NE)
         index_NE, intervals = torch.bucketize(biased_NE - last_N1, bounds), len(bounds) + 1
-        banks_NE = torch.arange(self.bias.numel(), device=index_NE.device).view(-1, biased_NE.size(1))
-        index_NE = index_NE.view(-1, *self.bias.shape) + banks_NE * intervals
+        banks, experts = len(self.own), biased_NE.size(1)
+        starts_BE = torch.arange(banks * experts, device=index_NE.device).view(banks, experts) * intervals
+        index_NE = index_NE.view(-1, banks, experts) + starts_BE
         real_N = index_NE.new_ones(len(biased_NE)) if padding_mask_N is None else (~padding_mask_N).to(index_NE.dtype)
-        counts = index_NE.new_zeros(self.bias.numel() * intervals)
+        counts = index_NE.new_zeros(banks * experts * intervals)
         counts.index_add_(0, index_NE.flatten(), real_N.unsqueeze(1).expand_as(biased_NE).reshape(-1))
-        return counts.view(*self.bias.shape, intervals)
+        others = (0, 0, 0, 0, self.own.start, len(self.bias) - self.own.stop)
+        return F.pad(counts.view(banks, experts, intervals), others)
 
     def step(self, sums: UpdateSums) -> Tensor:
         """Less the margin of rank q + 1, taken from the middle of its interval; 0 without sub-tokens."""

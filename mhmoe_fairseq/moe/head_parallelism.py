@@ -4,8 +4,9 @@ Every token's slices go to the processes of their heads *before* routing, and wh
 a token is sent once, whatever K is, equally much of it to every process. P is the number of processes, h = H / P the
 heads of one of them, l = h d the width of a slice, M the tokens of all P together.
 
-Every process has all routers, of which it uses its heads'; its batch's losses and statistics are put together from what
-the heads' processes say of it. ``mhmoe_fairseq.parallel`` transfers; here nothing knows about processes.
+Every process has all routers and selection biases, of which it uses its heads'; its batch's losses and statistics are
+put together from what the heads' processes say of it. ``mhmoe_fairseq.parallel`` transfers; here nothing knows about
+processes.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ def of_one_process(config: MHMoEConfig, size: int) -> MHMoEConfig:
     """The layer that each of ``size`` processes applies to the slices of its heads.
 
     Raises:
-        ConfigError: if heads have no banks of their own, a selection bias, or cannot be shared out evenly.
+        ConfigError: if heads have no banks of their own, or cannot be shared out evenly.
 
     >>> config = MHMoEConfig(embed_dim=8, num_heads=4, num_experts=3, expert_ffn_dim=16, expert_banks="per-head")
     >>> own = of_one_process(config, 2)
@@ -40,12 +41,8 @@ def of_one_process(config: MHMoEConfig, size: int) -> MHMoEConfig:
         raise ConfigError(
             "num_heads", config.num_heads, f"must be a multiple of {size}, the processes that share heads"
         )
-    if config.balancing != "none":
-        raise ConfigError(
-            "balancing", config.balancing, "needs all heads' experts in one process, not shared-out heads"
-        )
-    width = config.inner_dim // size
-    return dataclasses.replace(config, num_heads=config.num_heads // size, embed_dim=width, latent_dim=None)
+    width, heads = config.inner_dim // size, config.num_heads // size
+    return dataclasses.replace(config, num_heads=heads, embed_dim=width, latent_dim=None, merge_norm=False)
 
 
 @dataclasses.dataclass
@@ -116,17 +113,19 @@ def return_slices(parallel: ExpertParallelism, slices: HeadSlices, y_Nd: Tensor)
     return by_token.reshape(-1, y_Nd.size(1))
 
 
-def plan_pieces(assignments: list[Assignment], own: MHMoEConfig) -> tuple[DispatchPlan, Tensor]:
-    """One dispatch of all processes' sub-tokens, and their gate weights.
+def plan_pieces(assignments: list[Assignment], own: MHMoEConfig) -> tuple[DispatchPlan, Tensor, Tensor | None]:
+    """One dispatch of all processes' sub-tokens, their gate weights, and what balancing counted of them all.
 
     >>> config = MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=16, top_k=1)
-    >>> plan, gates_NK = plan_pieces([Gate(config)(torch.eye(2)), Gate(config)(torch.eye(2))], config)
-    >>> plan.load(), gates_NK.shape
-    (tensor([2, 2], dtype=torch.int32), torch.Size([4, 1]))
+    >>> plan, gates_NK, evidence = plan_pieces([Gate(config)(torch.eye(2)), Gate(config)(torch.eye(2))], config)
+    >>> plan.load(), gates_NK.shape, evidence
+    (tensor([2, 2], dtype=torch.int32), torch.Size([4, 1]), None)
     """
     experts_NK = torch.cat([assignment.experts_NK for assignment in assignments])
     gates_NK = torch.cat([assignment.gates_NK for assignment in assignments])
-    return plan_dispatch(experts_NK, own.total_experts, all_real=False), gates_NK
+    counted = [assignment.evidence for assignment in assignments if assignment.evidence is not None]
+    evidence = torch.stack(counted).sum(0) if counted else None
+    return plan_dispatch(experts_NK, own.total_experts, all_real=False), gates_NK, evidence
 
 
 def tell_sources(

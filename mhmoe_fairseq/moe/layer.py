@@ -92,6 +92,8 @@ class MHMoELayer(nn.Module):
         # What this process routes for: the layer, or where heads are shared out, one of its own heads alone.
         self.own = of_one_process(config, parallel.size) if parallel is not None and self.routes_slices else config
         self.gate = GATES[config.routing](self.own)
+        if parallel is not None and self.routes_slices and self.gate.balancing is not None:
+            self.gate.balancing.extend(config, first=parallel.rank * self.own.num_banks)
         self.experts = ExpertFFN(config, backend=backend, parallel=parallel)
         if config.has_merge_projection:
             self.merge_projection = Projection(widths[::-1], bias=bias, gain=gain, zero_bias=True)
@@ -172,9 +174,10 @@ class MHMoELayer(nn.Module):
         for x_Nd, mask_N in zip(slices.x_Nd.split(slices.rows_by_source), slices.mask_N.split(slices.rows_by_source)):
             logits_NE = self.router.of_heads(heads, x_Nd)
             routed.append((logits_NE, self.gate(logits_NE, mask_N), mask_N))
-        plan, gates_NK = plan_pieces([assignment for _, assignment, _ in routed], own)
+        plan, gates_NK, evidence = plan_pieces([assignment for _, assignment, _ in routed], own)
         y_Nd, _ = self.experts(slices.x_Nd, gates_NK, plan)
-        return self._output(return_slices(parallel, slices, y_Nd), *tell_sources(parallel, own, routed), traffic)
+        output = self._output(return_slices(parallel, slices, y_Nd), *tell_sources(parallel, own, routed), traffic)
+        return output._replace(evidence=evidence)
 
     def _output(self, y_Nd: Tensor, sums: RouterSums, stats: RoutingStats, traffic: Traffic | None) -> MHMoEOutput:
         if self.parallel is not None and self.config.balance_scope == "global":

@@ -34,6 +34,8 @@ class Case:
     def layer(self, parallel=None) -> MHMoELayer:
         torch.manual_seed(self.seed)
         layer = MHMoELayer(self.config, backend=self.backend, parallel=parallel).to(self.dtype).train(self.training)
+        for buffer in layer.buffers():  # a selection that was balanced for a while
+            buffer.normal_(std=0.1)
         if self.router_scale != 1.0:
             with torch.no_grad():
                 for parameter in layer.router.parameters():
@@ -66,6 +68,7 @@ class Result:
     x_grad: Tensor
     grads: dict[str, Tensor]
     load: Tensor
+    evidence: Tensor | None
     traffic: tuple[int, int] | None = None
     counted: tuple[int, int, int] | None = None
 
@@ -87,6 +90,7 @@ def run_rank(case: Case, parallel: DistributedExperts) -> Result:
         x.grad,
         gradients_of(layer),
         output.stats.expert_load,
+        output.evidence,
         output.traffic,
         (parallel.counter.calls, parallel.counter.rows, parallel.counter.bytes),
     )
@@ -150,6 +154,7 @@ def run_alone(case: Case) -> list[Result]:
             x.grad * world_size,  # a rank's own x enters its own loss alone, which is not averaged
             gradients_of(layer),
             output.stats.expert_load,
+            output.evidence,
         )
         for output, (x, _, _) in zip(outputs, batches)
     ]

@@ -28,6 +28,11 @@ VARIANTS = {
     "capacity_top1": {"routing": "capacity", "top_k": 1, "capacity_factor": 0.5, "num_heads": 1, "router": "linear"},
     "capacity_before": {"routing": "capacity", "normalize_before_dropping": True, "capacity_factor": 0.7},
     "global": {"balance_scope": "global"},
+    "biased": {"balancing": "quantile", "gate_score": "sigmoid"},
+    "relu_routing": {"routing": "relu"},
+    "relu_banks": {"routing": "relu", "expert_banks": "per-head", "num_experts": 5},
+    "expert_choice": {"routing": "expert-choice"},
+    "swiglu7_stable": {"activation": "swiglu7", "merge_norm": True},
     "quantized": {"quantize_experts": True, "shared_expert_dim": 20},
     "domains": {"router": "domain", "num_heads": 1, "top_k": 1},
     "global_topk": {"balance_scope": "global", "balance_assignment": "topk"},
@@ -57,6 +62,8 @@ def assert_equals_one_process(case: Case, ranks: list[Result], size: int) -> Non
         assert_close(got.hidden, want.hidden, tolerance, (case, rank, "hidden"))
         assert_close(got.losses, want.losses, tolerance, (case, rank, "losses"))
         assert_close(got.x_grad, want.x_grad, tolerance, (case, rank, "x"))
+    if alone[0].evidence is not None:  # counts, which processes add up
+        assert torch.equal(*(sum(result.evidence for result in results) for results in (ranks, alone)))
     merged = merge_gradients([result.grads for result in ranks], size)
     for name, expected in alone[0].grads.items():
         assert_close(merged[name], expected, tolerance, (case, name))

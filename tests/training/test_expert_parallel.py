@@ -15,6 +15,7 @@ FIGURES = ("loss", "gate_loss", "gnorm", "z_loss", "ppl", "moe_active", "moe_loa
 SAVING = ("--save-interval-updates", SAVED_AT)
 CHECKPOINT = "checkpoint_2_30.pt"  # in the second epoch: 24 updates make one
 SCALE = ("--fp16-init-scale", "8")  # on a CPU fairseq cannot skip an update that overflows
+BIAS = "decoder.layers.1.moe_layer.gate.balancing.bias"
 EXPERTS = "decoder.layers.1.moe_layer.experts.fc1_weight"
 
 
@@ -61,7 +62,9 @@ def test_two_banks_of_experts_train_as_one(trained, data, tmp_path):
 
 
 def test_heads_on_two_ranks_train_and_resume_as_in_one_process(data, tmp_path):
-    flags, saving = ("--mhmoe-expert-banks", "per-head"), ("--save-interval-updates", 10)
+    """With a selection bias, which every rank moves for all heads and uses for its own."""
+    flags = ("--mhmoe-expert-banks", "per-head", "--mhmoe-balancing", "quantile", "--mhmoe-balancing-rate", 0.3)
+    saving = ("--save-interval-updates", 10)
     loads = [tmp_path / f"{ranks}.jsonl" for ranks in (1, 2)]
     one = train(1, data, tmp_path / "one", *flags, "--mhmoe-load-log", loads[0], updates=20)
     heads = (*flags, "--mhmoe-parallel", "heads")
@@ -69,6 +72,8 @@ def test_heads_on_two_ranks_train_and_resume_as_in_one_process(data, tmp_path):
     assert figures(two, *FIGURES) == figures(one, *FIGURES)
     assert {update["a2a_rows"] for update in two} == {"256"}  # 128 tokens, half of each to either rank
     assert loads[0].read_bytes() == loads[1].read_bytes()
+    bias, same = (saved(tmp_path / run)["model"][BIAS] for run in ("one", "two"))
+    assert torch.equal(bias, same) and bias.shape == (2, 8) and (bias.std(1) > 0.001).all()
     checkpoint = tmp_path / "two" / "checkpoint_1_10.pt"
     experts = train(2, data, tmp_path / "again", *flags, "--restore-file", checkpoint, updates=20)
     for name in ("loss", "gate_loss", "gnorm", "moe_load_max"):  # sums of other parts, rounded otherwise

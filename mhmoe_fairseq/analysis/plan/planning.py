@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...checkpoints.summary import count_parts
-from ...common.errors import UserError
 from ...common.ranges import flag
 from ...models.architectures import REFERENCES, Architecture, architecture_options, named_architecture
 from ...models.counts import ModelCounts, blank_dictionary, build_on_meta, count_built
-from ...models.flags import context_of, expert_parallel_size, moe_config
+from ...models.flags import context_of, expert_parallel_size, moe_config, shared_out
 from ...models.options import LanguageModelOptions, MoEOptions, options_with
 from ...moe.merged import MERGINGS
 from .activation_memory import shape_of
@@ -77,11 +76,12 @@ def plan(settings: PlanSettings) -> list[PlanRow]:
     for family in families:
         for experts in [None] if family == "dense" else settings.experts:
             options, size, note = _options(settings, family, experts)
+            by = shared_out(options)
             model = build_on_meta(options, dictionary, settings.num_visual_tokens)
             counts, ranks = count_built(model, context_of(options)), None
             if settings.cluster is not None:
                 label = family if experts is None or len(settings.experts) == 1 else f"{family} {experts:,}"
-                ranks = plan_ranks(label, counts, shape_of(model), settings.cluster, size, cpu=settings.cpu)
+                ranks = plan_ranks(label, counts, shape_of(model), settings.cluster, size, by=by, cpu=settings.cpu)
             paper = TABLE_11.get((architecture.kind, family), {}).get(experts) if is_papers else None
             rows.append(PlanRow(family, experts, counts, count_parts(model.named_parameters()), paper, ranks, note))
     return rows
@@ -95,12 +95,12 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     if experts is not None:
         flags["moe_expert_count"] = experts
     options = architecture_options(name, **flags)
-    if settings.cluster is not None and flags.get("mhmoe_parallel") == "heads":
-        raise UserError("--mhmoe-parallel (heads) is not planned: --ranks counts what experts that are shared out need")
     is_shared_out = settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS
     if experts is not None and is_shared_out and (moe := moe_config(options)) is not None:
-        number = (experts * (options.mhmoe_granularity or 1) - (options.mhmoe_shared_experts or 0)) * moe.num_banks
-        size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks")
+        number, by = moe.num_banks, shared_out(options)
+        if by == "experts":
+            number *= experts * (options.mhmoe_granularity or 1) - (options.mhmoe_shared_experts or 0)
+        size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks", what=f"the number of {by}")
     if moe is not None and moe.total_experts % size:
         multiple = size // math.gcd(size, moe.num_banks)
         rounded = max(round(moe.num_experts / multiple), 1) * multiple

@@ -11,6 +11,7 @@ from ...moe import MergedConfig, MHMoEConfig
 from .activation_memory import ActivationMemory, ModelShape
 
 _COUNT_BYTES = 8  # row counts travel as int64
+_STATISTIC_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,20 @@ class Exchange:
 
     Attributes:
         size: ranks that share the experts; P.
-        rows: routed rows, those to the rank's own experts included: tokens x H x K, exactly, without padding.
-        row_bytes: of one row of D / H.
-        off_rank: bytes to other ranks when all experts are chosen equally often.
+        by: what is shared out, ``"experts"`` or ``"heads"``.
+        rows: those to the rank itself included: of experts the routed ones, tokens x H x K, exactly, without padding;
+            of heads slices, tokens x P, whatever K is.
+        row_bytes: of one row of D / H, or D / P.
+        off_rank: bytes to other ranks, of experts when all are chosen equally often.
         off_node: the part of them that leaves the node, for the node that has most to send, over its ranks.
-        count_bytes: row counts to other ranks, once per forward pass.
+        count_bytes: row counts to other ranks, once per forward pass; of heads with padding and statistics.
         transfers: of rows, in a forward and backward pass; none if every rank has all experts.
         count_transfers: of the counts.
         seconds: of one transfer, by bandwidth alone.
     """
 
     size: int
+    by: str
     tokens: int
     rows: int
     row_bytes: int
@@ -123,30 +127,39 @@ class Exchange:
         return self.rows * self.row_bytes
 
 
-def exchange(moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, recompute: bool) -> Exchange:
+def exchange(
+    moe: MHMoEConfig, cluster: Cluster, size: int, *, element: int, recompute: bool, by: str = "experts"
+) -> Exchange:
     """What one MoE layer sends under dropless routing.
 
-    H sub-tokens with K choices are H K rows of D / H numbers: K D numbers per token, whatever H is.
+    H sub-tokens with K choices are H K rows of D / H numbers: K D numbers per token, whatever H is. Where heads are
+    shared out (Head Parallel, arXiv 2602.04870), it is the D numbers of every token, whatever K is.
 
     Args:
         size: ranks that share the experts, consecutive ones.
         element: bytes of a number, in the type that is computed in.
         recompute: the forward pass runs once more in the backward pass.
     """
-    rows = cluster.tokens * moe.subtokens_per_token * moe.top_k
-    row_bytes = moe.subtoken_dim * element
+    if by == "heads":  # with a token's slice goes whether it is padding; what the heads did with all of them returns
+        rows, width = cluster.tokens * size, moe.inner_dim // size
+        beside = _COUNT_BYTES + cluster.tokens + (3 * moe.total_experts // size + 4) * _STATISTIC_BYTES
+    else:
+        rows, width = cluster.tokens * moe.subtokens_per_token * moe.top_k, moe.subtoken_dim
+        beside = moe.total_experts // size * _COUNT_BYTES
+    row_bytes = width * element
     sent = rows * row_bytes
     inside, outside = cluster.shares(size)
     times = (sent * inside / cluster.link, cluster.ranks_per_node * sent * outside / cluster.network)
     passes = 0 if size == 1 else 2 if recompute else 1
     return Exchange(
         size=size,
+        by=by,
         tokens=cluster.tokens,
         rows=rows,
         row_bytes=row_bytes,
         off_rank=sent * (size - 1) / size,
         off_node=sent * outside,
-        count_bytes=(size - 1) * (moe.total_experts // size) * _COUNT_BYTES,
+        count_bytes=(size - 1) * beside,
         transfers=2 * passes + 2 if passes else 0,
         count_transfers=passes,
         seconds=max(times),  # inside the nodes and between them at the same time
@@ -210,17 +223,24 @@ class RankPlan:
 
 
 def plan_ranks(
-    name: str, counts: ModelCounts, shape: ModelShape, cluster: Cluster, size: int, *, cpu: bool = False
+    name: str,
+    counts: ModelCounts,
+    shape: ModelShape,
+    cluster: Cluster,
+    size: int,
+    *,
+    by: str = "experts",
+    cpu: bool = False,
 ) -> RankPlan:
-    """Count one model on ``cluster`` with ``size`` ranks to a bank of experts."""
+    """Count one model on ``cluster`` with ``size`` ranks that share its experts, or heads."""
     backend = "loop" if cpu else "grouped" if shape.half else "blocked"
     if isinstance(shape.moe, MergedConfig):  # has none of these: batched products over whole segments
         backend = "blocked"
-    memory = ActivationMemory(shape, backend, exchanged=size > 1, cpu=cpu)
+    memory = ActivationMemory(shape, backend, exchanged=size > 1 and by == "experts", cpu=cpu)
     parameters = RankParameters(counts.non_expert, counts.expert // size)
     moe, traffic, experts, largest, exchange_seconds = counts.moe, None, None, 0, 0.0
     if moe is not None:
-        traffic = exchange(moe, cluster, size, element=shape.element, recompute=shape.recompute)
+        traffic = exchange(moe, cluster, size, element=shape.element, recompute=shape.recompute, by=by)
         exchange_seconds = counts.moe_layers * traffic.transfers * traffic.seconds
         experts = moe.total_experts // size
         largest = 4 * experts * moe.expert_ffn_dim * moe.subtoken_dim
@@ -267,6 +287,11 @@ def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, r
             "rows: sub-tokens x K, exactly (dropless routing), those for the rank's own experts included. off rank,\n"
             "off node: expected if all experts are chosen equally often. time: by bandwidth alone.",
         ]
+    if any(plan.traffic is not None and plan.traffic.by == "heads" for plan in plans):
+        paragraphs.append(
+            "--mhmoe-parallel heads: rows are slices of tokens, one for each rank that shares the heads, whatever K;\n"
+            "off rank and off node are exact; with the counts go padding and statistics."
+        )
     paragraphs += [
         _table("time of one micro-batch", {plan.name: _times(plan) for plan in plans}),
         "gradients: their sum over all ranks, experts' over their replicas, in fp32, once per update.",

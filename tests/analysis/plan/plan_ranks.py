@@ -36,9 +36,9 @@ def options_of(arch: str, flags: dict[str, Any]):
     return architecture_options(arch, **{**SMALL, "dropout": 0.0, **flags})
 
 
-def measure(arch: str, size: int, flags: dict[str, Any]) -> Measured:
+def measure(arch: str, size: int, flags: dict[str, Any], by: str = "experts") -> Measured:
     """On every rank: a model whose experts ``size`` ranks share, one micro-batch of its own."""
-    parallel = expert_parallelism(size)
+    parallel = expert_parallelism(size, by)
     torch.manual_seed(0)
     model = build_language_model(options_of(arch, flags), small_dictionary(), parallel).train()
     parallel.counter = TrafficCounter()

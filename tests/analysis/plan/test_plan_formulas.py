@@ -94,6 +94,8 @@ def test_activations_are_those_of_all_tokens_under_the_backend_in_use(
     assert plan.activations == 10 * memory.peak(recompute=False)
     assert plan.activations_recomputed == 10 * memory.peak(recompute=True) < plan.activations
     assert (plan.traffic.row_bytes, plan.traffic.transfers) == (16 * (2 if half else 4), 0 if size == 1 else 4)
+    heads = plan_ranks("mhmoe", counts, shape, CLUSTER, size, by="heads", cpu=cpu)  # as many rows arrive as leave
+    assert heads.activations == 10 * ActivationMemory(shape, backend, exchanged=False, cpu=cpu).peak(recompute=False)
 
 
 def test_rounded_weights() -> None:

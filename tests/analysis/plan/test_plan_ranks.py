@@ -241,6 +241,46 @@ def test_rows_and_bytes_are_those_that_were_counted(
     assert 0.5 * expected < counted < 1.5 * expected
 
 
+HEADS = {"mhmoe_budget": "none", "mhmoe_expert_banks": "per-head", "mhmoe_heads_number": 4, "moe_freq": 1}
+
+
+@pytest.mark.parametrize("more", [{"moe_top_k": 1}, {"moe_top_k": 4, "checkpoint_activations": True}], ids=str)
+def test_what_shared_out_heads_send_and_keep_is_planned_whatever_k(workers2: Any, more: dict[str, Any]) -> None:
+    flags = {**HEADS, **more}
+    shape = shape_of(build_on_meta(options_of("mhmoe_lm_tiny", flags), small_dictionary()))
+    cluster = Cluster(ranks=2, ranks_per_node=2, tokens=TOKENS, link=1e9, network=1e9)
+    plan = exchange(shape.moe, cluster, 2, element=4, recompute=shape.recompute, by="heads")
+    assert (plan.bytes, plan.off_rank) == (TOKENS * 32 * 4, TOKENS * 16 * 4)
+    measured = workers2.run(measure, "mhmoe_lm_tiny", 2, flags, "heads")
+    statistics = (3 * shape.moe.total_experts // 2 + 4) * 4  # of probabilities there is a gradient, too
+    beside = (plan.count_bytes - 8) * plan.count_transfers + statistics
+    for one in measured:
+        assert one.traffic == [(plan.rows, plan.off_rank)] * shape.moe_layers
+        assert one.counter.bytes == shape.moe_layers * (plan.transfers * plan.off_rank + beside)
+        assert one.counter.count_bytes == shape.moe_layers * plan.count_transfers * 8
+    if not shape.recompute:
+        planned = ActivationMemory(shape, "loop", exchanged=False, cpu=True).kept()
+        kept = sum(one.kept for one in measured) / 2 / TOKENS + 4 * shape.settings.decoder_embed_dim
+        kept += shape.moe_layers * shape.moe.subtokens_per_token * shape.moe.top_k * 2 * 8  # the order of the rows
+        assert planned == pytest.approx(kept, rel=0.05)
+
+
+def test_the_plan_of_heads_on_many_ranks(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = "--arch mhmoe_lm_base --vocab-size 500 --ranks 16 --experts 16 --heads 8 --budget none "
+    words += "--mhmoe-expert-banks per-head"
+    by_k = []
+    for top_k in (1, 4):
+        heads = "--mhmoe-parallel", "heads", "--top-k", top_k
+        _, reference, planned = plan_json(tmp_path / "plan.json", *words.split(), *heads)
+        by_k.append(planned["ranks"]["traffic"])
+        assert planned["ranks"]["size"] == 8 and planned["ranks"]["experts"] == 16  # a head on each rank
+        assert reference["ranks"]["traffic"]["by"] == "experts"
+    assert by_k[0] == by_k[1] and by_k[0]["rows"] * by_k[0]["row_bytes"] == 4096 * 768 * 4
+    assert "slices of tokens, one for each rank" in capsys.readouterr().out
+    assert main(["plan", *words.split(), "--mhmoe-parallel", "heads", "--ep", "16"]) == 2
+    assert "--mhmoe-expert-parallel-size (16) must divide the number of heads (8)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arch, flags", CASES[:1] + CASES[2:], ids=str)
 def test_activation_memory_of_a_rank(workers2: Any, arch: str, flags: dict[str, Any]) -> None:
     shape = shape_of(build_on_meta(options_of(arch, flags), small_dictionary()))
