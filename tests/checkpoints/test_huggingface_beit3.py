@@ -28,7 +28,10 @@ SWIGLU = {"activation_fn": "silu", "no_bias": True}
 # Architecture, head and whether its features are centred, flags.
 MODELS: dict[str, tuple[str, str | None, bool, dict[str, Any]]] = {
     "mhmoe": ("mhmoe_beit3_tiny", "vqa", True, {}),
-    "separate": ("mhmoe_beit3_tiny", "image_classification", False, {"mhmoe_modality_experts": "separate"}),
+    "separate": (
+        "mhmoe_beit3_tiny", "image_classification", False,
+        {"mhmoe_modality_experts": "separate", "mhmoe_expert_banks": "per-head", "mhmoe_balancing": "quantile"},
+    ),
     "dense": ("dense_beit3_tiny", "vqa", False, {**SWIGLU, "rms_norm": True, "subln": True}),
     "xmoe": ("xmoe_beit3_tiny", "image_classification", True, {"no_subln": True, "layernorm_embedding": True}),
     "deepnorm": ("smoe_beit3_tiny", None, False, {**SWIGLU, "deepnorm": True, "moe_freq": 1}),

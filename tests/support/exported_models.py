@@ -37,6 +37,22 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "balanced": ("smoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_balancing": "bias-sign"}),
     "balanced softmax": ("mhmoe_lm_tiny", {"mhmoe_balancing": "quantile", "mhmoe_normalize_gates": "off"}),
     "deepseekmoe": ("deepseekmoe_lm_tiny", {"mhmoe_shared_experts": 2}),
+    "groups": (
+        "smoe_lm_tiny",
+        {"mhmoe_gate_score": "sigmoid", "mhmoe_balancing": "bias-sign", "mhmoe_expert_groups": 4,
+         "mhmoe_kept_groups": 2, "mhmoe_group_score": "top2", "moe_top_k": 3},
+    ),
+    "banks": (
+        "mhmoe_lm_tiny",
+        {"mhmoe_expert_banks": "per-head", "mhmoe_latent_dim": 48, "mhmoe_gate_score": "sigmoid",
+         "mhmoe_balancing": "bias-proportional", "mhmoe_router_preset": "p1", "activation_fn": "swiglu7",
+         "mhmoe_shared_expert_dim": 8},
+    ),
+    "latent": (
+        "mhmoe_lm_tiny",
+        {"mhmoe_heads_number": 1, "mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_projection_layers": 2,
+         "mhmoe_merge_norm": True, "mhmoe_expert_groups": 2},
+    ),
     "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "topk"}),
 }  # fmt: skip
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torchscale.component.xpos_relative_position import XPOS
 
 from ...common.errors import UserError
-from ...common.ranges import flag
 from ...models.flags import routes_by_domain
 from ...moe.merged import MERGINGS
 from ...torchscale_ext.settings import DecoderSettings, Settings
@@ -23,15 +22,7 @@ _STACK = r"(?:decoder|beit3\.encoder)\.layers\.\d+"
 _EXPERTS = re.compile(rf"({_STACK}\.moe_layer\.(?:[AB]\.)?experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
-_ROUTERS, _ACTIVATIONS = ("xmoe", "linear"), ("gelu", "relu", "silu")
-# As they have to be.
-_PLAIN = {
-    "latent_dim": None,
-    "expert_banks": "shared",
-    "router_input": "subtoken",
-    "merge_norm": False,
-    "expert_groups": 1,
-}
+_ROUTERS = ("xmoe", "linear")
 _RENAMED = (
     ("beit3.encoder.embed_positions.A.weight", "model.image_positions.weight"),
     ("beit3.encoder.embed_positions.B.weight", "model.text_positions.weight"),
@@ -48,7 +39,7 @@ _RENAMED = (
     ("decoder.layer_norm.", "decoder.norm."),
     (".moe_layer.", ".mlp."),
     (".ffn.", ".mlp."),
-    (".router.reduction.weight", ".router.reduction"),
+    (".reduction.weight", ".reduction"),
     (".gate.balancing.bias", ".router.selection_bias"),
     (".fc2.", ".down_proj."),
 )
@@ -103,13 +94,6 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
             f"--mhmoe-router {options.mhmoe_router} cannot be exported: the exported code has the routers "
             f"{' and '.join(_ROUTERS)} only"
         )
-    if settings.activation_fn not in _ACTIVATIONS:
-        asked, known = f"--activation-fn {settings.activation_fn}", ", ".join(_ACTIVATIONS)
-        raise UserError(f"{asked} cannot be exported: the exported code has {known}")
-    for field, plain in _PLAIN.items():
-        if settings.moe is not None and getattr(settings.moe, field) != plain:
-            asked = f"{flag(f'mhmoe_{field}')} ({getattr(settings.moe, field)})"
-            raise UserError(f"{asked} cannot be exported: the exported code has no such layer")
     width, inner, layers, heads, is_pre_norm = (
         getattr(settings, f"{stack}_{name}")
         for name in ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "normalize_before")
@@ -150,16 +134,23 @@ def _describe_experts(settings: Settings) -> dict[str, Any]:
         "mhmoe_shared_size": moe.shared_expert_dim,
         "mhmoe_head_projections": layers if moe.has_head_projection else 0,
         "mhmoe_merge_projections": layers if moe.has_merge_projection else 0,
+        "mhmoe_latent_size": moe.latent_dim,
         "mhmoe_projection_bias": moe.projection_bias,
+        "mhmoe_merge_norm": moe.merge_norm,
         "mhmoe_subtoken_residual": moe.subtoken_residual,
         "mhmoe_router": moe.router,
         "mhmoe_router_dim": moe.router_dim,
         "mhmoe_router_cosine": moe.router_normalize == "both",
         "mhmoe_router_temperature": moe.router_temperature,
         "mhmoe_router_fp32": moe.gating_fp32,
+        "mhmoe_router_input": moe.router_input,
+        "mhmoe_expert_banks": "per-head" if moe.num_banks > 1 else "shared",
         "mhmoe_gate_score": moe.gate_score,
         "mhmoe_normalize_gates": moe.normalize_gates,
         "mhmoe_gate_scale": moe.gate_scale,
+        "mhmoe_expert_groups": moe.expert_groups,
+        "mhmoe_kept_groups": moe.kept_groups,
+        "mhmoe_group_score": moe.group_score,
         "mhmoe_selection_bias": moe.balancing != "none",
         "mhmoe_balance": moe.balance_assignment,
     }
@@ -179,7 +170,7 @@ def exported_name(name: str, gated: bool) -> str:
 
 def export_weights(state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
     """Returns the weights under their names there, in float32; a tied output layer is left out."""
-    gated, exported = settings.activation_fn == "silu", {}
+    gated, exported = settings.activation.is_gated, {}
     banks: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         if part := _EXPERTS.fullmatch(name):
@@ -218,7 +209,7 @@ def import_weights(
     Raises:
         UserError: naming weights that are missing, or that the model has no counterpart for.
     """
-    gated, state, used = settings.activation_fn == "silu", {}, set()
+    gated, state, used = settings.activation.is_gated, {}, set()
     banks: dict[str, set[str]] = {}
     tied = settings.share_decoder_input_output_embed
     for name in names:

@@ -6,6 +6,7 @@ interface (``attn_implementation``). Letters: B batch, S sequence, T = B S token
 N = T H sub-tokens, E experts, K experts of a sub-token, F inner width.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,13 +24,22 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
 from .configuration_mhmoe import MHMoEConfig
-from .routing_mhmoe import MHMoERouter, balance_loss, gate
+from .routing_mhmoe import MHMoEHeadRouters, MHMoERouter, balance_loss, build_router, gate
 
 # Transformers 5.24 calls "cache" what was "past_key_values".
 _CACHE = "cache" if "cache" in MoeCausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+_ACTIVATIONS: dict[str, Callable[..., Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 _FIRST_POSITION = 2  # fairseq's sinusoidal positions count from here
 _XPOS_BASE = 512
+
+
+def swiglu7(gate: Tensor, up: Tensor) -> Tensor:
+    """The clamped SwiGLU of MAGI-2 and gpt-oss."""
+    gate = gate.clamp(max=7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+
+
+_GATED: dict[str, Callable[..., Tensor]] = {"silu": lambda gate, up: F.silu(gate) * up, "swiglu7": swiglu7}
 
 
 def build_norm(config: MHMoEConfig, dim: int) -> nn.Module:
@@ -116,8 +126,8 @@ class MHMoENetwork(nn.Module):
     def __init__(self, config: MHMoEConfig, inner: int, is_shared: bool = False) -> None:
         super().__init__()
         dim, bias = config.hidden_size, config.use_bias
-        self.act_fn = _ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(dim, inner, bias=bias) if config.hidden_act == "silu" else None
+        self.act_fn = (_ACTIVATIONS | _GATED)[config.hidden_act]
+        self.gate_proj = nn.Linear(dim, inner, bias=bias) if config.hidden_act in _GATED else None
         self.up_proj = nn.Linear(dim, inner, bias=bias)
         self.down_proj = nn.Linear(inner, dim, bias=bias)
         self.inner_norm = build_norm(config, inner) if config.sub_norm and not is_shared else None
@@ -125,8 +135,8 @@ class MHMoENetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D) -> (..., D)``."""
-        inner = self.up_proj(x)
-        inner = self.dropout(self.act_fn(inner) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * inner)
+        maps = [self.up_proj] if self.gate_proj is None else [self.gate_proj, self.up_proj]
+        inner = self.dropout(self.act_fn(*(linear(x) for linear in maps)))
         return self.down_proj(inner if self.inner_norm is None else self.inner_norm(inner))
 
 
@@ -139,12 +149,12 @@ class MHMoEExperts(nn.Module):
 
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
-        self.num_experts = config.mhmoe_experts
+        self.num_experts = config.banks * config.mhmoe_experts
         self.norm = config.mhmoe_expert_norm
-        self.activation = _ACTIVATIONS[config.hidden_act]
+        self.activation = (_ACTIVATIONS | _GATED)[config.hidden_act]
         self.dropout = config.activation_dropout
-        self.gated, self.biased = config.hidden_act == "silu", config.expert_bias
-        e, f, d = config.mhmoe_experts, config.mhmoe_expert_size, config.hidden_size // config.mhmoe_heads
+        self.gated, self.biased = config.hidden_act in _GATED, config.expert_bias
+        e, f, d = self.num_experts, config.mhmoe_expert_size, config.subtoken_size
         self.first, rows = ("gate_up_proj", 2 * f) if self.gated else ("up_proj", f)
         self.register_parameter(self.first, nn.Parameter(torch.empty(e, rows, d)))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
@@ -157,9 +167,8 @@ class MHMoEExperts(nn.Module):
         return self._behind(self.activation(inner))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        """The same with SwiGLU, ``(..., 2 F) -> (..., F)``."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._behind(self.activation(gate) * up)
+        """The same with a gate, ``(..., 2 F) -> (..., F)``."""
+        return self._behind(self.activation(*gate_up.chunk(2, dim=-1)))
 
     def _behind(self, inner: Tensor) -> Tensor:
         inner = F.dropout(inner, self.dropout, self.training)
@@ -180,14 +189,13 @@ class MHMoEExperts(nn.Module):
 
 
 class MHMoEProjection(nn.ModuleList):
-    """Square linear maps with ReLU between them."""
+    """Linear maps with ReLU between them, from the first of ``widths`` to the last."""
 
-    def __init__(self, config: MHMoEConfig, layers: int) -> None:
-        dim, bias = config.hidden_size, config.mhmoe_projection_bias
-        super().__init__(nn.Linear(dim, dim, bias=bias) for _ in range(layers))
+    def __init__(self, config: MHMoEConfig, widths: list[int]) -> None:
+        super().__init__(nn.Linear(*of, bias=config.mhmoe_projection_bias) for of in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., D) -> (..., D)``."""
+        """``(..., first) -> (..., last)``."""
         for index, linear in enumerate(self):
             x = linear(F.relu(x) if index else x)
         return x
@@ -199,24 +207,27 @@ class MHMoELayer(nn.Module):
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.head_projection = MHMoEProjection(config, config.mhmoe_head_projections)
-        self.router = MHMoERouter(config)
+        dim, inner = config.hidden_size, config.inner_size
+        self.head_projection = MHMoEProjection(config, [dim] + [inner] * config.mhmoe_head_projections)
+        self.router = build_router(config)
         self.experts = MHMoEExperts(config)
         # The decorator knows one kind of experts for a class.
         self.experts.has_gate, self.experts.has_bias = self.experts.gated, self.experts.biased
-        self.merge_projection = MHMoEProjection(config, config.mhmoe_merge_projections)
+        self.merge_norm = nn.RMSNorm(inner, eps=1e-5) if config.mhmoe_merge_norm else nn.Identity()
+        self.merge_projection = MHMoEProjection(config, [inner] * config.mhmoe_merge_projections + [dim])
         self.shared_expert = MHMoENetwork(config, config.mhmoe_shared_size, True) if config.mhmoe_shared_size else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, S, D) -> (B, S, D)``, and the router's logits, ``(N, E)``."""
         config = self.config
-        subtokens = self.head_projection(x).reshape(-1, config.hidden_size // config.mhmoe_heads)
-        logits = self.router(subtokens)
+        subtokens = self.head_projection(x).reshape(-1, config.subtoken_size)
+        routed = x.reshape(-1, x.size(-1)) if config.mhmoe_router_input == "token" else subtokens
+        logits = self.router(routed)
         index, weights = gate(logits, config, self.router.selection_bias)
         y = self.experts(subtokens, index, weights.to(x.dtype))
         if config.mhmoe_subtoken_residual:
             y = y + subtokens
-        y = self.merge_projection(y.reshape(x.shape))
+        y = self.merge_projection(self.merge_norm(y.reshape(*x.shape[:-1], config.inner_size)))
         return y if self.shared_expert is None else y + self.shared_expert(x), logits
 
 
@@ -261,7 +272,7 @@ class MHMoEPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (MHMoEExperts, MHMoERouter)):
+        if isinstance(module, (MHMoEExperts, MHMoERouter, MHMoEHeadRouters)):
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "temperature":
                     nn.init.constant_(parameter, self.config.mhmoe_router_temperature)
@@ -379,7 +390,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, GenerationMixin):
             real, length = None, outputs.last_hidden_state.size(1)
             if attention_mask is not None and attention_mask.dim() == 2:
                 real = attention_mask[:, -length:].reshape(-1).repeat_interleave(self.config.mhmoe_heads)
-            losses = [balance_loss(of_layer, real, self.config) for of_layer in outputs.router_logits]
+            biases = [layer.router.selection_bias for layer in self.model.modules() if isinstance(layer, MHMoELayer)]
+            losses = [balance_loss(*of, real, self.config) for of in zip(outputs.router_logits, biases, strict=True)]
             balance = torch.stack(losses).mean()
             loss = None if loss is None else loss + self.config.mhmoe_balance_weight * balance.to(loss.device)
         return MoeCausalLMOutputWithPast(

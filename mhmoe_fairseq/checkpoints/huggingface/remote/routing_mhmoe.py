@@ -15,12 +15,13 @@ _MIN_TEMPERATURE = 1e-2
 class MHMoERouter(nn.Module):
     """One logit for each sub-token and expert. Its weights are plain parameters: engines replace ``nn.Linear``."""
 
+    selection_bias: nn.Parameter | None
+
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
         self.config = config
-        e, r, d = config.mhmoe_experts, config.mhmoe_router_dim, config.hidden_size // config.mhmoe_heads
-        has_bias = config.mhmoe_selection_bias
-        self.selection_bias = nn.Parameter(torch.empty(1, e), requires_grad=False) if has_bias else None
+        e, r, d = config.mhmoe_experts, config.mhmoe_router_dim, config.subtoken_size
+        d = config.hidden_size if config.mhmoe_router_input == "token" else d
         if config.mhmoe_router == "linear":
             self.weight = nn.Parameter(torch.empty(e, d))
             return
@@ -44,6 +45,28 @@ class MHMoERouter(nn.Module):
         return logits
 
 
+class MHMoEHeadRouters(nn.ModuleList):
+    """A router for each head, whose sub-tokens are every H-th."""
+
+    selection_bias: nn.Parameter | None
+
+    def __init__(self, config: MHMoEConfig) -> None:
+        super().__init__(MHMoERouter(config) for _ in range(config.banks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, d) -> (N, E)``."""
+        by_head = x.unflatten(0, (-1, len(self))).unbind(1)
+        return torch.stack([router(of_head) for router, of_head in zip(self, by_head)], dim=1).flatten(0, 1)
+
+
+def build_router(config: MHMoEConfig) -> MHMoERouter | MHMoEHeadRouters:
+    """The router or routers of a layer, with their bias ``(banks, E)`` if choices have one."""
+    router = MHMoERouter(config) if config.banks == 1 else MHMoEHeadRouters(config)
+    bias = torch.empty(config.banks, config.mhmoe_experts) if config.mhmoe_selection_bias else None
+    router.register_parameter("selection_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return router
+
+
 def expert_scores(logits: Tensor, config: MHMoEConfig) -> Tensor:
     """What experts are chosen and weighed by, ``(N, E)`` in float32."""
     return logits.float().sigmoid() if config.mhmoe_gate_score == "sigmoid" else torch.softmax(logits.float(), dim=1)
@@ -55,10 +78,25 @@ def normalized(scores: Tensor, config: MHMoEConfig) -> Tensor:
     return scores / scores.sum(1, keepdim=True).clamp(min=least)
 
 
-def choose(logits: Tensor, scores: Tensor, top_k: int, bias: Tensor | None = None) -> Tensor:
-    """The K best experts of every row, ``(N, K)``, by scores with a bias if there is one; ties go to the first."""
+def outside_kept_groups(scores: Tensor, config: MHMoEConfig) -> Tensor:
+    """Which experts a sub-token may not choose, ``(N, E)``; of equal groups the first is kept."""
+    by_group = scores.detach().unflatten(1, (config.mhmoe_expert_groups, -1))
+    best = by_group.topk(2 if config.mhmoe_group_score == "top2" else 1, dim=2).values.sum(2)
+    kept = best.argsort(dim=1, descending=True, stable=True)[:, : config.mhmoe_kept_groups]
+    outside = torch.ones_like(best, dtype=torch.bool).scatter(1, kept, False)
+    return outside.repeat_interleave(by_group.size(2), dim=1)
+
+
+def choose(logits: Tensor, scores: Tensor, config: MHMoEConfig, top_k: int, bias: Tensor | None = None) -> Tensor:
+    """The K best experts of every row, ``(N, K)``, each numbered in its bank; ties go to the first.
+
+    By scores, with a bias ``(banks, E)`` if there is one.
+    """
     if bias is not None:
-        logits = scores = scores + bias.float()
+        logits = scores = (scores.unflatten(0, (-1, config.banks)) + bias.float()).flatten(0, 1)
+    if config.mhmoe_expert_groups > 1:
+        outside = outside_kept_groups(scores, config)
+        logits, scores = (of.masked_fill(outside, float("-inf")) for of in (logits, scores))
     chosen, rest = [scores.argmax(dim=1, keepdim=True)], logits.detach()
     for _ in range(top_k - 1):
         rest = rest.scatter(1, chosen[-1], float("-inf"))
@@ -67,24 +105,33 @@ def choose(logits: Tensor, scores: Tensor, top_k: int, bias: Tensor | None = Non
 
 
 def gate(logits: Tensor, config: MHMoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The experts of every sub-token and the weights of their outputs, ``(N, K)`` each; a bias enters no weight."""
+    """The experts of every sub-token and the weights of their outputs, ``(N, K)`` each; a bias enters no weight.
+
+    Expert e of head h is number h E + e, where heads have banks of their own.
+    """
     scores = expert_scores(logits, config)
-    index = choose(logits, scores, config.mhmoe_top_k, bias)
+    index = choose(logits, scores, config, config.mhmoe_top_k, bias)
     weights = scores.gather(1, index)
     if config.mhmoe_normalize_gates and config.mhmoe_top_k > 1:
         weights = normalized(weights, config)
+    if config.banks > 1:
+        head = torch.arange(len(index), device=index.device) % config.banks
+        index = index + (head * config.mhmoe_experts)[:, None]
     return index, weights * config.mhmoe_gate_scale
 
 
-def balance_loss(logits: Tensor, real: Tensor | None, config: MHMoEConfig) -> Tensor:
+def balance_loss(logits: Tensor, bias: Tensor | None, real: Tensor | None, config: MHMoEConfig) -> Tensor:
     """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded.
 
-    Of the choices without a selection bias.
+    Of several banks it is the mean of theirs.
     """
     scores = expert_scores(logits, config)
-    index = choose(logits, scores, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k)
+    index = choose(logits, scores, config, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, bias)
     probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
     chosen = torch.zeros_like(probabilities).scatter_(1, index, 1.0) / index.size(1)
     weights = probabilities.new_ones(len(logits), 1) if real is None else real[:, None].to(probabilities)
-    count = weights.sum().clamp(min=1)
-    return logits.size(1) * ((chosen * weights).sum(0) / count * ((probabilities * weights).sum(0) / count)).sum()
+    experts = config.banks * logits.size(1)
+    chosen, probabilities = (
+        (of * weights).reshape(-1, experts).sum(0) / weights.sum().clamp(min=1) for of in (chosen, probabilities)
+    )
+    return experts * (chosen * probabilities).sum()
