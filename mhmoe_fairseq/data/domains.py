@@ -30,11 +30,9 @@ def divided_split(folder: Path, split: str) -> tuple[str, str | None]:
 
     Held-out parts have files of their own: ``test_brown`` -> ``test_brown``, None.
     """
-    if (folder / FILE).is_file() and not (folder / f"{split}.idx").is_file():
-        for name in domain_names(folder):
-            if split.endswith(f"_{name}"):
-                return split.removesuffix(f"_{name}"), name
-    return split, None
+    whole, _, name = split.partition("_")
+    has_files = (folder / f"{split}.idx").is_file() or not (folder / FILE).is_file()
+    return (split, None) if has_files or name not in domain_names(folder) else (whole, name)
 
 
 def domains_of_lines(folder: Path, split: str, sizes: np.ndarray) -> np.ndarray:
@@ -50,8 +48,8 @@ def domains_of_lines(folder: Path, split: str, sizes: np.ndarray) -> np.ndarray:
     """
     documents, names = _read(folder), domain_names(folder)
     if split not in documents:
-        domain = next((name for name in names if split.endswith(f"_{name}")), None)
-        if domain is None:
+        _, _, domain = split.partition("_")
+        if domain not in names:
             raise UserError(f"{folder / FILE} tells nothing of split {split}, only of {', '.join(documents)}")
         return np.full(len(sizes), names.index(domain))
     ends = sizes == 1

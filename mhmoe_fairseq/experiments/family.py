@@ -1,7 +1,7 @@
 """MH-MoE among its relatives: successors, single-head baselines, soft merging and experts of domains, at one budget.
 
-Every model has about the parameters and the products of ``smoe``; a report's table shows what is left. BTX is no row:
-its branches are trained apart and mixed afterwards (docs/domains.md).
+Every model has about the parameters and the products of ``smoe``; a report's table shows what is left. BTX's are
+exactly those: its updates are shared between a dense seed, branches and their mix (:mod:`.branches`).
 """
 
 from ..analysis.reports.tables import PaperTable
@@ -11,7 +11,7 @@ from .spec import Experiment, Stage
 _NO_PAPER = PaperTable("none", "perplexity")  # nobody has published these models side by side
 SINGLE_HEAD = ("smoe", "xmoe", "xmoe-g4", "olmoe", "deepseekmoe", "smoe-loss-free", "remoe", "latentmoe")
 MULTI_HEAD = ("mhmoe-flops-h2", "mhmoe-flops", "mhmoe-flops-g4", "mhmoe-flops-loss-free", "mhmoe-banks")
-OTHERS = ("lory", "demix")
+OTHERS = ("lory", "demix", "btx")
 
 EXPERIMENTS = (
     Experiment("family", "MH-MoE, its successors and single-head baselines, soft merging, experts of domains",

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..analysis.reports.runs import TrainingLog, read_model, read_training_log, require_one_data
+from ..analysis.reports.runs import BEFORE, TrainingLog, read_model, read_training_log, require_one_data
 from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json, write_json
@@ -166,6 +166,8 @@ def _copy(plan: Plan, run: Run, target: Path) -> Path:
     for file in _files(run.folder, *_RECORDS):
         _write_compact(temporary / file.name, clean(slim(read_record(file))))
     write_log(temporary / "train.log", read_training_log(run.folder / "train.log"))
+    if (run.folder / BEFORE).is_file():
+        shutil.copyfile(run.folder / BEFORE, temporary / BEFORE)
     (temporary / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
     _write_compact(temporary / STATE, clean({**read_json(run.folder / STATE), CHOICE: chosen(plan.choice)}))
     return _move(temporary, target)

@@ -85,8 +85,10 @@ def default_plan(experiment: Experiment) -> Plan:
 
 
 def _runs(experiment: Experiment) -> list[Run]:
+    """All trainings, those of the parts of others before them."""
     plan = default_plan(experiment)
-    return [*plan.search(), *plan.runs()] if experiment.stages else []
+    runs = [*plan.search(), *plan.runs()] if experiment.stages else []
+    return [each for run in runs for each in (*run.parts, run)]
 
 
 def _state(run: Run) -> str:
@@ -114,7 +116,7 @@ def _trains(runs: list[Run]) -> str:
         return MISSING
     models = dict.fromkeys(run.recipe.name_of(run.model) for run in trained)
     seeds = dict.fromkeys(run.seed for run in trained)
-    updates = dict.fromkeys(f"{run.updates:,}" for run in trained)
+    updates = dict.fromkeys(f"{sum(part.updates for part in (*run.parts, run)):,}" for run in trained)
     return f"{len(models)} x {len(seeds)} x {' / '.join(updates)}"
 
 
@@ -171,8 +173,9 @@ def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
         trained = [run for run in runs if run.splits]
         yield "models", ", ".join(dict.fromkeys(run.recipe.name_of(run.model) for run in trained))
         yield "models x seeds x updates", row["trains"]
-        if searched := len(runs) - len(trained):
-            yield "search", f"{searched} trainings of {min(run.updates for run in runs if not run.splits):,} updates"
+        if search := default_plan(experiment).search():
+            updates = {sum(part.updates for part in (*run.parts, run)) for run in search}
+            yield "search", f"{len(search)} trainings of {min(updates):,} updates"
         yield "tokens", row["tokens"]
         yield "hours", row["hours"]
         yield "state", row["state"]

@@ -86,6 +86,9 @@ MODELS = {
     "smoe": Model("smoe", MOE),
     # An expert for each of the mixed corpus's eleven domains, and no router (DEMix).
     "demix": Model("smoe", "--moe-freq 2 --moe-expert-count 11 --moe-top-k 1 --mhmoe-routing domain"),
+    # Branch-Train-MiX: the sparse model, with experts of branches on the mixed corpus's seven largest domains, and the
+    # last of the seed.
+    "btx": Model("smoe", MOE, branches=("gcide", "linux", "wordnet", "brown", "python", "bible", "foldoc")),
     "smoe-loss-free": Model("smoe", f"{MOE} {LOSS_FREE}"),
     "smoe-e128-k1": Model("smoe", f"{MOE} --moe-expert-count 128 --moe-top-k 1"),
     "smoe-e256": Model("smoe", f"{MOE} --moe-expert-count 256"),

@@ -1,5 +1,7 @@
 """The runs of an experiment: which trainings, in which folders, by which commands, and how far they are."""
 
+import hashlib
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -8,9 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..analysis.reports.runs import BEFORE
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of, write_json
 from ..evaluation.records import read_record, record_file
+from .branches import MIXED, in_parts, mixing
 from .models import MODELS
 from .spec import MACHINES, Experiment, Flags, Recipe, Scale, Stage, parse_flags
 
@@ -86,7 +90,9 @@ class Run:
         name: of the folder, below the experiment's.
         validations: how often it is validated and saved.
         start: the run whose best checkpoint it starts from.
-        splits: that are evaluated; none of a search's runs.
+        branches: runs that are mixed with the start, from which they were trained: it starts from the mix.
+        is_part: whether it is trained for another run, as the same command says.
+        splits: that are evaluated; none of a search's runs and of parts.
     """
 
     name: str
@@ -100,12 +106,33 @@ class Run:
     validations: int
     lr: str | None = None
     start: "Run | None" = None
+    branches: "tuple[Run, ...]" = ()
+    is_part: bool = False
     splits: tuple[str, ...] = SPLITS
 
     @property
     def checkpoint(self) -> Path:
         """The best one on the validation split."""
         return self.folder / "checkpoint_best.pt"
+
+    @property
+    def starts(self) -> "tuple[Run, ...]":
+        """What has to be trained before."""
+        return self.branches if self.start is None else (self.start, *self.branches)
+
+    @property
+    def parts(self) -> "tuple[Run, ...]":
+        """Those of :attr:`starts` that are trained for this run."""
+        return tuple(start for start in self.starts if start.is_part)
+
+    def first_checkpoint(self) -> Path | None:
+        """The one that it starts from."""
+        mixed = self.folder / MIXED if self.branches else None
+        return mixed or (None if self.start is None else self.start.checkpoint)
+
+    def commands(self) -> list[list[str]]:
+        """Returns the words of all that is done for it from its start on: what mixes the branches, and the training."""
+        return [*([mixing(self)] if self.branches else []), self.training()]
 
     def training(self, alone: bool = False) -> list[str]:
         """Returns the words of the training; ``alone``: in one process, however many it is shared by."""
@@ -114,8 +141,8 @@ class Run:
         interval = -(-self.updates // self.validations)
         warmup = scale.warmup or (self.updates // 10 if self.updates < 25_000 else 10_000)
         of_data = "" if self.recipe.data_flags is None else self.recipe.data_flags(self.data)
-        start = None if self.start is None else str(self.start.checkpoint)
-        own = {"--seed": str(self.seed), "--lr": self.lr, "--finetune-from-model": start}
+        start = self.first_checkpoint()
+        own = {"--seed": str(self.seed), "--lr": self.lr, "--finetune-from-model": start and str(start)}
         flags = {
             "--arch": (f"{model.kind}_{self.recipe.family}_{choice.size or machine.size}",),
             **parse_flags(f"{machine.flags} {self.recipe.flags} {scale.flags} {of_data}"),
@@ -169,14 +196,24 @@ class Run:
         return {
             "command": words[:user_dir] + words[user_dir + 2 :],
             "data": sha256_of(manifest) if manifest.is_file() else None,
-            "start": sha256_of(self.start.checkpoint) if self.start and self.start.checkpoint.is_file() else None,
+            "start": None if self.start is None else self.start.fingerprint(),
+            **({"branches": [branch.fingerprint() for branch in self.branches]} if self.branches else {}),
         }
 
+    def fingerprint(self) -> str | None:
+        """Returns what others that start from it know it by: its checkpoint, of a part how it is trained."""
+        if self.is_part:
+            return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()
+        return sha256_of(self.checkpoint) if self.checkpoint.is_file() else None
+
     def keep(self, finished: bool) -> None:
-        """Writes what :meth:`state` reads, and the command for people."""
+        """Writes what :meth:`state` reads, what was spent before, and for people the commands of all that it takes."""
         write_json(self.folder / STATE, {**self.identity(), "finished": finished})
-        command = f"#!/usr/bin/env bash\n{shlex.join(self.training())}\n"
-        (self.folder / "command.sh").write_text(command, encoding="utf-8")
+        if self.parts:
+            write_json(self.folder / BEFORE, {part.name.split("/")[-2]: part.updates for part in self.parts})
+        commands = [words for run in (*self.parts, self) for words in run.commands()]
+        text = "\n".join(["#!/usr/bin/env bash", *map(shlex.join, commands), ""])
+        (self.folder / "command.sh").write_text(text, encoding="utf-8")
 
     def state(self) -> str:
         """Returns ``missing``, ``changed``, ``cut off``, ``trained`` or, evaluated too, ``finished``.
@@ -198,7 +235,9 @@ class Run:
         return "trained" if self.lacking() else "finished"
 
     def is_start(self) -> bool:
-        """Whether others can start from it: finished, with whatever settings, or trained by other means."""
+        """Whether others can start from it: finished, unless it is a part with whatever settings or by other means."""
+        if self.is_part:
+            return self.state() == "finished" and self.checkpoint.is_file()
         kept = read_json(self.folder / STATE) if (self.folder / STATE).is_file() else {"finished": True}
         return kept["finished"] and self.checkpoint.is_file()
 
@@ -260,17 +299,22 @@ class Plan:
             if any(fnmatch(model, pattern) for pattern in stage.models)
         ]
 
-    def run(self, recipe: Recipe, model: str, seed: int) -> Run:
-        """Returns one run, and with it those that it starts from."""
+    def run(self, recipe: Recipe, model: str, seed: int, search: str | None = None) -> Run:
+        """Returns one run, and with it those that it starts from; ``search``: the search's with this learning rate."""
         name = f"{recipe.name_of(model)}/seed-{seed}"
         first = self.start_of(recipe)
         start = None if first is None else self.run(first, model, seed)
         scale, lrs = recipe.scales[self.choice.scale], self.lrs_of(recipe)
         lr = (lrs[0] if len(lrs) == 1 else self.best_lr(recipe, model)) if self.is_own(recipe) else None
-        return Run(
+        run = Run(
             name, self.out / name, recipe, model, seed, self.data_of(recipe), self.choice,
             self.experiment.updates or scale.updates, self.experiment.validations or scale.validations, lr, start,
         )  # fmt: skip
+        if search is not None:
+            name = f"search/{recipe.name_of(model)}/lr-{search}"
+            shorter = min(self.experiment.search_updates or scale.search_updates, run.updates)
+            run = replace(run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=search, splits=())
+        return in_parts(run)
 
     def start_of(self, recipe: Recipe) -> Recipe | None:
         """Returns the recipe whose runs a recipe's start from; ``UserError`` if the user chose the recipe itself."""
@@ -303,16 +347,12 @@ class Plan:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
-
-        def with_lr(run: Run, lr: str) -> Run:
-            name = "search/" + run.name.replace(f"seed-{run.seed}", f"lr-{lr}")
-            updates = self.experiment.search_updates or run.recipe.scales[self.choice.scale].search_updates
-            shorter = min(updates, run.updates)
-            return replace(run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=lr, splits=())
-
         first = [run for run in self.runs() if run.seed == self.seeds_of(run.recipe)[0]]
         lrs_of = [(run, self.lrs_of(run.recipe)) for run in first]
-        return [with_lr(run, lr) for run, of_run in lrs_of if len(of_run) > 1 for lr in of_run]
+        return [
+            self.run(run.recipe, run.model, run.seed, search=lr)
+            for run, of_run in lrs_of if len(of_run) > 1 for lr in of_run
+        ]  # fmt: skip
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""
@@ -358,9 +398,14 @@ def _without_plots(words: list[str]) -> list[str]:
 
 def with_starts(runs: Sequence[Run]) -> Iterator[list[Run]]:
     """Yields the runs, and before them what they start from and is not there yet; that is trained, not evaluated."""
-    starts = {run.start.folder: run.start for run in runs if run.start is not None and not run.start.is_start()}
-    if starts:
-        yield from with_starts([replace(run, splits=()) for run in starts.values()])
+    starts = {
+        start.folder: replace(start, splits=())
+        for run in runs if run.starts and run.state() not in ("trained", "finished")
+        for start in run.starts if not start.is_start()
+    }  # fmt: skip
+    earlier = {start.folder for of in starts.values() for start in of.starts}
+    if together := [start for folder, start in starts.items() if folder not in earlier]:
+        yield from with_starts(together)
     yield list(runs)
 
 

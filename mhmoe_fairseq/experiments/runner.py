@@ -164,8 +164,9 @@ class Runner:
         for run in search:
             loss = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
             losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = loss
-            for checkpoint in run.folder.glob("checkpoint*.pt"):  # the loss alone is needed
-                checkpoint.unlink()
+            for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
+                for checkpoint in folder.glob("checkpoint*.pt"):
+                    checkpoint.unlink()
         best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
         if best:
             file = self.plan.out / SEARCH
@@ -240,7 +241,10 @@ class Runner:
             left = progress.reach(run.name, int(update))
             self.say(f"    {run.name}, update {update:.0f}: {told}{left}")
 
-        self._call(run, "training", run.training(), show, output)
+        *mixing, training = run.commands()
+        for words in mixing if run.choice.is_first else ():
+            self._call(run, "mixing", words, show, output)
+        self._call(run, "training", training, show, output)
         if run.choice.is_first:
             run.keep(finished=True)
 
@@ -277,27 +281,31 @@ def _empty(folder: Path) -> None:
 def dry_run(plan: Plan) -> Iterator[str]:
     """Yields what would be called, a line each; remarks begin with ``#``."""
     yield from (shlex.join(words) for _, words in plan.preparations() if words)
-    search = plan.search()
-    yield from (shlex.join(run.training()) for run in search)
+    search = _once(with_starts(plan.search()))
+    yield from _commands(search)
     if search:
         yield "# below, --lr is the best of these for each model on the validation split"
-    for run in _known(plan):
-        yield shlex.join(run.training())
+    for run in _once(plan.stages()):
+        yield from _commands([run])
         yield from (shlex.join(words) for _, words in run.evaluations(run.splits))
     yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
 
 
-def _known(plan: Plan) -> list[Run]:
+def _commands(runs: Iterable[Run]) -> Iterator[str]:
+    return (shlex.join(words) for run in runs for words in run.commands())
+
+
+def _once(stages: Iterable[list[Run]]) -> list[Run]:
     """Each run once: while nothing runs, a start that is missing is missing for every stage."""
     runs: dict[Path, Run] = {}
-    for run in itertools.chain.from_iterable(plan.stages()):
+    for run in itertools.chain.from_iterable(stages):
         runs.setdefault(run.folder, run)
     return list(runs.values())
 
 
 def describe(plan: Plan) -> Iterator[list[str]]:
     """Yields a row for each run: its name, its state, the updates that it has done."""
-    for run in _known(plan):
+    for run in _once(plan.stages()):
         state, log = run.state(), run.folder / "train.log"
         done = read_training_log(log).num_updates if state != "missing" and log.is_file() else 0
         yield [run.name, state, f"{done} of {run.updates}"]

@@ -119,11 +119,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Model:
-    """One row of a table: the architecture's kind (``dense``, ``smoe``, ``xmoe``, ``mhmoe``) and flags of the model."""
+    """One row of a table: the architecture's kind (``dense``, ``smoe``, ``xmoe``, ``mhmoe``) and flags of the model.
+
+    Attributes:
+        branches: domains of the text; the training is then Branch-Train-MiX's (:mod:`.branches`).
+    """
 
     kind: str
     flags: str = ""
     paper_flags: str = ""
+    branches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,10 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
         dataset = self.datasets.pop(whole)
         if domain is not None:
             lines = domains_of_lines(current, whole, dataset.dataset.dataset.sizes)
-            cut = self.args.tokens_per_sample, self.args.sample_break_mode
-            dataset = of_one_domain(dataset, lines == domain_names(current).index(domain), *cut)
+            chosen = lines == domain_names(current).index(domain)
+            if not chosen.any():
+                raise UserError(f"{split}: no document in {current / whole} is of domain {domain}")
+            dataset = of_one_domain(dataset, chosen, self.args.tokens_per_sample, self.args.sample_break_mode)
         self.datasets[split] = self._whole(dataset, split, current)
 
     def _whole(self, dataset: MonolingualDataset, split: str, folder: Path) -> WholeMonolingualDataset:

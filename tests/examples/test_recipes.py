@@ -36,7 +36,6 @@ PLAIN = {
 }
 OTHERS = {f"{folder}/{name}" for folder in BASES for name in ("prepare", "eval")} | {
     "multilingual_lm/xnli",
-    "english_lm/branches",
 }
 
 
@@ -95,23 +94,6 @@ def test_every_other_script_is_one_call_of_reproduce_and_every_experiment_has_on
         called.add(experiment)
     plain = {name.split("/")[1].replace("_", "-") for name in PLAIN}
     assert EXPERIMENTS.keys() - called - plain == {"demo"}  # make demo
-
-
-def test_branches_start_from_the_seed_and_all_of_them_are_mixed(tmp_path: Path) -> None:
-    script, root = EXAMPLES / "english_lm" / "branches.sh", str(tmp_path / "out")
-    seed, *branches, mix, mixed = called(tmp_path, script, "--seed", "5", OUT=root, DOMAINS="law code")
-    trained = [parse_flags(command[2:]) for command in (seed, *branches, mixed)]
-    assert {flags["--seed"] for flags in trained} == {("5",)} and {command[1] for command in (seed, mixed)} == {
-        "data/mix"
-    }
-    saved = [f"{flags['--save-dir'][0]}/checkpoint_last.pt" for flags in trained]
-    for name, flags in zip(("law", "code"), trained[1:3], strict=True):
-        assert flags["--train-subset"] == (f"train_{name}",) and flags["--valid-subset"] == (f"valid_{name}",)
-        assert flags["--finetune-from-model"] == (saved[0],)
-    assert mix[:3] == ["mhmoe", "checkpoint", "mix"] and "--include-seed" in mix
-    assert [word for word in mix if word.endswith("last.pt")] == saved[:3]
-    assert trained[-1]["--restore-file"] == (mix[mix.index("--output") + 1],)
-    assert [trained[-1][flag] for flag in ("--arch", "--moe-expert-count")] == [("smoe_lm_tiny",), ("3",)]
 
 
 def test_evaluation_reads_the_blocks_of_the_training(tmp_path: Path) -> None:

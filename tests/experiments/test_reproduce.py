@@ -25,8 +25,10 @@ from mhmoe_fairseq.data.domains import write_domains
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
 from mhmoe_fairseq.experiments.kept import kept_runs
+from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.experiments.spec import Experiment, Stage, parse_flags
 from mhmoe_fairseq.models.precision import resolve
+from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
 TOY = ("--updates", "2", "--validations", "1")
 
@@ -62,14 +64,15 @@ class Toys:
 
     @cached_property
     def language_modeling(self) -> Path:
-        """English whose documents are of eleven domains by turns, as many as the mixed corpus has."""
+        """English whose documents are of the mixed corpus's domains by turns."""
         data = self.root / "english"
         shutil.copytree(self.english, data)
         splits = {split: load_indexed_dataset(str(data / split)) for split in ("train", "valid", "test")}
         documents = {split: (of.sizes == 1).sum() + 1 for split, of in splits.items()}
-        names = [f"domain{turn}" for turn in range(11)]
-        turns = {split: [*itertools.islice(itertools.cycle(names), number)] for split, number in documents.items()}
+        turns = {split: [*itertools.islice(itertools.cycle(DOMAINS), number)] for split, number in documents.items()}
         write_domains(data / "domains.json", turns)
+        for name, kind in itertools.product(DOMAINS, ("bin", "idx")):
+            shutil.copyfile(data / f"valid.{kind}", data / f"valid_{name}.{kind}")
         return data
 
     @cached_property
@@ -161,7 +164,9 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
     if experiment.stages:
         recipe = experiment.stages[0].recipe
         words += ["--data", str(toys.data(parse_flags(recipe.flags)["--task"][0])), "--lrs", "1e-3"]
-        words += ["--updates", "2", "--validations", "2"]  # two checkpoints for the figures over a training
+        branches = any(MODELS[model].branches for model in experiment.models)  # of 20 updates each has one
+        words += ["--updates", "20" if branches else "2"]
+        words += ["--validations", "2"]  # two checkpoints for the figures over a training
         words += ["--xnli", str(toys.xnli)] if any("{xnli}" in command for command in experiment.after) else []
         if experiment.needs:
             monkeypatch.chdir(toys.words.parents[1])

@@ -81,6 +81,20 @@ def test_kept_runs_are_small_whole_and_without_paths_of_the_machine(
     assert keep(tmp_path) == 0 and files(tmp_path / "results") == kept  # replaced, nothing left beside
 
 
+def test_a_kept_run_of_parts_says_what_they_took(commands: Commands, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("family", "--models", "smoe", "btx", "--seeds", "1")
+    assert reproduce(tmp_path, *words) == 0 and keep(tmp_path, *words) == 0
+    kept = files(tmp_path / "results")
+    assert not [name for name in kept if "parts" in name]
+    page = written.read_page(EXPERIMENTS["family"], tmp_path / "results")
+    (run,) = page.models["btx"].runs
+    assert (run.updates, run.log.num_updates, run.before["seed"]) == (1000, 300, 350)
+    assert kept["english_lm/btx/seed-1/command.sh"].decode().count("outputs/english_lm/parts/btx/gcide/seed-1/") == 2
+    verdicts = {claim.model: finding.verdict for claim, finding in zip(page.experiment.claims, page.findings)}
+    assert verdicts["btx"] == "one seed: nothing claimed"  # compared, as of one length
+
+
 def test_what_was_measured_of_a_kept_run_is_not_lost(finished: Path, tmp_path: Path, capsys) -> None:
     assert keep(tmp_path) == 0 and "not measured yet" not in capsys.readouterr().out
     table2 = ("table2", *PAIR[1:])
@@ -294,6 +308,8 @@ def test_the_list_says_what_each_costs_how_far_it_is_and_what_it_showed(finished
     # 24 trainings of 1,000 updates of 4,096 tokens and 24 of a search of 200; at 100 tokens per second, in hours.
     # Nothing is taken for done: the data are not the default's.
     assert re.search(r"P1 table 1 +8 x 3 x 1,000 +118\.0M +327\.7 +0 of 48 +1 seen, 6 not run", lines["table1"])
+    # Branches and their mix are together as long as any other training.
+    assert re.search(r"ours +16 x 3 x 1,000 +235\.9M +655\.4 +0 of ", lines["family"])
     assert " ? " in lines["table1-multimodal"] and re.search(r"P2 table 3 +5 x 3 x 1,000 ", lines["p2-table3"])
     assert all(len(line) <= 120 for name, line in lines.items() if name not in ("hours:", "mhmoe"))
     assert mhmoe(["reproduce", "table1", "--list"]) == 0

@@ -118,6 +118,12 @@ def test_a_training_on_one_domain_reads_its_documents_alone(data: Path) -> None:
         assert torch.cat(blocks).tolist() == whole[kept == index].tolist()
     with pytest.raises(FileNotFoundError, match="train_gamma.idx"):
         task.load_dataset("train_gamma")
+    documents = read_json(data / FILE)
+    write_json(data / FILE, {**documents, "train": documents["train"].replace("beta", "z_alpha")})
+    task.load_dataset("train_z_alpha")  # is neither train_z nor all that ends in alpha
+    assert len(task.dataset("train_z_alpha")) == len(task.dataset("train_beta"))
+    with pytest.raises(UserError, match="train_beta: no document in .*train is of domain beta"):
+        task.load_dataset("train_beta")
 
 
 def test_languages_are_domains_where_experts_are_of_them(tmp_path: Path) -> None:

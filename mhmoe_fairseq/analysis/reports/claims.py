@@ -147,7 +147,7 @@ def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[f
     for run in model.runs:
         record = next((record for record in (*run.records, *run.routing) if _fits(claim, record, metric, part)), None)
         any_record = record or next(iter(run.records), None)
-        terms = (run.log.num_updates, any_record and any_record.data.get("digest"), any_record and width_of(any_record))
+        terms = (run.updates, any_record and any_record.data.get("digest"), any_record and width_of(any_record))
         if record is not None:
             of = record.metrics if part is None else record.parts[part]
             found[run.path.name] = of[metric].value, of[metric].unit, terms
@@ -182,7 +182,7 @@ def scale_of(models: list[Model]) -> str:
     """``4.1M tokens, width 128, 1,000 updates``: what the runs of these models were trained at, as far as known."""
     runs = [run for model in models for run in model.runs]
     widths = dict.fromkeys(str(width) for run in runs for record in run.records[:1] if (width := width_of(record)))
-    tokens = dict.fromkeys(f"{of / 1e6:.1f}M" for run in runs if (of := run.log.tokens()) is not None)
-    updates = dict.fromkeys(f"{run.log.num_updates:,}" for run in runs if run.log.num_updates)
+    tokens = dict.fromkeys(f"{of / 1e6:.1f}M" for run in runs if (of := run.tokens()) is not None)
+    updates = dict.fromkeys(f"{run.updates:,}" for run in runs if run.updates)
     told = (("", tokens, " tokens"), ("width ", widths, ""), ("", updates, " updates"))
     return ", ".join(f"{before}{' / '.join(values)}{after}" for before, values, after in told if values) or MISSING

@@ -153,6 +153,7 @@ def _notes(models: Sequence[Model], split: str) -> str:
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
         f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
         *_precision_notes(models),
+        *_spent(models),
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
     ]
@@ -180,6 +181,16 @@ def _precision_notes(models: Sequence[Model]) -> Iterator[str]:
             ", as --mhmoe-precision auto chose: bf16 where the machine of the training multiplies it itself, else fp32."
             if by_rule else "."
         )  # fmt: skip
+
+
+def _spent(models: Sequence[Model]) -> Iterator[str]:
+    """Where the updates of models went whose trainings have parts."""
+    for model in models:
+        run = model.runs[0]
+        if run.before:
+            each = ", ".join(f"{updates:,} {part}" for part, updates in run.before.items())
+            last = f"{run.log.num_updates:,} of what was made of these, whose speed and memory the table has"
+            yield f"updates of {model.name}: {each}, {last}."
 
 
 def _command(model: Model) -> list[str]:

@@ -1,8 +1,8 @@
 """Trained runs on disk, several seeds of a model together; only their text files are read, never a checkpoint.
 
 A run's folder holds ``train.log`` (``fairseq-train --log-format json --log-file``), ``record-SPLIT.json`` (``mhmoe
-evaluate``, ``mhmoe zero-shot``), where experts were analysed ``routing-SPLIT.json`` (``mhmoe analyze``), and the
-command that trained it: ``command.sh``.
+evaluate``, ``mhmoe zero-shot``), where experts were analysed ``routing-SPLIT.json`` (``mhmoe analyze``), the command
+that trained it, ``command.sh``, and where it starts from trainings that are parts of it their updates, ``before.json``.
 """
 
 import contextlib
@@ -10,13 +10,16 @@ import json
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...common.errors import UserError
+from ...common.files import read_json
 from ...data.identity import identify_data
 from ...evaluation.records import Record, read_record
+
+BEFORE = "before.json"
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,24 @@ class Run:
         log: empty if there is no ``train.log``.
         records: what was evaluated, of splits first.
         routing: what ``mhmoe analyze`` measured.
+        before: updates of the trainings that it is made of, by name; empty of one that is a whole itself.
     """
 
     path: Path
     log: TrainingLog
     records: list[Record]
     routing: list[Record]
+    before: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """Those of all trainings that it took, 0 without records."""
+        return self.log.num_updates and self.log.num_updates + sum(self.before.values())
+
+    def tokens(self) -> float | None:
+        """Tokens, or masked positions, of all of them, as large as the last one's updates; None where it is unknown."""
+        tokens = self.log.tokens()
+        return tokens and tokens * self.updates / self.log.num_updates
 
     def expert_record(self, split: str) -> Record | None:
         """The record with expert loads that says most: of this split, with loads by part, of ``mhmoe analyze``."""
@@ -165,7 +180,8 @@ def _read_run(path: Path) -> Run:
     )
     if not records and not log.is_file():
         raise UserError(f"run {path} has neither train.log nor record-SPLIT.json, which mhmoe evaluate writes")
-    return Run(path, read_training_log(log) if log.is_file() else TrainingLog([], []), records, routing)
+    before = read_json(path / BEFORE) if (path / BEFORE).is_file() else {}
+    return Run(path, read_training_log(log) if log.is_file() else TrainingLog([], []), records, routing, before)
 
 
 def _order(file: Path) -> tuple[int, str]:
@@ -223,8 +239,8 @@ def require_one_data(models: Iterable[Model], folder: Path | None) -> None:
             )
         kind = record.split if record.what == "zero-shot" else record.what  # zero-shot tasks have data of their own
         other_run, other = first.setdefault(kind, (run, record))
-        for field, reason in (("digest", "other data"), ("visual_tokenizer", "another visual tokenizer")):
-            if record.data.get(field) != other.data.get(field):
+        for key, reason in (("digest", "other data"), ("visual_tokenizer", "another visual tokenizer")):
+            if record.data.get(key) != other.data.get(key):
                 raise UserError(
                     f"{run.path} was evaluated on {reason} ({_source(record)}) than {other_run.path} "
                     f"({_source(other)}): their metrics do not compare"

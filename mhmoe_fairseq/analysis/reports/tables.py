@@ -219,7 +219,7 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
 
 
 def _updates(model: Model, form: str = "") -> str:
-    return same(format(run.log.num_updates, form) for run in model.runs if run.log.num_updates)
+    return same(format(run.updates, form) for run in model.runs if run.updates)
 
 
 def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:

@@ -8,7 +8,8 @@ import pytest
 from written_runs import loads, make_record, text_metrics, write_run
 
 from mhmoe_fairseq.analysis.reports.claims import T_QUANTILES, Claim, interval, judge, verdict_of
-from mhmoe_fairseq.analysis.reports.runs import Model, read_model
+from mhmoe_fairseq.analysis.reports.runs import BEFORE, Model, read_model
+from mhmoe_fairseq.common.files import write_json
 from mhmoe_fairseq.evaluation.records import Metric
 
 BETTER = Claim("MH-MoE is better", "mhmoe", "xmoe")
@@ -74,6 +75,9 @@ def test_seeds_are_paired_and_only_like_is_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "xmoe" / "seed-3", make_record(text_metrics(40.48)), updates=4)
     models["xmoe"] = read_model("xmoe", sorted((tmp_path / "xmoe").iterdir()))
     assert judge(BETTER, models).verdict == "2 seeds: nothing claimed"  # half as long is another training
+    write_json(tmp_path / "xmoe" / "seed-3" / BEFORE, {"seed": 3, "law": 1})  # unless the rest was spent before
+    models["xmoe"] = read_model("xmoe", sorted((tmp_path / "xmoe").iterdir()))
+    assert judge(BETTER, models).verdict == "seen"
 
 
 def test_scores_are_compared_by_points_and_experts_and_speeds_by_the_same_rule(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from written_runs import loads, make_record, text_metrics, write_run
 
 from mhmoe_fairseq.analysis.reports.plots import draw_all
 from mhmoe_fairseq.analysis.reports.report import compose, write_report
-from mhmoe_fairseq.analysis.reports.runs import find_runs, read_model
+from mhmoe_fairseq.analysis.reports.runs import BEFORE, find_runs, read_model
 from mhmoe_fairseq.analysis.reports.tables import PaperTable
+from mhmoe_fairseq.common.files import write_json
 from mhmoe_fairseq.evaluation.records import Metric, record_file, write_record
 
 PNG = b"\x89PNG"
@@ -64,6 +65,15 @@ def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: 
     assert "# dense, dense\nfairseq-train DATA \\\n    --arch dense_lm_tiny\n```" in text
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == f"{text}\n"
     assert "tokens/s" in said[0] and said[1] == f"report: {tmp_path / 'out' / 'report.md'}"
+
+
+def test_updates_of_parts_count_and_are_told(runs: Path, tmp_path: Path) -> None:
+    mixed = write_run(tmp_path / "btx" / "seed-1", make_record(text_metrics(20.0)), updates=4)
+    write_json(mixed / BEFORE, {"seed": 3, "law": 1})
+    text = report([runs, tmp_path / "btx"], tmp_path / "report.md", plots=False)
+    assert {row["model"]: row["updates"] for row in tables(text)[0]}.items() >= {"dense": "8", "btx": "8"}.items()
+    assert "- updates of btx: 3 seed, 1 law, 4 of what was made of these, whose speed" in text
+    assert "updates of dense" not in text and "updates done" not in text
 
 
 def test_memory_has_a_column_and_a_note_where_a_log_tells_it(runs: Path, tmp_path: Path) -> None:
