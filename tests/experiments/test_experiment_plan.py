@@ -18,10 +18,8 @@ from mhmoe_fairseq.models.counts import ModelCounts, blank_dictionary
 from mhmoe_fairseq.models.flags import decoder_settings
 from mhmoe_fairseq.models.options import LanguageModelOptions
 from mhmoe_fairseq.moe import MHMoEConfig
-from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
 SCALES = ("cpu", "paper")
-EXPERIMENT_UPDATES = {"cpu": 1000, "paper": 250_000}
 TABLE_1 = ["dense", "xmoe", "mhmoe-params"]
 
 
@@ -367,41 +365,6 @@ def test_the_whole_experiment_keeps_mhmoes_flops_and_its_checkpoints() -> None:
     kept = {parse(words).task: parse(words).keep_interval_updates for words in runs.values()}
     assert kept["mhmoe_masked_multimodal"] == -1 and kept["mhmoe_vqa"] == 1
     assert parse(trainings("figure8", "--scale", "paper")["mhmoe-params-kept"]).keep_interval_updates == -1
-
-
-@pytest.mark.parametrize("scale", SCALES)
-def test_branches_and_their_mix_spend_what_the_sparse_model_spends(scale: str) -> None:
-    found = commands("family", "--scale", scale, "--models", "smoe", "btx", "--seeds", "3", "--lrs", "1e-3")
-    *trained, mix, mixed = [
-        words for words in found if "prepare" not in words and words[1] not in ("evaluate", "report")
-    ]
-    seed, *branches, sparse = map(parse, trained)
-    domains = MODELS["btx"].branches
-    assert len(domains) == 7 and set(domains) < set(DOMAINS)
-    assert [(of.train_subset, of.valid_subset) for of in (seed, *branches, parse(mixed))] == [
-        ("train", "valid"), *((f"train_{of}", f"valid_{of}") for of in domains), ("train", "valid")
-    ]  # fmt: skip
-    all_of_it = [seed, *branches, parse(mixed)]
-    assert sum(of.max_update for of in all_of_it) == sparse.max_update == EXPERIMENT_UPDATES[scale]
-    alike = ("lr", "batch_size", "update_freq", "tokens_per_sample", "seed", "dropout", "weight_decay")
-    assert {str([getattr(of, name) for name in alike]) for of in (*all_of_it, sparse)} == {
-        str([getattr(sparse, name) for name in alike])
-    }
-    assert {of.arch for of in all_of_it[:-1]} == {sparse.arch.replace("smoe", "dense")}
-    best = [f"{of.save_dir}/checkpoint_best.pt" for of in all_of_it]
-    assert seed.finetune_from_model is None and {of.finetune_from_model for of in branches} == {best[0]}
-    assert [word for word in mix if word.endswith("best.pt")] == best[:-1] and "--include-seed" in mix
-    assert mix[mix.index("--output") + 1] == parse(mixed).finetune_from_model
-    assert mix[mix.index("--router-seed") + 1] == "3"
-    of_mixed, of_sparse = counts(mixed), counts(trained[-1])
-    assert of_mixed == of_sparse and of_sparse.moe.num_experts == len(domains) + 1
-    assert Path(parse(mixed).save_dir).parts[-2:] == ("btx", "seed-3")
-
-
-def test_only_language_models_have_branches() -> None:
-    with pytest.raises(UserError, match=r"--models \(btx\): must be another"):
-        commands("table1-multimodal", "--models", "btx")
-    assert trainings("classification", "--models", "btx").keys() >= {"classification/btx"}  # of a model that was mixed
 
 
 def test_learning_rates_are_searched_for_every_model_and_then_all_seeds_trained() -> None:

@@ -11,7 +11,6 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
-from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.experiments.runner import Progress, call, last_error
 
 
@@ -76,44 +75,6 @@ def test_what_fine_tuning_starts_from_is_trained_first_and_then_taken_as_it_is(
     (tmp_path / "out" / "vqa" / "dense" / "seed-1" / "checkpoint_best.pt").write_text("another")
     assert reproduce(tmp_path, "nlvr2", "--models", "dense", "--updates", "6") == 0
     assert commands.trained() == ["nlvr2/dense/seed-1"]
-
-
-def test_seed_and_branches_are_trained_first_and_go_on_where_they_were(
-    commands: Commands, tmp_path: Path, capsys
-) -> None:
-    words, out = ["family", "--models", "btx", "--jobs", "2"], tmp_path / "out"
-    parts = [f"parts/btx/{of}/seed-1" for of in ("seed", *MODELS["btx"].branches)]
-    commands.broken = "valid_python"
-    assert reproduce(tmp_path, *words) == 2 and not (out / "btx").exists()
-    assert "training of parts/btx/python/seed-1 failed" in capsys.readouterr().err
-    done = [path.parent for path in out.rglob("checkpoint_best.pt")]
-    before = commands.trained()
-    assert before[0] == parts[0] and {out / of for of in before} - {*done} == {out / parts[5]}
-    commands.broken = None
-    assert reproduce(tmp_path, *words) == 0
-    called = [words[0] if words[0] == "fairseq-train" else words[1] for words, _ in commands.called]
-    assert called[-4:] == ["checkpoint", "fairseq-train", "evaluate", "report"]
-    *rest, mixed = commands.trained()
-    assert {*before, *rest} == {*parts} and len(before) + len(rest) == len(parts) + 1 and mixed == "btx/seed-1"
-    assert json.loads((out / mixed / "before.json").read_text()) == {
-        "seed": 350,
-        **dict.fromkeys(MODELS["btx"].branches, 50),
-    }
-    told = (out / mixed / "command.sh").read_text().splitlines()[1:]
-    assert [line.split()[0] for line in told] == ["fairseq-train"] * 8 + ["mhmoe", "fairseq-train"]
-    assert not list((out / "parts").rglob("record-*"))
-
-    assert reproduce(tmp_path, *words) == 0 and commands.trained() == []
-    assert reproduce(tmp_path, *words, "--lrs", "8e-3") == 0  # all of it, at another rate
-    assert sorted(commands.trained()) == sorted([*parts, mixed])
-    (out / parts[0] / "checkpoint_best.pt").unlink()  # nobody needs it any more
-    assert reproduce(tmp_path, *words, "--lrs", "8e-3") == 0 and commands.trained() == []
-
-    searched = ["family", "--models", "btx", "--lrs", "4e-3", "5e-3"]
-    assert reproduce(tmp_path, *searched) == 0
-    assert len(commands.trained()) == 2 * 9 + 9 and not list((out / "search").rglob("*.pt"))
-    assert not list((out / "parts" / "search").rglob("*.pt"))
-    assert reproduce(tmp_path, *searched) == 0 and commands.trained() == []
 
 
 def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
