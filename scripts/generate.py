@@ -13,7 +13,8 @@ from pathlib import Path
 from mhmoe_fairseq.common.files import atomic_open
 from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.experiments import EXPERIMENTS
-from mhmoe_fairseq.experiments.plan import Choice, Plan
+from mhmoe_fairseq.experiments.plan import Plan
+from mhmoe_fairseq.experiments.run import Choice
 from mhmoe_fairseq.experiments.spec import Flags, parse_flags
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

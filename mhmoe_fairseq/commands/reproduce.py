@@ -13,8 +13,9 @@ from ..common.tables import markdown_table
 from ..experiments import EXPERIMENTS
 from ..experiments.kept import TREE, keep, unmeasured
 from ..experiments.listing import HOURS, details, rows
-from ..experiments.plan import Choice, Plan
+from ..experiments.plan import Plan
 from ..experiments.results import check_results, require_tree, write_results
+from ..experiments.run import Choice
 from ..experiments.runner import Runner, describe, dry_run
 from ..experiments.spec import MACHINES, Experiment, Recipe, parse_flags
 

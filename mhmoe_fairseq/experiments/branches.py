@@ -5,23 +5,17 @@ one of their mix (:mod:`mhmoe_fairseq.checkpoints.mix`) on all: N updates togeth
 """
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..common.errors import UserError
 from .models import MODELS
-from .spec import parse_flags
-
-if TYPE_CHECKING:
-    from .plan import Run
+from .run import Run
 
 SEED, BRANCHES = 35, 35  # percent of the updates: the seed's, all branches'; the mix has the rest
-MIXED = "checkpoint_mixed.pt"  # in the run's folder
 FOLDER = "parts"  # of the trainings of seeds and branches, beside the runs
 _DENSE = "dense"
 
 
-def in_parts(run: "Run") -> "Run":
+def in_parts(run: Run) -> Run:
     """Returns the run as the training of a mix after those that are mixed; one of a model without branches as it is."""
     domains = MODELS[run.model].branches
     if not domains or run.start is not None:
@@ -29,15 +23,17 @@ def in_parts(run: "Run") -> "Run":
     if run.recipe.family != "lm":
         raise UserError(f"--models ({run.model}): must be another, since only language models are mixed of branches")
 
+    out = run.folder.parents[run.name.count("/")]  # of the experiment
+
     def share(percent: int) -> dict[str, int]:
         validations = -(-run.validations * percent // 100)
         return {"updates": max(run.updates * percent // 100, 1), "validations": validations}
 
-    def part(of: str, percent: int, flags: str = "", start: "Run | None" = None) -> "Run":
+    def part(of: str, percent: int, flags: str = "", start: Run | None = None) -> Run:
         model, last = run.name.rsplit("/", 1)
         name = f"{FOLDER}/{model}/{of}/{last}"
         return replace(
-            run, name=name, folder=_out(run) / name, recipe=run.recipe.variant(flags, run.recipe.scales),
+            run, name=name, folder=out / name, recipe=run.recipe.variant(flags, run.recipe.scales),
             model=_DENSE, start=start, is_part=True, splits=(), **share(percent),
         )  # fmt: skip
 
@@ -46,26 +42,3 @@ def in_parts(run: "Run") -> "Run":
     own = {of: f"--train-subset train_{of} --valid-subset valid_{of}" for of in domains}
     branches = tuple(part(of, each, flags, seed) for of, flags in own.items())
     return replace(run, start=seed, branches=branches, **share(100 - SEED - each * len(domains)))
-
-
-def _out(run: "Run") -> Path:
-    """The experiment's folder, below which the run's has its name."""
-    return run.folder.parents[run.name.count("/")]
-
-
-def mixing(run: "Run") -> list[str]:
-    """Returns the words that mix what a run starts from; the seed is the last expert."""
-    flags = parse_flags(MODELS[run.model].flags) | run.choice.flags
-    seed, *branches = (str(start.checkpoint) for start in run.starts)
-    words = ["mhmoe", "checkpoint", "mix", "--seed", seed]
-    words += [word for branch in branches for word in ("--branch", branch)]
-    words += [word for flag in ("--moe-freq", "--moe-top-k") for word in (flag, *flags[flag])]
-    return [
-        *words,
-        "--include-seed",
-        "--router-seed",
-        str(run.seed),
-        "--output",
-        str(run.folder / MIXED),
-        "--overwrite",
-    ]

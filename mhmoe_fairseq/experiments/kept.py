@@ -21,7 +21,8 @@ from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json, write_json
 from ..evaluation.records import SCHEMA, Record, read_record
-from .plan import PACKAGE, SEARCH, STATE, Choice, Plan, Run
+from .plan import SEARCH, Plan
+from .run import PACKAGE, STATE, Choice, Run
 from .spec import Experiment, Flags, parse_flags
 
 TREE = Path("results")

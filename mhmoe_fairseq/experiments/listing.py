@@ -12,8 +12,9 @@ from ..analysis.reports.runs import read_training_log
 from ..common.errors import UserError
 from ..common.files import read_json
 from ..common.tables import MISSING
-from .plan import STATE, Plan, Run
+from .plan import Plan
 from .results import read_page
+from .run import STATE, Run
 from .spec import Experiment, Flags, parse_flags
 
 HOURS = (

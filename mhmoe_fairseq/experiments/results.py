@@ -16,7 +16,8 @@ from ..common.files import atomic_open, read_json
 from ..common.tables import MISSING, columns_table, markdown_table
 from ..evaluation.records import read_record
 from .kept import CHOICE, kept_runs, others_of, too_early
-from .plan import SEARCH, STATE
+from .plan import SEARCH
+from .run import STATE
 from .spec import Experiment
 
 _HEAD = """# Results

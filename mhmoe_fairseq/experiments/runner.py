@@ -25,7 +25,8 @@ from ..common.provenance import timestamp
 from ..data.word_lists import read_word_lists
 from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
-from .plan import SEARCH, Plan, Run, with_starts
+from .plan import SEARCH, Plan, with_starts
+from .run import Run
 from .spec import Recipe
 
 # The same interpreter and its packages, whatever is on PATH.

@@ -19,7 +19,7 @@ from mhmoe_fairseq.experiments.images_and_text import (
     VQA,
 )
 from mhmoe_fairseq.experiments.language_models import CLASSIFICATION, MULTILINGUAL, OFFICIAL, QUICK
-from mhmoe_fairseq.experiments.plan import Choice, Run
+from mhmoe_fairseq.experiments.run import Choice, Run
 from mhmoe_fairseq.experiments.spec import parse_flags
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -44,7 +44,7 @@ class Commands:
             (run / "train.log").write_text("\n".join(lines))
             for line in lines:
                 on_line(f"2026 | INFO | train | {line}")
-        elif "mix" in words:
+        elif words[1:3] == ["checkpoint", "mix"]:
             Path(after("--output", words)).write_text(" ".join(words))
         elif "prepare" in words:
             (Path(after("--dest", words)) / "manifest.json").write_text("{}")
