@@ -11,13 +11,15 @@ from moe_oracle import losses_of
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.moe import MHMoELayer, RoutingStats
 
-POSITIONS = {
-    "sinusoidal": {},
-    "learned": {"decoder_learned_pos": True},
-    "rotary": {"rotary_embed": True, "no_token_positional_embeddings": True},
-    "xpos": {"xpos_rel_pos": True, "no_token_positional_embeddings": True},
-    "none": {"no_token_positional_embeddings": True},
-}
+NO_POSITIONS = {"no_token_positional_embeddings": True}
+POSITIONS = (
+    {},
+    {"decoder_learned_pos": True},
+    {"rotary_embed": True, **NO_POSITIONS},
+    {"xpos_rel_pos": True, **NO_POSITIONS},
+    NO_POSITIONS,
+)
+RECIPE = {"activation_fn": "silu", "rms_norm": True, "no_bias": True, "rotary_embed": True}
 
 
 def test_every_second_layer_is_an_mhmoe_layer():
@@ -65,13 +67,21 @@ def test_left_padding_with_a_mask_equals_none():
     assert scores.isfinite().all()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_recomputed_activations_give_the_same_gradients(precision):
-    flags = {"dropout": 0.1, "mhmoe_precision": precision}
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"mhmoe_precision": "fp32"},
+        {"mhmoe_precision": "bf16"},
+        {"mhmoe_quantize": "all", "mhmoe_shared_expert_dim": 16},
+        {"mhmoe_quantize": "all", "mhmoe_routing": "capacity", **RECIPE},
+    ],
+    ids=str,
+)
+def test_recomputed_activations_give_the_same_gradients(flags):
     tokens = token_rows([7, 4])
     gradients = []
     for recompute in (False, True):
-        model = small_model(checkpoint_activations=recompute, **flags).train()
+        model = small_model(checkpoint_activations=recompute, dropout=0.1, activation_dropout=0.1, **flags).train()
         torch.manual_seed(1)
         logits, extra = model(tokens)
         (logits.float().logsumexp(-1).sum() + losses_of(extra).sum()).backward()
@@ -93,10 +103,10 @@ def test_recomputation_saves_activations():
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
 
 
-@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("flags", [*POSITIONS, {"mhmoe_quantize": "all"}], ids=str)
 @pytest.mark.parametrize("family", ["dense", "mhmoe"])
-def test_incremental_decoding_equals_full_decoding(family, positions):
-    model = small_model(f"{family}_lm_tiny", **POSITIONS[positions]).double().eval()
+def test_incremental_decoding_equals_full_decoding(family, flags):
+    model = small_model(f"{family}_lm_tiny", **flags).double().eval()
     tokens = token_rows([6, 6, 6])
     full, _ = model(tokens)
     state = {}
@@ -186,8 +196,6 @@ def test_features_and_hidden_states():
     torch.testing.assert_close(model.output_layer(features), model(tokens)[0])
 
 
-RECIPE = {"activation_fn": "silu", "rms_norm": True, "no_bias": True, "rotary_embed": True}
-NO_POSITIONS = {"no_token_positional_embeddings": True}
 MODELS = [
     ("dense_lm_tiny", {}),
     ("dense_lm_tiny", {"activation_fn": "relu", "no_subln": True, "decoder_learned_pos": True}),
