@@ -45,6 +45,8 @@ def test_by_hand():
     sums = router_sums(LOGITS, assignment, None)
     assert sums.chosen_E.tolist() == [1, 1, 1, 0]
     assert float(load_balancing_loss(sums)) == pytest.approx(1.0)  # 4 (.25 .5 + .15 .5 + .1 .5)
+    padded = gate(LOGITS, torch.tensor([False, True]))
+    assert padded.experts_NK.tolist() == [[0, 2, 4, 4], [4, 4, 4, 4]] and not padded.gates_NK[1].any()
     two = router_sums(LOGITS, ReLUGate(GateFields(num_experts=4, top_k=2, routing="relu"))(LOGITS), None)
     torch.testing.assert_close(two.chosen_E, sums.chosen_E / 2)
     scaled = ReLUGate(GateFields(num_experts=4, top_k=1, routing="relu", gate_scale=2.5))
@@ -62,6 +64,9 @@ def test_the_weight_follows_the_share_of_experts_in_use():
     assert module.weight.item() == pytest.approx(1e-8 / 1.2)
     module.after_updates([sums_of([0.0, 0, 0, 0], 0.0)])  # of nothing, nothing follows
     assert module.weight.item() == pytest.approx(1e-8 / 1.2)
+    two = adaptive(top_k=2)
+    two.after_updates([sums_of([1.0, 1, 1, 0], 2.0)])  # .625 above .5
+    assert two.weight.item() == pytest.approx(1e-8 / 1.2)
 
 
 def test_from_the_first_weight_to_a_hundredth_are_76_steps():
