@@ -29,13 +29,13 @@ class HeadRouters(nn.ModuleList):
             raise ConfigError("router", config.router, "learns from loads of one bank; {expert_banks} has several")
 
     def forward(self, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
-        """``(N, d) -> (N, E)`` logits, each row's by its head's router; domains are for one head."""
-        return self.of_heads(range(len(self)), x_Nd, domain_N)
+        """``(N, d) -> (N, E)`` logits, each row's by its head's router; a domain is one head's, never given here."""
+        return self.of_heads(range(len(self)), x_Nd)
 
-    def of_heads(self, heads: range, x_Nd: Tensor, domain_N: Tensor | None = None) -> Tensor:
+    def of_heads(self, heads: range, x_Nd: Tensor) -> Tensor:
         """The same of sub-tokens that are of these heads alone."""
         by_head = x_Nd.view(-1, len(heads), x_Nd.size(1)).unbind(1)
-        logits = [self[head](x_Td, domain_N) for head, x_Td in zip(heads, by_head)]
+        logits = [self[head](x_Td) for head, x_Td in zip(heads, by_head)]
         return torch.stack(logits, dim=1).flatten(0, 1)
 
     @property

@@ -49,7 +49,38 @@ class MHMoEOutput(NamedTuple):
         return self._replace(hidden=self.hidden.new_empty(0))
 
 
-class MHMoELayer(nn.Module):
+class ExpertLayer(nn.Module):
+    """What every layer of experts has.
+
+    Attributes:
+        tells_padding: True, see :func:`taken_for_padding`.
+
+    >>> ExpertLayer(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=16)).counts().params
+    1312
+    """
+
+    tells_padding = True
+
+    def __init__(self, config: MHMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def reset_parameters(self) -> None:
+        """Initial values for all parameters, as for a layer built on the meta device and given memory.
+
+        Every module with parameters of its own has this method, so that a sharded model can call it module by module.
+        """
+        for module in self.modules():
+            reset = None if module is self else getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+    def counts(self) -> LayerCounts:
+        """Parameters and FLOPs of the whole layer, experts on other processes included."""
+        return self.config.counts()
+
+
+class MHMoELayer(ExpertLayer):
     """Split every token into H sub-tokens, route each to K of E experts, merge the results.
 
     The forward pass:
@@ -65,9 +96,6 @@ class MHMoELayer(nn.Module):
             ``"blocked"``; see :mod:`.experts`.
         parallel: the processes over which experts, and with ``balance_scope="global"`` losses, extend; None for one.
 
-    Attributes:
-        tells_padding: True, see :func:`taken_for_padding`.
-
     >>> layer = MHMoELayer(MHMoEConfig(embed_dim=8, num_heads=2, num_experts=4, expert_ffn_dim=16))
     >>> layer(torch.randn(2, 3, 8), padding_mask=torch.tensor([[False] * 3, [False, True, True]])).stats.num_subtokens
     tensor(8.)
@@ -75,13 +103,10 @@ class MHMoELayer(nn.Module):
     True
     """
 
-    tells_padding = True
-
     def __init__(
         self, config: MHMoEConfig, *, backend: str = "auto", parallel: ExpertParallelism | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.parallel = parallel
         self.head_projection, self.merge_projection = None, None
         widths, bias, gain = config.head_widths, config.projection_bias, config.projection_gain
@@ -99,16 +124,6 @@ class MHMoELayer(nn.Module):
             self.merge_projection = Projection(widths[::-1], bias=bias, gain=gain, zero_bias=True)
         self.merge_norm = MergeNorm(config.inner_dim) if config.merge_norm else None
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim else None
-
-    def reset_parameters(self) -> None:
-        """Initial values for all parameters, as for a layer built on the meta device and given memory.
-
-        Every module with parameters of its own has this method, so that a sharded model can call it module by module.
-        """
-        for module in self.modules():
-            reset = None if module is self else getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, domain: Tensor | None = None) -> MHMoEOutput:
         """Apply the layer; ``ValueError`` if the shapes do not fit.
@@ -190,10 +205,6 @@ class MHMoELayer(nn.Module):
     def drops_tokens(self) -> bool:
         """Whether experts may refuse tokens, so that a token's output depends on the others of its batch."""
         return self.gate.drops_tokens
-
-    def counts(self) -> LayerCounts:
-        """Parameters and FLOPs of the whole layer, experts on other processes included."""
-        return self.config.counts()
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""

@@ -11,14 +11,14 @@ from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import layernorm_router  # noqa: F401  (registered)
 from ._expert_network import ExpertWeights, expert_network
 from ._fields import ConfigError, Size
-from .config import LayerCounts, MHMoEConfig
+from .config import MHMoEConfig
 from .experts import ExpertFFN
-from .layer import MHMoEOutput
+from .layer import ExpertLayer, MHMoEOutput
 from .modes import compute_dtype, without_autocast
 from .router import ROUTERS
 from .stats import RoutingStats
@@ -68,10 +68,6 @@ class MergedConfig(MHMoEConfig):
         """Parameters of the router, and what the way of merging has beside it."""
         return super().num_router_params() + MERGINGS[self.routing].num_own_params(self)
 
-    def num_params(self) -> int:
-        """All parameters of the layer."""
-        return self.num_router_params() + self.num_experts * self.num_expert_params()
-
     def num_active_params(self) -> int:
         """All: the merged network is made of all experts."""
         return self.num_params()
@@ -118,14 +114,14 @@ def _linear(x_GSd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.unsqueeze(1)
 
 
-class MergedLayer(nn.Module):
+class MergedLayer(ExpertLayer):
     """Stands in a model where :class:`MHMoELayer` does; without losses, since nothing has to be balanced.
 
     Its statistics count soft assignments: a token adds its group's routing weights to the experts' loads. All experts
     are active by construction; the effective share tells how evenly.
 
     Attributes:
-        drops_tokens, tells_padding: as of ``MHMoELayer``.
+        drops_tokens: as of ``MHMoELayer``.
         sees_later: why positions of a sequence depend on later ones; empty where they do not.
 
     >>> all(issubclass(merging, MergedLayer) for merging in MERGINGS.values())
@@ -133,12 +129,11 @@ class MergedLayer(nn.Module):
     """
 
     drops_tokens = False
-    tells_padding = True
     sees_later: ClassVar[str] = ""
+    config: MergedConfig
 
     def __init__(self, config: MergedConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.router = ROUTERS[config.router](config)
         self.experts = MergedExperts(config)
 
@@ -146,17 +141,6 @@ class MergedLayer(nn.Module):
     def num_own_params(config: MergedConfig) -> int:
         """Parameters beside those of router and experts."""
         return 0
-
-    def reset_parameters(self) -> None:
-        """Initial values for all parameters, as ``MHMoELayer.reset_parameters``."""
-        for module in self.modules():
-            reset = None if module is self else getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()
-
-    def counts(self) -> LayerCounts:
-        """Parameters and FLOPs of the layer."""
-        return self.config.counts()
 
     def extra_repr(self) -> str:
         """The sizes, for ``print(model)``."""

@@ -28,8 +28,12 @@ def test_flops_equal_a_profiler_count(variant):
     layer = build(backend="loop", **VARIANTS[variant])
     tokens = 6
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        layer(torch.randn(tokens, 24, dtype=torch.float64))
-    assert counter.get_total_flops() == tokens * layer.config.flops_per_token()
+        load = layer(torch.randn(tokens, 24, dtype=torch.float64)).stats.expert_load.sum().item()
+    config = layer.config
+    more = load - tokens * config.subtokens_per_token * config.top_k  # than planned, where logits say how many
+    of_expert = 2 * config.matrices_per_expert * config.subtoken_dim * config.expert_ffn_dim
+    assert counter.get_total_flops() == tokens * config.flops_per_token() + more * of_expert
+    assert more == 0 or config.routing == "relu"
 
 
 @pytest.mark.parametrize(

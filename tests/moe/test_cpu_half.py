@@ -56,12 +56,12 @@ def test_rows_are_laid_out(multiple: int, top_k: int) -> None:
         assert end - start == -(-int((flat == expert).sum()) // multiple) * multiple
         assert (of_row[start:end] == expert).all()
     assert (of_row[layout.ends[-1] :] == 5).all()
-    # Every routed row has its own place, with its own weight; the added ones have none.
-    gates = torch.rand(23, top_k)
+    # Every expert's row has its own place, with its own weight; the virtual expert's share one, the added have none.
+    gates, is_real, places = torch.rand(23, top_k), flat < 5, layout.plan.inverse_R
     placed = layout.gates(gates)
-    assert torch.equal(layout.plan.order_R[layout.plan.inverse_R], torch.arange(flat.numel()))
-    assert torch.equal(placed[layout.plan.inverse_R], gates.flatten())
-    assert placed.count_nonzero() == flat.numel()
+    assert torch.equal(layout.plan.order_R[places][is_real], torch.arange(flat.numel())[is_real])
+    assert torch.equal(placed[places][is_real], gates.flatten()[is_real])
+    assert (places[~is_real] == layout.ends[-1]).all() and placed.count_nonzero() == flat.numel()
 
 
 def test_pieces_cover_the_rows_in_order() -> None:

@@ -7,10 +7,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe import experts as experts_module
+from mhmoe_fairseq.moe.gate import GATES
 
 FIELDS = {"embed_dim": 64, "num_heads": 4, "num_experts": 4, "expert_ffn_dim": 32}
 VARIANTS = [
-    {}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1}, {"routing": "capacity"},
+    {}, {"activation": "swiglu"}, {"expert_layernorm": True}, {"top_k": 1},
+    *({"routing": routing} for routing in GATES),
     {"quantize_experts": True, "shared_expert_dim": 32},
 ]  # fmt: skip
 

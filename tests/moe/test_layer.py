@@ -8,7 +8,9 @@ import torch
 from moe_oracle import relative_error
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.gate import GATES
 
+every_routing = pytest.mark.parametrize("routing", GATES)
 VARIANTS = {
     "plain": {},
     "one_head": {"num_heads": 1},
@@ -59,6 +61,10 @@ VARIANTS = {
     "banks_latent": {"expert_banks": "per-head", "latent_dim": 32, "router": "linear", "projection_bias": False},
     "banks_topk_balance": {"expert_banks": "per-head", "balance_assignment": "topk", "top_k": 3},
     "banks_cosine": {"expert_banks": "per-head", "router_normalize": "both", "router_temperature": 0.3},
+    "relu_routing": {"routing": "relu", "router": "linear"},
+    "relu_routing_top1": {"routing": "relu", "top_k": 1, "num_heads": 1, "gate_scale": 2.5, "shared_expert_dim": 20},
+    "relu_routing_banks": {"routing": "relu", "expert_banks": "per-head", "latent_dim": 32, "expert_layernorm": True},
+    "relu_routing_quantized": {"routing": "relu", "quantize_experts": True, "activation": "swiglu"},
     "banks_swiglu": {"expert_banks": "per-head", "activation": "swiglu", "expert_bias": False, "top_k": 1},
 }
 
@@ -138,11 +144,13 @@ def test_random_configurations_equal_oracle(seed):
     assert_equals_oracle(layer, torch.randn(tokens, 24, dtype=torch.float64), mask, 1e-10)
 
 
-def test_pieces_of_an_expert_sum_up(monkeypatch):
+@pytest.mark.parametrize("routing", ["dropless", "relu"])
+def test_pieces_of_an_expert_and_of_the_sub_tokens_sum_up(monkeypatch, routing):
     from mhmoe_fairseq.moe.cpu import loop as _expert_loop
 
     monkeypatch.setattr(_expert_loop, "_PIECE_ROWS", 3)
-    layer = build(num_experts=2, expert_layernorm=True)
+    monkeypatch.setattr(_expert_loop, "_GATHERED_ROWS", 6)
+    layer = build(num_experts=2, expert_layernorm=True, routing=routing)
     assert_equals_oracle(layer, torch.randn(11, 24, dtype=torch.float64), None, 1e-10)
 
 
@@ -169,8 +177,9 @@ def test_ties_go_to_the_lowest_expert():
     assert load.tolist() == [24, 24, 24, 0, 0]
 
 
-def test_padding_neither_routes_nor_counts_nor_spreads_nan():
-    layer = build()
+@every_routing
+def test_padding_neither_routes_nor_counts_nor_spreads_nan(routing):
+    layer = build(routing=routing)
     torch.manual_seed(1)
     x = torch.randn(2, 6, 24, dtype=torch.float64)
     mask = torch.zeros(2, 6, dtype=torch.bool)
@@ -188,8 +197,9 @@ def test_padding_neither_routes_nor_counts_nor_spreads_nan():
     assert poisoned.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_all_padding_and_no_tokens_are_harmless():
-    layer = build()
+@every_routing
+def test_all_padding_and_no_tokens_are_harmless(routing):
+    layer = build(routing=routing)
     out = layer(torch.randn(3, 24, dtype=torch.float64), torch.ones(3, dtype=torch.bool))
     assert out.balance_loss == 0 and out.z_loss == 0 and out.stats.expert_load.sum() == 0
     empty = layer(torch.empty(0, 24, dtype=torch.float64, requires_grad=True))
@@ -198,15 +208,18 @@ def test_all_padding_and_no_tokens_are_harmless():
     assert layer.experts.fc1_weight.grad.abs().sum() == 0
 
 
-def test_one_token_at_a_time_equals_the_batch():
-    layer = build()
+@pytest.mark.parametrize("routing", [name for name, gate in GATES.items() if not gate.drops_tokens])
+def test_one_token_at_a_time_equals_the_batch(routing):
+    layer = build(routing=routing)
     x = torch.randn(5, 24, dtype=torch.float64)
     single = torch.cat([layer(row[None]).hidden for row in x])
     torch.testing.assert_close(layer(x).hidden, single, rtol=0, atol=1e-12)
 
 
-def test_evaluation_changes_nothing_and_draws_nothing():
-    layer = build(second_expert_policy="random", activation_dropout=0.3, dropout=0.2)
+@every_routing
+def test_evaluation_changes_nothing_and_draws_nothing(routing):
+    policy = "all" if GATES[routing].chooses_all else "random"
+    layer = build(routing=routing, second_expert_policy=policy, activation_dropout=0.3, dropout=0.2)
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     x = torch.randn(5, 24, dtype=torch.float64)
     state = torch.get_rng_state()
@@ -231,8 +244,11 @@ def test_dropout_uses_one_mask_in_forward_and_backward():
     torch.testing.assert_close((fc2.grad * fc2).sum(), out.sum())
 
 
-def test_autocast_runs_experts_in_bfloat16_and_router_in_float32():
-    layer = build(torch.float32, num_projection_layers=0)  # both see the same logits, so the same experts
+@every_routing
+def test_autocast_runs_experts_in_bfloat16_and_router_in_float32(routing):
+    layer = build(
+        torch.float32, routing=routing, num_projection_layers=0
+    )  # both see the same logits, so the same experts
     x = torch.randn(50, 24)
     exact = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.gate import GATES
 
 DIM = 32
 VARIANTS = {
@@ -25,6 +26,7 @@ VARIANTS = {
         "activation": "swiglu", "expert_layernorm": True, "shared_expert_dim": 16, "num_projection_layers": 2,
         "routing": "capacity",
     },
+    **{routing: {"routing": routing} for routing in GATES if routing != "dropless"},
     "quantized": {"quantize_experts": True, "shared_expert_dim": 16},
     "temperature": {"router_temperature": 0.3, "router_normalize": "both"},
 }  # fmt: skip
@@ -59,8 +61,8 @@ def test_a_copy_computes_the_same_and_shares_nothing(variant, copied):
     loss_of(other, tokens()).backward()
     assert all(gradient is None for gradient in gradients(layer).values())
     with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1)
+        for tensor in (*other.parameters(), *other.buffers()):
+            tensor.add_(1)
     assert all(
         not torch.equal(mine, theirs)
         for mine, theirs in zip(layer.state_dict().values(), other.state_dict().values(), strict=True)

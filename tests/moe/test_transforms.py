@@ -10,12 +10,14 @@ from moe_oracle import relative_error
 from torch.autograd import forward_ad
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
+from mhmoe_fairseq.moe.gate import GATES
 
 DIM = 32
 SIZES = [64, 1024, 4096]  # the last with buffers of more than 2 MiB, which the loop takes from its pool
 VARIANTS = {
     "plain": {},
     "capacity": {"routing": "capacity", "router": "linear", "top_k": 1},
+    **{name: {"routing": name} for name, gate in GATES.items() if gate.chooses_all},
     "swiglu": {"activation": "swiglu", "expert_bias": False, "shared_expert_dim": 16},
     "layernorm": {"expert_layernorm": True, "activation": "relu", "subtoken_residual": True},
     "everything": {"routing": "capacity", "activation": "swiglu", "expert_layernorm": True},

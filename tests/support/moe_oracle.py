@@ -89,7 +89,7 @@ def projection(modules, x):
 
 
 def forward(layer, x, padding_mask=None):
-    """``(hidden, balance_loss, z_loss)`` of a dropless layer in evaluation; x is ``(T, D)``."""
+    """``(hidden, balance_loss, z_loss)`` of a layer without capacities in evaluation; x is ``(T, D)``."""
     config = layer.config
     heads, dim = config.subtokens_per_token, config.subtoken_dim
     outputs, z_terms, banks = [], [], config.num_banks
@@ -104,13 +104,7 @@ def forward(layer, x, padding_mask=None):
             total = sub if config.subtoken_residual else torch.zeros_like(sub)
             if not padded:
                 logits = router_logits(layer, token if config.router_input == "token" else sub, h)
-                scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
-                probs = scores / scores.sum()
-                by = logits if config.balancing == "none" else scores + layer.gate.balancing.bias[0]
-                chosen = sorted(range(config.num_experts), key=lambda e: (-by[e].item(), e))[: config.top_k]
-                weights = torch.stack([scores[e] for e in chosen])
-                if config.top_k > 1 and config.normalize_gates:
-                    weights = weights / weights.sum()
+                probs, chosen, weights = choose(layer, logits)
                 for weight, e in zip(weights, chosen):
                     index = e if banks == 1 else h * config.num_experts + e
                     total = total + config.gate_scale * weight * expert(layer, index, sub)
@@ -125,18 +119,34 @@ def forward(layer, x, padding_mask=None):
         if layer.shared_expert is not None:
             y = y + shared_expert(layer, token)
         outputs.append(y)
-    losses = [balance(config, *of_bank) for of_bank in zip(all_probs, all_chosen)]
+    losses = [balance(layer, *of_bank) for of_bank in zip(all_probs, all_chosen)]
     return torch.stack(outputs), sum(losses) / banks, sum(z_terms) / max(len(z_terms), 1)
 
 
-def balance(config, all_probs, all_chosen):
-    """P1 equation 10, counted by hand."""
-    counted = 1 if config.balance_assignment == "top1" else config.top_k
+def choose(layer, logits):
+    """What a balance loss is of, the experts chosen by one sub-token's logits ``(E,)``, and their weights."""
+    config = layer.config
+    if config.routing == "relu":
+        chosen = [e for e in range(config.num_experts) if logits[e] > 0]
+        return torch.where(logits > 0, logits, 0), chosen, [logits[e] for e in chosen]
+    scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
+    by = logits if config.balancing == "none" else scores + layer.gate.balancing.bias[0]
+    chosen = sorted(range(config.num_experts), key=lambda e: (-by[e].item(), e))[: config.top_k]
+    weights = torch.stack([scores[e] for e in chosen])
+    if config.top_k > 1 and config.normalize_gates:
+        weights = weights / weights.sum()
+    return scores / scores.sum(), chosen, weights
+
+
+def balance(layer, all_probs, all_chosen):
+    """P1 equation 10, or ReMoE's 8 to 11, counted by hand."""
+    config, is_relu = layer.config, layer.config.routing == "relu"
+    counted = 1 if config.balance_assignment == "top1" and not is_relu else config.top_k
     total = 0.0
     for e in range(config.num_experts):
-        fraction = sum(chosen[:counted].count(e) for chosen in all_chosen) / (len(all_chosen) * counted)
-        total = total + fraction * sum(probs[e] for probs in all_probs) / len(all_probs)
-    return config.num_experts * total
+        times = sum((chosen if is_relu else chosen[:counted]).count(e) for chosen in all_chosen)
+        total = total + times / (len(all_chosen) * counted) * sum(probs[e] for probs in all_probs) / len(all_probs)
+    return config.num_experts * total * (layer.gate.adaptive.weight if is_relu else 1)
 
 
 def relative_error(a, b):

@@ -30,6 +30,8 @@ from .rounding import Layout, lay_out, row_multiple
 
 # Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
 _PIECE_ROWS = 1024
+# Rows that are gathered at a time, to be summed over choices.
+_GATHERED_ROWS = 16 * _PIECE_ROWS
 # Up to so many rows for each expert a product is not worth its call.
 _FEW_ROWS = 4
 
@@ -113,15 +115,14 @@ class _LoopFFN(torch.autograd.Function):
         num_experts, hidden_dim = given.fc1_weight.shape[:2]
         layout = lay_out(plan, row_multiple(x_Nd.dtype, plan.order_R.size(0), num_experts))
         source_R = layout.plan.source_R
-        rows, keep = source_R.size(0), keep and any(ctx.needs_input_grad)
+        rows, keep = layout.ends[-1], keep and any(ctx.needs_input_grad)
         # Without a backward one piece of pre-activations is enough, used again and again.
         kept_rows = rows if keep else min(rows, _PIECE_ROWS)
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         gate_RF = None if given.gate_weight is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         stats_2R = x_Nd.new_empty((2, kept_rows), dtype=torch.promote_types(x_Nd.dtype, torch.float32))
         inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF, has_backward=False)
-        y_Rd = _cpu_memory.empty((rows, x_Nd.size(1)), x_Nd)
-        y_Rd[layout.ends[-1] :].zero_()  # rows of the virtual expert
+        y_Rd = _rows_and_zeros(rows, x_Nd)
         of_experts = _of_experts(given)
         for expert, pieces in layout.pieces(_PIECE_ROWS):
             exact = of_experts[expert]
@@ -143,7 +144,7 @@ class _LoopFFN(torch.autograd.Function):
         if keep:
             ctx.settings, ctx.layout = settings, layout
             ctx.save_for_backward(x_Nd, gates_NK, hidden_RF, gate_RF, stats_2R, y_Rd, *given)
-        return combine(y_Rd, gates_NK, layout.plan)
+        return _sum_of_choices(y_Rd, layout.plan, gates_NK)
 
     @staticmethod
     def backward(ctx: Any, grad_Nd: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,9 +157,8 @@ class _LoopFFN(torch.autograd.Function):
         source_R = layout.plan.source_R
         gates_R = layout.gates(gates_NK).to(grad_Nd.dtype)
         gates_grad_R = stats_2R.new_zeros(len(y_Rd))
-        x_grad_Rd = _cpu_memory.empty(tuple(y_Rd.shape), y_Rd)
-        x_grad_Rd[layout.ends[-1] :].zero_()
-        inner = inner_of(ctx.settings, min(len(y_Rd), _PIECE_ROWS), hidden_RF, has_backward=True)
+        x_grad_Rd = _rows_and_zeros(layout.ends[-1], x_Nd)
+        inner = inner_of(ctx.settings, min(layout.ends[-1], _PIECE_ROWS), hidden_RF, has_backward=True)
         of_experts = _of_experts(weights)
 
         for expert, pieces in layout.pieces(_PIECE_ROWS):
@@ -185,12 +185,32 @@ class _LoopFFN(torch.autograd.Function):
                     grads.add("gate", expert, piece, gate_grad, x)
                     x_grad.addmm_(gate_grad, own.gate_weight)
             grads.finish_norm(expert)
+        x_grad_Nd = _sum_of_choices(x_grad_Rd, layout.plan)
+        gates_grad_NK = gates_grad_R.index_select(0, layout.plan.inverse_R).view_as(gates_NK)
+        return x_grad_Nd, gates_grad_NK.to(gates_NK.dtype), None, None, None, *grads.tensors()
 
-        def to_choices(rows_R: Tensor) -> Tensor:
-            return rows_R.index_select(0, layout.plan.inverse_R).view(*gates_NK.shape, *rows_R.shape[1:])
 
-        x_grad_Nd = to_choices(x_grad_Rd).sum(1)
-        return x_grad_Nd, to_choices(gates_grad_R).to(gates_NK.dtype), None, None, None, *grads.tensors()
+def _rows_and_zeros(rows: int, like_Nd: Tensor) -> Tensor:
+    """Memory for the experts' rows, and behind them one of zeros for all rows of the virtual expert."""
+    made = _cpu_memory.empty((rows + 1, like_Nd.size(1)), like_Nd)
+    made[rows:].zero_()
+    return made
+
+
+def _sum_of_choices(rows_Rd: Tensor, plan: DispatchPlan, gates_NK: Tensor | None = None) -> Tensor:
+    """The sum, weighted if there are weights, of each sub-token's rows, ``(N, d)``: :func:`combine` piece by piece.
+
+    Where sub-tokens go to few of K = E choices, all at once would take more than everything else.
+    """
+    places_NK = plan.inverse_R.view(-1, plan.top_k)
+    y_Nd = rows_Rd.new_empty(len(places_NK), rows_Rd.size(1))
+    for start in range(0, len(places_NK), step := max(_GATHERED_ROWS // plan.top_k, 1)):
+        piece = slice(start, start + step)
+        y_PKd = rows_Rd.index_select(0, places_NK[piece].flatten()).view(-1, plan.top_k, rows_Rd.size(1))
+        if gates_NK is not None:
+            y_PKd.mul_(gates_NK[piece].to(y_PKd.dtype).unsqueeze(2))
+        torch.sum(y_PKd, dim=1, out=y_Nd[piece])
+    return y_Nd
 
 
 def _differentiable_backward(
@@ -238,8 +258,7 @@ def _in_autograds_operations(
     pieces = [(expert, piece) for expert, pieces in layout.pieces(_PIECE_ROWS) for piece in pieces]
     pieces = pieces or [(0, slice(0, 0))]  # so that weights have gradients without rows, too
     outputs = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in pieces]
-    virtual = x_Nd.new_zeros(source_R.size(0) - layout.ends[-1], x_Nd.size(1))
-    return combine(torch.cat([*outputs, virtual]), gates_NK, layout.plan)
+    return combine(torch.cat([*outputs, x_Nd.new_zeros(1, x_Nd.size(1))]), gates_NK, layout.plan)
 
 
 class _Gradients:

@@ -18,8 +18,8 @@ class Layout(NamedTuple):
     An added row repeats the last row of its expert and has the weight 0, so it reaches no result and no gradient.
 
     Attributes:
-        plan: ``order_R`` has an entry for each of these rows; ``inverse_R`` tells the row of each routed row. Nothing
-            else of it is meant.
+        plan: ``order_R`` has an entry for each of these rows; ``inverse_R`` tells the row of each routed row, of the
+            virtual expert's the first. Nothing else of it is meant.
         ends: where the experts' rows end.
         is_real_R: bool, False for added rows; None if there are none.
     """
@@ -64,7 +64,8 @@ def lay_out(plan: DispatchPlan, multiple: int) -> Layout:
     """
     ends, total = plan.offsets_E.tolist(), plan.order_R.size(0)
     if multiple == 1:
-        return Layout(plan, ends, None)
+        inverse_R = plan.inverse_R if plan.all_real else plan.inverse_R.clamp(max=ends[-1])
+        return Layout(dataclasses.replace(plan, inverse_R=inverse_R), ends, None)
     counts = [end - start for start, end in itertools.pairwise([0, *ends])]
     rounded = [-(-count // multiple) * multiple for count in counts]
     new_ends = list(itertools.accumulate(rounded))
@@ -76,5 +77,5 @@ def lay_out(plan: DispatchPlan, multiple: int) -> Layout:
     within_P = torch.arange(new_start_P.size(0)) - new_start_P
     order_P = plan.order_R[start_P + torch.minimum(within_P, count_P - 1)]
     moved_R = torch.arange(total) + torch.repeat_interleave(new_start_G - start_G, count_G)
-    moved = dataclasses.replace(plan, order_R=order_P, inverse_R=moved_R[plan.inverse_R])
+    moved = dataclasses.replace(plan, order_R=order_P, inverse_R=moved_R[plan.inverse_R].clamp(max=new_ends[-1]))
     return Layout(moved, new_ends, within_P < count_P)
