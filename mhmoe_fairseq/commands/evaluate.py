@@ -26,7 +26,7 @@ from ..common.tables import MISSING, columns_table, markdown_table, number
 from ..evaluation.records import Metric, Record, looks_at_test, record_file, write_record
 
 DERIVED = "These labels are derived from the images' metadata by templates: they are neither VQAv2's nor NLVR2's."
-_PARTS = {"perplexity": "domain", "domain mixture": "domain", "masked": "masked", "classification": "language"}
+_PARTS = {"perplexity": "domain", "masked": "masked", "classification": "language"}
 _OF_SPEED = ("command", "checkpoint", "data", "record", "cpu", "precision", "speed", "rounds", "vllm")
 _NOT_OPTIONS = (*_OF_SPEED, "split", "image")
 _OF_ONE_SPLIT = ("record", "output", "splits", "input")
@@ -99,6 +99,10 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not tell the model the text's domain, but mix all experts' predictions: exact, by Bayes' rule from "
         "the document's tokens before; demix-code, from the one before; or a domain's name, whose expert predicts all",
     )  # fmt: skip
+    domains.add_argument(
+        "--domain-prior", type=nonempty, metavar="PRIOR",
+        help="what a domain weighs before a document's first token: uniform, or train, its share of the training text",
+    )  # fmt: skip
 
 
 def _add_sentence_arguments(group: argparse._ArgumentGroup) -> None:
@@ -152,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
     splits = list(dict.fromkeys(args.split or ["test"]))
     for name in (name for name in _OF_ONE_SPLIT if len(splits) > 1 and getattr(args, name) is not None):
         raise UserError(f"{flag(name)}: takes one --split, and {len(splits)} are given")
-    suffix = f"-{args.domain_mixture}" if args.domain_mixture else ""
+    suffix = "".join(f"-{word}" for word in (args.domain_mixture, args.domain_prior) if word)
     if args.record is None:
         _require_writable(record_file(file.parent, split + suffix) for split in splits)
     with quiet():
@@ -234,15 +238,16 @@ def describe_speeds(files: Sequence[Path], records: Sequence[Record]) -> str:
 def describe(record: Record) -> str:
     """A table with a row for every part and one for all, then how it was measured, and what is absent."""
     lines = []
+    settings = dict(record.settings)
     if record.metrics:
         rows = {**record.parts, f"{record.split}, all" if record.parts else record.split: record.metrics}
         columns = dict.fromkeys(column for metrics in rows.values() for column in _cells(metrics))
         table = [[name.replace("_", ", "), *(_cells(row).get(title, MISSING) for title in columns)]
                  for name, row in rows.items()]  # fmt: skip
-        parts = "language" if record.data.get("languages") else _PARTS.get(record.what, "split")
+        what = "perplexity" if "domain mixture" in settings else record.what
+        parts = "language" if record.data.get("languages") else _PARTS.get(what, "split")
         head = parts if record.parts else "split"
         lines.append(markdown_table([head, *columns], table))
-    settings = dict(record.settings)
     if settings.pop("derived", False):
         lines.append(DERIVED)
     lines += [f"{name}: {value}" for name, value in settings.items()]

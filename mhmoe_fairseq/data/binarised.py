@@ -40,8 +40,8 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
             raise FileNotFoundError(f"{file} is missing: binarise the data, see mhmoe prepare")
     if (described := _read_index(index)) is None:
         return
-    tokens, dtype = described
-    expected = tokens * dtype.itemsize
+    sizes, dtype = described
+    expected = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
     _check_size(data, expected, f"{index.name} says", "truncated, or of another run")
     if not expected:
         raise UserError(f"{data} is empty: there is no text in this split")
@@ -52,8 +52,16 @@ def check_split(prefix: Path, vocabulary_size: int) -> None:
         )
 
 
-def _read_index(index: Path) -> tuple[int, np.dtype] | None:
-    """Return how many tokens there are, and their type; None without the file, or in another format than fairseq's own.
+def line_sizes(prefix: Path) -> np.ndarray:
+    """Return the tokens of each line of a split, its end mark included; a ``UserError`` if there is no such split."""
+    index = prefix.with_name(prefix.name + ".idx")
+    if (described := _read_index(index)) is None:
+        raise UserError(f"{index} is missing, or not binarised as mhmoe prepare does it")
+    return described[0]
+
+
+def _read_index(index: Path) -> tuple[np.ndarray, np.dtype] | None:
+    """Return each line's tokens, and their type; None without the file, or in another format than fairseq's own.
 
     Raises:
         UserError: if it is truncated.
@@ -69,7 +77,7 @@ def _read_index(index: Path) -> tuple[int, np.dtype] | None:
     _, _, code, lines = _HEADER.unpack(header)
     _check_size(index, _HEADER.size + lines * _BYTES_PER_LINE, "its header says", "truncated")
     sizes = np.fromfile(index, dtype=np.int32, count=lines, offset=_HEADER.size)
-    return int(sizes.sum(dtype=np.int64)), np.dtype(_code_to_dtype[code])
+    return sizes, np.dtype(_code_to_dtype[code])
 
 
 def domain_splits(folder: Path, split: str) -> dict[str, str]:
@@ -86,7 +94,7 @@ def domain_splits(folder: Path, split: str) -> dict[str, str]:
     indexes = [_read_index(folder / f"{name}.idx") for name in (split, *found.values())]
     if None in indexes:
         return {}
-    whole, *parts = [tokens for tokens, _ in filter(None, indexes)]
+    whole, *parts = [int(sizes.sum(dtype=np.int64)) for sizes, _ in filter(None, indexes)]
     return found if 0 <= whole - sum(parts) < len(parts) else {}
 
 

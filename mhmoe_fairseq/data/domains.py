@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
+from .binarised import line_sizes
 
 FILE = "domains.json"
 
@@ -60,6 +61,13 @@ def domains_of_lines(folder: Path, split: str, sizes: np.ndarray) -> np.ndarray:
         )
     numbers = np.array([names.index(name) for name in documents[split]])
     return numbers[np.cumsum(ends) - ends]
+
+
+def domain_tokens(folder: Path) -> dict[str, int]:
+    """Return how many training tokens each domain has."""
+    names, sizes = domain_names(folder), line_sizes(folder / "train")
+    tokens = np.bincount(domains_of_lines(folder, "train", sizes), weights=sizes, minlength=len(names))
+    return dict(zip(names, tokens.astype(int).tolist()))
 
 
 def _read(folder: Path) -> dict[str, list[str]]:

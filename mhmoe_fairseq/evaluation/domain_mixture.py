@@ -55,6 +55,10 @@ def _mixed_predictions(log_probs_JBS: Tensor, weights_JBS: Tensor) -> Tensor:
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"exact": exact, "demix-code": one_token}
+PRIORS: dict[str, Callable[[Any], list[int]]] = {  # what each domain has of it in advance, from the task
+    "uniform": lambda task: [1] * len(task.domains),
+    "train": lambda task: [task.domain_tokens().get(name, 0) for name in task.domains],
+}
 _KINDS = {"exact": "domain mixture", "demix-code": "one-token mixture"}  # of records; of a domain's name "one domain"
 
 
@@ -64,31 +68,42 @@ class DomainMixture:
     Args:
         task: of a model with experts of domains; it stops telling their domains.
         method: a name in ``METHODS``, or a domain's, whose expert then predicts everything.
+        prior: a name in ``PRIORS``: equal shares, or those of the training text; None: uniform.
 
     Raises:
-        UserError: the model has no such experts, or there is no such method or domain.
+        UserError: the model has no such experts, there is no such method, domain or prior, or nothing has one.
     """
 
-    def __init__(self, task: Any, method: str) -> None:
+    def __init__(self, task: Any, method: str, prior: str | None = None) -> None:
         if task.domains is None:
             raise UserError(f"--domain-mixture ({method}): the model was not trained with --mhmoe-routing domain")
         if method not in (*METHODS, *task.domains):
             known = ", ".join([*METHODS, *task.domains])
             raise UserError(f"--domain-mixture ({method}): must be one of {known}")
-        self.method, self._names = method, task.domains
+        if prior is not None and method in task.domains:
+            raise UserError(
+                f"--domain-prior ({prior}): has no meaning with one expert alone, --domain-mixture {method}"
+            )
+        if (prior or "uniform") not in PRIORS:
+            raise UserError(f"--domain-prior ({prior}): must be one of {', '.join(PRIORS)}")
+        self.method, self.prior = method, prior or "uniform"
         self._experts = [task.domains.index(method)] if method in task.domains else list(range(len(task.domains)))
+        shares = PRIORS[self.prior](task)
+        if not any(shares):
+            raise UserError(f"--domain-prior ({prior}): no training text is of the model's {', '.join(task.domains)}")
+        self._log_prior_J = (torch.tensor(shares, dtype=torch.float64)[self._experts] / sum(shares)).log()
         self._end, self._pad = task.source_dictionary.eos(), task.source_dictionary.pad()
         task.names_domains = False
 
     @property
     def kind(self) -> str:
         """What a record is of, which tells it from one of text whose domains are known."""
-        return _KINDS.get(self.method, "one domain")
+        return _KINDS.get(self.method, "one domain") + (" by share" if self.prior == "train" else "")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a record says of it."""
-        prior = {} if len(self._experts) == 1 else {"domain prior": "uniform"}
+        prior = {} if len(self._experts) == 1 else {"domain prior": self.prior}
         return {"domain mixture": self.method, **prior, "passes over the text": len(self._experts)}
 
     @torch.no_grad()
@@ -107,9 +122,10 @@ class DomainMixture:
             for expert in self._experts
         )
         log_probs_JBS = torch.stack([log_probs.masked_fill(~scored, 0) for log_probs in passes])
-        prior_J = log_probs_JBS.new_zeros(len(self._experts)).log_softmax(0)
         mix = METHODS.get(self.method, exact)
-        return mix(log_probs_JBS, self._starts(inputs, target), prior_J).masked_fill(~scored, 0)
+        return mix(log_probs_JBS, self._starts(inputs, target), self._log_prior_J.to(inputs.device)).masked_fill(
+            ~scored, 0
+        )
 
     def _starts(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Where a document begins: behind an empty line, which is an end mark behind an end mark."""

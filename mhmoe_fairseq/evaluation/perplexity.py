@@ -65,7 +65,7 @@ def together(scores: Iterable[Score]) -> Score:
 
 def evaluate_text(
     opened: Opened, split: str, counter: LoadCounter, *, max_tokens: int | None = 36000, batch_size: int | None = 32,
-    domain_mixture: str | None = None,
+    domain_mixture: str | None = None, domain_prior: str | None = None,
 ) -> Record:  # fmt: skip
     """Score a split in the blocks of the task, as ``fairseq-eval-lm`` with the same options does.
 
@@ -73,12 +73,14 @@ def evaluate_text(
         split: ``valid``, ``test``, or one language's, such as ``test_de``.
         max_tokens, batch_size: most tokens and blocks per batch.
         domain_mixture: of a model with experts of domains, how they are mixed where the text's domain is not told; see
-            ``DomainMixture``; then every expert reads everything, and no loads are counted.
+            ``DomainMixture``, and from which prior; then every expert reads everything, and no loads are counted.
 
     Raises:
         UserError, FileNotFoundError: for a block that is longer than a batch, or as ``task.load_dataset``.
     """
-    mixture = None if domain_mixture is None else DomainMixture(opened.task, domain_mixture)
+    if domain_prior is not None and domain_mixture is None:
+        raise UserError(f"--domain-prior ({domain_prior}): needs --domain-mixture")
+    mixture = None if domain_mixture is None else DomainMixture(opened.task, domain_mixture, domain_prior)
     scores = {}
     for part, name in (opened.task.parts_of(split) or {None: split}).items():
         with counter.counting(part) if mixture is None else contextlib.nullcontext():

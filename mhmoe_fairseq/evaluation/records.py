@@ -22,7 +22,7 @@ SCHEMA = "mhmoe-record/1"
 KINDS = (
     "perplexity", "masked", "classification", "questions", "statements", "captions", "retrieval",
     "image classification", "zero-shot", "routing", "polysemy", "speed", "domain mixture",
-    "one-token mixture", "one domain",
+    "one-token mixture", "one domain", "domain mixture by share", "one-token mixture by share",
 )  # fmt: skip
 ACTIVE_THRESHOLD = 0.01
 _PACKAGES = (  # that a metric may depend on

@@ -15,7 +15,7 @@ from ..common.errors import UserError
 from ..data.binarised import check_folder, check_split, domain_splits
 from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ..data.datasets.domains import DomainBlocks, of_one_domain
-from ..data.domains import divided_split, domain_names, domains_of_lines
+from ..data.domains import divided_split, domain_names, domain_tokens, domains_of_lines
 from ..models.flags import routes_by_domain
 from ..training import ParallelTask, TrainingFlags
 
@@ -79,6 +79,10 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
     def domains_of_data(self) -> list[str]:
         """Return the domains that the data name; a ``UserError`` if they name none."""
         return domain_names(data_folders(self.args)[0])
+
+    def domain_tokens(self) -> dict[str, int]:
+        """Return how many training tokens each domain of the data has, of several shards in the first."""
+        return domain_tokens(data_folders(self.args)[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint says of the task."""

@@ -24,6 +24,7 @@ from ..common.errors import UserError
 from ..common.files import sha256_of
 from ..criterions.base import total
 from ..criterions.moe_cross_entropy import MoECrossEntropyCriterion
+from ..data.binarised import line_sizes
 from ..data.datasets.languages import LanguageContextDataset, LanguagesDataset, SampledLanguagesDataset
 from ..data.identity import read_manifest
 from ..data.languages import language_symbol
@@ -137,6 +138,11 @@ class MHMoEMultilingualLanguageModelingTask(MHMoELanguageModelingTask):
     def domains_of_data(self) -> list[str]:
         """Return the languages."""
         return self.languages
+
+    def domain_tokens(self) -> dict[str, int]:
+        """Return how many training tokens each language has."""
+        folder = data_folders(self.args)[0]
+        return {language: int(line_sizes(folder / language / "train").sum()) for language in self.languages}
 
     def parts_of(self, split: str) -> dict[str, str]:
         """Return the languages of a split, each with the name of its own split."""

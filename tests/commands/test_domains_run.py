@@ -104,6 +104,11 @@ def test_the_record_of_a_mixture_says_what_it_is_and_what_it_took(
     record = read_record(checkpoint.parent / "record-test_alpha-exact.json")
     assert (record.what, record.settings["domain mixture"]) == ("domain mixture", "exact")
     assert record.experts is None  # every expert read everything
+    words = ["--split", "test_alpha", "--domain-mixture", "demix-code", "--domain-prior", "train"]
+    assert mhmoe(["evaluate", str(checkpoint), *words]) == 0
+    assert "domain prior: train" in capsys.readouterr().out
+    by_share = read_record(checkpoint.parent / "record-test_alpha-demix-code-train.json")
+    assert by_share.settings["domain prior"] == "train" and by_share.what == "one-token mixture by share"
 
 
 def test_who_cannot_tell_the_domain_refuses_the_model_by_one_line(
@@ -120,6 +125,7 @@ def test_who_cannot_tell_the_domain_refuses_the_model_by_one_line(
             ["evaluate", str(trained.checkpoint("seed")), "--domain-mixture", "exact"],
             "--domain-mixture (exact): the model",
         ),
+        (["evaluate", checkpoint, "--domain-prior", "train"], "--domain-prior (train): needs --domain-mixture"),
     ):
         assert mhmoe(words) == 2
         assert line in capsys.readouterr().err, words

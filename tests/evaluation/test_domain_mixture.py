@@ -57,7 +57,10 @@ def stand_in(tables: torch.Tensor):
         assert domain.shape == inputs.shape and (domain == domain[0, 0]).all()
         return (-tables[domain[0, 0]][targets]).float(), {}
 
-    task = SimpleNamespace(domains=["law", "code"], source_dictionary=Dictionary(), names_domains=True)
+    task = SimpleNamespace(
+        domains=["law", "code"], source_dictionary=Dictionary(), names_domains=True,
+        domain_tokens=lambda: {"code": 30, "law": 10, "poems": 60},
+    )  # fmt: skip
     return model, task
 
 
@@ -108,8 +111,30 @@ def test_one_domain_for_all_takes_one_pass_of_its_expert() -> None:
     assert mixed == {"domain mixture": "demix-code", "domain prior": "uniform", "passes over the text": 2}
 
 
+def test_the_training_texts_shares_are_what_domains_weigh_at_first() -> None:
+    model, task = stand_in(TABLES)
+    batch = batch_of([4, 5, 6])
+    by_share, even = DomainMixture(task, "exact", "train"), DomainMixture(task, "exact", "uniform")
+    shares = torch.tensor([0.25, 0.75], dtype=torch.float64).log()
+    expected = torch.logsumexp(TABLES[:, [4, 5, 6]].sum(1) + shares, 0)
+    torch.testing.assert_close(by_share.log_probs(model, batch).sum(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(even.log_probs(model, batch), DomainMixture(task, "exact").log_probs(model, batch))
+    assert (by_share.settings["domain prior"], even.settings["domain prior"]) == ("train", "uniform")
+    assert by_share.kind != even.kind == "domain mixture"  # records of one run do not stand for each other
+    task.domain_tokens = lambda: {"code": 5}
+    of_code = DomainMixture(task, "exact", "train").log_probs(model, batch)
+    torch.testing.assert_close(of_code, DomainMixture(task, "code").log_probs(model, batch))
+
+
 def test_what_cannot_be_mixed_is_refused() -> None:
     _, task = stand_in(TABLES)
+    with pytest.raises(UserError, match=r"--domain-prior \(train\): has no meaning with --domain-mixture law"):
+        DomainMixture(task, "law", "train")
+    with pytest.raises(UserError, match=r"--domain-prior \(valid\): must be one of uniform, train"):
+        DomainMixture(task, "exact", "valid")
+    task.domain_tokens = lambda: {"poems": 5}
+    with pytest.raises(UserError, match=r"--domain-prior \(train\): no training text is of the model's law, code"):
+        DomainMixture(task, "exact", "train")
     with pytest.raises(UserError, match=r"--domain-mixture \(poems\): must be one of exact, demix-code, law, code"):
         DomainMixture(task, "poems")
     task.domains = None

@@ -116,6 +116,7 @@ def test_a_training_on_one_domain_reads_its_documents_alone(data: Path) -> None:
         assert sorted(found[name].tolist()) == sorted(whole[kept == index].tolist())
         blocks = [task.dataset(f"train_{name}")[at]["target"] for at in range(len(task.dataset(f"train_{name}")))]
         assert torch.cat(blocks).tolist() == whole[kept == index].tolist()
+    assert task.domain_tokens() == {name: len(found[name]) for name in DOMAINS}
     with pytest.raises(FileNotFoundError, match="train_gamma.idx"):
         task.load_dataset("train_gamma")
     documents = read_json(data / FILE)
@@ -132,6 +133,9 @@ def test_languages_are_domains_where_experts_are_of_them(tmp_path: Path) -> None
         task.build_model(MODEL)
     task.load_state_dict({"domains": ["zh", "en", "el", "de"]})
     task.load_dataset("valid")
+    tokens = task.domain_tokens()
+    assert list(tokens) == ["de", "el", "en", "zh"]
+    assert tokens["zh"] == MMapIndexedDataset(str(tmp_path / "languages" / "zh" / "train")).sizes.sum()
     for batch in batches(task, "valid"):
         expected = (3 - batch["languages"]).unsqueeze(1).expand_as(batch["target"])
         assert torch.equal(batch["net_input"]["domain"], expected)
