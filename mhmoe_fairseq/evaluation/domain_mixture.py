@@ -81,9 +81,7 @@ class DomainMixture:
             known = ", ".join([*METHODS, *task.domains])
             raise UserError(f"--domain-mixture ({method}): must be one of {known}")
         if prior is not None and method in task.domains:
-            raise UserError(
-                f"--domain-prior ({prior}): has no meaning with one expert alone, --domain-mixture {method}"
-            )
+            raise UserError(f"--domain-prior ({prior}): has no meaning with --domain-mixture {method}, one expert")
         if (prior or "uniform") not in PRIORS:
             raise UserError(f"--domain-prior ({prior}): must be one of {', '.join(PRIORS)}")
         self.method, self.prior = method, prior or "uniform"

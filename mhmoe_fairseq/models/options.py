@@ -230,7 +230,8 @@ class MoEOptions(FairseqDataclass):
         needs="moe", layer="balancing_rate", affects="training",
     )  # fmt: skip
     mhmoe_balance_assignment: Optional[BALANCE_CHOICES] = option(
-        "balance loss: count first choices, as GShard does, or all choices (default: top1)",
+        "balance loss: count first choices, as GShard does, all choices, or choices by their gate weights, as "
+        "Branch-Train-MiX does (default: top1)",
         needs="moe", layer="balance_assignment", affects="training",
     )  # fmt: skip
     mhmoe_balance_scope: Optional[SCOPE_CHOICES] = option(

@@ -52,7 +52,8 @@ class MHMoEConfig(RouterFields, GateFields):
             0 for none.
         quantize_experts: ternary matrices and inputs of eight bits in all experts, the shared one too (P2 table 3;
             see :mod:`.quantize`). Projections and router stay as they are.
-        balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``).
+        balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``), or add up their gate
+            weights (``"gates"``, Branch-Train-MiX), through which the loss then has a gradient, too.
         balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
             processes' batches together (``"global"``), as one process would see them in one batch.
 
@@ -85,7 +86,7 @@ class MHMoEConfig(RouterFields, GateFields):
     subtoken_residual: bool = False
     shared_expert_dim: Count = 0
     quantize_experts: bool = False
-    balance_assignment: Literal["top1", "topk"] = "top1"
+    balance_assignment: Literal["top1", "topk", "gates"] = "top1"
     balance_scope: Literal["rank", "global"] = "rank"
 
     def __post_init__(self) -> None:

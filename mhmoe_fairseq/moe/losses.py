@@ -17,7 +17,8 @@ class RouterSums(NamedTuple):
     """What the losses depend on.
 
     Attributes:
-        chosen_E: how often each expert of all banks was chosen, all choices of one sub-token together counting 1.
+        chosen_E: how often each expert of all banks was chosen, all choices of one sub-token together counting 1; or
+            their gate weights.
         probs_E: the probabilities of all experts, summed over real sub-tokens.
         z: squared log-partition, summed.
         num_real: real sub-tokens.
@@ -48,17 +49,25 @@ def router_sums(
 
     Args:
         padding_mask_N: True where padded.
-        count: first choices (``"top1"``, GShard), or all choices divided by K (``"topk"``).
+        count: first choices (``"top1"``, GShard), all choices divided by K (``"topk"``), or each choice by its gate
+            weight (``"gates"``, arXiv 2403.07816), which has a gradient.
         banks: of experts; consecutive rows are of one after the other.
 
     >>> gate = Gate(MHMoEConfig(embed_dim=8, num_experts=2, expert_ffn_dim=4, top_k=1))
     >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
     >>> router_sums(logits, gate(logits), torch.tensor([False, True])).probs_E
     tensor([0.5000, 0.5000])
+    >>> logits = torch.tensor([[1.0, 0.5, -0.2, -1.0]])  # gates .6225 and .3775, probabilities .4895 and .2969
+    >>> assignment = Gate(MHMoEConfig(embed_dim=8, num_experts=4, expert_ffn_dim=4, top_k=2))(logits)
+    >>> round(float(load_balancing_loss(router_sums(logits, assignment, None, count="gates"))), 4)
+    1.667
     """
     probs_NE, choices_NK = assignment.probs_NE, assignment.choices_NK
     experts = probs_NE.size(1)
-    if assignment.regulated is None:
+    if assignment.regulated is None and count == "gates":
+        gates_NK = assignment.gates_NK.to(probs_NE.dtype)
+        chosen_NE = torch.zeros_like(probs_NE).scatter(1, choices_NK % experts, gates_NK)
+    elif assignment.regulated is None:
         counted_NK = (choices_NK[:, :1] if count == "top1" else choices_NK) % experts  # in their bank
         chosen_NE = torch.zeros_like(probs_NE).scatter_(1, counted_NK, 1.0) / counted_NK.size(1)
     else:

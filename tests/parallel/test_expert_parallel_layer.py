@@ -36,6 +36,7 @@ VARIANTS = {
     "quantized": {"quantize_experts": True, "shared_expert_dim": 20},
     "domains": {"router": "domain", "num_heads": 1, "top_k": 1},
     "global_topk": {"balance_scope": "global", "balance_assignment": "topk"},
+    "global_gates": {"balance_scope": "global", "balance_assignment": "gates"},
 }
 
 

@@ -12,7 +12,7 @@ VARIANTS = {
     "plain": {},
     "latent": {"latent_dim": 32, "router": "linear", "top_k": 1},
     "no_projections": {"num_projection_layers": 0, "subtoken_residual": True},
-    "all_experts": {"top_k": 3, "balance_assignment": "topk", "gate_score": "sigmoid", "gate_scale": 2.5},
+    "all_experts": {"top_k": 3, "balance_assignment": "gates", "gate_score": "sigmoid", "gate_scale": 2.5},
     "swiglu_shared": {"activation": "swiglu", "expert_layernorm": True, "shared_expert_dim": 20},
     "balanced": {"router": "balanced"},
     "global": {"balance_scope": "global", "router_normalize": "both", "router_temperature": 0.3},

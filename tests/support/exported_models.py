@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"mhmoe_heads_number": 1, "mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_projection_layers": 2,
          "mhmoe_merge_norm": True, "mhmoe_expert_groups": 2},
     ),
-    "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "topk"}),
+    "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "gates"}),
 }  # fmt: skip
 
 

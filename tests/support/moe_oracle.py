@@ -109,7 +109,7 @@ def forward(layer, x, padding_mask=None):
                     index = e if banks == 1 else h * config.num_experts + e
                     total = total + config.gate_scale * weight * expert(layer, index, sub)
                 all_probs[h % banks].append(probs)
-                all_chosen[h % banks].append(chosen)
+                all_chosen[h % banks].append({e: config.gate_scale * weight for weight, e in zip(weights, chosen)})
                 z_terms.append(logits.logsumexp(0) ** 2)
             merged.append(total)
         whole = torch.cat(merged)
@@ -144,7 +144,10 @@ def balance(layer, all_probs, all_chosen):
     counted = 1 if config.balance_assignment == "top1" and not is_relu else config.top_k
     total = 0.0
     for e in range(config.num_experts):
-        times = sum((chosen if is_relu else chosen[:counted]).count(e) for chosen in all_chosen)
+        if config.balance_assignment == "gates" and not is_relu:  # arXiv 2403.07816
+            times = counted * sum(chosen.get(e, 0.0) for chosen in all_chosen)
+        else:
+            times = sum(([*chosen] if is_relu else [*chosen][:counted]).count(e) for chosen in all_chosen)
         total = total + times / (len(all_chosen) * counted) * sum(probs[e] for probs in all_probs) / len(all_probs)
     return config.num_experts * total * (layer.gate.adaptive.weight if is_relu else 1)
 

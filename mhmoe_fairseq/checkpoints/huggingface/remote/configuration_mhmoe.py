@@ -18,7 +18,7 @@ _CHOICES = {
     "mhmoe_expert_banks": ("shared", "per-head"),
     "mhmoe_gate_score": ("softmax", "sigmoid"),
     "mhmoe_group_score": ("max", "top2"),
-    "mhmoe_balance": ("top1", "topk"),
+    "mhmoe_balance": ("top1", "topk", "gates"),
 }
 _AT_LEAST_ONE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
 _OF_EXPERTS = (

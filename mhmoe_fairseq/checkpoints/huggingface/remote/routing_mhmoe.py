@@ -126,9 +126,13 @@ def balance_loss(logits: Tensor, bias: Tensor | None, real: Tensor | None, confi
     Of several banks it is the mean of theirs.
     """
     scores = expert_scores(logits, config)
-    index = choose(logits, scores, config, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, bias)
+    if config.mhmoe_balance == "gates":
+        index, counted = gate(logits, config, bias)
+    else:
+        index = choose(logits, scores, config, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, bias)
+        counted = torch.full_like(index, 1 / index.size(1), dtype=scores.dtype)
     probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
-    chosen = torch.zeros_like(probabilities).scatter_(1, index, 1.0) / index.size(1)
+    chosen = torch.zeros_like(probabilities).scatter(1, index % logits.size(1), counted)
     weights = probabilities.new_ones(len(logits), 1) if real is None else real[:, None].to(probabilities)
     experts = config.banks * logits.size(1)
     chosen, probabilities = (
