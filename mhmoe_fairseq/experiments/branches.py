@@ -25,20 +25,20 @@ def in_parts(run: Run) -> Run:
 
     out = run.folder.parents[run.name.count("/")]  # of the experiment
 
-    def share(percent: int) -> dict[str, int]:
+    def share(percent: int) -> Run:
         validations = -(-run.validations * percent // 100)
-        return {"updates": max(run.updates * percent // 100, 1), "validations": validations}
+        return replace(run, updates=max(run.updates * percent // 100, 1), validations=validations)
 
     def part(of: str, percent: int, flags: str = "", start: Run | None = None) -> Run:
         model, last = run.name.rsplit("/", 1)
         name = f"{FOLDER}/{model}/{of}/{last}"
         return replace(
-            run, name=name, folder=out / name, recipe=run.recipe.variant(flags, run.recipe.scales),
-            model=_DENSE, start=start, is_part=True, splits=(), **share(percent),
+            share(percent), name=name, folder=out / name, recipe=run.recipe.variant(flags, run.recipe.scales),
+            model=_DENSE, start=start, is_part=True, splits=(),
         )  # fmt: skip
 
     seed = part("seed", SEED)
     each = BRANCHES // len(domains)
     own = {of: f"--train-subset train_{of} --valid-subset valid_{of}" for of in domains}
     branches = tuple(part(of, each, flags, seed) for of, flags in own.items())
-    return replace(run, start=seed, branches=branches, **share(100 - SEED - each * len(domains)))
+    return replace(share(100 - SEED - each * len(domains)), start=seed, branches=branches)

@@ -149,7 +149,11 @@ class Run:
         warmup = scale.warmup or (self.updates // 10 if self.updates < 25_000 else 10_000)
         of_data = "" if self.recipe.data_flags is None else self.recipe.data_flags(self.data)
         start = self.first_checkpoint()
-        own = {"--seed": str(self.seed), "--lr": self.lr, "--finetune-from-model": start and str(start)}
+        own = {
+            "--seed": str(self.seed),
+            "--lr": self.lr,
+            "--finetune-from-model": None if start is None else str(start),
+        }
         flags = {
             "--arch": (f"{model.kind}_{self.recipe.family}_{choice.size or machine.size}",),
             **parse_flags(f"{machine.flags} {self.recipe.flags} {scale.flags} {of_data}"),
