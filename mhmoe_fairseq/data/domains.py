@@ -74,7 +74,7 @@ def _read(folder: Path) -> dict[str, list[str]]:
     path = folder / FILE
     if not path.is_file():
         raise UserError(
-            f"--mhmoe-routing domain: {path}, which tells the domain of every document, is missing: prepare the data "
-            "with mhmoe prepare english --source mix, or domains (--overwrite writes it beside the same text)"
+            f"{path}, which tells the domain of every document, is missing: prepare the data with mhmoe prepare "
+            "english --source mix, or domains (--overwrite writes it beside the same text)"
         )
     return {split: domains.split() for split, domains in read_json(path).items()}

@@ -4,15 +4,28 @@ A training of N updates is one of a dense seed, one on from there for each branc
 one of their mix (:mod:`mhmoe_fairseq.checkpoints.mix`) on all: N updates together, all with one learning rate.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ..common.errors import UserError
+from ..data.domains import domain_names
 from .models import MODELS
 from .run import Run
+from .spec import parse_flags
 
 SEED, BRANCHES = 35, 35  # percent of the updates: the seed's, all branches'; the mix has the rest
 FOLDER = "parts"  # of the trainings of seeds and branches, beside the runs
 _DENSE = "dense"
+
+
+def require_domains(runs: Iterable[Run]) -> None:
+    """Raises ``UserError`` if the data of models of domains do not tell them, or not those of the branches."""
+    for run in runs:
+        model = MODELS[run.model]
+        if model.branches or "domain" in parse_flags(model.flags).get("--mhmoe-routing", ()):
+            lacking = sorted({*model.branches} - {*domain_names(run.data)})
+            if lacking:
+                raise UserError(f"--data ({run.data}) has no text of {', '.join(lacking)}, domains of {run.model}")
 
 
 def in_parts(run: Run) -> Run:
@@ -23,6 +36,10 @@ def in_parts(run: Run) -> Run:
     if run.recipe.family != "lm":
         raise UserError(f"--models ({run.model}): must be another, since only language models are mixed of branches")
 
+    flags = parse_flags(MODELS[run.model].flags) | run.choice.flags
+    if flags["--moe-expert-count"] != (f"{len(domains) + 1}",):
+        asked, rule = " ".join(flags["--moe-expert-count"]), "its experts are those of the branches and of the seed"
+        raise UserError(f"--moe-expert-count ({asked}) must be {len(domains) + 1} for {run.model}: {rule}")
     out = run.folder.parents[run.name.count("/")]  # of the experiment
 
     def share(percent: int) -> Run:

@@ -25,6 +25,7 @@ from ..common.provenance import timestamp
 from ..data.word_lists import read_word_lists
 from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
+from .branches import require_domains
 from .plan import SEARCH, Plan, with_starts
 from .run import Run
 from .spec import Recipe
@@ -138,6 +139,7 @@ class Runner:
                 call(words, self.threads, lambda line: self.say(f"    {line}"))
             elif not _is_prepared(folder):
                 raise UserError(missing_data(plan, folder))
+        require_domains(plan.runs())
         for words in plan.following():
             for flag, value in zip(words, words[1:]):
                 if flag in _READ_LATER:

@@ -9,6 +9,7 @@ from test_experiment_plan import SCALES, counts, parse, trainings
 from test_experiment_plan import commands as planned
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.data.domains import FILE, write_domains
 from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
@@ -48,10 +49,28 @@ def test_only_language_models_have_branches() -> None:
     assert trainings("classification", "--models", "btx").keys() >= {"classification/btx"}  # of a model that was mixed
 
 
+def test_as_many_experts_as_branches_and_seed() -> None:
+    with pytest.raises(UserError, match=r"--moe-expert-count \(16\) must be 8 for btx"):
+        planned("family", "--models", "btx", "--", "--moe-expert-count", "16")
+
+
+@pytest.mark.parametrize("model", ["btx", "demix"])
+def test_data_without_the_domains_are_refused_before_any_training(
+    model: str, commands: Commands, tmp_path: Path, capsys
+) -> None:
+    assert reproduce(tmp_path, "family", "--models", "smoe", model) == 2 and not commands.called
+    assert "domains.json, which tells the domain of every document, is missing" in capsys.readouterr().err
+    write_domains(tmp_path / "data" / FILE, {"train": ["brown", "linux"]})
+    assert reproduce(tmp_path, "family", "--models", "smoe", model) == (2 if model == "btx" else 0)
+    if model == "btx":
+        assert not commands.called and "has no text of bible, foldoc, gcide, python, wordnet" in capsys.readouterr().err
+
+
 def test_seed_and_branches_are_trained_first_and_go_on_where_they_were(
     commands: Commands, tmp_path: Path, capsys
 ) -> None:
     words, out = ["family", "--models", "btx", "--jobs", "2"], tmp_path / "out"
+    write_domains(tmp_path / "data" / FILE, {"train": DOMAINS})
     parts = [f"parts/btx/{of}/seed-1" for of in ("seed", *MODELS["btx"].branches)]
     commands.broken = "valid_python"
     assert reproduce(tmp_path, *words) == 2 and not (out / "btx").exists()

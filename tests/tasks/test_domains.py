@@ -166,7 +166,9 @@ def test_data_without_labels_or_with_others_are_refused_before_any_work(data: Pa
     with pytest.raises(UserError, match="domains.json tells nothing of split other, only of train, valid, test"):
         domains_of_lines(data, "other", np.ones(3))
     (data / FILE).unlink()
-    with pytest.raises(UserError, match=r"--mhmoe-routing domain: .*domains.json.* mhmoe prepare english --source mix"):
+    with pytest.raises(
+        UserError, match=r"domains.json, which tells .* is missing: .* mhmoe prepare english --source mix"
+    ):
         task.build_model(MODEL)
     with pytest.raises(UserError, match=r"--context-window: has no meaning with --mhmoe-routing domain"):
         task.eval_lm_dataloader(SimpleNamespace(sizes=np.ones(2)), context_window=4)
