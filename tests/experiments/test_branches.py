@@ -58,6 +58,7 @@ def test_as_many_experts_as_branches_and_seed() -> None:
 def test_data_without_the_domains_are_refused_before_any_training(
     model: str, commands: Commands, tmp_path: Path, capsys
 ) -> None:
+    (tmp_path / "data" / FILE).unlink()
     assert reproduce(tmp_path, "family", "--models", "smoe", model) == 2 and not commands.called
     assert "domains.json, which tells the domain of every document, is missing" in capsys.readouterr().err
     write_domains(tmp_path / "data" / FILE, {"train": ["brown", "linux"]})
@@ -70,7 +71,6 @@ def test_seed_and_branches_are_trained_first_and_go_on_where_they_were(
     commands: Commands, tmp_path: Path, capsys
 ) -> None:
     words, out = ["family", "--models", "btx", "--jobs", "2"], tmp_path / "out"
-    write_domains(tmp_path / "data" / FILE, {"train": DOMAINS})
     parts = [f"parts/btx/{of}/seed-1" for of in ("seed", *MODELS["btx"].branches)]
     commands.broken = "valid_python"
     assert reproduce(tmp_path, *words) == 2 and not (out / "btx").exists()
