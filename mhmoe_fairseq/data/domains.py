@@ -11,7 +11,6 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import read_json, write_json
-from .binarised import line_sizes
 
 FILE = "domains.json"
 
@@ -63,9 +62,9 @@ def domains_of_lines(folder: Path, split: str, sizes: np.ndarray) -> np.ndarray:
     return numbers[np.cumsum(ends) - ends]
 
 
-def domain_tokens(folder: Path) -> dict[str, int]:
-    """Return how many training tokens each domain has."""
-    names, sizes = domain_names(folder), line_sizes(folder / "train")
+def domain_tokens(folder: Path, sizes: np.ndarray) -> dict[str, int]:
+    """Return how many training tokens each domain has; ``sizes``: tokens of each line of the training text."""
+    names = domain_names(folder)
     tokens = np.bincount(domains_of_lines(folder, "train", sizes), weights=sizes, minlength=len(names))
     return dict(zip(names, tokens.astype(int).tolist()))
 

@@ -12,7 +12,7 @@ from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 
 from ..common.errors import UserError
-from ..data.binarised import check_folder, check_split, domain_splits
+from ..data.binarised import check_folder, check_split, domain_splits, line_sizes
 from ..data.datasets.batching import WholeBatches, WholeMonolingualDataset, require_fitting_blocks
 from ..data.datasets.domains import DomainBlocks, of_one_domain
 from ..data.domains import divided_split, domain_names, domain_tokens, domains_of_lines
@@ -82,7 +82,8 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
     def domain_tokens(self) -> dict[str, int]:
         """Return how many training tokens each domain of the data has, of several shards in the first."""
-        return domain_tokens(data_folders(self.args)[0])
+        folder = data_folders(self.args)[0]
+        return domain_tokens(folder, line_sizes(folder / "train"))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint says of the task."""
