@@ -135,8 +135,6 @@ def test_a_token_does_not_depend_on_others_nor_on_the_weight():
     other = copy.deepcopy(layer)
     other.gate.adaptive.weight.fill_(3)
     torch.testing.assert_close(layer(x).hidden[2:3], other(x[2:3]).hidden)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x).hidden, layer(x).hidden, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
