@@ -22,7 +22,9 @@ def require_domains(runs: Iterable[Run]) -> None:
     """Raises ``UserError`` if the data of models of domains do not tell them, or not those of the branches."""
     for run in runs:
         model = MODELS[run.model]
-        if model.branches or "domain" in parse_flags(model.flags).get("--mhmoe-routing", ()):
+        if run.branches or "domain" in parse_flags(model.flags).get(
+            "--mhmoe-routing", ()
+        ):  # not what starts from a mix
             lacking = sorted({*model.branches} - {*domain_names(run.data)})
             if lacking:
                 raise UserError(f"--data ({run.data}) has no text of {', '.join(lacking)}, domains of {run.model}")

@@ -8,8 +8,11 @@ from command_stand_ins import Commands, reproduce
 from test_experiment_plan import SCALES, counts, parse, trainings
 from test_experiment_plan import commands as planned
 
+from mhmoe_fairseq.commands.main import build_parser
+from mhmoe_fairseq.commands.reproduce import plans_of
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.domains import FILE, write_domains
+from mhmoe_fairseq.experiments.branches import require_domains
 from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
@@ -47,6 +50,8 @@ def test_only_language_models_have_branches() -> None:
     with pytest.raises(UserError, match=r"--models \(btx\): must be another"):
         planned("table1-multimodal", "--models", "btx")
     assert trainings("classification", "--models", "btx").keys() >= {"classification/btx"}  # of a model that was mixed
+    (plan,) = plans_of(build_parser("reproduce").parse_args(["reproduce", "classification", "--models", "btx"]))
+    require_domains(plan.runs())  # and whose data tell no domains
 
 
 def test_as_many_experts_as_branches_and_seed() -> None:

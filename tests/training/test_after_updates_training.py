@@ -9,23 +9,23 @@ RATE = 0.01
 BIAS = ("--mhmoe-gate-score", "sigmoid", "--mhmoe-balancing", "bias-sign", "--mhmoe-balancing-rate", RATE)
 
 
-def is_bias_after(bias, updates):
+def assert_bias_after(bias, updates):
     """In each update a sign less the mean of signs."""
     unit = RATE / bias.size(-1)
     torch.testing.assert_close(bias, (bias / unit).round() * unit)
     assert 0.2 * RATE * updates < bias.abs().max() <= 2 * RATE * updates and bias.sum(-1).abs().max() < 1e-5
 
 
-def is_weight_after(weight, updates):
+def assert_weight_after(weight, updates):
     """One for all layers, which grows while half of the experts are in use."""
     torch.testing.assert_close(weight, torch.full_like(weight, 1e-8 * 1.2**updates), rtol=1e-5, atol=0)
 
 
 KINDS = {
-    "bias": ((*BIAS, "--moe-gate-loss-wt", 0), "gate.balancing.bias", is_bias_after, "moe_load_max"),
+    "bias": ((*BIAS, "--moe-gate-loss-wt", 0), "gate.balancing.bias", assert_bias_after, "moe_load_max"),
     "remoe": (
         ("--mhmoe-routing", "relu", "--moe-gate-loss-wt", 1, "--mhmoe-router", "linear"),
-        "gate.adaptive.weight", is_weight_after, "loss",
+        "gate.adaptive.weight", assert_weight_after, "loss",
     ),
 }  # fmt: skip
 
@@ -58,8 +58,8 @@ def states(folder, name):
 
 def test_it_moves_by_every_update(one, kind):
     updates, folder = one
-    _, name, is_after, falls = kind
-    is_after(states(folder, name), 16)
+    _, name, assert_after, falls = kind
+    assert_after(states(folder, name), 16)
     assert float(updates[-1][falls]) < float(updates[0][falls])
 
 
@@ -75,6 +75,6 @@ def test_two_ranks_and_an_interruption_change_nothing(one, kind, data, tmp_path)
 
 
 def test_half_precision_keeps_it_in_full(kind, data, tmp_path):
-    recipe, name, is_after, _ = kind
+    recipe, name, assert_after, _ = kind
     train(1, data, tmp_path, *recipe, "--memory-efficient-fp16", "--fp16-init-scale", 8, updates=6)
-    is_after(states(tmp_path, name), 6)
+    assert_after(states(tmp_path, name), 6)
