@@ -17,7 +17,7 @@ from ..experiments.plan import Plan
 from ..experiments.results import check_results, require_tree, write_results
 from ..experiments.run import Choice
 from ..experiments.runner import Runner, describe, dry_run
-from ..experiments.spec import MACHINES, Experiment, Recipe, parse_flags
+from ..experiments.spec import DEVICES, MACHINES, Experiment, Recipe, parse_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="with --report: write nothing, fail where they are not what records give")
     add("--results", type=output_folder, default=TREE, metavar="DIR", help=f"the tree of results (default: {TREE})")
     add("--scale", choices=list(MACHINES), default="cpu", help="minutes on two cores (cpu, default), or the paper's")
+    add("--device", choices=DEVICES, help="where models are trained and evaluated (default: cpu; at paper scale cuda)")
     add("--models", nargs="+", default=(), metavar="MODEL", help="names or patterns, such as xmoe 'mhmoe-flops*'")
     add("--seeds", nargs="+", type=seed, default=(), metavar="N", help="one training for each (default: as planned)")
     add("--data", type=output_folder, metavar="DIR", help="prepared data (default: the experiment's, made if missing)")
@@ -46,7 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
     add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")
     add("--xnli", type=existing_folder, metavar="DIR", help="your copy of XNLI, for table3")
-    add("--jobs", type=whole(), default=1, metavar="N", help="runs at the same time, a thread each (cpu; default 1)")
+    add(
+        "--jobs",
+        type=whole(),
+        default=1,
+        metavar="N",
+        help="runs at the same time, a thread each, on one GPU if any (default 1)",
+    )
     add("--threads", type=whole(), metavar="N", help="threads of every run (default: the environment's; 1 with --jobs)")
     add("--nproc", type=whole(), metavar="N", help="processes that share a training here (default: cpu 1, paper 8)")
     add("--batch", type=whole(), metavar="N", help="samples per process and step; an update stays the same")
@@ -142,8 +149,8 @@ def plans_of(args: argparse.Namespace) -> Iterator[Plan]:
         raise UserError(f"--jobs ({args.jobs}) must be 1 for {experiment.name}: it measures speed")
     models = tuple(args.models) or (experiment.models if experiment.parts and args.scale == "cpu" else ())
     choice = Choice(
-        args.scale, args.size, args.batch, args.nproc or MACHINES[args.scale].nproc, args.nnodes, args.node_rank,
-        args.master_addr, args.master_port, parse_flags(args.flags),
+        args.scale, args.size, args.device, args.batch, args.nproc or MACHINES[args.scale].nproc, args.nnodes,
+        args.node_rank, args.master_addr, args.master_port, parse_flags(args.flags),
     )  # fmt: skip
     fields = ("seeds", "lrs", "search_updates", "updates", "validations")
     chosen = {field: value for field in fields if (value := getattr(args, field))}

@@ -195,6 +195,7 @@ def _move(temporary: Path, target: Path) -> Path:
 def chosen(choice: Choice) -> str:
     """Returns the flags of ``mhmoe reproduce`` that train so, behind the experiment's name."""
     words = [] if choice.scale == "cpu" else ["--scale", choice.scale]
+    words += [] if choice.device is None else ["--device", choice.device]
     words += [] if choice.size is None else ["--size", choice.size]
     flags = [word for flag, value in choice.flags.items() for word in (flag, *value)]
     return shlex.join([*words, *(["--", *flags] if flags else [])])

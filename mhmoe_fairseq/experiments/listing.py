@@ -23,11 +23,11 @@ HOURS = (
 )
 
 
-_SIZES = ("--task", "--tokens-per-sample", "--img-size", "--decoder-embed-dim")
+_SIZES = ("--task", "--tokens-per-sample", "--img-size", "--decoder-embed-dim", "--cpu")
 
 
 def _kind(flags: Flags) -> tuple[object, ...]:
-    """What a training's speed depends on beside its model: family and size, task, how long a sample is."""
+    """What a training's speed depends on beside its model: family and size, task, how long a sample is, device."""
     _, family = _split(flags)
     return family, *(flags.get(name) for name in _SIZES)
 

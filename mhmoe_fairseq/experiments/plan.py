@@ -15,6 +15,8 @@ from .spec import Experiment, Recipe, Stage, parse_flags
 
 SEARCH = "search.json"  # what a search of learning rates found, in the folder of the runs
 
+_COMPUTE = ("analyze", "evaluate", "zero-shot")  # commands that take a GPU where there is one
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -157,6 +159,7 @@ class Plan:
             words: list[str] = []
             for word in command.split():
                 words += lists[word] if word in lists else [word.format_map(fields)]
+            words += ["--cpu"] if words[1] in _COMPUTE and self.choice.on_cpu else []
             yield _without_plots(words) if words[1] == "analyze" else words
         if experiment.stages and (experiment.paper is not None or not experiment.after):  # else those say all
             words = ["mhmoe", "report", *lists["{runs}"], "--out", str(self.out / experiment.report)]

@@ -26,6 +26,7 @@ class Choice:
     """What the user chooses for all trainings; None: the recipe's.
 
     Attributes:
+        device: where models are trained and evaluated.
         batch: samples per process and step.
         nproc: processes on each of ``nnodes`` machines, which share a training.
         node_rank: this machine's number; machine 0 is reached at ``master_addr`` and ``master_port``.
@@ -34,6 +35,7 @@ class Choice:
 
     scale: str = "cpu"
     size: str | None = None
+    device: str | None = None
     batch: int | None = None
     nproc: int = 1
     nnodes: int = 1
@@ -52,6 +54,11 @@ class Choice:
     def is_first(self) -> bool:
         """Whether this machine opens folders, evaluates and reports."""
         return not self.node_rank
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether models are trained and evaluated without a GPU, even where there is one."""
+        return "--cpu" in self.flags or (self.device or MACHINES[self.scale].device) == "cpu"
 
     def launcher(self) -> list[str]:
         """Returns the words that start ``fairseq-train``."""
@@ -75,7 +82,7 @@ class Choice:
         flags = parse_flags(f"--batch-size {own} --update-freq {scale.samples // (processes * own)}")
         if processes == 1:
             return flags | parse_flags("--distributed-world-size 1")  # not one process for each GPU, fairseq's default
-        backend = MACHINES[self.scale].backend
+        backend = "gloo" if self.on_cpu else "nccl"
         return flags | parse_flags(f"--ddp-backend legacy_ddp --distributed-backend {backend}")
 
 
@@ -156,7 +163,9 @@ class Run:
         }
         flags = {
             "--arch": (f"{model.kind}_{self.recipe.family}_{choice.size or machine.size}",),
-            **parse_flags(f"{machine.flags} {self.recipe.flags} {scale.flags} {of_data}"),
+            **parse_flags(
+                f"{'--cpu ' if choice.on_cpu else ''}{machine.flags} {self.recipe.flags} {scale.flags} {of_data}"
+            ),
             **parse_flags(f"--warmup-updates {warmup} --max-update {self.updates} --log-interval {-(-interval // 5)}"),
             **parse_flags(f"--validate-interval-updates {interval} --save-interval-updates {interval}"),
             **parse_flags(f"{model.flags} {model.paper_flags if choice.scale == 'paper' else ''}"),
@@ -182,7 +191,7 @@ class Run:
             words += [word for split in together for word in ("--split", split)]
             predictions = str(self.folder / f"predictions-{together[0]}.txt")
             words += [word.format(predictions=predictions) for word in self.recipe.evaluate.split()]
-            yield together, [*words, *(["--cpu"] if self.choice.scale == "cpu" else [])]
+            yield together, [*words, *(["--cpu"] if self.choice.on_cpu else [])]
 
     def record(self, split: str) -> Path:
         """The file of a split's results."""

@@ -27,7 +27,7 @@ from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
 from .branches import require_domains
 from .plan import SEARCH, Plan, with_starts
-from .run import Run
+from .run import Choice, Run
 from .spec import Recipe
 
 # The same interpreter and its packages, whatever is on PATH.
@@ -130,6 +130,8 @@ class Runner:
 
     def _work(self) -> None:
         plan = self.plan
+        if not plan.choice.on_cpu:
+            require_gpu(plan.choice)
         for words in plan.following():  # what is missing is told before hours of training
             if words[1] == "zero-shot" and find_spec("lm_eval") is None:
                 raise UserError(f'{plan.experiment.name} needs lm-eval: pip install "mhmoe-fairseq[lm-eval]"')
@@ -256,6 +258,15 @@ class Runner:
             call(words, self.threads, on_line, output, self.running)
         except UserError as error:
             raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
+
+
+def require_gpu(choice: Choice) -> None:
+    """Checks that there is one: fairseq would train on the CPU without a word."""
+    import torch  # here, because nothing else needs it
+
+    if not torch.cuda.is_available():
+        given = f"--device {choice.device}" if choice.device else f"--scale {choice.scale}"
+        raise UserError(f"{given} needs a CUDA GPU, and PyTorch finds none here (mhmoe doctor): give --device cpu")
 
 
 def _is_prepared(data: Path) -> bool:

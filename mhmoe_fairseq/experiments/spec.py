@@ -38,18 +38,20 @@ class Machine:
 
     Attributes:
         size: last word of the architectures' names.
-        nproc: processes on a machine; more than one are connected by torchrun over ``backend``.
+        nproc: processes on a machine; more than one are connected by torchrun.
+        device: one of :data:`DEVICES`, where the user chooses none.
     """
 
     size: str
     nproc: int
-    backend: str
+    device: str
     flags: str
 
 
+DEVICES = ("cpu", "cuda")
 MACHINES = {
-    "cpu": Machine("tiny", 1, "gloo", "--cpu --clip-norm 1.0"),
-    "paper": Machine("base", 8, "nccl", "--mhmoe-precision bf16"),
+    "cpu": Machine("tiny", 1, "cpu", "--clip-norm 1.0"),
+    "paper": Machine("base", 8, "cuda", "--mhmoe-precision bf16"),
 }
 
 

@@ -1,6 +1,7 @@
 """``mhmoe reproduce`` on toy data, for real: from prepared data to the report, in each of the three domains."""
 
 import itertools
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ from mhmoe_fairseq.models.precision import resolve
 from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
 TOY = ("--updates", "2", "--validations", "1")
+DEVICE = ("--device", os.environ.get("MHMOE_TEST_DEVICE", "cpu"))
 
 
 def reproduce(name: str, data: Path, out: Path, *words: str) -> None:
@@ -174,7 +176,7 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         if experiment.needs:
             monkeypatch.chdir(toys.words.parents[1])
         words += ["--", *SMALL, *SMALL_OF[recipe.family]]
-    assert mhmoe(["reproduce", name, "--out", str(out), *words]) == 0
+    assert mhmoe(["reproduce", name, "--out", str(out), *DEVICE, *words]) == 0
     runs = [out / stage.recipe.name_of(model) / "seed-1" for stage, model in trained(experiment)]
     for run in runs:
         assert {record.split for record in map(read_record, run.glob("record-*.json"))} >= {"valid", "test"}

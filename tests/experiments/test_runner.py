@@ -129,6 +129,8 @@ def test_folders_of_others_are_refused_and_missing_data_is_prepared(commands: Co
     (run / "checkpoint_last.pt").unlink()
     (tmp_path / "data" / "manifest.json").unlink()
     assert reproduce(tmp_path, "table1", "--scale", "paper") == 2
+    assert "--scale paper needs a CUDA GPU, and PyTorch finds none here" in capsys.readouterr().err
+    assert reproduce(tmp_path, "table1", "--scale", "paper", "--device", "cpu") == 2
     assert "holds no prepared data for table1: make them with mhmoe prepare english --dest" in capsys.readouterr().err
     assert reproduce(tmp_path, "table1", "--models", "dense") == 0
     assert commands.called[0][0][:3] == ["mhmoe", "prepare", "english"]
