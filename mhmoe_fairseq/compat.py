@@ -13,8 +13,11 @@ Breakage of the stock package             What happens here
 A distributed resume unpickles the        :func:`checkpoint_globals` names the harmless classes
 checkpoint with ``weights_only=True``     of that payload; ``weights_only`` itself stays on.
 and stops at omegaconf's classes.
-``--bf16`` on fairseq's command line      :func:`refuse_tpu` is called by the task before any data is
-means "train on a TPU", on a GPU too.     read and names ``--mhmoe-precision bf16`` instead.
+``--bf16`` on fairseq's command line      :func:`refuse_tpu` is called before processes are connected and
+means "train on a TPU", on a GPU too.     any data is read, and names ``--mhmoe-precision bf16`` instead.
+``--cpu`` on a machine with a GPU: the    :func:`measure_gradients_where_they_are` puts a function in the
+norm of gradients is on the GPU, and      place of apex's where that is not installed. On a GPU it takes one
+clipping by it an error.                  kernel for many tensors where fairseq takes one for each.
 ``--user-dir mhmoe_fairseq`` (the         :func:`accept_installed_user_dir` adds the spelling that
 installed package, by name) is refused    fairseq builds for it to the package's ``__path__``.
 when the package is already imported.
@@ -84,6 +87,7 @@ def apply() -> None:
     follow_launchers()
     explain_refused_checkpoints()
     copy_integers_into_averages()
+    measure_gradients_where_they_are()
 
 
 @contextlib.contextmanager
@@ -152,6 +156,24 @@ def copy_integers_into_averages() -> None:
         stock(self, SimpleNamespace(state_dict=lambda: firsts), updates)
 
 
+def measure_gradients_where_they_are() -> None:
+    """Let fairseq's clipping take the norm on the gradients' own devices, by the way that it has for apex."""
+    from fairseq import utils
+
+    if not utils.multi_tensor_l2norm_available:
+        utils.multi_tensor_l2norm_available, utils.multi_tensor_total_norm = True, norm_of_all
+
+
+def norm_of_all(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The norm of all gradients together, in float32 on the first one's device."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for gradient in gradients:
+        by_device.setdefault(gradient.device, []).append(gradient)
+    first = gradients[0].device
+    norms = [norm.to(first) for alike in by_device.values() for norm in torch._foreach_norm(alike, dtype=torch.float32)]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
 def explain_refused_checkpoints() -> None:
     """Make the errors of fairseq's loading those of ``data.tensor_files``, and its names those of the model.
 
@@ -191,6 +213,7 @@ def follow_launchers() -> None:
 
     @replaces(utils, "infer_init_method")
     def infer(stock: Any, config: Any, force_distributed: bool = False) -> None:
+        refuse_tpu(config.tpu)
         read_torchrun(config)
         read_slurm(config)
         stock(config, force_distributed)

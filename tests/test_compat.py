@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils, options
+from fairseq import utils as fairseq_utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed import utils as distributed_utils
 from launch_probe import places_found
 from workers import Workers
 
@@ -180,6 +183,25 @@ def test_applying_twice_changes_nothing() -> None:
     assert after[1] >= set(compat.checkpoint_globals())
 
 
+def test_gradients_on_the_cpu_are_clipped_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.zeros(size, dtype=dtype)) for size, dtype in
+               ((3, torch.float32), (70, torch.float32), (9, torch.bfloat16))]  # fmt: skip
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    by_fairseq = torch.norm(torch.stack([torch.norm(weight.grad, p=2, dtype=torch.float32) for weight in weights]))
+    before = [weight.grad.clone() for weight in weights]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("meta"))  # any but the gradients'
+    assert fairseq_utils.clip_grad_norm_(weights, 1.0).equal(by_fairseq)  # to the last digit
+    for weight, gradient in zip(weights, before):
+        torch.testing.assert_close(weight.grad, gradient * (1 / by_fairseq).to(gradient.dtype))
+    monkeypatch.setattr(fairseq_utils, "multi_tensor_l2norm_available", False)
+    assert (
+        fairseq_utils.clip_grad_norm_(weights, 1.0).device.type == "meta"
+    )  # stock: of no use to these
+
+
 def training_arguments(*flags: str) -> Namespace:
     """What stock fairseq makes of its own flags, for a model and a task of its own."""
     command_line = ["data", "--arch", "transformer_lm", "--task", "language_modeling", *flags]
@@ -195,6 +217,9 @@ def test_refuse_tpu_lets_other_devices_through() -> None:
     compat.refuse_tpu(False)
     with pytest.raises(ValueError, match="--bf16"):
         compat.refuse_tpu(True)
+    config = convert_namespace_to_omegaconf(training_arguments("--bf16")).distributed_training
+    with pytest.raises(ValueError, match="--bf16"):  # before torch_xla is looked for
+        distributed_utils.infer_init_method(config)
 
 
 TORCHRUN = {"MASTER_ADDR": "node0", "MASTER_PORT": "29400", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
