@@ -26,6 +26,7 @@ from mhmoe_fairseq.data.domains import write_domains
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
 from mhmoe_fairseq.experiments.kept import kept_runs
+from mhmoe_fairseq.experiments.language_models import MULTILINGUAL
 from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.experiments.spec import Experiment, Stage, parse_flags
 from mhmoe_fairseq.models.precision import resolve
@@ -83,7 +84,7 @@ class Toys:
 
     @cached_property
     def multilingual_language_modeling(self) -> Path:
-        text, data = self.root / "text", self.root / "languages"
+        text, data = self.root / "text", self.root / MULTILINGUAL.data  # where fine-tuning looks for its start's
         text.mkdir()
         for language in LANGUAGES:
             numbers = itertools.count(1)  # so that no line is there twice
@@ -149,6 +150,11 @@ SHOWN = {"table4": ["CIDEr", "neither VQAv2 nor NLVR2"], "table3": ["40.1"], "ta
 @pytest.mark.parametrize("name", [name for name, of in EXPERIMENTS.items() if not of.parts])
 def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment = EXPERIMENTS[name]
+    if any("--vllm" in command for command in experiment.after):
+        if "MHMOE_VLLM" not in os.environ:
+            pytest.skip("make test-vllm runs this")
+        experiment = replace(experiment, after=tuple(_with_vllm(command) for command in experiment.after))
+        monkeypatch.setitem(EXPERIMENTS, name, experiment)
     if any("zero-shot" in command for command in experiment.after) and find_spec("lm_eval") is None:
         experiment = replace(  # trained all the same; the rest needs lm-eval (extra lm-eval)
             experiment,
@@ -165,6 +171,7 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
             run_console(*words, cwd=toys.root)
 
     monkeypatch.setattr(runner, "call", call)
+    monkeypatch.chdir(toys.root)
     out, words = toys.root / experiment.folder, ["--seeds", "1"]
     if experiment.stages:
         recipe = experiment.stages[0].recipe
@@ -174,7 +181,7 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         words += ["--validations", "2"]  # two checkpoints for the figures over a training
         words += ["--xnli", str(toys.xnli)] if any("{xnli}" in command for command in experiment.after) else []
         if experiment.needs:
-            monkeypatch.chdir(toys.words.parents[1])
+            assert toys.words.is_dir()
         words += ["--", *SMALL, *SMALL_OF[recipe.family]]
     assert mhmoe(["reproduce", name, "--out", str(out), *DEVICE, *words]) == 0
     runs = [out / stage.recipe.name_of(model) / "seed-1" for stage, model in trained(experiment)]
@@ -190,6 +197,12 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         paper = report.split("## ")[-1]
         assert all(word in report for word in SHOWN.get(name, ()))
         assert all(f"| {model}, ours" in paper for model in experiment.models if model in experiment.paper.values)
+
+
+def _with_vllm(command: str) -> str:
+    """The command with this machine's vLLM in place of the repository's."""
+    before, _, after = command.partition("--vllm ")
+    return f"{before}--vllm {os.environ['MHMOE_VLLM']} {after.partition(' ')[2]}"
 
 
 def trained(experiment: Experiment) -> Iterator[tuple[Stage, str]]:
