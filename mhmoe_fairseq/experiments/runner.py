@@ -3,14 +3,16 @@
 import concurrent.futures
 import itertools
 import os
+import queue
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -45,18 +47,21 @@ _CONSEQUENCES = ("ChildFailedError", "by peer")
 
 def call(
     words: list[str],
-    threads: int | None,
+    variables: Mapping[str, str],
     on_line: Callable[[str], None],
     output: Path | None = None,
     running: list[subprocess.Popen[str]] | None = None,
 ) -> None:
-    """Runs a command, added to ``running``; its lines go to ``on_line`` and ``output``. ``UserError`` if it fails."""
-    env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    """Runs a command with further variables of the environment; its lines go to ``on_line`` and ``output``.
+
+    It is added to ``running``; ``UserError`` if it fails.
+    """
     command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
     lines: deque[str] = deque(maxlen=200)
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, text=True, errors="replace"
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        env={**os.environ, **variables},
+    )  # fmt: skip
     if running is not None:
         running.append(process)
     with process, open(output or os.devnull, "a", encoding="utf-8") as kept:
@@ -111,6 +116,7 @@ class Runner:
     Attributes:
         jobs: runs at the same time.
         threads: of every run; None: as many as the environment says.
+        gpus: those that jobs share, each job having one.
         say: takes a line for the user.
     """
 
@@ -118,7 +124,9 @@ class Runner:
     say: Callable[[str], None]
     jobs: int = 1
     threads: int | None = None
+    gpus: list[str] = field(default_factory=list)
     running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _own: threading.local = field(default_factory=threading.local)  # a job's GPU
 
     def work(self) -> None:
         """Prepares, searches, trains, evaluates, follows up, reports; before a ``UserError`` what runs is let end.
@@ -131,14 +139,14 @@ class Runner:
     def _work(self) -> None:
         plan = self.plan
         if not plan.choice.on_cpu:
-            require_gpu(plan.choice)
+            self.gpus = find_gpus(plan.choice)
         for words in plan.following():  # what is missing is told before hours of training
             if words[1] == "zero-shot" and find_spec("lm_eval") is None:
                 raise UserError(f'{plan.experiment.name} needs lm-eval: pip install "mhmoe-fairseq[lm-eval]"')
         for folder, words in plan.preparations():
             if words and not _is_prepared(folder):
                 self._tell(f"{folder}: no data yet: {shlex.join(words)}")
-                call(words, self.threads, lambda line: self.say(f"    {line}"))
+                call(words, self._variables(), lambda line: self.say(f"    {line}"))
             elif not _is_prepared(folder):
                 raise UserError(missing_data(plan, folder))
         require_domains(plan.runs())
@@ -155,7 +163,7 @@ class Runner:
             if "--no-plots" in words:
                 self._tell("no plots: matplotlib is not installed (extra plots)")
             self.say(shlex.join(words))
-            call(words, self.threads, self.say)
+            call(words, self._variables(), self.say)
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
@@ -194,7 +202,10 @@ class Runner:
         todo = [run for run in runs if states[run.name] != "finished"]
         if self.jobs > 1:  # the last model of a table is the largest: it starts first
             todo.reverse()
-        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+        free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for gpu in itertools.islice(itertools.cycle(self.gpus), self.jobs):
+            free.put(gpu)
+        with concurrent.futures.ThreadPoolExecutor(self.jobs, initializer=self._take_gpu, initargs=(free,)) as pool:
             waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in todo]
             try:
                 concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
@@ -208,6 +219,17 @@ class Runner:
         errors = [str(error) for job in waiting if not job.cancelled() and (error := job.exception())]
         if errors:
             raise UserError("; ".join(errors))
+
+    def _take_gpu(self, free: "queue.SimpleQueue[str]") -> None:
+        """Gives the thread of a job a GPU of its own; one job has them all."""
+        if self.gpus and self.jobs > 1:
+            self._own.gpu = free.get()
+
+    def _variables(self) -> dict[str, str]:
+        """Those of what this thread calls."""
+        gpu = getattr(self._own, "gpu", None)
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        return threads if gpu is None else {**threads, "CUDA_VISIBLE_DEVICES": gpu}
 
     def _finish_one(self, run: Run, state: str, progress: Progress) -> None:
         if state not in ("trained", "finished"):
@@ -255,18 +277,23 @@ class Runner:
 
     def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
         try:
-            call(words, self.threads, on_line, output, self.running)
+            call(words, self._variables(), on_line, output, self.running)
         except UserError as error:
             raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
 
 
-def require_gpu(choice: Choice) -> None:
-    """Checks that there is one: fairseq would train on the CPU without a word."""
+def find_gpus(choice: Choice) -> list[str]:
+    """Returns the GPUs' names for ``CUDA_VISIBLE_DEVICES``; ``UserError`` if there is none.
+
+    fairseq would train on the CPU then, without a word.
+    """
     import torch  # here, because nothing else needs it
 
     if not torch.cuda.is_available():
         given = f"--device {choice.device}" if choice.device else f"--scale {choice.scale}"
         raise UserError(f"{given} needs a CUDA GPU, and PyTorch finds none here (mhmoe doctor): give --device cpu")
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return chosen.split(",") if chosen else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def _is_prepared(data: Path) -> bool:

@@ -164,7 +164,7 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         )
         monkeypatch.setitem(EXPERIMENTS, name, experiment)
 
-    def call(words, threads, on_line, output=None, running=None) -> None:
+    def call(words, variables, on_line, output=None, running=None) -> None:
         if words[0] == "mhmoe":
             assert mhmoe(words[1:]) == 0
         else:

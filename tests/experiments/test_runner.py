@@ -1,9 +1,11 @@
 """The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from command_stand_ins import Commands, after, reproduce
 from zero_shot_questions import write_tasks_folder
 
@@ -11,7 +13,8 @@ from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, runner
-from mhmoe_fairseq.experiments.runner import Progress, call, last_error
+from mhmoe_fairseq.experiments.run import Choice
+from mhmoe_fairseq.experiments.runner import Progress, call, find_gpus, last_error
 
 
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
@@ -105,6 +108,32 @@ def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
     assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3", "xmoe": "5e-3"}
 
 
+def test_jobs_share_the_gpus_by_turns(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    begun = threading.Barrier(3)  # all jobs are there before one goes on
+    call = runner.call
+
+    def together(words, *more, **named):
+        if words[0] == "fairseq-train":
+            begun.wait(60)
+        call(words, *more, **named)
+
+    monkeypatch.setattr(runner, "call", together)
+    words = ("table1", "--models", "dense", "xmoe", "mhmoe-params", "--device", "cuda", "--lrs", "1e-3", "--seeds", "1")
+    assert reproduce(tmp_path, *words, "--jobs", "3") == 0
+    given = [
+        variables.get("CUDA_VISIBLE_DEVICES") for words, variables in commands.called if words[0] == "fairseq-train"
+    ]
+    assert sorted(given) == ["0", "0", "1"]
+    assert {variables.get("CUDA_VISIBLE_DEVICES") for words, variables in commands.called if words[1] == "report"} == {
+        None
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert find_gpus(Choice(device="cuda")) == ["5", "7"]
+
+
 def test_runs_at_the_same_time_have_one_thread_each_and_a_failure_is_named(
     commands: Commands, tmp_path: Path, capsys
 ) -> None:
@@ -112,7 +141,7 @@ def test_runs_at_the_same_time_have_one_thread_each_and_a_failure_is_named(
     assert reproduce(tmp_path, "table1", "--models", "dense", "xmoe", "--jobs", "2") == 2
     error = capsys.readouterr().err
     assert error.startswith("mhmoe reproduce: error: training of xmoe/seed-1 failed: RuntimeError: broken (see ")
-    assert {threads for _, threads in commands.called} == {1}
+    assert all(variables == {"OMP_NUM_THREADS": "1"} for _, variables in commands.called)
     commands.broken = None
     assert reproduce(tmp_path, "table1", "--jobs", "2") == 0
     capsys.readouterr()
@@ -171,11 +200,11 @@ def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> No
 def test_a_command_that_fails_tells_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(runner._MODULES, "mhmoe", "this")
     said: list[str] = []
-    call(["mhmoe"], 3, said.append, tmp_path / "output")
+    call(["mhmoe"], {"OMP_NUM_THREADS": "3"}, said.append, tmp_path / "output")
     assert any("Zen" in line for line in said) and "Zen" in (tmp_path / "output").read_text()
     monkeypatch.setitem(runner._MODULES, "mhmoe", "no_such_module")
     with pytest.raises(UserError, match="No module named no_such_module"):
-        call(["mhmoe"], None, said.append)
+        call(["mhmoe"], {}, said.append)
     lines = [
         "[rank1]: ValueError: a bad flag",
         "RuntimeError: Connection closed by peer",

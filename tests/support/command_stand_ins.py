@@ -28,8 +28,8 @@ class Commands:
         self.folder, self.called, self.broken = folder, [], None
         self.perplexities: dict[str, float] = {}
 
-    def __call__(self, words, threads, on_line, output=None, running=None) -> None:
-        self.called.append((words, threads))
+    def __call__(self, words, variables, on_line, output=None, running=None) -> None:
+        self.called.append((words, variables))
         if self.broken is not None and any(self.broken in word for word in words):
             raise UserError("RuntimeError: broken")
         if words[0] == "fairseq-train":
