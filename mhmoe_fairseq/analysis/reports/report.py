@@ -153,6 +153,7 @@ def _notes(models: Sequence[Model], split: str) -> str:
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
         f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
         *_precision_notes(models),
+        *_device_notes(models),
         *_spent(models),
         *(note for what, note in _NOTES.items() if any(record.what == what for record in records)),
         *dict.fromkeys(f"{name} is absent: {why}." for record in records for name, why in record.absent.items()),
@@ -174,13 +175,25 @@ def _precision_notes(models: Sequence[Model]) -> Iterator[str]:
     """What the models were trained in, and whether the machine or a person chose it."""
     found = tables.precisions(models)
     if found:
-        each = ", ".join(f"{name} {precision}" for name, precision in found.items())
-        told = f"all models {next(iter(found.values()))}" if len(set(found.values())) == 1 else each
+        told = _of_each(found)
         by_rule = any("--mhmoe-precision auto" in line for model in models for line in _command(model))
         yield f"trained in: {told}" + (
             ", as --mhmoe-precision auto chose: bf16 where the machine of the training multiplies it itself, else fp32."
             if by_rule else "."
         )  # fmt: skip
+
+
+def _device_notes(models: Sequence[Model]) -> Iterator[str]:
+    """What the models were evaluated on, unless that is a CPU for all."""
+    found = tables.devices(models)
+    if set(found.values()) - {"cpu"}:
+        yield f"evaluated on: {_of_each(found)}."
+
+
+def _of_each(found: Mapping[str, str]) -> str:
+    """The value of each model, or the one of all."""
+    values = set(found.values())
+    return f"all models {values.pop()}" if len(values) == 1 else ", ".join(" ".join(of) for of in found.items())
 
 
 def _spent(models: Sequence[Model]) -> Iterator[str]:

@@ -324,6 +324,12 @@ def precisions(models: Iterable[Model]) -> dict[str, str]:
     return found
 
 
+def devices(models: Iterable[Model]) -> dict[str, str]:
+    """Model -> what its records were measured on: ``cpu``, ``cuda``."""
+    found = {model.name: [record.provenance.get("device") for _, record in all_records([model])] for model in models}
+    return {name: same(of.partition(":")[0] for of in told if of) for name, told in found.items() if any(told)}
+
+
 def _setting(run: Run, section: str, name: str) -> str:
     value = (run.records[0].model.get("settings", {}).get(section) or {}).get(name)
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

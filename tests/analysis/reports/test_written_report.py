@@ -125,6 +125,25 @@ def test_a_report_says_what_was_computed_in(tmp_path: Path, trained: dict, comma
     assert [line[: len(expected)] for line, expected in zip(lines, told)] == told and len(lines) == len(told)
 
 
+@pytest.mark.parametrize(
+    "devices, told",
+    [
+        ({}, []),
+        ({"dense": "cpu", "mhmoe": "cpu"}, []),
+        ({"dense": "cpu", "mhmoe": "cuda:1"}, ["- evaluated on: dense cpu, mhmoe cuda."]),
+        ({"dense": "cuda:0", "mhmoe": "cuda:1"}, ["- evaluated on: all models cuda."]),
+    ],
+)
+def test_a_report_says_which_models_a_gpu_evaluated(tmp_path: Path, devices: dict, told: list[str]) -> None:
+    for name in ("dense", "mhmoe"):
+        record = make_record(text_metrics(20.0))
+        record.provenance.pop("device", None)
+        record.provenance.update({"device": devices[name]} if name in devices else {})
+        write_run(tmp_path / name, record)
+    text = report(tmp_path, tmp_path / "report.md", plots=False)
+    assert [line for line in text.splitlines() if line.startswith("- evaluated on: ")] == told
+
+
 def seeds(folder: Path, model: str, metrics: dict[int, dict[str, Metric]], **fields: object) -> None:
     for seed, measured in metrics.items():
         write_run(folder / model / f"seed-{seed}", make_record(measured, model=model, **fields))
