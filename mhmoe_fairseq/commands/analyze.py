@@ -158,7 +158,7 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
         files = [file]
         if not args.no_plots:
             model = checkpoint.resolve().parent.name
-            activation = activation_plot(file.stem, {model: record.experts}, threshold)
+            activation = activation_plot(file.stem, {model: record.expert_loads}, threshold)
             plots = draw_all(out, [activation, *part_plots(file.stem, model, record)])
             files += [path for _, path in plots]
     say(describe_routing(record, threshold))

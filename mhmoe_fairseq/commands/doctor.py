@@ -4,6 +4,7 @@ It names no path, user or host, and goes on where torch or fairseq cannot be imp
 """
 
 import argparse
+import functools
 import importlib
 import json
 import os
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> dict[str, Facts]:
     """Returns facts by name, by section; what cannot be found out says why not."""
-    imports = {name: _attempt(lambda name=name: _imported(name)) for name in ("torch", "fairseq", "torchscale")}
+    imports = {name: _attempt(functools.partial(_imported, name)) for name in ("torch", "fairseq", "torchscale")}
     imports["our models"] = _attempt(lambda: _imported("mhmoe_fairseq.models"))
     installed = versions(PACKAGES)
     ours = f"{__version__}, " + (f"commit {found}" if (found := commit()) else "not from a checkout")

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fit_arguments(fit: argparse.ArgumentParser) -> None:
-    kmeans, vqvae = (settings() for settings in KINDS.values())
+    kmeans, vqvae = KMeansSettings(), VQVAESettings()
     fit.add_argument("data", type=existing_folder, metavar="DATA", help="folder of mhmoe prepare image-text")
     fit.add_argument("--kind", choices=tuple(KINDS), default="patch-kmeans", help="what is fitted")
     fit.add_argument("--output", type=output_file, metavar="FILE", help=f"(default: {TOKENIZER_FILE} in DATA)")

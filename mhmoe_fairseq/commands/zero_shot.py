@@ -323,7 +323,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
     from ..data.xnli import read_xnli
     from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any file is read)
     from ..evaluation.xnli import evaluate_xnli, write_tasks
-    from ..experiments import EXPERIMENTS
+    from ..experiments.language_models import TABLE_3
 
     codes = None if args.langs is None else parse_languages(args.langs)
     name_models(args.checkpoint)
@@ -349,7 +349,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
         return dataclasses.replace(record, data=data), model.hub
 
     records = _record_each(args, digest, evaluate)
-    say(describe_xnli(records, args.split, args.limit, EXPERIMENTS["table3"].paper))
+    say(describe_xnli(records, args.split, args.limit, TABLE_3))
     return 0
 
 

@@ -184,6 +184,12 @@ class Record:
         """The first metric of the whole split, which comparisons are about."""
         return next(iter(self.metrics.values()))
 
+    @property
+    def expert_loads(self) -> ExpertLoads:
+        """``experts`` of a record that is known to have them."""
+        assert self.experts is not None, "a record with expert loads"
+        return self.experts
+
     def values(self, metric: str) -> dict[str, float]:
         """One metric's value by part, where it was measured."""
         return {part: metrics[metric].value for part, metrics in self.parts.items() if metric in metrics}

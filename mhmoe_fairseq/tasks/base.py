@@ -51,7 +51,7 @@ class ImageTextTaskConfig(TrainingFlags):
 class ImageTextTask(ParallelTask, LegacyFairseqTask):
     """Base of the tasks on images and text.
 
-    A task of one's own sets ``num_visual_tokens`` if it predicts them, and ``head_name`` if it has a head of its own,
+    A task of one's own gives ``num_visual_tokens`` if it predicts them, and ``head_name`` if it has a head of its own,
     which ``build_head(embed_dim)`` makes for a model of that width.
 
     Attributes:
@@ -65,7 +65,6 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         UserError: naming the flag or file, its value and the rule; or if the folder was prepared for another task.
     """
 
-    num_visual_tokens = 0
     head_name = ""
     build_head: Callable[[int], nn.Module]
 
@@ -82,6 +81,11 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         self.grid = self.dataset_settings("train").grid
 
     source_dictionary = target_dictionary = property(lambda self: self.dictionary)  # fairseq's names
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Codes of patches that the model predicts."""
+        return 0
 
     def dataset_settings(self, split: str) -> DatasetSettings:
         """Return what the data sets of a split are read by: ``train`` has other orders, crops and masks in every epoch.
@@ -117,7 +121,7 @@ class ImageTextTask(ParallelTask, LegacyFairseqTask):
         return model
 
 
-def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
+def check_starting_checkpoint(model: BaseFairseqModel, args: Any) -> None:
     """Compare the files of ``--finetune-from-model`` and ``--restore-file``, if there are any, with the model.
 
     They must have its dictionary and all of its parameters but new heads, and no other; a ``UserError`` names the first
@@ -130,7 +134,7 @@ def check_starting_checkpoint(model: nn.Module, args: Any) -> None:
                 raise UserError(f"{name}: {difference}")
 
 
-def check_resumed_sizes(model: nn.Module, args: Any) -> None:
+def check_resumed_sizes(model: BaseFairseqModel, args: Any) -> None:
     """Refuse, with a ``UserError``, to resume a run with its optimizer and position tables of other sizes.
 
     fairseq would load the resized tables beside moments of the old shape, and the first update would fail.
@@ -156,7 +160,7 @@ def resumed_checkpoint(args: Any) -> Path | None:
     return path if path.is_file() else None
 
 
-def _differences(model: nn.Module, state: Mapping[str, Tensor], data: str) -> Iterator[str]:
+def _differences(model: BaseFairseqModel, state: Mapping[str, Tensor], data: str) -> Iterator[str]:
     """What is to be mended before a checkpoint's ``state`` can be loaded, the most telling first."""
     buffers = dict(model.named_buffers())
     for name, fingerprint in buffers.items():

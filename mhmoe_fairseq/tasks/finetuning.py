@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..common.files import read_json
-from ..data.datasets.base import ImageTextDataset
-from ..data.datasets.labelled import ImagePairs, LabelledImages, RetrievalDataset, VQADataset
+from ..data.datasets.labelled import ImagePairs, IndexedDataset, LabelledImages, RetrievalDataset, VQADataset
 from ..data.identity import read_manifest
 from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransform
 from ..data.multimodal.index import ANSWERS_FILE, NAMES, Index, read_answers, read_index
@@ -101,9 +100,10 @@ class NamesClasses(FairseqTask):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compare the checkpoint's classes with the data's: a ``UserError`` says how they differ."""
-        saved = state_dict.get("classes", self.classes)
-        if saved != self.classes:
-            names, others = _listed(self.classes or []), _listed(saved)
+        own = self.classes or []
+        saved = state_dict.get("classes", own)
+        if saved != own:
+            names, others = _listed(own), _listed(saved)
             raise UserError(
                 f"{self.classes_source} has the classes {names}; the checkpoint's are {others}, in this order"
             )
@@ -153,7 +153,7 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
     head_type: type[nn.Module]
     index_task = ""
     index_name: str | None = None
-    dataset_type: type[ImageTextDataset]
+    dataset_type: type[IndexedDataset]
     may_be_derived = False
 
     @property
@@ -174,7 +174,7 @@ class HeadTask(NamesClasses, ImageTextFineTuning):
         """Return the rows of a split; an error names the file that is missing or broken, and its line."""
         return read_index(self.folder, self.index_task, split, self.index_name, vocabulary_size=len(self.dictionary))
 
-    def read_split(self, split: str) -> ImageTextDataset:
+    def read_split(self, split: str) -> IndexedDataset:
         """Return the samples of a split: whether they have labels is theirs to tell, with ``has_targets``."""
         settings, transform = self.dataset_settings(split), self.build_transform(split)
         return self.dataset_type(self.read_index(split), settings, transform, *self._sizes)

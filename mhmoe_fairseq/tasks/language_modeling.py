@@ -96,9 +96,10 @@ class MHMoELanguageModelingTask(ParallelTask, LanguageModelingTask):
 
     def expert_of_domain(self, name: str) -> int:
         """Return the number of a domain's expert; a ``UserError`` if the model has none."""
-        if name not in (self.domains or ()):
-            raise UserError(f"the model has no expert for domain {name}, only for {', '.join(self.domains or ())}")
-        return self.domains.index(name)
+        domains = self.domains or []
+        if name not in domains:
+            raise UserError(f"the model has no expert for domain {name}, only for {', '.join(domains)}")
+        return domains.index(name)
 
     def parts_of(self, split: str) -> dict[str, str]:
         """Return the domains of a split, each with the name of its own split; empty where it has none."""

@@ -68,6 +68,8 @@ class SentenceClassificationTask(NamesClasses, ParallelTask, LegacyFairseqTask):
     ``--finetune-from-model`` starts from a language model's checkpoint, to which the head is new.
     """
 
+    classes: list[str]
+
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         name, folder = args.classification_head_name, Path(args.data)

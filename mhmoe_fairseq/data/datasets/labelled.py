@@ -32,6 +32,7 @@ class IndexedDataset(ImageTextDataset):
         UserError: naming the line of such a class.
     """
 
+    index: Index
     labels: ClassVar[tuple[str, str]]
     has_targets = True
 
