@@ -11,7 +11,8 @@ from fairseq import utils
 from fairseq.criterions import FairseqCriterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.logging import metrics
-from torch import Tensor, nn
+from fairseq.models import BaseFairseqModel
+from torch import Tensor
 
 from ..common.ranges import check_flags
 from ..moe import RoutingStats
@@ -29,7 +30,7 @@ class GateLossConfig(FairseqDataclass):
     """The flags of the auxiliary losses."""
 
     moe_gate_loss_wt: float = field(default=0.01, metadata={"help": "weight of the MoE layers' balance loss"})
-    moe_gate_loss_combine_method: COMBINE_CHOICES = field(
+    moe_gate_loss_combine_method: COMBINE_CHOICES = field(  # type: ignore[valid-type]
         default="average", metadata={"help": "combine the MoE layers' balance losses, and z-losses, by sum or average"}
     )
     mhmoe_z_loss_wt: float = field(
@@ -68,14 +69,14 @@ class MoECriterion(FairseqCriterion):
         """True: everything logged is additive, vectors included."""
         return True
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Return the rows' losses in nats, sums to log, and the ``extra`` of each of the model's calls.
 
         The sums may give ``nsentences`` and ``sample_size``, which are the number of rows by default.
         """
         raise NotImplementedError
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
+    def forward(self, model: BaseFairseqModel, sample: dict[str, Any], reduce: bool = True) -> Outcome:
         """Return the loss of one batch, in nats and summed, what it is later divided by, and what to log.
 
         Args:
@@ -96,7 +97,11 @@ class MoECriterion(FairseqCriterion):
         return loss if reduce else losses, log["sample_size"], {**log, **gate_log}
 
     def add_gate_losses(
-        self, loss: Tensor, calls: list[dict[str, Any]], sample_size: float, counted: list[bool] | None = None
+        self,
+        loss: Tensor,
+        calls: list[dict[str, Any]],
+        sample_size: float | Tensor,
+        counted: list[bool] | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Add the auxiliary losses of one batch, the mean of those of the model's calls.
 

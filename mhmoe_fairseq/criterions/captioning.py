@@ -6,7 +6,8 @@ from typing import Any
 
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
-from torch import Tensor, nn
+from fairseq.models import BaseFairseqModel
+from torch import Tensor
 
 from .base import GateLossConfig, Losses, MoECriterion
 
@@ -43,7 +44,7 @@ class CaptioningCriterion(MoECriterion):
     nll = "nll_loss"
     percentages = {"accuracy": ("ncorrect", "ntokens"), "cider": ("cider_sum", "captions")}
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Return the divergences of the tokens that count, and sums over all masked ones.
 
         Args:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
+from fairseq.models import BaseFairseqModel
 from omegaconf import II
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..parallel import gather_rows
 from .base import GateLossConfig, Losses, MoECriterion
@@ -22,11 +23,11 @@ class ClassificationCriterion(MoECriterion):
     percentages = {"accuracy": ("ncorrect", "sample_size")}
     targets = "targets"
 
-    def logits(self, model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def logits(self, model: BaseFairseqModel, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """``(B, classes)`` logits and the model's ``extra``."""
         return model(**sample["net_input"], head=self.task.head_name)
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Cross entropies, right answers, and the ``extra`` of the model's call."""
         logits, extra = self.logits(model, sample)
         target = sample[self.targets]
@@ -73,7 +74,7 @@ class SentenceClassificationCriterion(ClassificationCriterion):
 
     targets = "target"
 
-    def logits(self, model: nn.Module, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def logits(self, model: BaseFairseqModel, sample: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """``(B, classes)`` logits and the decoder's ``extra``."""
         return model(**sample["net_input"], classification_head_name=self.cfg.classification_head_name)
 
@@ -89,7 +90,7 @@ class VQACriterion(ClassificationCriterion):
 
     percentages = {"vqa_score": ("score", "sample_size")}
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Cross entropies, the scores of the most probable answers, and the ``extra`` of the model's call."""
         logits, extra = self.logits(model, sample)
         scores = sample["targets"].float()
@@ -121,7 +122,7 @@ class RetrievalCriterion(MoECriterion):
 
     percentages = {f"{kind}_accuracy": (f"{kind}_correct", "sample_size") for kind in ("image", "text")}
 
-    def embed(self, model: nn.Module, sample: dict[str, Any]) -> Embeddings:
+    def embed(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Embeddings:
         """Return the embeddings of a batch, those of all ranks on every rank; all ranks must call it together.
 
         Args:
@@ -134,8 +135,9 @@ class RetrievalCriterion(MoECriterion):
         texts, text_extra = model(text_tokens=sample["net_input"]["text_tokens"], head=head)
         rows = torch.stack([images, texts], dim=1)[_counted(sample)]
         everyone, start = gather_rows(rows)
+        images, texts = everyone.unbind(1)
         scale = model.heads[head].logit_scale.float().exp()
-        return Embeddings(*everyone.unbind(1), slice(start, start + len(rows)), scale, [image_extra, text_extra])
+        return Embeddings(images, texts, slice(start, start + len(rows)), scale, [image_extra, text_extra])
 
     def compare(self, found: Embeddings) -> Losses:
         """Return the loss of each of this rank's rows, right answers, and the ``extra`` of the model's calls."""
@@ -143,14 +145,14 @@ class RetrievalCriterion(MoECriterion):
         to_texts = found.scale * images[found.own] @ texts.T
         to_images = found.scale * texts[found.own] @ images.T
         own = torch.arange(found.own.start, found.own.stop, device=images.device)
-        losses = sum(F.cross_entropy(logits, own, reduction="none") for logits in (to_texts, to_images)) / 2
+        by_text, by_image = (F.cross_entropy(logits, own, reduction="none") for logits in (to_texts, to_images))
         sums = {
             "image_correct": to_texts.argmax(dim=1).eq(own).sum(),
             "text_correct": to_images.argmax(dim=1).eq(own).sum(),
         }
-        return losses, sums, found.extras
+        return (by_text + by_image) / 2, sums, found.extras
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Return what ``compare`` does for a batch."""
         return self.compare(self.embed(model, sample))
 
@@ -161,7 +163,8 @@ class RetrievalCriterion(MoECriterion):
             ``(rows,)`` numbers of the texts in their data set and of the image of each; ``(rows, D)`` images and texts.
         """
         ids, _ = gather_rows(torch.stack([sample["id"], sample["image_ids"]], dim=1)[_counted(sample)])
-        return *ids.unbind(1), found.images.detach(), found.texts.detach()
+        text_ids, image_ids = ids.unbind(1)
+        return text_ids, image_ids, found.images.detach(), found.texts.detach()
 
 
 def _counted(sample: dict[str, Any]) -> slice:

@@ -8,7 +8,8 @@ import torch
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 from fairseq.logging import metrics
-from torch import Tensor, nn
+from fairseq.models import BaseFairseqModel
+from torch import Tensor
 
 from ..moe.layer import taken_for_padding
 from .base import GateLossConfig, MoECriterion, Outcome, log_bits, log_layers, log_perplexity, total
@@ -36,7 +37,7 @@ class MaskedPart(NamedTuple):
 class MaskedMultimodalConfig(GateLossConfig):
     """Flags of the criterion."""
 
-    masked_loss_average: AVERAGE_CHOICES = field(
+    masked_loss_average: AVERAGE_CHOICES = field(  # type: ignore[valid-type]
         default="part",
         metadata={
             "help": "part: mean of the four mean losses, of patches of images, words of texts, patches of pairs and "
@@ -66,7 +67,7 @@ class MaskedMultimodalCriterion(MoECriterion):
     All come from sums over the whole set, so that a validation's do not depend on its batches.
     """
 
-    def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> Outcome:
+    def forward(self, model: BaseFairseqModel, sample: dict[str, Any], reduce: bool = True) -> Outcome:
         """Return the loss of one batch, in nats, the number that it is later divided by, and what to log.
 
         Args:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch.nn.functional as F
 from fairseq.criterions import register_criterion
+from fairseq.models import BaseFairseqModel
 from omegaconf import II
-from torch import nn
 
 from .base import GateLossConfig, Losses, MoECriterion
 
@@ -28,7 +28,7 @@ class MoECrossEntropyCriterion(MoECriterion):
 
     nll = "loss"
 
-    def losses(self, model: nn.Module, sample: dict[str, Any]) -> Losses:
+    def losses(self, model: BaseFairseqModel, sample: dict[str, Any]) -> Losses:
         """Cross entropy of every target, 0 where padded; the loss is divided by their number or the sentences'."""
         target = model.get_targets(sample, None)
         if getattr(model, "takes_targets", False):

@@ -76,7 +76,7 @@ class ResumableEpochBatchIterator(EpochBatchIterator):
         again, none is left out. States of stock fairseq, which do not tell their number of ranks, count as this one's.
         """
         seen_by_each = state_dict.get("iterations_in_epoch", 0)
-        saved_shards = state_dict.get("num_shards", self.num_shards)
+        saved_shards = state_dict.get("num_shards") or self.num_shards
         if saved_shards != self.num_shards and seen_by_each > 0:
             seen = seen_by_each * saved_shards
             state_dict = {**state_dict, "iterations_in_epoch": seen // self.num_shards}

@@ -76,7 +76,9 @@ class ExpertState:
         # Every bank makes one, though only the first's is used: torch names a group that its members make alone by the
         # number of groups that they have, which must be one number on all ranks.
         ranks = dist.get_process_group_ranks(groups.experts)
-        self._cpu_group = dist.new_group(ranks, GATHER_TIMEOUT, "gloo", use_local_synchronization=True)
+        cpu_group = dist.new_group(ranks, GATHER_TIMEOUT, "gloo", use_local_synchronization=True)
+        assert isinstance(cpu_group, dist.ProcessGroup), "this process is a member"
+        self._cpu_group = cpu_group
         optimizer.consolidate_state_dict = self.gather  # type: ignore[attr-defined]
         optimizer.register_state_dict_post_hook(self._put_whole)
         optimizer.register_load_state_dict_pre_hook(self._take_part)

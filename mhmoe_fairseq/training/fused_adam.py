@@ -26,6 +26,7 @@ class FusedAdam(Adam):
     The rest (sparse gradients, other dtypes and devices, strides) takes fairseq's own step.
     """
 
+    param_groups: list[dict[str, Any]]
     factor: float | Tensor = 1.0  # what gradients are still to be multiplied by: the kernel does it on the way
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fairseq.logging import metrics, progress_bar
+from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from ..common.arguments import output_file
@@ -44,7 +45,7 @@ class LoadLog:
         UserError: for a name that ends in neither .jsonl nor .csv, or a file of something else.
     """
 
-    def __init__(self, model: nn.Module, flags: TrainingFlags) -> None:
+    def __init__(self, model: BaseFairseqModel, flags: TrainingFlags) -> None:
         self._rows: list[Row] = []
         if not flags.mhmoe_load_log:
             return
@@ -63,11 +64,11 @@ class LoadLog:
         self._sums = torch.zeros(len(self._rows), config.subtokens_per_token, config.total_experts, dtype=torch.float64)
 
     def _listen(self, index: int, experts: nn.Module) -> None:
-        pools = [module for module in experts.modules() if isinstance(module, MHMoELayer)]
+        pools: list[nn.Module] = [module for module in experts.modules() if isinstance(module, MHMoELayer)]
         for pool, module in zip(getattr(experts, "pools", (None,)), pools or [experts], strict=True):
             count = functools.partial(self._count, len(self._rows))
             is_of_gate = isinstance(module, MHMoELayer) and module.config.num_banks == 1
-            (module.gate if is_of_gate else module).register_forward_hook(count)
+            (module.get_submodule("gate") if is_of_gate else module).register_forward_hook(count)
             self._rows.append((index, pool))
 
     def _count(self, row: int, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -18,7 +18,7 @@ def latest_routing(model: nn.Module) -> dict[nn.Module, RoutingStats]:
     latest: dict[nn.Module, RoutingStats] = {}
     for layer in model.modules():
         if getattr(layer, "is_moe_layer", False):
-            layer.moe_layer.register_forward_hook(
+            layer.get_submodule("moe_layer").register_forward_hook(
                 lambda experts, args, output, layer=layer: latest.update({layer: output.stats})
             )
     return latest

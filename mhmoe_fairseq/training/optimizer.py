@@ -94,7 +94,9 @@ class MHMoEAdam(FairseqAdam):
         super().all_reduce_grads(module)
         for shard in self._shards.values():
             if shard.groups.num_replicas > 1:
-                dist.all_reduce(shard.parameter.grad, group=shard.groups.replicas)
+                gradient = shard.parameter.grad
+                assert gradient is not None, "fairseq has made zeros where there were none"
+                dist.all_reduce(gradient, group=shard.groups.replicas)
 
     def multiply_grads(self, c: float | Tensor) -> None:
         """Multiply all gradients by ``c``, at the next step if that can do it on its way over them."""
@@ -112,7 +114,7 @@ class MHMoEAdam(FairseqAdam):
         fused = self._multiplying()
         if fused is None:
             return self._clip_at_once(max_norm, aggregate_norm_fn)
-        norm = self._clip_at_once(0, aggregate_norm_fn) * abs(fused.factor)
+        norm = (self._clip_at_once(0, aggregate_norm_fn) * fused.factor).abs()
         if max_norm > 0:
             fused.factor = fused.factor * (float(max_norm) / (norm + 1e-6)).clamp_(max=1)
         return norm

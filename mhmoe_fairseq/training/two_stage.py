@@ -9,6 +9,7 @@ from dataclasses import dataclass, field  # fairseq reads the field types: no po
 from typing import List, Optional
 
 from fairseq.dataclass import FairseqDataclass
+from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
 
@@ -42,7 +43,7 @@ class TwoStageSchedule(FairseqLRScheduler):
         UserError: without ``--max-update``, or for several learning rates.
     """
 
-    def __init__(self, cfg: TwoStageConfig, optimizer: object) -> None:
+    def __init__(self, cfg: TwoStageConfig, optimizer: FairseqOptimizer) -> None:
         super().__init__(cfg, optimizer)
         if not cfg.max_update > 0:
             raise UserError(f"--max-update ({cfg.max_update}) must be given with --lr-scheduler {TWO_STAGE}")
