@@ -88,7 +88,9 @@ def build(bench: Bench, dtype: torch.dtype, fields: dict, backend: str = "auto")
 def takes(layer: MHMoELayer, dtype: torch.dtype, device: str) -> bool:
     """Whether the layer's backend is made for ``dtype`` on a device."""
     widths = (layer.config.subtoken_dim, layer.config.expert_ffn_dim)
-    return layer.experts.backend != "grouped" or grouped_mm_supports(torch.device(device), dtype, widths)
+    return layer.experts.backend != "grouped" or grouped_mm_supports(
+        torch.device(device), dtype, widths, layer.experts.fc1_weight.size(0)
+    )
 
 
 def sure_tokens(layer: MHMoELayer) -> Tensor:

@@ -16,6 +16,7 @@ from .modes import in_forward_mode
 from .quantize import quantize_activation
 
 _ALIGNMENT_BYTES = 16  # grouped_mm: every row stride
+_GROUPS = range(1, 1024)  # that its kernel takes
 
 
 class ExpertWeights(NamedTuple):
@@ -60,14 +61,17 @@ def expert_network(
     return linear(inner, weights.fc2_weight, weights.fc2_bias)
 
 
-def grouped_mm_supports(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...]) -> bool:
-    """Whether grouped_mm's accelerator kernel takes this (bfloat16, aligned rows, compute capability 8 or more)."""
-    if in_forward_mode():  # it has no tangents
+def grouped_mm_supports(device: torch.device, dtype: torch.dtype, widths: tuple[int, ...], num_experts: int) -> bool:
+    """Whether grouped_mm's accelerator kernel takes this: bfloat16, aligned rows, Hopper or Blackwell (9.x and 10.x).
+
+    Elsewhere on CUDA it reads the offsets on the host and calls a product for each expert.
+    """
+    if in_forward_mode() or num_experts not in _GROUPS:  # it has no tangents
         return False
     if dtype != torch.bfloat16 or any(width * dtype.itemsize % _ALIGNMENT_BYTES for width in widths):
         return False
     if device.type == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.get_device_capability(device)[0] in (9, 10)
     return True
 
 
@@ -75,21 +79,24 @@ def grouped_ffn(
     x_Rd: Tensor, plan: DispatchPlan, weights: ExpertWeights, activation: str, dropout: float, quantized: bool
 ) -> Tensor:
     """Expert outputs of sorted rows through grouped_mm, ``(R, d) -> (R, d)``; 0 in rows of the virtual expert."""
-    expert_R = plan.expert_of_row()
-    real_R1 = (expert_R < weights.fc1_weight.size(0)).unsqueeze(1)
-    index_R = expert_R.clamp(max=weights.fc1_weight.size(0) - 1)
+    real_R1 = torch.arange(x_Rd.size(0), device=x_Rd.device).unsqueeze(1) < plan.offsets_E[-1]
+    columns = _ALIGNMENT_BYTES // x_Rd.element_size()
+    ones_RC = x_Rd.new_ones(x_Rd.size(0), columns)
 
     def clean(rows: Tensor) -> Tensor:
         # grouped_mm leaves rows behind the last offset unwritten, in its backward too.
         return rows if plan.all_real else torch.where(real_R1, rows, 0)
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.grouped_mm(x, weight.transpose(1, 2), offs=plan.offsets_E)
-        return clean(y if bias is None else y + bias.index_select(0, index_R))
+        y = clean(F.grouped_mm(x, weight.transpose(1, 2), offs=plan.offsets_E))
+        return y if bias is None else y + per_row(bias)
 
     def per_row(stacked: Tensor) -> Tensor:
+        # A product with ones, so that the gradient is one, too, summed up in float32. That of index_select adds an
+        # expert's rows on CUDA one after the other, rounds each sum, and in bf16 stands still at 256 equal ones.
+        rows = F.pad(stacked.unsqueeze(1), (0, 0, 0, columns - 1))
         # Clean because of its gradient, a product with that of fc2's input.
-        return clean(stacked.index_select(0, index_R))
+        return clean(F.grouped_mm(ones_RC, rows, offs=plan.offsets_E))
 
     return expert_network(clean(x_Rd), weights, activation, _dropout(dropout), linear, per_row, quantized)
 

@@ -136,7 +136,7 @@ class ExpertFFN(TernaryWeights):
             return "loop" if obstacle is None else "blocked"
         widths = (self.config.subtoken_dim, self.config.expert_ffn_dim)
         # grouped_mm's backward refuses a product without rows (a batch of the other modality, or nothing received).
-        grouped = x_Nd.size(0) > 0 and grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths)
+        grouped = x_Nd.size(0) > 0 and grouped_mm_supports(x_Nd.device, x_Nd.dtype, widths, self.fc1_weight.size(0))
         return "grouped" if grouped else "blocked"
 
 

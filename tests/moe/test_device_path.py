@@ -1,9 +1,13 @@
 """The accelerator path as far as a machine without one allows: shapes, dtypes, and no look at the data."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from fake_devices import HOST_READS, Recorder, default_dtype
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mhmoe_fairseq.moe import MHMoEConfig, MHMoELayer
 from mhmoe_fairseq.moe import experts as experts_module
@@ -104,8 +108,49 @@ def test_backend_by_device_and_dtype():
     assert layer.experts._backend_for(torch.empty(1, 16, device="meta", dtype=torch.bfloat16)) == "grouped"
     assert layer.experts._backend_for(torch.empty(1, 16, device="meta")) == "blocked"
     assert layer.experts._backend_for(torch.empty(0, 16, device="meta", dtype=torch.bfloat16)) == "blocked"
-    narrow = experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (12, 32))
+    narrow = experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (12, 32), 4)
     assert not narrow  # rows of 24 bytes
+    many = experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (16, 32), 1024)
+    assert not many and experts_module.grouped_mm_supports(torch.device("meta"), torch.bfloat16, (16, 32), 1023)
+
+
+@pytest.mark.parametrize("major, backend", [(8, "blocked"), (9, "grouped"), (10, "grouped"), (12, "blocked")])
+def test_grouped_mm_is_taken_where_it_does_not_read_offsets_on_the_host(monkeypatch, major, backend):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    with FakeTensorMode():
+        layer = MHMoELayer(MHMoEConfig(**FIELDS))
+        assert layer.experts._backend_for(torch.empty(1, 16, device="cuda", dtype=torch.bfloat16)) == backend
+
+
+class AddsOneByOne(TorchDispatchMode):
+    """While open, ``index_add`` adds as a CUDA device does: row after row, each sum rounded."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name != "aten::index_add":
+            return func(*args, **(kwargs or {}))
+        total, _, index, rows = args
+        total = total.clone()
+        for target, row in zip(index.tolist(), rows):
+            total[target] += row
+        return total
+
+
+@pytest.mark.parametrize("backend", ["grouped", "blocked"])
+@pytest.mark.parametrize("fields", [{"expert_layernorm": True}, {"activation": "swiglu"}], ids=str)
+def test_gradients_of_an_experts_vectors_are_exact_for_many_rows(backend, fields):
+    torch.manual_seed(0)
+    layer = MHMoELayer(MHMoEConfig(**{**FIELDS, "num_experts": 2, "num_heads": 1}, **fields), backend=backend)
+    x, names = torch.randn(1500, 64), [name for name, _ in layer.experts.named_parameters()]
+    found = []
+    for dtype, mode in ((torch.float64, contextlib.nullcontext()), (torch.bfloat16, AddsOneByOne())):
+        one = copy.deepcopy(layer).to(dtype)
+        one.experts.backend = "blocked" if dtype == torch.float64 else backend
+        with mode:
+            gradients = torch.autograd.grad(one(x.to(dtype)).hidden.sum(), list(one.experts.parameters()))
+        found.append([gradient.double() for gradient in gradients])
+    errors = {name: float((got - want).norm() / want.norm()) for name, want, got in zip(names, *found)}
+    assert max(errors.values()) < 0.05, errors
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
