@@ -31,6 +31,10 @@ class ExpertWeights(NamedTuple):
     fc2_weight: Tensor  # (E, d, F)
     fc2_bias: Tensor | None  # (E, d)
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "ExpertWeights":
+        """What ``change`` makes of every parameter."""
+        return ExpertWeights._make(None if weight is None else change(weight) for weight in self)
+
 
 def expert_network(
     x: Tensor,

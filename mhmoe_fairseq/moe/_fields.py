@@ -3,7 +3,7 @@
 import functools
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from ..common.errors import UserError
@@ -53,6 +53,13 @@ def declared_choices(config: type, field: str) -> tuple[str, ...]:
         return typing.get_args(declared)
     allowed = getattr(declared, "__metadata__", (None,))[0]
     return tuple(allowed) if isinstance(allowed, dict) else ()
+
+
+def require_fields(config: Any, needed: Mapping[str, Any], rule: str) -> None:
+    """Raise a ConfigError, with ``rule``, for the first of some fields that has another value than it needs."""
+    for field, value in needed.items():
+        if getattr(config, field) != value:
+            raise ConfigError(field, getattr(config, field), rule)
 
 
 def check_fields(config: Any) -> None:

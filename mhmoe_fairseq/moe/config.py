@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 from ..common.ranges import SIZE
-from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices
+from ._fields import ConfigError, Count, Positive, Rate, Size, check_fields, declared_choices, require_fields
 from .activations import ACTIVATIONS
 from .gate import GATES, GateFields
 from .router import ROUTERS, RouterFields
@@ -93,12 +93,9 @@ class MHMoEConfig(RouterFields, GateFields):
         check_fields(self)
         ROUTERS[self.router].check(self)
         self.check_gate()
-        if self.balancing != "none" and ROUTERS[self.router].is_fixed:
+        if ROUTERS[self.router].is_fixed:
             rule = f"needs a router whose choices are learnt; {{router}} is {self.router!r}"
-            raise ConfigError("balancing", self.balancing, rule)
-        if self.expert_groups > 1 and ROUTERS[self.router].is_fixed:
-            rule = f"needs a router whose choices are learnt; {{router}} is {self.router!r}"
-            raise ConfigError("expert_groups", self.expert_groups, rule)
+            require_fields(self, {"balancing": "none", "expert_groups": 1}, rule)
         if self.inner_dim % self.num_heads:
             width = "embed_dim" if self.latent_dim is None else "latent_dim"
             raise ConfigError("num_heads", self.num_heads, f"must divide {{{width}}} ({self.inner_dim})")

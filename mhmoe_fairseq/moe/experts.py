@@ -100,9 +100,9 @@ class ExpertFFN(TernaryWeights):
     def forward(self, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> tuple[Tensor, Traffic | None]:
         """Gate-weighted sum of the chosen experts' outputs, ``(N, d), (N, K) -> (N, d)``, and what was sent for it."""
         device = x_Nd.device.type
-        weights = ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
+        weights = self._weights()
         if self.parallel is not None:
-            weights = ExpertWeights._make(None if w is None else self.parallel.scale_gradient(w) for w in weights)
+            weights = weights.each(self.parallel.scale_gradient)
         dtype = compute_dtype(x_Nd)
         with without_autocast(device):
             if self.ternary_names:
@@ -114,13 +114,16 @@ class ExpertFFN(TernaryWeights):
                 return local_ffn(x_Nd, gates_NK, plan), None
             return exchanged_ffn(self.parallel, x_Nd, gates_NK, plan, local_ffn)
 
+    def _weights(self) -> ExpertWeights:
+        return ExpertWeights._make(getattr(self, name) for name in ExpertWeights._fields)
+
     def _local_ffn(self, weights: ExpertWeights, x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan) -> Tensor:
         dropout = self.config.activation_dropout if self.training else 0.0
         of_network = self.config.activation, dropout, self.config.quantize_experts
         backend = self._backend_for(x_Nd, weights)
         if backend == "loop":  # casts the weights itself
             return loop_ffn(x_Nd, gates_NK, plan, weights, *of_network)
-        weights = ExpertWeights._make(None if w is None else w.to(x_Nd.dtype) for w in weights)
+        weights = weights.each(lambda weight: weight.to(x_Nd.dtype))
         device_ffn = grouped_ffn if backend == "grouped" else blocked_ffn
         y_Rd = device_ffn(x_Nd.index_select(0, plan.source_R), plan, weights, *of_network)
         return combine(y_Rd, gates_NK, plan)

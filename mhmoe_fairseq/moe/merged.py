@@ -19,7 +19,7 @@ from ._fields import ConfigError, Size
 from .config import MHMoEConfig
 from .experts import ExpertFFN
 from .layer import ExpertLayer, MHMoEOutput
-from .modes import compute_dtype, without_autocast
+from .modes import compute_dtype, widened, without_autocast
 from .router import ROUTERS
 from .stats import RoutingStats
 
@@ -101,12 +101,10 @@ class MergedExperts(ExpertFFN):
     def _merged(self, probs_GE: Tensor) -> ExpertWeights:
         """All parameters, averaged: with a leading dimension for groups in place of experts."""
 
-        def average(weight: Tensor | None) -> Tensor | None:
-            if weight is None:
-                return None
+        def average(weight: Tensor) -> Tensor:
             return (probs_GE @ weight.to(probs_GE.dtype).flatten(1)).view(-1, *weight.shape[1:])
 
-        return ExpertWeights._make(average(getattr(self, name)) for name in ExpertWeights._fields)
+        return self._weights().each(average)
 
 
 def _linear(x_GSd: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -150,8 +148,7 @@ class MergedLayer(ExpertLayer):
 
     def route(self, means_GD: Tensor) -> Tensor:
         """Logits of groups whose mean tokens these are, in float32 or wider, ``(G, D) -> (G, E)``."""
-        logits_GE = self.router(means_GD)
-        return logits_GE.to(torch.promote_types(logits_GE.dtype, torch.float32))
+        return widened(self.router(means_GD))
 
     def output(self, y: Tensor, probs_GE: Tensor, tokens_G: Tensor) -> MHMoEOutput:
         """What is returned of tokens ``(..., D)`` that passed networks merged by ``probs_GE``.

@@ -1,4 +1,4 @@
-"""PyTorch's modes around a computation: who differentiates or casts it."""
+"""PyTorch's modes around a computation: who differentiates or casts it; and what is wider than half precision."""
 
 from collections.abc import Iterable
 
@@ -62,3 +62,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return x.dtype
     return torch.get_autocast_dtype(kind)
+
+
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least.
+
+    >>> widened(torch.ones(1, dtype=torch.float16)).dtype, widened(torch.ones(1, dtype=torch.float64)).dtype
+    (torch.float32, torch.float64)
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from .modes import compute_dtype, in_forward_mode, without_autocast
+from .modes import compute_dtype, in_forward_mode, widened, without_autocast
 
 _SMALLEST = 1e-5  # of a scale
 _BLOCKS = 4  # numbers of two bits in a byte
@@ -27,7 +27,7 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([[ 0., -1.],
             [ 1.,  0.]]), tensor([[0.3800]]))
     """
-    wide = _wide(weight.detach())
+    wide = widened(weight.detach())
     scale = wide.abs().mean((-2, -1), keepdim=True).clamp(min=_SMALLEST)
     return (wide / scale).round().clamp(-1, 1) + 0.0, scale  # no -0.
 
@@ -40,7 +40,7 @@ def quantize_weight(weight: Tensor) -> Tensor:
             [ 0.3800,  0.0000]])
     """
     values, scale = ternary(weight)
-    return _straight_through(_wide(weight), values * scale)
+    return _straight_through(widened(weight), values * scale)
 
 
 def quantize_activation(x: Tensor) -> Tensor:
@@ -49,14 +49,10 @@ def quantize_activation(x: Tensor) -> Tensor:
     >>> quantize_activation(torch.tensor([1.0, -2.0, 0.5, 0.0])) * 63.5
     tensor([  64., -127.,   32.,    0.])
     """
-    wide = _wide(x)
+    wide = widened(x)
     fixed = wide.detach()
     scale = 127 / fixed.abs().amax(-1, keepdim=True).clamp(min=_SMALLEST)
     return _straight_through(wide, (fixed * scale).round().clamp(-128, 127) / scale).to(x.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -124,7 +120,7 @@ class TernaryWeights(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in self.ternary_names if self.is_fixed else ():
             weight = destination[prefix + name].detach()
-            scale = _wide(weight).abs().amax((-2, -1), keepdim=True)
+            scale = widened(weight).abs().amax((-2, -1), keepdim=True)
             destination[prefix + name] = pack(weight.sign())
             destination[prefix + name + _SCALE] = scale.flatten()
 

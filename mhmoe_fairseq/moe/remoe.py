@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._fields import ConfigError
+from ._fields import require_fields
 from .assignment import Assignment
 from .banks import of_all_banks
 from .gate import GATES, Gate, GateFields
+from .modes import widened
 from .updates import ExactState, UpdateSums
 
 _FIRST_WEIGHT = 1e-8
@@ -74,18 +75,15 @@ class ReLUGate(Gate):
     @classmethod
     def check(cls, config: GateFields) -> None:
         """Refuse what is about choosing a fixed number."""
-        for field, default in (("gate_score", "softmax"), ("balancing", "none"), ("second_expert_policy", "all")):
-            if getattr(config, field) != default:
-                rule = f"contradicts {{routing}} {config.routing}, by which logits choose and weigh experts"
-                raise ConfigError(field, getattr(config, field), rule)
+        rule = f"contradicts {{routing}} {config.routing}, by which logits choose and weigh experts"
+        require_fields(config, {"gate_score": "softmax", "balancing": "none", "second_expert_policy": "all"}, rule)
 
     def forward(
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:
         """As the base's; of each sub-token all experts, those with the largest logits first."""
         config = self.config
-        half = logits_NE.dtype in (torch.float16, torch.bfloat16)
-        weights_NE = (logits_NE.float() if half else logits_NE).relu()
+        weights_NE = widened(logits_NE).relu()
         used_NE = weights_NE > 0
         if padding_mask_N is not None:
             used_NE = used_NE & ~padding_mask_N.unsqueeze(1)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.ranges import POSITIVE
-from ._fields import ConfigError, Size
-from .modes import without_autocast
+from ._fields import ConfigError, Size, require_fields
+from .modes import widened, without_autocast
 
 # TorchScale keeps the expert embeddings at this norm; only the size of a step depends on it,
 # since the forward pass normalises them.
@@ -78,10 +78,8 @@ class Router(nn.Module):
     @classmethod
     def check(cls, config: RouterFields) -> None:
         """Refuse, with a ConfigError, what this router cannot do; by default a field of another router's."""
-        for field, default in (("router_temperature", None), ("router_normalize", "expert")):
-            if getattr(config, field) != default:
-                rule = f"needs the xmoe router; {{router}} is {config.router!r}"
-                raise ConfigError(field, getattr(config, field), rule)
+        rule = f"needs the xmoe router; {{router}} is {config.router!r}"
+        require_fields(config, {"router_temperature": None, "router_normalize": "expert"}, rule)
 
     @staticmethod
     def num_params(config: RouterFields) -> int:
@@ -108,9 +106,8 @@ class Router(nn.Module):
             raise ConfigError("domain", tuple(domain_N.shape), "is given, but {router} is not 'domain'")
         if not self.gating_fp32:
             return self.scores(x_Nd)
-        half = x_Nd.dtype in (torch.float16, torch.bfloat16)
         with without_autocast(x_Nd.device.type):
-            return self.scores(x_Nd.float() if half else x_Nd)
+            return self.scores(widened(x_Nd))
 
 
 class LinearRouter(Router):
@@ -259,9 +256,8 @@ class DomainRouter(Router):
         super().check(config)
         needed = {"num_heads": 1, "top_k": 1, "routing": "dropless", "gate_score": "softmax", "gate_scale": 1}
         for field, value in needed.items():
-            if getattr(config, field) != value:
-                rule = f"must be {value}: all of a token goes to its domain's expert, with weight 1"
-                raise ConfigError(field, getattr(config, field), rule)
+            rule = f"must be {value}: all of a token goes to its domain's expert, with weight 1"
+            require_fields(config, {field: value}, rule)
 
     @staticmethod
     def num_params(config: RouterFields) -> int:

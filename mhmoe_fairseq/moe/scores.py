@@ -6,6 +6,8 @@ A new score is a subclass of :class:`Score` in ``SCORES``.
 import torch
 from torch import Tensor
 
+from .modes import widened
+
 SCORES: "dict[str, type[Score]]" = {}
 
 
@@ -51,7 +53,7 @@ class Softmax(Score):
     @staticmethod
     def of(logits_NE: Tensor) -> Tensor:
         """The softmax."""
-        return torch.softmax(logits_NE, dim=1, dtype=_wide(logits_NE))
+        return torch.softmax(logits_NE, dim=1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
 
     @staticmethod
     def normalized(scores: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class Sigmoid(Score):
     @staticmethod
     def of(logits_NE: Tensor) -> Tensor:
         """The logistic function."""
-        return logits_NE.to(_wide(logits_NE)).sigmoid()
+        return widened(logits_NE).sigmoid()
 
     @staticmethod
     def normalized(scores: Tensor) -> Tensor:
@@ -94,7 +96,3 @@ class Sigmoid(Score):
 
 
 SCORES.update(softmax=Softmax, sigmoid=Sigmoid)
-
-
-def _wide(logits_NE: Tensor) -> torch.dtype:
-    return torch.float32 if logits_NE.dtype in (torch.float16, torch.bfloat16) else logits_NE.dtype

@@ -21,16 +21,15 @@ class RotaryPositions(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, dim: int, max_positions: int, base: float = 10000.0) -> None:
+    def __init__(self, dim: int, max_positions: int) -> None:
         super().__init__()
         if dim % 2:
             raise UserError(f"--rotary-embed needs an even width per attention head, not {dim}")
         self.dim = dim
-        self.base = base
         self._fill(max_positions, device=None)
 
     def _fill(self, length: int, device: torch.device | None) -> None:
-        frequency = self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+        frequency = 10000.0 ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)

@@ -90,7 +90,7 @@ def _of_experts(weights: ExpertWeights) -> list[ExpertWeights]:
 
 
 def _cast(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-    return ExpertWeights._make(None if weight is None else weight.to(dtype) for weight in weights)
+    return weights.each(lambda weight: weight.to(dtype))
 
 
 def _normed(weights: ExpertWeights) -> NormedLinear | None:
