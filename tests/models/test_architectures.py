@@ -7,7 +7,7 @@ import torch
 from fairseq.models import ARCH_CONFIG_REGISTRY
 from language_models import FAMILIES, small_dictionary
 
-from mhmoe_fairseq.models.architectures import architecture_options
+from mhmoe_fairseq.models.architectures import KINDS, architecture_options
 from mhmoe_fairseq.models.flags import moe_config
 from mhmoe_fairseq.models.language_model import build_language_model
 
@@ -85,7 +85,7 @@ def test_families_differ_in_the_moe_layers_only(size):
             assert len({str(values[name]) for values in options}) == 1, name
 
 
-@pytest.mark.parametrize("arch", [f"{family}_lm_tiny" for family in FAMILIES])
+@pytest.mark.parametrize("arch", [f"{family}_{kind}_tiny" for family in FAMILIES for kind in KINDS])
 def test_filling_twice_changes_nothing(arch):
     args = argparse.Namespace(moe_top1_expert=True) if not arch.startswith("dense") else argparse.Namespace()
     ARCH_CONFIG_REGISTRY[arch](args)

@@ -1,6 +1,5 @@
 """The fairseq model of images and text: heads, precision, and which checkpoints it takes."""
 
-import argparse
 import logging
 from types import SimpleNamespace
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary, small_beit3
 from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY
 from moe_oracle import losses_of
 from torch import nn
 
@@ -54,15 +52,6 @@ def test_every_architecture_builds_without_memory(family, size, layers):
     for layer in model.beit3.encoder.layers:
         if layer.is_moe_layer:
             assert sum(p.numel() for p in layer.moe_layer.parameters()) == layer.moe_layer.config.num_params()
-
-
-def test_filling_twice_changes_nothing_and_what_is_given_wins():
-    args = argparse.Namespace(encoder_layers=3, drop_path_rate=0.2)
-    ARCH_CONFIG_REGISTRY["mhmoe_beit3_tiny"](args)
-    once = dict(vars(args))
-    ARCH_CONFIG_REGISTRY["mhmoe_beit3_tiny"](args)
-    assert vars(args) == once
-    assert (args.encoder_layers, args.drop_path_rate, args.encoder_embed_dim) == (3, 0.2, 128)
 
 
 def test_the_budget_spends_xmoes_parameters_on_heads():

@@ -113,21 +113,6 @@ def test_a_narrow_beam_does_what_a_search_with_lists_does(beam, end_bonus):
     assert len({len(caption.tokens) for caption in found}) > 1
 
 
-def test_beam_1_takes_the_most_probable_token_every_time():
-    model = ToyWriter()
-    search = CaptionSearch(beam=1, max_len=12)
-    for image, caption in enumerate(search_captions(model, images(range(8)), search, SPECIALS)):
-        words = ()
-        while len(words) < search.max_len - 1:
-            logits = model.logits(image, (BOS, *words))
-            logits[[*SPECIALS.never, *([] if words else [EOS])]] = -math.inf
-            token = int(logits.argmax())
-            if token == EOS:
-                break
-            words = (*words, token)
-        assert caption.tokens == words
-
-
 def test_a_caption_does_not_depend_on_the_other_images_of_its_batch():
     search = CaptionSearch(beam=3, max_len=8)
     together = search_captions(ToyWriter(), images(range(10)), search, SPECIALS)

@@ -36,11 +36,6 @@ def test_input_and_output_share_the_embedding_unless_told_otherwise():
     assert untied.decoder.output_projection.weight is not untied.decoder.embed_tokens.weight
 
 
-def test_padding_embedding_is_zero():
-    weight = small_model("dense_lm_tiny").decoder.embed_tokens.weight
-    assert (weight[1] == 0).all() and (weight[4:] != 0).any(1).all()
-
-
 def test_tpu_means_bf16_was_given():
     with pytest.raises(ValueError, match="--mhmoe-precision bf16"):
         MHMoELanguageModel.build_model(architecture_options("mhmoe_lm_tiny", tpu=True), task())

@@ -112,10 +112,6 @@ def test_criterion_flags():
 
 def test_activation_fn_silu_is_swiglu_in_dense_layers_too():
     assert isinstance(model_of(recipe()[0]).decoder.layers[0].ffn, GatedNetwork)
-    network = small_model("dense_lm_tiny", activation_fn="silu", dropout=0.0).eval().decoder.layers[0].ffn
-    x = torch.randn(3, 32)
-    expected = network.fc2(network.ffn_layernorm(nn.functional.silu(network.fc1(x)) * network.gate(x)))
-    torch.testing.assert_close(network(x), expected)
 
 
 def test_rotary_embed():

@@ -80,13 +80,6 @@ def test_loads_need_no_balance_loss_in_training_and_evaluation():
         assert output.balance_loss == 0 and output.stats.expert_load.tolist() == [20.0] * EXPERTS
 
 
-def test_no_subtokens_and_only_padding():
-    layer = layer_of()
-    assert layer(torch.zeros(2, 0, 2 * DIM, dtype=torch.float64)).hidden.shape == (2, 0, 2 * DIM)
-    output = layer(torch.full((2, 3, 2 * DIM), torch.nan, dtype=torch.float64), torch.ones(2, 3, dtype=torch.bool))
-    assert torch.isfinite(output.hidden).all() and not output.stats.expert_load.any()
-
-
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_flops_are_what_experts_take(factor):
     layer = layer_of("blocked", top_k=2, capacity_factor=factor, num_experts=4)

@@ -30,6 +30,7 @@ CONFIGS = {
     "no projections": {"num_projection_layers": 0},
     "whole tokens": {"split": False, "head_projection": False},
     "shared expert": {"shared_expert_dim": SHARED, "routing": "capacity"},
+    "quantized": {"quantize_experts": True, "shared_expert_dim": SHARED},
 }
 # d is the width of a sub-token.
 RULES: dict[str, Callable[[int], Values]] = {
@@ -90,14 +91,22 @@ def test_every_rule_has_a_parameter() -> None:
     assert [pattern for pattern in RULES if not any(pattern in rules_for(name) for name in names)] == []
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_parameters_are_drawn_again_by_the_same_rules(kind: str) -> None:
-    layer = build(kind)
-    first = {name: parameter.detach().clone() for name, parameter in layer.named_parameters()}
+def test_a_layer_that_gets_its_memory_afterwards_follows_the_same_rules(kind: str, at_once: bool) -> None:
+    """Reset as a whole, or module by module, parents before children, as sharding does it."""
+    first = dict(build(kind).named_parameters())
+    with torch.device("meta"):
+        layer = build(kind)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    layer.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.fill_(7.0)
-    layer.reset_parameters()
+            parameter.fill_(7.0)  # what memory may hold
+    torch.manual_seed(1)
+    for module in [layer] if at_once else layer.modules():
+        if at_once or any(True for _ in module.parameters(recurse=False)):
+            module.reset_parameters()
     for name, parameter in layer.named_parameters():
         rule = expected_values(name, layer.config)
         assert_follows(name, parameter, rule)

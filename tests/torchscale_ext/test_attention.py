@@ -96,22 +96,6 @@ def test_steps_equal_the_whole_sequence(positions):
     torch.testing.assert_close(torch.cat([prefix, *steps], dim=1), whole, rtol=1e-6, atol=1e-9)
 
 
-def test_dropout_acts_in_training_only():
-    settings = DecoderSettings(decoder_embed_dim=DIM, decoder_attention_heads=HEADS, attention_dropout=0.5)
-    attention = SelfAttention(settings, DIM, HEADS)
-    x = torch.randn(1, LENGTH, DIM)
-    assert not torch.equal(attention(x), attention(x))
-    attention.eval()
-    assert torch.equal(attention(x), attention(x))
-
-
-def test_no_bias_and_rms_norm_reach_every_part():
-    settings = DecoderSettings(decoder_embed_dim=DIM, no_bias=True, rms_norm=True, subln=True)
-    attention = SelfAttention(settings, DIM, HEADS)
-    assert [name for name, _ in attention.named_parameters() if "bias" in name] == []
-    assert isinstance(attention.inner_attn_ln, torch.nn.RMSNorm)
-
-
 @pytest.mark.parametrize(
     "length, training, decoding, dtype",
     [

@@ -1,7 +1,5 @@
 """The decoder: MoE layers in it, padding, recomputation, incremental decoding, evaluation without side effects."""
 
-import math
-
 import pytest
 import torch
 from decoder_oracle import PlainDecoder
@@ -9,7 +7,7 @@ from language_models import FAMILIES, SMALL, relative_error, small_model, token_
 from moe_oracle import losses_of
 
 from mhmoe_fairseq.models.architectures import architecture_options
-from mhmoe_fairseq.moe import MHMoELayer, RoutingStats
+from mhmoe_fairseq.moe import RoutingStats
 
 NO_POSITIONS = {"no_token_positional_embeddings": True}
 POSITIONS = (
@@ -20,13 +18,6 @@ POSITIONS = (
     NO_POSITIONS,
 )
 RECIPE = {"activation_fn": "silu", "rms_norm": True, "no_bias": True, "rotary_embed": True}
-
-
-def test_every_second_layer_is_an_mhmoe_layer():
-    model = small_model(decoder_layers=4)
-    assert [layer.is_moe_layer for layer in model.decoder.layers] == [False, True, False, True]
-    assert isinstance(model.decoder.layers[1].moe_layer, MHMoELayer)
-    assert not hasattr(model.decoder.layers[1], "ffn")
 
 
 def test_extras_have_one_entry_per_layer():
@@ -168,24 +159,6 @@ def test_forward_writes_no_parameter(family, training):
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_subln_rescales_initial_experts_like_dense_networks():
-    # fc1, fc2, out_proj and v_proj grow by sqrt(log(2 * layers)); routers and projections do not.
-    with_subln, without = small_model(mhmoe_budget="none"), small_model(no_subln=True, mhmoe_budget="none")
-    scale = math.sqrt(math.log(4.0))
-    ours, plain = (dict(m.decoder.layers[1].named_parameters()) for m in (with_subln, without))
-    for name in ("moe_layer.experts.fc1_weight", "moe_layer.experts.fc2_weight", "self_attn.v_proj.weight"):
-        assert (ours[name].std() / plain[name].std()).item() == pytest.approx(scale, rel=0.1), name
-    for name in ("moe_layer.head_projection.0.weight", "moe_layer.router.reduction.weight", "self_attn.q_proj.weight"):
-        assert (ours[name].std() / plain[name].std()).item() == pytest.approx(1.0, rel=0.1), name
-
-
-def test_deepnorm_is_post_norm():
-    model = small_model("dense_lm_tiny", deepnorm=True)
-    assert not model.decoder.layers[0].normalize_before and model.decoder.layer_norm is None
-    assert model.decoder.layers[0].alpha == pytest.approx((2 * 2) ** 0.25)
-    assert model(token_rows([4]))[0].isfinite().all()
 
 
 def test_features_and_hidden_states():
