@@ -185,9 +185,12 @@ def log_layers(logging_outputs: list[dict[str, Any]], sample_size: float) -> Non
     for key in ("gate_loss", "z_loss"):
         metrics.log_scalar(key, total(logs, key) / sample_size, sample_size, round=4)
     # Hidden meters (leading underscore) add the counts up; the metrics come from the sums, so that a validation set's
-    # are exact and not means over batches.
-    for key in _COUNTS:
-        metrics.log_scalar(f"_{key}", total(logs, key), weight=1)
+    # are exact and not means over batches. They are on the host, by one copy: fairseq computes all metrics in every
+    # update, which on a GPU is a hundred kernels.
+    counts = [total(logs, key) for key in _COUNTS]
+    on_host = torch.cat([count.flatten() for count in counts]).cpu().split([count.numel() for count in counts])
+    for key, count, values in zip(_COUNTS, counts, on_host):
+        metrics.log_scalar(f"_{key}", values.view(count.shape), weight=1)
     for name, metric in (
         ("moe_active", lambda rows: active_share(rows.expert_load)),
         ("moe_load_max", lambda rows: load_max_over_mean(rows.expert_load)),
