@@ -197,9 +197,7 @@ def test_gradients_on_the_cpu_are_clipped_where_there_is_a_gpu(monkeypatch: pyte
     for weight, gradient in zip(weights, before):
         torch.testing.assert_close(weight.grad, gradient * (1 / by_fairseq).to(gradient.dtype))
     monkeypatch.setattr(fairseq_utils, "multi_tensor_l2norm_available", False)
-    assert (
-        fairseq_utils.clip_grad_norm_(weights, 1.0).device.type == "meta"
-    )  # stock: of no use to these
+    assert fairseq_utils.clip_grad_norm_(weights, 1.0).device.type == "meta"  # stock: of no use to these
 
 
 def training_arguments(*flags: str) -> Namespace:

@@ -278,6 +278,10 @@ def _check_moe(options: Any) -> None:
     has_banks = _text(options.mhmoe_expert_banks) == "per-head" and options.mhmoe_heads_number > 1
     if _text(options.mhmoe_parallel) == "heads" and not has_banks:
         raise UserError("--mhmoe-parallel (heads) needs --mhmoe-expert-banks per-head and two heads or more")
+    if _text(options.mhmoe_parallel) == "heads" and _text(options.mhmoe_balance_scope) == "sequence":
+        raise UserError(
+            "--mhmoe-balance-scope (sequence) contradicts --mhmoe-parallel heads: a process has some heads of each"
+        )
     for name in _given(options, "capacity"):
         if routing == "expert-choice" and name == "mhmoe_capacity_factor":  # sub-tokens that an expert takes
             continue

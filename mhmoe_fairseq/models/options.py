@@ -235,8 +235,9 @@ class MoEOptions(FairseqDataclass):
         needs="moe", layer="balance_assignment", affects="training",
     )  # fmt: skip
     mhmoe_balance_scope: Optional[SCOPE_CHOICES] = option(
-        "data parallelism: balance loss and z-loss of each process's own batch, or global: of all processes' batches "
-        "together, as one process would see them in one batch (default: rank)",
+        "balance loss and z-loss of each process's own batch; under data parallelism global: of all processes' batches "
+        "together, as one process would see them in one batch; or sequence: the mean of the sequences' own balance "
+        "losses, as in DeepSeek-V3 (default: rank)",
         needs="moe", layer="balance_scope", affects="training",
     )  # fmt: skip
     mhmoe_expert_parallel_size: Optional[int] = option(

@@ -55,7 +55,8 @@ class MHMoEConfig(RouterFields, GateFields):
         balance_assignment: count first choices (``"top1"``, GShard) or all choices (``"topk"``), or add up their gate
             weights (``"gates"``, Branch-Train-MiX), through which the loss then has a gradient, too.
         balance_scope: the auxiliary losses of each process's own batch (``"rank"``) or, under data parallelism, of all
-            processes' batches together (``"global"``), as one process would see them in one batch.
+            processes' batches together (``"global"``), as one process would see them in one batch; or the balance loss
+            of each ``"sequence"``, the second last dimension of the input, by itself, and the mean of these.
 
     >>> config = MHMoEConfig(embed_dim=64, num_heads=4, num_experts=8, expert_ffn_dim=256, router="linear")
     >>> config.subtoken_dim, config.num_params(), config.flops_per_token()
@@ -87,7 +88,7 @@ class MHMoEConfig(RouterFields, GateFields):
     shared_expert_dim: Count = 0
     quantize_experts: bool = False
     balance_assignment: Literal["top1", "topk", "gates"] = "top1"
-    balance_scope: Literal["rank", "global"] = "rank"
+    balance_scope: Literal["rank", "global", "sequence"] = "rank"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -105,6 +106,9 @@ class MHMoEConfig(RouterFields, GateFields):
             needed = "{head_projection} and {merge_projection}"
             rule = f"differs from {{embed_dim}} ({self.embed_dim}), which needs {needed}"
             raise ConfigError("latent_dim", self.latent_dim, rule)
+        if self.balance_scope == "sequence" and self.routing in GATES and GATES[self.routing].chooses_all:
+            rule = f"counts a sub-token's K choices; with {{routing}} {self.routing} it has no such choice"
+            raise ConfigError("balance_scope", self.balance_scope, rule)
         if self.merge_norm and not self.has_merge_projection:
             raise ConfigError("merge_norm", True, "needs {merge_projection}, in front of which it stands")
         if self.router_input == "token" and self.subtokens_per_token > 1:

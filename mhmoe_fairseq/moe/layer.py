@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._fields import ConfigError
 from .banks import HeadRouters, build_router
 from .config import LayerCounts, MHMoEConfig
 from .dispatch import plan_dispatch
@@ -114,6 +115,8 @@ class MHMoELayer(ExpertLayer):
             self.head_projection = Projection(widths, bias=bias, gain=gain / math.sqrt(2), zero_bias=False)
         self.router = build_router(config)
         self.routes_slices = parallel is not None and parallel.size > 1 and parallel.by == "heads"
+        if self.routes_slices and config.balance_scope == "sequence":
+            raise ConfigError("balance_scope", "sequence", "needs all heads of a sequence in one process")
         # What this process routes for: the layer, or where heads are shared out, one of its own heads alone.
         self.own = of_one_process(config, parallel.size) if parallel is not None and self.routes_slices else config
         self.gate = GATES[config.routing](self.own)
@@ -154,7 +157,8 @@ class MHMoELayer(ExpertLayer):
             output = self._route_slices(heads_TD, None if padding_mask is None else mask_T)
         else:
             routed = x_TD if self.config.router_input == "token" else x_Nd
-            output = self._route(x_Nd, self.router(routed, domain_N), mask_N)
+            sequences = max(x.shape[:-2].numel(), 1) if self.config.balance_scope == "sequence" else None
+            output = self._route(x_Nd, self.router(routed, domain_N), mask_N, sequences)
         y_Nd = output.hidden
         if self.config.subtoken_residual:
             y_Nd = y_Nd + x_Nd
@@ -168,14 +172,15 @@ class MHMoELayer(ExpertLayer):
         y_TD = F.dropout(y_TD, self.config.dropout, self.training)
         return output._replace(hidden=y_TD.view(x.shape))
 
-    def _route(self, x_Nd: Tensor, logits_NE: Tensor, mask_N: Tensor | None) -> MHMoEOutput:
+    def _route(self, x_Nd: Tensor, logits_NE: Tensor, mask_N: Tensor | None, sequences: int | None) -> MHMoEOutput:
         """Steps 3 and 4, ``hidden`` being ``(N, d)``."""
         config = self.config
         assignment = self.gate(logits_NE, mask_N)
         plan = plan_dispatch(assignment.experts_NK, config.total_experts, all_real=assignment.kept_NK is None)
         y_Nd, traffic = self.experts(x_Nd, assignment.gates_NK, plan)
 
-        sums = router_sums(logits_NE, assignment, mask_N, count=config.balance_assignment, banks=config.num_banks)
+        count, banks = config.balance_assignment, config.num_banks
+        sums = router_sums(logits_NE, assignment, mask_N, count=count, banks=banks, sequences=sequences)
         stats = routing_stats(assignment, plan, mask_N)
         return self._output(y_Nd, sums, stats, traffic)._replace(evidence=assignment.evidence)
 
@@ -198,7 +203,7 @@ class MHMoELayer(ExpertLayer):
         if self.parallel is not None and self.config.balance_scope == "global":
             sums = sums.over(self.parallel.sum)
         needs_balance = self.router.learns and not self.gate.is_balanced
-        balance_loss = load_balancing_loss(sums) if needs_balance else torch.zeros_like(sums.num_real)
+        balance_loss = load_balancing_loss(sums) if needs_balance else sums.num_real.new_zeros(())
         return MHMoEOutput(y_Nd, balance_loss, router_z_loss(sums), stats, traffic)
 
     @property

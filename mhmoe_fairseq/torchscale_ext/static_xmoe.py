@@ -153,6 +153,7 @@ def check_supported(moe: MHMoEConfig) -> None:
         "router_temperature": (None,),
         "capacity_factor": (1.0,),
         "balance_assignment": ("top1",),
+        "balance_scope": ("rank", "global"),
         "gate_score": ("softmax",),
         "normalize_gates": (True,),
         "gate_scale": (1.0,),

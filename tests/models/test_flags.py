@@ -222,6 +222,11 @@ def test_a_budget_that_no_width_meets_names_the_way_out():
             {"mhmoe_parallel": "heads", "mhmoe_expert_banks": "per-head", "mhmoe_heads_number": 1},
             r"--mhmoe-parallel \(heads\) needs .* two heads or more",
         ),
+        (
+            "mhmoe_lm_tiny",
+            {"mhmoe_parallel": "heads", "mhmoe_expert_banks": "per-head", "mhmoe_balance_scope": "sequence"},
+            r"--mhmoe-balance-scope \(sequence\) contradicts --mhmoe-parallel heads",
+        ),
         ("dense_lm_tiny", {"mhmoe_granularity": 2}, "--mhmoe-granularity needs MoE layers"),
         ("xmoe_lm_tiny", {"mhmoe_granularity": 3}, r"--mhmoe-granularity \(3\) must divide --moe-ffn-dim \(512\)"),
         ("dense_lm_tiny", {"moe_freq": 2}, r"--moe-freq \(2\) contradicts a dense_\* architecture"),

@@ -80,7 +80,7 @@ SHARED = {
     "mhmoe_balancing": Effect("nothing", "quantile"),  # before the first update
     "mhmoe_balancing_rate": Effect("nothing", 0.5, {"mhmoe_balancing": "bias-sign"}),
     "mhmoe_balance_assignment": Effect("losses", "topk"),
-    "mhmoe_balance_scope": Effect("nothing", "global"),  # in one process
+    "mhmoe_balance_scope": Effect("losses", "sequence"),
     "mhmoe_expert_parallel_size": Effect("nothing", 1),
     "mhmoe_parallel": Effect("nothing", "heads", {"mhmoe_expert_banks": "per-head"}),  # in one process
     "mhmoe_budget": Effect("function", "flops", {"embed_dim": 128, "ffn_embed_dim": 512, "mhmoe_heads_number": 2}),
@@ -213,7 +213,7 @@ def test_a_flag_changes_what_it_should_and_no_more(stack, name):
 # Seen here otherwise than said: rounding; training capacity in evaluation where the fraction is negative; one process;
 # no updates; rows as long as the limit.
 OTHERWISE = {
-    "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balance_scope", "mhmoe_balancing", "mhmoe_balancing_rate",
+    "mhmoe_precision", "mhmoe_capacity_factor", "mhmoe_balancing", "mhmoe_balancing_rate",
     "max_target_positions", "tokens_per_sample",
 }  # fmt: skip
 SAID = {"losses": "training", "initial": "training", "gradients": "function", "inputs": "function"}

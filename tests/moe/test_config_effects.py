@@ -94,7 +94,7 @@ EFFECTS = {
 }
 NOT_HERE = {
     "embed_dim": "the width of the input: another one is refused",
-    "balance_scope": "the same in one process; tests/parallel compare both scopes on several",
+    "balance_scope": "the same for one sequence in one process; see test_sequence_balance.py and tests/parallel",
 }
 
 

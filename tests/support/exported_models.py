@@ -40,7 +40,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "groups": (
         "smoe_lm_tiny",
         {"mhmoe_gate_score": "sigmoid", "mhmoe_balancing": "bias-sign", "mhmoe_expert_groups": 4,
-         "mhmoe_kept_groups": 2, "mhmoe_group_score": "top2", "moe_top_k": 3},
+         "mhmoe_kept_groups": 2, "mhmoe_group_score": "top2", "moe_top_k": 3, "mhmoe_balance_scope": "sequence",
+         "mhmoe_balance_assignment": "topk"},
     ),
     "banks": (
         "mhmoe_lm_tiny",

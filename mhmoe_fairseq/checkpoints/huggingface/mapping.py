@@ -153,6 +153,7 @@ def _describe_experts(settings: Settings) -> dict[str, Any]:
         "mhmoe_group_score": moe.group_score,
         "mhmoe_selection_bias": moe.balancing != "none",
         "mhmoe_balance": moe.balance_assignment,
+        "mhmoe_balance_scope": "sequence" if moe.balance_scope == "sequence" else "batch",
     }
 
 

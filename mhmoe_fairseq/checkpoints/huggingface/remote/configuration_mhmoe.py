@@ -19,6 +19,7 @@ _CHOICES = {
     "mhmoe_gate_score": ("softmax", "sigmoid"),
     "mhmoe_group_score": ("max", "top2"),
     "mhmoe_balance": ("top1", "topk", "gates"),
+    "mhmoe_balance_scope": ("batch", "sequence"),
 }
 _AT_LEAST_ONE = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings"
 _OF_EXPERTS = (
@@ -108,6 +109,7 @@ class MHMoEConfig(PreTrainedConfig):
     mhmoe_group_score: str = "max"
     mhmoe_selection_bias: bool = False
     mhmoe_balance: str = "top1"
+    mhmoe_balance_scope: str = "batch"
     mhmoe_balance_weight: float = 0.01
     output_router_logits: bool = False
     initializer_range: float = 0.02

@@ -387,11 +387,12 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         balance = None
         if outputs.router_logits:
-            real, length = None, outputs.last_hidden_state.size(1)
+            real, (sequences, length, _) = None, outputs.last_hidden_state.shape
             if attention_mask is not None and attention_mask.dim() == 2:
                 real = attention_mask[:, -length:].reshape(-1).repeat_interleave(self.config.mhmoe_heads)
             biases = [layer.router.selection_bias for layer in self.model.modules() if isinstance(layer, MHMoELayer)]
-            losses = [balance_loss(*of, real, self.config) for of in zip(outputs.router_logits, biases, strict=True)]
+            of_layers = zip(outputs.router_logits, biases, strict=True)
+            losses = [balance_loss(*of, real, self.config, sequences) for of in of_layers]
             balance = torch.stack(losses).mean()
             loss = None if loss is None else loss + self.config.mhmoe_balance_weight * balance.to(loss.device)
         return MoeCausalLMOutputWithPast(

@@ -120,22 +120,28 @@ def gate(logits: Tensor, config: MHMoEConfig, bias: Tensor | None = None) -> tup
     return index, weights * config.mhmoe_gate_scale
 
 
-def balance_loss(logits: Tensor, bias: Tensor | None, real: Tensor | None, config: MHMoEConfig) -> Tensor:
+def balance_loss(
+    logits: Tensor, bias: Tensor | None, real: Tensor | None, config: MHMoEConfig, sequences: int
+) -> Tensor:
     """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded.
 
-    Of several banks it is the mean of theirs.
+    Of several banks it is the mean of theirs; where the config says so, of each of ``sequences`` by itself, too.
     """
+    by_sequence = config.mhmoe_balance_scope == "sequence"
+    parts = sequences if by_sequence else 1
     scores = expert_scores(logits, config)
     if config.mhmoe_balance == "gates":
         index, counted = gate(logits, config, bias)
     else:
-        index = choose(logits, scores, config, 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k, bias)
+        number = 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k
+        index = scores.topk(number).indices if by_sequence else choose(logits, scores, config, number, bias)
         counted = torch.full_like(index, 1 / index.size(1), dtype=scores.dtype)
     probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
     chosen = torch.zeros_like(probabilities).scatter(1, index % logits.size(1), counted)
     weights = probabilities.new_ones(len(logits), 1) if real is None else real[:, None].to(probabilities)
     experts = config.banks * logits.size(1)
+    count = weights.reshape(parts, -1).sum(1, keepdim=True)
     chosen, probabilities = (
-        (of * weights).reshape(-1, experts).sum(0) / weights.sum().clamp(min=1) for of in (chosen, probabilities)
+        (of * weights).reshape(parts, -1, experts).sum(1) / count.clamp(min=1) for of in (chosen, probabilities)
     )
-    return experts * (chosen * probabilities).sum()
+    return experts * (chosen * probabilities).sum() / (count > 0).sum().clamp(min=1)
