@@ -78,7 +78,8 @@ class GateFields(BalancingFields, GroupFields):
         if self.second_expert_policy == "sampling" and self.balancing != "none":
             rule = f"draws by logits, which a bias of scores does not reach; {{balancing}} is {self.balancing}"
             raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
-        if self.balancing != "none" and GATES[self.routing].is_balanced:
+        gate = GATES.get(self.routing)  # none of merged experts, which have routings of their own
+        if self.balancing != "none" and gate is not None and gate.is_balanced:
             rule = f"has nothing to balance: {{routing}} {self.routing} gives every expert the same load"
             raise ConfigError("balancing", self.balancing, rule)
         self.check_balancing()
@@ -87,11 +88,11 @@ class GateFields(BalancingFields, GroupFields):
         if limits and self.balancing == "quantile":
             rule = f"ranks margins over all experts; {{expert_groups}} ({self.expert_groups}) leave some out"
             raise ConfigError("balancing", self.balancing, rule)
-        if limits and self.routing in GATES and GATES[self.routing].chooses_all:
+        if limits and gate is not None and gate.chooses_all:
             rule = f"limits which experts a sub-token chooses; with {{routing}} {self.routing} it has no such choice"
             raise ConfigError("expert_groups", self.expert_groups, rule)
-        if self.routing in GATES:  # merged experts have routings of their own, and no gate
-            GATES[self.routing].check(self)
+        if gate is not None:
+            gate.check(self)
 
 
 class Gate(nn.Module):

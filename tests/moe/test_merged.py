@@ -261,6 +261,7 @@ REFUSED = {
     "capacity_factor": 2.0,
     "balance_scope": "global",
     "balance_assignment": "topk",
+    "balancing": "bias-sign",
 }
 
 
