@@ -21,9 +21,9 @@ from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
 from ..common.files import atomic_open, read_json, write_json
 from ..evaluation.records import SCHEMA, Record, read_record
-from .plan import SEARCH, Plan
+from .plan import SEARCH, Plan, read_search
 from .run import PACKAGE, STATE, Choice, Run
-from .spec import Experiment, Flags, parse_flags
+from .spec import Experiment, Flags, flags_of
 
 TREE = Path("results")
 CHOICE = "choice"  # in run.json: flags of mhmoe reproduce
@@ -47,8 +47,7 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     runs = plan.runs()
     if not runs:
         raise UserError(f"{plan.experiment.name} has no runs of its own to keep")
-    found = plan.out / SEARCH
-    search = read_json(found) if found.is_file() else {}
+    search = read_search(plan.out)
     for run in runs:
         _require_whole(plan, run, search)
         _require_one_checkpoint(run)
@@ -66,7 +65,7 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
         _require_same_data([*(run.folder for run in together), *sorted({*kept} - replaced)])
     folders = [_copy(plan, run, _folder(plan, run, tree)) for run in runs]
     folders += [_copy_others(plan, runs[0], name, tree) for name in others]
-    _keep_search(search, {run.recipe.name_of(run.model) for run in runs}, tree / plan.experiment.folder / SEARCH)
+    _keep_search(search, {run.recipe.name_of(run.model) for run in runs}, tree / plan.experiment.folder)
     return folders
 
 
@@ -151,9 +150,7 @@ def _require_one_recipe(plan: Plan, runs: Sequence[Run], tree: Path) -> None:
 
 def _recipe(state: dict[str, Any]) -> Flags:
     """The flags of a run's training, but for its seed and its paths."""
-    words = state["command"]
-    flags = parse_flags(words[next(at for at, word in enumerate(words) if word.startswith("--")) :])
-    return {flag: value for flag, value in flags.items() if flag not in _OF_ONE_RUN}
+    return {flag: value for flag, value in flags_of(state["command"]).items() if flag not in _OF_ONE_RUN}
 
 
 def _require_same_data(folders: Sequence[Path]) -> None:
@@ -228,12 +225,12 @@ def _copy_others(plan: Plan, run: Run, name: str, tree: Path) -> Path:
     return _move(temporary, target)
 
 
-def _keep_search(search: dict[str, Any], names: set[str], file: Path) -> None:
+def _keep_search(search: dict[str, Any], names: set[str], folder: Path) -> None:
     """Adds what was found for these models to what is kept of other models."""
     found = {key: {name: of for name, of in by_name.items() if name in names} for key, by_name in search.items()}
     if any(found.values()):
-        kept = read_json(file) if file.is_file() else {}
-        write_json(file, {key: {**kept.get(key, {}), **by_name} for key, by_name in found.items()})
+        kept = read_search(folder)
+        write_json(folder / SEARCH, {key: {**kept.get(key, {}), **by_name} for key, by_name in found.items()})
 
 
 def slim(record: Record) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +15,12 @@ from ..common.tables import MISSING
 from .plan import Plan
 from .results import read_page
 from .run import STATE, Run
-from .spec import Experiment, Flags, parse_flags
+from .spec import Experiment, Flags, flags_of
 
 HOURS = (
     "hours: of the trainings still to do, one at a time, by the median seconds per sample of trainings in outputs/ "
     "and results/: of the same model, else of its architecture, else of any of its size; ?: none of its task and size"
 )
-
 
 _SIZES = ("--task", "--tokens-per-sample", "--img-size", "--decoder-embed-dim", "--cpu")
 
@@ -55,7 +54,7 @@ class Speeds:
         found = cls()
         for state in (path for tree in trees if tree.is_dir() for path in sorted(tree.rglob(STATE))):
             try:
-                log, flags = read_training_log(state.parent / "train.log"), _flags(read_json(state)["command"])
+                log, flags = read_training_log(state.parent / "train.log"), flags_of(read_json(state)["command"])
                 speed, tokens = log.tokens_per_second(), log.tokens()
                 if speed and tokens:
                     of_sample = tokens / log.num_updates / speed / _samples(flags)
@@ -67,17 +66,11 @@ class Speeds:
 
     def hours(self, run: Run) -> float | None:
         """Returns the time of a run's training by the rule of :data:`HOURS`; None where nothing like it was trained."""
-        flags = _flags(run.training(alone=True))
+        flags = flags_of(run.training(alone=True))
         by_model, kind = self.seconds.get(_kind(flags), {}), _split(flags)[0]
         alike = [of for (name, _), several in by_model.items() if name == kind for of in several]
         known = by_model.get((kind, run.model)) or alike or [of for several in by_model.values() for of in several]
         return run.updates * _samples(flags) * statistics.median(known) / 3600 if known else None
-
-
-def _flags(words: Iterable[str]) -> Flags:
-    """The flags behind a command's program and data."""
-    given = list(words)
-    return parse_flags(given[next(index for index, word in enumerate(given) if word.startswith("--")) :])
 
 
 def default_plan(experiment: Experiment) -> Plan:
@@ -103,7 +96,7 @@ def tokens_of(runs: list[Run]) -> float | None:
     """Returns the tokens of language models' trainings, all together; None of others, whose samples vary."""
     total = 0.0
     for run in runs:
-        flags = _flags(run.training(alone=True))
+        flags = flags_of(run.training(alone=True))
         if flags.get("--sample-break-mode") != ("none",):
             return None
         total += run.updates * _samples(flags) * int(flags["--tokens-per-sample"][0])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import read_json
@@ -107,8 +108,7 @@ class Plan:
 
     def best_lr(self, recipe: Recipe, model: str) -> str | None:
         """Returns what the search found, now or earlier, if it is still one to choose from; None before a search."""
-        file = self.out / SEARCH
-        found = self.best_lrs or (read_json(file)["best_lr"] if file.is_file() else {})
+        found = self.best_lrs or read_search(self.out).get("best_lr", {})
         best = found.get(recipe.name_of(model))
         return best if best in self.lrs_of(recipe) else None
 
@@ -166,6 +166,11 @@ class Plan:
             words += [] if experiment.paper is None else ["--paper", experiment.name]
             words += ["--reference", experiment.reference] if experiment.reference in self.names() else []
             yield _without_plots(words)
+
+
+def read_search(folder: Path) -> dict[str, Any]:
+    """Returns what a search of learning rates found, of the runs, or kept results, in a folder; nothing before one."""
+    return read_json(folder / SEARCH) if (folder / SEARCH).is_file() else {}
 
 
 def _without_plots(words: list[str]) -> list[str]:

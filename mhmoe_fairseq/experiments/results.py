@@ -16,7 +16,7 @@ from ..common.files import atomic_open, read_json
 from ..common.tables import MISSING, columns_table, markdown_table
 from ..evaluation.records import read_record
 from .kept import CHOICE, kept_runs, others_of, too_early
-from .plan import SEARCH
+from .plan import read_search
 from .run import STATE
 from .spec import Experiment
 
@@ -119,7 +119,7 @@ def _is_written(page: Path) -> bool:
 def _too_early(pages: list[Page], tree: Path) -> Iterator[str]:
     for page in pages:
         folder = tree / page.experiment.folder
-        search = read_json(folder / SEARCH) if (folder / SEARCH).is_file() else {}
+        search = read_search(folder)
         for run in (run for model in page.models.values() for run in model.runs):
             name, test = run.path.parent.relative_to(folder).as_posix(), run.path / "record-test.json"
             if test.is_file() and (problem := too_early(read_record(test), name, search)):
@@ -218,10 +218,9 @@ def _tests(page: Page) -> str:
 
 def _search(page: Page, tree: Path) -> str:
     """The learning rates that were tried, with the last validation loss of each."""
-    file = tree / page.experiment.folder / SEARCH
-    if not file.is_file():
+    search = read_search(tree / page.experiment.folder)
+    if not search:
         return ""
-    search = read_json(file)
     own = {stage.recipe.name_of(model) for stage in page.experiment.stages for model in page.models}
     losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
     lrs = list(dict.fromkeys(lr for of in losses.values() for lr in of))

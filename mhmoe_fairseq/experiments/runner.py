@@ -21,14 +21,14 @@ from typing import Any
 
 from ..analysis.reports.runs import parse_record, read_training_log
 from ..common.errors import UserError
-from ..common.files import read_json, write_json
+from ..common.files import write_json
 from ..common.locks import LOCK, exclusive_lock
 from ..common.provenance import timestamp
 from ..data.word_lists import read_word_lists
 from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
 from .branches import require_domains
-from .plan import SEARCH, Plan, with_starts
+from .plan import SEARCH, Plan, read_search, with_starts
 from .run import Choice, Run
 from .spec import Recipe
 
@@ -182,13 +182,12 @@ class Runner:
                     checkpoint.unlink()
         best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
         if best:
-            file = self.plan.out / SEARCH
-            kept = read_json(file) if file.is_file() else {}  # other models' of experiments that share the folder
+            kept = read_search(self.plan.out)  # other models' of experiments that share the folder
             found: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
             earlier, dates = kept.get("valid_loss_bits", {}), kept.get("date", {})
             known = {model: dates.get(model) for model in best if earlier.get(model) == losses[model]}
             found["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
-            write_json(file, {name: {**kept.get(name, {}), **values} for name, values in found.items()})
+            write_json(self.plan.out / SEARCH, {name: kept.get(name, {}) | values for name, values in found.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
         return best
 

@@ -32,6 +32,11 @@ def parse_flags(text: str | Sequence[str]) -> Flags:
     return flags
 
 
+def flags_of(command: Sequence[str]) -> Flags:
+    """Returns the flags behind a command's program and data."""
+    return parse_flags(command[next(at for at, word in enumerate(command) if word.startswith("--")) :])
+
+
 @dataclass(frozen=True)
 class Machine:
     """What belongs to a scale whatever is trained.

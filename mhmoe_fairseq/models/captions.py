@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import UserError
+from ..common.ranges import FLAGS, flag
 from ..torchscale_ext.attention import KeyValueCache
 
 
@@ -50,12 +51,9 @@ class CaptionSearch:
     max_len: int = 31
 
     def __post_init__(self) -> None:
-        if self.beam < 1:
-            raise UserError(f"--beam ({self.beam}) must be at least 1")
-        if not 0 <= self.length_penalty <= 100:  # a length to a higher power can be more than a number holds
-            raise UserError(f"--length-penalty ({self.length_penalty}) must be in [0, 100]")
-        if self.max_len < 2:
-            raise UserError(f"--max-len ({self.max_len}) must be at least 2: a word and the end")
+        for name, value in vars(self).items():
+            if problem := FLAGS[f"caption_{name}"].problem(value):
+                raise UserError(f"{flag(name)} ({value}) {problem}")
 
 
 class Caption(NamedTuple):

@@ -129,7 +129,7 @@ def blocked_ffn(
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = torch.bmm(x, weight.index_select(0, index_B).transpose(1, 2))
-        return y if bias is None else y + bias.index_select(0, index_B).unsqueeze(1)
+        return y if bias is None else y + per_row(bias)
 
     def per_row(stacked: Tensor) -> Tensor:
         return stacked.index_select(0, index_B).unsqueeze(1)

@@ -130,11 +130,8 @@ PAPER_TABLE_1 = {
     "mhmoe-params-e32": (32, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
 }
 PAPER_MODELS = {
-    "table1": PAPER_TABLE_1,
+    **dict.fromkeys(("table1", "figure4", "table1-multilingual", "table3", "rebuttal-balance"), PAPER_TABLE_1),
     **dict.fromkeys(("figure1", "figure5"), {of: PAPER_TABLE_1[of] for of in ("xmoe-e32", "mhmoe-params-e32")}),
-    "figure4": PAPER_TABLE_1,
-    "table1-multilingual": PAPER_TABLE_1,
-    "table3": PAPER_TABLE_1,
     "table5": {
         "xmoe": (8, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
         **{
@@ -189,7 +186,6 @@ PAPER_MODELS = {
         "smoe-e128-k1": (128, 1, 1, 1, 3072, True, "linear", 16, 0, False, False, 1),
         "smoe-e256": (256, 2, 1, 1, 3072, True, "linear", 16, 0, False, False, 1),
     },
-    "rebuttal-balance": PAPER_TABLE_1,
 }  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from ...data.vocabularies import MODEL_FILE
 from ...models.architectures import stored_options
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings, encoder_settings
-from ...models.language_model import build_language_model, find_checkpoint, find_data
+from ...models.language_model import find_checkpoint, find_data
 from ..files import read_trained, write_checkpoint
-from ..official.importing import stored_checkpoint
+from ..official.importing import FINGERPRINT, expected_tensors, stored_checkpoint
 from ..open import read_settings
 from ..summary import different_shapes, weights_of
 from .beit3 import describe_encoder, describe_images, export_encoder_weights, head_of, label_names
@@ -32,7 +32,6 @@ from .tokenizer import build_tokenizer, require_packages
 FORMATS = ("hf", "fairseq")
 REMOTE = Path(__file__).parent / "remote"
 _CONFIG, _INDEX, _WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
-_FINGERPRINT = "decoder.vocabulary_fingerprint"
 _AUTO = {"AutoConfig": "configuration_mhmoe.MHMoEConfig", "AutoModel": "modeling_mhmoe.MHMoEModel"}
 
 
@@ -165,14 +164,12 @@ def import_folder(source: Path, out: Path) -> list[str]:
         if name in config and config[name] != value and name != "mhmoe_balance_weight":
             rule = f"the fairseq settings in it say {value!r}"
             raise UserError(f"{source / _CONFIG}: {name} ({config[name]!r}) contradicts its own settings: {rule}")
-    with torch.device("meta"):
-        model = build_language_model(options, dictionary)
-    expected = {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT}
+    expected = expected_tensors(options, dictionary)
     state = import_weights(_read_weights(source), expected, settings)
     wrong = [f"{name} is {one}, not {other}" for name, one, other in different_shapes(state, expected)]
     if wrong:
         raise UserError(f"{source}: the weights do not fit {_CONFIG}: {'; '.join(wrong[:3])}")
-    state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
+    state[FINGERPRINT] = torch.tensor(fingerprint(dictionary))
     with _whole_folder(out) as target:
         write_checkpoint(stored_checkpoint(state, options, task), target / "model.pt", overwrite=False)
         for name in ("dict.txt", MODEL_FILE):
@@ -202,7 +199,7 @@ def _open_dictionary(file: Path, data: Path | None) -> tuple[Path, Dictionary]:
 
 
 def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path, is_encoder: bool) -> None:
-    embedding, mark = "decoder.embed_tokens", _FINGERPRINT
+    embedding, mark = "decoder.embed_tokens", FINGERPRINT
     if is_encoder:
         embedding, mark = "beit3.text_embed", "vocabulary_fingerprint"
     rows, stored = len(weights[f"{embedding}.weight"]), weights.get(mark)

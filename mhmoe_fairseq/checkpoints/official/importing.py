@@ -27,16 +27,15 @@ from ...common.ranges import flag
 from ...compat import checkpoint_globals
 from ...data.tensor_files import load_tensors, save_tensors
 from ...models.bases import fingerprint
-from ...models.counts import blank_dictionary
+from ...models.counts import blank_dictionary, build_on_meta
 from ...models.flags import moe_config
-from ...models.language_model import build_language_model
 from ...models.options import LanguageModelOptions
 from ..summary import different_shapes, unique_weights, weights_of
 from .mapping import check_settings, convert_weights, model_options, moe_layers
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?:shared|rank-(?P<rank>\d+))\.pt")
 _EXPERT = re.compile(r"(.*\bexperts\.)(\d+)(\..*)")
-_FINGERPRINT = "decoder.vocabulary_fingerprint"
+FINGERPRINT = "decoder.vocabulary_fingerprint"
 _NO_PROGRESS = {"criterion_name": "", "optimizer_name": "", "lr_scheduler_state": {"best": None}, "num_updates": 0}
 
 
@@ -190,16 +189,20 @@ def convert_checkpoint(official: Mapping[str, Tensor], options: Any, dictionary:
     state = convert_weights(official, rotary_heads=rotary_heads)
     if not options.no_share_decoder_input_output_embed:  # one tensor, stored once
         state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
-    with torch.device("meta"):
-        model = build_language_model(options, dictionary or blank_dictionary(len(state["decoder.embed_tokens.weight"])))
-    expected = {name: value for name, value in model.state_dict().items() if name != _FINGERPRINT}
+    expected = expected_tensors(options, dictionary or blank_dictionary(len(state["decoder.embed_tokens.weight"])))
     wrong = [f"{name} is {a} in it, {b} in our model" for name, a, b in different_shapes(state, expected)]
     if wrong:
         more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
         raise UserError(f"the weights do not fit the stored settings: {'; '.join(wrong[:6])}{more}")
     if dictionary is not None:
-        state[_FINGERPRINT] = torch.tensor(fingerprint(dictionary))
+        state[FINGERPRINT] = torch.tensor(fingerprint(dictionary))
     return stored_checkpoint(state, options, {"_name": "mhmoe_language_modeling", "data": ""})
+
+
+def expected_tensors(options: Any, dictionary: Dictionary) -> dict[str, Tensor]:
+    """What the state of a language model has, without values, but for the dictionary's fingerprint."""
+    state = build_on_meta(options, dictionary).state_dict()
+    return {name: value for name, value in state.items() if name != FINGERPRINT}
 
 
 def stored_checkpoint(state: Mapping[str, Tensor], options: Any, task: Mapping[str, Any]) -> dict[str, Any]:
