@@ -96,7 +96,8 @@ def _patterns(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _identity(hashes: dict[str, str], source: str, splits: dict[str, dict[str, int]]) -> DataIdentity:
-    patterns, languages = _patterns(hashes), ()
+    patterns = _patterns(hashes)
+    languages: tuple[str, ...] = ()
     names = sorted(name for name in hashes if any(fnmatch(name, pattern) for pattern in patterns))
     if not patterns:
         # Folders that hold the splits; none if they lie here: then other folders do not count.

@@ -118,7 +118,7 @@ def evaluate_english(
         shortened = f"; {model.num_cut:,} of {model.num_scored:,} texts cut on the left" if model.num_cut else ""
         say(f"{told} ({', '.join(f'{guess} {value:.1f}' for guess, value in guesses.items())}){shortened}")
     in_order = {name: found[name] for name in TASKS if name in found}
-    settings = {"limit": limit, LENGTH: model.max_length, RELEASE: release()}
+    settings: dict[str, object] = {"limit": limit, LENGTH: model.max_length, RELEASE: release()}
     return _record_of(in_order, settings, {"path": str(questions), "digest": digest, "split": "english"})
 
 

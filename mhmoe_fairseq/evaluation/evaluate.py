@@ -54,8 +54,8 @@ def split_options(settings: Mapping[str, Any], options: Mapping[str, Any]) -> tu
     parameters = inspect.signature(_evaluation_of(task)).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in (name for name in given if name not in known):
-        options = ", ".join(map(flag, known))
-        raise UserError(f"{flag(name)}: has no meaning for a checkpoint of task {task}, whose options are {options}")
+        others = ", ".join(map(flag, known))
+        raise UserError(f"{flag(name)}: has no meaning for a checkpoint of task {task}, whose options are {others}")
     return overrides, given
 
 

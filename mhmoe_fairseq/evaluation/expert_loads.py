@@ -25,7 +25,8 @@ class LoadCounter:
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
-        self._layers = {index: layer.moe_layer for index, layer in enumerate(layers) if layer.is_moe_layer}
+        found = {index: layer for index, layer in enumerate(layers) if layer.is_moe_layer}
+        self._layers = {index: layer.get_submodule("moe_layer") for index, layer in found.items()}
         self._sums: dict[tuple[str | None, int], RoutingStats] = {}
         self.part: str | None = None
 

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # in lm-eval's order
 _SEARCH_NAMES = ("until", "do_sample", "temperature", "top_k", "top_p", "num_beams")
+_Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # context and continuation, their ids
 
 
 @register_model("mhmoe")
@@ -134,10 +135,7 @@ class MHMoEHarnessModel(TemplateLM):
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
-        self,
-        requests: list[tuple[tuple[str, str] | None, list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **kwargs: Any,
+        self, requests: list[_Encoded], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         found: list[Any] = [None] * len(requests)
         self.num_scored += len(requests)
@@ -152,7 +150,7 @@ class MHMoEHarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, every token predicted once."""
         texts = [request.args[0] for request in requests]
-        encoded = [(None, [], self.scorer.encode(text)) for text in texts]
+        encoded: list[_Encoded] = [(None, [], self.scorer.encode(text)) for text in texts]
         found = [log_prob for log_prob, _ in self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)]
         for text, log_prob in zip(texts, found):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), log_prob)

@@ -60,7 +60,7 @@ class Score(NamedTuple):
 
 def together(scores: Iterable[Score]) -> Score:
     """All targets of several parts; what is unknown of one is unknown of all."""
-    return Score(*(None if None in column else sum(column) for column in zip(*scores)))
+    return Score._make(None if None in column else sum(column) for column in zip(*scores))
 
 
 def evaluate_text(

@@ -96,7 +96,7 @@ def make_items(
             f"{source}-{target}: {len(pool)} aligned sentences of at least {min_characters} characters, but a question "
             f"needs {candidates}"
         )
-    chosen = range(len(pool))
+    chosen: Sequence[int] = range(len(pool))
     if most is not None and most < len(pool):
         chosen = sorted(random.Random(f"{seed} {source} {target}").sample(chosen, most))
     return [_item(pool, index, source, target, candidates, seed) for index in chosen]

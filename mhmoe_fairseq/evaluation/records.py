@@ -100,7 +100,7 @@ def _together(rows: Sequence[LayerLoads]) -> LayerLoads:
     totals = [sum(row.loads) for row in rows]
     loads = [sum(of_expert) for of_expert in zip(*(row.loads for row in rows))]
     known = [row.entropy * total for row, total in zip(rows, totals) if row.entropy is not None]
-    entropy = sum(known) / sum(totals) if len(known) == len(rows) and sum(totals) else None
+    entropy = sum(known) / sum(totals) if len(known) == len(rows) and any(totals) else None
     return LayerLoads(rows[0].layer, loads, None, rows[0].pool, sum(row.dropped for row in rows), entropy)
 
 

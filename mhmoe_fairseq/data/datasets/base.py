@@ -164,7 +164,8 @@ class ImageTextDataset(FittingRows, abc.ABC):
         }
         rows = [self.index_row(row) for row in ids]
         for key, field in self.numbers.items():
-            batch[key] = torch.from_numpy(self.index[field][rows]) if field in self.index else None
+            is_known = self.index is not None and field in self.index
+            batch[key] = torch.from_numpy(self.column(field)[rows]) if is_known else None
         self.add_targets(batch, samples)
         return batch
 
@@ -188,13 +189,18 @@ class ImageTextDataset(FittingRows, abc.ABC):
             return np.arange(len(self))
         return self._generator(_ORDER).permutation(len(self))
 
+    def column(self, field: str) -> Any:
+        """Return a column of the index, of a data set that has one."""
+        assert self.index is not None, "a data set of an index"
+        return self.index[field]
+
     def read(self, row: int, field: str = "image_path") -> Image.Image:
         """Return the image that a row names; raises ``ImageError``."""
-        return read_image(self.settings.folder / self.index[field][self.index_row(row)])
+        return read_image(self.settings.folder / self.column(field)[self.index_row(row)])
 
     def text(self, row: int) -> Tensor:
         """Return the text of a row, ``(S,)``, with ``<s>`` and ``</s>``."""
-        return self.settings.text(self.index["text_segment"][self.index_row(row)])
+        return self.settings.text(self.column("text_segment")[self.index_row(row)])
 
     def masked(self, text: Tensor, fraction: float, rng: np.random.Generator, *, masks_end: bool = False) -> Sample:
         """Return a text's masked ``text`` and its ``text_targets``, see ``mask_text``."""

@@ -59,14 +59,14 @@ class VQADataset(IndexedDataset):
     the split has no answers.
     """
 
+    num_classes: int
     stream = 4
     numbers = {"question_ids": "qid"}
     labels = ("labels", "answer {}, answer2label.txt has {:,} answers")
 
-    @property
-    def has_targets(self) -> bool:
-        """Whether any question has an answer."""
-        return len(self.index["labels"].values) > 0
+    def __init__(self, index: Index, settings: DatasetSettings, transform: Transform, num_classes: int) -> None:
+        super().__init__(index, settings, transform, num_classes)
+        self.has_targets = len(index["labels"].values) > 0
 
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add ``targets``."""
@@ -106,7 +106,7 @@ class ImagePairs(IndexedDataset):
     def add_targets(self, batch: dict[str, Any], samples: Sequence[Sample]) -> None:
         """Add the identifiers, and the right images."""
         inputs = batch["net_input"]
-        inputs["images"] = torch.cat([inputs["images"], self.stack(samples, "image2")])
+        inputs["images"] = torch.cat([inputs["images"], torch.stack([sample["image2"] for sample in samples])])
         inputs["text_tokens"] = torch.cat([inputs["text_tokens"]] * 2)
         batch["identifiers"] = [self.index["identifier"][row] for row in batch["id"].tolist()]
 

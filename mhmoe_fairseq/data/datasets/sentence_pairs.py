@@ -43,8 +43,9 @@ class LabelledSentences(SizedRows):
             )
         full = [np.asarray(dataset.sizes) - 1 for dataset in self._sentences]
         self._kept = cut_longest_first(full, longest - 1 - len(full))
-        self.sizes = sum(self._kept) + 1 + len(full)
-        self.num_cut = int((sum(full) > sum(self._kept)).sum())
+        whole, kept = (sum(lengths[1:], lengths[0]) for lengths in (full, self._kept))
+        self.sizes = kept + 1 + len(full)
+        self.num_cut = int((whole > kept).sum())
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         parts = [torch.tensor([self._starts[index]])]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ...common.errors import UserError
 
@@ -74,7 +74,7 @@ def read_image(path: Path) -> Image.Image:
         raise ImageError(f"{path}: truncated or damaged image ({reason})") from error
 
 
-def _scale_of_samples(image: Image.Image) -> Callable[[Any], Any] | None:
+def _scale_of_samples(image: ImageFile.ImageFile) -> Callable[[Any], Any] | None:
     """Return what makes of a PNG's transparent colour, as the file has it, the value that Pillow gives such pixels."""
     layout = image.tile[0][3] if image.format == "PNG" and image.tile else None
     return _SCALES.get(layout) if isinstance(layout, str) else None

@@ -108,23 +108,11 @@ def randaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class EvaluationViews:
-    """Two views of an image: for the model, and for the visual tokenizer, whose codes are what the model predicts.
-
-    Args:
-        size, tokenizer_size: sides of the two views, in pixels.
-    """
-
+class _Views:
     size: int
     tokenizer_size: int
 
-    def __call__(
-        self, image: Image.Image, rng: np.random.Generator | None = None, box: Box | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1], of a part.
-
-        No draw is made; None for ``box`` stands for the whole image.
-        """
+    def _of(self, image: Image.Image, box: Box | None = None) -> tuple[Tensor, Tensor]:
         view = F.to_tensor(resize(image, self.size, box))
         is_one = self.size == self.tokenizer_size
         tokenizer_view = view if is_one else F.to_tensor(resize(image, self.tokenizer_size, box))
@@ -132,7 +120,20 @@ class EvaluationViews:
 
 
 @dataclass(frozen=True)
-class PretrainingViews(EvaluationViews):
+class EvaluationViews(_Views):
+    """Two views of an image: for the model, and for the visual tokenizer, whose codes are what the model predicts.
+
+    Args:
+        size, tokenizer_size: sides of the two views, in pixels.
+    """
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Return ``(3, size, size)`` normalised, and ``(3, tokenizer_size, tokenizer_size)`` in [0, 1]."""
+        return self._of(image)
+
+
+@dataclass(frozen=True)
+class PretrainingViews(_Views):
     """Two views of one random crop of the image with other colours.
 
     Args:
@@ -151,7 +152,7 @@ class PretrainingViews(EvaluationViews):
             image = jitter_colours(image, self.jitter, rng)
         if self.flip and rng.random() < 0.5:
             image = F.hflip(image)
-        return super().__call__(image, rng, draw_crop(*image.size, self.min_scale, rng))
+        return self._of(image, draw_crop(*image.size, self.min_scale, rng))
 
 
 @dataclass(frozen=True)

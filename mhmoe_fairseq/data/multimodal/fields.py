@@ -62,12 +62,15 @@ class Builder:
     """
 
     def __init__(self, typecode: str) -> None:
-        self._values, self._offsets, self._null_rows = array(typecode), array("q", [0]), array("q")
+        self._values: array[float] = array(typecode)
+        self._offsets, self._null_rows = array("q", [0]), array("q")
 
     def append(self, value: Sequence[float] | str | int | None) -> None:
         """Add a row; None becomes ``MISSING``, a null list, or the empty string."""
-        if self._values.typecode == "q":
-            self._values.append(MISSING if value is None else value)
+        if value is None and self._values.typecode == "q":
+            value = MISSING
+        if isinstance(value, int):
+            self._values.append(value)
             return
         if value is None:
             self._null_rows.append(len(self._offsets) - 1)

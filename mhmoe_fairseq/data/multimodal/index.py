@@ -19,8 +19,8 @@ from .fields import FIELDS, MISSING, Builder, Lists, parse_record
 ANSWERS_FILE = "answer2label.txt"
 TASKS = tuple(FIELDS)
 
-_PLAIN = {"train": ("train",), "valid": ("valid",), "test": ("test",)}
-_KARPATHY = {"train": ("train",), "valid": ("val",), "test": ("test",)}
+_PLAIN: dict[str, tuple[str, ...]] = {"train": ("train",), "valid": ("valid",), "test": ("test",)}
+_KARPATHY: dict[str, tuple[str, ...]] = {"train": ("train",), "valid": ("val",), "test": ("test",)}
 # Task -> the file's name around the part, and fairseq's split -> parts; a part after the first may be absent.
 _PARTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "image": ("image.{}.jsonl", _PLAIN),

@@ -113,7 +113,7 @@ class VQKD(VisualTokenizer):
 
     def _encode(self, images: Tensor) -> Tensor:
         features = self.encode_task_layer(self.encoder(images * 255 / 127.5 - 1))
-        return nearest(F.normalize(features, dim=-1), self.quantize["embedding"].weight)
+        return nearest(F.normalize(features, dim=-1), self.get_parameter("quantize.embedding.weight"))
 
 
 def _weights(content: Mapping[str, Any]) -> Mapping[str, Tensor]:
