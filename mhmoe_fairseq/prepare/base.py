@@ -85,6 +85,7 @@ class TextSettings(CorpusSettings):
 
 
 SomeSettings = TypeVar("SomeSettings", bound=Settings)
+SomeCorpusSettings = TypeVar("SomeCorpusSettings", bound=CorpusSettings)
 
 
 @dataclass(eq=False)
@@ -92,25 +93,28 @@ class Preparation(ABC, Generic[SomeSettings]):
     """One preparation of a folder: of a source, as the settings say, with downloads in ``cache_dir``.
 
     Attributes:
+        downloads: ``cache_dir``, or a folder beside the prepared one.
         partial: folder in which everything is made.
         stage: see :meth:`~.workspace.Workspace.stage`.
     """
 
     kind: ClassVar[str]
-    extra_symbols: ClassVar[tuple[str, ...]] = ()
-    dictionary_multiple: ClassVar[int] = 8
     source: Any
     settings: SomeSettings
-    cache_dir: Optional[Path]  # None for a folder beside the prepared one
+    cache_dir: Optional[Path]
     say: Say
+    downloads: Path = field(init=False)
     workspace: Workspace = field(init=False)
     partial: Path = field(init=False)
     stage: Callable[[str, list[str], Callable[[], Any]], Any] = field(init=False)
 
     def identity(self) -> dict[str, Any]:
         """Returns the settings by flag that decide whether an earlier preparation is the same one."""
-        source = {"name": self.source.name, **self.source.identity(self.settings.languages)}
-        return {"source": source, **self.settings.identity()}
+        return {"source": {"name": self.source.name, **self.source_identity()}, **self.settings.identity()}
+
+    def source_identity(self) -> dict[str, Any]:
+        """Returns what tells the source's content from another."""
+        return self.source.identity()
 
     def require_up_to_date(self, manifest: dict[str, Any]) -> None:  # noqa: B027  (most sources have all they need)
         """Checks that an earlier preparation lacks nothing that can be had now."""
@@ -128,7 +132,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         """
         self.workspace = Workspace(dest, self.identity())
         self.partial, self.stage = self.workspace.partial, self.workspace.stage
-        self.cache_dir = self.cache_dir or dest.absolute().parent / ".mhmoe-downloads"
+        self.downloads = self.cache_dir or dest.absolute().parent / ".mhmoe-downloads"
         with exclusive_lock(dest / LOCK, "--dest"):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
@@ -144,6 +148,21 @@ class Preparation(ABC, Generic[SomeSettings]):
     def publish(self, entries: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
         """Moves the outputs into place, with a manifest of ``entries`` and what every manifest has; returns it."""
         return self.workspace.publish(complete_manifest(self.kind, entries), outputs)
+
+
+class CorpusPreparation(Preparation[SomeCorpusSettings]):
+    """One that learns a vocabulary and binarises text.
+
+    Attributes:
+        dictionary_multiple: of what the dictionary's size is a multiple.
+    """
+
+    dictionary_multiple: ClassVar[int] = 8
+
+    @property
+    def extra_symbols(self) -> tuple[str, ...]:
+        """Symbols of the dictionary besides the vocabulary's."""
+        return ()
 
     def train_vocabulary(
         self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""

@@ -46,7 +46,7 @@ class SplitCounts:
 
 
 @contextlib.contextmanager
-def dataset_writer(prefix: Path, vocab_size: int) -> Iterator[Callable[[Sequence[int]], None]]:
+def dataset_writer(prefix: Path, vocab_size: int) -> Iterator[Callable[[Sequence[int] | np.ndarray], None]]:
     """Gives a function that adds a line of ids to ``prefix.bin`` and ``prefix.idx``, which appear at the end."""
     import torch
     from fairseq.data import indexed_dataset

@@ -183,8 +183,8 @@ class ClassificationPreparation(Preparation[ClassificationSettings]):
             labels = given_labels(settings.labels, settings.skip_labels, settings.label_field)
         in_training: Counter[int] = Counter()
         for file in self.source.files:
-            found = Counter(labels.find(example) for example in self._read(file))
-            found.pop(None, None)
+            ids = (labels.find(example) for example in self._read(file))
+            found = Counter(label for label in ids if label is not None)
             if not found:
                 of_language = f" of language {file.language}" if settings.language_field else ""
                 raise UserError(f"{file.flag}: no example{of_language} in it")

@@ -15,7 +15,7 @@ from ..common.files import atomic_open
 from ..data.documents import Cleaner, Document
 from ..data.domains import FILE as DOMAINS
 from ..data.domains import write_domains
-from .base import MODEL_FILE, Preparation, TextSettings, binary_files
+from .base import MODEL_FILE, CorpusPreparation, TextSettings, binary_files
 from .binarize import iter_lines
 from .splits import SPLITS, DocumentSize, assign_splits, unlike_shares
 
@@ -30,7 +30,7 @@ class EnglishSettings(TextSettings):
     dedup: str = "lines"
 
 
-class EnglishPreparation(Preparation[EnglishSettings]):
+class EnglishPreparation(CorpusPreparation[EnglishSettings]):
     """Prepares a :class:`~.sources.base.Source`."""
 
     kind = "english"
@@ -42,7 +42,7 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
     def require_up_to_date(self, manifest: dict[str, Any]) -> None:
         """``UserError`` if the data were prepared without something that the source can fetch now."""
-        if now := self.source.now_available(manifest["source"], self.cache_dir):
+        if now := self.source.now_available(manifest["source"], self.downloads):
             raise UserError(
                 f"--dest {self.workspace.dest}: was prepared without {', '.join(now)}, which can be fetched now, and "
                 "would be other data: choose another --dest, or add --overwrite to replace it"
@@ -70,7 +70,7 @@ class EnglishPreparation(Preparation[EnglishSettings]):
 
     def _make_corpus(self) -> tuple[dict[str, object], dict[str, int]]:
         start = time.monotonic()
-        provenance, documents = self.source.open(self.cache_dir, self.say)
+        provenance, documents = self.source.open(self.downloads, self.say)
         cleaner = Cleaner(self.settings.dedup)
         text, sizes, counts = self.partial / _CORPUS, self.partial / _SIZES, cleaner.counts
         num_documents, num_bytes = write_corpus(cleaner.clean(documents), text, sizes)

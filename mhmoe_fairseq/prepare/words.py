@@ -126,7 +126,7 @@ class WordPreparation(Preparation[WordSettings]):
         return self.publish({"source": source, "rule": str(self.settings), "words": counts}, [WORD_LISTS])
 
     def _choose(self) -> tuple[dict[str, object], dict[str, dict[str, int]]]:
-        provenance, senses = self.source.open(self.cache_dir, self.say)
+        provenance, senses = self.source.open(self.downloads, self.say)
         lists, counts = choose_words(senses, self.settings)
         self.say("words: " + "; ".join(f"{group}: {_told(count)}" for group, count in counts.items()))
         lists.write(self.partial / WORD_LISTS)

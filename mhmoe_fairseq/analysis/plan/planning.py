@@ -95,12 +95,12 @@ def _options(settings: PlanSettings, family: str, experts: int | None) -> tuple[
     if experts is not None:
         flags["moe_expert_count"] = experts
     options = architecture_options(name, **flags)
-    is_shared_out = settings.cluster is not None and flags.get("mhmoe_routing") not in MERGINGS
-    if experts is not None and is_shared_out and (moe := moe_config(options)) is not None:
+    cluster = None if flags.get("mhmoe_routing") in MERGINGS else settings.cluster
+    if experts is not None and cluster is not None and (moe := moe_config(options)) is not None:
         number, by = moe.num_banks, shared_out(options)
         if by == "experts":
             number *= experts * (options.mhmoe_granularity or 1) - (options.mhmoe_shared_experts or 0)
-        size = expert_parallel_size(number, asked, settings.cluster.ranks, "--ranks", what=f"the number of {by}")
+        size = expert_parallel_size(number, asked, cluster.ranks, "--ranks", what=f"the number of {by}")
     if moe is not None and moe.total_experts % size:
         multiple = size // math.gcd(size, moe.num_banks)
         rounded = max(round(moe.num_experts / multiple), 1) * multiple

@@ -143,7 +143,8 @@ def _metric(claim: Claim, model: Model) -> str:
 
 def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[float, str, tuple[object, ...]]]:
     """Seed -> value and unit of the claim's metric, and what has to be the same of two runs for a comparison."""
-    metric, found = _metric(claim, model), {}
+    metric = _metric(claim, model)
+    found: dict[str, tuple[float, str, tuple[object, ...]]] = {}
     for run in model.runs:
         record = next((record for record in (*run.records, *run.routing) if _fits(claim, record, metric, part)), None)
         any_record = record or next(iter(run.records), None)

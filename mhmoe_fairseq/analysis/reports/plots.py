@@ -116,13 +116,14 @@ def draw_scaling(
 
 def draw_distributions(path: Path, groups: Mapping[str, Sequence[float]], title: str, xlabel: str) -> None:
     """Draw a histogram of every group's values, shares of the group in common bins, with its mean as a line."""
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values, dtype=float) for values in groups.values()]), 24)
+    together = np.concatenate([np.asarray(values, dtype=float) for values in groups.values()])
+    edges = np.histogram_bin_edges(together, 24).tolist()
     with _figure(path, 7.0, 4.2) as figure:
         axes = figure.subplots()
         for index, (name, values) in enumerate(groups.items()):
             weights, colour = np.full(len(values), 100 / len(values)), f"C{index}"
             axes.hist(values, edges, weights=weights, alpha=0.5, color=colour, label=f"{name}, n = {len(values)}")
-            axes.axvline(np.mean(values), color=colour, linestyle="--")
+            axes.axvline(float(np.mean(values)), color=colour, linestyle="--")
         axes.set(title=title, xlabel=xlabel, ylabel="% of the words")
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize=8)

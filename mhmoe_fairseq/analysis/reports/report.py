@@ -236,7 +236,7 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]
     yield from _metric_plots(models, split, columns)
     found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}
     if found:
-        yield activation_plot("expert-activation", {name: record.experts for name, record in found.items()})
+        yield activation_plot("expert-activation", {name: record.expert_loads for name, record in found.items()})
     for name, record in found.items():
         yield from part_plots(f"routing-{name}", name, record)
     for tasks in evaluations(models).get("zero-shot", ()):
@@ -281,7 +281,7 @@ def _metric_plots(models: Sequence[Model], split: str, columns: Sequence[tables.
                 yield f"{what} {metric} {name}", draw_bars, values, title, metric
     yield from _scaling_plots(models, split, columns)
     for column in columns:
-        values = {model.name: seeds for model in models if (seeds := column.values(model))}
-        if column.split == split and any(len(seeds) > 1 for seeds in values.values()):
+        by_seed = {model.name: seeds for model in models if (seeds := column.values(model))}
+        if column.split == split and any(len(seeds) > 1 for seeds in by_seed.values()):
             title = f"{column.title.capitalize()}: mean, standard deviation, seeds"
-            yield f"seeds {column.title}", draw_seeds, values, title, column.metric
+            yield f"seeds {column.title}", draw_seeds, by_seed, title, column.metric

@@ -13,14 +13,15 @@ from .runs import Model
 
 def describe_routing(record: Record, threshold: float = ACTIVE_THRESHOLD) -> str:
     """Tables for the terminal: of the layers, then of languages or modalities where there are several."""
-    whole, metric = record.experts.of(None), record.metrics.get("loss", record.main)
+    loads = record.expert_loads
+    whole, metric = loads.of(None), record.metrics.get("loss", record.main)
     experts, counted = len(whole.layers[0].loads), metric.unit.partition("/")[2] or "example"
     head = (
         f"{record.split}: {metric.count or 0:,} {counted}s, {metric.value:.4f} {metric.unit}, {experts} experts; "
         f"active: at least {threshold:.1%} of the uniform load; effective: exp(entropy of the load) / {experts}"
     )
     tables = [head, _layer_table(whole, threshold)]
-    if record.experts.parts:
+    if loads.parts:
         tables += [_part_table(record, threshold), _common_table(record), explanation(record)]
     return "\n\n".join(tables)
 
@@ -40,16 +41,17 @@ def _layer_table(whole: ExpertLoads, threshold: float) -> str:
     return columns_table(columns)
 
 
-def mean(values: list[float | None]) -> float | None:
+def mean(values: Sequence[float | None]) -> float | None:
     """The mean over layers; None where any is unknown, or there is none."""
-    return sum(values) / len(values) if values and None not in values else None
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
 def _part_table(record: Record, threshold: float) -> str:
     """A row for every language or modality."""
-    loads = PartLoads.of(record.experts)
+    loads = PartLoads.of(record.expert_loads)
     common_GG = loads.overlap_LGG().mean(0)
-    experts = [record.experts.of(part) for part in loads.parts]
+    experts = [record.expert_loads.of(part) for part in loads.parts]
     metrics = [record.parts.get(part, {}) for part in loads.parts]
 
     def measured(name: str, digits: int) -> list[str]:
@@ -87,11 +89,11 @@ def _largest_others(matrix_GG: np.ndarray) -> list[int]:
 
 def _common_table(record: Record) -> str:
     """A row for every MoE layer: what the parts share, how well they are told apart, how they spread sub-tokens."""
-    loads = PartLoads.of(record.experts)
+    loads = PartLoads.of(record.expert_loads)
     shared = loads.mean_overlap()
     columns = {
         "layer": [*(str(layer + 1) for layer in loads.layers), "all"],
-        "load in common": [percent(share) for share in [*shared, np.mean(shared)]],
+        "load in common": [percent(share) for share in [*shared, float(np.mean(shared))]],
     }
     if "guesses" in record.settings:
         columns["part guessed right"] = [percent(accuracy(guesses)) for guesses in record.settings["guesses"]]
@@ -102,14 +104,14 @@ def _common_table(record: Record) -> str:
 
 def routing_section(models: Sequence[Model], split: str) -> str:
     """A row for every model whose first run has expert loads by part: what they share, how well they are told apart."""
-    found = {model.name: model.runs[0].expert_record(split) for model in models}
-    found = {name: record for name, record in found.items() if record is not None and record.experts.parts}
+    records = {model.name: model.runs[0].expert_record(split) for model in models}
+    found = {name: record for name, record in records.items() if record is not None and record.expert_loads.parts}
     if not found:
         return ""
     rows = []
     for name, record in found.items():
         guessed = record.metrics.get("part guessed right")
-        shared = percent(mean(PartLoads.of(record.experts).mean_overlap()))
+        shared = percent(mean(PartLoads.of(record.expert_loads).mean_overlap()))
         rows.append([name, shared, MISSING if guessed is None else percent(guessed.value / 100)])
     table = markdown_table(["model", "load in common", "part guessed right"], rows)
     return "\n\n".join(["## Parts in routing", table, *dict.fromkeys(map(explanation, found.values()))])
@@ -125,7 +127,7 @@ def explanation(record: Record) -> str:
         told += (
             " Part guessed right: naive Bayes on the experts that a block's first "
             f"{record.settings['piece_tokens']} tokens went to, learnt on every second block; chance is "
-            f"{percent(1 / len(record.experts.parts))}."
+            f"{percent(1 / len(record.expert_loads.parts))}."
         )
     if "most_experts" in record.settings:
         told += (
@@ -147,9 +149,9 @@ def activation_plot(name: str, experts: Mapping[str, ExpertLoads], threshold: fl
 
 def part_plots(stem: str, model: str, record: Record) -> Iterator[Plot]:
     """A heat map of parts by experts for every layer, and matrices of what languages share; none without parts."""
-    if not record.experts.parts:
+    if not record.expert_loads.parts:
         return
-    loads = PartLoads.of(record.experts)
+    loads = PartLoads.of(record.expert_loads)
     maps = {
         f"layer {layer + 1}": dict(zip(loads.parts, loads.load_GLE[:, index]))
         for index, layer in enumerate(loads.layers)

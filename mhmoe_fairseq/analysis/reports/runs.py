@@ -136,7 +136,7 @@ class Run:
     def expert_record(self, split: str) -> Record | None:
         """The record with expert loads that says most: of this split, with loads by part, of ``mhmoe analyze``."""
         found = [record for record in (*self.routing, *self.records) if record.experts is not None]
-        return min(found, key=lambda record: (record.split != split, not record.experts.parts), default=None)
+        return min(found, key=lambda record: (record.split != split, not record.expert_loads.parts), default=None)
 
 
 @dataclass(frozen=True)

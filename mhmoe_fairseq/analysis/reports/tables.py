@@ -224,7 +224,7 @@ def _updates(model: Model, form: str = "") -> str:
 
 def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:
     """Mean over MoE layers and seeds."""
-    found = [record.experts for run in model.runs if (record := run.expert_record(split)) is not None]
+    found = [record.expert_loads for run in model.runs if (record := run.expert_record(split)) is not None]
     return percent(mean([share for experts in found for share in shares(experts.of(None))]))
 
 
@@ -274,7 +274,7 @@ def part_columns(models: Sequence[Model], what: str, split: str) -> dict[str, li
     records = [record for _, record in all_records(models) if (record.what, record.split) == (what, split)]
     parts = [part for record in records for part in record.parts.items()]
     metrics = dict.fromkeys(metric for _, measured in parts for metric in measured if metric != "loss")
-    names = {**{name: PART_NAMES.get(name, name) for name, _ in parts}, None: "all"}
+    names: dict[str | None, str] = {**{name: PART_NAMES.get(name, name) for name, _ in parts}, None: "all"}
     return {metric: [Column(title, what, split, metric, part) for part, title in names.items()] for metric in metrics}
 
 

@@ -1,6 +1,6 @@
 """What ``mhmoe zero-shot`` says of models side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...common.tables import markdown_table, number
 from ...data.zero_shot_tasks import TASKS
@@ -43,14 +43,13 @@ def describe_xnli(records: dict[str, Record], split: str, limit: int | None, pap
     """Ours and the paper's, in percent."""
     first = next(iter(records.values()))
     codes = list(first.parts)
-    rows = {}
+    rows: dict[str, Mapping[str, float]] = {}
     for name, record in records.items():
-        rows[f"ours: {name}"] = record.values("accuracy")
-        if (mean := record.metrics.get("mean of the paper's languages")) is not None:
-            rows[f"ours: {name}"]["avg"] = mean.value
-    rows |= {f"paper: {name}": values for name, values in paper.values.items()}
+        mean = record.metrics.get("mean of the paper's languages")
+        rows[f"ours: {name}"] = record.values("accuracy") | ({} if mean is None else {"avg": mean.value})
+    rows |= {f"paper: {name}": row for name, row in paper.values.items() if isinstance(row, Mapping)}
     table = [[name, *(number(values.get(code), 1) for code in [*codes, "avg"])] for name, values in rows.items()]
-    counts = {metrics["accuracy"].count for metrics in first.parts.values()}
+    counts = {metrics["accuracy"].count or 0 for metrics in first.parts.values()}
     size = " to ".join(map(str, sorted({min(counts), max(counts)})))
     trial = "" if limit is None else f"; a trial: --limit {limit}"
     return "\n".join([

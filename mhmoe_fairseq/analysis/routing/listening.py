@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fairseq.models import BaseFairseqModel
 from torch import Tensor, nn
 
 from ...common.errors import UserError
@@ -54,7 +55,7 @@ class RoutedCall:
 
 
 @contextmanager
-def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[None]:
+def listening(model: BaseFairseqModel, hear: Callable[[RoutedCall], None]) -> Iterator[None]:
     """Tell ``hear`` of every call of the model inside this context, when the encoder or decoder returns.
 
     Args:
@@ -69,7 +70,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
     def note(index: int, gate: nn.Module, given: Any, assignment: Assignment) -> None:
         entropy_N = torch.special.entr(assignment.probs_NE.float()).sum(1)
         choices_NK = assignment.choices_NK
-        if gate.chooses_all:
+        if gate.chooses_all and assignment.kept_NK is not None:
             choices_NK = torch.where(assignment.kept_NK, choices_NK, choices_NK.new_tensor(NOT_CHOSEN))
         heard[index].append((choices_NK, assignment.gates_NK.float(), entropy_N))
 
@@ -87,7 +88,7 @@ def listening(model: nn.Module, hear: Callable[[RoutedCall], None]) -> Iterator[
             choices[index], weights[index], entropies[index] = (torch.cat(each, dim=1) for each in zip(*by_pool))
         was_routed = any(layer is not None and layer.stats.num_subtokens.sum() > 0 for layer in extra["moe"])
         is_real = torch.full((batch, length), was_routed, device=features.device)
-        padding_mask = extra["padding_mask"] if is_beit3 else given[0].eq(module.embed_tokens.padding_idx)
+        padding_mask = extra["padding_mask"] if is_beit3 else given[0].eq(model.decoder.embed_tokens.padding_idx)
         if padding_mask is not None:
             is_real &= ~padding_mask
         groups = {"image" if split else "text": is_real}
@@ -152,7 +153,7 @@ class PositionCounts:
     def added_to(self, record: Record) -> Record:
         """The record of an evaluation as one of routing, with the groups that have positions as its parts."""
         groups = {group: self._positions[group] for group in GROUPS if self._positions[group]}
-        spread, parts, rows = {}, {}, record.experts.of(None).layers
+        spread, parts, rows = {}, {}, record.expert_loads.of(None).layers
         for group, count in groups.items():
             spread[group] = [self._distinct[group, layer] / count for layer in self._pools]
             parts[group] = {"experts per position": Metric(float(np.mean(spread[group])), "experts", count=count)}

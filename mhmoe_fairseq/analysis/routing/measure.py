@@ -62,7 +62,7 @@ def measure_routing(
 
 def _has_texts(record: Record) -> bool:
     """Whether a record is of a language model's texts in several languages or domains."""
-    return record.what == "perplexity" and bool(record.experts.parts)
+    return record.what == "perplexity" and bool(record.expert_loads.parts)
 
 
 def _with_guesses(record: Record, opened: Opened, split: str) -> Record:
@@ -71,7 +71,7 @@ def _with_guesses(record: Record, opened: Opened, split: str) -> Record:
     guesses = part_guesses([_piece_loads(opened, name) for name in parts.values()])
     metrics = {
         **record.metrics,
-        "load in common": Metric(100 * float(np.mean(PartLoads.of(record.experts).mean_overlap())), "%"),
+        "load in common": Metric(100 * float(np.mean(PartLoads.of(record.expert_loads).mean_overlap())), "%"),
         "part guessed right": Metric(100 * accuracy(guesses[-1]), "%", baselines={"chance": 100 / len(parts)}),
     }
     settings = {"guesses": guesses.tolist(), "piece_tokens": PIECE_TOKENS}
@@ -89,5 +89,6 @@ def _piece_loads(opened: Opened, split: str) -> np.ndarray:
         counter = LoadCounter(opened.layers)
         with counter.counting():
             opened.model(batch["net_input"]["src_tokens"][:, :PIECE_TOKENS].to(opened.device))
+        assert counter.loads is not None, "a model with experts"
         loads.append([row.loads for row in counter.loads.layers])
     return np.array(loads)

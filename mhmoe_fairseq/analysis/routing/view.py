@@ -88,7 +88,7 @@ def read_sources(texts: Sequence[Path], words: str | None, images: Sequence[Path
         raise UserError(f"--image ({len(images)}) and --text ({len(found)}) make pairs: as many of one as of the other")
     if not images:
         return [Source(name, text) for name, text in found]
-    texts_or_none = found or [("", None)] * len(images)
+    texts_or_none: list[tuple[str, str | None]] = [*found] or [("", None)] * len(images)
     return [
         Source(" + ".join(filter(None, (image.name, name))), text, image)
         for image, (name, text) in zip(images, texts_or_none)
@@ -184,7 +184,7 @@ def _encode_all(opened: Opened, sources: Sequence[Source], ranks: Path | None, i
         line = clean_line(line)
         return vocabulary.encode_lines([line])[0] if vocabulary else [*map(dictionary.index, line.split())]
 
-    encoded = []
+    encoded: list[list[int]] = []
     for name, text, _ in sources:
         if text is None:
             encoded.append([])

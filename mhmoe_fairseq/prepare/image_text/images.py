@@ -91,7 +91,7 @@ def caption_sentences(images: Iterable[SourceImage]) -> list[Sentence]:
     return [Sentence(image.unit, text) for image in images for texts in image.captions.values() for text in texts]
 
 
-def keep_images(folder: Path, opened: OpenedImages) -> OpenedImages:
+def keep_images(folder: Path, opened: OpenedImages) -> tuple[dict[str, Any], list[SourceImage], list[Sentence]]:
     """Leaves out unreadable images (``UserError`` if all are), joins units that show one, writes the catalogue."""
     kept, problems = _readable(folder, opened.images)
     joined = _joined_units(folder, kept)
@@ -102,7 +102,7 @@ def keep_images(folder: Path, opened: OpenedImages) -> OpenedImages:
         with atomic_open(folder / name) as stream:
             stream.writelines(map(json_line, rows))
     gone = sum(unit != root for unit, root in joined.items())
-    return OpenedImages({"images": len(kept), "joined_things": gone, "unreadable": problems}, images, sentences)
+    return {"images": len(kept), "joined_things": gone, "unreadable": problems}, images, sentences
 
 
 def read_catalogue(folder: Path) -> tuple[list[SourceImage], list[Sentence]]:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from ...common.errors import UserError
 from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, write_json
 from ...data.documents import clean_line
-from ..base import DICTIONARY, MODEL_FILE, CorpusSettings, Preparation, binary_files
+from ..base import DICTIONARY, MODEL_FILE, CorpusPreparation, CorpusSettings, binary_files
 from ..splits import SPLITS
 from ..visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings
 from .derived import Derivation, DerivedSettings
@@ -41,12 +41,16 @@ class ImageTextSettings(CorpusSettings):
         return identity
 
 
-class ImageTextPreparation(Preparation[ImageTextSettings]):
+class ImageTextPreparation(CorpusPreparation[ImageTextSettings]):
     """Prepares an :class:`~.images.ImageSource`."""
 
     kind = KIND
     extra_symbols = (MASK,)
     dictionary_multiple = 1
+
+    def source_identity(self) -> dict[str, Any]:
+        """Returns what tells the source's images, with captions in these languages, from others."""
+        return self.source.identity(self.settings.languages)
 
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
@@ -74,7 +78,7 @@ class ImageTextPreparation(Preparation[ImageTextSettings]):
 
     def _open(self) -> dict[str, Any]:
         start = time.monotonic()
-        opened = self.source.open(self.settings.languages, self.partial, self.cache_dir, self.say)
+        opened = self.source.open(self.settings.languages, self.partial, self.downloads, self.say)
         record, images, sentences = keep_images(self.partial, opened)
         self.say(
             f"images: {len(images)} of {len({image.unit for image in images})} things "

@@ -82,7 +82,7 @@ def fits(letters: Counter[str], language: Language) -> bool:
     return own >= _MIN_OWN_SHARE * (own + letters["LATIN"])
 
 
-def judge(line: str, language: Language, english: Container[str]) -> str:
+def judge(line: str, language: Language, english: SeenTexts | Container[str]) -> str:
     """Returns :data:`KEPT`, or why a line is left out of a translated corpus whose English lines are ``english``."""
     letters = letters_by_script(line)
     if len(line) + (_CJK_WEIGHT - 1) * letters["CJK"] < _MIN_WIDTH:
@@ -172,7 +172,7 @@ class LanguageCorpus:
         return texts + [f"held-out/{code}/{split}.jsonl" for split in self._splits if split != "train"]
 
     def make(
-        self, passages: Iterable[tuple[str, Passage]], english: Mapping[str, Container[str]]
+        self, passages: Iterable[tuple[str, Passage]], english: Mapping[str, SeenTexts]
     ) -> dict[str, dict[str, Any]]:
         """Writes the corpus of ``(family, passage)`` pairs, given the English lines of every family; returns counts."""
         write_passages(self._clean(passages, english), self._scratch("clean"))
@@ -190,9 +190,7 @@ class LanguageCorpus:
     def _scratch(self, name: str) -> Path:
         return self.folder / "corpus" / f"{self.language.code}.{name}.jsonl"
 
-    def _clean(
-        self, passages: Iterable[tuple[str, Passage]], english: Mapping[str, Container[str]]
-    ) -> Iterator[Passage]:
+    def _clean(self, passages: Iterable[tuple[str, Passage]], english: Mapping[str, SeenTexts]) -> Iterator[Passage]:
         """Yields the passages with what is left of their lines, their names made unique over all families."""
         for family, passage in passages:
             lines = [line for line in map(clean_line, passage.lines) if line]

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...common.errors import UserError
 from ...common.files import atomic_open, json_line, write_json
+from ...data.documents import SeenTexts
 from ...data.languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
-from ..base import DICTIONARY, MODEL_FILE, Preparation
+from ..base import DICTIONARY, MODEL_FILE, CorpusPreparation
 from ..binarize import binarize, count_text, iter_lines
 from ..sources.base import MultilingualCorpus, read_passages
 from ..splits import unlike_shares
@@ -20,11 +21,15 @@ from .cleaning import LanguageCorpus, MultilingualSettings, english_lines, spot_
 _SPOT_CHECK = "spot_check.json"
 
 
-class MultilingualPreparation(Preparation[MultilingualSettings]):
+class MultilingualPreparation(CorpusPreparation[MultilingualSettings]):
     """Prepares a source of :data:`~mhmoe_fairseq.prepare.sources.base.MULTILINGUAL_SOURCES`."""
 
     kind = "multilingual"
-    _english: Optional[Mapping[str, Any]] = None
+    _english: Optional[Mapping[str, SeenTexts]] = None
+
+    def source_identity(self) -> dict[str, Any]:
+        """Returns what tells the source's text in these languages from another."""
+        return self.source.identity(self.settings.languages)
 
     @property
     def extra_symbols(self) -> tuple[str, ...]:
@@ -34,7 +39,7 @@ class MultilingualPreparation(Preparation[MultilingualSettings]):
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""
         codes = self.settings.languages
-        corpus = self.source.open(codes, self.partial / "raw", self.stage, self.cache_dir, self.say)
+        corpus = self.source.open(codes, self.partial / "raw", self.stage, self.downloads, self.say)
         cleaning = {code: self._clean(code, corpus) for code in codes}
         checks = self.stage("spot check", [_SPOT_CHECK], self._spot_check)
         aligned_files = [f"aligned/{split}.jsonl" for split in self.settings.splits[1:]]

@@ -67,7 +67,7 @@ class Family:
     packages: Mapping[str, tuple[str, ...]]
     pattern: str
     parse: Callable[[Member], Labelled]
-    codes: Mapping[Optional[str], str] = field(default_factory=dict)
+    codes: Mapping[Optional[str], str] | Mapping[str, str] = field(default_factory=dict)
     english_in: str = ""
 
     def packages_for(self, languages: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -79,7 +79,9 @@ class Family:
         """Yields language and passage from a package, read once for all; ``UserError`` if it is damaged."""
         wanted = {*languages, *([self.english_in] if "en" in languages else [])}
         for name, content in iter_deb_members(package, lambda name: self._locate(name)[0] in wanted):
-            for language, passage in self.parse(Member(*self._locate(name), content, package)):
+            code, path = self._locate(name)
+            assert code is not None, "a file of a wanted language"
+            for language, passage in self.parse(Member(code, path, content, package)):
                 if language in languages:
                     yield language, passage
 

@@ -60,7 +60,8 @@ def _grouped(entries_lines: Iterable[list[str]]) -> Iterator[Document]:
 
 def entries(text: str) -> Iterator[tuple[str, str]]:
     """Yields the first line and the indented rest of every entry, without the database's description."""
-    headword, body = "", []
+    headword = ""
+    body: list[str] = []
     for line in [*text.splitlines(), "end"]:
         if line[:1].strip():
             if headword and not headword.startswith("00-database"):
@@ -77,7 +78,8 @@ def gcide_lines(text: str) -> Iterator[list[str]]:
     the origin before and an origin that names WordNet.
     """
     for headword, body in entries(text):
-        kept, since_origin = [], []
+        kept: list[str] = []
+        since_origin: list[str] = []
         for paragraph in re.split(r"\n\s*\n", f"{headword}\n{body}"):
             if "WordNet" in paragraph:
                 since_origin.clear()

@@ -104,8 +104,9 @@ def _named(
 ) -> SourceImage | None:
     """Returns the image with its captions; None where a language has no name for it."""
     bare = characters.replace(_VARIATION, "")  # CLDR writes them with or without it
-    found = {language: known.get(characters) or known.get(bare) for language, known in names.items()}
-    if None in found.values():
+    known = {language: of.get(characters) or of.get(bare) for language, of in names.items()}
+    found = {language: name for language, name in known.items() if name is not None}
+    if len(found) < len(known):
         return None
     name, keywords = found["en"]
     # The name without person, colour and size: ``woman firefighter`` and ``firefighter`` are one family.

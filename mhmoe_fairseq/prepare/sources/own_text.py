@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence, TypedDict
 
 from ...common.arguments import nonempty
 from ...common.errors import UserError
@@ -36,13 +36,20 @@ _DOMAIN, _ENDING = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*"), re.compile(r"\.(txt
 _LICENCE = "the user's own text: its terms are the user's to know"
 
 
+class Placed(TypedDict, total=False):
+    """What all documents of a file are of."""
+
+    split: str
+    domain: str
+
+
 @dataclass(frozen=True)
 class OwnText(Source):
     """English files of the user, each with what its documents are of (``split``, ``domain``); nothing is fetched."""
 
     name: str
     unit: str
-    files: Sequence[tuple[Mapping[str, str], Path]]
+    files: Sequence[tuple[Placed, Path]]
     read: Callable[[Path], Iterator[Document]]
     options: Mapping[str, Any] = field(default_factory=dict)
     licence: str = _LICENCE
@@ -91,7 +98,9 @@ def shard_source(folder: Path) -> OwnText:
     indexes = {split: folder / "json" / f"{split}.json" for split in ("test", "valid", "train")}
     require_files([indexes["valid"], indexes["train"]], "--source torchscale-shards")
     present = {split: index for split, index in indexes.items() if index.exists()}
-    shards = [({"split": split}, folder / name) for split, index in present.items() for name in _shard_names(index)]
+    shards: list[tuple[Placed, Path]] = [
+        ({"split": split}, folder / name) for split, index in present.items() for name in _shard_names(index)
+    ]
     unit, read = "document separator = blank-line, line = line", partial(text_documents, separator=BLANK_LINE)
     return OwnText("torchscale-shards", unit, shards, read)
 
@@ -105,7 +114,7 @@ def domain_source(words: Sequence[str], separator: str = BLANK_LINE, field: str 
     Raises:
         UserError: fewer than two domains, a bad word or name, or a folder without such a file.
     """
-    files: list[tuple[Mapping[str, str], Path]] = []
+    files: list[tuple[Placed, Path]] = []
     unread: list[tuple[str, str]] = []
     for word in words:
         name, separated, path = word.partition("=")
@@ -134,7 +143,7 @@ def _shard_names(index: Path) -> list[str]:
     """Returns the shards of one JSON file; ``UserError`` when it is not a list of objects with a ``source`` list."""
     entries = read_json(index)
     try:
-        sources = [entry["source"] for entry in entries] if isinstance(entries, list) else [None]
+        sources: list[Any] = [entry["source"] for entry in entries] if isinstance(entries, list) else [None]
     except (TypeError, KeyError):
         sources = [None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in sources):
