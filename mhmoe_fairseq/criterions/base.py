@@ -30,7 +30,7 @@ class GateLossConfig(FairseqDataclass):
     """The flags of the auxiliary losses."""
 
     moe_gate_loss_wt: float = field(default=0.01, metadata={"help": "weight of the MoE layers' balance loss"})
-    moe_gate_loss_combine_method: COMBINE_CHOICES = field(  # type: ignore[valid-type]
+    moe_gate_loss_combine_method: COMBINE_CHOICES = field(
         default="average", metadata={"help": "combine the MoE layers' balance losses, and z-losses, by sum or average"}
     )
     mhmoe_z_loss_wt: float = field(

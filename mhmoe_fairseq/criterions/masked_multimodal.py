@@ -37,7 +37,7 @@ class MaskedPart(NamedTuple):
 class MaskedMultimodalConfig(GateLossConfig):
     """Flags of the criterion."""
 
-    masked_loss_average: AVERAGE_CHOICES = field(  # type: ignore[valid-type]
+    masked_loss_average: AVERAGE_CHOICES = field(
         default="part",
         metadata={
             "help": "part: mean of the four mean losses, of patches of images, words of texts, patches of pairs and "

@@ -79,16 +79,16 @@ def training_parallelism(moe: MHMoEConfig | None, asked: int | None, by: str = "
         by: of ``PARALLELISMS``.
     """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    has_experts = moe is not None and not isinstance(moe, MergedConfig)  # merged ones are needed all together
+    spread = None if isinstance(moe, MergedConfig) else moe  # merged experts are needed all together
     size = 1
-    if has_experts:
-        number = moe.num_banks if by == "heads" else moe.total_experts
+    if spread is not None:
+        number = spread.num_banks if by == "heads" else spread.total_experts
         size = expert_parallel_size(number, asked, world_size, what=f"the number of {by}")
     if world_size == 1:
         return None
     if size > 1:
         logger.info(f"expert parallelism: {size} of {world_size} processes share the {by} of a layer")
-    elif has_experts:
+    elif spread is not None:
         logger.warning(
             f"no expert parallelism: every process holds all {by}, since that was asked for or their number and "
             f"that of the processes ({world_size}) have no common divisor"

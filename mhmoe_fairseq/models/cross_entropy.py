@@ -20,6 +20,7 @@ from ..moe.modes import compute_dtype, eager_obstacle
 # fit, products would wait for the weight.
 _CHUNK_BYTES = 32 * 2**20
 _CHUNK_ROWS = 256
+_NO_TARGET = -100  # PyTorch's own: no id is negative
 
 Parts = tuple[Tensor, Tensor, Tensor | None]  # features (N, D), weight (V, D) and bias (V,)
 
@@ -76,8 +77,8 @@ def _plain(parts: Parts, targets_N: Tensor, how: _How) -> tuple[Tensor, Tensor |
     """Losses and ``is_best`` of all rows at once, in autograd's operations."""
     logits = F.linear(*(None if part is None else part.to(how.dtype) for part in parts))  # type: ignore[arg-type]
     log_probs = logits.log_softmax(1, dtype=how.wide)
-    ignored = {} if how.ignored is None else {"ignore_index": how.ignored}
-    losses = F.nll_loss(log_probs, targets_N, reduction="none", **ignored)
+    ignored = _NO_TARGET if how.ignored is None else how.ignored
+    losses = F.nll_loss(log_probs, targets_N, reduction="none", ignore_index=ignored)
     return losses, log_probs.argmax(1).eq(targets_N) if how.with_best else None
 
 
@@ -223,4 +224,5 @@ class _Gradients:
 
     def tensors(self) -> list[Tensor | None]:
         """Return them in the order and types of the parts."""
-        return [None if total is None else total.to(part.dtype) for total, part in zip(self._sums, self._parts)]
+        pairs = zip(self._sums, self._parts)
+        return [None if total is None or part is None else total.to(part.dtype) for total, part in pairs]

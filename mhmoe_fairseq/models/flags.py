@@ -10,13 +10,13 @@ import logging
 import math
 import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, cast
 
 from ..common.errors import UserError
 from ..common.ranges import check_flag, check_flags, flag
 from ..moe import ConfigError, MergedConfig, MHMoEConfig
-from ..moe.gate import GATES
-from ..moe.merged import MERGINGS
+from ..moe.gate import GATES, Gate
+from ..moe.merged import MERGINGS, MergedLayer
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.settings import DecoderSettings, EncoderSettings
 from ..torchscale_ext.static_xmoe import check_supported
@@ -129,8 +129,8 @@ def _feed_forward(options: Any) -> str:
 
 def _check_causal(options: Any) -> None:
     """Refuse, for a language model, routing by which a position depends on what follows it."""
-    routing = _text(options.mhmoe_routing)
-    kind = {**GATES, **MERGINGS}.get(routing)
+    routing = _text(options.mhmoe_routing) or ""
+    kind: type[Gate] | type[MergedLayer] | None = GATES.get(routing) or MERGINGS.get(routing)
     if kind is not None and kind.sees_later:
         raise UserError(f"--mhmoe-routing {routing} is for BEiT-3 and not for language models: {kind.sees_later}")
 
@@ -203,7 +203,8 @@ def _with_budget(options: Any) -> MHMoEConfig:
     changes |= {"num_experts": times * plain.num_experts, "top_k": times * plain.top_k}
 
     def matching(multiple: int) -> MHMoEConfig:
-        return kind.matching(reference, budget=budget, num_heads=heads, multiple_of=multiple, **changes)
+        spent = cast(Literal["params", "flops"], budget)
+        return kind.matching(reference, budget=spent, num_heads=heads, multiple_of=multiple, **changes)
 
     for multiple in _WIDTH_MULTIPLES:
         try:
@@ -218,7 +219,10 @@ def _with_budget(options: Any) -> MHMoEConfig:
 
 def _layer_fields(options: Any) -> dict[str, Any]:
     """The fields of ``MHMoEConfig`` that flags set; those that are not given keep the layer's own default."""
-    values = {"expert_ffn_dim": _size(options, "ffn_embed_dim"), "expert_layernorm": _has_subln(options)}
+    values: dict[str, Any] = {
+        "expert_ffn_dim": _size(options, "ffn_embed_dim"),
+        "expert_layernorm": _has_subln(options),
+    }
     for entry in _entries(options):
         layer, value = entry.metadata["layer"], _value(options, entry)
         if layer is not None and value is not None:

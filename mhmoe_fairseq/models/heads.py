@@ -89,7 +89,7 @@ class LastTokenHead(nn.Linear):
         nn.init.normal_(self.weight, std=_INITIAL_DEVIATION)
         nn.init.zeros_(self.bias)
 
-    def forward(self, features: Tensor, padding_mask: Tensor) -> Tensor:
+    def forward(self, features: Tensor, padding_mask: Tensor) -> Tensor:  # type: ignore[override]
         """Logits ``(B, classes)``, in the precision of the head's parameters.
 
         Args:
@@ -125,7 +125,7 @@ class VQAHead(_ClassificationHead):
         super().__init__(embed_dim, num_answers, center, "answers")
         self.pooler = _linear(embed_dim, embed_dim)
         self.classifier = _two_layers(embed_dim, 2 * embed_dim, num_answers)
-        nn.init.constant_(self.classifier[-1].bias, -math.log(num_answers - 1))
+        nn.init.constant_(_last(self.classifier).bias, -math.log(num_answers - 1))
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """Logits."""
@@ -144,7 +144,7 @@ class NLVR2Head(_ClassificationHead):
     def __init__(self, embed_dim: int, num_classes: int = 2, center: bool = False) -> None:
         super().__init__(4 * embed_dim, num_classes, center)
         self.classifier = _two_layers(4 * embed_dim, 2 * embed_dim, num_classes)
-        self.classifier[-1].weight.data.mul_(_SMALL_START)
+        _last(self.classifier).weight.data.mul_(_SMALL_START)
 
     def forward(self, features: Tensor, extra: dict[str, Any]) -> Tensor:
         """``(2 B, L, D) -> (B, classes)``: the left images' rows, then the right images', each with the statement."""
@@ -243,3 +243,9 @@ def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
 
 def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(_linear(inputs, hidden), nn.LayerNorm(hidden), nn.GELU(), _linear(hidden, outputs))
+
+
+def _last(layers: nn.Sequential) -> nn.Linear:
+    last = layers[-1]
+    assert isinstance(last, nn.Linear)
+    return last

@@ -30,6 +30,11 @@ CHECKPOINT_NAMES = ("model.pt", "checkpoint_best.pt", "checkpoint_last.pt")
 class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, FairseqIncrementalDecoder):
     """The decoder as fairseq knows it, with ``settings`` made of the options by ``decoder_settings``."""
 
+    args: DecoderSettings
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    output_projection: nn.Linear
+
     def __init__(self, options: Any, settings: DecoderSettings, dictionary: Dictionary) -> None:
         embedding = build_embedding(dictionary, settings.decoder_embed_dim)
         positions = build_positions(options, settings.max_target_positions)
@@ -37,7 +42,7 @@ class LanguageModelDecoder(ComputePrecision, RemembersVocabulary, MHMoEDecoder, 
         self.set_precision(options)
         self.remember_vocabulary(dictionary, "embed_tokens.weight")
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, prev_output_tokens: Tensor, targets: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """As ``MHMoEDecoder.forward``, in ``--mhmoe-precision``; ``UserError`` in training in fp16 unscaled.

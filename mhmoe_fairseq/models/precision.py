@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..moe.experts import ExpertFFN
@@ -93,15 +93,13 @@ def require_one_precision(precision: Any) -> None:
         )
 
 
-class ComputePrecision:
+class ComputePrecision(nn.Module):
     """Stands among a module's bases: computes under autocast in the type that ``--mhmoe-precision`` names.
 
     Attributes:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         scales_loss: the trainer scales the loss, as fp16 needs.
     """
-
-    training: bool
 
     def set_precision(self, options: Any) -> None:
         """Reads the options, once in the constructor, and logs what they come to; a slow choice is warned of."""
@@ -153,7 +151,7 @@ def round_linear_maps(module: nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, (Router, StaticXMoE)):  # compute in float32, or as TorchScale does
         return
     if isinstance(module, nn.Linear):
-        weights = [module.weight, module.bias]
+        weights: list[Tensor | None] = [module.weight, module.bias]
     elif isinstance(module, ExpertFFN):
         weights = [module.fc1_weight, module.gate_weight, module.fc2_weight]
     else:
