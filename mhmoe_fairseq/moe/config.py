@@ -168,10 +168,8 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def num_expert_params(self) -> int:
         """Parameters of one routed expert."""
-        d, f = self.subtoken_dim, self.expert_ffn_dim
-        biases = (self.matrices_per_expert - 1) * f + d if self.expert_bias else 0
-        layernorm = 2 * f if self.expert_layernorm else 0
-        return self.matrices_per_expert * d * f + biases + layernorm
+        layernorm = 2 * self.expert_ffn_dim if self.expert_layernorm else 0
+        return self._num_network_params(self.subtoken_dim, self.expert_ffn_dim) + layernorm
 
     def num_router_params(self) -> int:
         """Parameters of the router, or of all heads' routers."""
@@ -184,10 +182,11 @@ class MHMoEConfig(RouterFields, GateFields):
 
     def num_shared_expert_params(self) -> int:
         """Parameters of the shared expert (P2)."""
-        d, f, m = self.embed_dim, self.shared_expert_dim, self.matrices_per_expert
-        if not f:
-            return 0
-        return m * d * f + ((m - 1) * f + d if self.expert_bias else 0)
+        return self._num_network_params(self.embed_dim, self.shared_expert_dim) if self.shared_expert_dim else 0
+
+    def _num_network_params(self, d: int, f: int) -> int:
+        biases = (self.matrices_per_expert - 1) * f + d if self.expert_bias else 0
+        return self.matrices_per_expert * d * f + biases
 
     def num_params(self) -> int:
         """All parameters of the layer."""
@@ -388,6 +387,6 @@ def choices(field: str) -> tuple[str, ...]:
     """The values that a field of :class:`MHMoEConfig` may have, where it is a choice by name.
 
     >>> choices("activation"), choices("balance_scope")
-    (('gelu', 'relu', 'swiglu', 'swiglu7'), ('rank', 'global'))
+    (('gelu', 'relu', 'swiglu', 'swiglu7'), ('rank', 'global', 'sequence'))
     """
     return declared_choices(MHMoEConfig, field)

@@ -1,9 +1,7 @@
 """Expert choice (Zhou et al., 2022): experts choose sub-tokens, as many each, in place of sub-tokens experts."""
 
-import torch
 from torch import Tensor
 
-from .banks import of_all_banks
 from .gate import GATES, Assignment, Gate, GateFields
 
 
@@ -35,25 +33,19 @@ class ExpertChoiceGate(Gate):
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:
         """As the base's; of each sub-token all experts, the most probable first, and which of them took it."""
-        config, num = self.config, logits_NE.size(0)
+        config = self.config
         scores_NE = self.score.of(logits_NE)
         offered_NE = scores_NE.detach()
-        num_real = torch.full((), num, device=logits_NE.device)
         if padding_mask_N is not None:
             offered_NE = offered_NE.masked_fill(padding_mask_N.unsqueeze(1), -1)  # behind every real one
-            num_real = (~padding_mask_N).sum()
-        of_bank = torch.div(num_real, config.num_banks, rounding_mode="floor")
+        of_bank = self._num_real_of_bank(logits_NE, padding_mask_N)
         slots = self.mean_choices(config) * of_bank.double() / config.num_experts
         slots = slots.floor().clamp(min=1).minimum(of_bank)
 
         # Of several banks a token's sub-tokens stand side by side, each offered to its own bank's experts.
         offered = offered_NE.view(-1, config.total_experts)
         ranks_NE = offered.argsort(dim=0, descending=True, stable=True).argsort(dim=0).view_as(offered_NE)
-        choices_NE = scores_NE.detach().argsort(dim=1, descending=True, stable=True)
-        kept_NE = (ranks_NE < slots).gather(1, choices_NE)
-        gates_NE = self._scaled(scores_NE.gather(1, choices_NE).masked_fill(~kept_NE, 0))
-        choices_NE = of_all_banks(choices_NE, config.num_banks, config.num_experts)
-        experts_NE = choices_NE.masked_fill(~kept_NE, config.total_experts)
+        experts_NE, gates_NE, choices_NE, kept_NE = self._by_weight(scores_NE, ranks_NE < slots)
         return Assignment(self.score.probabilities(scores_NE), experts_NE, gates_NE, choices_NE, kept_NE, None)
 
 

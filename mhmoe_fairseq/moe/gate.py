@@ -190,6 +190,23 @@ class Gate(nn.Module):
         scale = self.config.gate_scale
         return gates_NK if scale == 1 else gates_NK * scale
 
+    def _num_real_of_bank(self, like_N: Tensor, padding_mask_N: Tensor | None) -> Tensor:
+        """How many sub-tokens that are not padding each bank is offered."""
+        if padding_mask_N is None:
+            num_real = torch.full((), like_N.size(0), device=like_N.device)
+        else:
+            num_real = (~padding_mask_N).sum()
+        return torch.div(num_real, self.config.num_banks, rounding_mode="floor")
+
+    def _by_weight(self, weights_NE: Tensor, used_NE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Experts, gates, choices and kept of a gate that ``chooses_all``: the experts of most weight first."""
+        config = self.config
+        choices_NE = weights_NE.detach().argsort(dim=1, descending=True, stable=True)
+        kept_NE = used_NE.gather(1, choices_NE)
+        gates_NE = self._scaled(weights_NE.gather(1, choices_NE).masked_fill(~kept_NE, 0))
+        choices_NE = of_all_banks(choices_NE, config.num_banks, config.num_experts)
+        return choices_NE.masked_fill(~kept_NE, config.total_experts), gates_NE, choices_NE, kept_NE
+
     def _apply_capacity(
         self, choices_NK: Tensor, chosen_NK: Tensor | None, padding_mask_N: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -216,12 +233,8 @@ class CapacityGate(Gate):
         config = self.config
         if chosen_NK is None:
             chosen_NK = torch.ones_like(choices_NK, dtype=torch.bool)
-        if padding_mask_N is None:
-            num_real = torch.full((), choices_NK.size(0), device=choices_NK.device)
-        else:
-            num_real = (~padding_mask_N).sum()
         slots_NK = slot_positions(choices_NK.masked_fill(~chosen_NK, config.total_experts), config.total_experts)
-        num_of_bank = torch.div(num_real, config.num_banks, rounding_mode="floor")
+        num_of_bank = self._num_real_of_bank(choices_NK, padding_mask_N)
         within_NK = slots_NK < expert_capacity(config, num_of_bank, training=self.training)
         return chosen_NK & within_NK, chosen_NK & ~within_NK
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ._fields import require_fields
 from .assignment import Assignment
-from .banks import of_all_banks
 from .gate import GATES, Gate, GateFields
 from .modes import widened
 from .updates import ExactState, UpdateSums
@@ -82,18 +81,13 @@ class ReLUGate(Gate):
         self, logits_NE: Tensor, padding_mask_N: Tensor | None = None, noise: Tensor | None = None
     ) -> Assignment:
         """As the base's; of each sub-token all experts, those with the largest logits first."""
-        config = self.config
         weights_NE = widened(logits_NE).relu()
         used_NE = weights_NE > 0
         if padding_mask_N is not None:
             used_NE = used_NE & ~padding_mask_N.unsqueeze(1)
-        choices_NE = weights_NE.detach().argsort(dim=1, descending=True, stable=True)
-        kept_NE = used_NE.gather(1, choices_NE)
-        gates_NE = self._scaled(weights_NE.gather(1, choices_NE).masked_fill(~kept_NE, 0))
-        choices_NE = of_all_banks(choices_NE, config.num_banks, config.num_experts)
-        experts_NE = choices_NE.masked_fill(~kept_NE, config.total_experts)
+        experts_NE, gates_NE, choices_NE, kept_NE = self._by_weight(weights_NE, used_NE)
         probs_NE = weights_NE / weights_NE.sum(1, keepdim=True).clamp(min=torch.finfo(weights_NE.dtype).tiny)
-        regulated = used_NE.to(weights_NE.dtype) / config.top_k, self.adaptive.weight * weights_NE
+        regulated = used_NE.to(weights_NE.dtype) / self.config.top_k, self.adaptive.weight * weights_NE
         return Assignment(probs_NE, experts_NE, gates_NE, choices_NE, kept_NE, None, regulated=regulated)
 
 
