@@ -34,7 +34,7 @@ def parse_flags(text: str | Sequence[str]) -> Flags:
 
 def flags_of(command: Sequence[str]) -> Flags:
     """Returns the flags behind a command's program and data."""
-    return parse_flags(command[next(at for at, word in enumerate(command) if word.startswith("--")) :])
+    return parse_flags(command[next((at for at, word in enumerate(command) if word.startswith("--")), len(command)) :])
 
 
 @dataclass(frozen=True)

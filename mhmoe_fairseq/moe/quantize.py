@@ -129,7 +129,9 @@ class TernaryWeights(nn.Module):
         packed = [name for name in loaded if state_dict[prefix + name].dtype == torch.uint8]
         for name in packed:
             values = unpack(state_dict[prefix + name])
-            scale = state_dict.pop(prefix + name + _SCALE)
+            scale = state_dict.pop(prefix + name + _SCALE, None)
+            if scale is None:
+                raise UserError(f"{prefix}{name} is packed, but there is no {prefix}{name}{_SCALE} beside it")
             state_dict[prefix + name] = values * scale.view(*values.shape[:-2], 1, 1)
         if loaded:
             self.is_fixed = bool(packed)

@@ -4,6 +4,7 @@ import pytest
 from experiment_commands import commands, parse, trainings
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.experiments.spec import flags_of
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,8 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
 def test_bad_settings_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         commands(*words)
+
+
+def test_flags_stand_behind_program_and_data_if_there_are_any() -> None:
+    assert flags_of(["fairseq-train", "data", "--lr", "1", "2", "--cpu"]) == {"--lr": ("1", "2"), "--cpu": ()}
+    assert flags_of(["fairseq-train", "data"]) == {}

@@ -160,6 +160,14 @@ def test_packed_weights_give_the_same_outputs_to_the_last_bit(variant):
     assert sum(state[name].nbytes for name in names) * 16 == sum(layer.state_dict()[name].nbytes for name in names)
 
 
+def test_packed_weights_without_their_scales_are_refused():
+    layer = build(torch.float32, **FIELDS)
+    state = packed_state(layer.state_dict(), ternary_names(layer))
+    del state["experts.fc2_weight_scale"]
+    with pytest.raises(UserError, match="experts.fc2_weight is packed, but there is no experts.fc2_weight_scale"):
+        layer.load_state_dict(state)
+
+
 def test_packed_weights_are_for_evaluation():
     layer = build(torch.float32, **FIELDS)
     latent = layer.state_dict()
