@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
     add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")
     add("--xnli", type=existing_folder, metavar="DIR", help="your copy of XNLI, for table3")
-    add("--jobs", type=whole(), default=1, metavar="N", help="runs at the same time, each on a thread and a GPU (1)")
+    add("--jobs", type=whole(), default=1, metavar="N", help="runs at the same time, by turns on the GPUs (default 1)")
     add("--threads", type=whole(), metavar="N", help="threads of every run (default: the environment's; 1 with --jobs)")
     add("--nproc", type=whole(), metavar="N", help="processes that share a training here (default: cpu 1, paper 8)")
     add("--batch", type=whole(), metavar="N", help="samples per process and step; an update stays the same")

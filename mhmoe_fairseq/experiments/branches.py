@@ -22,9 +22,8 @@ def require_domains(runs: Iterable[Run]) -> None:
     """Raises ``UserError`` if the data of models of domains do not tell them, or not those of the branches."""
     for run in runs:
         model = MODELS[run.model]
-        if run.branches or "domain" in parse_flags(model.flags).get(
-            "--mhmoe-routing", ()
-        ):  # not what starts from a mix
+        routing = parse_flags(model.flags).get("--mhmoe-routing", ())
+        if run.branches or "domain" in routing:  # not what starts from a mix
             lacking = sorted({*model.branches} - {*domain_names(run.data)})
             if lacking:
                 raise UserError(f"--data ({run.data}) has no text of {', '.join(lacking)}, domains of {run.model}")

@@ -9,8 +9,8 @@ Backends, the same function to rounding:
              synchronisation, at up to twice the FLOPs.
 
 ``auto`` takes ``loop`` on CPUs, where grouped_mm's kernel was measured at about twice a loop's time (torch 2.14);
-elsewhere ``grouped`` where its kernel takes dtype and shape. Otherwise, and wherever torch.compile, torch.export,
-torch.func or forward-mode differentiation see the layer, it takes ``blocked``, which can do all of that.
+elsewhere ``grouped`` where its kernel takes device, dtype and shape. Otherwise, and wherever torch.compile,
+torch.export, torch.func or forward-mode differentiation see the layer, it takes ``blocked``, which can do all of that.
 """
 
 import functools

@@ -152,7 +152,7 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
     experiment = EXPERIMENTS[name]
     if any("--vllm" in command for command in experiment.after):
         if "MHMOE_VLLM" not in os.environ:
-            pytest.skip("make test-vllm runs this")
+            pytest.skip("needs vLLM, in an environment of its own: make test-vllm")
         experiment = replace(experiment, after=tuple(_with_vllm(command) for command in experiment.after))
         monkeypatch.setitem(EXPERIMENTS, name, experiment)
     if any("zero-shot" in command for command in experiment.after) and find_spec("lm_eval") is None:

@@ -159,3 +159,12 @@ def test_overflow_is_counted():
     torch.nn.init.zeros_(layer.router.weight)  # all ties: everything goes to expert 0
     stats = layer(torch.randn(12, 16)).stats
     assert stats.expert_load.tolist() == [12, 0, 0, 0] and stats.dropped == 9
+
+
+def test_factor_and_fraction_decide_the_slots():
+    tokens = torch.tensor(100)
+    cfg = config(num_experts=8, top_k=2, capacity_factor=1.25, eval_capacity_fraction=0.3)
+    assert int(expert_capacity(cfg, tokens, training=True)) == 32  # int(1.25 * 2 * ceil(100 / 8))
+    assert int(expert_capacity(cfg, tokens, training=False)) == 30
+    whole = dataclasses.replace(cfg, eval_capacity_fraction=-1.0)
+    assert int(expert_capacity(whole, tokens, training=False)) == 32

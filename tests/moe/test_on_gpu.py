@@ -65,18 +65,21 @@ def test_never_makes_the_host_wait(name: str, dtype: torch.dtype) -> None:
     layer.train()
     weight = torch.ones_like(x)
 
-    def step() -> None:
+    def step() -> tuple[torch.Tensor | None, ...]:
         out = layer(x, mask)
         total = (out.hidden * weight).sum() + out.balance_loss + out.z_loss
-        torch.autograd.grad(total, list(layer.parameters()), allow_unused=True)
+        return torch.autograd.grad(total, list(layer.parameters()), allow_unused=True)
 
     step()  # a kernel's first use may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        gradients = [gradient for gradient in step() if gradient is not None]  # an error where the host waits
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            gradients[0].sum().item()  # CUDA does watch
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @every_layer
