@@ -77,7 +77,7 @@ def test_engines_find_no_names_under_which_they_replace_experts(tmp_path: Path, 
 
 def test_balance_loss_is_ours_and_is_added_with_its_weight(opened: dict[str, dict[str, Any]]) -> None:
     """The mean of the layers' over real tokens, padding apart."""
-    for name in ("mhmoe", "smoe", "groups", "banks", "deepnorm"):
+    for name in ("mhmoe", "smoe", "groups", "banks", "deepnorm", "remoe", "remoe heads"):
         found = opened[name]
         model = open_model(found["folder"].parent / "model.pt", found["folder"].parent, "cpu").model
         for key, ids in (("balance", token_rows([14, 14], words=WORDS)), ("balance of padded", PADDED)):
@@ -170,8 +170,6 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     good, out = write_model(tmp_path / "good", "mhmoe_lm_tiny"), tmp_path / "out"
     capacity = write_model(tmp_path / "capacity", "smoe_lm_tiny", mhmoe_routing="capacity")
     assert "--mhmoe-routing capacity cannot be exported" in refusal(capsys, "--format", "hf", capacity, out)
-    relu = write_model(tmp_path / "relu", "remoe_lm_tiny")
-    assert "--mhmoe-routing relu cannot be exported" in refusal(capsys, "--format", "hf", relu, out)
     balanced = write_model(tmp_path / "balanced", "smoe_lm_tiny", mhmoe_router="balanced-for-benchmarks")
     assert "--mhmoe-router balanced-for-benchmarks cannot be exp" in refusal(capsys, "--format", "hf", balanced, out)
     ternary = write_model(tmp_path / "ternary", "mhmoe_lm_tiny", mhmoe_quantize="all")

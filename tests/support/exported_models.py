@@ -54,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"mhmoe_heads_number": 1, "mhmoe_latent_dim": 16, "mhmoe_router_input": "token", "mhmoe_projection_layers": 2,
          "mhmoe_merge_norm": True, "mhmoe_expert_groups": 2},
     ),
+    "remoe": ("remoe_lm_tiny", {"mhmoe_gate_scale": 1.5}),
+    "remoe heads": ("mhmoe_lm_tiny", {"mhmoe_routing": "relu", "mhmoe_expert_banks": "per-head"}),
     "deepnorm": ("mhmoe_lm_tiny", {"deepnorm": True, "mhmoe_no_split": True, "mhmoe_balance_assignment": "gates"}),
 }  # fmt: skip
 
@@ -74,6 +76,8 @@ def write_model(folder: Path, arch: str, task: dict[str, Any] | None = None, **f
         for name, value in model.named_buffers():
             if name.endswith("balancing.bias"):
                 value += 0.1 * torch.randn_like(value)
+            if name.endswith("adaptive.weight"):  # one for all layers
+                value.fill_(0.3)
     folder.mkdir(parents=True)
     dictionary.save(str(folder / "dict.txt"))
     task = {"_name": "mhmoe_language_modeling", "data": str(folder), **(task or {})}

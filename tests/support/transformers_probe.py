@@ -115,7 +115,8 @@ def train(model: Any, ids: Tensor) -> dict[str, Any]:
     together, mask = padded([ids[0], ids[1, : ids.size(1) // 2]], model.config.pad_token_id)
     balance = model(together, attention_mask=mask, output_router_logits=True).aux_loss
     found["balance of padded"] = None if balance is None else balance.item()
-    learned = [(name, value) for name, value in model.named_parameters() if not name.endswith("selection_bias")]
+    kept = ("selection_bias", "regularizer")  # not learned by gradients
+    learned = [(name, value) for name, value in model.named_parameters() if not name.endswith(kept)]
     found["without gradient"] = [name for name, value in learned if value.grad is None]
     return found
 

@@ -115,7 +115,8 @@ def write_card(
 
 def _kind(config: Mapping[str, Any], is_text: bool) -> str:
     heads, what = config.get("mhmoe_heads", 1), "language model" if is_text else "BEiT-3 encoder of images and texts"
-    experts = f"{config.get('mhmoe_experts')} experts, {config.get('mhmoe_top_k')} for each "
+    number = f"{config.get('mhmoe_top_k')}{' on average' if config.get('mhmoe_gate_score') == 'relu' else ''}"
+    experts = f"{config.get('mhmoe_experts')} experts, {number} for each "
     experts += f"of a token's {heads} sub-tokens" if heads > 1 else "token"
     return f"A {what} with {experts}" if config["mhmoe_freq"] else f"A dense {what}"
 

@@ -41,6 +41,7 @@ _RENAMED = (
     (".ffn.", ".mlp."),
     (".reduction.weight", ".reduction"),
     (".gate.balancing.bias", ".router.selection_bias"),
+    (".gate.adaptive.weight", ".router.regularizer"),
     (".fc2.", ".down_proj."),
 )
 
@@ -80,11 +81,7 @@ def describe_stack(options: Any, settings: Settings, stack: str) -> dict[str, An
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: the exported code chooses experts, it merges none"
         )
-    if settings.moe is not None and routing == "relu":
-        raise UserError(
-            "--mhmoe-routing relu cannot be exported: the exported code chooses as many experts for each token"
-        )
-    if settings.moe is not None and routing != "dropless":
+    if settings.moe is not None and routing not in ("dropless", "relu"):
         raise UserError(
             f"--mhmoe-routing {routing} cannot be exported: what its experts take depends on the batch, which "
             "other software does not repeat; train with dropless routing, or go on with it from this checkpoint"
@@ -145,7 +142,7 @@ def _describe_experts(settings: Settings) -> dict[str, Any]:
         "mhmoe_router_fp32": moe.gating_fp32,
         "mhmoe_router_input": moe.router_input,
         "mhmoe_expert_banks": "per-head" if moe.num_banks > 1 else "shared",
-        "mhmoe_gate_score": moe.gate_score,
+        "mhmoe_gate_score": "relu" if moe.routing == "relu" else moe.gate_score,
         "mhmoe_normalize_gates": moe.normalize_gates,
         "mhmoe_gate_scale": moe.gate_scale,
         "mhmoe_expert_groups": moe.expert_groups,

@@ -180,7 +180,7 @@ class MHMoEExperts(nn.Module):
         summed = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         first, first_bias = getattr(self, self.first), getattr(self, f"{self.first}_bias", None)
         for expert in range(self.num_experts):
-            rows, choices = torch.where(top_k_index == expert)
+            rows, choices = torch.where((top_k_index == expert) & (top_k_weights != 0))
             inner = F.linear(hidden_states[rows], first[expert], None if first_bias is None else first_bias[expert])
             inner = self._apply_gate(inner) if self.gated else self.act_fn(inner)
             y = F.linear(inner, self.down_proj[expert], self.down_proj_bias[expert] if self.biased else None)
@@ -272,10 +272,11 @@ class MHMoEPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        first = {"temperature": self.config.mhmoe_router_temperature, "regularizer": 1e-8}
         if isinstance(module, (MHMoEExperts, MHMoERouter, MHMoEHeadRouters)):
             for name, parameter in module.named_parameters(recurse=False):
-                if name == "temperature":
-                    nn.init.constant_(parameter, self.config.mhmoe_router_temperature)
+                if name in first:
+                    nn.init.constant_(parameter, first[name])
                 elif name.endswith("_bias"):
                     nn.init.zeros_(parameter)
                 else:
@@ -390,8 +391,8 @@ class MHMoEForCausalLM(MHMoEPreTrainedModel, GenerationMixin):
             real, (sequences, length, _) = None, outputs.last_hidden_state.shape
             if attention_mask is not None and attention_mask.dim() == 2:
                 real = attention_mask[:, -length:].reshape(-1).repeat_interleave(self.config.mhmoe_heads)
-            biases = [layer.router.selection_bias for layer in self.model.modules() if isinstance(layer, MHMoELayer)]
-            of_layers = zip(outputs.router_logits, biases, strict=True)
+            routers = [layer.router for layer in self.model.modules() if isinstance(layer, MHMoELayer)]
+            of_layers = zip(outputs.router_logits, routers, strict=True)
             losses = [balance_loss(*of, real, self.config, sequences) for of in of_layers]
             balance = torch.stack(losses).mean()
             loss = None if loss is None else loss + self.config.mhmoe_balance_weight * balance.to(loss.device)

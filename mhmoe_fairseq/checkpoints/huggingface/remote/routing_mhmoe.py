@@ -16,6 +16,7 @@ class MHMoERouter(nn.Module):
     """One logit for each sub-token and expert. Its weights are plain parameters: engines replace ``nn.Linear``."""
 
     selection_bias: nn.Parameter | None
+    regularizer: nn.Parameter | None
 
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__()
@@ -49,6 +50,7 @@ class MHMoEHeadRouters(nn.ModuleList):
     """A router for each head, whose sub-tokens are every H-th."""
 
     selection_bias: nn.Parameter | None
+    regularizer: nn.Parameter | None
 
     def __init__(self, config: MHMoEConfig) -> None:
         super().__init__(MHMoERouter(config) for _ in range(config.banks))
@@ -60,16 +62,24 @@ class MHMoEHeadRouters(nn.ModuleList):
 
 
 def build_router(config: MHMoEConfig) -> MHMoERouter | MHMoEHeadRouters:
-    """The router or routers of a layer, with their bias ``(banks, E)`` if choices have one."""
+    """The router or routers of a layer.
+
+    With their bias ``(banks, E)`` if choices have one, and the weight of ReMoE's regularizer, a scalar.
+    """
     router = MHMoERouter(config) if config.banks == 1 else MHMoEHeadRouters(config)
     bias = torch.empty(config.banks, config.mhmoe_experts) if config.mhmoe_selection_bias else None
-    router.register_parameter("selection_bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    weight = torch.empty(()) if config.mhmoe_gate_score == "relu" else None
+    for name, value in {"selection_bias": bias, "regularizer": weight}.items():
+        router.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
     return router
 
 
 def expert_scores(logits: Tensor, config: MHMoEConfig) -> Tensor:
     """What experts are chosen and weighed by, ``(N, E)`` in float32."""
-    return logits.float().sigmoid() if config.mhmoe_gate_score == "sigmoid" else torch.softmax(logits.float(), dim=1)
+    logits = logits.float()
+    if config.mhmoe_gate_score == "relu":
+        return logits.relu()
+    return logits.sigmoid() if config.mhmoe_gate_score == "sigmoid" else torch.softmax(logits, dim=1)
 
 
 def normalized(scores: Tensor, config: MHMoEConfig) -> Tensor:
@@ -107,37 +117,57 @@ def choose(logits: Tensor, scores: Tensor, config: MHMoEConfig, top_k: int, bias
 def gate(logits: Tensor, config: MHMoEConfig, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The experts of every sub-token and the weights of their outputs, ``(N, K)`` each; a bias enters no weight.
 
-    Expert e of head h is number h E + e, where heads have banks of their own.
+    Expert e of head h is number h E + e, where heads have banks of their own. Of ReMoE K is E, and most weights are 0.
     """
     scores = expert_scores(logits, config)
-    index = choose(logits, scores, config, config.mhmoe_top_k, bias)
-    weights = scores.gather(1, index)
-    if config.mhmoe_normalize_gates and config.mhmoe_top_k > 1:
-        weights = normalized(weights, config)
+    if config.mhmoe_gate_score == "relu":
+        index, weights = torch.arange(scores.size(1), device=scores.device).repeat(len(scores), 1), scores
+    else:
+        index = choose(logits, scores, config, config.mhmoe_top_k, bias)
+        weights = scores.gather(1, index)
+        if config.mhmoe_normalize_gates and config.mhmoe_top_k > 1:
+            weights = normalized(weights, config)
     if config.banks > 1:
         head = torch.arange(len(index), device=index.device) % config.banks
         index = index + (head * config.mhmoe_experts)[:, None]
     return index, weights * config.mhmoe_gate_scale
 
 
+def _choices_and_probabilities(
+    logits: Tensor, router: MHMoERouter | MHMoEHeadRouters, config: MHMoEConfig
+) -> tuple[Tensor, Tensor]:
+    """How often each expert of its bank counts as chosen, all choices of a sub-token counting 1, and its probability.
+
+    ``(N, E)`` each; of ReMoE all that are used count 1 / K, and for the probability stands the regularizer's weight
+    times the expert's.
+    """
+    scores, number = expert_scores(logits, config), 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k
+    if router.regularizer is not None:
+        return (scores > 0) / config.mhmoe_top_k, router.regularizer * scores
+    if config.mhmoe_balance == "gates":
+        index, counted = gate(logits, config, router.selection_bias)
+    elif config.mhmoe_balance_scope == "sequence":
+        index, counted = scores.topk(number).indices, scores.new_full((1, 1), 1 / number)
+    else:
+        index = choose(logits, scores, config, number, router.selection_bias)
+        counted = scores.new_full((1, 1), 1 / number)
+    probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
+    return torch.zeros_like(scores).scatter(1, index % logits.size(1), counted.expand(index.shape)), probabilities
+
+
 def balance_loss(
-    logits: Tensor, bias: Tensor | None, real: Tensor | None, config: MHMoEConfig, sequences: int
+    logits: Tensor,
+    router: MHMoERouter | MHMoEHeadRouters,
+    real: Tensor | None,
+    config: MHMoEConfig,
+    sequences: int,
 ) -> Tensor:
     """``E * sum_p f_p P_p`` of a layer's logits ``(N, E)``, 1 when the load is uniform; ``real``: 0 where padded.
 
     Of several banks it is the mean of theirs; where the config says so, of each of ``sequences`` by itself, too.
     """
-    by_sequence = config.mhmoe_balance_scope == "sequence"
-    parts = sequences if by_sequence else 1
-    scores = expert_scores(logits, config)
-    if config.mhmoe_balance == "gates":
-        index, counted = gate(logits, config, bias)
-    else:
-        number = 1 if config.mhmoe_balance == "top1" else config.mhmoe_top_k
-        index = scores.topk(number).indices if by_sequence else choose(logits, scores, config, number, bias)
-        counted = torch.full_like(index, 1 / index.size(1), dtype=scores.dtype)
-    probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
-    chosen = torch.zeros_like(probabilities).scatter(1, index % logits.size(1), counted)
+    parts = sequences if config.mhmoe_balance_scope == "sequence" else 1
+    chosen, probabilities = _choices_and_probabilities(logits, router, config)
     weights = probabilities.new_ones(len(logits), 1) if real is None else real[:, None].to(probabilities)
     experts = config.banks * logits.size(1)
     count = weights.reshape(parts, -1).sum(1, keepdim=True)
