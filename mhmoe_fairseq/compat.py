@@ -110,7 +110,7 @@ def logging_as_found() -> Iterator[None]:
 def restore_numpy_compat() -> None:
     """Give NumPy 2 the name ``np.compat.long`` back, if it has none of its own."""
     if not hasattr(np, "compat"):
-        np.compat = SimpleNamespace(long=np.int64)
+        np.compat = SimpleNamespace(long=np.int64)  # type: ignore[attr-defined]
 
 
 def checkpoint_globals() -> list[Any]:

@@ -62,7 +62,8 @@ class MultiwayEncoder(Encoder):
             x = x.masked_fill(padding_mask.unsqueeze(-1), 0)
         outputs = []
         masks = {"padding_mask": padding_mask, "visible": visible}
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers)):
+        of_layers: Sequence[KeyValueCache | None] = caches or [None] * len(self.layers)
+        for layer, cache in zip(self.layers, of_layers):
             x, output = pass_through(self, layer, x, image_length, **masks, cache=cache)
             outputs.append(output)
         if self.layer_norm is not None and normalize_output:

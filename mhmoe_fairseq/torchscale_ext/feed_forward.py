@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchscale.component.feedforward_network import FeedForwardNetwork
 
-from ..moe import ConfigError, LayerCounts, LoryLayer, MHMoELayer, MHMoEOutput, RoutingStats, SMEARLayer
+from ..moe import ConfigError, LayerCounts, LoryLayer, MergedConfig, MHMoELayer, MHMoEOutput, RoutingStats, SMEARLayer
 from ..moe.parallelism import Traffic
 from .settings import Settings
 from .static_xmoe import StaticXMoE
@@ -64,9 +64,9 @@ class SharedExperts(MHMoELayer):
     """One MH-MoE layer for all positions, the image's and the text's."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings.moe, parallel=settings.parallel)
+        super().__init__(settings.experts, parallel=settings.parallel)
 
-    def forward(
+    def forward(  # type: ignore[override]  # image_length comes third wherever it may be given
         self,
         x: Tensor,
         padding_mask: Tensor | None = None,
@@ -77,18 +77,24 @@ class SharedExperts(MHMoELayer):
         return super().forward(x, padding_mask, domain)
 
 
+def _merged(settings: Settings) -> MergedConfig:
+    config = settings.experts
+    assert isinstance(config, MergedConfig), f"routing {config.routing} merges no experts"
+    return config
+
+
 class SegmentedExperts(LoryLayer):
     """Experts merged for each segment of a text (``--mhmoe-routing lory``)."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings.moe)
+        super().__init__(_merged(settings))
 
 
 class SoftlyMergedExperts(SMEARLayer):
     """Experts merged for each example, its image's and its text's positions together (``--mhmoe-routing smear``)."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings.moe)
+        super().__init__(_merged(settings))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, image_length: int = 0) -> MHMoEOutput:
         """Apply the layer to ``(B, L, D)``; ``padding_mask`` bool ``(B, L)``, True where padded."""
@@ -109,7 +115,7 @@ class SeparateExperts(nn.Module):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__()
-        self.config = settings.moe
+        self.config = settings.experts
         self.parallel = settings.parallel
         self.A = MHMoELayer(self.config, parallel=self.parallel)
         self.B = MHMoELayer(self.config, parallel=self.parallel)
@@ -171,5 +177,4 @@ def build_feed_forward(settings: Settings) -> nn.Module:
     """
     if settings.feed_forward not in FEED_FORWARDS:
         raise ConfigError("feed_forward", settings.feed_forward, f"must be one of {', '.join(FEED_FORWARDS)}")
-    assert settings.moe is not None, "moe_freq > 0 without an MHMoEConfig"
     return FEED_FORWARDS[settings.feed_forward](settings)

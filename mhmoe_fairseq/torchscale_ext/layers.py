@@ -1,6 +1,7 @@
 """The layers of decoders and encoders: attention, then a dense network or experts, pre-norm or post-norm."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,24 @@ from .feed_forward import build_dense_ffn, build_feed_forward
 from .settings import DecoderSettings, EncoderSettings, Settings
 
 
-class _MoELayer:
+class _MoELayer(nn.Module):
     """In front of a TorchScale layer, which is built dense: with our norms and, as an MoE layer, with experts.
 
     TorchScale would build its own MoE layer, which needs a process group and knows one modality. Arguments called
     ``image_length`` are one, the image's positions, in encoders, and none in decoders.
     """
+
+    self_attn: nn.Module
+    self_attn_layer_norm: nn.Module
+    final_layer_norm: nn.Module
+    ffn: nn.Module
+    ffn_dim: int
+    moe_layer: nn.Module
+    is_moe_layer: bool
+    normalize_before: bool
+    dropout_module: nn.Module
+    drop_path: nn.Module | None
+    residual_connection: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, settings: Settings, depth: int, is_moe_layer: bool = False) -> None:
         super().__init__(settings, depth, is_moe_layer=False)
@@ -71,9 +84,10 @@ class _MoELayer:
 
     def _memory(self, cache: KeyValueCache | None) -> list[SegmentMemory]:
         """What experts that depend on earlier steps keep of them, in incremental decoding; nothing of others."""
-        if cache is None or not hasattr(self.moe_layer, "new_memory"):
+        new_memory = getattr(self.moe_layer, "new_memory", None)
+        if cache is None or new_memory is None:
             return []
-        cache.memory = cache.memory or self.moe_layer.new_memory()
+        cache.memory = cache.memory or new_memory()
         return [cache.memory]
 
     def _before(self, norm: nn.Module, x: Tensor, *image_length: int) -> Tensor:
@@ -104,7 +118,7 @@ class MultiwayEncoderLayer(_MoELayer, EncoderLayer):
         return MultiwaySelfAttention(settings, embed_dim, settings.encoder_attention_heads)
 
 
-def pass_through(stack: Any, layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, MHMoEOutput | None]:
+def pass_through(stack: Any, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Tensor, MHMoEOutput | None]:
     """Call a layer of a decoder or encoder, in training with its activations recomputed where the settings say so."""
     if stack.args.checkpoint_activations and stack.training and torch.is_grad_enabled():
         # torch's own checkpointing, not fairscale's: that one recomputes outside bf16 autocast.

@@ -61,6 +61,8 @@ class _LayerSettings:
     """
 
     rotary_embed = False
+    activation_fn: str
+    layernorm_eps: float
 
     def __init__(
         self,
@@ -80,6 +82,12 @@ class _LayerSettings:
         self.rms_norm = rms_norm
         self.no_bias = no_bias
         self.quantize_maps = quantize_maps
+
+    @property
+    def experts(self) -> MHMoEConfig:
+        """The MoE layers' configuration, of a model that has such layers."""
+        assert self.moe is not None, "moe_freq > 0 without an MHMoEConfig"
+        return self.moe
 
     @property
     def activation(self) -> Activation:

@@ -42,13 +42,14 @@ def recorded_histc() -> Iterator[list[Tensor]]:
 
     TorchScale's gates call it once per choice with the experts chosen, before capacity drops any.
     """
-    original, histograms = torch.histc, []
+    original = torch.histc
+    histograms: list[Tensor] = []
 
-    def histc(values: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def histc(values: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         histograms.append(original(values.float(), *args, **kwargs))
         return histograms[-1]
 
-    torch.histc = histc
+    torch.histc = histc  # type: ignore[assignment]
     try:
         yield histograms
     finally:
@@ -69,9 +70,9 @@ class StaticXMoE(nn.Module):
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        check_supported(settings.moe)
+        moe = settings.experts
+        check_supported(moe)
         ensure_single_process_group()
-        moe = settings.moe
         names = SimpleNamespace(
             moe_expert_count=moe.num_experts,
             ddp_rank=0,
