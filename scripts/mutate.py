@@ -1,8 +1,8 @@
 """Put plausible bugs into a copy of the package, one at a time, and see whether the tests notice.
 
-The bugs stand in tests/mutants/*.toml (format: tests/support/mutants.py), their outcomes in outcomes.json there;
-a mutant runs again only when its file, its tests or the mutant itself has changed. The report is written from all that
-is known. Beside other work, some at a time until none is left: ``nice -n 19 scripts/mutate.py --most 20``.
+The bugs stand in tests/mutants/*.toml (format: tests/support/mutants.py), their outcomes in outcomes.json there, which
+hold until the function that a mutant changes reads otherwise, or the test that noticed it. The report is written from
+all that is known. Beside other work, some at a time until none is left: ``nice -n 19 scripts/mutate.py --most 20``.
 """
 
 import argparse
@@ -44,7 +44,8 @@ _HEAD = """\
 
 Plausible bugs that were put into the code one at a time, and whether the default tests noticed. Written by
 `make mutate` (`scripts/mutate.py`) from the lists in `tests/mutants`; a mutant is described by its function and by
-what it changes there, so that it can be carried over when code moves. A run that hung is noticed, too.
+what it changes there, so that it can be carried over when code moves. An outcome holds until that function reads
+otherwise, or the test that noticed it (of one that none noticed, its tests). A run that hung is noticed, too.
 """
 
 
@@ -160,13 +161,17 @@ def _run_all(mutants: Sequence[Mutant], free: list[Path], outcomes: dict[str, di
                 if (outcome := trial.outcome(patience=0.1)) is not None:
                     (trial.folder / mutant.path).write_text(mutant.before, encoding="utf-8")
                     free.append(running.pop(mutant).folder)
-                    outcomes[mutant.change] = {"digest": mutant.digest, **outcome}
+                    outcomes[mutant.change] = {"digest": _digest(mutant, outcome), **outcome}
                     _write(ROOT / OUTCOMES, json.dumps(outcomes, indent=0, sort_keys=True, ensure_ascii=False) + "\n")
                     by = f" by {outcome['test']}" if outcome["test"] else ""
                     print(f"{outcome['verdict']}{by} ({outcome['seconds']:.0f} s): {mutant.change}", flush=True)
     finally:
         for trial in running.values():
             trial.end()
+
+
+def _digest(mutant: Mutant, outcome: Outcome) -> str:
+    return mutant.digest(ROOT, outcome["test"] if outcome["verdict"] == KILLED else "")
 
 
 def summary(told: Sequence[tuple[Mutant, Outcome]]) -> str:
@@ -213,9 +218,12 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.check:
             print(f"{len(chosen)} mutants, all found")
             return 0
-        digests = {mutant.change: mutant.digest for mutant in mutants}
         kept = json.loads((ROOT / OUTCOMES).read_text(encoding="utf-8")) if (ROOT / OUTCOMES).exists() else {}
-        outcomes = {change: of for change, of in kept.items() if of["digest"] == digests.get(change)}
+        outcomes = {
+            mutant.change: of
+            for mutant in mutants
+            if (of := kept.get(mutant.change)) and of["digest"] == _digest(mutant, of)
+        }
         waiting = [
             mutant for mutant in chosen
             if (arguments.again or mutant.change not in outcomes) and all(map(importlib.util.find_spec, mutant.needs))

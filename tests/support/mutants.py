@@ -21,7 +21,6 @@ without the functions in it.
 import ast
 import functools
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +49,14 @@ class Mutant:
         list_name: the list it is from, ``moe`` for moe.toml.
         path: the file it changes, relative to the checkout.
         before, after: the whole file, unchanged and changed.
-        digest: differs once the file, the mutant or one of its tests does.
+        changed: its function alone, or level of a class or file, unchanged and changed.
     """
 
     list_name: str
     path: Path
     before: str
     after: str
-    digest: str
+    changed: str
     change: str
     function: str
     expression: str
@@ -65,6 +64,14 @@ class Mutant:
     module: str
     tests: tuple[str, ...]
     needs: tuple[str, ...]
+
+    def digest(self, root: Path, noticed_by: str) -> str:
+        """Returns what differs once the function that it changes reads otherwise, or the test that noticed it.
+
+        Of one that no test noticed, ``noticed_by`` empty, any file of its tests.
+        """
+        sources = [_test_source(root, test) for test in ([noticed_by] if noticed_by else self.tests)]
+        return hashlib.sha256("\0".join([self.changed, *sources]).encode()).hexdigest()[:16]
 
 
 def read_mutants(root: Path) -> list[Mutant]:
@@ -99,30 +106,31 @@ def _read(root: Path, list_name: str, entry: dict) -> Mutant:
     missing, unknown = _REQUIRED - set(entry), set(entry) - _REQUIRED - _OPTIONAL
     if missing or unknown:
         raise ListError(f"missing {sorted(missing)}, unknown {sorted(unknown)}")
-    path, after = _changed(root, entry)
-    before = _source(root / path)
-    digest = hashlib.sha256(json.dumps([before, entry]).encode())
-    for file in _test_files(root, entry):
-        digest.update(file.read_bytes())
-    fields = {"module": "", **entry, "tests": tuple(entry["tests"]), "needs": tuple(entry.get("needs", ()))}
-    fields.pop("occurrence", None)
-    return Mutant(list_name, path, before, after, digest.hexdigest()[:16], **fields)
-
-
-def _test_files(root: Path, entry: dict) -> Iterator[Path]:
     if not entry["tests"]:
         raise ListError("neither it nor the list names tests")
     for test in entry["tests"]:
-        file, _, name = test.partition("::")
-        function = name.rpartition("::")[2].partition("[")[0]
-        path = root / file
-        if not path.exists() or function and f"def {function}(" not in _source(path):
+        if not _test_source(root, test):
             raise ListError(f"there is no test {test}")
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    path, after, changed = _changed(root, entry)
+    fields = {"module": "", **entry, "tests": tuple(entry["tests"]), "needs": tuple(entry.get("needs", ()))}
+    fields.pop("occurrence", None)
+    return Mutant(list_name, path, _source(root / path), after, changed, **fields)
 
 
-def _changed(root: Path, entry: dict) -> tuple[Path, str]:
-    """Finds the expression that ``entry`` names; returns the file and its changed text."""
+@functools.cache
+def _test_source(root: Path, test: str) -> str:
+    """What a test's function reads like, or the files of a file or folder; empty if there is none."""
+    file, _, name = test.partition("::")
+    path, function = root / file, name.replace("::", ".").partition("[")[0]
+    if function:
+        scope = _parsed(path).get(function) if path.exists() else None
+        return "" if scope is None else ast.unparse(scope)
+    files = sorted(path.rglob("*.py")) if path.is_dir() else filter(Path.exists, [path])
+    return "\n".join(map(_source, files))
+
+
+def _changed(root: Path, entry: dict) -> tuple[Path, str, str]:
+    """Finds the expression that ``entry`` names; returns the file, its changed text, and what differs."""
     wanted, replacement = _parse(entry, "expression"), _parse(entry, "becomes")
     if len(wanted) != 1:
         raise ListError("'expression' must be one expression or one statement")
@@ -144,12 +152,12 @@ def _changed(root: Path, entry: dict) -> tuple[Path, str]:
     if not 1 <= occurrence <= count:
         raise ListError(f"'occurrence' is {occurrence}; the expression stands there {count} times")
     tree = ast.parse(_source(paths[0]))
-    unchanged = ast.unparse(tree)
-    found = _matches(_scopes(tree)[function], target)[occurrence - 1]
-    after = ast.unparse(_Replace(found, replacement[0].value if is_expression else replacement).visit(tree))
-    if after == unchanged:
+    scope = _scopes(tree)[function]
+    found, unchanged = _matches(scope, target)[occurrence - 1], _own_text(scope)
+    _Replace(found, replacement[0].value if is_expression else replacement).visit(tree)
+    if _own_text(scope) == unchanged:
         raise ListError("'becomes' changes nothing")
-    return paths[0].relative_to(root), after + "\n"
+    return paths[0].relative_to(root), ast.unparse(tree) + "\n", f"{unchanged}\n{_own_text(scope)}"
 
 
 def _parse(entry: dict, field: str) -> list[ast.stmt]:
@@ -183,6 +191,13 @@ def _scopes(node: ast.AST, name: str = "") -> dict[str, ast.AST]:
         inner = f"{name}.{child.name}".lstrip(".") if isinstance(child, (ast.ClassDef, *_FUNCTIONS)) else name
         found = {**_scopes(child, inner), **found}
     return found
+
+
+def _own_text(scope: ast.AST) -> str:
+    """What a function reads like, or a class or file without the functions and classes in it."""
+    if isinstance(scope, _FUNCTIONS):
+        return ast.unparse(scope)
+    return "\n".join(ast.unparse(child) for child in scope.body if not isinstance(child, (ast.ClassDef, *_FUNCTIONS)))
 
 
 def _matches(scope: ast.AST, target: ast.AST) -> list[ast.AST]:
