@@ -28,8 +28,10 @@ from .inner import FusedInner, InnerSettings, dropout_scale, inner_of
 from .norm import NormedLinear, parameter_grads
 from .rounding import Layout, lay_out, row_multiple
 
-# Rows per piece: the temporaries of one piece, (rows, F) each, should stay in the last-level cache.
+# Rows per piece, at most.
 _PIECE_ROWS = 1024
+# Numbers in a piece's temporaries, (rows, F) each, which should stay in the cache.
+_PIECE_NUMBERS = 2**20
 # Rows that are gathered at a time, to be summed over choices.
 _GATHERED_ROWS = 16 * _PIECE_ROWS
 # Up to so many rows for each expert a product is not worth its call.
@@ -79,6 +81,15 @@ def _whole_experts(x_Nd: Tensor, gates_NK: Tensor, plan: DispatchPlan, weights: 
     return combine(y_Rd, gates_NK, plan)
 
 
+def _piece_rows(weights: ExpertWeights) -> int:
+    """How many rows are computed at a time: fewer where experts are wide, for the cache.
+
+    But several for each column of a sub-token: every piece adds to all gradients of the weights.
+    """
+    hidden_dim, dim = weights.fc1_weight.shape[1:]
+    return min(max(_PIECE_NUMBERS // hidden_dim, 4 * dim, 256), _PIECE_ROWS)
+
+
 def _at(stacked: Tensor | None, expert: int) -> Tensor | None:
     return None if stacked is None else stacked[expert]
 
@@ -117,14 +128,15 @@ class _LoopFFN(torch.autograd.Function):
         source_R = layout.plan.source_R
         rows, keep = layout.ends[-1], keep and any(ctx.needs_input_grad)
         # Without a backward one piece of pre-activations is enough, used again and again.
-        kept_rows = rows if keep else min(rows, _PIECE_ROWS)
+        piece_rows = min(rows, _piece_rows(given))
+        kept_rows = rows if keep else piece_rows
         hidden_RF = _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         gate_RF = None if given.gate_weight is None else _cpu_memory.empty((kept_rows, hidden_dim), x_Nd)
         stats_2R = x_Nd.new_empty((2, kept_rows), dtype=torch.promote_types(x_Nd.dtype, torch.float32))
-        inner = inner_of(settings, min(rows, _PIECE_ROWS), hidden_RF, has_backward=False)
+        inner = inner_of(settings, piece_rows, hidden_RF, has_backward=False)
         y_Rd = _rows_and_zeros(rows, x_Nd)
         of_experts = _of_experts(given)
-        for expert, pieces in layout.pieces(_PIECE_ROWS):
+        for expert, pieces in layout.pieces(piece_rows):
             exact = of_experts[expert]
             own, normed = _cast(exact, x_Nd.dtype), _normed(exact)
             for piece in pieces:
@@ -158,10 +170,11 @@ class _LoopFFN(torch.autograd.Function):
         gates_R = layout.gates(gates_NK).to(grad_Nd.dtype)
         gates_grad_R = stats_2R.new_zeros(len(y_Rd))
         x_grad_Rd = _rows_and_zeros(layout.ends[-1], x_Nd)
-        inner = inner_of(ctx.settings, min(layout.ends[-1], _PIECE_ROWS), hidden_RF, has_backward=True)
+        piece_rows = min(layout.ends[-1], _piece_rows(weights))
+        inner = inner_of(ctx.settings, piece_rows, hidden_RF, has_backward=True)
         of_experts = _of_experts(weights)
 
-        for expert, pieces in layout.pieces(_PIECE_ROWS):
+        for expert, pieces in layout.pieces(piece_rows):
             exact = of_experts[expert]
             own, normed = _cast(exact, x_Nd.dtype), _normed(exact)
             for piece in pieces:
@@ -255,7 +268,8 @@ def _in_autograds_operations(
 
         return expert_network(x, weights, settings.activation, drop, linear, of_expert, quantized)
 
-    pieces = [(expert, piece) for expert, pieces in layout.pieces(_PIECE_ROWS) for piece in pieces]
+    by_expert = layout.pieces(_piece_rows(weights))
+    pieces = [(expert, piece) for expert, pieces in by_expert for piece in pieces]
     pieces = pieces or [(0, slice(0, 0))]  # so that weights have gradients without rows, too
     outputs = [network(x_Nd.index_select(0, source_R[piece]), expert, piece) for expert, piece in pieces]
     return combine(torch.cat([*outputs, x_Nd.new_zeros(1, x_Nd.size(1))]), gates_NK, layout.plan)
