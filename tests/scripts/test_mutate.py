@@ -91,6 +91,7 @@ def test_outcomes_are_told_and_kept_and_the_checkout_stays_as_it_is(mutate: Muta
     assert len(mutate("--only", "subtracts").stdout.splitlines()) == 1
     (project / "mhmoe_fairseq/add.py").write_text(elsewhere.replace("a + 0", "a + 1"))
     assert "killed by tests/test_sum.py::test_sum" in mutate("--only", "subtracts").stdout
+    (project / "mhmoe_fairseq/add.py").write_text(before)
     test = project / "tests/test_sum.py"
     test.write_text(test.read_text() + "    assert Sum().of(50, 60) == 50\n")
     assert "killed by tests/test_sum.py::test_sum" in mutate("--only", "limit").stdout
