@@ -231,7 +231,7 @@ def _plots(models: Sequence[Model], split: str, columns: Sequence[tables.Column]
     for part, name in tables.PART_NAMES.items():
         wanted[f"valid_{part}_ppl"] = f"Validation perplexity, masked {name}", "perplexity"
     for key, (title, label) in wanted.items():
-        if curves := {model.name: curve for model in models if (curve := model.runs[0].log.curve(key))}:
+        if curves := {model.name: curve for model in models if (curve := model.runs[0].curve(key))}:
             yield key.replace("_", "-"), draw_curves, curves, title, label
     yield from _metric_plots(models, split, columns)
     found = {model.name: record for model in models if (record := model.runs[0].expert_record(split)) is not None}

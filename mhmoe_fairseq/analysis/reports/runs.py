@@ -128,6 +128,10 @@ class Run:
         """Those of all trainings that it took, 0 without records."""
         return self.log.num_updates and self.log.num_updates + sum(self.before.values())
 
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """The log's, behind the updates that were spent before."""
+        return [(updates + sum(self.before.values()), value) for updates, value in self.log.curve(key)]
+
     def tokens(self) -> float | None:
         """Tokens, or masked positions, of all of them, as large as the last one's updates; None where it is unknown."""
         tokens = self.log.tokens()

@@ -74,6 +74,8 @@ def test_updates_of_parts_count_and_are_told(runs: Path, tmp_path: Path) -> None
     assert {row["model"]: row["updates"] for row in tables(text)[0]}.items() >= {"dense": "8", "btx": "8"}.items()
     assert "- updates of btx: 3 seed, 1 law, 4 of what was made of these, whose speed" in text
     assert "updates of dense" not in text and "updates done" not in text
+    [run], [dense] = (read_model("of", [folder]).runs for folder in (mixed, runs / "dense"))
+    assert run.curve("valid_ppl")[-1][0] == dense.curve("valid_ppl")[-1][0] == 8  # the curves end together
 
 
 def test_memory_has_a_column_and_a_note_where_a_log_tells_it(runs: Path, tmp_path: Path) -> None:
