@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import IO, Any, Iterator
 
@@ -76,6 +77,27 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     """Like ``open(path, "wb")``, but ``path`` appears only when everything was written and flushed to the disk."""
     with atomic_path(path) as temporary, open(temporary, "wb") as stream:
         yield stream
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside ``path``, which takes its place on success; on an error ``path`` stays as it was.
+
+    The temporary names are fixed, as those of :func:`atomic_path`.
+    """
+    temporary, earlier = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_full_disk(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            shutil.rmtree(earlier, ignore_errors=True)
+            if path.exists():
+                path.rename(earlier)
+            temporary.rename(path)
+            shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ..analysis.reports.runs import BEFORE, TrainingLog, read_model, read_training_log, require_one_data
 from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
-from ..common.files import atomic_open, read_json, write_json
+from ..common.files import atomic_folder, atomic_open, read_json, write_json
 from ..evaluation.records import SCHEMA, Record, read_record
 from .plan import SEARCH, Plan, read_search
 from .run import PACKAGE, STATE, Choice, Run
@@ -160,32 +160,15 @@ def _require_same_data(folders: Sequence[Path]) -> None:
 
 def _copy(plan: Plan, run: Run, target: Path) -> Path:
     """Writes the run's files beside ``target`` and moves them there, in place of an earlier copy."""
-    temporary, clean = _temporary(target), _cleaner(plan, run)
-    for file in _files(run.folder, *_RECORDS):
-        _write_compact(temporary / file.name, clean(slim(read_record(file))))
-    write_log(temporary / "train.log", read_training_log(run.folder / "train.log"))
-    if (run.folder / BEFORE).is_file():
-        shutil.copyfile(run.folder / BEFORE, temporary / BEFORE)
-    (temporary / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
-    _write_compact(temporary / STATE, clean({**read_json(run.folder / STATE), CHOICE: chosen(plan.choice)}))
-    return _move(temporary, target)
-
-
-def _temporary(target: Path) -> Path:
-    """Returns an empty folder beside ``target`` for what becomes it."""
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    return temporary
-
-
-def _move(temporary: Path, target: Path) -> Path:
-    earlier = target.with_name(f".{target.name}.old")
-    shutil.rmtree(earlier, ignore_errors=True)
-    if target.exists():
-        target.rename(earlier)
-    temporary.rename(target)
-    shutil.rmtree(earlier, ignore_errors=True)
+    clean = _cleaner(plan, run)
+    with atomic_folder(target) as made:
+        for file in _files(run.folder, *_RECORDS):
+            _write_compact(made / file.name, clean(slim(read_record(file))))
+        write_log(made / "train.log", read_training_log(run.folder / "train.log"))
+        if (run.folder / BEFORE).is_file():
+            shutil.copyfile(run.folder / BEFORE, made / BEFORE)
+        (made / "command.sh").write_text(clean((run.folder / "command.sh").read_text("utf-8")), "utf-8")
+        _write_compact(made / STATE, clean({**read_json(run.folder / STATE), CHOICE: chosen(plan.choice)}))
     return target
 
 
@@ -216,13 +199,13 @@ def unmeasured(plan: Plan) -> list[Path]:
 def _copy_others(plan: Plan, run: Run, name: str, tree: Path) -> Path:
     """Copies what a command wrote beside the runs: JSON and plots."""
     target, clean = tree / plan.experiment.folder / name, _cleaner(plan, run)
-    temporary = _temporary(target)
-    for file in sorted((plan.out / name).glob("*")):
-        if file.suffix == ".json":
-            _write_compact(temporary / file.name, clean(read_json(file)))
-        elif file.suffix == ".png":
-            shutil.copyfile(file, temporary / file.name)
-    return _move(temporary, target)
+    with atomic_folder(target) as made:
+        for file in sorted((plan.out / name).glob("*")):
+            if file.suffix == ".json":
+                _write_compact(made / file.name, clean(read_json(file)))
+            elif file.suffix == ".png":
+                shutil.copyfile(file, made / file.name)
+    return target
 
 
 def _keep_search(search: dict[str, Any], names: set[str], folder: Path) -> None:

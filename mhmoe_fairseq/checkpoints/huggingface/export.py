@@ -1,9 +1,8 @@
 """``mhmoe checkpoint export``: a trained model as a folder for ``transformers``, and a language model back."""
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from fairseq.data import Dictionary
 from torch import Tensor
 
 from ...common.errors import UserError
-from ...common.files import atomic_path, explain_full_disk, read_json, refuse_path_separator, write_json
+from ...common.files import atomic_folder, atomic_path, read_json, refuse_path_separator, write_json
 from ...data.vocabularies import MODEL_FILE
 from ...models.architectures import stored_options
 from ...models.bases import fingerprint
@@ -94,7 +93,7 @@ def export_model(
     config = {"dtype": "float32", **ids, **contents.config, "fairseq": own}
     tokenizer = build_tokenizer(dictionary, folder, ranks, *contents.ends)
     count = sum(map(Tensor.numel, contents.weights.values()))
-    with _whole_folder(out) as target:
+    with atomic_folder(out) as target:
         for name, content in {_CONFIG: config, **contents.files}.items():
             write_json(target / name, content)
         if not is_encoder:
@@ -170,7 +169,7 @@ def import_folder(source: Path, out: Path) -> list[str]:
     if wrong:
         raise UserError(f"{source}: the weights do not fit {_CONFIG}: {'; '.join(wrong[:3])}")
     state[FINGERPRINT] = torch.tensor(fingerprint(dictionary))
-    with _whole_folder(out) as target:
+    with atomic_folder(out) as target:
         write_checkpoint(stored_checkpoint(state, options, task), target / "model.pt", overwrite=False)
         for name in ("dict.txt", MODEL_FILE):
             if (source / name).is_file():
@@ -235,20 +234,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _require_empty(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder: name one that is, or that does not exist")
-
-
-@contextlib.contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder under a temporary name, which becomes ``out`` when all is written; an error leaves nothing."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with explain_full_disk(out):
-            temporary.mkdir(parents=True)
-            yield temporary
-            os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_weights(weights: Mapping[str, Tensor], folder: Path, shard_bytes: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.files import (
+    atomic_folder,
     atomic_open,
     atomic_path,
     read_json,
@@ -30,6 +31,20 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         stream.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
+
+
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    for content in ("old", "new"):
+        with atomic_folder(path) as made:
+            assert not list(made.iterdir())
+            (made / content).write_text(content)
+        assert [file.name for file in path.iterdir()] == [content] and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(RuntimeError):
+        with atomic_folder(path) as made:
+            (made / "half").write_text("half")
+            raise RuntimeError
+    assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path):
