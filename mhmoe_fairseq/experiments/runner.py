@@ -344,8 +344,8 @@ def _once(stages: Iterable[list[Run]]) -> list[Run]:
 
 
 def describe(plan: Plan) -> Iterator[list[str]]:
-    """Yields a row for each run: its name, its state, the updates that it has done."""
-    for run in _once(plan.stages()):
+    """Yields a row for each run, those of the search first: its name, its state, the updates that it has done."""
+    for run in _once([*with_starts(plan.search()), *plan.stages()]):
         state, log = run.state(), run.folder / "train.log"
         done = read_training_log(log).num_updates if state != "missing" and log.is_file() else 0
         yield [run.name, state, f"{done} of {run.updates}"]

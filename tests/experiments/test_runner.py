@@ -1,6 +1,7 @@
 """The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
@@ -101,9 +102,10 @@ def test_a_search_takes_the_best_learning_rate_and_leaves_no_checkpoints(
     assert reproduce(tmp_path, *words) == 0 and commands.trained() == []
     assert json.loads(search.read_text())["date"] == {"dense": "2001-01-01T00:00:00+00:00"}
     assert reproduce(tmp_path, *words, "--status") == 0  # knows what the search found
-    assert capsys.readouterr().out.count("finished |") == 2
+    told = capsys.readouterr().out.split("| run ")[1]
+    assert told.count(" finished |") == 5 and re.search(r"search/dense/lr-5e-3 +\| finished \| +200 of 200", told)
     others = [*words[:-3], "2e-3", "1e-3"]
-    assert reproduce(tmp_path, *others, "--status") == 0 and capsys.readouterr().out.count("changed |") == 2
+    assert reproduce(tmp_path, *others, "--status") == 0 and capsys.readouterr().out.count(" changed |") == 2
     assert reproduce(tmp_path, "table1", "--models", "xmoe", *words[-4:]) == 0  # the search of another model is added
     assert json.loads((tmp_path / "out" / "search.json").read_text())["best_lr"] == {"dense": "5e-3", "xmoe": "5e-3"}
 
