@@ -112,7 +112,7 @@ class TorchScaleLayer(BetweenProjections):
         super().__init__(ours)
         changes = {"num_heads": 1, "routing": "capacity", "second_expert_policy": "all"}
         moe = dataclasses.replace(self.config, embed_dim=self.config.subtoken_dim, **changes)
-        self.layer = StaticXMoE(SimpleNamespace(moe=moe, layernorm_eps=1e-5))
+        self.layer = StaticXMoE(SimpleNamespace(experts=moe, layernorm_eps=1e-5))
 
     def experts_of(self, sub_tokens: Tensor) -> SimpleNamespace:
         return self.layer(sub_tokens[None])
