@@ -95,9 +95,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 path.rename(earlier)
             temporary.rename(path)
-            shutil.rmtree(earlier, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if earlier.exists() and not path.exists():  # something came between the two
+            earlier.rename(path)
+        for left in (temporary, earlier):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

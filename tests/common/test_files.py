@@ -45,6 +45,10 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
             (made / "half").write_text("half")
             raise RuntimeError
     assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        with atomic_folder(path) as made:
+            made.rmdir()  # when the earlier one has made room there is nothing to take its place
+    assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path):
