@@ -12,12 +12,13 @@ from ..common.errors import UserError
 from ..common.tables import markdown_table
 from ..experiments import EXPERIMENTS
 from ..experiments.kept import TREE, keep, unmeasured
-from ..experiments.listing import HOURS, details, rows
+from ..experiments.listing import details, rows
 from ..experiments.plan import Plan
 from ..experiments.results import check_results, require_tree, write_results
 from ..experiments.run import Choice
 from ..experiments.runner import Runner, describe, dry_run
 from ..experiments.spec import DEVICES, MACHINES, Experiment, Recipe, parse_flags
+from ..experiments.speeds import HOURS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import itertools
+import math
 import os
 import queue
 import re
@@ -31,6 +32,7 @@ from .branches import require_domains
 from .plan import SEARCH, Plan, read_search, with_starts
 from .run import Choice, Run
 from .spec import Recipe
+from .speeds import Speeds
 
 # The same interpreter and its packages, whatever is on PATH.
 _MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
@@ -199,8 +201,9 @@ class Runner:
             if state == "finished":
                 self._tell(f"{name}: already finished")
         todo = [run for run in runs if states[run.name] != "finished"]
-        if self.jobs > 1:  # the last model of a table is the largest: it starts first
-            todo.reverse()
+        if self.jobs > 1:  # the longest first, or a job would wait for it at the end; unknown: the last of a table
+            speeds = Speeds.of(self.plan.out)
+            todo = sorted(reversed(todo), key=lambda run: speeds.hours(run) or math.inf, reverse=True)
         free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for gpu in itertools.islice(itertools.cycle(self.gpus), self.jobs):
             free.put(gpu)

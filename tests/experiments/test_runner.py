@@ -136,6 +136,24 @@ def test_jobs_share_the_gpus_by_turns(commands: Commands, tmp_path: Path, monkey
     assert find_gpus(Choice(device="cuda")) == ["5", "7"]
 
 
+def test_the_longest_runs_start_first(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, call = threading.Barrier(2), runner.call
+
+    def together(words, *more, **named):  # two by two, so that the order is known
+        if words[0] == "fairseq-train":
+            begun.wait(60)
+        call(words, *more, **named)
+
+    monkeypatch.setattr(runner, "call", together)
+    commands.slow = "dense_lm_tiny"
+    words = ("table1", "--models", "dense", "xmoe", "--seeds", "1", "2", "--lrs", "4e-3", "8e-3", "--jobs", "2")
+    assert reproduce(tmp_path, *words) == 0
+    *searched, a, b, c, d = commands.trained()
+    assert {*searched} == {f"search/{model}/lr-{lr}" for model in ("dense", "xmoe") for lr in ("4e-3", "8e-3")}
+    assert ({a, b}, {c, d}) == ({"dense/seed-1", "dense/seed-2"}, {"xmoe/seed-1", "xmoe/seed-2"})
+    assert {*searched[:2]} == {"search/xmoe/lr-4e-3", "search/xmoe/lr-8e-3"}  # nothing known: the last of a table
+
+
 def test_runs_at_the_same_time_have_one_thread_each_and_a_failure_is_named(
     commands: Commands, tmp_path: Path, capsys
 ) -> None:
