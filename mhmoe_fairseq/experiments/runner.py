@@ -90,10 +90,17 @@ def last_error(lines: Iterable[str]) -> str:
 
 @dataclass
 class Progress:
-    """How many updates are done of all that are to do, and so how long it takes."""
+    """How much is done of all runs' work, and so how long the rest takes.
 
-    total: int
-    clock: Callable[[], float] = time.monotonic  # seconds
+    Attributes:
+        updates: of each run.
+        hours: that each may take; where one is not known, every update counts the same.
+        clock: in seconds.
+    """
+
+    updates: Mapping[str, int]
+    hours: Mapping[str, float | None] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
     first: dict[str, int] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
     start: float | None = None
@@ -103,12 +110,17 @@ class Progress:
         self.start = self.clock() if self.start is None else self.start
         self.first.setdefault(run, update)  # a resumed run's earlier updates took none of this time
         self.done[run] = update
-        done = sum(self.done.values())
-        new = done - sum(self.first.values())
+        done = self._work(self.done)
+        new = done - self._work(self.first)
         if new <= 0:
             return ""
-        seconds = (self.clock() - self.start) / new * max(self.total - done, 0)
+        seconds = (self.clock() - self.start) / new * max(self._work(self.updates) - done, 0)
         return f"; about {seconds / 60:.0f} min of training left" if seconds >= 60 else ""
+
+    def _work(self, updates: Mapping[str, int]) -> float:
+        hours = {run: self.hours.get(run) for run in self.updates}
+        known = {run: of / self.updates[run] for run, of in hours.items() if of}
+        return sum(number * (known[run] if len(known) == len(hours) else 1) for run, number in updates.items())
 
 
 @dataclass
@@ -196,14 +208,15 @@ class Runner:
     def _finish(self, runs: list[Run]) -> None:
         """Trains and evaluates; a failure lets what is running end, and begins nothing more."""
         states = {run.name: run.state() for run in runs}
-        progress = Progress(sum(run.updates for run in runs if states[run.name] not in ("trained", "finished")))
         for name, state in states.items():
             if state == "finished":
                 self._tell(f"{name}: already finished")
         todo = [run for run in runs if states[run.name] != "finished"]
+        speeds = Speeds.of(self.plan.out)
+        hours = {run.name: speeds.hours(run) for run in todo}
+        progress = Progress({run.name: run.updates for run in todo if states[run.name] != "trained"}, hours)
         if self.jobs > 1:  # the longest first, or a job would wait for it at the end; unknown: the last of a table
-            speeds = Speeds.of(self.plan.out)
-            todo = sorted(reversed(todo), key=lambda run: speeds.hours(run) or math.inf, reverse=True)
+            todo = sorted(reversed(todo), key=lambda run: hours[run.name] or math.inf, reverse=True)
         free: queue.SimpleQueue[str] = queue.SimpleQueue()
         for gpu in itertools.islice(itertools.cycle(self.gpus), self.jobs):
             free.put(gpu)
