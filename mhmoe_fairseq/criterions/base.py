@@ -196,6 +196,7 @@ def log_layers(logging_outputs: list[dict[str, Any]], sample_size: float) -> Non
         ("moe_load_max", lambda rows: load_max_over_mean(rows.expert_load)),
         ("moe_overflow", overflow),
         ("moe_entropy", lambda rows: rows.entropy / rows.num_subtokens.clamp(min=1)),
+        ("moe_choices", lambda rows: rows.expert_load.sum(1) / rows.num_subtokens.clamp(min=1)),
     ):
         metrics.log_derived(name, partial(_mean, metric))
     for key, name, unit in zip(_TRAFFIC, ("a2a_rows", "a2a_mb"), (1, 1e6)):

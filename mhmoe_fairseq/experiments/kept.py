@@ -28,7 +28,7 @@ from .spec import Experiment, Flags, flags_of
 TREE = Path("results")
 CHOICE = "choice"  # in run.json: flags of mhmoe reproduce
 _RECORDS = ("record-*.json", "routing-*.json")
-_LOG_KEYS = ("num_updates", "loss", "gate_loss", "wps", "wpb", "wall", "peak_gb")
+_LOG_KEYS = ("num_updates", "loss", "gate_loss", "moe_choices", "wps", "wpb", "wall", "peak_gb")
 _OF_ONE_RUN = ("--seed", "--save-dir", "--log-file", "--finetune-from-model")
 _ABSOLUTE = re.compile(r"(?<![\w./!~-])(?:~[\w.-]*|\.\.)?/(?:[^\s/'\":,;]+/)*([^\s/'\":,;]+)/?")
 _QUOTED = re.compile(r"(?<=')(?:~[\w.-]*|\.\.)?/(?:[^'/]+/)*([^'/]+)/?(?=')")  # as a shell's line has one with spaces

@@ -14,6 +14,7 @@ from .run import Run
 from .spec import Experiment, flags_of
 from .speeds import Speeds, samples_of
 
+
 def default_plan(experiment: Experiment) -> Plan:
     """Returns the plan of ``mhmoe reproduce NAME`` without flags."""
     return Plan(experiment, Path("outputs") / experiment.folder)

@@ -85,7 +85,7 @@ MODELS = {
     "dense": Model("dense"),
     "smoe": Model("smoe", MOE),
     # An expert for each of the mixed corpus's eleven domains, and no router (DEMix).
-    "demix": Model("smoe", "--moe-freq 2 --moe-expert-count 11 --moe-top-k 1 --mhmoe-routing domain"),
+    "demix": Model("smoe", "--moe-freq 2 --moe-expert-count 11 --moe-top-k 1 --mhmoe-routing domain", mixture="exact"),
     # Branch-Train-MiX: the sparse model, with experts of branches on the mixed corpus's seven largest domains, and the
     # last of the seed.
     "btx": Model("smoe", MOE, branches=("gcide", "linux", "wordnet", "brown", "python", "bible", "foldoc")),

@@ -51,6 +51,12 @@ class Page:
         flags = dict.fromkeys(read_json(state).get(CHOICE, "") for state in states if state.is_file())
         return " or ".join(f"mhmoe reproduce {self.experiment.name} {words}".rstrip() for words in flags or [""])
 
+    def command_of(self, claim: Claim) -> str:
+        """What judges a claim: at paper scale, where the CPU scale has not its models."""
+        if {claim.model, claim.reference} <= {*self.experiment.models}:
+            return self.command
+        return f"mhmoe reproduce {self.experiment.name} --scale paper"
+
     @property
     def file(self) -> str:
         """Its page below the folder of RESULTS.md."""
@@ -139,7 +145,7 @@ def _difference(file: Path, expected: str) -> Iterator[str]:
 
 def summary(pages: list[Page]) -> str:
     """Returns the text of RESULTS.md: the claims, then a table of each experiment that was run."""
-    rows = [[*_claim_row(page, claim, finding), f"`{page.command}`"] for page, claim, finding in _claims(pages)]
+    rows = [[*_claim_row(page, claim, finding), f"`{page.command_of(claim)}`"] for page, claim, finding in _claims(pages)]
     header = ["claim", "paper", "ours", "verdict", "at", "command"]
     sections = [_section(page) for page in pages if page.models]
     missing = [f"`{page.experiment.name}`" for page in pages if not page.models and page.experiment.stages]

@@ -180,33 +180,45 @@ class Run:
         words = [word for flag, value in flags.items() for word in (flag, *value)]
         return [*choice.launcher(), str(self.data), "--user-dir", str(PACKAGE), *words]
 
-    def evaluations(self, splits: Sequence[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
-        """Yields splits that are evaluated together, and the words of the evaluation that writes their records.
+    def measures(self) -> list[str]:
+        """The names of its records: its splits, and ``test-MIXTURE`` of a model that has a ``mixture``."""
+        mixture = MODELS[self.model].mixture
+        return [*self.splits, *([f"test-{mixture}"] if mixture and "test" in self.splits else [])]
+
+    def evaluations(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """Yields records that are written together, and the words of the evaluation that writes them.
 
         Predictions are a file of each split, so that each has an evaluation of its own.
         """
+        splits = tuple(name for name in names if name in self.splits)
         one_by_one = "{predictions}" in self.recipe.evaluate
-        for together in [(split,) for split in splits] if one_by_one else [tuple(splits)] if splits else []:
-            words = ["mhmoe", "evaluate", str(self.checkpoint), "--data", str(self.data)]
-            words += [word for split in together for word in ("--split", split)]
+        for together in [(split,) for split in splits] if one_by_one else [splits] if splits else []:
             predictions = str(self.folder / f"predictions-{together[0]}.txt")
-            words += [word.format(predictions=predictions) for word in self.recipe.evaluate.split()]
-            yield together, [*words, *(["--cpu"] if self.choice.on_cpu else [])]
+            own = [word.format(predictions=predictions) for word in self.recipe.evaluate.split()]
+            yield together, self._evaluation(together, own)
+        for name in (name for name in names if name not in splits):
+            split, _, mixture = name.partition("-")
+            yield (name,), self._evaluation([split], ["--domain-mixture", mixture])
 
-    def record(self, split: str) -> Path:
-        """The file of a split's results."""
-        return record_file(self.folder, split)
+    def _evaluation(self, splits: Sequence[str], own: list[str]) -> list[str]:
+        words = ["mhmoe", "evaluate", str(self.checkpoint), "--data", str(self.data)]
+        words += [word for split in splits for word in ("--split", split)]
+        return [*words, *own, *(["--cpu"] if self.choice.on_cpu else [])]
+
+    def record(self, name: str) -> Path:
+        """The file of a split's results, or of another of :meth:`measures`."""
+        return record_file(self.folder, name)
 
     def lacking(self) -> list[str]:
-        """Returns the splits without a whole record: half a file is none."""
+        """Returns those of :meth:`measures` without a whole record: half a file is none."""
 
-        def is_whole(split: str) -> bool:
+        def is_whole(name: str) -> bool:
             try:
-                return read_record(self.record(split)).split == split
+                return read_record(self.record(name)).split == name.partition("-")[0]
             except UserError:
                 return False
 
-        return [split for split in self.splits if not is_whole(split)]
+        return [name for name in self.measures() if not is_whole(name)]
 
     def identity(self) -> dict[str, Any]:
         """Returns what a run is told from another by: the command for one process, the data and the start."""

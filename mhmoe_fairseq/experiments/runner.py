@@ -251,12 +251,12 @@ class Runner:
             self._train(run, state, progress)
         if not run.choice.is_first:
             return
-        for splits, words in run.evaluations(run.lacking()):
-            output = run.folder / f"evaluation-{'-'.join(splits)}.txt"
+        for names, words in run.evaluations(run.lacking()):
+            output = run.folder / f"evaluation-{'-'.join(names)}.txt"
             output.unlink(missing_ok=True)
-            self._call(run, f"evaluation on {' and '.join(splits)}", words, lambda line: None, output)
+            self._call(run, f"evaluation on {' and '.join(names)}", words, lambda line: None, output)
         if run.splits:
-            self._tell(f"{run.name}: evaluated on {' and '.join(run.splits)}")
+            self._tell(f"{run.name}: evaluated on {' and '.join(run.measures())}")
 
     def _train(self, run: Run, state: str, progress: Progress) -> None:
         if not _is_prepared(run.data):
@@ -343,7 +343,7 @@ def dry_run(plan: Plan) -> Iterator[str]:
         yield "# below, --lr is the best of these for each model on the validation split"
     for run in _once(plan.stages()):
         yield from _commands([run])
-        yield from (shlex.join(words) for _, words in run.evaluations(run.splits))
+        yield from (shlex.join(words) for _, words in run.evaluations(run.measures()))
     yield from map(shlex.join, replace(plan, xnli=plan.xnli or "XNLI").following())
 
 

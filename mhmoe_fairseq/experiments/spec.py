@@ -130,12 +130,15 @@ class Model:
 
     Attributes:
         branches: domains of the text; the training is then Branch-Train-MiX's (:mod:`.branches`).
+        mixture: of a model that is told the domain of the text it reads: how it is tested once more, without being told
+            (``mhmoe evaluate --domain-mixture``).
     """
 
     kind: str
     flags: str = ""
     paper_flags: str = ""
     branches: tuple[str, ...] = ()
+    mixture: str = ""
 
 
 @dataclass(frozen=True)

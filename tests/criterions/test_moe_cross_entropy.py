@@ -126,10 +126,18 @@ def test_validation_figures_are_exact_whatever_the_batches(family):
     assert values["moe_active"] == pytest.approx(active_share(load).mean().item(), abs=1e-4)
     assert values["moe_load_max"] == pytest.approx(load_max_over_mean(load).mean().item(), abs=1e-4)
     assert values["moe_entropy"] == pytest.approx((sum(entropy) / 2).item(), abs=1e-4)
-    assert values["moe_overflow"] == 0
+    assert values["moe_overflow"] == 0 and values["moe_choices"] == 2
     # The mean over batches would be something else.
     means = [load_max_over_mean(log_of(model, batch)["moe_load"]).mean() for batch in batches]
     assert abs(sum(means) / 3 - values["moe_load_max"]) > 1e-3
+
+
+def test_choices_are_those_that_were_made() -> None:
+    model, batch = small_model("remoe_lm_tiny", decoder_layers=4).eval(), sample([9, 5])
+    layers = [model(**batch["net_input"])[1]["moe"][i].stats for i in (1, 3)]
+    by_hand = sum(float(stats.expert_load.sum() / stats.num_subtokens) for stats in layers) / 2
+    assert logged([log_of(model, batch)])["moe_choices"] == pytest.approx(by_hand, abs=1e-4)
+    assert by_hand == pytest.approx(4, abs=1.5) and by_hand != 2  # before any training about half of 8, whatever K
 
 
 def test_summed_logs_are_the_same():

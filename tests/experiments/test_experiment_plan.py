@@ -53,7 +53,8 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
         assert {*experiment.models, *experiment.paper_models} <= set(MODELS)
         assert experiment.paper is None or set(experiment.paper.values) <= set(MODELS)
         claimed = {name for claim in experiment.claims for name in (claim.model, claim.reference)}
-        assert claimed <= set(experiment.models) and (experiment.claims or experiment.source[:2] != "P2")
+        assert claimed <= {*experiment.models, *experiment.paper_models}
+        assert experiment.claims or experiment.source[:2] != "P2"
     (more_heads,) = [of for of in EXPERIMENTS["p2-table1"].claims if of.reference == "mhmoe-swiglu-h2"]
     assert (more_heads.model, more_heads.paper) == ("mhmoe-swiglu-h3", "-1.8 %")  # 10.51 against 10.70
     assert more_heads.text == "mhmoe-swiglu-h3 has a lower perplexity than mhmoe-swiglu-h2"
@@ -87,7 +88,8 @@ PAPER = {
     **dict.fromkeys(("figure1", "figure4", "figure6", "figure7"), P1_LM),
     **dict.fromkeys(("table1-multilingual", "table2", "table3", "figure5"), P1_LM),
     **dict.fromkeys(("table1-multimodal", "figure8"), P1_MULTIMODAL),
-    **dict.fromkeys(("p2-table1", "p2-table2", "p2-table4", "p2-table5"), P2_LM),
+    **dict.fromkeys(("p2-table1", "p2-table2", "p2-table3", "p2-table4", "p2-table5"), P2_LM),
+    "p2-table3-two-stage": (1.5e-3, *P2_LM[1:6], "mhmoe_two_stage", *P2_LM[7:]),
     "official": SCRIPT,
     "rebuttal-top-k": (6e-4, *P1_LM[1:7], 2_500, 25_000, 256, 2048, 6, *P1_LM[12:]),
     "rebuttal-activation": (6e-4, *P1_LM[1:7], 2_000, 20_000, 256, 2048, 3, *P1_LM[12:]),
@@ -115,7 +117,7 @@ def test_trainings_at_paper_scale_are_the_papers(name: str) -> None:
         assert args.moe_gate_loss_wt == 0.01 and args.seed == 1  # one training of each model
         if side:
             assert (args.img_size, args.patch_size) == (224, 16)
-        else:
+        elif args.lr_scheduler == "polynomial_decay":
             assert int(args.total_num_update) == args.max_update
             assert args.end_learning_rate == (3e-5 if args.warmup_updates == 375 else 0.0)
 
@@ -128,6 +130,12 @@ PAPER_TABLE_1 = {
     "mhmoe-params": (8, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
     "xmoe-e32": (32, 2, 1, 1, 3072, *GELU, 16, 0, False, False, 1),
     "mhmoe-params-e32": (32, 2, 4, 4, None, *GELU, 4, 0, True, True, 1),
+}
+P2_TABLE_1 = {
+    "smoe-swiglu": (8, 1, 1, 1, 2048, *SWIGLU, 0, False, False, 1),
+    "fine-grained": (16, 2, 1, 1, 1024, *SWIGLU, 0, False, False, 1),
+    "mhmoe-swiglu-h2": (40, 2, 2, 2, 768, *SWIGLU, 0, True, True, 1),
+    "mhmoe-swiglu-h3": (96, 3, 3, 3, 512, *SWIGLU, 0, True, True, 1),
 }
 PAPER_MODELS = {
     **dict.fromkeys(("table1", "figure4", "table1-multilingual", "table3", "rebuttal-balance"), PAPER_TABLE_1),
@@ -152,12 +160,10 @@ PAPER_MODELS = {
         for name, layers in (("-no-projections", 0), ("", 1), ("-projections-2", 2), ("-projections-3", 3))
     },
     "official": {"official-h4": (8, 1, 4, 4, 2048, *SWIGLU, 0, True, True, 1)},
-    "p2-table1": {
-        "smoe-swiglu": (8, 1, 1, 1, 2048, *SWIGLU, 0, False, False, 1),
-        "fine-grained": (16, 2, 1, 1, 1024, *SWIGLU, 0, False, False, 1),
-        "mhmoe-swiglu-h2": (40, 2, 2, 2, 768, *SWIGLU, 0, True, True, 1),
-        "mhmoe-swiglu-h3": (96, 3, 3, 3, 512, *SWIGLU, 0, True, True, 1),
-    },
+    "p2-table1": P2_TABLE_1,
+    **dict.fromkeys(
+        ("p2-table3", "p2-table3-two-stage"), {f"{name}-bitnet": of for name, of in P2_TABLE_1.items()}
+    ),
     "p2-table2": {
         "smoe-swiglu-shared": (8, 1, 1, 1, 2048, *SWIGLU, 2048, False, False, 1),
         "fine-grained-shared": (16, 2, 1, 1, 1024, *SWIGLU, 2048, False, False, 1),
@@ -209,6 +215,17 @@ def test_models_at_paper_scale_are_the_papers(name: str) -> None:
     assert found == PAPER_MODELS[name]
 
 
+@pytest.mark.parametrize("name", ["p2-table3", "p2-table3-two-stage"])
+def test_bitnet_quantizes_all_maps_and_its_own_recipe_has_two_stages(name: str) -> None:
+    models = trainings(name, "--scale", "paper")
+    assert [Path(model).name for model in models] == [f"{model}-bitnet" for model in ("dense-swiglu", *P2_TABLE_1)]
+    for words in models.values():
+        args, layer = parse(words), moe_of(words)
+        assert args.mhmoe_quantize == "all" and (layer is None or layer.quantize_experts)
+        if name == "p2-table3-two-stage":
+            assert (args.second_lr, args.second_weight_decay) == (1e-3, 0.0)
+
+
 def test_figure_6_goes_from_8_to_256_experts_at_both_scales() -> None:
     for scale in SCALES:
         experts = [
@@ -225,6 +242,24 @@ def test_the_second_papers_models_spend_alike(scale: str) -> None:
         layers, of_sparse = models[name].moe.flops_per_token(), sparse.moe.flops_per_token()
         assert layers == pytest.approx(of_sparse, rel=0.06)  # routers have more experts to score
         assert models[name].expert == pytest.approx(sparse.expert, rel=0.08)  # what projections take, experts lack
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_family_has_one_budget_but_for_what_it_says(scale: str) -> None:
+    names = [name for name in EXPERIMENTS["family"].models if name != "btx"]  # smoe's: test_branches
+    layers = {name: moe_of(words) for name, words in trainings("family", "--scale", scale, "--models", *names).items()}
+    params, flops = (
+        {
+            name: of / getattr(layers["smoe"], count)()
+            for name, layer in layers.items()
+            for of in [getattr(layer, count)()]
+        }
+        for count in ("num_params", "flops_per_token")
+    )
+    assert (params.pop("demix"), flops.pop("demix")) == (pytest.approx(11 / 8, abs=0.01), pytest.approx(0.5, abs=0.01))
+    assert all(of == pytest.approx(1, abs=0.06) for of in params.values()), params
+    assert flops.pop("lory") == pytest.approx(1, abs=0.09)
+    assert all(of == pytest.approx(1, abs=0.04) for of in flops.values()), flops
 
 
 # BEiT-3 base's recipes: batch, learning rate, updates, image side, text length, weight decay, layer decay, drop path.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...common.tables import MISSING
 from ...evaluation.records import ExpertLoads, Record
@@ -47,6 +47,7 @@ class Claim:
             ``effective experts``, and of the training's log ``tokens/s``, ``balance loss``; empty: the main one of
             ``what``.
         what: kind of the evaluation, such as ``perplexity``, ``masked``, ``captions``; empty: the first of the records.
+        reference_what: of the reference, where it is another.
         part: language, domain or modality; None: the whole split.
         reference_part: of the reference, where it is another.
     """
@@ -60,6 +61,12 @@ class Claim:
     split: str = "test"
     part: str | None = None
     reference_part: str | None = None
+    reference_what: str | None = None
+
+    def of_reference(self) -> "Claim":
+        """What is measured of the reference: of it the same is asked as of a model."""
+        part = self.part if self.reference_part is None else self.reference_part
+        return replace(self, part=part, what=self.what if self.reference_what is None else self.reference_what)
 
 
 @dataclass(frozen=True)
@@ -116,8 +123,7 @@ def judge(claim: Claim, models: Mapping[str, Model]) -> Finding:
     model, reference = models.get(claim.model), models.get(claim.reference)
     if model is None or reference is None:
         return Finding(NOT_RUN)
-    part = claim.reference_part if claim.reference_part is not None else claim.part
-    ours, theirs = _measured(claim, model, claim.part), _measured(claim, reference, part)
+    ours, theirs = _measured(claim, model), _measured(claim.of_reference(), reference)
     changes, unit = {}, "%"
     for seed, (value, of, terms) in ours.items():
         other, _, other_terms = theirs.get(seed, (0.0, "", None))
@@ -141,12 +147,12 @@ def _metric(claim: Claim, model: Model) -> str:
     return headlines[0][1] if headlines else ""
 
 
-def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[float, str, tuple[object, ...]]]:
+def _measured(claim: Claim, model: Model) -> dict[str, tuple[float, str, tuple[object, ...]]]:
     """Seed -> value and unit of the claim's metric, and what has to be the same of two runs for a comparison."""
-    metric = _metric(claim, model)
+    metric, part = _metric(claim, model), claim.part
     found: dict[str, tuple[float, str, tuple[object, ...]]] = {}
     for run in model.runs:
-        record = next((record for record in (*run.records, *run.routing) if _fits(claim, record, metric, part)), None)
+        record = next((record for record in (*run.records, *run.routing) if _fits(claim, record, metric)), None)
         any_record = record or next(iter(run.records), None)
         terms = (run.updates, any_record and any_record.data.get("digest"), any_record and width_of(any_record))
         if record is not None:
@@ -159,11 +165,11 @@ def _measured(claim: Claim, model: Model, part: str | None) -> dict[str, tuple[f
     return found
 
 
-def _fits(claim: Claim, record: Record, metric: str, part: str | None) -> bool:
+def _fits(claim: Claim, record: Record, metric: str) -> bool:
     split = record.split if record.what == claim.what == "zero-shot" else claim.split  # whose splits are tasks
     if record.split != split or (claim.what and record.what != claim.what):
         return False
-    return metric in (record.metrics if part is None else record.parts.get(part, {}))
+    return metric in (record.metrics if claim.part is None else record.parts.get(claim.part, {}))
 
 
 def _share(run: Run, split: str, shares: Callable[[ExpertLoads], list[float]]) -> float | None:

@@ -53,6 +53,11 @@ class TrainingLog:
         """Validation perplexity after half of the updates; None where none was measured then."""
         return dict(self.curve("valid_ppl")).get(self.num_updates / 2)
 
+    def choices(self) -> float | None:
+        """Experts that a sub-token was sent to, mean of the training; None where the log does not have it."""
+        known = [value for _, value in self.curve("moe_choices")]
+        return statistics.fmean(known) if known else None
+
     def peak_memory(self) -> float | None:
         """The most memory of the training, in GB; None where the log does not have it."""
         return max((value for _, value in self.curve("peak_gb")), default=None)

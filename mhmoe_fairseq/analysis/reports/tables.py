@@ -13,11 +13,13 @@ from ...evaluation.records import ExpertLoads, Metric
 from .routing import mean
 from .runs import Model, Run, TrainingLog, all_records, evaluations, mean_and_deviation
 
+# Experts of domains, mixed where the text's domain is not told.
+MIXTURES = [f"{kind}{share}" for kind in ("domain mixture", "one-token mixture") for share in ("", " by share")]
 # Kind of evaluation -> what a table of models shows of it: the title behind the split's name, and the metric. The first
 # is shown of every split, the others of the report's own; of speed and of tasks, whose splits are none, all.
 HEADLINES = {
     "perplexity": (("ppl", "perplexity"), ("bits/byte", "bits/byte")),
-    "domain mixture": (("ppl by mixture", "perplexity"), ("bits/byte by mixture", "bits/byte")),
+    **{kind: ((f"ppl by {kind}", "perplexity"), (f"bits/byte by {kind}", "bits/byte")) for kind in MIXTURES},
     "masked": (("ppl", "perplexity"),),
     "classification": (("accuracy", "accuracy"),),
     "questions": (("questions", "accuracy"),),
@@ -40,7 +42,7 @@ PART_NAMES = {
     "pair_text": "words of pairs",
 }  # fmt: skip
 _ALL_SHOWN = ("speed", "zero-shot")
-_COUNTED = {"perplexity": "tokens", "domain mixture": "tokens", "masked": "positions", "polysemy": "words"}
+_COUNTED = {"perplexity": "tokens", **dict.fromkeys(MIXTURES, "tokens"), "masked": "positions", "polysemy": "words"}
 # Settings that a fair comparison keeps equal, by section of the stored configuration.
 COMPARED_SETTINGS = {
     "optimization": ("max_update", "update_freq", "lr", "clip_norm"),
@@ -130,9 +132,10 @@ class Column:
 TRAINING_SPEED = Column("tokens/s", "training", "train", "tokens/s")
 HALFWAY = Column("valid ppl halfway", "training", "valid", "perplexity")
 PEAK_MEMORY = Column("peak GB", "training", "train", "peak GB")
+CHOICES = Column("top-k in training", "training", "train", "choices")
 OF_LOGS = {
     TRAINING_SPEED: TrainingLog.tokens_per_second, HALFWAY: TrainingLog.perplexity_halfway,
-    PEAK_MEMORY: TrainingLog.peak_memory,
+    PEAK_MEMORY: TrainingLog.peak_memory, CHOICES: TrainingLog.choices,
 }  # fmt: skip
 
 
@@ -193,6 +196,7 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
             f"{size['experts']} x {size['expert_width']:,}" if size.get("experts") else MISSING for size in sizes
         ],
         "top-k": [str(size.get("top_k") or MISSING) for size in sizes],
+        CHOICES.title: [CHOICES.cell(model) for model in models],
         "parameters": [millions(size.get("parameters")) for size in sizes],
         "active": [millions(size.get("active")) for size in sizes],
         "MFLOPs/token": [number(size["flops_per_token"] / 1e6) if size else MISSING for size in sizes],
@@ -200,16 +204,23 @@ def overview(models: Sequence[Model], columns: Sequence[Column], split: str, ref
         PEAK_MEMORY.title: [PEAK_MEMORY.cell(model) for model in models],
         "updates": [_updates(model, ",") for model in models],
         **{column.title: [column.cell(model) for model in models] for column in columns},
-        "active experts": [_mean_share(model, split, ExpertLoads.active) for model in models],
-        "effective experts": [_mean_share(model, split, ExpertLoads.effective) for model in models],
+        "passes by mixture": [_passes(model) for model in models],
+        "active experts": [percent(_mean_of_loads(model, split, ExpertLoads.active)) for model in models],
+        "effective experts": [percent(_mean_of_loads(model, split, ExpertLoads.effective)) for model in models],
+        "MaxVio": [number(_mean_of_loads(model, split, _max_violation)) for model in models],
     }
     main = next((column for column in columns if column.split == split), None)
     if against is not None and main is not None:
         table[f"{main.title} against {reference}"] = [_change(model, against, main) for model in models]
     if set(table["seeds"]) == {"1"}:
         del table["seeds"]
-    if set(table[PEAK_MEMORY.title]) == {MISSING}:  # logs from before it was measured
-        del table[PEAK_MEMORY.title]
+    # ReMoE's experts are as many as have a positive logit: many more, while its regulariser is small.
+    nominal = [(size.get("top_k"), CHOICES.values(model)) for size, model in zip(sizes, models)]
+    if all(math.isclose(of, top_k or 0, rel_tol=1e-3) for top_k, measured in nominal for of in measured):
+        del table[CHOICES.title]
+    for title in (PEAK_MEMORY.title, "passes by mixture"):
+        if set(table[title]) == {MISSING}:  # logs from before it was measured; no experts of domains
+            del table[title]
     guessed = {column.title: column.guesses(models) for column in columns}
     for guess in dict.fromkeys(name for values in guessed.values() for name in values):
         row = {column.title: number(guessed[column.title].get(guess), column.digits) for column in columns}
@@ -222,10 +233,21 @@ def _updates(model: Model, form: str = "") -> str:
     return same(format(run.updates, form) for run in model.runs if run.updates)
 
 
-def _mean_share(model: Model, split: str, shares: Callable[[ExpertLoads], list[float]]) -> str:
+def _mean_of_loads(model: Model, split: str, statistic: Callable[[ExpertLoads], list[float]]) -> float | None:
     """Mean over MoE layers and seeds."""
     found = [record.expert_loads for run in model.runs if (record := run.expert_record(split)) is not None]
-    return percent(mean([share for experts in found for share in shares(experts.of(None))]))
+    return mean([value for experts in found for value in statistic(experts.of(None))])
+
+
+def _max_violation(experts: ExpertLoads) -> list[float]:
+    """MaxVio (arXiv 2408.15664): by how much of the mean the largest load exceeds it."""
+    return [ratio - 1 for ratio in experts.max_over_mean()]
+
+
+def _passes(model: Model) -> str:
+    """How often a mixture of experts of domains reads the text: once for each of them."""
+    mixed = (record for _, record in all_records([model]) if record.what in MIXTURES)
+    return same(dict.fromkeys(str(record.settings["passes over the text"]) for record in mixed))
 
 
 def _change(model: Model, reference: Model, column: Column) -> str:

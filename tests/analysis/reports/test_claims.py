@@ -10,7 +10,7 @@ from written_runs import loads, make_record, text_metrics, write_run
 from mhmoe_fairseq.analysis.reports.claims import T_QUANTILES, Claim, interval, judge, verdict_of
 from mhmoe_fairseq.analysis.reports.runs import BEFORE, Model, read_model
 from mhmoe_fairseq.common.files import write_json
-from mhmoe_fairseq.evaluation.records import Metric
+from mhmoe_fairseq.evaluation.records import Metric, record_file, write_record
 
 BETTER = Claim("MH-MoE is better", "mhmoe", "xmoe")
 
@@ -99,6 +99,15 @@ def test_scores_are_compared_by_points_and_experts_and_speeds_by_the_same_rule(t
         models["of parts"] = read_model("mhmoe", [write_run(run, record)])
     of_part = judge(between, {"mhmoe": models["of parts"]})
     assert of_part.change == "+10.00 %" and of_part.verdict == "one seed: nothing claimed"
+    told, mixed = (
+        make_record(text_metrics(value), what) for value, what in ((9.0, "perplexity"), (22.0, "domain mixture"))
+    )
+    demix = write_run(tmp_path / "demix" / "seed-1", told)
+    write_record(record_file(demix, "test-exact"), mixed)
+    sparse = write_run(tmp_path / "sparse" / "seed-1", make_record(text_metrics(20.0)))
+    of_domains = {name: read_model(name, [run]) for name, run in (("demix", demix), ("sparse", sparse))}
+    not_told = Claim("", "demix", "sparse", metric="perplexity", what="domain mixture", reference_what="perplexity")
+    assert judge(not_told, of_domains).change == "+10.00 %"
     active = judge(Claim("", "mhmoe", "xmoe", metric="active experts"), models)
     assert (active.verdict, active.change) == ("seen", "+50.00 points ± 0.00")
     on_tasks = Claim("", "mhmoe", "xmoe", metric="active experts", what="zero-shot", split="english")

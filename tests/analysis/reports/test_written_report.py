@@ -54,10 +54,12 @@ def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: 
         "model": "dense", "heads": "–", "experts x width": "–", "top-k": "–", "parameters": "2.00M",
         "active": "2.00M", "MFLOPs/token": "4.10", "tokens/s": "800", "updates": "8", "valid ppl": "21.00",
         "test ppl": "20.00", "test bits/byte": "1.2500", "active experts": "–", "effective experts": "–",
+        "MaxVio": "–",
     }  # fmt: skip
     row = row_of(text, "mhmoe")
     assert [row[of] for of in ("heads", "experts x width", "top-k", "test ppl")] == ["2", "4 x 1,024", "2", "10.00"]
     assert row["active experts"] == "75.0 %"  # half of the first layer's, all of the second's
+    assert row["MaxVio"] == "1.99"  # twice the mean load in the first layer, 3.97 times in the second
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert set(plots) == {f"report-plots/{name}.png" for name in ("valid-ppl", "gate-loss", "expert-activation")}
     assert all((tmp_path / "out" / plot).read_bytes().startswith(PNG) for plot in plots)
@@ -65,6 +67,27 @@ def test_a_row_has_sizes_costs_metrics_and_use_of_experts(runs: Path, tmp_path: 
     assert "# dense, dense\nfairseq-train DATA \\\n    --arch dense_lm_tiny\n```" in text
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == f"{text}\n"
     assert "tokens/s" in said[0] and said[1] == f"report: {tmp_path / 'out' / 'report.md'}"
+
+
+def test_a_mixture_of_domains_has_its_columns_and_its_costs(runs: Path, tmp_path: Path) -> None:
+    how = {"domain mixture": "exact", "domain prior": "uniform", "passes over the text": 11}
+    mixed = make_record(text_metrics(25.0), "domain mixture", split="test", settings=how)
+    path = record_file(write_run(tmp_path / "demix", make_record(text_metrics(19.0))), "test-exact")
+    write_record(path, mixed)
+    text = report([runs, tmp_path / "demix"], tmp_path / "report.md", plots=False)
+    of_mixed, of_dense = (row_of(text, name) for name in ("demix", "dense"))
+    shown = ("test ppl", "test ppl by domain mixture", "passes by mixture")
+    assert [of_mixed[title] for title in shown] == ["19.00", "25.00", "11"]
+    assert [of_dense[title] for title in shown] == ["20.00", "–", "–"]
+
+
+def test_choices_are_told_where_they_are_not_top_k(runs: Path, tmp_path: Path) -> None:
+    for choices, told in (("2.0", None), ("3.5", "3.50")):
+        log = runs / "mhmoe" / "train.log"
+        log.write_text(log.read_text().replace('"gate_loss": "1.1"', f'"gate_loss": "1.1", "moe_choices": "{choices}"'))
+        text = report(runs, tmp_path / "report.md", plots=False)
+        assert [row_of(text, name).get("top-k in training") for name in ("mhmoe", "dense")] == [told, told and "–"]
+        log.write_text(log.read_text().replace(f', "moe_choices": "{choices}"', ""))
 
 
 def test_updates_of_parts_count_and_are_told(runs: Path, tmp_path: Path) -> None:
