@@ -145,7 +145,9 @@ def _difference(file: Path, expected: str) -> Iterator[str]:
 
 def summary(pages: list[Page]) -> str:
     """Returns the text of RESULTS.md: the claims, then a table of each experiment that was run."""
-    rows = [[*_claim_row(page, claim, finding), f"`{page.command_of(claim)}`"] for page, claim, finding in _claims(pages)]
+    rows = [
+        [*_claim_row(page, claim, finding), f"`{page.command_of(claim)}`"] for page, claim, finding in _claims(pages)
+    ]
     header = ["claim", "paper", "ours", "verdict", "at", "command"]
     sections = [_section(page) for page in pages if page.models]
     missing = [f"`{page.experiment.name}`" for page in pages if not page.models and page.experiment.stages]

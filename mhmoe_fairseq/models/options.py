@@ -193,8 +193,8 @@ class MoEOptions(FairseqDataclass):
         needs="xmoe", layer="router_temperature",
     )  # fmt: skip
     mhmoe_gate_score: Optional[SCORE_CHOICES] = option(
-        "what experts are chosen and weighed by: the softmax of the router's logits, or each one's sigmoid (default: "
-        "softmax)",
+        "what experts are chosen and weighed by: the softmax of the router's logits, or each one's sigmoid; logit: "
+        "weighed by the softmax, chosen by the logits and a bias of --mhmoe-balancing (default: softmax)",
         needs="moe", layer="gate_score",
     )  # fmt: skip
     mhmoe_normalize_gates: Optional[ON_OFF_CHOICES] = option(

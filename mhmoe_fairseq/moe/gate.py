@@ -33,7 +33,8 @@ class GateFields(BalancingFields, GroupFields):
         top_k: experts per sub-token K.
         routing: a name in ``GATES``: ``"dropless"``, ``"capacity"`` (the choices of GShard and TorchScale) or
             ``"expert-choice"``, by which experts choose sub-tokens.
-        gate_score: a name in ``SCORES``: ``"softmax"`` or ``"sigmoid"`` of the router's logits.
+        gate_score: a name in ``SCORES``: ``"softmax"`` or ``"sigmoid"`` of the router's logits; ``"logit"``: softmax,
+            with the bias of ``balancing`` on the logits.
         normalize_gates: gate weights are the chosen experts' scores divided by their sum when K >= 2; False, and with
             K = 1: the scores as they are.
         gate_scale: what the gate weights are multiplied by in the end.
@@ -75,6 +76,8 @@ class GateFields(BalancingFields, GroupFields):
         if self.second_expert_policy != "all" and self.gate_score != "softmax":
             rule = f"draws by probabilities: it needs {{gate_score}} softmax, not {self.gate_score}"
             raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
+        if self.gate_score == "logit" and self.balancing == "none":
+            raise ConfigError("gate_score", self.gate_score, "is softmax without a {balancing}, which is none")
         if self.second_expert_policy == "sampling" and self.balancing != "none":
             rule = f"draws by logits, which a bias of scores does not reach; {{balancing}} is {self.balancing}"
             raise ConfigError("second_expert_policy", self.second_expert_policy, rule)
@@ -145,7 +148,7 @@ class Gate(nn.Module):
             noise = gumbel_noise(logits_NE)
         first_NE, following_NE, evidence = scores_NE, logits_NE, None
         if self.balancing is not None:
-            first_NE = following_NE = self.balancing(scores_NE)
+            first_NE = following_NE = self.balancing(self.score.chosen_by(logits_NE, scores_NE))
             evidence = self.balancing.evidence(first_NE, padding_mask_N) if self.training else None
         if config.expert_groups > 1:
             # Not 0, as in transformers' DeepSeek-V3: biased scores may be negative.

@@ -24,6 +24,11 @@ class Score:
         raise NotImplementedError
 
     @staticmethod
+    def chosen_by(logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
+        """What is largest where an expert is chosen, and what a selection bias is added to; by default the scores."""
+        return scores_NE
+
+    @staticmethod
     def normalized(scores: Tensor) -> Tensor:
         """Scores, of all experts or of the chosen ones, that sum to one per row; rows of zeros stay zeros.
 
@@ -71,6 +76,20 @@ class Softmax(Score):
         return num_experts
 
 
+class Logit(Softmax):
+    """As :class:`Softmax`, but a selection bias is added to the logits (Multi-Head LatentMoE, arXiv 2602.04870).
+
+    >>> logits = torch.tensor([[2.0, 1.9, 0.0]])
+    >>> Logit.chosen_by(logits, Logit.of(logits)) + torch.tensor([0.0, 0.0, 1.5])
+    tensor([[2.0000, 1.9000, 1.5000]])
+    """
+
+    @staticmethod
+    def chosen_by(logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
+        """The logits."""
+        return widened(logits_NE)
+
+
 class Sigmoid(Score):
     """A score of its own for each expert, whatever the others' (DeepSeek-V3, Loss-Free Balancing).
 
@@ -95,4 +114,4 @@ class Sigmoid(Score):
         return num_experts + 2
 
 
-SCORES.update(softmax=Softmax, sigmoid=Sigmoid)
+SCORES.update(softmax=Softmax, sigmoid=Sigmoid, logit=Logit)

@@ -63,6 +63,23 @@ def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands
     assert commands.trained() == ["dense/seed-1"]
 
 
+def test_experts_of_domains_are_tested_without_being_told_the_domain_too(commands: Commands, tmp_path: Path) -> None:
+    words, run = ("family", "--models", "demix"), tmp_path / "out" / "demix" / "seed-1"
+    assert reproduce(tmp_path, *words) == 0
+    told, mixed = [words[5:] for words, _ in commands.called if "evaluate" in words]
+    assert told == ["--split", "valid", "--split", "test", "--cpu"]
+    assert mixed == ["--split", "test", "--domain-mixture", "exact", "--cpu"]
+    assert {path.name for path in run.glob("record-*")} == {
+        f"record-{of}.json" for of in ("valid", "test", "test-exact")
+    }
+    commands.trained()
+    (run / "record-test-exact.json").unlink()
+    assert reproduce(tmp_path, *words) == 0  # what is missing alone
+    assert [words for words, _ in commands.called if "evaluate" in words] == [
+        ["mhmoe", "evaluate", str(run / "checkpoint_best.pt"), "--data", str(tmp_path / "data"), *mixed]
+    ]
+
+
 def test_what_fine_tuning_starts_from_is_trained_first_and_then_taken_as_it_is(
     commands: Commands, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ VARIANTS = {
     "sigmoid_top1": {"gate_score": "sigmoid", "top_k": 1, "router_normalize": "both", "router_temperature": 0.3},
     "biased": {"balancing": "bias-sign"},
     "biased_sigmoid": {"balancing": "quantile", "gate_score": "sigmoid", "top_k": 3, "router": "linear"},
+    "biased_logit": {"balancing": "bias-sign", "gate_score": "logit", "top_k": 3},
     "raw_scaled": {"normalize_gates": False, "gate_scale": 16.0},
     "topk_balance": {"balance_assignment": "topk"},
     "gates_balance": {"balance_assignment": "gates", "top_k": 3},

@@ -73,6 +73,20 @@ def test_what_draws_by_probabilities_needs_them(policy):
         MHMoEConfig(**FIELDS, gate_score="sigmoid", second_expert_policy=policy)
 
 
+def test_a_bias_of_logits_chooses_otherwise_than_one_of_probabilities():
+    """Multi-Head LatentMoE: topK(s + b), weighed by the softmax of the chosen logits (arXiv 2602.04870)."""
+    logits, bias = torch.tensor([[2.0, 1.9, 0.0]], dtype=torch.float64), torch.tensor([[0.0, 0.0, 1.5]])
+    for score, chosen in (("logit", [0, 1]), ("softmax", [2, 0])):
+        gate = Gate(GateFields(num_experts=3, gate_score=score, balancing="bias-sign"))
+        gate.balancing.bias.copy_(bias)
+        assignment = gate(logits)
+        assert assignment.choices_NK.tolist() == [chosen]
+        torch.testing.assert_close(assignment.gates_NK, logits[:, chosen].softmax(1))
+        torch.testing.assert_close(assignment.probs_NE, logits.softmax(1))
+
+
 def test_an_unknown_score_is_refused():
-    with pytest.raises(ConfigError, match=r"gate_score \('tanh'\) must be one of softmax, sigmoid"):
+    with pytest.raises(ConfigError, match=r"gate_score \('logit'\) is softmax without a balancing, which is none"):
+        MHMoEConfig(**FIELDS, gate_score="logit")
+    with pytest.raises(ConfigError, match=r"gate_score \('tanh'\) must be one of softmax, sigmoid, logit"):
         MHMoEConfig(**FIELDS, gate_score="tanh")

@@ -55,10 +55,11 @@ class Commands:
             run = Path(words[2]).parent
             value = self.perplexities.get(run.parent.name, 20.0) + int(run.name[5:]) / 10
             path = {"path": str(Path(after("--data", words)).resolve()), "digest": "0" * 64, "source": "sentences"}
+            suffix = f"-{after('--domain-mixture', words)}" if "--domain-mixture" in words else ""
             for split in (word for flag, word in zip(words, words[1:]) if flag == "--split"):
                 origin = {"command": " ".join(words), "date": timestamp(), "commit": "c0ffee"}
                 write_record(
-                    record_file(run, split),
+                    record_file(run, split + suffix),
                     make_record(text_metrics(value), split=split, data=path, provenance=origin),
                 )
 

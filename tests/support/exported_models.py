@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid": ("mhmoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_gate_scale": 2.5}),
     "balanced": ("smoe_lm_tiny", {"mhmoe_gate_score": "sigmoid", "mhmoe_balancing": "bias-sign"}),
     "balanced softmax": ("mhmoe_lm_tiny", {"mhmoe_balancing": "quantile", "mhmoe_normalize_gates": "off"}),
+    "balanced logits": ("mhmoe_lm_tiny", {"mhmoe_gate_score": "logit", "mhmoe_balancing": "bias-sign"}),
     "deepseekmoe": ("deepseekmoe_lm_tiny", {"mhmoe_shared_experts": 2}),
     "groups": (
         "smoe_lm_tiny",

@@ -130,7 +130,8 @@ def choose(layer, logits):
         chosen = [e for e in range(config.num_experts) if logits[e] > 0]
         return torch.where(logits > 0, logits, 0), chosen, [logits[e] for e in chosen]
     scores = logits.sigmoid() if config.gate_score == "sigmoid" else logits.softmax(0)
-    by = logits if config.balancing == "none" else scores + layer.gate.balancing.bias[0]
+    biased = logits if config.gate_score == "logit" else scores
+    by = logits if config.balancing == "none" else biased + layer.gate.balancing.bias[0]
     chosen = sorted(range(config.num_experts), key=lambda e: (-by[e].item(), e))[: config.top_k]
     weights = torch.stack([scores[e] for e in chosen])
     if config.top_k > 1 and config.normalize_gates:

@@ -16,7 +16,7 @@ _CHOICES = {
     "mhmoe_router": ("xmoe", "linear"),
     "mhmoe_router_input": ("subtoken", "token"),
     "mhmoe_expert_banks": ("shared", "per-head"),
-    "mhmoe_gate_score": ("softmax", "sigmoid", "relu"),
+    "mhmoe_gate_score": ("softmax", "sigmoid", "logit", "relu"),
     "mhmoe_group_score": ("max", "top2"),
     "mhmoe_balance": ("top1", "topk", "gates"),
     "mhmoe_balance_scope": ("batch", "sequence"),
@@ -46,8 +46,9 @@ class MHMoEConfig(PreTrainedConfig):
         mhmoe_latent_size: width between them, which is split; None for ``hidden_size``.
         mhmoe_router_input: what the router sees: the sub-token, or the whole token before the head projection.
         mhmoe_expert_banks: one router and ``mhmoe_experts`` experts for all heads, or of each head its own.
-        mhmoe_gate_score: what experts are chosen and weighed by: a softmax of the logits, or sigmoids; or ``relu``: all
-            with a positive logit, weighed by it, ``mhmoe_top_k`` on average (ReMoE).
+        mhmoe_gate_score: what experts are chosen and weighed by: a softmax of the logits, or sigmoids; ``logit``: the
+            softmax, and a selection bias is added to the logits; or ``relu``: all with a positive logit, weighed by it,
+            ``mhmoe_top_k`` on average (ReMoE).
         mhmoe_normalize_gates, mhmoe_gate_scale: what becomes of two or more chosen scores, and then of all.
         mhmoe_expert_groups, mhmoe_kept_groups: equal groups of experts, of which a sub-token chooses from the best, by
             their largest score or (``mhmoe_group_score``) the sum of their two largest.

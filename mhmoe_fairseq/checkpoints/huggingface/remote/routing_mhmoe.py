@@ -103,7 +103,8 @@ def choose(logits: Tensor, scores: Tensor, config: MHMoEConfig, top_k: int, bias
     By scores, with a bias ``(banks, E)`` if there is one.
     """
     if bias is not None:
-        logits = scores = (scores.unflatten(0, (-1, config.banks)) + bias.float()).flatten(0, 1)
+        biased = logits.float() if config.mhmoe_gate_score == "logit" else scores
+        logits = scores = (biased.unflatten(0, (-1, config.banks)) + bias.float()).flatten(0, 1)
     if config.mhmoe_expert_groups > 1:
         outside = outside_kept_groups(scores, config)
         logits, scores = (of.masked_fill(outside, float("-inf")) for of in (logits, scores))
@@ -151,7 +152,7 @@ def _choices_and_probabilities(
     else:
         index = choose(logits, scores, config, number, router.selection_bias)
         counted = scores.new_full((1, 1), 1 / number)
-    probabilities = scores if config.mhmoe_gate_score == "softmax" else normalized(scores, config)
+    probabilities = normalized(scores, config) if config.mhmoe_gate_score == "sigmoid" else scores
     return torch.zeros_like(scores).scatter(1, index % logits.size(1), counted.expand(index.shape)), probabilities
 
 
