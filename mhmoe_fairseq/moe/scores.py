@@ -25,7 +25,7 @@ class Score:
 
     @staticmethod
     def chosen_by(logits_NE: Tensor, scores_NE: Tensor) -> Tensor:
-        """What is largest where an expert is chosen, and what a selection bias is added to; by default the scores."""
+        """What a selection bias is added to, and experts are chosen by then; by default the scores."""
         return scores_NE
 
     @staticmethod
