@@ -53,7 +53,7 @@ SWIGLU_MODELS = {
     "mhmoe-swiglu-h2": ("mhmoe", 20, 2, 2, 3 / 4),
     "mhmoe-swiglu-h3": ("mhmoe", 32, 3, 3, 3 / 4),
 }
-SWIGLU_WIDTHS = {"cpu": 512, "paper": 2048}  # of the dense networks, for models 192 and 768 wide
+SWIGLU_WIDTHS = {"cpu": 256, "paper": 2048}  # of the dense networks, for models 96 and 768 wide
 # Mixtral's proportions: every layer has experts, 3.5 times as wide as the model, of which each token uses two of eight.
 MIXTRAL = f"{SWIGLU} --moe-freq 1 --moe-expert-count 8 --moe-top-k 2 --mhmoe-router linear"
 BITNET = "--mhmoe-quantize all"
