@@ -70,14 +70,7 @@ def run(args: argparse.Namespace) -> int:
             for line in dry_run(plan):
                 say(line)
         elif args.keep:
-            if args.updates:
-                raise UserError(
-                    f"--updates ({args.updates}) with --keep: only runs of the experiment's own length are kept"
-                )
-            for folder in keep(plan, args.results):
-                say(f"kept: {folder}")
-            if missing := unmeasured(plan):
-                say(f"not measured yet: {', '.join(map(str, missing))}: mhmoe reproduce {args.name} does that")
+            _keep(plan, args)
         elif args.status:
             say(markdown_table(["run", "state", "updates"], list(describe(plan))))
         else:
@@ -88,6 +81,16 @@ def run(args: argparse.Namespace) -> int:
                 say("interrupted: the same command goes on from here")
                 return 130  # what a shell reports of a program that Ctrl-C ended
     return 0
+
+
+def _keep(plan: Plan, args: argparse.Namespace) -> None:
+    """Copies the records of finished runs into the tree, and says what has not been measured."""
+    if args.updates:
+        raise UserError(f"--updates ({args.updates}) with --keep: only runs of the experiment's own length are kept")
+    for folder in keep(plan, args.results):
+        say(f"kept: {folder}")
+    if missing := unmeasured(plan):
+        say(f"not measured yet: {', '.join(map(str, missing))}: mhmoe reproduce {args.name} does that")
 
 
 def _report(args: argparse.Namespace) -> int:

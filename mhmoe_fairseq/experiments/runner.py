@@ -151,29 +151,36 @@ class Runner:
             self._work()
 
     def _work(self) -> None:
+        if not self.plan.choice.on_cpu:
+            self.gpus = find_gpus(self.plan.choice)
+        self._prepare()
+        self.plan = replace(self.plan, best_lrs=self._search())
+        for runs in self.plan.stages():
+            self._finish(runs)
+        if self.plan.choice.is_first:
+            self._follow_up()
+
+    def _prepare(self) -> None:
+        """Makes the data that are missing; what else is missing, later too, is told before hours of training."""
         plan = self.plan
-        if not plan.choice.on_cpu:
-            self.gpus = find_gpus(plan.choice)
-        for words in plan.following():  # what is missing is told before hours of training
+        for words in plan.following():
             if words[1] == "zero-shot" and find_spec("lm_eval") is None:
                 raise UserError(f'{plan.experiment.name} needs lm-eval: pip install "mhmoe-fairseq[lm-eval]"')
         for folder, words in plan.preparations():
-            if words and not _is_prepared(folder):
-                self._tell(f"{folder}: no data yet: {shlex.join(words)}")
-                call(words, self._variables(), lambda line: self.say(f"    {line}"))
-            elif not _is_prepared(folder):
+            if _is_prepared(folder):
+                continue
+            if not words:
                 raise UserError(missing_data(plan, folder))
+            self._tell(f"{folder}: no data yet: {shlex.join(words)}")
+            call(words, self._variables(), lambda line: self.say(f"    {line}"))
         require_domains(plan.runs())
         for words in plan.following():
             for flag, value in zip(words, words[1:]):
                 if flag in _READ_LATER:
                     _READ_LATER[flag](Path(value))
-        self.plan = plan = replace(plan, best_lrs=self._search())
-        for runs in plan.stages():
-            self._finish(runs)
-        if not plan.choice.is_first:
-            return
-        for words in plan.following():
+
+    def _follow_up(self) -> None:
+        for words in self.plan.following():
             if "--no-plots" in words:
                 self._tell("no plots: matplotlib is not installed (extra plots)")
             self.say(shlex.join(words))

@@ -257,9 +257,28 @@ def _check_dense(options: Any) -> None:
 
 
 def _check_moe(options: Any) -> None:
-    router, budget, routing = (_text(getattr(options, f"mhmoe_{name}")) for name in ("router", "budget", "routing"))
+    """Refuse flags that contradict each other."""
+    budget, routing = (_text(getattr(options, f"mhmoe_{name}")) for name in ("budget", "routing"))
     if options.moe_top1_expert and options.moe_top_k != 1:
         raise UserError(f"--moe-top1-expert contradicts --moe-top-k {options.moe_top_k}")
+    if options.moe_ffn_dim is not None and budget not in (None, "none"):
+        raise UserError(
+            f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
+        )
+    _check_router(options, _text(options.mhmoe_router))
+    _check_heads(options)
+    _check_capacity(options, routing)
+    _check_merging(options, routing)
+    if routing == "relu" and _text(options.mhmoe_normalize_gates) == "on":
+        raise UserError(
+            "--mhmoe-normalize-gates (on) contradicts --mhmoe-routing relu, by which logits are the weights"
+        )
+    top_k = options.moe_top_k * (options.mhmoe_granularity or 1)
+    if routing is not None and options.moe_normalize_gate_prob_before_dropping and top_k == 1:
+        logger.warning("--moe-normalize-gate-prob-before-dropping has no effect with one expert per sub-token")
+
+
+def _check_router(options: Any, router: str | None) -> None:
     if router in BENCHMARK_ROUTERS.values():
         name = next(name for name, layer in BENCHMARK_ROUTERS.items() if layer == router)
         raise UserError(
@@ -268,10 +287,6 @@ def _check_moe(options: Any) -> None:
         )
     if options.use_xmoe and router != "xmoe":
         raise UserError(f"--use-xmoe contradicts --mhmoe-router {router}")
-    if options.moe_ffn_dim is not None and budget not in (None, "none"):
-        raise UserError(
-            f"--moe-ffn-dim ({options.moe_ffn_dim}) sets the expert width, as does --mhmoe-budget {budget}: give one"
-        )
     if routes_by_domain(options) and router != "linear":
         raise UserError(f"--mhmoe-router ({router}) contradicts --mhmoe-routing domain, which has none: take smoe_*")
     of_router = _given(options, "xmoe")
@@ -279,13 +294,21 @@ def _check_moe(options: Any) -> None:
         raise UserError(f"{flag(of_router[0])} needs --mhmoe-router xmoe, not {router}")
     if len(of_router) > 1 and of_router[0] == "mhmoe_router_preset":
         raise UserError(f"--mhmoe-router-preset sets what {flag(of_router[1])} sets: give one")
-    has_banks = _text(options.mhmoe_expert_banks) == "per-head" and options.mhmoe_heads_number > 1
-    if _text(options.mhmoe_parallel) == "heads" and not has_banks:
+
+
+def _check_heads(options: Any) -> None:
+    """Refuse heads spread over processes where they have no experts of their own, or a sequence is not whole."""
+    if _text(options.mhmoe_parallel) != "heads":
+        return
+    if _text(options.mhmoe_expert_banks) != "per-head" or options.mhmoe_heads_number < 2:
         raise UserError("--mhmoe-parallel (heads) needs --mhmoe-expert-banks per-head and two heads or more")
-    if _text(options.mhmoe_parallel) == "heads" and _text(options.mhmoe_balance_scope) == "sequence":
+    if _text(options.mhmoe_balance_scope) == "sequence":
         raise UserError(
             "--mhmoe-balance-scope (sequence) contradicts --mhmoe-parallel heads: a process has some heads of each"
         )
+
+
+def _check_capacity(options: Any, routing: str | None) -> None:
     for name in _given(options, "capacity"):
         if routing == "expert-choice" and name == "mhmoe_capacity_factor":  # sub-tokens that an expert takes
             continue
@@ -294,10 +317,9 @@ def _check_moe(options: Any) -> None:
             raise UserError(f"{flag(name)} is about capacity; it contradicts {kind} routing (--mhmoe-routing)")
         if routing is None:
             logger.warning(f"{flag(name)} has no effect: routing is dropless (see --mhmoe-routing capacity)")
-    if routing == "relu" and _text(options.mhmoe_normalize_gates) == "on":
-        raise UserError(
-            "--mhmoe-normalize-gates (on) contradicts --mhmoe-routing relu, by which logits are the weights"
-        )
+
+
+def _check_merging(options: Any, routing: str | None) -> None:
     for name in _given(options, "lory"):
         if routing != "lory":
             raise UserError(f"{flag(name)} needs --mhmoe-routing lory, not {routing or 'dropless'}")
@@ -308,9 +330,6 @@ def _check_moe(options: Any) -> None:
                 f"{flag(name)} ({value}) must be 1 with --mhmoe-routing {routing}: every token passes a network "
                 "averaged over all experts"
             )
-    top_k = options.moe_top_k * (options.mhmoe_granularity or 1)
-    if routing is not None and options.moe_normalize_gate_prob_before_dropping and top_k == 1:
-        logger.warning("--moe-normalize-gate-prob-before-dropping has no effect with one expert per sub-token")
 
 
 @contextlib.contextmanager
