@@ -106,9 +106,9 @@ EXPERIMENTS = (
         # Captions are the slowest to score.
         (Stage(VQA), Stage(NLVR2), Stage(CAPTIONING, ("dense", "mhmoe-*"))), THREE, paper=TABLE_4, source="P1 table 4",
         claims=(
-            *claims(TABLE_4, "mhmoe-params < xmoe", column="VQAv2 test-std", what="questions", metric="accuracy"),
-            *claims(TABLE_4, "mhmoe-params < xmoe", column="NLVR2 test-P", what="statements", metric="accuracy"),
-            *claims(TABLE_4, "mhmoe-params < dense", column="CIDEr", what="captions", metric="CIDEr"),
+            *claims(TABLE_4, "mhmoe-params < xmoe", column="VQAv2 test-std", on="questions", metric="accuracy"),
+            *claims(TABLE_4, "mhmoe-params < xmoe", column="NLVR2 test-P", on="statements", metric="accuracy"),
+            *claims(TABLE_4, "mhmoe-params < dense", column="CIDEr", on="captions", metric="CIDEr"),
         )),
     Experiment("figure8", "figures 8 and 10: to how many experts each patch's sub-tokens go, over a training", _FOLDER,
         (Stage(PRETRAINING, ("mhmoe-*",)),), ("mhmoe-params",), paper_models=("mhmoe-params-kept",), seeds=(1,),

@@ -121,13 +121,16 @@ def perplexities(title: str, models: str, *values: float, of: str = P1) -> Paper
     return PaperTable(f"{of}, {title}", "perplexity", dict(zip(models.split(), values, strict=True)), note)
 
 
-def claims(paper: PaperTable, *pairs: str, column: str = "", at: str = "", **of_claim: Any) -> tuple[Claim, ...]:
+def claims(
+    paper: PaperTable, *pairs: str, column: str = "", at: str = "", on: str = "", **of_claim: Any
+) -> tuple[Claim, ...]:
     """Returns a claim for each ``better < worse`` (two models), with the paper's own difference.
 
     Args:
         paper: the table that says so; of models that it has not, nothing is said of the paper.
         column: the paper's, of a table that has several.
         at: words behind the paper's difference, such as when it was measured.
+        on: what is measured, where a table measures the same of several things.
         of_claim: metric, part, ... of every claim.
     """
     found = []
@@ -139,8 +142,9 @@ def claims(paper: PaperTable, *pairs: str, column: str = "", at: str = "", **of_
             is_share = bool({"accuracy", "active experts"} & {paper.metric, metric})
             of_paper = (of_percent if is_share else f"{100 * (values[0] / values[1] - 1):+.1f} %") + at
         of_what = f"share of {metric}" if metric == "active experts" else of_claim.get("part") or metric
+        of_what, measured = (f"{of_what} on {on}", {"what": on}) if on else (of_what, {})
         text = f"{better} has a {'lower' if metric in LOWER_IS_BETTER else 'higher'} {of_what} than {worse}"
-        found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **of_claim}))
+        found.append(Claim(text, better, worse, of_paper, **{"metric": metric, **measured, **of_claim}))
     return tuple(found)
 
 

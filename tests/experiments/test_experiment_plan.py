@@ -55,6 +55,7 @@ def test_every_model_of_every_experiment_is_known_and_every_name_is_one_file() -
         claimed = {name for claim in experiment.claims for name in (claim.model, claim.reference)}
         assert claimed <= {*experiment.models, *experiment.paper_models}
         assert experiment.claims or experiment.source[:2] != "P2"
+        assert len({claim.text for claim in experiment.claims}) == len(experiment.claims)
     (more_heads,) = [of for of in EXPERIMENTS["p2-table1"].claims if of.reference == "mhmoe-swiglu-h2"]
     assert (more_heads.model, more_heads.paper) == ("mhmoe-swiglu-h3", "-1.8 %")  # 10.51 against 10.70
     assert more_heads.text == "mhmoe-swiglu-h3 has a lower perplexity than mhmoe-swiglu-h2"
@@ -238,9 +239,14 @@ def test_figure_6_goes_from_8_to_256_experts_at_both_scales() -> None:
 def test_the_second_papers_models_spend_alike(scale: str) -> None:
     models = {Path(name).name: counts(words) for name, words in trainings("p2-table1", "--scale", scale).items()}
     sparse = models["smoe-swiglu"]
+
+    def but_for_the_router(of: MHMoEConfig) -> int:
+        return of.flops_per_token() - 2 * of.inner_dim * of.num_experts
+
     for name in ("fine-grained", "mhmoe-swiglu-h2", "mhmoe-swiglu-h3"):
-        layers, of_sparse = models[name].moe.flops_per_token(), sparse.moe.flops_per_token()
-        assert layers == pytest.approx(of_sparse, rel=0.06)  # routers have more experts to score
+        assert but_for_the_router(models[name].moe) == but_for_the_router(sparse.moe)
+        # Up to 96 experts to score, in a model that is narrow at CPU scale.
+        assert models[name].flops_per_token == pytest.approx(sparse.flops_per_token, rel=0.03)
         assert models[name].expert == pytest.approx(sparse.expert, rel=0.08)  # what projections take, experts lack
 
 

@@ -280,6 +280,8 @@ def test_the_committed_results_are_what_their_records_give(repository: Path, mon
     monkeypatch.chdir(repository)
     assert mhmoe(["reproduce", "--report", "--check"]) == 0
     for name, content in files(repository / "results").items():
+        if Path(name).suffix == ".png":  # any bytes may be in a picture
+            continue
         assert not re.search(rb'"/|(?<![\w./-])/(home|root|tmp|work|usr/(?!bin/env))', content), name
         if Path(name).name == "record-test.json":
             valid = (repository / "results" / name).with_name("record-valid.json")
