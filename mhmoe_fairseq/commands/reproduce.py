@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -75,11 +76,14 @@ def run(args: argparse.Namespace) -> int:
             say(markdown_table(["run", "state", "updates"], list(describe(plan))))
         else:
             threads = args.threads or (1 if args.jobs > 1 else None)
+            earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)  # or its trainings would outlive it
             try:
                 Runner(plan, say, args.jobs, threads).work()
             except KeyboardInterrupt:
                 say("interrupted: the same command goes on from here")
                 return 130  # what a shell reports of a program that Ctrl-C ended
+            finally:
+                signal.signal(signal.SIGTERM, earlier)
     return 0
 
 

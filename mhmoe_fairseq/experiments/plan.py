@@ -123,11 +123,11 @@ class Plan:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
-        first = [run for run in self.runs() if run.seed == self.seeds_of(run.recipe)[0]]
-        lrs_of = [(run, self.lrs_of(run.recipe)) for run in first]
+        of_models = {run.recipe.name_of(run.model): run for run in self.runs()}
         return [
-            self.run(run.recipe, run.model, run.seed, search=lr)
-            for run, of_run in lrs_of if len(of_run) > 1 for lr in of_run
+            # Of the recipe's own seed, whichever are trained: a model's later seeds have the first one's rate.
+            self.run(run.recipe, run.model, run.recipe.scales[self.choice.scale].seeds[0], search=lr)
+            for run in of_models.values() if len(lrs := self.lrs_of(run.recipe)) > 1 for lr in lrs
         ]  # fmt: skip
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:

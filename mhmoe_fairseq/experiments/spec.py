@@ -69,7 +69,7 @@ class Scale:
         batch: samples per process and step; None: all of the process's share of an update.
         validations: how often a training is validated and saved.
         warmup: updates; None: a tenth, of long trainings 10,000.
-        seeds: of the trainings; the first is the search's.
+        seeds: of the trainings; the first is the search's, whichever an experiment or the user has trained.
         lrs: learning rates of a search for every model before its trainings; empty: no search.
         search_updates: updates of one training of the search.
     """

@@ -1,7 +1,11 @@
 """The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -232,6 +236,22 @@ def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> No
     assert reproduce(tmp_path, "table1", "--models", "dense", *machine) == 0
     assert [words[0] for words, _ in commands.called] == ["torchrun"]
     assert not list((tmp_path / "out").rglob("run.json"))
+
+
+def test_what_it_started_ends_with_it(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, before = [], signal.getsignal(signal.SIGTERM)
+
+    def call(words, variables, on_line, output=None, running=None) -> None:
+        if words[0] != "fairseq-train":
+            return commands(words, variables, on_line)
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True))
+        running.append(started[-1])
+        os.kill(os.getpid(), signal.SIGTERM)  # as a cluster ends a job
+        started[-1].wait()
+
+    monkeypatch.setattr(runner, "call", call)
+    assert reproduce(tmp_path, "table1", "--models", "dense") == 130
+    assert [of.returncode for of in started] == [-signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_command_that_fails_tells_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
