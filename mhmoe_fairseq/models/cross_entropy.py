@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..moe.cpu import kernels
 from ..moe.modes import compute_dtype, eager_obstacle
 
 # A chunk's logits in float32, about as much as a cache holds; but where a row takes so much that fewer than these rows
@@ -30,7 +31,8 @@ class Prediction(NamedTuple):
 
     Attributes:
         losses: cross entropy in nats, float32 (float64 of such features); 0 where ignored.
-        is_best: whether the target is the most probable symbol; None unless asked for.
+        is_best: whether the target is the most probable symbol, of several the first; False where ignored; None unless
+            asked for.
     """
 
     losses: Tensor
@@ -79,7 +81,8 @@ def _plain(parts: Parts, targets_N: Tensor, how: _How) -> tuple[Tensor, Tensor |
     log_probs = logits.log_softmax(1, dtype=how.wide)
     ignored = _NO_TARGET if how.ignored is None else how.ignored
     losses = F.nll_loss(log_probs, targets_N, reduction="none", ignore_index=ignored)
-    return losses, log_probs.argmax(1).eq(targets_N) if how.with_best else None
+    is_best = log_probs.argmax(1).eq(targets_N).logical_and(targets_N.ne(ignored)) if how.with_best else None
+    return losses, is_best
 
 
 class _Predict(torch.autograd.Function):
@@ -133,51 +136,87 @@ def _in_chunks(
     # Only operations that write to given memory, whose types autocast leaves alone.
     x_ND, weight_VD, bias_V = (None if part is None else part.to(how.dtype) for part in parts)
     assert x_ND is not None and weight_VD is not None
-    index_N1, ignored_N = targets_N.unsqueeze(1), None
+    index_N, ignored_N = targets_N.contiguous(), None
     if how.ignored is not None:
         ignored_N = targets_N.eq(how.ignored)
-        index_N1 = index_N1.masked_fill(ignored_N[:, None], 0)
+        index_N = index_N.masked_fill(ignored_N, 0)
         factor_N = torch.ones_like(targets_N, dtype=how.wide) if factor_N is None else factor_N
         factor_N = factor_N.masked_fill(ignored_N, 0)
-    losses_N1 = x_ND.new_empty(index_N1.shape, dtype=how.wide)
-    best_N = torch.empty_like(targets_N, dtype=torch.bool) if how.with_best else None
+    losses_N = x_ND.new_empty(index_N.shape, dtype=how.wide)
+    best_N = torch.empty_like(index_N, dtype=torch.bool) if how.with_best else None
     gradients = None if needed is None else _Gradients(parts, needed, how, x_ND, weight_VD)
-    for chunk, logits, log_probs in _buffers(x_ND, len(weight_VD), how):
+    softmax = _fused_softmax if _has_kernel(x_ND) else _softmax
+    for chunk, logits, wide in _buffers(x_ND, len(weight_VD), how):
         if bias_V is None:
             torch.mm(x_ND[chunk], weight_VD.t(), out=logits)
         else:
             torch.addmm(bias_V, x_ND[chunk], weight_VD.t(), out=logits)
-        if log_probs is not logits:
-            log_probs.copy_(logits)
-        # A CPU's kernel reads a whole row before it writes it.
-        log_probs = torch.ops.aten._log_softmax.out(
-            log_probs, 1, False, out=log_probs if log_probs.is_cpu else torch.empty_like(log_probs)
-        )
-        index_C1 = index_N1[chunk]
-        target_C1 = log_probs.gather(1, index_C1)
-        losses_N1[chunk] = -target_C1
-        if best_N is not None:
-            best_N[chunk] = log_probs.argmax(1).eq(targets_N[chunk])
+        factors, is_best = (None if of is None else of[chunk] for of in (factor_N, best_N))
+        rows = _Rows(index_N[chunk], factors, losses_N[chunk], is_best)
+        grad = softmax(logits, wide, rows, gradients is not None)
         if gradients is not None:
-            grad = log_probs.exp_().scatter_(1, index_C1, target_C1.expm1_())  # p - 1, exact where p is near 1
-            gradients.add(chunk, grad if factor_N is None else grad.mul_(factor_N[chunk, None]), logits)
-    losses_N = losses_N1.squeeze(1)
+            gradients.add(chunk, grad, logits)
     if ignored_N is not None:
         losses_N.masked_fill_(ignored_N, 0)
+        if best_N is not None:
+            best_N.masked_fill_(ignored_N, False)
     return losses_N, best_N, None if gradients is None else gradients.tensors()
 
 
+class _Rows(NamedTuple):
+    """Of a chunk's rows targets and factors of the gradient, and where losses and ``is_best`` are to be written."""
+
+    targets: Tensor
+    factors: Tensor | None
+    losses: Tensor
+    is_best: Tensor | None
+
+
+def _softmax(logits_CV: Tensor, wide_CV: Tensor, rows: _Rows, with_gradient: bool) -> Tensor:
+    """Write losses; return their gradient by the logits, or anything if there is to be none.
+
+    Args:
+        wide_CV: the logits' own memory, or some for them in the type of the losses.
+    """
+    if wide_CV is not logits_CV:
+        wide_CV.copy_(logits_CV)
+    # A CPU's kernel reads a whole row before it writes it.
+    log_probs = torch.ops.aten._log_softmax.out(
+        wide_CV, 1, False, out=wide_CV if wide_CV.is_cpu else torch.empty_like(wide_CV)
+    )
+    index_C1 = rows.targets[:, None]
+    target_C1 = log_probs.gather(1, index_C1)
+    torch.neg(target_C1[:, 0], out=rows.losses)
+    if rows.is_best is not None:
+        torch.eq(log_probs.argmax(1), rows.targets, out=rows.is_best)
+    if not with_gradient:
+        return log_probs
+    grad = log_probs.exp_().scatter_(1, index_C1, target_C1.expm1_())  # p - 1, exact where p is near 1
+    return grad if rows.factors is None else grad.mul_(rows.factors[:, None])
+
+
+def _fused_softmax(logits_CV: Tensor, _: Tensor, rows: _Rows, with_gradient: bool) -> Tensor:
+    """As :func:`_softmax`, by the compiled kernel: the gradient takes the logits' place."""
+    factors = None if rows.factors is None else rows.factors.float().contiguous()
+    torch.ops.mhmoe_cpu.cross_entropy(logits_CV, rows.targets, factors, with_gradient, rows.losses, rows.is_best)
+    return logits_CV
+
+
+def _has_kernel(x_ND: Tensor) -> bool:
+    return x_ND.is_cpu and x_ND.dtype in (torch.float32, torch.bfloat16) and kernels.load()
+
+
 def _buffers(x_ND: Tensor, num_symbols: int, how: _How) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of a chunk, and memory for its logits and their softmax, which is one where the types are."""
+    """Rows of a chunk, and memory for its logits and their softmax, which is one where it may be."""
     rows = max(_CHUNK_ROWS, _CHUNK_BYTES // (num_symbols * how.wide.itemsize))
     count = -(-len(x_ND) // rows)
     rows = -(-len(x_ND) // max(count, 1))  # chunks alike
     logits = x_ND.new_empty(rows, num_symbols)
-    wide = None if how.wide == how.dtype else torch.empty_like(logits, dtype=how.wide)
+    wide = logits if how.wide == how.dtype or _has_kernel(x_ND) else torch.empty_like(logits, dtype=how.wide)
     for start in range(0, len(x_ND), max(rows, 1)):
         chunk = slice(start, min(start + rows, len(x_ND)))
         some = logits[: chunk.stop - start]
-        yield chunk, some, some if wide is None else wide[: len(some)]
+        yield chunk, some, some if wide is logits else wide[: len(some)]
 
 
 class _Gradients:
@@ -209,7 +248,7 @@ class _Gradients:
         """
         x_ND, weight_VD, bias_V = self._sums
         if bias_V is not None:
-            bias_V += grad_CV.sum(0)
+            bias_V += grad_CV.sum(0, dtype=bias_V.dtype)
         rounded_CV = grad_CV if grad_CV.dtype == scratch_CV.dtype else scratch_CV.copy_(grad_CV)
         if x_ND is not None:
             torch.mm(rounded_CV, self._weight_VD, out=x_ND[chunk])

@@ -1,7 +1,5 @@
 """Self-attention with TorchScale's parameters and results, computed by ``scaled_dot_product_attention``."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +11,10 @@ from .positions import RotaryPositions
 from .settings import Settings
 
 ATTENTION_KINDS = ("full", "caption")
-# In half precision, up to this many positions, the CPU's backward pass takes up to three times float32's time
-# (torch 2.14, avx512_bf16: 2.8 times at 128, 1.05 at 256, 0.9 at 512).
-_SHORT = 256
+# Up to this many positions PyTorch's kernel trains slowly in half precision on a CPU: in bf16 both passes take 3 to 5
+# times as long as plain operations at 128 positions, 1.6 to 2.2 times at 256 (torch 2.14, avx512_bf16); beyond these
+# keep too much. In float16 such products are slow, and float32 is the fastest.
+SHORT = 256
 
 
 class KeyValueCache:
@@ -54,12 +53,28 @@ class KeyValueCache:
             self.memory.reorder(rows)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """``scaled_dot_product_attention``, in float32 where that is faster, its backward pass included."""
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None, dropout: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """``scaled_dot_product_attention``, or the same by what trains faster; ``visible`` or ``is_causal``, not both."""
     with without_autocast(v.device.type):
-        if _is_half_on_cpu(v) and v.requires_grad and v.size(2) <= _SHORT:
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        if _is_half_on_cpu(v) and v.requires_grad and v.size(2) <= SHORT:
+            if v.dtype == torch.bfloat16:
+                return _attend_by_products(q, k, v, visible, dropout, is_causal)
+            q, k, v = q.float(), k.float(), v.float()
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal)
+
+
+def _attend_by_products(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, dropout: float, is_causal: bool
+) -> Tensor:
+    """With weights ``(B, heads, S, keys)`` at hand, rounded where TorchScale's are under autocast."""
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
+    if is_causal:
+        visible = q.new_ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    if visible is not None:  # a sum with rows that repeat is faster than masked_fill
+        scores = scores + scores.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
 
 
 def _is_half_on_cpu(x: Tensor) -> bool:
@@ -70,7 +85,7 @@ class SelfAttention(MultiheadAttention):
     """Multi-head self-attention; parameter names and values are those of TorchScale's ``MultiheadAttention``.
 
     Adds rotary positions, RMSNorm as sub-LN, bias-free maps and a causal mode without a mask tensor. Attention
-    weights are never materialised.
+    weights are not materialised, but where short sequences train in bf16 on a CPU.
     """
 
     def __init__(self, settings: Settings, dim: int, num_heads: int) -> None:
@@ -111,9 +126,7 @@ class SelfAttention(MultiheadAttention):
         if self.xpos is not None:
             q, k = self._rotate_xpos(q, k, past)
         dropout = self.dropout_module.p if self.training else 0.0
-        attended = _attend(
-            q.type_as(v), k.type_as(v), v, attn_mask=visible, dropout_p=dropout, is_causal=is_causal and visible is None
-        )
+        attended = _attend(q.type_as(v), k.type_as(v), v, visible, dropout, is_causal and visible is None)
         attended = attended.to(x.dtype).transpose(1, 2).reshape(x.shape)
         if self.inner_attn_ln is not None:
             attended = self.inner_attn_ln(attended, *image_length)

@@ -1,6 +1,10 @@
-"""Losses in chunks of rows against the plain way in float64: values, gradients, memory and number of products."""
+"""Losses in chunks of rows against the plain way in float64: values, gradients, memory and number of products.
+
+By the compiled kernel and without it.
+"""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from mhmoe_fairseq.models import cross_entropy
 from mhmoe_fairseq.models.cross_entropy import predict
+from mhmoe_fairseq.moe.cpu import kernels
 
 N, D, V, PAD = 37, 8, 50, 1
+NAN, INF = float("nan"), float("inf")
 WEIGHTS = torch.linspace(-1, 2, N)
 REDUCTIONS = {
     "sum": lambda losses: losses.sum(),
@@ -28,6 +34,22 @@ def rows_at_once(request, monkeypatch):
     monkeypatch.setattr(cross_entropy, "_CHUNK_ROWS", request.param)
     monkeypatch.setattr(cross_entropy, "_CHUNK_BYTES", 0)
     return request.param
+
+
+@pytest.fixture(autouse=True, params=["kernel", "operations"])
+def way(request, monkeypatch):
+    if request.param == "operations":
+        monkeypatch.setattr(cross_entropy, "_has_kernel", lambda x: False)
+    elif not kernels.load():
+        pytest.skip("the kernels are not built")
+    return request.param
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 class Operators(TorchDispatchMode):
@@ -86,7 +108,7 @@ def test_values_and_gradients(bias, ignored, reduction, autocast):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = predict(features, layer, targets, ignored, with_best=True)
         usual = plain(features, layer, targets, ignored)
-        best = layer(features).argmax(-1).eq(targets)
+        best = layer(features).argmax(-1).eq(targets) & targets.ne(-100 if ignored is None else ignored)
     assert torch.equal(found.is_best, best) and found.losses.dtype == torch.float32
     parts = features, *layer.parameters()
     for _ in range(2):  # a graph that is kept gives them again
@@ -139,6 +161,45 @@ def test_gradients_take_three_products_and_losses_one(rows_at_once):
         predict(features, layer, targets, PAD)
     assert evaluation.products.total() == chunks
     assert training.largest == evaluation.largest == max(V * D, -(-N // chunks) * V)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "largest", [{3: 10.0}, {3: -80.0}, {3: 2.0, 5: 2.0}, {1: 2.0, 3: 2.0}, {5: NAN}, {3: NAN}, {5: INF}, {5: -INF}]
+)
+@pytest.mark.parametrize("size", [64, 50])  # whole vectors, and not
+def test_rows_at_their_extremes(largest, autocast, size):
+    row, target = torch.zeros(size, dtype=torch.float64), torch.tensor([3])
+    row[[*largest]] = torch.tensor([*largest.values()], dtype=torch.float64)
+    loss = F.cross_entropy(row.requires_grad_(), target[0])
+    loss.backward()
+    layer = nn.Linear(D, size)
+    with torch.no_grad():
+        layer.bias.copy_(row)  # of features of zeros the logits
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = predict(torch.zeros(1, D), layer, target, with_best=True)
+    found.losses.sum().backward()
+    close = partial(torch.testing.assert_close, equal_nan=True, check_dtype=False, atol=0)
+    close(found.losses[0], loss, rtol=1e-4)
+    close(layer.bias.grad, row.grad, rtol=2**-8 if autocast else 1e-4)
+    assert loss.isnan() or found.is_best.item() == (row.argmax().item() == 3)
+
+
+def test_targets_need_not_lie_side_by_side_and_must_be_symbols():
+    features, layer, targets = problem()
+    spread = torch.stack([targets, torch.zeros_like(targets)], 1)[:, 0]
+    assert torch.equal(predict(features, layer, spread).losses, predict(features, layer, targets).losses)
+    for wrong in (V, -1):
+        with pytest.raises((IndexError, RuntimeError), match="target|out of bounds"):
+            predict(features, layer, torch.full_like(targets, wrong))
+
+
+def test_many_rows_on_two_threads(two_threads):
+    features, layer, targets = problem(N=1500)
+    found, wanted = predict(features, layer, targets).losses, plain(features, layer, targets, None)
+    torch.testing.assert_close(found, wanted)
+    pairs = zip(*(gradients(losses.sum(), features, layer) for losses in (found, wanted)))
+    assert max(float((one - other).abs().max()) for one, other in pairs) < 1e-3
 
 
 def test_fp16_gradients_wait_for_the_losses_scale():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchscale.component.multihead_attention import MultiheadAttention
 
-from mhmoe_fairseq.torchscale_ext.attention import KeyValueCache, SelfAttention, visible_keys
+from mhmoe_fairseq.torchscale_ext.attention import KeyValueCache, SelfAttention, _attend, visible_keys
 from mhmoe_fairseq.torchscale_ext.settings import DecoderSettings
 
 DIM, HEADS, BATCH, LENGTH = 32, 4, 3, 7
@@ -97,16 +97,17 @@ def test_steps_equal_the_whole_sequence(positions):
 
 
 @pytest.mark.parametrize(
-    "length, training, decoding, dtype",
+    "length, training, decoding, half, dtype",
     [
-        (20, True, False, "float32"),
-        (300, True, False, "bfloat16"),
-        (20, False, False, "bfloat16"),
-        (20, False, True, "float32"),
+        (20, True, False, torch.bfloat16, None),
+        (20, True, False, torch.float16, torch.float32),
+        (300, True, False, torch.bfloat16, torch.bfloat16),
+        (20, False, False, torch.bfloat16, torch.bfloat16),
+        (20, False, True, torch.bfloat16, torch.float32),
     ],
 )
-def test_short_sequences_in_training_and_decoding_attend_in_float32(monkeypatch, length, training, decoding, dtype):
-    """In half precision on a CPU, where these are slow; the input is rounded once for three maps."""
+def test_the_kernel_is_called_where_and_as_it_is_fast(monkeypatch, length, training, decoding, half, dtype):
+    """In half precision on a CPU; the input is rounded once for three maps."""
     ours, _ = both()
     ours = ours.float()
     seen, attend = [], torch.nn.functional.scaled_dot_product_attention
@@ -120,8 +121,50 @@ def test_short_sequences_in_training_and_decoding_attend_in_float32(monkeypatch,
         getattr(ours, name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     exact = ours(x, is_causal=True)
     seen.clear(), inputs.clear()
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(training):
-        half = ours(x, is_causal=True, cache=KeyValueCache() if decoding else None)
-    assert [str(tensor.dtype) for tensor in seen] == [f"torch.{dtype}"] * 3
-    assert half.dtype == torch.bfloat16 and len({tensor.data_ptr() for tensor in inputs}) == 1
-    torch.testing.assert_close(half.float(), exact, rtol=0.02, atol=0.02)
+    with torch.autocast("cpu", dtype=half), torch.set_grad_enabled(training):
+        found = ours(x, is_causal=True, cache=KeyValueCache() if decoding else None)
+    assert [tensor.dtype for tensor in seen] == [dtype] * 3 if dtype else not seen
+    assert found.dtype == half and len({tensor.data_ptr() for tensor in inputs}) == 1
+    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "padding", "caption"])
+def test_in_bf16_errors_are_no_larger_than_torchscales(mask):
+    """Outputs and gradients against float64, where weights are at hand."""
+    ours, theirs = both()
+    x = torch.randn(BATCH, 40, DIM, dtype=torch.double)
+    padding = torch.arange(40) >= torch.tensor([40, 30, 5])[:, None]
+    caption = visible_keys("caption", 8, 40, None, x.device)
+    ways = {  # ours and theirs
+        "none": ({}, {}),
+        "causal": ({"is_causal": True}, {"attn_mask": causal_mask(40)}),
+        "padding": ({"visible": visible_keys("full", 0, 40, padding, x.device)}, {"key_padding_mask": padding}),
+        "caption": ({"visible": caption}, {"attn_mask": torch.zeros(40, 40).masked_fill(~caption, float("-inf"))}),
+    }
+
+    def run(attention, dtype):
+        attention, inputs = attention.to(dtype), x.clone().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            if attention is ours:
+                output = attention(inputs, **ways[mask][0])
+            else:
+                output = attention(inputs, inputs, inputs, **ways[mask][1])[0]
+        # Not by the keys' bias: softmax takes no notice of it.
+        parameters = [parameter for name, parameter in attention.named_parameters() if name != "k_proj.bias"]
+        gradients = torch.autograd.grad((output.to(dtype) * x.sin()).sum(), [inputs, *parameters])
+        return [output.double(), *(gradient.double() for gradient in gradients)]
+
+    exact = run(ours, torch.double)
+    found, usual = (
+        [((one - other).norm() / other.norm()).item() for one, other in zip(run(of, torch.float32), exact)]
+        for of in (ours, theirs)
+    )
+    assert all(1e-4 < ours < max(1.25 * theirs, 0.01) for ours, theirs in zip(found, usual)), (found, usual)
+
+
+def test_dropout_of_weights_in_bf16():
+    zeros, values = torch.zeros(64, 1, 50, 50, dtype=torch.bfloat16), torch.eye(50, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    weights = _attend(zeros, zeros, values.expand_as(zeros).requires_grad_(), dropout=0.25).float() * 50 * 0.75
+    assert set(weights.round(decimals=1).unique().tolist()) == {0.0, 1.0}
+    assert abs(weights.mean().item() - 0.75) < 0.005  # 160,000 draws: five deviations

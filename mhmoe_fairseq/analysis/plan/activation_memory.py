@@ -18,6 +18,7 @@ from ...moe.activations import ACTIVATIONS
 from ...moe.quantize import TernaryLinear
 from ...moe.router import ROUTERS
 from ...moe.scores import SCORES
+from ...torchscale_ext.attention import SHORT
 from ...torchscale_ext.settings import DecoderSettings
 
 _FP32 = 4
@@ -137,13 +138,15 @@ class ActivationMemory:
         return count * (element if self.cpu else 1) if probability else 0
 
     def _attention(self) -> int:
-        """Norm, attention by ``scaled_dot_product_attention`` (no weights kept), dropout, and the next norm."""
+        """Norm, attention, dropout, and the next norm."""
         settings, a = self.shape.settings, self.shape.element
         d = settings.decoder_embed_dim
         norms = 2 * (d * _FP32 + _NORM)
         inputs = (3 if settings.quantize_maps else 1) * d * a  # one for each map that rounds it
-        # Queries, keys, values and what becomes of them: on a CPU in float32, if only for short sequences.
-        attended = 4 * d * (_FP32 if self.cpu else a) + settings.decoder_attention_heads * _FP32
+        # Queries, keys, values and what becomes of them; of a row of weights the sum, or on a CPU all of a short one.
+        positions = settings.max_target_positions
+        weights = positions * a if self.cpu and self.shape.half and positions <= SHORT else _FP32
+        attended = 4 * d * a + settings.decoder_attention_heads * weights
         output = d * a if settings.subln or (settings.quantize_maps and not self.shape.half) else 0
         output += _NORM if settings.subln else 0
         return norms + inputs + attended + output + self._mask(settings.dropout, d, a)

@@ -1,7 +1,8 @@
 // What an expert computes between its two products, in one pass over rows that are still in the cache: bias, GELU and
 // LayerNorm forward; GELU again, its derivative and the LayerNorm's backward. ATen's operations take up to eleven
 // passes, which cost more than the products where the processor is fast at bfloat16. And whole experts, for a few rows
-// each as in a step of decoding, where calling an operation takes longer than what it does.
+// each as in a step of decoding, where calling an operation takes longer than what it does. And the output layer's cross
+// entropy with its gradient, of which a small model's largest tensors are: each row is read from memory once.
 //
 // Written with at::vec, for the instruction set that it is compiled for. Matrices (P, F) are row-major, of float or
 // bfloat16; everything else is float, and so is all arithmetic. norm.py has the norm's equations.
@@ -56,12 +57,12 @@ inline void store_whole(BFloat16* to, const Pair& x) {
 #endif
 }
 
-// The first `count` numbers; zeros where there are no more.
+// The first `count` numbers; `beyond` where there are no more.
 template <typename T>
-inline Pair load(const T* from, int64_t count) {
+inline Pair load(const T* from, int64_t count, float beyond = 0.f) {
   if (count == kStep) return load_whole(from);
-  T buffer[kStep] = {};
-  std::copy_n(from, count, buffer);
+  T buffer[kStep];
+  std::fill_n(std::copy_n(from, count, buffer), kStep - count, T(beyond));
   return load_whole(buffer);
 }
 
@@ -258,6 +259,44 @@ void whole_experts(
   });
 }
 
+// losses = log sum exp(row) - row[target]; with gradients each row becomes its own, factor * (softmax(row) - target).
+// The target is best where no other is larger and none before it as large. NaN throughout where the largest is infinite.
+template <typename T>
+void cross_entropy_rows(
+    const Tensor& logits, const int64_t* targets, const float* factor, bool with_gradients, float* losses,
+    bool* is_best) {
+  const int64_t size = logits.size(1);
+  T* const all = logits.mutable_data_ptr<T>();
+  at::parallel_for(0, logits.size(0), std::max<int64_t>(1, kGrain / size), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(size + kStep);
+    for (int64_t r = begin; r < end; ++r) {
+      T* const x = all + r * size;
+      const int64_t target = targets[r];
+      TORCH_CHECK_INDEX(target >= 0 && target < size, "target ", target, " of ", size, " symbols");
+      Pair most{V(-INFINITY), V(-INFINITY)}, total{V(0.f), V(0.f)};
+      steps(size, [&](int64_t i, int64_t count) {
+        most = each([](const V& a, const V& b) { return at::vec::maximum(a, b); }, most, load(x + i, count, -INFINITY));
+      });
+      const float top = at::vec::vec_reduce_all<float>(
+          [](const V& a, const V& b) { return at::vec::maximum(a, b); }, at::vec::maximum(most.low, most.high));
+      steps(size, [&](int64_t i, int64_t count) {
+        const Pair powers = each([&](const V& v) { return (v - V(top)).exp_u20(); }, load(x + i, count, -INFINITY));
+        total = sum(total, powers);
+        if (with_gradients) store_whole(&row[i], powers);
+      });
+      const float powers = reduce(total), wanted = x[target];
+      losses[r] = std::isfinite(top) ? std::log(powers) + (top - wanted) : NAN;
+      if (is_best) is_best[r] = wanted == top && std::find(x, x + target, x[target]) == x + target;
+      if (!with_gradients) continue;
+      const float times = factor ? factor[r] : 1.f, scale = std::isfinite(top) ? times / powers : NAN;
+      steps(size, [&](int64_t i, int64_t count) {
+        store(x + i, each([&](const V& v) { return v * V(scale); }, load_whole(&row[i])), count);
+      });
+      x[target] = T(std::expm1(-losses[r]) * times);  // p - 1, exact where p is near 1
+    }
+  });
+}
+
 const float* floats(const std::optional<Tensor>& x) {
   return x ? x->const_data_ptr<float>() : nullptr;
 }
@@ -292,6 +331,15 @@ void gelu_experts(
   call(x, expert, first, second, vectors, out);
 }
 
+void cross_entropy(
+    const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& factor, bool with_gradients,
+    const Tensor& losses, const std::optional<Tensor>& is_best) {
+  const auto call = logits.scalar_type() == at::kFloat ? cross_entropy_rows<float> : cross_entropy_rows<BFloat16>;
+  call(
+      logits, targets.const_data_ptr<int64_t>(), floats(factor), with_gradients, losses.mutable_data_ptr<float>(),
+      is_best ? is_best->mutable_data_ptr<bool>() : nullptr);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(mhmoe_cpu, library) {
@@ -304,10 +352,14 @@ TORCH_LIBRARY(mhmoe_cpu, library) {
   library.def(
       "gelu_experts(Tensor x, Tensor expert, Tensor first, Tensor second, Tensor? bias, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor? out_bias, Tensor(a!) out) -> ()");
+  library.def(
+      "cross_entropy(Tensor(a!) logits, Tensor targets, Tensor? factor, bool with_gradients, Tensor(b!) losses, "
+      "Tensor(c!)? is_best) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(mhmoe_cpu, CPU, library) {
   library.impl("gelu_norm", gelu_norm);
   library.impl("gelu_norm_backward", gelu_norm_backward);
   library.impl("gelu_experts", gelu_experts);
+  library.impl("cross_entropy", cross_entropy);
 }

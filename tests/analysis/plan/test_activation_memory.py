@@ -20,8 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "scripts"))
 
 from bench.memory import tensor_peak
 
-SIZES = {"decoder_layers": 3, "decoder_embed_dim": 64, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 160}
 ROWS, LENGTH, WORDS = 4, 96, 400
+SIZES = {"decoder_layers": 3, "decoder_embed_dim": 64, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 160}
 # Mixed precision rounds some tensors anew that the formula takes to be shared.
 TOLERANCE = {"fp32": 0.02, "bf16": 0.05}
 PEAK_TOLERANCE = 0.1
@@ -31,7 +31,7 @@ def build(arch: str, backend: str, words: int = WORDS, **flags: Any) -> nn.Modul
     torch.manual_seed(0)
     if arch.startswith("mhmoe"):
         flags.setdefault("mhmoe_budget", "none")
-    options = architecture_options(arch, **{**SIZES, **flags})
+    options = architecture_options(arch, max_target_positions=LENGTH, **{**SIZES, **flags})
     model = build_language_model(options, small_dictionary(words)).train()
     for layer in model.decoder.layers:
         if layer.is_moe_layer:
