@@ -6,6 +6,7 @@ all that is known. Beside other work, some at a time until none is left: ``nice 
 """
 
 import argparse
+import glob
 import importlib.util
 import json
 import logging
@@ -75,9 +76,10 @@ def parse_arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copies what git knows and does not ignore, so that the working tree is only read."""
+    """Copies what git knows and does not ignore, and the kernels, so that the working tree is only read."""
     listing = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0"):
+    names = subprocess.run(listing, check=True, capture_output=True, text=True).stdout.split("\0")
+    for name in [*names, *glob.glob("mhmoe_fairseq/**/*.compiled", root_dir=ROOT, recursive=True)]:
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)

@@ -54,7 +54,7 @@ from mhmoe_fairseq.moe.cpu import kernels
 try:
     kernels.build()
 except (RuntimeError, OSError) as error:
-    print(f"setup: no kernels for the CPU ({error}): experts are slower on it, most of all in bf16")
+    print(f"setup: no kernels for the CPU ({error}): experts and losses are slower on it, most of all in bf16")
 PY
 
 "$venv/bin/python" scripts/check_install.py

@@ -104,7 +104,7 @@ def _pytorch() -> Facts:
     absent = kernels.absence()
     return {
         "precision auto": _attempt(lambda: _precision("cpu")),
-        "CPU kernels": f"none ({absent}): experts are slower on a CPU" if absent else "compiled and loaded",
+        "CPU kernels": f"none ({absent}): experts and losses are slower on a CPU" if absent else "compiled and loaded",
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
         "oneDNN, MKL, OpenMP": ", ".join(
