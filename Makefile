@@ -78,6 +78,7 @@ bench: $(STAMP)
 	for size in base small tiny; do $(BIN)/python scripts/bench/model.py --size $$size || exit; done
 	$(BIN)/python scripts/bench/model.py --ranks 2 --size small --sentences 16
 	$(BIN)/python scripts/bench/model.py --size small --inference
+	$(BIN)/python scripts/bench/around.py
 
 gpu-check: $(STAMP)
 	$(BIN)/python scripts/gpu_check.py
