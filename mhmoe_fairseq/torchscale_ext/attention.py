@@ -72,8 +72,8 @@ def _attend_by_products(
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
     if is_causal:
         visible = q.new_ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    if visible is not None:  # a sum with rows that repeat is faster than masked_fill
-        scores = scores + scores.new_zeros(visible.shape).masked_fill_(~visible, -torch.inf)
+    if visible is not None:  # a sum with rows that repeat is faster than a masked_fill of all
+        scores = scores + scores.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
     return F.dropout(scores.softmax(-1), dropout) @ v
 
 
