@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..common.arguments import existing_folder, nonempty, output_folder, seed, whole
+from ..common.arguments import existing_folder, nonempty, output_folder, real, seed, whole
 from ..common.console import quiet, say
 from ..common.errors import UserError
 from ..common.tables import markdown_table
@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--updates", type=whole(), metavar="N", help="updates of every training")
     add("--validations", type=whole(), metavar="N", help="how often a training is validated and saved")
     add("--size", choices=("tiny", "small", "base"), help="size of the models (default: cpu tiny, paper base)")
-    add("--lrs", nargs="+", default=(), metavar="LR", help="learning rates; of several, the best for each model")
+    rates = "learning rates; of several, the best for each model"
+    add("--lrs", nargs="+", type=_rate, default=(), metavar="LR", help=rates)
     add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
     add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")
     add("--xnli", type=existing_folder, metavar="DIR", help="your copy of XNLI, for table3")
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--node-rank", type=whole(at_least=0), metavar="N", help="this machine's number, from 0")
     add("--master-addr", type=nonempty, metavar="HOST", help="name of machine 0")
     add("--master-port", type=whole(at_most=65535), default=29500, metavar="N", help="its port (default 29500)")
+
+
+def _rate(text: str) -> str:
+    """A learning rate as it is written: searches name folders after it."""
+    real(at_least=0)(text)
+    return text.strip()
 
 
 def run(args: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ def predict(
         layer: ``D -> V``.
         targets: ``(...)`` ids.
         ignored: the target without a loss (default: all have one).
-        with_best: look for ``is_best``, too, which takes a tenth of the time.
+        with_best: look for ``is_best``, too, which takes a tenth of the time where there is no kernel for it.
     """
     parts = features.flatten(0, -2), layer.weight, layer.bias
     how = _How(compute_dtype(features), ignored, with_best)

@@ -1,4 +1,4 @@
-"""Self-attention with TorchScale's parameters and results, computed by ``scaled_dot_product_attention``."""
+"""Self-attention with TorchScale's parameters and results, by ``scaled_dot_product_attention`` where that is fast."""
 
 import torch
 import torch.nn.functional as F

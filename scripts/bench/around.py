@@ -129,6 +129,9 @@ def fight(duel: Duel, args: argparse.Namespace, progress: tqdm) -> Pairs:
 
 def run(args: argparse.Namespace) -> tuple[Path, list[console.Target]]:
     """Returns where the report is; nothing is promised."""
+    for width in args.widths:
+        if width % (2 * args.heads):
+            raise ValueError(f"--widths ({width}) must be multiples of 2 x --heads ({args.heads}): rotary turns pairs")
     path, rows = console.report_path(args.output, "-around"), []
     count = len(args.threads) * 2 * len(args.widths) * (1 + 2 * len(args.positions))
     with tqdm(total=count * args.pairs, unit="pair", dynamic_ncols=True) as progress:

@@ -73,6 +73,7 @@ def test_an_update_is_the_same_however_many_processes_share_it(nodes: int, nproc
             r"--jobs \(2\) must be 1 on several machines and at paper scale",
         ),
         (["table1", "--models", "bert"], r"--models \(bert\) must be a model's name \(dense, xmoe, mhmoe-params"),
+        (["table1", "--lrs", "1e-3", "high"], r"--lrs \(high\) must be at least 0 and finite"),
         (["table4", "--lrs", "1e-3", "1e-4"], r"--lrs \(1e-3 1e-4\) must be one value where several kinds"),
         (["vqa", "--start", "vcr"], r"--start \(vcr\) must be one of pretraining, vqa, nlvr2"),
         (["vqa", "--start", "vqa"], r"--start \(vqa\) must not be what is trained itself"),

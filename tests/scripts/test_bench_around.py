@@ -39,6 +39,12 @@ def test_a_way_to_something_else_is_not_timed():
         duel._replace(ways=(ours, other._replace(forward=lambda: 2 * other.forward()))).check()
 
 
+def test_a_width_that_heads_do_not_divide_is_refused(capsys):
+    flags = [*SMALL, "--heads", "3"]
+    assert console.run_benchmark(around.run, around.build_parser(), flags) == 2
+    assert "--widths (16) must be multiples of 2 x --heads (3)" in "".join(capsys.readouterr())
+
+
 def test_a_report_has_every_duel_in_both_types(tmp_path):
     report = tmp_path / "report.md"
     flags = [*SMALL, "--widths", "16", "32", "--output", str(report)]

@@ -20,8 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parents[3] / "scripts"))
 
 from bench.memory import tensor_peak
 
-ROWS, LENGTH, WORDS = 4, 96, 400
 SIZES = {"decoder_layers": 3, "decoder_embed_dim": 64, "decoder_attention_heads": 4, "decoder_ffn_embed_dim": 160}
+ROWS, LENGTH, WORDS = 4, 96, 400
 # Mixed precision rounds some tensors anew that the formula takes to be shared.
 TOLERANCE = {"fp32": 0.02, "bf16": 0.05}
 PEAK_TOLERANCE = 0.1
