@@ -15,6 +15,7 @@ _NO_PAPER = PaperTable("none", "perplexity")  # nobody has published these model
 SINGLE_HEAD = ("smoe", "xmoe", "xmoe-g4", "olmoe", "deepseekmoe", "smoe-loss-free", "remoe", "latentmoe")
 MULTI_HEAD = ("mhmoe-flops-h2", "mhmoe-flops", "mhmoe-flops-g4", "mhmoe-flops-loss-free", "mhmoe-banks")
 OTHERS = ("lory", "demix", "btx")
+_RAW, *_RENORMALISED = (f"mhmoe-flops-loss-free{gates}" for gates in ("", "-chosen", "-softmax"))
 
 EXPERIMENTS = (
     Experiment("family", "MH-MoE, its successors and single-head baselines, soft merging, experts of domains",
@@ -24,5 +25,13 @@ EXPERIMENTS = (
                 "mhmoe-banks < mhmoe-flops", "mhmoe-flops-g4 < deepseekmoe"),
             Claim("demix, not told the domain of a text, has a lower perplexity than smoe", "demix", "smoe",
                 metric="perplexity", what="domain mixture", reference_what="perplexity"),
+        )),
+    Experiment("loss-free", "MH-MoE balanced without a loss: gates as they are, or adding up to 1", "english_lm",
+        (Stage(ENGLISH),), ("mhmoe-flops", _RAW, *_RENORMALISED), reference="mhmoe-flops",
+        claims=tuple(
+            claim for model in _RENORMALISED for claim in (
+                *claims(_NO_PAPER, f"{model} < {_RAW}", f"{model} < mhmoe-flops"),
+                *claims(_NO_PAPER, f"{model} < {_RAW}", metric="active experts"),
+            )
         )),
 )  # fmt: skip

@@ -13,8 +13,12 @@ OFFICIAL = """
     --moe-eval-capacity-token-fraction -1.0 --activation-fn silu --rotary-embed --rms-norm --no-bias
     --no-token-positional-embeddings --no-scale-embedding --mhmoe-router linear --mhmoe-routing capacity
 """
-# A selection bias in place of the balance loss (arXiv 2408.15664): gate weights are sigmoids as they are.
-LOSS_FREE = "--mhmoe-gate-score sigmoid --mhmoe-normalize-gates off --mhmoe-balancing bias-sign --moe-gate-loss-wt 0"
+# A selection bias in place of the balance loss: gate weights are sigmoids as they are (arXiv 2408.15664), sigmoids
+# that add up to 1 (arXiv 2412.19437), or a softmax's, whose bias moves in proportion (arXiv 2408.15664, appendix C).
+_LOSS_FREE = "--moe-gate-loss-wt 0 --mhmoe-gate-score {} --mhmoe-normalize-gates {} --mhmoe-balancing {}"
+LOSS_FREE = _LOSS_FREE.format("sigmoid", "off", "bias-sign")
+LOSS_FREE_CHOSEN = _LOSS_FREE.format("sigmoid", "on", "bias-sign")
+LOSS_FREE_SOFTMAX = _LOSS_FREE.format("softmax", "on", "bias-proportional")
 EXPERTS = (16, 32, 64, 128, 256)  # 8 is a name's own
 HEADS = (2, 6, 8, 12, 16)  # 4 is a name's own; the CPU scale's width is not divided by 6 and 12
 TOP_K = (3, 4)  # 2 is a name's own
@@ -38,6 +42,8 @@ MHMOE_VARIANTS = {
     "-p1-router": PAPER_ROUTER,
     "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-loss-free": LOSS_FREE,
+    "-loss-free-chosen": LOSS_FREE_CHOSEN,
+    "-loss-free-softmax": LOSS_FREE_SOFTMAX,
     "-kept": "--keep-interval-updates -1",  # the same model, all of its checkpoints kept
 }
 # The second paper's networks: SwiGLU, and for the rest the official flags above without limited capacity.
