@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..analysis.reports import tables
 from ..analysis.reports.claims import NOT_RUN, RULE, Claim, Finding, judge, scale_of
-from ..analysis.reports.plots import file_of
+from ..analysis.reports.plots import draw_changes, file_of
 from ..analysis.reports.report import Report, compose, write
 from ..analysis.reports.runs import Model, read_model, require_one_data
 from ..common.errors import UserError
@@ -30,6 +30,8 @@ _MORE = """## Elsewhere
 - [Parameters of the paper's models](docs/results/table11.md) (P1's table 11), counted.
 - [Speed and memory](docs/benchmarks/README.md), dated reports of single machines.
 - [Earlier studies](docs/results/earlier-studies.md), from before records were kept: not checked by anything."""
+
+_CHANGES = Path("docs/results/claims.png")
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,9 @@ def write_results(experiments: Mapping[str, Experiment], tree: Path) -> Iterator
         if path.suffix == ".png" and not any(path.parent.iterdir()):
             path.parent.rmdir()
         yield f"removed: {path}, which no record gives"
+    if rows := _changes(pages):
+        draw_changes(root / _CHANGES, rows, "Model / reference: mean and 95 % interval", "change in %")
+        yield f"written: {root / _CHANGES}"
     with atomic_open(root / "RESULTS.md") as stream:
         stream.write(summary(pages).encode())
     yield f"written: {root / 'RESULTS.md'}"
@@ -95,6 +100,8 @@ def check_results(experiments: Mapping[str, Experiment], tree: Path) -> Iterator
     pages = [read_page(experiment, tree) for experiment in experiments.values()]
     root, reports = tree.parent, _reports(pages, tree)
     yield from _difference(root / "RESULTS.md", summary(pages))
+    if _changes(pages) and not (root / _CHANGES).is_file():
+        yield f"{root / _CHANGES}: is missing"
     for page, report in reports:
         file = root / page.file
         yield from _difference(file, f"{report.text}\n")
@@ -153,7 +160,24 @@ def summary(pages: list[Page]) -> str:
     missing = [f"`{page.experiment.name}`" for page in pages if not page.models and page.experiment.stages]
     told = f"Without records yet: {', '.join(missing)} (`mhmoe reproduce --list`)." if missing else ""
     claims = [markdown_table(header, rows)] if rows else []
-    return "\n\n".join(filter(None, [_HEAD, "## Claims", *claims, RULE, *sections, told, _MORE])) + "\n"
+    plot = f"![Claims and what we measured]({_CHANGES.as_posix()})" if _changes(pages) else ""
+    return "\n\n".join(filter(None, [_HEAD, "## Claims", plot, *claims, RULE, *sections, told, _MORE])) + "\n"
+
+
+def _changes(pages: list[Page]) -> dict[str, tuple[str, list[float]]]:
+    """What :func:`draw_changes` draws: each pair of models once, where several seeds differ by so many percent."""
+    rows: dict[str, tuple[str, list[float]]] = {}
+    drawn = set()
+    for page, claim, finding in _claims(pages):
+        told = (claim.model, claim.reference, finding.values)
+        if finding.bounds is None or finding.unit != "%" or told in drawn:
+            continue
+        drawn.add(told)
+        low, high = finding.bounds
+        paper = [float(claim.paper.split()[0])] if "%" in claim.paper else []
+        name = f"{page.experiment.name}: {claim.model} / {claim.reference}"
+        rows[name] = finding.verdict, [low, (low + high) / 2, high, *paper]
+    return rows
 
 
 def _claims(pages: list[Page]) -> list[tuple[Page, Claim, Finding]]:

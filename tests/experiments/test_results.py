@@ -6,6 +6,7 @@ import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_stand_ins import Commands, reproduce
@@ -238,9 +239,11 @@ def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
     record.write_text(record.read_text().replace('"value": 24.1', '"value": 24.2'))
     assert check() == 1
     assert mhmoe(["reproduce", "--report"]) == 0 and check() == 0
-    plot = next(page.parent.glob("table1-plots/*.png"))
-    plot.unlink()
-    assert check() == 1 and f"{plot.relative_to(tmp_path)}: is missing" in capsys.readouterr().out
+    for plot in (next(page.parent.glob("table1-plots/*.png")), page.parent / "claims.png"):
+        whole_plot = plot.read_bytes()
+        plot.unlink()
+        assert check() == 1 and f"{plot.relative_to(tmp_path)}: is missing" in capsys.readouterr().out
+        plot.write_bytes(whole_plot)
     _change(record, provenance={"date": "1", "earlier": ["0"]})
     _change(tmp_path / "results" / "english_lm" / "search.json", date={"dense": "2"})
     assert mhmoe(["reproduce", "--report"]) == 0
@@ -248,6 +251,22 @@ def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
     capsys.readouterr()
     assert check() == 1 and capsys.readouterr().out.count("was tested (1) before its learning rate was chosen (2)") == 1
     assert mhmoe(["reproduce", "--check"]) == 2 and mhmoe(["reproduce", "--report", "--results", "none"]) == 2
+
+
+@needs_matplotlib
+def test_the_plot_of_claims_has_each_pair_once_with_its_interval_and_the_papers_change(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(written, "draw_changes", lambda path, rows, *_: drawn.append(rows))
+    assert keep(tmp_path) == 0 and mhmoe(["reproduce", "--report"]) == 0
+    assert drawn[0] == {
+        "table1: xmoe / dense": ("seen", [pytest.approx(x, abs=0.01) for x in (-8.35, -8.26, -8.18, -8.7)])
+    }
+    shutil.rmtree(tmp_path / "results" / "english_lm" / "xmoe" / "seed-2")
+    shutil.rmtree(tmp_path / "results" / "english_lm" / "xmoe" / "seed-3")
+    assert mhmoe(["reproduce", "--report"]) == 0 and len(drawn) == 1  # one seed has no interval
+    assert "claims.png" not in (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
 
 
 @needs_matplotlib

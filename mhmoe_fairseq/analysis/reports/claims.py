@@ -92,10 +92,14 @@ class Finding:
         return spread(list(self.changes.values()), 2, sign="+", unit=f" {self.unit}")
 
     @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The interval that the verdict is about; None with less than two seeds."""
+        return interval(list(self.changes.values()))
+
+    @property
     def interval(self) -> str:
-        """The interval that the verdict is about."""
-        bounds = interval(list(self.changes.values()))
-        return MISSING if bounds is None else f"[{bounds[0]:+.2f}, {bounds[1]:+.2f}]"
+        """The same in words."""
+        return MISSING if self.bounds is None else "[{:+.2f}, {:+.2f}]".format(*self.bounds)
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:

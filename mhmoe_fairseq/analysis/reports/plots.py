@@ -89,6 +89,30 @@ def draw_seeds(path: Path, values: Mapping[str, Sequence[float]], title: str, yl
         axes.grid(alpha=0.3, axis="y")
 
 
+def draw_changes(path: Path, rows: Mapping[str, tuple[str, Sequence[float]]], title: str, xlabel: str) -> None:
+    """Draw an interval for every row, coloured by its verdict, and what a paper has as a circle.
+
+    Args:
+        rows: name -> verdict; lowest, middle and highest value and, where there is one, the paper's.
+    """
+    verdicts = sorted({verdict for verdict, _ in rows.values()})
+    with _figure(path, 9.0, 1.2 + 0.24 * len(rows)) as figure:
+        axes = figure.subplots()
+        for index, verdict in enumerate(verdicts):
+            found = [(at, values) for at, (of, values) in enumerate(rows.values()) if of == verdict]
+            at, middles = [at for at, _ in found], [values[1] for _, values in found]
+            sides = [[abs(values[side] - values[1]) for _, values in found] for side in (0, 2)]
+            axes.errorbar(middles, at, xerr=sides, fmt="o", markersize=4, capsize=3, color=f"C{index}", label=verdict)
+        of_paper = [(values[3], at) for at, (_, values) in enumerate(rows.values()) if len(values) > 3]
+        if of_paper:
+            axes.plot(*zip(*of_paper), "o", color="black", fillstyle="none", markersize=6, label="paper")
+        axes.axvline(0.0, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+        axes.set(title=title, xlabel=xlabel, ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(alpha=0.3, axis="x")
+        axes.legend(fontsize=8)
+
+
 def draw_scaling(
     path: Path, lines: Mapping[str, Mapping[int, Sequence[float]]], title: str, axis_labels: tuple[str, str]
 ) -> None:
