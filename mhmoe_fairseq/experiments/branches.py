@@ -59,4 +59,6 @@ def in_parts(run: Run) -> Run:
     each = BRANCHES // len(domains)
     own = {of: f"--train-subset train_{of} --valid-subset valid_{of}" for of in domains}
     branches = tuple(part(of, each, flags, seed) for of, flags in own.items())
-    return replace(share(100 - SEED - each * len(domains)), start=seed, branches=branches)
+    left = run.updates - seed.updates - sum(branch.updates for branch in branches)
+    mix = share(100 - SEED - each * len(domains))
+    return replace(mix, updates=max(left, 1), start=seed, branches=branches)

@@ -104,7 +104,7 @@ class Plan:
 
     def seeds_of(self, recipe: Recipe) -> tuple[int, ...]:
         """Returns the seeds of its trainings: the experiment's or the recipe's at this scale."""
-        return self.experiment.seeds or recipe.scales[self.choice.scale].seeds
+        return tuple(dict.fromkeys(self.experiment.seeds or recipe.scales[self.choice.scale].seeds))
 
     def best_lr(self, recipe: Recipe, model: str) -> str | None:
         """Returns what the search found, now or earlier, if it is still one to choose from; None before a search."""
@@ -114,7 +114,8 @@ class Plan:
 
     def lrs_of(self, recipe: Recipe) -> tuple[str, ...]:
         """Returns the learning rates to choose from: the experiment's or the recipe's; none if ``--lr`` was given."""
-        return () if "--lr" in self.choice.flags else self.experiment.lrs or recipe.scales[self.choice.scale].lrs
+        lrs = self.experiment.lrs or recipe.scales[self.choice.scale].lrs
+        return () if "--lr" in self.choice.flags else tuple(dict.fromkeys(lrs))
 
     def search(self) -> list[Run]:
         """Returns the search's runs, for each model and learning rate one; several kinds of training: ``UserError``."""
@@ -170,7 +171,10 @@ class Plan:
 
 def read_search(folder: Path) -> dict[str, Any]:
     """Returns what a search of learning rates found, of the runs, or kept results, in a folder; nothing before one."""
-    return read_json(folder / SEARCH) if (folder / SEARCH).is_file() else {}
+    found = read_json(folder / SEARCH) if (folder / SEARCH).is_file() else {}
+    if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
+        raise UserError(f"{folder / SEARCH} is not of mhmoe reproduce: take another folder, or delete it")
+    return found
 
 
 def _without_plots(words: list[str]) -> list[str]:

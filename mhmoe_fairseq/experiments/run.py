@@ -258,17 +258,32 @@ class Run:
                     f"{self.folder} holds checkpoints, but no {STATE} of mhmoe reproduce: take another --out"
                 )
             return "missing"
-        kept = read_json(self.folder / STATE)
+        kept, own = self._kept(), self.identity()
         is_finished = kept.pop("finished")
-        if kept != self.identity():
+        if self.start is not None and own["start"] is None and not self.is_part:
+            own["start"] = kept.get("start")  # nothing is there to compare with
+        if kept != own or (is_finished and self.is_part and not self.checkpoint.is_file()):
             return "changed"
         if not is_finished:
             return "cut off"
         return "trained" if self.lacking() else "finished"
 
     def is_start(self) -> bool:
-        """Whether others can start from it: finished, unless it is a part with whatever settings or by other means."""
+        """Whether others can start from it: finished, unless it is a part with whatever settings or by other means.
+
+        ``UserError`` if its checkpoint is gone, but for a part, which is trained again: what was measured of it is not.
+        """
         if self.is_part:
-            return self.state() == "finished" and self.checkpoint.is_file()
-        kept = read_json(self.folder / STATE) if (self.folder / STATE).is_file() else {"finished": True}
-        return kept["finished"] and self.checkpoint.is_file()
+            return self.state() == "finished"
+        is_finished, is_there = (self.folder / STATE).is_file() and self._kept()["finished"], self.checkpoint.is_file()
+        if is_finished and not is_there:
+            rule = "others start from it: put it back, or delete the folder to train it again"
+            raise UserError(f"{self.checkpoint} is gone, and {rule}")
+        return is_there and (is_finished or not (self.folder / STATE).is_file())
+
+    def _kept(self) -> dict[str, Any]:
+        """What :meth:`keep` wrote; ``UserError`` for something else."""
+        kept = read_json(self.folder / STATE)
+        if not isinstance(kept, dict) or "finished" not in kept:
+            raise UserError(f"{self.folder / STATE} is not of mhmoe reproduce: take another --out")
+        return kept

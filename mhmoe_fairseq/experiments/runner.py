@@ -5,14 +5,10 @@ import itertools
 import math
 import os
 import queue
-import re
 import shlex
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -29,98 +25,19 @@ from ..data.word_lists import read_word_lists
 from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
 from .branches import require_domains
+from .calls import Calls
 from .plan import SEARCH, Plan, read_search, with_starts
-from .run import Choice, Run
+from .progress import Progress
+from .run import STATE, Choice, Run
 from .spec import Recipe
 from .speeds import Speeds
 
-# The same interpreter and its packages, whatever is on PATH.
-_MODULES = {"fairseq-train": "fairseq_cli.train", "torchrun": "torch.distributed.run", "mhmoe": "mhmoe_fairseq"}
 # Flags of commands that follow the trainings -> what reads their file or folder, and complains.
 _READ_LATER: dict[str, Callable[[Path], object]] = {
     "--tasks-dir": lambda folder: open_tasks(folder, None),
     "--xnli-dir": lambda folder: read_xnli(folder, "validation"),
     "--polysemy": read_word_lists,
 }
-_ERROR = re.compile(r"(\[rank\d+\]: )?[\w.]+(Error|Exception|Interrupt)\b|[\w-]+( [\w-]+)?: error: ")
-# Of several processes: another's end, and torchrun's summary of it.
-_CONSEQUENCES = ("ChildFailedError", "by peer")
-
-
-def call(
-    words: list[str],
-    variables: Mapping[str, str],
-    on_line: Callable[[str], None],
-    output: Path | None = None,
-    running: list[subprocess.Popen[str]] | None = None,
-) -> None:
-    """Runs a command with further variables of the environment; its lines go to ``on_line`` and ``output``.
-
-    It is added to ``running``; ``UserError`` if it fails.
-    """
-    command = [sys.executable, "-m", _MODULES[words[0]], *words[1:]]
-    lines: deque[str] = deque(maxlen=200)
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        env={**os.environ, **variables},
-    )  # fmt: skip
-    if running is not None:
-        running.append(process)
-    with process, open(output or os.devnull, "a", encoding="utf-8") as kept:
-        try:
-            for line in process.stdout or ():
-                kept.write(line)
-                kept.flush()
-                lines.append(line.rstrip("\n"))
-                on_line(lines[-1])
-        except BaseException:
-            process.terminate()
-            process.wait()  # what it writes is written before the same command may start again
-            raise
-    if process.returncode:
-        raise UserError(last_error(lines))
-
-
-def last_error(lines: Iterable[str]) -> str:
-    """Returns the last line that tells an error of a command's own, or its last line."""
-    told = [line for line in lines if line.strip()]
-    errors = [line for line in told if _ERROR.match(line) and not any(word in line for word in _CONSEQUENCES)]
-    return (errors or told or ["it ended without a word"])[-1]
-
-
-@dataclass
-class Progress:
-    """How much is done of all runs' work, and so how long the rest takes.
-
-    Attributes:
-        updates: of each run.
-        hours: that each may take; where one is not known, every update counts the same.
-        clock: in seconds.
-    """
-
-    updates: Mapping[str, int]
-    hours: Mapping[str, float | None] = field(default_factory=dict)
-    clock: Callable[[], float] = time.monotonic
-    first: dict[str, int] = field(default_factory=dict)
-    done: dict[str, int] = field(default_factory=dict)
-    start: float | None = None
-
-    def reach(self, run: str, update: int) -> str:
-        """Takes note of a run's update; returns the time that remains, empty while nothing is known."""
-        self.start = self.clock() if self.start is None else self.start
-        self.first.setdefault(run, update)  # a resumed run's earlier updates took none of this time
-        self.done[run] = update
-        done = self._work(self.done)
-        new = done - self._work(self.first)
-        if new <= 0:
-            return ""
-        seconds = (self.clock() - self.start) / new * max(self._work(self.updates) - done, 0)
-        return f"; about {seconds / 60:.0f} min of training left" if seconds >= 60 else ""
-
-    def _work(self, updates: Mapping[str, int]) -> float:
-        hours = {run: self.hours.get(run) for run in self.updates}
-        known = {run: of / self.updates[run] for run, of in hours.items() if of}
-        return sum(number * (known[run] if len(known) == len(hours) else 1) for run, number in updates.items())
 
 
 @dataclass
@@ -139,7 +56,7 @@ class Runner:
     jobs: int = 1
     threads: int | None = None
     gpus: list[str] = field(default_factory=list)
-    running: list[subprocess.Popen[str]] = field(default_factory=list)
+    calls: Calls = field(default_factory=Calls)
     _own: threading.local = field(default_factory=threading.local)  # a job's GPU
 
     def work(self) -> None:
@@ -172,8 +89,10 @@ class Runner:
             if not words:
                 raise UserError(missing_data(plan, folder))
             self._tell(f"{folder}: no data yet: {shlex.join(words)}")
-            call(words, self._variables(), lambda line: self.say(f"    {line}"))
+            self.calls.run(words, self._variables(), lambda line: self.say(f"    {line}"))
         require_domains(plan.runs())
+        for run in _once(plan.stages()):
+            run.state()  # refuses folders of others and starts that are gone
         for words in plan.following():
             for flag, value in zip(words, words[1:]):
                 if flag in _READ_LATER:
@@ -184,31 +103,36 @@ class Runner:
             if "--no-plots" in words:
                 self._tell("no plots: matplotlib is not installed (extra plots)")
             self.say(shlex.join(words))
-            call(words, self._variables(), self.say)
+            self.calls.run(words, self._variables(), self.say)
 
     def _tell(self, line: str) -> None:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
 
     def _search(self) -> dict[str, str]:
         """The best learning rate of every model, by the last validation loss."""
-        losses: dict[str, dict[str, float]] = {}
+        losses: dict[str, dict[str, float | None]] = {}
         search = self.plan.search()
+        if search and self.plan.choice.nnodes > 1:
+            tried = ", ".join(dict.fromkeys(str(run.lr) for run in search))
+            rule = f"must be one when --nnodes is {self.plan.choice.nnodes}: machine 0 alone would know the best"
+            raise UserError(f"--lrs ({tried}) {rule}")
         for together in with_starts(search):
             self._finish(together)
         for run in search:
             loss = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
-            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = loss
+            found = loss if math.isfinite(loss) else None  # what diverged is not the best
+            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = found
             for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
                 for checkpoint in folder.glob("checkpoint*.pt"):
                     checkpoint.unlink()
-        best = {model: min(of_lr, key=of_lr.__getitem__) for model, of_lr in losses.items()}
+        best = {model: _smallest(model, of_lr) for model, of_lr in losses.items()}
         if best:
             kept = read_search(self.plan.out)  # other models' of experiments that share the folder
-            found: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
+            new: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
             earlier, dates = kept.get("valid_loss_bits", {}), kept.get("date", {})
             known = {model: dates.get(model) for model in best if earlier.get(model) == losses[model]}
-            found["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
-            write_json(self.plan.out / SEARCH, {name: kept.get(name, {}) | values for name, values in found.items()})
+            new["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
+            write_json(self.plan.out / SEARCH, {name: kept.get(name, {}) | values for name, values in new.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
         return best
 
@@ -228,19 +152,23 @@ class Runner:
         for gpu in itertools.islice(itertools.cycle(self.gpus), self.jobs):
             free.put(gpu)
         with concurrent.futures.ThreadPoolExecutor(self.jobs, initializer=self._take_gpu, initargs=(free,)) as pool:
-            waiting = [pool.submit(self._finish_one, run, states[run.name], progress) for run in todo]
+            begun: list[concurrent.futures.Future[None]] = []
             try:
-                concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_EXCEPTION)
+                for run in todo:
+                    if len(busy := [job for job in begun if not job.done()]) == self.jobs:
+                        concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED)
+                    if any(job.done() and job.exception() for job in begun):
+                        break
+                    begun.append(pool.submit(self._finish_one, run, states[run.name], progress))
+                concurrent.futures.wait(begun)
             except KeyboardInterrupt:
-                for process in self.running:
-                    process.terminate()
+                self.calls.stop()
                 raise
-            finally:
-                for job in waiting:
-                    job.cancel()
-        errors = [str(error) for job in waiting if not job.cancelled() and (error := job.exception())]
+        errors = [error for job in begun if (error := job.exception())]
+        for unexpected in (error for error in errors if not isinstance(error, UserError)):
+            raise unexpected
         if errors:
-            raise UserError("; ".join(errors))
+            raise UserError("; ".join(map(str, errors)))
 
     def _take_gpu(self, free: "queue.SimpleQueue[str]") -> None:
         """Gives the thread of a job a GPU of its own; one job has them all."""
@@ -269,7 +197,7 @@ class Runner:
         if not _is_prepared(run.data):
             raise UserError(missing_data(self.plan, run.data, run.recipe))
         if state == "changed":
-            self._tell(f"{run.name}: command, data or start have changed, starting afresh")
+            self._tell(f"{run.name}: command, data or start have changed, or its checkpoint is gone: starting afresh")
             if run.choice.is_first:
                 _empty(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +227,7 @@ class Runner:
 
     def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
         try:
-            call(words, self._variables(), on_line, output, self.running)
+            self.calls.run(words, self._variables(), on_line, output)
         except UserError as error:
             raise UserError(f"{what} of {run.name} failed: {error} (see {output})") from error
 
@@ -331,13 +259,22 @@ def missing_data(plan: Plan, data: Path, recipe: Recipe | None = None) -> str:
     return f"--data ({data}) holds no prepared data for {plan.experiment.name}: make them with {maker}"
 
 
+def _smallest(model: str, losses: Mapping[str, float | None]) -> str:
+    """The learning rate with the smallest loss; ``UserError`` if there is none."""
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+    if not finite:
+        raise UserError(f"--lrs ({' '.join(losses)}): with none of them {model} has a finite validation loss")
+    return min(finite, key=finite.__getitem__)
+
+
 def _empty(folder: Path) -> None:
-    """Deletes what is in a run's folder, unless another run is writing there."""
+    """Deletes what is in a run's folder, unless another run is writing there; cut off, it is done again."""
     with exclusive_lock(folder / LOCK, "--out"):
+        write_json(folder / STATE, {"finished": False})
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
+            elif path.name not in (LOCK, STATE):
                 path.unlink()
 
 

@@ -60,7 +60,7 @@ def predict(
     Products are in autocast's type where it is on, the softmax in float32.
 
     Args:
-        features: ``(..., D)``.
+        features: ``(..., D)``, of two dimensions at least.
         layer: ``D -> V``.
         targets: ``(...)`` ids.
         ignored: the target without a loss (default: all have one).

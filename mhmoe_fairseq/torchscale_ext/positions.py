@@ -27,13 +27,14 @@ class RotaryPositions(nn.Module):
         self.dim = dim
         self._fill(max_positions, device=None)
 
+    @torch.inference_mode(False)  # grown while generating, it serves later training
     def _fill(self, length: int, device: torch.device | None) -> None:
         frequency = 10000.0 ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
         angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
         self.register_buffer("turns", torch.stack((angle.cos(), angle.sin()), dim=-1), persistent=False)
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
-        """Rotate ``(..., S, d)`` as the positions ``offset .. offset + S - 1``."""
+        """Rotate ``(..., S, d)``, whose features lie side by side, as the positions ``offset .. offset + S - 1``."""
         end = offset + x.size(-2)
         if end > self.turns.size(0):
             self._fill(2 * end, x.device)
@@ -57,6 +58,7 @@ class SinusoidalPositions(nn.Module):
         self.dim = dim
         self._fill(max_positions, device=None)
 
+    @torch.inference_mode(False)
     def _fill(self, length: int, device: torch.device | None) -> None:
         half = self.dim // 2
         step = math.log(10000) / (half - 1)

@@ -56,6 +56,7 @@ def test_what_cannot_be_imported_is_said_without_its_path(repository: Path, tmp_
         (["kernels-0.compiled"], "1", "built for another"),
         (["now"], "1", "cannot load"),
         (["now"], "0", "MHMOE_CPU_KERNELS=0"),
+        (["no source"], "1", "kernels.cpp was left behind"),
     ],
 )
 def test_absent_kernels_have_a_reason(monkeypatch, tmp_path: Path, made, environment, reason) -> None:
@@ -65,6 +66,8 @@ def test_absent_kernels_have_a_reason(monkeypatch, tmp_path: Path, made, environ
     monkeypatch.setenv("MHMOE_CPU_KERNELS", environment)
     for name in made:
         (kernels.library() if name == "now" else tmp_path / name).write_text("no library", encoding="utf-8")
+    if "no source" in made:
+        source.unlink()
     kernels.load.cache_clear()
     try:
         assert reason in kernels.absence() and reason in doctor.examine()["PyTorch"]["CPU kernels"]

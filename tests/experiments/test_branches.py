@@ -110,3 +110,15 @@ def test_seed_and_branches_are_trained_first_and_go_on_where_they_were(
     assert len(commands.trained()) == 2 * 9 + 9 and not list((out / "search").rglob("*.pt"))
     assert not list((out / "parts" / "search").rglob("*.pt"))
     assert reproduce(tmp_path, *searched) == 0 and commands.trained() == []
+    state = out / "search" / "btx" / "lr-4e-3" / "run.json"  # of another command, and what it was mixed of is gone
+    state.write_text(json.dumps({**json.loads(state.read_text()), "command": []}))
+    assert reproduce(tmp_path, *searched) == 0
+    assert [Path(of).name for of in commands.trained()] == ["lr-4e-3"] * 9
+
+
+@pytest.mark.parametrize("updates", [999, 150, 37])
+def test_all_updates_are_spent(updates: int) -> None:
+    words = ["reproduce", "family", "--models", "btx", "--updates", str(updates), "--lrs", "1e-3", "--seeds", "1"]
+    (plan,) = plans_of(build_parser("reproduce").parse_args(words))
+    (run,) = plan.runs()
+    assert sum(of.updates for of in (run, *run.parts)) == updates

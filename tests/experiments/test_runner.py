@@ -3,10 +3,10 @@
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,12 +14,14 @@ import torch
 from command_stand_ins import Commands, after, reproduce
 from zero_shot_questions import write_tasks_folder
 
-from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
-from mhmoe_fairseq.experiments import EXPERIMENTS, runner
+from mhmoe_fairseq.experiments import EXPERIMENTS, calls, runner
+from mhmoe_fairseq.experiments.calls import Calls
 from mhmoe_fairseq.experiments.run import Choice
-from mhmoe_fairseq.experiments.runner import Progress, call, find_gpus, last_error
+from mhmoe_fairseq.experiments.runner import find_gpus
+
+RUN = Calls.run  # which stand-ins replace
 
 
 def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands, tmp_path: Path, capsys) -> None:
@@ -61,7 +63,10 @@ def test_finished_runs_are_kept_and_changed_ones_start_afresh(commands: Commands
     assert commands.trained() == []
     assert reproduce(tmp_path, "table1", *models, "--", "--lr", "1e-3") == 0
     assert commands.trained() == ["dense/seed-1", "xmoe/seed-1"] and not (run / "left").exists()
-    assert "dense/seed-1: command, data or start have changed, starting afresh" in capsys.readouterr().out
+    assert (
+        "dense/seed-1: command, data or start have changed, or its checkpoint is gone: starting afresh"
+        in capsys.readouterr().out
+    )
     (tmp_path / "data" / "manifest.json").write_text("{ }")
     assert reproduce(tmp_path, "table1", "--models", "dense", "--", "--lr", "1e-3") == 0
     assert commands.trained() == ["dense/seed-1"]
@@ -136,14 +141,13 @@ def test_jobs_share_the_gpus_by_turns(commands: Commands, tmp_path: Path, monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     begun = threading.Barrier(3)  # all jobs are there before one goes on
-    call = runner.call
 
-    def together(words, *more, **named):
+    def together(calls, words, *more):
         if words[0] == "fairseq-train":
             begun.wait(60)
-        call(words, *more, **named)
+        commands(words, *more)
 
-    monkeypatch.setattr(runner, "call", together)
+    monkeypatch.setattr(Calls, "run", together)
     words = ("table1", "--models", "dense", "xmoe", "mhmoe-params", "--device", "cuda", "--lrs", "1e-3", "--seeds", "1")
     assert reproduce(tmp_path, *words, "--jobs", "3") == 0
     given = [
@@ -158,14 +162,14 @@ def test_jobs_share_the_gpus_by_turns(commands: Commands, tmp_path: Path, monkey
 
 
 def test_the_longest_runs_start_first(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, call = threading.Barrier(2), runner.call
+    begun = threading.Barrier(2)
 
-    def together(words, *more, **named):  # two by two, so that the order is known
+    def together(calls, words, *more):  # two by two, so that the order is known
         if words[0] == "fairseq-train":
             begun.wait(60)
-        call(words, *more, **named)
+        commands(words, *more)
 
-    monkeypatch.setattr(runner, "call", together)
+    monkeypatch.setattr(Calls, "run", together)
     commands.slow = "dense_lm_tiny"
     words = ("table1", "--models", "dense", "xmoe", "--seeds", "1", "2", "--lrs", "4e-3", "8e-3", "--jobs", "2")
     assert reproduce(tmp_path, *words) == 0
@@ -231,59 +235,129 @@ def test_what_the_later_commands_need_is_asked_for_before_the_trainings(
     assert "no XNLI validation file in it" in capsys.readouterr().err
 
 
-def test_the_other_machines_only_train(commands: Commands, tmp_path: Path) -> None:
+def test_the_other_machines_only_train(commands: Commands, tmp_path: Path, capsys) -> None:
     machine = ["--nnodes", "2", "--node-rank", "1", "--master-addr", "node0"]
     assert reproduce(tmp_path, "table1", "--models", "dense", *machine) == 0
     assert [words[0] for words, _ in commands.called] == ["torchrun"]
     assert not list((tmp_path / "out").rglob("run.json"))
+    assert reproduce(tmp_path, "table1", "--models", "dense", *machine, "--lrs", "1e-3", "2e-3") == 2
+    assert "--lrs (1e-3, 2e-3) must be one when --nnodes is 2" in capsys.readouterr().err
 
 
-def test_what_it_started_ends_with_it(commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, before = [], signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("when", ["in a training", "behind it"])
+def test_interrupted_it_ends_what_it_started_and_begins_nothing_more(
+    when: str, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler, went_on = signal.getsignal(signal.SIGTERM), list[str]()
 
-    def call(words, variables, on_line, output=None, running=None) -> None:
-        if words[0] != "fairseq-train":
-            return commands(words, variables, on_line)
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], text=True))
-        running.append(started[-1])
+    def interrupt(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)  # as a cluster ends a job
-        started[-1].wait()
+        time.sleep(0.3)
 
-    monkeypatch.setattr(runner, "call", call)
-    assert reproduce(tmp_path, "table1", "--models", "dense") == 130
-    assert [of.returncode for of in started] == [-signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == before
+    def call(calls, words, variables, on_line, output=None) -> None:
+        commands(words, variables, on_line, output)
+        if words[0] == "fairseq-train" and when == "behind it":
+            interrupt()
+        else:
+            RUN(
+                calls,
+                ["mhmoe", "-n", "1", "-r", "1", "print('begun', flush=True); __import__('time').sleep(20)"],
+                {},
+                interrupt,
+            )
+            went_on.append(words[1])
 
-
-def test_a_command_that_fails_tells_its_last_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runner._MODULES, "mhmoe", "this")
-    said: list[str] = []
-    call(["mhmoe"], {"OMP_NUM_THREADS": "3"}, said.append, tmp_path / "output")
-    assert any("Zen" in line for line in said) and "Zen" in (tmp_path / "output").read_text()
-    monkeypatch.setitem(runner._MODULES, "mhmoe", "no_such_module")
-    with pytest.raises(UserError, match="No module named no_such_module"):
-        call(["mhmoe"], {}, said.append)
-    lines = [
-        "[rank1]: ValueError: a bad flag",
-        "RuntimeError: Connection closed by peer",
-        "x.ChildFailedError: 1",
-        "bye",
-    ]
-    assert last_error(lines) == "[rank1]: ValueError: a bad flag" and last_error(["bye", ""]) == "bye"
-    assert last_error(["fairseq-train: error: --lr", "bye"]) == "fairseq-train: error: --lr"
+    monkeypatch.setitem(calls._MODULES, "mhmoe", "timeit")
+    monkeypatch.setattr(Calls, "run", call)
+    assert reproduce(tmp_path, "table1", "--models", "dense", "xmoe") == 130
+    assert not went_on and signal.getsignal(signal.SIGTERM) == handler
+    assert commands.trained() == ["dense/seed-1"]
 
 
-def test_remaining_time_counts_what_this_call_did() -> None:
-    times = iter([0.0, 100.0, 200.0])
-    progress = Progress({"resumed": 200, "other": 200}, clock=lambda: next(times))
-    assert progress.reach("resumed", 100) == ""  # earlier updates took no time of ours
-    assert progress.reach("resumed", 200) == "; about 3 min of training left"
-    assert progress.reach("other", 0) == "; about 7 min of training left"
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_after_a_failure_nothing_more_begins(jobs: str, commands: Commands, tmp_path: Path) -> None:
+    commands.broken = "dense_lm_tiny"
+    words = ("table1", "--models", "dense", "--seeds", "1", "2", "3", "4", "--jobs", jobs)
+    assert reproduce(tmp_path, *words) == 2 and len(commands.trained()) <= int(jobs)
 
 
-def test_remaining_time_tells_slow_models_from_fast_ones() -> None:
-    updates = {"fast": 100, "slow": 100}
-    for slow, left in ((3.0, "5"), (None, "9")):  # hours; one not known: 150 updates like those done
-        times = iter([0.0, 180.0])
-        progress = Progress(updates, {"fast": 1.0, "slow": slow}, lambda times=times: next(times))
-        assert progress.reach("slow", 0) == ""
-        assert progress.reach("slow", 50) == f"; about {left} min of training left"
+def test_what_is_not_a_users_error_keeps_its_kind(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "parse_record", lambda line: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        reproduce(tmp_path, "table1", "--models", "dense")
+
+
+def test_a_start_that_is_gone_costs_no_results(commands: Commands, tmp_path: Path, capsys) -> None:
+    words = ("nlvr2", "--models", "dense", "--updates", "4", "--lrs", "1e-5")
+    assert reproduce(tmp_path, *words) == 0 and len(commands.trained()) == 3
+    start = tmp_path / "out" / "vqa" / "dense" / "seed-1" / "checkpoint_best.pt"
+    start.unlink()
+    assert reproduce(tmp_path, *words) == 0 and not commands.trained()  # all is done
+    run = tmp_path / "out" / "nlvr2" / "dense" / "seed-1"
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    capsys.readouterr()
+    for _ in range(2):
+        assert reproduce(tmp_path, *words[:-1], "2e-5") == 2 and not commands.called[1:]
+        assert f"{start} is gone, and others start from it: put it back" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    shutil.rmtree(start.parent)
+    assert reproduce(tmp_path, *words[:-1], "2e-5") == 0
+    assert commands.trained() == ["vqa/dense/seed-1", "nlvr2/dense/seed-1"]
+
+
+def test_a_run_that_was_half_emptied_is_emptied_again(
+    commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, words = tmp_path / "out" / "dense" / "seed-1", ("table1", "--models", "dense", "--lrs")
+    assert reproduce(tmp_path, *words, "4e-3") == 0
+    for killed_at in range(1, len([*run.iterdir()])):
+        unlink, left = Path.unlink, [killed_at]
+
+        def kill(path: Path, missing_ok: bool = False, unlink=unlink, left=left) -> None:
+            if path.parent == run:
+                left[0] -= 1
+                if not left[0]:
+                    raise MemoryError("killed")
+            unlink(path, missing_ok)
+
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(Path, "unlink", kill)
+            reproduce(tmp_path, *words, "8e-3")
+        commands.trained()
+        assert reproduce(tmp_path, *words, "4e-3") == 0 and commands.trained() == ["dense/seed-1"]
+
+
+def test_a_rate_that_diverged_is_not_the_best(commands: Commands, tmp_path: Path, monkeypatch, capsys) -> None:
+    def call(calls, words, *more) -> None:
+        commands(words, *more)
+        if words[0] == "fairseq-train" and float(after("--lr", words)) > 0.1:
+            log = Path(after("--save-dir", words)) / "train.log"
+            log.write_text(re.sub(r'"valid_loss": "[^"]*"', '"valid_loss": "nan"', log.read_text()))
+
+    monkeypatch.setattr(Calls, "run", call)
+    words = ("table1", "--models", "dense", "--lrs")
+    for rates in (("1", "4e-3"), ("4e-3", "1")):
+        assert reproduce(tmp_path, *words, *rates) == 0
+        found = json.loads((tmp_path / "out" / "search.json").read_text(), parse_constant=pytest.fail)
+        assert found["best_lr"] == {"dense": "4e-3"} and found["valid_loss_bits"]["dense"]["1"] is None
+    assert reproduce(tmp_path, *words, "1", "2") == 2
+    assert "--lrs (1 2): with none of them dense has a finite validation loss" in capsys.readouterr().err
+
+
+def test_what_is_named_twice_is_trained_once(commands: Commands, tmp_path: Path) -> None:
+    words = ("table1", "--models", "dense", "--seeds", "2", "2", "--lrs", "4e-3", "4e-3", "--jobs", "2")
+    assert reproduce(tmp_path, *words) == 0 and commands.trained() == ["dense/seed-2"]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{}", '{"best_lr": null}'])
+@pytest.mark.parametrize("file", ["dense/seed-1/run.json", "search.json"])
+def test_files_of_something_else_are_named(content: str, file: str, commands: Commands, tmp_path: Path, capsys) -> None:
+    if (file, content) == ("search.json", "{}"):
+        return  # no model has been searched for yet
+    path = tmp_path / "out" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    assert reproduce(tmp_path, "table1", "--models", "dense", "--lrs", "4e-3", "8e-3") == 2
+    assert f"{path} is not of mhmoe reproduce" in capsys.readouterr().err and not commands.trained()

@@ -29,7 +29,7 @@ class Commands:
         self.folder, self.called, self.broken, self.slow = folder, [], None, None
         self.perplexities: dict[str, float] = {}
 
-    def __call__(self, words, variables, on_line, output=None, running=None) -> None:
+    def __call__(self, words, variables, on_line, output=None) -> None:
         self.called.append((words, variables))
         if self.broken is not None and any(self.broken in word for word in words):
             raise UserError("RuntimeError: broken")

@@ -49,6 +49,16 @@ def test_tables_grow(kind):
         torch.testing.assert_close(SinusoidalPositions(8, 4)(tokens), SinusoidalPositions(8, 20)(tokens))
 
 
+@pytest.mark.parametrize("positions", [RotaryPositions(8, 4), SinusoidalPositions(8, 4)])
+def test_tables_that_grew_while_generating_serve_training(positions):
+    is_rotary = isinstance(positions, RotaryPositions)
+    x = torch.randn(1, 20, 8, requires_grad=True)
+    with torch.inference_mode():
+        positions(x if is_rotary else torch.full((1, 20), 5))
+    (positions(x) if is_rotary else x * positions(torch.full((1, 20), 5))).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_learned_positions_end_with_their_table():
     learned = LearnedPositions(8, max_positions=4)
     assert torch.equal(learned(torch.full((2, 3), 5)), learned.weight[None, :3])

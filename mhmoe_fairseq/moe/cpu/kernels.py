@@ -44,6 +44,8 @@ def absence() -> str | None:
         return None
     if os.environ.get(_OFF) == "0":
         return f"{_OFF}=0"
+    if not _SOURCE.is_file():
+        return f"{_SOURCE.name} was left behind: install the package whole"
     if library().exists():
         return "PyTorch cannot load the file: remove it and run make setup"
     if any(_SOURCE.parent.glob("kernels-*.compiled")):
