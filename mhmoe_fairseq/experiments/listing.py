@@ -107,7 +107,7 @@ def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
         yield "parts", ", ".join(experiment.parts)
     if runs := _runs(experiment):
         trained = [run for run in runs if run.splits]
-        yield "models", ", ".join(dict.fromkeys(run.recipe.name_of(run.model) for run in trained))
+        yield "models", ", ".join(dict.fromkeys(run.model for run in trained))  # as --models takes them
         yield "models x seeds x updates", row["trains"]
         if search := default_plan(experiment).search():
             updates = {sum(part.updates for part in (*run.parts, run)) for run in search}

@@ -337,3 +337,6 @@ def test_the_list_says_what_each_costs_how_far_it_is_and_what_it_showed(finished
     told = capsys.readouterr().out
     assert "mhmoe prepare english --source mix" in told
     assert "claim: xmoe has a lower perplexity than dense: seen (-8.26 % ± 0.03, n = 3)" in told
+    assert mhmoe(["reproduce", "p2-table4", "--list"]) == 0
+    models = re.search(r"models: (.*)", capsys.readouterr().out)[1].split(", ")
+    assert mhmoe(["reproduce", "p2-table4", "--dry-run", "--models", *models]) == 0
