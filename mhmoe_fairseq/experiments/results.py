@@ -256,15 +256,20 @@ def _search(page: Page, tree: Path) -> str:
     own = {stage.recipe.name_of(model) for stage in page.experiment.stages for model in page.models}
     losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
     lrs = list(dict.fromkeys(lr for of in losses.values() for lr in of))
-    cells = [
-        [name, *(_tried(lr, of.get(lr), search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()
-    ]
-    told = "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken."
+    cells = [[name, *(_tried(lr, of, search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()]
+    told = (
+        "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken. Of "
+        "what lies at the edge of the rates tried it is not known whether a further one would be better."
+    )
     return f"## Search of the learning rate\n\n{told}\n\n{markdown_table(['model', *lrs], cells)}" if cells else ""
 
 
-def _tried(lr: str, loss: float | None, best: str | None) -> str:
-    return MISSING if loss is None else f"**{loss:.3f}**" if lr == best else f"{loss:.3f}"
+def _tried(lr: str, losses: Mapping[str, float | None], best: str | None) -> str:
+    """The loss with a rate, bold with the best, which is said to be at the edge of several if it is."""
+    loss, tried = losses.get(lr), sorted(losses, key=float)
+    if loss is None or lr != best:
+        return MISSING if loss is None else f"{loss:.3f}"
+    return f"**{loss:.3f}**{' (edge)' if len(tried) > 1 and lr in (tried[0], tried[-1]) else ''}"
 
 
 def _links(page: Page, tree: Path) -> str:

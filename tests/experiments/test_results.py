@@ -209,7 +209,15 @@ def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
     finished: Path, tmp_path: Path, capsys
 ) -> None:
     (finished / "search.json").write_text(
-        json.dumps({"valid_loss_bits": {"xmoe": {"4e-3": 5.1234}}, "best_lr": {"xmoe": "4e-3"}})
+        json.dumps(
+            {
+                "valid_loss_bits": {
+                    "xmoe": {"1.6e-2": 5.4, "4e-3": 5.1234, "8e-3": 5.2},
+                    "dense": {"4e-3": None, "8e-3": 5.1, "1.6e-2": 5.3},
+                },
+                "best_lr": {"xmoe": "4e-3", "dense": "8e-3"},
+            }
+        )
     )
     assert keep(tmp_path) == 0 and mhmoe(["reproduce", "--report"]) == 0
     results, page = tmp_path / "RESULTS.md", tmp_path / "docs" / "results" / "table1.md"
@@ -221,7 +229,9 @@ def test_the_report_is_what_the_records_give_and_a_changed_digit_is_noticed(
     ]  # fmt: skip
     assert text.index("## Claims") < text.index("## table1") and "table5`" in text.split("Without records yet")[1]
     assert "[-8.35, -8.18]" in of_page and "](../../results/english_lm/xmoe/seed-3)" in of_page
-    assert "P1 table 1" in of_page and "16.23" in of_page and "**5.123**" in of_page
+    assert "P1 table 1" in of_page and "16.23" in of_page
+    assert re.search(r"\| xmoe +\| +5\.400 \| \*\*5\.123\*\* \(edge\) \| +5\.200 \|", of_page)
+    assert re.search(r"\| dense +\| +5\.300 \| +– \| +\*\*5\.100\*\* \|", of_page)
     assert all((page.parent / name).is_file() for name in re.findall(r"!\[.*?\]\((.*?)\)", of_page))
     assert mhmoe(["reproduce", "--report"]) == 0 and results.read_text(encoding="utf-8") == text
 
