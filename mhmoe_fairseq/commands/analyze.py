@@ -143,7 +143,7 @@ def _analyze_routing(args: argparse.Namespace) -> list[Path]:
 
     [checkpoint] = args.checkpoints
     out = args.out or checkpoint.parent
-    file, threshold = out / f"routing-{args.split}.json", args.threshold or ACTIVE_THRESHOLD
+    file, threshold = out / f"routing-{args.split}.json", ACTIVE_THRESHOLD if args.threshold is None else args.threshold
     device = "cpu" if args.cpu else None
     precision = precision_of(checkpoint, args.precision, device)
     origin = (sha256_of(checkpoint), identify_data(args.data).digest, args.split, precision)
@@ -176,6 +176,9 @@ def _analyze_diversity(args: argparse.Namespace) -> list[Path]:
     from ..analysis.routing.diversity import measure_diversity, prepare_images
     from ..checkpoints.open import read_settings
 
+    folders = {checkpoint.resolve().parent for checkpoint in args.checkpoints}
+    if len(folders) > 1:
+        raise UserError(f"--diversity: follows one training, and the checkpoints lie in {len(folders)} folders")
     paths = args.image or choose_images(args.data, args.split, args.images or 8)
     require_files(paths, "--data")
     tasks = [read_settings(checkpoint)["task"] for checkpoint in args.checkpoints]
@@ -202,9 +205,9 @@ def _over_updates(checkpoints: Iterable[Path], measure: Callable[[dict[str, Any]
     """What is measured of each checkpoint, described as ``describe_checkpoint`` does, in the order of updates."""
     from ..evaluation.evaluate import describe_checkpoint
 
-    # A training's last checkpoint is often its best, too: one of each number of updates is enough.
-    origins = {origin["updates"] or 0: origin for origin in map(describe_checkpoint, reversed([*checkpoints]))}
-    return [measure(origin) for _, origin in sorted(origins.items())]
+    # A training's last checkpoint is often its best, too: the same file under two names is measured once.
+    origins = {origin["sha256"]: origin for origin in map(describe_checkpoint, reversed([*checkpoints]))}
+    return [measure(origin) for origin in sorted(origins.values(), key=lambda origin: origin["updates"] or 0)]
 
 
 def _analyze_polysemy(args: argparse.Namespace) -> list[Path]:

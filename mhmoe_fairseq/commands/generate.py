@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -115,9 +116,9 @@ def read_prompts(name: str | Path) -> list[str]:
     """
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        prompts = raw.decode("utf-8").splitlines()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"--prompts-file {name}: invalid UTF-8 at byte {error.start}") from error
-    if not prompts:
+    if not text:
         raise UserError(f"--prompts-file {name}: no prompt in it")
-    return prompts
+    return re.sub("\r\n?", "\n", text).removesuffix("\n").split("\n")

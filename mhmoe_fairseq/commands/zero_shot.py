@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,11 @@ def _record_each(
     if args.record is not None and len(args.checkpoint) > 1:
         raise UserError(f"--record {args.record}: is one file, and there are {len(args.checkpoint)} checkpoints")
     files = [find_checkpoint(path, None) for path in args.checkpoint]
+    for file, other in itertools.combinations(files, 2):
+        if _path(args, file) == _path(args, other):
+            raise UserError(
+                f"--checkpoint: {file} and {other} would share a record: give one of them, and --record FILE"
+            )
     records = {}
     for name, file in zip(name_models(args.checkpoint), files):
         with quiet():
@@ -225,8 +231,7 @@ def _run_lm_eval(args: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory() as temporary:
         given = _read_words(words)
-        folder = Path(given.output_path or temporary)
-        known = set(folder.rglob("results_*.json"))
+        known = set(_results(given.output_path or temporary))
         sys.argv = ["lm-eval", *words, *(["--output_path", temporary] if given.model and not given.output_path else [])]
         try:
             cli_evaluate()
@@ -234,11 +239,17 @@ def _run_lm_eval(args: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
         finally:
             sys.argv = before
-        for path in set(folder.rglob("results_*.json")) - known:
+        for path in set(_results(given.output_path or temporary)) - known:
             results = read_json(path)
             if (found := _open_evaluated(results["config"])) is not None:
                 _write(args, record_of(results), *found)
     return 0
+
+
+def _results(output_path: str) -> Iterable[Path]:
+    """Where lm-eval writes its results: below a folder, or beside a file's name with the date behind it."""
+    path = Path(output_path)
+    return path.parent.glob(f"{path.stem}_*.json") if path.suffix == ".json" else path.rglob("results_*.json")
 
 
 def complete(words: list[str]) -> list[str]:
@@ -283,6 +294,19 @@ def _harness_model(args: argparse.Namespace, file: Path) -> tuple[Any, Any]:
     return model, LoadCounter(Opened.of_text_model(model.hub, file).layers)
 
 
+def _language_symbols(args: argparse.Namespace, file: Path) -> bool:
+    """Whether texts begin with their language's symbol."""
+    from ..checkpoints.open import read_settings
+
+    trained = bool(read_settings(file)["task"].get("mhmoe_language_token"))
+    return trained if args.language_token is None else args.language_token
+
+
+def _scores(args: argparse.Namespace, name: str, file: Path) -> Path:
+    """The folder for a model's scores: of the same name there may be others, from other calls."""
+    return args.out / "scores" / f"{name.replace('/', '_')}-{sha256_of(file)[:8]}"
+
+
 def _run_english(args: argparse.Namespace) -> int:
     from ..data.zero_shot_tasks import choose_tasks, digest_of, open_tasks
     from ..evaluation.packaged_tasks import stay_offline
@@ -296,13 +320,14 @@ def _run_english(args: argparse.Namespace) -> int:
     digest = digest_of(args.tasks_dir, args.limit)
 
     def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:
-        known = known_answers(kept, files)
+        symbols = _language_symbols(args, file)
+        known = known_answers(kept, files, symbols)
         if kept is not None and known.keys() >= files.keys():
             return kept, None
         model, counter = _harness_model(args, file)
         record = evaluate_english(
             model, counter, files, args.tasks_dir, args.out / "tasks", known=known, digest=digest,
-            scores=args.out / "scores" / name.replace("/", "_"), limit=args.limit,
+            scores=_scores(args, name, file), limit=args.limit, language_symbols=symbols,
             say=lambda line: say(f"{name}: {line}"),
         )  # fmt: skip
         return record, model.hub
@@ -314,11 +339,10 @@ def _run_english(args: argparse.Namespace) -> int:
 
 
 def _run_xnli(args: argparse.Namespace) -> int:
-    from ..evaluation.packaged_tasks import RELEASE, release, stay_offline
+    from ..evaluation.packaged_tasks import LANGUAGE_SYMBOLS, RELEASE, release, stay_offline
 
     stay_offline()
     from ..analysis.reports.zero_shot import describe_xnli
-    from ..checkpoints.open import read_settings
     from ..data.languages import parse_languages
     from ..data.xnli import read_xnli
     from ..evaluation.lm_eval_model import MHMoEHarnessModel  # noqa: F401  (says how to install lm-eval, before any file is read)
@@ -336,14 +360,13 @@ def _run_xnli(args: argparse.Namespace) -> int:
     data = {"path": str(args.xnli_dir), "digest": digest, "split": args.split, "files": files}
 
     def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:
-        trained = bool(read_settings(file)["task"].get("mhmoe_language_token"))
-        how = {"limit": args.limit, "language symbols": trained if args.language_token is None else args.language_token}
+        how = {"limit": args.limit, LANGUAGE_SYMBOLS: _language_symbols(args, file)}
         if kept is not None and {**kept.settings, **how, RELEASE: release()} == kept.settings:
             return kept, None
         model, counter = _harness_model(args, file)
         record = evaluate_xnli(
             model, counter, [one.code for one in sets], args.out / "tasks",
-            args.out / "scores" / name.replace("/", "_"), language_symbols=how["language symbols"], limit=args.limit,
+            _scores(args, name, file), language_symbols=how[LANGUAGE_SYMBOLS], limit=args.limit,
             say=lambda line: say(f"{name}: {line}"),
         )  # fmt: skip
         return dataclasses.replace(record, data=data), model.hub
@@ -356,6 +379,7 @@ def _run_xnli(args: argparse.Namespace) -> int:
 def _run_probe(args: argparse.Namespace) -> int:
     from ..analysis.reports.zero_shot import PROBE, describe_probe
     from ..checkpoints.open import open_text_model
+    from ..evaluation.packaged_tasks import LANGUAGE_SYMBOLS
     from ..evaluation.probe import default_pairs, make_items, parse_pairs, probe, read_aligned
     from ..evaluation.scoring import TextScorer
 
@@ -365,7 +389,7 @@ def _run_probe(args: argparse.Namespace) -> int:
     how = {"candidates": args.candidates, "seed": args.seed, "min_characters": args.min_characters}
     pairs = parse_pairs(args.pairs) if args.pairs is not None else default_pairs(aligned)
     items = {pair: make_items(aligned, *pair, most=args.max_items, **how) for pair in pairs}
-    settings = {"what": PROBE, **how, "max_items": args.max_items, "language symbols": args.language_token}
+    settings = {"what": PROBE, **how, "max_items": args.max_items, LANGUAGE_SYMBOLS: args.language_token}
     data = {"path": str(path), "digest": sha256_of(path), "split": args.split}
 
     def evaluate(name: str, file: Path, kept: Record | None) -> tuple[Record, Any]:

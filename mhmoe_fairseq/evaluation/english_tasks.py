@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..common.files import write_json
 from ..data.zero_shot_tasks import PACKAGED, TASKS
-from .packaged_tasks import RELEASE, Scored, active_experts, release, score_task, write_task
+from .packaged_tasks import LANGUAGE_SYMBOLS, RELEASE, Scored, active_experts, release, score_task, write_task
 from .records import ExpertLoads, LayerLoads, Metric, Record, mean_percent
 
 if TYPE_CHECKING:
@@ -56,14 +56,17 @@ def answers_of(record: Record) -> dict[str, Answers]:
     }
 
 
-def known_answers(kept: Record | None, files: Mapping[str, str]) -> dict[str, Answers]:
+def known_answers(kept: Record | None, files: Mapping[str, str], language_symbols: bool = False) -> dict[str, Answers]:
     """Returns what need not be scored again: tasks of the same questions by the same release of lm-eval.
 
     Args:
         kept: an earlier record of the same checkpoint.
         files: hash of each task's file.
+        language_symbols: as for :func:`evaluate_english`.
     """
     if kept is None or kept.settings.get(RELEASE) != release() or _ERRORS not in kept.settings:
+        return {}
+    if kept.settings.get(LANGUAGE_SYMBOLS, False) != language_symbols:
         return {}
     found = answers_of(kept).items()
     return {name: answers for name, answers in found if files.get(name, answers.sha256) == answers.sha256}
@@ -79,6 +82,7 @@ def evaluate_english(
     known: Mapping[str, Answers],
     digest: str,
     scores: Path,
+    language_symbols: bool = False,
     limit: int | None,
     say: Callable[[str], None],
 ) -> Record:
@@ -93,10 +97,12 @@ def evaluate_english(
         known: tasks that are not scored again.
         digest: tells these questions from others.
         scores: folder for the answers' log-probabilities, in order, and which of them are right.
+        language_symbols: lead every text with the symbol of English.
         limit: score only so many questions of each.
         say: told of each task when it is done.
     """
     found = dict(known)
+    model.scorer.set_language("en" if language_symbols else None)
     for name in (name for name in files if name not in known):
         task = TASKS[name]
         write_task(out, name, task.packaged, questions / task.file, task.split)
@@ -119,6 +125,7 @@ def evaluate_english(
         say(f"{told} ({', '.join(f'{guess} {value:.1f}' for guess, value in guesses.items())}){shortened}")
     in_order = {name: found[name] for name in TASKS if name in found}
     settings: dict[str, object] = {"limit": limit, LENGTH: model.max_length, RELEASE: release()}
+    settings |= {LANGUAGE_SYMBOLS: True} if language_symbols else {}
     return _record_of(in_order, settings, {"path": str(questions), "digest": digest, "split": "english"})
 
 

@@ -221,7 +221,8 @@ def record_of(results: dict[str, Any]) -> Record:
     Raises:
         UserError: no task has a number.
     """
-    parts = {task: found for task, values in results["results"].items() if (found := _metrics(results, task, values))}
+    tasks = {task: of for task, of in results["results"].items() if task not in results.get("groups", {})}
+    parts = {task: found for task, values in tasks.items() if (found := _metrics(results, task, values))}
     if not parts:
         raise UserError("lm-eval's results hold no number")
     firsts = [next(iter(metrics.values())) for metrics in parts.values()]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 RELEASE = "prompts, targets and metric"  # a record's setting, :func:`release`
+LANGUAGE_SYMBOLS = "language symbols"  # another, whether texts begin with them
 
 
 class Scored(NamedTuple):

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -45,7 +46,10 @@ class Score(NamedTuple):
             guess: what a guess without context reaches.
         """
         loss = self.bits / self.targets
-        values = {"perplexity": (2**loss, "perplexity"), "loss": (loss, f"bits/{target}")}
+        values = {
+            "perplexity": (2**loss if loss < sys.float_info.max_exp else math.inf, "perplexity"),
+            "loss": (loss, f"bits/{target}"),
+        }
         if self.correct is not None:
             values["accuracy"] = 100 * self.correct / self.targets, "%"
         found = {name: Metric(value, unit, count=self.targets) for name, (value, unit) in values.items()}

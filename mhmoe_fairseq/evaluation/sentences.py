@@ -89,18 +89,28 @@ def evaluate_sentences(
     Raises:
         UserError, FileNotFoundError: naming the flag, file, line or field, and the rule.
     """
+    if input is not None and splits is not None:
+        raise UserError("--splits has no meaning with --input")
     if input is None:
         given = {"--text-fields": text_fields, "--label-field": label_field, "--language-field": language_field}
         for flag in (flag for flag, value in given.items() if value is not None):
             raise UserError(f"{flag} needs --input")
         name, parts = ("+".join(splits), splits) if splits else _parts_of(opened, split)
-        datasets = {part: opened.task.read_split(part) for part in parts}
     else:
         text_fields = text_fields or read_manifest(opened.data).get("fields")
         if text_fields is None:
             raise UserError(f"--input: {opened.data / MANIFEST} is missing; give --text-fields")
         fields = Fields(tuple(text_fields), label_field, language_field)
-        name, datasets = _INPUT, dict(_encoded(opened, fields, word, input) for word in input)
+        name, parts = _INPUT, [f"{_INPUT}_{word.partition('=')[0]}" for word in input]
+    languages = [part.partition("_")[2] for part in parts]
+    for part, language in zip(parts, languages):
+        if languages.count(language) > 1:
+            rule = f"is not the only one of its language, {language or 'none'}: one at a time"
+            raise UserError(f"{'--splits' if input is None else '--input'} ({part.removeprefix(f'{_INPUT}_')}) {rule}")
+    if input is None:
+        datasets = {part: opened.task.read_split(part) for part in parts}
+    else:
+        datasets = dict(_encoded(opened, fields, word, input) for word in input)
     results = {}
     for part, dataset in datasets.items():
         language = part.partition("_")[2]

@@ -10,7 +10,7 @@ from ..common.files import atomic_open, json_line, write_json
 from ..data.languages import PAPER_LANGUAGES
 from ..data.xnli import LABELS, XnliSet
 from .expert_loads import LoadCounter
-from .packaged_tasks import RELEASE, active_experts, release, score_task, write_task
+from .packaged_tasks import LANGUAGE_SYMBOLS, RELEASE, active_experts, release, score_task, write_task
 from .records import Metric, Record, mean_of, mean_percent
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def evaluate_xnli(
         {code: {"accuracy": accuracy} for code, accuracy in accuracies.items()},
         counter.loads,
         settings={
-            "language symbols": language_symbols,
+            LANGUAGE_SYMBOLS: language_symbols,
             "limit": limit,
             "predicted": predicted,
             RELEASE: release(),

@@ -127,14 +127,14 @@ def _java_score(name: str, captions: Sequence[Words], references: Sequence[Seque
 def best_constant_caption(training: Mapping[int, Sequence[str]]) -> str:
     """The training caption with the highest CIDEr if it is given to all training images; of equals the first.
 
-    Where there are many, of the 200 most frequent captions, on 500 images evenly spread over the set.
+    Where there are many, of the 200 most frequent captions, on at most 500 images evenly spread over the set.
 
     Args:
         training: captions by image, at least one image with at least one.
     """
     counts = Counter(caption for captions in training.values() for caption in captions)
     candidates = [caption for caption, _ in counts.most_common(_MOST_CANDIDATES)]
-    images = list(training.values())[:: max(1, len(training) // _MOST_IMAGES)]
+    images = list(training.values())[:: math.ceil(len(training) / _MOST_IMAGES)]
     cider = CiderD([[tokenize(caption) for caption in captions] for captions in images])
 
     def total(caption: str) -> float:

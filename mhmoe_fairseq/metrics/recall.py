@@ -57,7 +57,7 @@ def _ranks(queries: Tensor, query_ids: Tensor, answers: Tensor, answer_ids: Tens
         similarity = some @ answers.T
         is_own = answer_ids[None] == ids[:, None]
         best = similarity.masked_fill(~is_own, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((similarity >= best) & ~is_own).sum(dim=1))
+        ranks.append((~(similarity < best) & ~is_own).sum(dim=1))  # what is no number ranks last
     return torch.cat(ranks)
 
 

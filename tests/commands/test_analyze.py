@@ -158,6 +158,17 @@ def test_analysis_by_language(data: Path, run: Path, tmp_path: Path, capsys: pyt
     assert "most often taken for" in output and "chance is 25.0 %" in output
 
 
+def test_a_record_of_some_languages_is_not_taken_for_the_split(data: Path, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = str(tmp_path / "run" / "checkpoint_last.pt")
+    words = ["--data", str(data), "--split", "test"]
+    assert main(["evaluate", checkpoint, *words, "--langs", LANGUAGES[0]]) == 0
+    assert list(read_record(tmp_path / "run" / "record-test.json").parts) == LANGUAGES[:1]
+    assert main(["analyze", checkpoint, *words, "--no-plots"]) == 0
+    record = read_record(tmp_path / "run" / "routing-test.json")
+    assert list(record.parts) == LANGUAGES and record.settings["guesses"]
+
+
 def test_analysis_of_one_language(data: Path, run: Path, tmp_path: Path) -> None:
     words = ["--data", data, "--split", "test_zh", "--out", tmp_path]
     assert main(["analyze", str(run / "checkpoint_last.pt"), *map(str, words)]) == 0

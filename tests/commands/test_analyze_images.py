@@ -1,6 +1,7 @@
 """``mhmoe analyze`` on a really pre-trained, tiny model of images and text."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -107,6 +108,12 @@ def test_diversity_orders_checkpoints_and_draws(run, data, tmp_path, capsys):
     for name in ("diversity.png", "diversity-course.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert "experts of a patch's sub-tokens, at most 4" in capsys.readouterr().out
+
+
+def test_diversity_is_of_one_training(run, data, tmp_path, capsys):
+    other = shutil.copytree(run, tmp_path / "other") / "checkpoint_last.pt"
+    assert command("analyze", "--diversity", run / "checkpoint_last.pt", other, "--data", data, "--no-plots") == 2
+    assert "--diversity: follows one training, and the checkpoints lie in 2 folders" in capsys.readouterr().err
 
 
 @needs_browser

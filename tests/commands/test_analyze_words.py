@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,18 @@ def test_a_course_of_updates(runs, tmp_path: Path, lists: Path, capsys: pytest.C
     row = [8, 4, f"{left.mean():.3f}", f"{right.mean():.3f}", f"{(left - right).mean():+.3f}"]
     assert "".join(f"|{cell}" for cell in row) in output.replace(" ", "")
     assert re.search(rf"\| control +\| +{len(pairs)} \|.* {found['control']} \|", output)
+
+
+def test_only_the_same_file_is_left_out(runs, tmp_path: Path, lists: Path) -> None:
+    last = runs.copy("mhmoe", tmp_path / "mhmoe") / "checkpoint_last.pt"
+    shutil.copyfile(last, last.with_name("again.pt"))
+    state = torch.load(last, weights_only=True)
+    state["model"]["decoder.embed_tokens.weight"] *= 2  # as many updates, other weights
+    torch.save(state, last.with_name("mean.pt"))
+    files = (last, last.with_name("again.pt"), last.with_name("mean.pt"))
+    assert analyze(*files, "--data", runs.data, "--polysemy", lists, "--no-plots") == 0
+    record = read_record(last.parent / "record-polysemy-valid.json")
+    assert [row["updates"] for row in record.settings["course"]] == [8, 8]
 
 
 def test_trainings_have_records_of_their_own(runs, tmp_path: Path, lists: Path, capsys: pytest.CaptureFixture) -> None:

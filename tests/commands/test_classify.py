@@ -123,6 +123,12 @@ def test_bad_input_is_one_line(fine_tuned, trained_model, capsys, tmp_path):
             "ids.jsonl:1: field 'label' is '0', a number, and the classes are names (place, time)",
         ),
         ((fine_tuned, "--label-field", "label"), "--label-field needs --input"),
+        (
+            (fine_tuned, "--splits", "valid_fr", "test_fr"),
+            "(valid_fr) is not the only one of its language",
+        ),
+        ((fine_tuned, "--input", "fr=a", "en=b", "fr=c"), "--input (fr) is not the only one of its language, fr"),
+        ((fine_tuned, *pairs, "--splits", "valid_fr"), "--splits has no meaning with --input"),
         ((fine_tuned, "--max-tokens", 0), "--max-tokens (0) must be at least 1"),
     ):
         status, out, err = classify(capsys, *arguments)

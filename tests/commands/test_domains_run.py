@@ -94,6 +94,15 @@ def test_experts_of_domains_are_told_or_mixed(trained: Trained, tmp_path: Path) 
         assert exact[name] < 2 ** (1 / 30) * told[name]
 
 
+def test_each_domain_goes_to_its_expert_alone(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--data", str(trained.data), "--split", "test", "--out", str(tmp_path), "--no-plots"]
+    assert mhmoe(["analyze", str(trained.checkpoint("demix")), *words]) == 0
+    record = read_record(tmp_path / "routing-test.json")
+    assert record.metrics["load in common"].value == 0 and record.metrics["part guessed right"].value == 100
+    for name in DOMAINS:
+        assert all(sum(load > 0 for load in row.loads) == 1 for row in record.experts.of(name).layers)
+
+
 def test_the_record_of_a_mixture_says_what_it_is_and_what_it_took(
     trained: Trained, capsys: pytest.CaptureFixture
 ) -> None:

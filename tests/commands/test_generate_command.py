@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from console import USER_DIR, run_console
 
+from mhmoe_fairseq.commands.generate import read_prompts
 from mhmoe_fairseq.commands.main import main
 
 
@@ -56,6 +57,11 @@ def test_prompts_from_a_file_and_from_stdin(trained_model, capsys, monkeypatch, 
     _, from_stdin, _ = generate(capsys, trained_model.folder, "--prompts-file", "-", *flags)
     assert from_file == from_stdin
     assert len(from_file.splitlines()) == 3 and from_file.splitlines()[2].startswith("The café")
+
+
+def test_lines_of_prompts_end_as_pythons_do(tmp_path):
+    (tmp_path / "prompts").write_bytes("\ufeffone\u2028two\x0cthree\r\n\rfour\n".encode())
+    assert read_prompts(tmp_path / "prompts") == ["one\u2028two\x0cthree", "", "four"]
 
 
 def test_data_folder_by_flag(trained_model, capsys, tmp_path):

@@ -42,7 +42,8 @@ def run(trained_model, root: Path, *words: str, truthfulqa: bool = False):
             "--tasks-dir", str(tasks), "--out", str(root / "out"), *words,
         ])  # fmt: skip
     assert status == 0
-    return read_record(root / "run" / "record-zero-shot-english.json"), "\n".join(said), root / "out" / "scores" / "run"
+    [scores] = (root / "out" / "scores").glob("run-*")
+    return read_record(root / "run" / "record-zero-shot-english.json"), "\n".join(said), scores
 
 
 def test_scores_equal_direct_scoring(trained_model, hub, tmp_path: Path) -> None:

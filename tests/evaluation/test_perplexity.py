@@ -121,6 +121,11 @@ def test_metrics_of_a_text() -> None:
     }  # fmt: skip
 
 
+def test_a_model_that_diverged_has_an_infinite_perplexity() -> None:
+    for bits, perplexity in ((1023.0, 2.0**1023), (1024.0, math.inf), (5000.0, math.inf)):
+        assert Score(1, bits).metrics("token")["perplexity"].value == perplexity
+
+
 def test_parts_count_by_their_targets() -> None:
     texts = [Score(30, 60.0, characters=60.0), Score(10, 60.0, characters=15.0)]
     assert together(texts) == Score(40, 120.0, None, 75.0)

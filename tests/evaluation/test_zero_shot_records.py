@@ -10,6 +10,8 @@ import pytest
 from written_runs import loads
 from zero_shot_questions import QUESTIONS, write_tasks_folder
 
+from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.commands.zero_shot import _results
 from mhmoe_fairseq.data.zero_shot_tasks import PACKAGED, TASKS, digest_of, open_tasks
 from mhmoe_fairseq.evaluation import english_tasks
 from mhmoe_fairseq.evaluation.english_tasks import evaluate_english, known_answers
@@ -18,6 +20,8 @@ from mhmoe_fairseq.evaluation.records import Metric, Record
 from mhmoe_fairseq.evaluation.xnli import _mean_over
 
 RIGHT = {"acc": [1, 1, 0], "acc_norm": [1, 0, 0]}  # by question; two questions have TruthfulQA's
+LED_BY: list[str | None] = []
+MODEL = SimpleNamespace(max_length=64, scorer=SimpleNamespace(set_language=LED_BY.append))
 FILES = {name: f"hash of {task.file}" for name, task in TASKS.items()}
 
 
@@ -48,8 +52,8 @@ def evaluate(folder: Path, *names: str, kept: Record | None = None, **files: str
     rows = loads((1, "piqa", [3.0, 0.0]), (1, "rte", [0.0, 1.0]))
     counter = SimpleNamespace(counting=lambda name: contextlib.nullcontext(), loads=rows)
     return evaluate_english(
-        SimpleNamespace(max_length=64), counter, files, folder, folder, known=known_answers(kept, files), digest="0",
-        scores=folder, limit=None, say=lambda line: None,
+        MODEL, counter, files, folder, folder, known=known_answers(kept, files), digest="0", scores=folder, limit=None,
+        say=lambda line: None,
     )  # fmt: skip
 
 
@@ -101,3 +105,46 @@ def test_languages_of_the_same_examples_are_not_independent() -> None:
     assert (mean.value, mean.count) == (75, 8)
     assert mean.stderr == pytest.approx(100 * statistics.pstdev(rights["de"]) / 2)  # no less than of one language
     assert _mean_over(["de", "en"], accuracies, {**rights, "en": [1.0]}).stderr == 23
+
+
+def test_answers_with_and_without_the_symbol_of_english_are_told_apart(scored: list[str], tmp_path: Path) -> None:
+    plain = evaluate(tmp_path, "piqa")
+    counter = SimpleNamespace(counting=lambda name: contextlib.nullcontext(), loads=None)
+    led = evaluate_english(
+        MODEL, counter, {"piqa": FILES["piqa"]}, tmp_path, tmp_path, known={}, digest="0", scores=tmp_path, limit=None,
+        say=lambda line: None, language_symbols=True,
+    )  # fmt: skip
+    assert LED_BY[-2:] == [None, "en"] and "language symbols" not in plain.settings and led.settings["language symbols"]
+    for kept, symbols in ((plain, False), (plain, True), (led, False), (led, True)):
+        known = known_answers(kept, {"piqa": FILES["piqa"]}, symbols)
+        assert bool(known) == ((kept is led) == symbols)
+
+
+def test_groups_of_lm_eval_are_not_tasks() -> None:
+    results = {
+        "results": {"g": {"acc,none": 0.5}, "a": {"acc,none": 1.0}, "b": {"acc,none": 0.0}, "c": {"acc,none": 0.0}},
+        "groups": {"g": {"acc,none": 0.5}}, "lm_eval_version": "0",
+    }  # fmt: skip
+    pytest.importorskip("lm_eval")
+    from mhmoe_fairseq.evaluation.lm_eval_model import record_of
+
+    record = record_of(results)
+    assert list(record.parts) == ["a", "b", "c"] and record.main.value == pytest.approx(1 / 3)
+
+
+def test_results_of_lm_eval_are_found_where_it_writes_them(tmp_path: Path) -> None:
+    for name in ("out/model/results_1.json", "one_2026.json", "other_2026.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [*_results(str(tmp_path / "out"))] == [tmp_path / "out" / "model" / "results_1.json"]
+    assert [*_results(str(tmp_path / "one.json"))] == [tmp_path / "one_2026.json"]
+
+
+def test_checkpoints_of_one_folder_do_not_share_a_record(tmp_path: Path, capsys) -> None:
+    for name in ("one.pt", "two.pt"):
+        (tmp_path / name).touch()
+    write_tasks_folder(tmp_path / "tasks")
+    words = ["--checkpoint", tmp_path / "one.pt", tmp_path / "two.pt", "--tasks-dir", tmp_path / "tasks"]
+    pytest.importorskip("lm_eval")
+    assert main(["zero-shot", "english", *map(str, words)]) == 2
+    assert "one.pt and " in (error := capsys.readouterr().err) and "would share a record" in error

@@ -89,6 +89,16 @@ def test_the_best_caption_for_all_images():
     assert len(set(totals.values())) > 3
 
 
+@pytest.mark.parametrize("images", [3, 4, 5, 8, 9])
+def test_as_many_images_as_are_said(images, monkeypatch):
+    monkeypatch.setattr("mhmoe_fairseq.metrics.captions._MOST_IMAGES", 4)
+    used = []
+    real = CiderD.__init__
+    monkeypatch.setattr(CiderD, "__init__", lambda self, of: (used.append(len(of)), real(self, of))[1])
+    best_constant_caption({image: [f"a cat {image}"] for image in range(images)})
+    assert used == [len(range(0, images, -(-images // 4)))] and used[0] <= 4
+
+
 @pytest.mark.slow
 def test_meteor_is_that_of_pycocoevalcap():
     if not HAS_COCO or shutil.which("java") is None:

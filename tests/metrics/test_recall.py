@@ -58,6 +58,15 @@ def test_one_vector_for_everything_finds_nothing():
     assert recalls(same, same, torch.arange(12)) == pytest.approx(dict.fromkeys(by_hand(*vectors(3, 4)), 0.0))
 
 
+def test_vectors_that_are_no_numbers_find_nothing():
+    images, texts, owner = vectors(30, 75)
+    nothing = dict.fromkeys(by_hand(*vectors(3, 4)), 0.0)
+    assert recalls(images * torch.nan, texts * torch.nan, owner) == nothing
+    texts[0] = torch.nan  # one of them alone, found by none; the image's other texts are
+    images[owner[0]] = torch.nan
+    assert 0 < recalls(images, texts, owner)["text_r10"] < 100
+
+
 def batch(rows, images, texts, owner):
     return rows, owner[rows] + 100, images[owner[rows]], texts[rows]
 

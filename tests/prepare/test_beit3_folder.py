@@ -1,6 +1,7 @@
 """Folders as unilm's scripts leave them: hand-made index files in the documented formats, checked and completed."""
 
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -117,6 +118,15 @@ def test_a_second_run_makes_nothing_and_changes_nothing(upstream):
     assert second["made"] == first["made"] and second["visual_tokenizer"] == first["visual_tokenizer"]
     assert not any(line.startswith("made:") for line in said)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_that_was_cut_off_is_the_same_data_in_the_end(upstream, tmp_path, monkeypatch):
+    copy = shutil.copytree(upstream, tmp_path / "copy")
+    whole, _ = complete(upstream)
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(Completion, "_write_manifest", lambda *_: (_ for _ in ()).throw(MemoryError("killed")))
+        complete(copy)
+    assert not (copy / "manifest.json").exists() and complete(copy)[0]["files"] == whole["files"]
 
 
 def test_text_of_ones_own_is_encoded(upstream, tmp_path):

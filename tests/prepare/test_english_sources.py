@@ -65,6 +65,7 @@ def test_docstrings_are_parsed_not_imported(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text('"""A test module is left out, however long its sentence may be."""')
     (tmp_path / "broken.py").write_text("def (")
+    (tmp_path / "half.py").write_text('"""Half of a surrogate pair, \\ud800, written as an escape in a docstring."""')
     (tmp_path / "module.py").write_text(
         '"""This module would end the interpreter if it were ever imported."""\nraise SystemExit\n'
         'def f(x):\n    """Compute the value of a polynomial at a point given by the caller.\n\n'
@@ -74,7 +75,8 @@ def test_docstrings_are_parsed_not_imported(tmp_path):
     )
     unread = []
     documents = [document for document in docstring_documents("demo", tmp_path, unread) if document.lines]
-    assert [document.name for document in documents] == ["demo/module.py"] and unread == ["demo/broken.py"]
+    assert [document.name for document in documents] == ["demo/module.py"]
+    assert unread == ["demo/broken.py", "demo/half.py"]
     assert documents[0].lines == [
         "This module would end the interpreter if it were ever imported.",
         "Compute the value of a polynomial at a point given by the caller.",

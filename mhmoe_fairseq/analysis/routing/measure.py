@@ -54,6 +54,8 @@ def measure_routing(
         with listening(opened.model, counts.add):
             record = evaluate(opened, split, **options)
         return counts.added_to(record)
+    if kept is not None and kept.parts.keys() != opened.task.parts_of(split).keys():
+        kept = None  # of some of the languages
     record = evaluate(opened, split, **options) if kept is None else kept
     if _has_texts(record):
         record = _with_guesses(record, opened, split)
@@ -88,7 +90,8 @@ def _piece_loads(opened: Opened, split: str) -> np.ndarray:
         batch = dataset.collater([dataset[index]])
         counter = LoadCounter(opened.layers)
         with counter.counting():
-            opened.model(batch["net_input"]["src_tokens"][:, :PIECE_TOKENS].to(opened.device))
+            inputs = {name: batch["net_input"][name] for name in ("src_tokens", "domain") if name in batch["net_input"]}
+            opened.model(**{name: of[:, :PIECE_TOKENS].to(opened.device) for name, of in inputs.items()})
         assert counter.loads is not None, "a model with experts"
         loads.append([row.loads for row in counter.loads.layers])
     return np.array(loads)

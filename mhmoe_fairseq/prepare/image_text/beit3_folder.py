@@ -218,7 +218,9 @@ class Completion:
     def _write_manifest(self, counts: dict[str, int], tokenizer: Optional[dict[str, Any]]) -> dict[str, Any]:
         earlier = read_manifest(self.folder)
         made = list(dict.fromkeys([*earlier.get("made", []), *self.made]))
-        names = sorted({DICTIONARY, *made, *(name for name in counts if name.endswith(".jsonl"))})
+        may_be = (MODEL_FILE, TOKENIZER_FILE, *(f"text/{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")))
+        there = (name for name in may_be if (self.folder / name).is_file())  # the user's, or of a run that was cut off
+        names = sorted({DICTIONARY, *made, *there, *(name for name in counts if name.endswith(".jsonl"))})
         entries = {
             "source": {"name": _SOURCE, "licence": "the user's own data: their terms are the user's to know"},
             "indexes": counts,

@@ -142,6 +142,7 @@ def wheel_documents(package: str, path: Path) -> Iterator[Document]:
 def _module_document(name: str, source: bytes, unread: list[str]) -> Iterator[Document]:
     try:
         texts = [_PARAMETER.sub("", _DOCTEST.sub("", docstring)) for docstring in _docstrings(source.decode())]
+        "".join(texts).encode()  # half a surrogate pair, written as an escape, is no text
     except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
         unread.append(name)
         return
