@@ -21,7 +21,8 @@ from ..common.errors import UserError
 from ..common.ranges import flag
 from .evaluate import add_caption_arguments
 
-_OF_TEXT, _OF_IMAGES = ("sampling", "top_k", "top_p", "json"), ("output", "length_penalty", "max_len")
+_OF_SEARCH = ("max_len_b", "sampling", "temperature", "top_k", "top_p", "seed")
+_OF_TEXT, _OF_IMAGES = (*_OF_SEARCH, "json"), ("output", "length_penalty", "max_len")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,19 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a UTF-8 file with one prompt per line; - reads stdin",
     )
     prompts.add_argument("--image", nargs="+", type=existing_file, metavar="FILE", help="images to caption")
-    add("--max-len-b", type=whole(), default=200, metavar="N", help="longest text in tokens, prompt included")
+    add("--max-len-b", type=whole(), metavar="N", help="longest text in tokens, prompt included (default: 200)")
     add(
         "--beam", type=whole(), metavar="B",
         help="hypotheses kept by beam search; 1 is greedy, and what texts have if not given; captions, the training's",
     )  # fmt: skip
     add("--sampling", action="store_true", help="draw tokens in place of searching the best text")
-    add("--temperature", type=real(above=0), default=1.0, metavar="T", help="divides the logits")
+    add("--temperature", type=real(above=0), metavar="T", help="divides the logits (default: 1)")
     add("--top-k", type=whole(), metavar="K", help="sample among the K most probable tokens")
     add(
         "--top-p", type=real(above=0, at_most=1), metavar="P",
         help="sample among the likeliest tokens of joint probability P",
     )  # fmt: skip
-    add("--seed", type=seed, default=1, help="of the sampling")
+    add("--seed", type=seed, help="of the sampling (default: 1)")
     add("--batch-size", type=whole(), default=8, metavar="N", help="prompts that are decoded together")
     add(
         "--json", action="store_true",
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints one text, or JSON object, per prompt, or the caption of each image."""
     for name in _OF_IMAGES if args.image is None else _OF_TEXT:
-        if getattr(args, name):
+        if not (getattr(args, name) is None or getattr(args, name) is False):
             raise UserError(f"{flag(name)}: {'needs' if args.image is None else 'has no meaning with'} --image")
     return _continue(args) if args.image is None else _caption(args)
 
@@ -96,8 +97,8 @@ def _continue(args: argparse.Namespace) -> int:
     from ..checkpoints.open import open_text_model
     from ..evaluation.generation import Search, continue_prompts
 
-    names = ("max_len_b", "sampling", "temperature", "top_k", "top_p", "seed")
-    search = Search(args.beam or 1, **{name: getattr(args, name) for name in names})
+    given = {name: value for name in _OF_SEARCH if (value := getattr(args, name)) is not None}
+    search = Search(args.beam or 1, **given)
     model = open_text_model(args.checkpoint, args.data, "cpu" if args.cpu else None, args.precision)
     for continuation in continue_prompts(model, prompts, search, batch_size=args.batch_size):
         say(json.dumps(continuation._asdict(), ensure_ascii=False) if args.json else continuation.text)

@@ -155,6 +155,8 @@ def test_bad_input_is_one_line(run, data, capsys, flags, message):
         (("--image", "nowhere.png"), "--image (nowhere.png) does not exist"),
         (("--image", "{data}/dict.txt"), "dict.txt: not an image"),
         (("--image", "{data}/dict.txt", "--sampling"), "--sampling: has no meaning with --image"),
+        (("--image", "{data}/dict.txt", "--seed", "0"), "--seed: has no meaning with --image"),
+        (("--image", "{data}/dict.txt", "--max-len-b", "9"), "--max-len-b: has no meaning with --image"),
         (("--prompt", "a", "--max-len", "3"), "--max-len: needs --image"),
     ],
 )
