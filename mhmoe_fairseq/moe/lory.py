@@ -121,7 +121,7 @@ class LoryLayer(MergedLayer):
         if length == 1:  # a step of decoding: no reason to compute a whole segment
             y = self.experts(x, probs_GE)
         else:
-            y = self.experts(placed_BGLD.flatten(0, 1), probs_GE).view(batch, -1, dim)
+            y = self.experts(placed_BGLD.flatten(0, 1), probs_GE).view(batch, count * segment, dim)
             y = F.pad(y, (0, 0, 0, 1)).gather(1, places_BSD)
         filled_B2G = (torch.stack([start_B, end_B], dim=1).unsqueeze(2) - starts_G).clamp(0, segment)
         return self.output(y, probs_GE, filled_B2G.diff(dim=1).flatten())

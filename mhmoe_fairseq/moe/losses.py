@@ -51,7 +51,7 @@ def router_sums(
     Args:
         padding_mask_N: True where padded.
         count: first choices (``"top1"``, GShard), all choices divided by K (``"topk"``), or each choice by its gate
-            weight (``"gates"``, arXiv 2403.07816), which has a gradient.
+            weight (``"gates"``, arXiv 2403.07816), which has a gradient; a gate scale multiplies these sums, too.
         banks: of experts; consecutive rows are of one after the other.
         sequences: equal parts of the batch, of each of which the sums are; choices are then those of the probabilities,
             without a selection bias (DeepSeek-V3). None for the sums of all.

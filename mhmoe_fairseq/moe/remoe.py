@@ -13,6 +13,7 @@ from .updates import ExactState, UpdateSums
 
 _FIRST_WEIGHT = 1e-8
 _FACTOR = 1.2
+_BOUNDS = 1e-20, 1e3  # far from where float32 ends, and from what regulates
 
 
 class AdaptiveWeight(ExactState):
@@ -42,12 +43,12 @@ class AdaptiveWeight(ExactState):
     def after_updates(self, layers: Sequence[UpdateSums]) -> None:
         """Multiply by 1.2, or divide, by the share of experts used of all layers together; without sub-tokens nothing.
 
-        Of a sub-token each could be used that its bank has.
+        Of a sub-token each could be used that its bank has. The weight stays where it can come back from.
         """
         used, possible = (sum(of) for of in zip(*(self._used_and_possible(sums) for sums in layers)))
         grows = used > self.target * possible
         factor = torch.where(grows, _FACTOR, 1 / _FACTOR)
-        self.weight.mul_(torch.where(possible > 0, factor, 1.0))
+        self.weight.mul_(torch.where(possible > 0, factor, 1.0)).clamp_(*_BOUNDS)
 
     def _used_and_possible(self, sums: UpdateSums) -> tuple[Tensor, Tensor]:
         return sums.stats.expert_load.sum(), sums.stats.num_subtokens * self.num_experts

@@ -228,6 +228,7 @@ def no_lone_recovery(spreads_experts: bool) -> Iterator[None]:
         if spreads_experts and "out of memory" in str(error):
             raise RuntimeError(
                 f"rank {dist.get_rank()} has too little GPU memory for this batch, and the others wait for its "
-                "experts: lower --batch-size or --max-tokens and raise --update-freq"
+                "experts: lower --batch-size or --max-tokens and raise --update-freq (in a validation: lower "
+                "--batch-size-valid or --max-tokens-valid)"
             ) from error
         raise

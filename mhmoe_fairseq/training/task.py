@@ -17,6 +17,7 @@ from ..compat import refuse_tpu
 from ..moe import RoutingStats
 from ..moe.layer import taken_for_padding
 from ..parallel import sharded_experts
+from .amp import undo_one_unscaling
 from .batches import ResumableEpochBatchIterator, is_filler, without_metrics
 from .checks import check_training_numbers, hold_save_dir, refuse_ddp_without_gpus, require_process_group
 from .expert_state import prepare_sharded_model
@@ -155,6 +156,7 @@ class ParallelTask(FairseqTask):
     def optimizer_step(self, optimizer: Any, model: nn.Module, update_num: int) -> None:
         """fairseq's hook for an update of the parameters, after which modules of its layers may act."""
         with self._layer_updates.after(optimizer):
+            undo_one_unscaling(optimizer)
             super().optimizer_step(optimizer, model, update_num)
 
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
@@ -166,7 +168,7 @@ class ParallelTask(FairseqTask):
         """fairseq's hook for a batch of a validation, of which the first whose loss is not finite is reported."""
         filler = is_filler(sample)
         model.eval()
-        with torch.no_grad(), taken_for_padding(model, filler):
+        with torch.no_grad(), taken_for_padding(model, filler), no_lone_recovery(self.has_spread_experts):
             outcome = self.evaluate_batch(sample, model, criterion)
         if not self._has_reported and not torch.isfinite(outcome[0]).all():
             self._has_reported = True

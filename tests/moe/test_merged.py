@@ -137,6 +137,13 @@ def test_all_weight_on_one_expert_is_that_expert():
             torch.testing.assert_close(one, feed_forward(weights, "gelu", True, token, False), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("routing", MERGINGS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_nothing_is_merged_for_nothing(routing, shape):
+    output = layer_of(routing)(torch.zeros(*shape, DIM, dtype=torch.float64))
+    assert output.hidden.shape == (*shape, DIM) and torch.isfinite(output.balance_loss)
+
+
 def test_first_segments_begin_with_equal_weights():
     layer = LoryLayer(MergedConfig(embed_dim=DIM, num_experts=EXPERTS, expert_ffn_dim=5, segment_length=SEGMENT))
     load = layer(torch.randn(2, SEGMENT, DIM)).stats.expert_load

@@ -68,6 +68,14 @@ def test_the_weight_follows_the_share_of_experts_in_use():
     module.after_updates([sums_of([1.0, 1, 1, 0], 2.0), sums_of([0.0, 0, 0, 0], 2.0)])  # .8125 of both layers
     assert module.weight.item() == pytest.approx(1e-8 / 1.2)
     module.after_updates([sums_of([0.0, 0, 0, 0], 0.0)])  # of nothing, nothing follows
+    bounded = adaptive()
+    for loads, other in (([0.0, 0, 0, 0], [2.0, 2, 2, 2]), ([2.0, 2, 2, 2], [0.0, 0, 0, 0])):
+        for _ in range(1000):
+            bounded.after_updates([sums_of(loads, 2.0)])
+        there = float(bounded.weight)
+        assert 0 < there < torch.inf
+        bounded.after_updates([sums_of(other, 2.0)])
+        assert float(bounded.weight) == pytest.approx(there * (1.2 if sum(other) else 1 / 1.2))  # and it comes back
     assert module.weight.item() == pytest.approx(1e-8 / 1.2)
     two = adaptive(top_k=2)
     two.after_updates([sums_of([1.0, 1, 1, 0], 2.0)])  # .625 above .5

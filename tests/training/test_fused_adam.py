@@ -3,18 +3,28 @@
 import copy
 import functools
 import logging
+from argparse import Namespace
 
 import pytest
 import torch
 from fairseq import optim
 from fairseq.optim.adam import Adam
+from fairseq.tasks import FairseqTask
 from parallel_runs import configuration
 from torch import nn
 
+from mhmoe_fairseq.training import ParallelTask
 from mhmoe_fairseq.training.fused_adam import FusedAdam
+from mhmoe_fairseq.training.layer_updates import LayerUpdates
 
 SHAPES = (7, 5), (3,), (), (0, 4), (100, 33)
 HALVES = (torch.float16, torch.bfloat16)
+
+
+class Task(ParallelTask, FairseqTask):
+    """A task of this package with nothing of its own."""
+
+
 WRAPPERS = {
     "fp32": [],
     "fp16-no-flatten": ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", "4"],
@@ -132,6 +142,30 @@ def build(config, members):
         return optim.build_optimizer(config.optimizer, members)
     wrapper = optim.MemoryEfficientFP16Optimizer if config.common.memory_efficient_fp16 else optim.FP16Optimizer
     return wrapper.build_optimizer(config, members)
+
+
+@pytest.mark.parametrize("old", [[], ["--use-old-adam"]])
+def test_amp_takes_the_step_of_fp32_also_where_gradients_are_near_epsilon(old):
+    """And not that of a gradient divided by the loss scale twice, as fairseq's alone would."""
+    taken = []
+    for amp in ([], ["--amp"]):
+        members, scale = parameters(), 1.0
+        optimizer = build(settings(*amp, *old), members)
+        if amp:
+            optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**15)
+            scale = float(optimizer.scaler.scale(torch.ones(())))
+        for index, parameter in enumerate(members):
+            parameter.grad = torch.full_like(parameter, 1e-7 * (index + 1) * scale)
+        norm = float(optimizer.clip_grad_norm(0.0))
+        task = Task(Namespace())
+        task._layer_updates = LayerUpdates(nn.Linear(1, 1))
+        task.optimizer_step(optimizer, None, 1)
+        moments = [optimizer.optimizer.state[parameter]["exp_avg"] for parameter in members]
+        taken.append((norm, [*members, *moments]))
+    (norm, fp32), (its_norm, mixed) = taken
+    assert its_norm == pytest.approx(norm)
+    for own, its in zip(mixed, fp32):
+        assert_close(own.detach(), its.detach(), 1e-5)
 
 
 def test_gradients_are_multiplied_in_the_step_alone():

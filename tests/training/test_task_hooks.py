@@ -48,6 +48,19 @@ def test_each_validation_reports_its_first_bad_batch(task, caplog):
     assert [message.splitlines()[0].split(":")[0] for message in caplog.messages] == ["validation"] * 2
 
 
+def test_with_spread_experts_no_rank_validates_again_alone(task, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+    def full(model, sample):
+        raise RuntimeError("CUDA out of memory")
+
+    for spread in (False, True):  # fairseq tries again where it reads these words
+        task.has_spread_experts = spread
+        with pytest.raises(RuntimeError) as caught:
+            task.valid_step({"nsentences": 1}, nn.Linear(2, 2), full)
+        assert ("out of memory" in str(caught.value)) == (not spread)
+
+
 UNBALANCED = "leaves out the MoE layers' balance loss"
 BY_BATCH = "which tokens an expert takes depends on the other rows of the batch"
 
