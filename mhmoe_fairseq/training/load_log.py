@@ -189,5 +189,7 @@ def _summary_writer(folder: str | None) -> Any:
         return None
     writers = progress_bar._tensorboard_writers
     if "loads" not in writers:
-        writers["loads"] = progress_bar.SummaryWriter(os.path.join(folder, "loads"))
+        # A file's name has the second of its beginning: what is resumed within that second must not begin it anew.
+        suffix = f".{os.getpid()}"
+        writers["loads"] = progress_bar.SummaryWriter(os.path.join(folder, "loads"), filename_suffix=suffix)
     return writers["loads"]

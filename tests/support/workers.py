@@ -120,6 +120,8 @@ def fairseq_command(command: str, words: Sequence[str]) -> str:
 
     In a single process no distributed flag is added.
     """
+    from fairseq.logging import progress_bar
+
     place = here()
     if place.world_size > 1:
         words = [
@@ -131,6 +133,7 @@ def fairseq_command(command: str, words: Sequence[str]) -> str:
             words = [*words, "--ddp-backend", "legacy_ddp"]
     sys.argv = [command, *words]
     importlib.import_module(ENTRY_POINTS[command]).cli_main()
+    progress_bar._close_writers()  # as a process does that ends by itself
     sys.stdout.flush()
     return place.output.read_text(errors="replace")
 

@@ -4,13 +4,15 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from parallel_runs import BATCH_LINES, LINE_WORDS, train, write_even_corpus
 from tensorboardX.proto.event_pb2 import Event
+from workers import Workers
 
 from mhmoe_fairseq.common.errors import UserError
-from mhmoe_fairseq.training.load_log import check_load_log
+from mhmoe_fairseq.training.load_log import _summary_writer, check_load_log
 
 CHOICES = 4 * BATCH_LINES * (LINE_WORDS + 1) * 2  # of one head in an update of four batches: tokens, top-2
 FLAGS = ("--log-interval", 2, "--checkpoint-activations")
@@ -53,6 +55,18 @@ def test_a_resumed_training_goes_on_with_the_file(data: Path, tmp_path: Path) ->
         for event in events(drawn / "loads") for value in event.summary.value
     }  # fmt: skip
     assert histograms["load/layer_1", 2] == load and histograms["load/layer_1/head_1", 6] == rows[2]["load"][1]
+
+
+def draw_within_one_second(folder: str) -> None:
+    with mock.patch("time.time", return_value=1e9):
+        writer = _summary_writer(folder)
+    writer.add_scalar("loads", 1.0)
+    writer.close()
+
+
+def test_trainings_of_one_second_draw_into_files_of_their_own(tmp_path: Path) -> None:
+    Workers(2).run(draw_within_one_second, str(tmp_path), group=False)
+    assert [event.summary.value[0].tag for event in events(tmp_path / "loads") if event.summary.value] == ["loads"] * 2
 
 
 def test_ranks_write_one_file_of_their_sums(data: Path, tmp_path: Path) -> None:
