@@ -79,6 +79,10 @@ def weights_of_one_model(paths: Sequence[Path], checkpoints: Sequence[Mapping[st
     for path, state, flags in zip(paths, weights, settings):
         for difference in _differences(weights[0], state, settings[0], flags):
             raise UserError(f"{path} is not the model of {paths[0]}: {difference}")
+    classes = [(checkpoint.get("task_state") or {}).get("classes") for checkpoint in checkpoints]
+    for path, names in zip(paths, classes):
+        if names != classes[0]:
+            raise UserError(f"{path} has other classes, or in another order, than {paths[0]}: {names}, {classes[0]}")
     return weights
 
 

@@ -19,6 +19,11 @@ from .files import OPTIMIZER_STATE
 
 _EXPERT_BANK = re.compile(r"(.*)\.experts\.fc1_weight")
 _FINGERPRINT = re.compile(r"(.*\.)?vocabulary_fingerprint")
+# What training changes without gradients, and tables: no parameters. In exported folders they have other names.
+_BUFFER = re.compile(
+    r".*\.(gate\.balancing\.bias|gate\.adaptive\.weight|running_mean|xpos\.scale"
+    r"|router\.selection_bias|router\.regularizer|center)"
+)
 # The first pattern found in a name decides; a norm inside a part counts there.
 _PARTS = {
     "task heads": r"^(heads|classification_heads)\.",
@@ -74,7 +79,7 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
     """
     weights = weights_of(checkpoint, path)
     unique = list(unique_weights(weights))
-    parameters = [(name, value) for name, value in without_packing(dict(unique)).items() if value.is_floating_point()]
+    parameters = dict(parameters_of(without_packing(dict(unique))))
     settings = _entry(checkpoint, "cfg", "model")
     history = checkpoint.get("optimizer_history")
     progress = _entry({"last": history[-1] if isinstance(history, list) and history else None}, "last")
@@ -82,7 +87,11 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
     iterator = _entry(extra, "train_iterator")
     state = _entry(checkpoint, OPTIMIZER_STATE)
     state_tensors = list(_tensors(state))
-    moments = [tensor.numel() for tensor in _tensors(_entry(state, "state")) if tensor.dim()]
+    steps = [_entry(of_one).get("step") for of_one in _entry(state, "state").values()]
+    moments = [
+        tensor.numel()
+        for tensor in _tensors(_entry(state, "state")) if not any(tensor is step for step in steps)
+    ]  # fmt: skip
     data = _entry(checkpoint, "cfg", "task").get("data")
     dtypes: Counter[str] = Counter()
     for _, value in unique:
@@ -96,17 +105,22 @@ def summarize(path: Path, checkpoint: Mapping[str, Any]) -> CheckpointSummary:
         best=extra.get("best"),
         world_size=iterator.get("num_shards"),
         settings={name: value for name, value in settings.items() if value not in (None, False) and name != "_name"},
-        parameters=count_parts(parameters),
+        parameters=count_parts(parameters.items()),
         experts={match[1]: len(value) for name, value in weights.items() if (match := _EXPERT_BANK.fullmatch(name))},
         dtypes=dict(dtypes),
         optimizer=progress.get("optimizer_name") if state else None,
         optimizer_tensors=len(state_tensors),
         optimizer_bytes=sum(tensor.nbytes for tensor in state_tensors),
-        complete=sorted(moments) == sorted(2 * [value.numel() for _, value in parameters]),
+        complete=sorted(moments) == sorted(2 * [value.numel() for value in parameters.values()]),
         fingerprint=fingerprint_of(weights),
         data=data,
         corpus=_corpus(path, data),
     )
+
+
+def parameters_of(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters among a state's tensors, with their names: no buffers, no whole numbers."""
+    return ((name, value) for name, value in state.items() if value.is_floating_point() and not _BUFFER.fullmatch(name))
 
 
 def count_parts(parameters: Iterable[tuple[str, Tensor]]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ..common.arguments import (
 )
 from ..common.console import say
 from ..common.errors import UserError
-from ..common.files import write_json
+from ..common.files import sha256_of, write_json
 from ..common.tables import MISSING, byte_size, markdown_table
 
 if TYPE_CHECKING:
@@ -160,9 +161,7 @@ def _add_export(actions: Any) -> None:
     export.add_argument(
         "--tiktoken-ranks", type=existing_file, metavar="FILE", help="hf: rank file of a vocabulary of tiktoken's"
     )
-    export.add_argument(
-        "--max-shard-size", type=real(above=0), default=5.0, metavar="GB", help="hf: most weights in one file"
-    )
+    export.add_argument("--max-shard-size", type=real(above=0), metavar="GB", help="hf: most weights in one file (5)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -194,11 +193,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"{args.source} to {args.target}: one must be a .pt, the other a .safetensors file")
     check_output(args.target, overwrite=args.overwrite)
     checkpoint = read_checkpoint(args.source)
-    if args.target.suffix == ".pt" and "cfg" not in checkpoint:
-        raise UserError(
-            f"{args.source} has no configuration of fairseq, so no .pt that fairseq opens can be made of it: it was "
-            "not written by mhmoe checkpoint convert"
-        )
+    _require_configuration(checkpoint, args.source, args.target)
     dropped = args.weights_only and checkpoint.pop(OPTIMIZER_STATE, None) is not None
     summary = summarize(args.source, checkpoint)  # before anything is replaced: it finds what is no checkpoint
     write_checkpoint(checkpoint, args.target, overwrite=args.overwrite)
@@ -210,6 +205,14 @@ def _convert(args: argparse.Namespace) -> None:
         say(f"{reason}, but --finetune-from-model starts from the weights")
 
 
+def _require_configuration(checkpoint: Mapping[str, Any], source: Path, target: Path) -> None:
+    if target.suffix == ".pt" and "cfg" not in checkpoint:
+        raise UserError(
+            f"{source} has no configuration of fairseq, so no .pt that fairseq opens can be made of it: it was not "
+            "written by mhmoe checkpoint convert"
+        )
+
+
 def _average(args: argparse.Namespace) -> None:
     from ..checkpoints.average import average, choose_inputs
     from ..checkpoints.files import check_output, write_checkpoint
@@ -218,7 +221,9 @@ def _average(args: argparse.Namespace) -> None:
     paths = choose_inputs(
         args.inputs, args.num_epoch_checkpoints, args.num_update_checkpoints, args.checkpoint_upper_bound
     )
-    write_checkpoint(average(paths), args.output, overwrite=args.overwrite)
+    mean = average(paths)
+    _require_configuration(mean, paths[-1], args.output)
+    write_checkpoint(mean, args.output, overwrite=args.overwrite)
     head = f"{args.output}: the mean of {len(paths)} checkpoints, without optimizer state"
     say("\n  ".join([head, *map(str, paths)]))
 
@@ -266,21 +271,25 @@ def _export(args: argparse.Namespace) -> None:
     from ..checkpoints.huggingface.export import export_model, import_folder
 
     if args.format == "fairseq":
-        for flag in ("data", "tiktoken_ranks"):
-            if getattr(args, flag):
+        for flag in ("data", "tiktoken_ranks", "max_shard_size"):
+            if getattr(args, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')} has no meaning with --format fairseq")
         say("\n".join(import_folder(args.source, args.out)))
         return
-    options = {"data": args.data, "ranks": args.tiktoken_ranks, "shard_bytes": round(args.max_shard_size * 1e9)}
+    options = {"data": args.data, "ranks": args.tiktoken_ranks, "shard_bytes": round((args.max_shard_size or 5) * 1e9)}
     say("\n".join(export_model(args.source, args.out, measured=_measured(args.source), **options)))
 
 
 def _measured(checkpoint: Path) -> list[list[str]]:
-    """The metrics of the records beside a checkpoint: name, value, unit, split, digest of the data."""
+    """The metrics of a checkpoint in the records beside it: name, value, unit, split, digest of the data."""
     from ..evaluation.records import read_record
+    from ..models.language_model import find_checkpoint
 
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    records = map(read_record, sorted(folder.glob("record-*.json")))
+    file = find_checkpoint(checkpoint, None)
+    records = [read_record(path) for path in sorted(file.parent.glob("record-*.json"))]
+    if records:
+        exported = sha256_of(file)
+        records = [record for record in records if record.checkpoint.get("sha256") == exported]
     return [
         [name, f"{metric.value:.4g}", metric.unit, record.split, str(record.data.get("digest", MISSING))[:16]]
         for record in records

@@ -96,10 +96,9 @@ def run(args: argparse.Namespace) -> int:
     rows = plan(settings)
     say(describe(rows, settings))
     if settings.cluster is not None:
-        half = settings.flags.get("mhmoe_precision", "fp32") != "fp32"
         recompute = settings.flags.get("checkpoint_activations", False)
         plans = [row.ranks for row in rows if row.ranks is not None]
-        say("\n" + describe_ranks(plans, settings.cluster, half=half, recompute=recompute))
+        say("\n" + describe_ranks(plans, settings.cluster, recompute=recompute))
     if args.json:
         write_json(args.json, [_as_json(row) for row in rows])
     return 0
@@ -119,18 +118,24 @@ def _settings(args: argparse.Namespace) -> "PlanSettings":
     if args.ranks is not None:
         link, network, flops = args.link * 1e9, args.network * 1e9 / 8, args.tflops and args.tflops * 1e12
         cluster = Cluster(args.ranks, args.ranks_per_node, args.tokens_per_rank, link, network, flops)
-    elif args.mhmoe_expert_parallel_size is not None:
-        raise UserError("--mhmoe-expert-parallel-size needs --ranks")
+    elif given := [flag for flag, (_, default, *_) in _CLUSTER_FLAGS.items() if _value(args, flag) != default]:
+        raise UserError(f"{given[0]} ({_value(args, given[0])}) needs --ranks")
+    elif args.mhmoe_expert_parallel_size is not None or args.cpu:
+        raise UserError(f"{'--cpu' if args.cpu else '--mhmoe-expert-parallel-size'} needs --ranks")
     return PlanSettings(
         arch=args.arch,
         vocab_size=args.vocab_size or PAPER_VOCAB_SIZES[kind],
-        experts=tuple(args.experts or [args.moe_expert_count or 8]),
+        experts=tuple(args.experts or [8 if args.moe_expert_count is None else args.moe_expert_count]),
         flags=_model_flags(args, kind),
         tokens_per_sample=args.tokens_per_sample,
         num_visual_tokens=args.visual_tokens,
         cluster=cluster,
         cpu=args.cpu,
     )
+
+
+def _value(args: argparse.Namespace, flag: str) -> Any:
+    return getattr(args, flag.removeprefix("--").replace("-", "_"))
 
 
 def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def _model_flags(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     }
     sizes = {f"{KINDS[kind].stack}_{name}": getattr(args, name) for name in _SHORT_SIZES.values()}
     given |= {name: value for name, value in sizes.items() if value is not None}
-    return {name: value for name, value in given.items() if value not in (None, False)}
+    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def describe(rows: "list[PlanRow]", settings: "PlanSettings") -> str:

@@ -83,8 +83,14 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside ``path``, which takes its place on success; on an error ``path`` stays as it was.
 
-    The temporary names are fixed, as those of :func:`atomic_path`.
+    The temporary names are fixed, as those of :func:`atomic_path`. A folder that cannot be renamed, such as a volume,
+    stays, and what was made within it takes the place of what it had.
     """
+    path = path.resolve()
+    if path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK)):
+        with _atomic_contents(path) as temporary:
+            yield temporary
+        return
     temporary, earlier = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -100,6 +106,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             earlier.rename(path)
         for left in (temporary, earlier):
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _atomic_contents(path: Path) -> Iterator[Path]:
+    temporary = path / f".{path.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explain_full_disk(path):
+            temporary.mkdir()
+            yield temporary
+            for before in {*path.iterdir()} - {temporary}:
+                shutil.rmtree(before) if before.is_dir() and not before.is_symlink() else before.unlink()
+            for made in temporary.iterdir():
+                made.rename(path / made.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,6 +54,9 @@ def evaluate_captions(
     search = find_search(opened, beam, length_penalty, max_len)
     index = read_index(opened.task.folder, "captioning", split, NAME)
     references = _references(opened.task.folder / GROUND_TRUTH[split], index)
+    if references is None and output is None:
+        raise UserError(f"--split {split} has no captions to score by: give --output FILE for the model's")
+    training = None if references is None else _training_captions(opened)
     dataset = CaptionDataset(index, opened.task.dataset_settings(split), EvaluationTransform(opened.task.args.img_size))
     captions: dict[int, str] = {}
     for batch in opened.batches(dataset, batch_size):
@@ -68,7 +71,6 @@ def evaluate_captions(
     settings["references"] = sum(map(len, references.values()))
     values, absent = score_captions(captions, references, with_java=not no_java)
     constant: dict[str, float] = {}
-    training = _training_captions(opened)
     if training is not None:
         settings[_CONSTANT] = best_constant_caption(training)
         constant, _ = score_captions(dict.fromkeys(references, settings[_CONSTANT]), references, with_java=False)

@@ -66,25 +66,27 @@ def evaluate_images(
 
 def _answer(opened: Opened, dataset: VQADataset, batches: Batches, output: Path | None) -> Metrics:
     """``accuracy`` is the mean soft score, VQA's."""
-    index, best = dataset.index, _best(opened, batches)
+    index = dataset.index
+    baselines = text_baselines(opened, index, "question") if dataset.has_targets else {}
+    best = _best(opened, batches)
     if output is not None:
         answers = zip(index["qid"].tolist(), best)
         write_objects(output, ({"question_id": qid, "answer": opened.task.classes[label]} for qid, label in answers))
     if not dataset.has_targets:
         return {}
-    return {"accuracy": mean_percent(_scores(index, best), text_baselines(opened, index, "question"))}
+    return {"accuracy": mean_percent(_scores(index, best), baselines)}
 
 
 def _judge(opened: Opened, dataset: ImagePairs, batches: Batches, output: Path | None) -> Metrics:
-    index, best = dataset.index, _best(opened, batches)
-    identifiers = list(index["identifier"])
+    index = dataset.index
+    baselines = text_baselines(opened, index, "statement") if dataset.has_targets else {}
+    identifiers, best = list(index["identifier"]), _best(opened, batches)
     if output is not None:
         write_rows(output, ([name, str(bool(judged))] for name, judged in zip(identifiers, best)))
     if not dataset.has_targets:
         return {}
     scores = _scores(index, best)
-    accuracy = mean_percent(scores, text_baselines(opened, index, "statement"))
-    return {"accuracy": accuracy, **consistency(identifiers, scores)}
+    return {"accuracy": mean_percent(scores, baselines), **consistency(identifiers, scores)}
 
 
 def consistency(identifiers: Sequence[str], is_right: Sequence[float]) -> Metrics:
@@ -130,8 +132,8 @@ def _retrieve(opened: Opened, dataset: RetrievalDataset, batches: Batches, outpu
     texts_of_image = np.unique(dataset.index["image_id"], return_counts=True)[1].tolist()
     found, chance = meter.recalls, {"chance": chance_of_recall(texts_of_image)}
     metrics = {"mean recall": Metric(found["mean_recall"], "%", count=len(dataset), baselines=chance)}
-    for way in ("text", "image"):
-        metrics |= {f"{way} R@{rank}": Metric(found[f"{way}_r{rank}"], "%", count=len(dataset)) for rank in RANKS}
+    for way, queries in (("text", len(texts_of_image)), ("image", len(dataset))):  # texts of an image; its image
+        metrics |= {f"{way} R@{rank}": Metric(found[f"{way}_r{rank}"], "%", count=queries) for rank in RANKS}
     if output is not None:
         write_json(output, {name: metric.value for name, metric in metrics.items()})
     return metrics
@@ -156,6 +158,8 @@ def text_baselines(opened: Opened, scored: Index, text: str) -> dict[str, float]
     try:
         training = opened.task.read_index("train")
     except FileNotFoundError:
+        return {}
+    if "labels" not in training and "label" not in training:
         return {}
     answers, majority = answers_by_text((_text(training, row), _weights(training, row)) for row in range(len(training)))
     by_text = _scores(scored, [answers.get(_text(scored, row), majority) for row in range(len(scored))])

@@ -18,7 +18,7 @@ from ..data.classification import Example, Fields, Labels, given_labels, read_ex
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.identity import MANIFEST, read_manifest
 from ..data.languages import get_language
-from ..data.vocabularies import SentencePieceVocabulary
+from ..data.vocabularies import MODEL_FILE, SentencePieceVocabulary
 from ..tasks.sentence_classification import FIRST
 from .expert_loads import LoadCounter
 from .records import Metric, Record, mean_percent
@@ -111,6 +111,9 @@ def evaluate_sentences(
         datasets = {part: opened.task.read_split(part) for part in parts}
     else:
         datasets = dict(_encoded(opened, fields, word, input) for word in input)
+        if label_field is None and output is None:
+            rule = "has no labels to score by: give --label-field NAME, or --output FILE for the predictions"
+            raise UserError(f"--input ({' '.join(input)}) {rule}")
     results = {}
     for part, dataset in datasets.items():
         language = part.partition("_")[2]
@@ -173,7 +176,11 @@ def _encoded(opened: Opened, fields: Fields, word: str, words: Sequence[str]) ->
     expected = len(opened.task.sentence_folders())
     if len(fields.texts) != expected:
         raise UserError(f"--text-fields: the model was trained with {expected} fields, here are {len(fields.texts)}")
-    vocabulary = SentencePieceVocabulary(opened.data / "sentencepiece.model")
+    model = opened.data / MODEL_FILE
+    if not model.is_file():
+        rule = f"needs {MODEL_FILE} in {opened.data}: prepare the texts as that was, and evaluate a split of theirs"
+        raise UserError(f"--input {word}: {rule}")
+    vocabulary = SentencePieceVocabulary(model)
     dictionary = opened.task.dictionary
     sentences = []
     for texts in zip(*(example.texts for example in examples)):

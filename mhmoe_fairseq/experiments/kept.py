@@ -20,6 +20,7 @@ from ..analysis.reports.runs import BEFORE, TrainingLog, read_model, read_traini
 from ..analysis.reports.tables import COMPARED_SETTINGS
 from ..common.errors import UserError
 from ..common.files import atomic_folder, atomic_open, read_json, write_json
+from ..common.locks import LOCK, exclusive_lock
 from ..evaluation.records import SCHEMA, Record, read_record
 from .plan import SEARCH, Plan, read_search
 from .run import PACKAGE, STATE, Choice, Run
@@ -42,11 +43,17 @@ def keep(plan: Plan, tree: Path) -> list[Path]:
     Raises:
         UserError: naming the first run that is unfinished, half-written, of another length, scale or other data than
             what is kept, trained otherwise than a kept seed, with fewer records or some of another checkpoint, or
-            tested before its learning rate was chosen. Then nothing was copied.
+            tested before its learning rate was chosen; or another command that is writing there. Then nothing was
+            copied.
     """
     runs = plan.runs()
     if not runs:
         raise UserError(f"{plan.experiment.name} has no runs of its own to keep")
+    with exclusive_lock(tree / LOCK, "--results"):  # what is added to in the tree is read before
+        return _keep(plan, runs, tree)
+
+
+def _keep(plan: Plan, runs: list[Run], tree: Path) -> list[Path]:
     search = read_search(plan.out)
     for run in runs:
         _require_whole(plan, run, search)

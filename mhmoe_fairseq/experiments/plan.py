@@ -90,7 +90,10 @@ class Plan:
         if search is not None:
             name = f"search/{recipe.name_of(model)}/lr-{search}"
             shorter = min(self.experiment.search_updates or scale.search_updates, run.updates)
-            run = replace(run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=search, splits=())
+            run = replace(
+                run, name=name, folder=self.out / name, updates=shorter, validations=1, lr=search, is_trial=True,
+                splits=(),
+            )  # fmt: skip
         return in_parts(run)
 
     def start_of(self, recipe: Recipe) -> Recipe | None:

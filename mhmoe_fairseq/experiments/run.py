@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..analysis.reports.runs import BEFORE
+from ..analysis.reports.runs import BEFORE, read_training_log
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of, write_json
 from ..evaluation.records import read_record, record_file
@@ -96,6 +97,7 @@ class Run:
         start: the run whose best checkpoint it starts from.
         branches: runs that are mixed with the start, from which they were trained: it starts from the mix.
         is_part: whether it is trained for another run, as the same command says.
+        is_trial: whether it is a search's, of a learning rate with which it may diverge.
         splits: that are evaluated; none of a search's runs and of parts.
     """
 
@@ -112,6 +114,7 @@ class Run:
     start: "Run | None" = None
     branches: "tuple[Run, ...]" = ()
     is_part: bool = False
+    is_trial: bool = False
     splits: tuple[str, ...] = SPLITS
 
     @property
@@ -238,9 +241,10 @@ class Run:
             return hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()
         return sha256_of(self.checkpoint) if self.checkpoint.is_file() else None
 
-    def keep(self, finished: bool) -> None:
+    def keep(self, finished: bool, diverged: bool = False) -> None:
         """Writes what :meth:`state` reads, what was spent before, and for people the commands of all that it takes."""
-        write_json(self.folder / STATE, {**self.identity(), "finished": finished})
+        outcome = {"finished": finished, **({"diverged": True} if diverged else {})}
+        write_json(self.folder / STATE, {**self.identity(), **outcome})
         if self.parts:
             write_json(self.folder / BEFORE, {part.name.split("/")[-2]: part.updates for part in self.parts})
         commands = [words for run in (*self.parts, self) for words in run.commands()]
@@ -259,7 +263,7 @@ class Run:
                 )
             return "missing"
         kept, own = self._kept(), self.identity()
-        is_finished = kept.pop("finished")
+        is_finished, _ = kept.pop("finished"), kept.pop("diverged", None)
         if self.start is not None and own["start"] is None and not self.is_part:
             own["start"] = kept.get("start")  # nothing is there to compare with
         if kept != own or (is_finished and self.is_part and not self.checkpoint.is_file()):
@@ -267,6 +271,13 @@ class Run:
         if not is_finished:
             return "cut off"
         return "trained" if self.lacking() else "finished"
+
+    def final_loss(self) -> float | None:
+        """Returns the last validation loss, in bits; None of a training that diverged."""
+        loss = math.nan
+        if not self._kept().get("diverged"):
+            loss = read_training_log(self.folder / "train.log").valid[-1]["valid_loss"]
+        return loss if math.isfinite(loss) else None
 
     def is_start(self) -> bool:
         """Whether others can start from it: finished, unless it is a part with whatever settings or by other means.

@@ -32,6 +32,8 @@ from .run import STATE, Choice, Run
 from .spec import Recipe
 from .speeds import Speeds
 
+# What fairseq raises for gradients that are no numbers, and in fp16 where no scale of the loss is small enough.
+_DIVERGED = "FloatingPointError"
 # Flags of commands that follow the trainings -> what reads their file or folder, and complains.
 _READ_LATER: dict[str, Callable[[Path], object]] = {
     "--tasks-dir": lambda folder: open_tasks(folder, None),
@@ -119,9 +121,7 @@ class Runner:
         for together in with_starts(search):
             self._finish(together)
         for run in search:
-            loss = read_training_log(run.folder / "train.log").valid[-1]["valid_loss"]
-            found = loss if math.isfinite(loss) else None  # what diverged is not the best
-            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = found
+            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = run.final_loss()
             for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
                 for checkpoint in folder.glob("checkpoint*.pt"):
                     checkpoint.unlink()
@@ -221,7 +221,14 @@ class Runner:
         *mixing, training = run.commands()
         for words in mixing if run.choice.is_first else ():
             self._call(run, "mixing", words, show, output)
-        self._call(run, "training", training, show, output)
+        try:
+            self._call(run, "training", training, show, output)
+        except UserError as error:
+            if not run.is_trial or _DIVERGED not in str(error):
+                raise
+            self._tell(f"{run.name}: diverged ({error.__cause__}): not the best")
+            run.keep(finished=True, diverged=True)
+            return
         if run.choice.is_first:
             run.keep(finished=True)
 

@@ -269,9 +269,10 @@ def _check_moe(options: Any) -> None:
     _check_heads(options)
     _check_capacity(options, routing)
     _check_merging(options, routing)
-    if routing == "relu" and _text(options.mhmoe_normalize_gates) == "on":
+    if routing in GATES and GATES[routing].chooses_all and _text(options.mhmoe_normalize_gates) == "on":
         raise UserError(
-            "--mhmoe-normalize-gates (on) contradicts --mhmoe-routing relu, by which logits are the weights"
+            f"--mhmoe-normalize-gates (on) contradicts --mhmoe-routing {routing}, by which a gate weight is the score "
+            "of one expert, whatever others are used"
         )
     top_k = options.moe_top_k * (options.mhmoe_granularity or 1)
     if routing is not None and options.moe_normalize_gate_prob_before_dropping and top_k == 1:

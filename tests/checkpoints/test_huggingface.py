@@ -15,11 +15,13 @@ from console import evaluate, evaluated, evaluation_record
 from exported_models import MODELS, WORDS, export, logits_of, write_model
 from fairseq.data import Dictionary
 from language_models import small_dictionary, token_rows
+from safetensors.torch import load_file, save_file
 from trained_model import TrainedModel
 
 from mhmoe_fairseq.checkpoints.files import read_trained
 from mhmoe_fairseq.checkpoints.open import open_model
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.common.files import sha256_of
 from mhmoe_fairseq.evaluation.records import Metric, Record, write_record
 
 pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
@@ -139,6 +141,68 @@ def test_there_and_back(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(logits_of(back / "model.pt", ids), logits_of(checkpoint, ids), rtol=least, atol=least)
 
 
+@pytest.mark.parametrize(
+    "flags, bias",
+    [
+        ({"no_bias": True}, "up_proj_bias"),
+        ({"no_bias": True, "activation_fn": "silu", "moe_ffn_dim": 4}, "down_proj_bias"),
+    ],
+)
+def test_biases_that_were_trained_elsewhere_and_have_no_place_here_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: dict[str, Any], bias: str
+) -> None:
+    """Of experts with a norm and no biases: up_proj_bias has none; down_proj_bias only what the norm's shift can be."""
+    folder = tmp_path / "hf"
+    assert export(write_model(tmp_path / "run", "mhmoe_lm_tiny", subln=True, **flags), folder) == 0
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(f"experts.{bias}"))
+    weights[name] += 0.1 * torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    line = refusal(capsys, "--format", "fairseq", folder, tmp_path / "back")
+    assert f"{bias} was trained, but experts of --no-bias have no such bias" in line
+
+
+def test_what_a_training_elsewhere_may_choose_anew_comes_back(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "run", "mhmoe_lm_tiny", moe_freq=1)
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["cfg"]["criterion"] |= {"moe_gate_loss_wt": 0.02, "moe_gate_loss_combine_method": "sum"}
+    torch.save(stored, checkpoint)
+    assert export(checkpoint, tmp_path / "hf") == 0
+    file = tmp_path / "hf" / "config.json"
+    config = json.loads(file.read_text())
+    assert config["mhmoe_balance_weight"] == pytest.approx(2 * 0.02)  # of the mean over two layers
+    changes = {"dropout": 0.3, "attention_dropout": 0.2, "activation_dropout": 0.1, "mhmoe_balance": "topk"}
+    file.write_text(json.dumps({**config, **changes, "mhmoe_balance_scope": "sequence"}))
+    assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(file.parent), str(tmp_path / "back")]) == 0
+    criterion = read_trained(tmp_path / "back" / "model.pt")["cfg"]["criterion"]
+    assert criterion == {"_name": "moe_cross_entropy", "moe_gate_loss_wt": pytest.approx(0.04)}
+
+
+@pytest.mark.parametrize(
+    "symbols, rule",
+    [
+        (["\u2581the", "\u2581river", "s"], "no sentencepiece.model in it, of whose pieces its dict.txt is"),
+        (list(map(str, range(300))), "dict.txt has numbers of tiktoken's tokens: name their file, --tiktoken-ranks"),
+    ],
+)
+def test_pieces_of_a_vocabulary_are_not_taken_for_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], symbols: list[str], rule: str
+) -> None:
+    dictionary = Dictionary()
+    for symbol in symbols:
+        dictionary.add_symbol(symbol)
+    checkpoint = write_model(tmp_path / "run", "dense_lm_tiny", dictionary=dictionary)
+    assert rule in refusal(capsys, "--format", "hf", checkpoint, tmp_path / "hf")
+
+
+def test_the_vocabulary_is_asked_for_on_the_way_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "hf"
+    assert export(write_model(tmp_path / "run", "dense_lm_tiny"), folder) == 0
+    file = folder / "dict.txt"
+    file.write_text(file.read_text().replace("w7 ", "\u2581w7 "))
+    assert "no sentencepiece.model in it" in refusal(capsys, "--format", "fairseq", folder, tmp_path / "back")
+
+
 def test_perplexity_there_and_back(trained_model: TrainedModel, tmp_path: Path) -> None:
     """Of a trained model whose experts have a norm: what fairseq-eval-lm prints, and the record to rounding."""
     back, printed, records = tmp_path / "back", [], []
@@ -212,19 +276,23 @@ def test_damaged_folders_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert message in refusal(capsys, "--format", "fairseq", folder, out), message
         path.write_bytes(whole[path])
-    assert "--data has no meaning" in refusal(capsys, "--format", "fairseq", "--data", tmp_path / "good", folder, out)
+    for flag, value in (("--data", tmp_path / "good"), ("--max-shard-size", 2)):
+        assert f"{flag} has no meaning" in refusal(capsys, "--format", "fairseq", flag, value, folder, out)
     assert mhmoe(["checkpoint", "export", "--format", "fairseq", str(folder), str(out)]) == 0
 
 
 def test_the_card_tells_records_and_data(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path / "run", "mhmoe_lm_tiny")
     digest = "0123456789abcdef"
-    record = Record("perplexity", "test", {"perplexity": Metric(12.345, "perplexity")}, data={"digest": digest * 4})
-    write_record(tmp_path / "run" / "record-test.json", record)
+    for split, value, of in (("test", 12.345, sha256_of(checkpoint)), ("valid", 99.0, "another checkpoint's")):
+        metrics, about = {"perplexity": Metric(value, "perplexity")}, {"data": {"digest": digest * 4}}
+        record = Record("perplexity", split, metrics, checkpoint={"sha256": of}, **about)
+        write_record(tmp_path / "run" / f"record-{split}.json", record)
     assert export(checkpoint, tmp_path / "hf") == 0
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     assert "8 experts, 2 for each of a token's 4 sub-tokens" in card and "add_bos_token=False" in card
-    cells = card.split("\n| perplexity")[1].split("|")[1:5]
+    (row,) = card.split("\n| perplexity")[1:]
+    cells = row.split("|")[1:5]
     assert [cell.strip() for cell in cells] == ["12.35", "perplexity", "test", digest]
 
 

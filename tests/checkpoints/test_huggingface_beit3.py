@@ -1,5 +1,6 @@
 """Exported BEiT-3 encoders and their heads compute the same elsewhere; transformers' pipelines run on them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from beit3_models import IMAGES, SMALL, beit3_batch, beit3_dictionary
 from exported_models import export
 from PIL import Image
 
+from mhmoe_fairseq.checkpoints.huggingface import export as export_module
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import IMAGENET, EvaluationTransform
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.beit3 import build_beit3
@@ -21,6 +24,7 @@ from mhmoe_fairseq.models.heads import ImageClassificationHead, NLVR2Head, VQAHe
 
 pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
 PROBE = Path(__file__).parents[1] / "support" / "beit3_probe.py"
+ORIENTATION = 0x0112  # EXIF's tag
 CLASSES = ["red", "green", "blue", "grey"]
 HEADS = {"vqa": VQAHead, "image_classification": ImageClassificationHead}
 SWIGLU = {"activation_fn": "silu", "no_bias": True}
@@ -73,11 +77,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     file = root / "image.png"
     pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
+    turned, exif = root / "turned.png", Image.Exif()
+    exif[ORIENTATION] = 6  # a quarter turn, which nobody makes but transformers' own pipelines
+    Image.fromarray(pixels).save(turned, exif=exif)
     batch = {name: value.float() if name == "images" else value for name, value in beit3_batch("pair", [7, 4]).items()}
     for name in MODELS:
         model, out = write_beit3(root / name, name), root / name / "exported"
         assert export(root / name / "model.pt", out) == 0
-        given = {"ids": batch["text_tokens"], "images": batch["images"], "file": str(file), "question": "w3 w17  w5"}
+        shown = turned if MODELS[name][1] == "vqa" else file
+        given = {"ids": batch["text_tokens"], "images": batch["images"], "file": str(shown), "question": "w3 w17  w5"}
         torch.save(given, out / "probe.pt")
         found[name] = {"folder": out, **computed(model, MODELS[name][1], batch, file, name == "xmoe")}
     environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"}
@@ -127,6 +135,27 @@ def test_pipelines_answer_as_our_evaluation(opened: dict[str, dict[str, Any]], n
     assert [answer[key] for answer in answers] == [CLASSES[label] for label in best]
     assert [answer["score"] for answer in answers] == pytest.approx(found["scores"][best].tolist(), abs=1e-5)
     assert found["there"]["saved again"]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
+def test_images_of_every_kind_are_seen_as_in_training(tmp_path: Path, mode: str) -> None:
+    pytest.importorskip("transformers", reason="needs pip install transformers", minversion="5.10")
+    sys.path.insert(0, str(Path(export_module.__file__).parent / "remote"))
+    try:
+        as_rgb = importlib.import_module("image_processing_mhmoe_beit3").as_rgb
+    finally:
+        sys.path.pop(0)
+    generator, file = np.random.default_rng(0), tmp_path / "image.png"
+    if mode == "I;16":
+        image = Image.fromarray(generator.integers(0, 65536, (5, 7), dtype=np.uint16))
+    else:
+        pixels = generator.integers(0, 256, (5, 7, 4), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert("RGB").convert("P") if mode == "P" else Image.fromarray(pixels)
+        image = image if mode == "P" else image.convert(mode)
+    image.save(file, **({"transparency": image.getpixel((3, 2))} if mode == "P" else {}))
+    with Image.open(file) as opened:
+        seen = as_rgb(opened)
+    assert np.array_equal(np.array(seen), np.array(read_image(file)))
 
 
 def test_the_folder_tells_what_it_is_and_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

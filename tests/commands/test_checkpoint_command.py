@@ -11,9 +11,11 @@ import pytest
 import torch
 from beit3_models import small_beit3
 from console import evaluate, logged, train
+from language_models import small_model
 from safetensors.torch import save_file
 from trained_model import TrainedModel
 
+from mhmoe_fairseq.checkpoints.summary import summarize
 from mhmoe_fairseq.commands.main import main
 
 
@@ -159,6 +161,8 @@ def damage(path: Path, **changes: object) -> Path:
     for name, value in changes.items():
         if name == "fingerprint":
             checkpoint["model"]["decoder.vocabulary_fingerprint"] = torch.tensor(value)
+        elif name == "classes":
+            checkpoint["task_state"] = {"classes": value}
         elif name in checkpoint["cfg"]["model"]:
             checkpoint["cfg"]["model"][name] = value
         else:
@@ -168,15 +172,39 @@ def damage(path: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(
+    "arch, flags",
+    [
+        ("mhmoe_lm_tiny", {"mhmoe_router_preset": "p1"}),  # its temperature has no dimension
+        ("mhmoe_lm_tiny", {"mhmoe_balancing": "bias-sign", "mhmoe_expert_banks": "per-head"}),
+        ("remoe_lm_tiny", {}),
+        ("dense_lm_tiny", {"xpos_rel_pos": True}),
+    ],
+)
+def test_what_has_no_gradient_is_no_parameter(tmp_path: Path, arch: str, flags: dict) -> None:
+    model = small_model(arch, **flags)
+    optimizer = torch.optim.Adam(model.parameters())
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    optimizer.step()
+    state = {"model": model.state_dict(), "last_optimizer_state": optimizer.state_dict()}
+    torch.save(state, tmp_path / "a.pt")
+    summary = summarize(tmp_path / "a.pt", load(tmp_path / "a.pt"))
+    assert summary.total == sum(value.numel() for value in model.parameters()) and summary.complete
+    del state["last_optimizer_state"]["state"][0]["exp_avg"]
+    assert not summarize(tmp_path / "a.pt", state).complete
+
+
+@pytest.mark.parametrize(
     "changes, message",
     [
         ({"fingerprint": [1, 2, 3, 4]}, "it has another dictionary"),
         ({"moe_top_k": 1}, "--moe-top-k is 1 in it, 2 there"),
         ({"decoder.layer_norm.bias": torch.zeros(3)}, r"decoder.layer_norm.bias is \(3,\) in it, \(64,\) there"),
+        ({"classes": ["dog", "cat"]}, r"damaged.pt has other classes, or in another order, than .*: \['dog', 'cat'\]"),
         ({"decoder.more": torch.zeros(3)}, r"decoder.more is \(3,\) in it, missing there"),
         ({"decoder.layer_norm.bias": torch.full((64,), float("nan"))}, "damaged.pt: .* are not finite"),
     ],
-    ids=["dictionary", "setting", "shape", "name", "nan"],
+    ids=["dictionary", "setting", "shape", "classes", "name", "nan"],
 )
 def test_checkpoints_of_different_models_are_not_averaged(
     variants: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture, changes: dict, message: str
@@ -223,6 +251,10 @@ def test_another_dropout_is_no_other_model(variants: list[Path], tmp_path: Path)
         (["convert", "LAST", "no.pt"], "one must be a .pt, the other a .safetensors"),
         (["convert", "gone.pt", "a.safetensors"], r"FROM \(gone.pt\) does not exist"),
         (["convert", "FOREIGN", "a.pt"], "no configuration of fairseq"),
+        (
+            ["average", "--inputs", "FOREIGN", "FOREIGN", "--output", "a.pt"],
+            "foreign.safetensors has no configuration of fairseq",
+        ),
         (["average", "--inputs", "FOLDER", "--output", "a.pt"], "is a folder: give --num-epoch-checkpoints"),
         (["average", "--inputs", "FOLDER", "--num-epoch-checkpoints", "0", "--output", "a.pt"], "must be at least 1"),
         (["average", "--inputs", "FOLDER", "--num-epoch-checkpoints", "3", "--output", "a.pt"], "has only 0 such"),

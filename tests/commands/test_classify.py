@@ -93,6 +93,8 @@ def test_texts_without_labels(fine_tuned, capsys, tmp_path):
     long = "\n".join([text] * 9)
     (tmp_path / "new.jsonl").write_text(json.dumps({"text": text}) + "\n" + json.dumps({"text": long}) + "\n")
     arguments = ("--input", f"en={tmp_path / 'new.jsonl'}", "--predictions", tmp_path / "out.jsonl")
+    status, _, err = classify(capsys, fine_tuned, *arguments[:2])
+    assert status == 2 and "has no labels to score by: give --label-field NAME, or --output FILE" in err
     status, out, _ = classify(capsys, fine_tuned, *arguments)
     assert (status, out) == (0, "examples: 2\nexamples that were too long, cut: 1\n")
     record = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])

@@ -10,6 +10,7 @@ from language_models import SMALL, count_model, small_dictionary, small_model
 from mhmoe_fairseq.analysis.plan.planning import PlanSettings, plan
 from mhmoe_fairseq.analysis.plan.table_11 import PAPER_VOCAB_SIZES, TABLE_11
 from mhmoe_fairseq.commands.main import main
+from mhmoe_fairseq.models import precision
 from mhmoe_fairseq.models.architectures import architecture_options
 from mhmoe_fairseq.models.counts import count_built
 
@@ -163,6 +164,29 @@ def test_a_fine_grained_model_stands_beside_the_layer_whose_budget_it_keeps(tmp_
         assert ours["flops_per_token"] == pytest.approx(smoe["flops_per_token"], rel=0.002)
 
 
+def test_a_zero_is_given_as_any_other_number(tmp_path: Path) -> None:
+    found = {}
+    for arch, *flags in (
+        ("mhmoe_lm_base",), ("mhmoe_lm_base", "--mhmoe-projection-layers", "0"),
+        ("deepseekmoe_lm_base", "--mhmoe-shared-experts", "0"), ("olmoe_lm_base",),
+    ):  # fmt: skip
+        path = tmp_path / "plan.json"
+        assert main(["plan", "--arch", arch, *flags, "--mhmoe-budget", "none", "--json", str(path)]) == 0
+        found[(arch, *flags)] = json.loads(path.read_text())[-1]
+    with_projections, without, not_shared, olmoe = found.values()
+    assert with_projections["non_expert_params"] - without["non_expert_params"] == 6 * 2 * (768 * 768 + 768)
+    same = ("num_experts", "top_k", "expert_ffn_dim", "flops_per_token")
+    assert [not_shared[name] for name in same] == [olmoe[name] for name in same]
+
+
+def test_bytes_of_a_number_are_those_of_this_machine(capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "device_type_of", lambda options: "cpu")
+    for can_multiply, size in ((True, 2), (False, 4)):
+        monkeypatch.setattr(precision, "_instructions", lambda found=can_multiply: {"avx512_bf16": found})
+        assert main(["plan", "--ranks", "4", "--mhmoe-precision", "auto"]) == 0
+        assert f"{size} bytes a number" in capsys.readouterr().out
+
+
 def test_the_models_flags_are_listed_when_asked_for(capsys: pytest.CaptureFixture) -> None:
     assert main(["plan", "--help-model"]) == 0
     text = capsys.readouterr().out
@@ -179,6 +203,8 @@ def test_the_models_flags_are_listed_when_asked_for(capsys: pytest.CaptureFixtur
         (["--experts", "8", "--moe-expert-count", "8"], "give one"),
         (["--vocab-size", "3"], r"--vocab-size \(3\)"),
         (["--arch", "dense_lm_base", "--heads", "2"], "--mhmoe-heads-number needs MoE layers"),
+        (["--link", "100"], r"--link \(100.0\) needs --ranks"),
+        (["--cpu"], "--cpu needs --ranks"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
     ],
 )

@@ -245,6 +245,13 @@ def test_no_package_at_all(run, tmp_path, apt):
     assert "--source debian-docs: apt knows none of the packages; run apt-get update first" in err
 
 
+def test_packages_that_came_later_are_found(run, tmp_path, apt, make_deb, make_catalogue):
+    words = ("--dest", tmp_path / "d", "--langs", "de,ru", "--debian-families", "mediawiki", "emoji", "lo-ui", *SMALL)
+    assert run("--cache-dir", tmp_path / "none", *words)[0] == 2
+    status, _, err = run("--cache-dir", write_debian_packages(make_deb, make_catalogue), *words)
+    assert (status, err) == (0, "") and (tmp_path / "d" / "manifest.json").exists()
+
+
 def test_a_known_package_that_cannot_be_fetched_is_an_error(run, tmp_path, apt):
     (apt / "apt-cache").write_text("#!/bin/sh\necho Package: $4\n")
     status, _, err = run("--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")

@@ -1,6 +1,7 @@
 """``mhmoe visual-tokenizer``: fitting both kinds to a prepared folder, describing a file, showing ids."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def test_bad_flags_are_one_line(run, shapes, tmp_path, arguments, message):
     status, _, err = run("fit", shapes, "--output", tmp_path / "a.pt", *SMALL, *arguments)
     assert status == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "a.pt").exists()
+
+
+def test_held_out_images_are_read_before_anything_is_fitted(run, shapes, tmp_path):
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    (folder / "image.valid.jsonl").write_text("")
+    status, out, err = run("fit", folder, "--output", tmp_path / "a.pt", *SMALL)
+    assert status == 2 and "image.valid.jsonl" in err and "codes used" not in out
 
 
 def test_files_are_not_replaced_and_folders_without_images_refused(run, shapes, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,34 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
         with atomic_folder(path) as made:
             made.rmdir()  # when the earlier one has made room there is nothing to take its place
     assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+
+
+def test_folders_under_other_names_are_replaced_where_they_are(tmp_path, monkeypatch):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.mkdir()
+    link.symlink_to(there)
+    monkeypatch.chdir(there)
+    for path, name in ((Path("."), "first"), (link, "second")):
+        with atomic_folder(path) as made:
+            (made / name).write_text("new")
+        assert [file.name for file in there.iterdir()] == [name]
+        os.chdir(there)  # the folder of that name is another one now
+    assert link.is_symlink() and sorted(tmp_path.iterdir()) == [link, there]
+
+
+def test_a_folder_that_cannot_be_renamed_has_new_contents_or_its_own(tmp_path, monkeypatch):
+    volume = tmp_path / "volume"
+    (volume / "old" / "more").mkdir(parents=True)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    monkeypatch.setattr(Path, "rename", lambda path, to: pytest.fail() if volume in (path, to) else os.rename(path, to))
+    with pytest.raises(RuntimeError):
+        with atomic_folder(volume) as made:
+            (made / "new").write_text("half")
+            raise RuntimeError
+    assert [path.name for path in volume.rglob("*")] == ["old", "more"]
+    with atomic_folder(volume) as made:
+        (made / "new").write_text("new")
+    assert [path.name for path in volume.rglob("*")] == ["new"] and list(tmp_path.iterdir()) == [volume]
 
 
 def test_a_full_disk_is_one_clear_line_and_keeps_the_old_file(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from command_stand_ins import Commands, reproduce
 
 from mhmoe_fairseq.commands.main import main as mhmoe
+from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS
 from mhmoe_fairseq.experiments import results as written
@@ -35,7 +36,8 @@ def keep(folder: Path, *words: str) -> int:
 
 
 def files(tree: Path) -> dict[str, bytes]:
-    return {path.relative_to(tree).as_posix(): path.read_bytes() for path in sorted(tree.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(tree.rglob("*")) if path.is_file() and path != tree / LOCK]
+    return {path.relative_to(tree).as_posix(): path.read_bytes() for path in found}
 
 
 def _change(file: Path, **fields: object) -> None:
@@ -120,6 +122,14 @@ def test_what_was_measured_of_a_kept_run_is_not_lost(finished: Path, tmp_path: P
     assert keep(tmp_path) == 2 and "was trained with --size small, this with none" in capsys.readouterr().err
 
 
+def test_one_command_at_a_time_writes_into_the_tree(finished: Path, tmp_path: Path, capsys) -> None:
+    tree = tmp_path / "results"
+    with exclusive_lock(tree / LOCK, "--results"):
+        assert keep(tmp_path) == 2 and not files(tree)
+    assert "--results results: another run is writing there" in capsys.readouterr().err
+    assert keep(tmp_path) == 0 and files(tree)
+
+
 def test_loads_are_kept_as_whole_numbers_on_one_line(finished: Path, tmp_path: Path) -> None:
     file = finished / "xmoe" / "seed-1" / "record-test.json"
     row = {
@@ -178,7 +188,7 @@ def test_what_is_not_whole_is_not_kept(spoil, message: str, finished: Path, tmp_
     (finished / "search.json").write_text("{}")
     spoil(finished / "xmoe" / "seed-3")
     assert keep(tmp_path) == 2
-    assert re.search(message, capsys.readouterr().err) and not (tmp_path / "results").exists()
+    assert re.search(message, capsys.readouterr().err) and not files(tmp_path / "results")
 
 
 def test_runs_of_another_length_or_other_data_than_the_kept_ones_are_refused(

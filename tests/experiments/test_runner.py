@@ -14,6 +14,7 @@ import torch
 from command_stand_ins import Commands, after, reproduce
 from zero_shot_questions import write_tasks_folder
 
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
 from mhmoe_fairseq.experiments import EXPERIMENTS, calls, runner
@@ -345,6 +346,27 @@ def test_a_rate_that_diverged_is_not_the_best(commands: Commands, tmp_path: Path
         assert found["best_lr"] == {"dense": "4e-3"} and found["valid_loss_bits"]["dense"]["1"] is None
     assert reproduce(tmp_path, *words, "1", "2") == 2
     assert "--lrs (1 2): with none of them dense has a finite validation loss" in capsys.readouterr().err
+
+
+def test_a_search_outlives_a_rate_whose_gradients_are_no_numbers(
+    commands: Commands, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def call(calls, words, *more) -> None:
+        commands(words, *more)
+        if words[0] == "fairseq-train" and float(after("--lr", words)) > 0.1:
+            raise UserError(f"{error}: gradients are Nan/Inf")
+
+    monkeypatch.setattr(Calls, "run", call)
+    words, error = ("table1", "--models", "dense", "--lrs"), "FloatingPointError"
+    assert reproduce(tmp_path, *words, "1", "4e-3") == 0
+    assert commands.trained() == ["search/dense/lr-1", "search/dense/lr-4e-3", "dense/seed-1"]
+    assert "search/dense/lr-1: diverged (FloatingPointError: gradients are Nan/Inf)" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "search.json").read_text(), parse_constant=pytest.fail)
+    assert found["best_lr"] == {"dense": "4e-3"} and found["valid_loss_bits"]["dense"]["1"] is None
+    assert reproduce(tmp_path, *words, "1", "4e-3") == 0 and not commands.trained()  # nor is it tried again
+    assert reproduce(tmp_path, *words, "1") == 2  # a training itself must not diverge
+    error = "RuntimeError"
+    assert reproduce(tmp_path, *words, "2", "4e-3") == 2
 
 
 def test_what_is_named_twice_is_trained_once(commands: Commands, tmp_path: Path) -> None:

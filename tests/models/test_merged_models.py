@@ -155,6 +155,10 @@ ENCODER_REFUSED = [
         {"mhmoe_routing": "expert-choice", "moe_eval_capacity_token_fraction": 0.5},
         "it contradicts expert-choice routing",
     ),
+    (
+        {"mhmoe_routing": "expert-choice", "mhmoe_normalize_gates": "on"},
+        r"--mhmoe-normalize-gates \(on\) contradicts --mhmoe-routing expert-choice",
+    ),
 ]
 
 

@@ -123,6 +123,7 @@ def test_the_cap_leaves_out_the_same_units(tmp_path):
 
 def test_a_cap_below_everything_keeps_something():
     assert [steps_within([10**6, 5, 0, 5], most) for most in (10, 10**6, 10**6 + 5, 10**6 + 10)] == [1, 1, 3, 4]
+    assert steps_within([0, 0, 10**6, 5], 10) == 3 and steps_within([0, 0], 10) == 2
 
 
 def test_aligned_needs_two_languages(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.data import Dictionary
 from language_models import SMALL, small_dictionary
 from torch import Tensor
 
@@ -61,7 +62,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def write_model(folder: Path, arch: str, task: dict[str, Any] | None = None, **flags: Any) -> Path:
+def write_model(
+    folder: Path, arch: str, task: dict[str, Any] | None = None, dictionary: Dictionary | None = None, **flags: Any
+) -> Path:
     """A checkpoint with its dictionary, whose parameters are all drawn, norms and biases, too."""
     torch.manual_seed(0)
     if arch.startswith("mhmoe"):
@@ -69,7 +72,7 @@ def write_model(folder: Path, arch: str, task: dict[str, Any] | None = None, **f
     lengths = {"tokens_per_sample": 24, "max_target_positions": 24}
     options = architecture_options(arch, **{**SMALL, "dropout": 0.0, **lengths, **flags})
     options._name = arch
-    dictionary = small_dictionary(WORDS)
+    dictionary = dictionary or small_dictionary(WORDS)
     model = build_language_model(options, dictionary)
     with torch.no_grad():
         for value in model.parameters():

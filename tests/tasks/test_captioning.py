@@ -12,7 +12,10 @@ from beit3_models import small_beit3
 from image_text_data import IMG_SIZE, PATCH_SIZE, prepare_shapes
 from language_models import FAMILIES
 
+from mhmoe_fairseq.checkpoints.open import Opened
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.multimodal.masking import masked_count
+from mhmoe_fairseq.evaluation import captions as evaluation
 from mhmoe_fairseq.metrics.caption_words import tokenize
 from mhmoe_fairseq.metrics.captions import CiderD
 from mhmoe_fairseq.models.captions import CaptionSearch, search_captions
@@ -120,6 +123,13 @@ def test_cider_is_of_the_split(data):
         for place, row in enumerate(truth):
             words = tokenize(row["caption"].replace("small", "large"))
             assert task.dataset(split).cider.score(place, words) == pytest.approx(by_hand.score(place, words))
+
+
+def test_captions_that_nobody_scores_or_keeps_are_not_written(copied, monkeypatch):
+    monkeypatch.setattr(evaluation, "find_search", lambda opened, *chosen: opened.task.search)
+    (copied / "coco_karpathy_test_gt.json").unlink()
+    with pytest.raises(UserError, match="--split test has no captions to score by: give --output FILE"):
+        evaluation.evaluate_captions(Opened(torch.nn.Identity(), build(copied), {}, copied / "model.pt"), "test", None)
 
 
 @pytest.mark.parametrize("split", ["valid", "test"])

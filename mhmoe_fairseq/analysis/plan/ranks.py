@@ -194,6 +194,7 @@ class RankPlan:
         size: ranks that share one bank of experts.
         experts: of one MoE layer on a rank; None for a dense model.
         rounded: bytes of half-precision copies of weights.
+        element: bytes of a number that is computed with.
         activations: bytes kept for the backward pass, at the peak, of one micro-batch.
         activations_recomputed: the same with ``--checkpoint-activations``.
         saved: parameters of the whole model, which a checkpoint holds.
@@ -210,6 +211,7 @@ class RankPlan:
     experts: int | None
     parameters: RankParameters
     rounded: int
+    element: int
     activations: int
     activations_recomputed: int
     saved: int
@@ -255,6 +257,7 @@ def plan_ranks(
         experts=experts,
         parameters=parameters,
         rounded=parameters.rounded_bytes(shape, backend),
+        element=shape.element,
         activations=cluster.tokens * memory.peak(recompute=False),
         activations_recomputed=cluster.tokens * memory.peak(recompute=True),
         saved=counts.total,
@@ -268,13 +271,13 @@ def plan_ranks(
     )
 
 
-def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, half: bool, recompute: bool) -> str:
+def describe_ranks(plans: Sequence[RankPlan], cluster: Cluster, *, recompute: bool) -> str:
     """Tables, one column for each model, and how to read them."""
     nodes = -(-cluster.ranks // cluster.ranks_per_node)
     traffic = {plan.name: _traffic(plan.traffic) for plan in plans if plan.traffic is not None}
     paragraphs = [
         f"{cluster.ranks:,} ranks on {nodes:,} node{'s' if nodes > 1 else ''}, {cluster.tokens:,} tokens per rank and "
-        f"micro-batch, {2 if half else 4} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
+        f"micro-batch, {plans[0].element} bytes a number{', --checkpoint-activations' if recompute else ''};\n"
         f"{byte_size(cluster.link)}/s per rank inside a node, {byte_size(cluster.network)}/s per node between nodes",
         _table("memory", {plan.name: _memory(plan, cluster.ranks) for plan in plans}),
         "weights + gradients + Adam: with the fp32 copies that fp16 needs and the rounded ones that are kept.\n"

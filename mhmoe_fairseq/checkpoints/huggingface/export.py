@@ -19,18 +19,24 @@ from ...models.architectures import stored_options
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings, encoder_settings
 from ...models.language_model import find_checkpoint, find_data
+from ...torchscale_ext.settings import DecoderSettings
 from ..files import read_trained, write_checkpoint
 from ..official.importing import FINGERPRINT, expected_tensors, stored_checkpoint
 from ..open import read_settings
-from ..summary import different_shapes, weights_of
+from ..summary import different_shapes, parameters_of, weights_of
 from .beit3 import describe_encoder, describe_images, export_encoder_weights, head_of, label_names
 from .card import write_card
 from .mapping import describe_model, export_weights, import_weights
-from .tokenizer import build_tokenizer, require_packages
+from .tokenizer import build_tokenizer, require_packages, require_vocabulary
 
 FORMATS = ("hf", "fairseq")
 REMOTE = Path(__file__).parent / "remote"
 _CONFIG, _INDEX, _WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
+# Of config.json what a training there may choose anew: no weight means another thing by it.
+_OF_TRAINING = (
+    "dropout", "attention_dropout", "activation_dropout",
+    "mhmoe_balance", "mhmoe_balance_scope", "mhmoe_balance_weight",
+)  # fmt: skip
 _AUTO = {"AutoConfig": "configuration_mhmoe.MHMoEConfig", "AutoModel": "modeling_mhmoe.MHMoEModel"}
 
 
@@ -92,7 +98,7 @@ def export_model(
     ids = {name: dictionary.index(symbol) for name, symbol in symbols.items()}
     config = {"dtype": "float32", **ids, **contents.config, "fairseq": own}
     tokenizer = build_tokenizer(dictionary, folder, ranks, *contents.ends)
-    count = sum(map(Tensor.numel, contents.weights.values()))
+    count = sum(value.numel() for _, value in parameters_of(contents.weights))
     with atomic_folder(out) as target:
         for name, content in {_CONFIG: config, **contents.files}.items():
             write_json(target / name, content)
@@ -117,15 +123,22 @@ def export_model(
 def _language_model(
     options: Any, dictionary: Dictionary, weights: Mapping[str, Tensor], trained: Mapping[str, Any]
 ) -> _Contents:
-    settings, criterion = decoder_settings(options, len(dictionary)), trained["cfg"].get("criterion") or {}
+    settings = decoder_settings(options, len(dictionary))
     config = {
         "model_type": "mhmoe_lm", "architectures": ["MHMoEForCausalLM"],
         "auto_map": {**_AUTO, "AutoModelForCausalLM": "modeling_mhmoe.MHMoEForCausalLM"},
-        **describe_model(options, settings, criterion.get("moe_gate_loss_wt", 0.01)),
+        **describe_model(options, settings, _balance_weight(trained["cfg"].get("criterion") or {}, settings)),
     }  # fmt: skip
     start = "<s>" if trained["cfg"]["task"].get("add_bos_token") else "</s>"
     heads = sorted({".".join(name.split(".")[:2]) for name in weights if name.startswith("classification_heads.")})
     return _Contents(config, export_weights(weights, settings), (start, ""), {}, "*_mhmoe.py", heads)
+
+
+def _balance_weight(criterion: Mapping[str, Any], settings: DecoderSettings) -> float:
+    """Of the mean over the layers with experts, which the code there takes; a training may have added them up."""
+    is_sum = str(criterion.get("moe_gate_loss_combine_method")) == "sum" and settings.moe is not None
+    layers = settings.decoder_layers // settings.moe_freq if is_sum else 1
+    return criterion.get("moe_gate_loss_wt", 0.01) * layers
 
 
 def _beit3(
@@ -158,9 +171,10 @@ def import_folder(source: Path, out: Path) -> list[str]:
     if not (source / "dict.txt").is_file():
         raise UserError(f"{source}: no dict.txt in it: copy it from the folder that mhmoe checkpoint export wrote")
     dictionary = Dictionary.load(str(source / "dict.txt"))
+    require_vocabulary(dictionary, source, ranks_there=True)
     settings = decoder_settings(options, len(dictionary))
     for name, value in describe_model(options, settings, 0.0).items():
-        if name in config and config[name] != value and name != "mhmoe_balance_weight":
+        if name in config and config[name] != value and name not in _OF_TRAINING:
             rule = f"the fairseq settings in it say {value!r}"
             raise UserError(f"{source / _CONFIG}: {name} ({config[name]!r}) contradicts its own settings: {rule}")
     expected = expected_tensors(options, dictionary)
@@ -170,7 +184,8 @@ def import_folder(source: Path, out: Path) -> list[str]:
         raise UserError(f"{source}: the weights do not fit {_CONFIG}: {'; '.join(wrong[:3])}")
     state[FINGERPRINT] = torch.tensor(fingerprint(dictionary))
     with atomic_folder(out) as target:
-        write_checkpoint(stored_checkpoint(state, options, task), target / "model.pt", overwrite=False)
+        criterion = {"moe_gate_loss_wt": config.get("mhmoe_balance_weight", 0.01)}
+        write_checkpoint(stored_checkpoint(state, options, task, criterion), target / "model.pt", overwrite=False)
         for name in ("dict.txt", MODEL_FILE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)

@@ -23,6 +23,7 @@ _EXPERTS = re.compile(rf"({_STACK}\.moe_layer\.(?:[AB]\.)?experts\.)(\w+)")
 # Buffers that both sides compute, and what is no part of a language model.
 _LEFT_OUT = re.compile(r"decoder\.vocabulary_fingerprint|.+\.xpos\.scale|classification_heads\..+")
 _ROUTERS = ("xmoe", "linear")
+_NO_BIAS = 1e-5  # of a bias's norm: what rounding to float32 leaves
 _RENAMED = (
     ("beit3.encoder.embed_positions.A.weight", "model.image_positions.weight"),
     ("beit3.encoder.embed_positions.B.weight", "model.text_positions.weight"),
@@ -246,8 +247,14 @@ def _import_experts(bank: Mapping[str, Tensor], wanted: set[str], prefix: str) -
         shape = tensors["down_proj"].shape[::2]
         found |= {"layernorm_weight": torch.ones(shape), "layernorm_bias": torch.zeros(shape)}
         if not biased:
-            down, bias = tensors["down_proj"].double(), tensors["down_proj_bias"].double()
-            found["layernorm_bias"] = (torch.linalg.pinv(down) @ bias.unsqueeze(2)).squeeze(2).float()
+            down, bias = tensors["down_proj"].double(), tensors["down_proj_bias"].double().unsqueeze(2)
+            shift = torch.linalg.pinv(down) @ bias
+            lost = {f"{first}_bias": tensors[f"{first}_bias"], "down_proj_bias": down @ shift - bias}
+            for name, rest in lost.items():
+                if rest.norm() > _NO_BIAS * (1 + tensors[name].norm()):
+                    rule = "was trained, but experts of --no-bias have no such bias: train it frozen there"
+                    raise UserError(f"{prefix}{name} {rule}, or keep the model there")
+            found["layernorm_bias"] = shift.squeeze(2).float()
     return {name: value.contiguous() for name, value in found.items()}
 
 

@@ -30,6 +30,18 @@ def require_packages() -> None:
         raise UserError("tokenizers is not installed: pip install 'mhmoe_fairseq[hf]'") from None
 
 
+def require_vocabulary(dictionary: Dictionary, folder: Path, *, ranks_there: bool) -> None:
+    """``UserError`` if a dictionary's symbols are pieces of a vocabulary that is missing, and not words."""
+    words = dictionary.symbols[NUM_SPECIALS:]
+    if not ranks_there and words[:256] == [str(rank) for rank in range(256)]:
+        raise UserError(f"{folder / 'dict.txt'} has numbers of tiktoken's tokens: name their file, --tiktoken-ranks")
+    if not (folder / MODEL_FILE).is_file() and any(word.startswith(_SPACE) for word in words):
+        raise UserError(
+            f"{folder}: no {MODEL_FILE} in it, of whose pieces its dict.txt is: copy it there from where that "
+            "dictionary comes from"
+        )
+
+
 def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, start: str, end: str = "") -> Any:
     """Returns the ``tokenizers.Tokenizer`` of a dictionary.
 
@@ -44,6 +56,7 @@ def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, st
     """
     from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 
+    require_vocabulary(dictionary, folder, ranks_there=ranks is not None)
     if ranks is not None:
         model, cut, decoder = _tiktoken(dictionary, ranks)
     elif (folder / MODEL_FILE).is_file():

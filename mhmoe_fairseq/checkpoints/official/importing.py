@@ -30,7 +30,7 @@ from ...models.bases import fingerprint
 from ...models.counts import blank_dictionary, build_on_meta
 from ...models.flags import moe_config
 from ...models.options import LanguageModelOptions
-from ..summary import different_shapes, unique_weights, weights_of
+from ..summary import different_shapes, parameters_of, unique_weights, weights_of
 from .mapping import check_settings, convert_weights, model_options, moe_layers
 
 _SHARD = re.compile(r"(?P<stem>.*)-(?:shared|rank-(?P<rank>\d+))\.pt")
@@ -59,10 +59,12 @@ def import_official(
         UserError: naming the file and what is wrong, before anything is written.
     """
     refuse_path_separator(out, "--out")
+    if layers_only and data is not None:
+        raise UserError(f"--data {data} has no meaning with --layers-only: layers have no dictionary")
     path = out / ("moe_layers.pt" if layers_only else "model.pt")
     if path.exists() and path.samefile(checkpoint):
         raise UserError(f"--out {out}: {path.name} in it is the checkpoint to import, and would be replaced")
-    copies = {} if data is None or layers_only else _copies(data, out)
+    copies = {} if data is None else _copies(data, out)
     for target in (path, *copies):
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists: give --overwrite to replace it")
@@ -77,11 +79,10 @@ def import_official(
         save_tensors({index: {"config": fields, "state": state} for index, state in states.items()}, path)
         return [f"{path}: {len(states)} MoE layers, {sum(map(_count, states.values())):,} parameters"]
     converted = convert_checkpoint(official, options, None if data is None else _load_dictionary(data, official))
-    out.mkdir(parents=True, exist_ok=True)
+    save_tensors(converted, path)  # what is large first, so that a full disk leaves an earlier model its dictionary
     for target, source in copies.items():
         with atomic_path(target) as copied:
             shutil.copyfile(source, copied)
-    save_tensors(converted, path)
     model = converted["cfg"]["model"]
     return [
         f"{path}: {_count(converted['model']):,} parameters, {model['decoder_layers']} layers, {_describe(model)}",
@@ -205,24 +206,28 @@ def expected_tensors(options: Any, dictionary: Dictionary) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name != FINGERPRINT}
 
 
-def stored_checkpoint(state: Mapping[str, Tensor], options: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+def stored_checkpoint(
+    state: Mapping[str, Tensor], options: Any, task: Mapping[str, Any], criterion: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The checkpoint of a model that begins a training, with our criterion.
 
     Args:
         task: its settings, to which the model's lengths are added.
+        criterion: its settings (default: its own).
     """
     task_state = {"language_token": True} if task.get("mhmoe_language_token") else {}
     progress = {"optimizer_history": [_NO_PROGRESS], "task_state": task_state, "extra_state": {"epoch": 0}}
-    return {"args": None, "cfg": _stored_config(options, task), "model": dict(state), **progress}
+    config = _stored_config(options, task, {"_name": "moe_cross_entropy", **(criterion or {})})
+    return {"args": None, "cfg": config, "model": dict(state), **progress}
 
 
-def _stored_config(options: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_config(options: Any, task: Mapping[str, Any], criterion: Mapping[str, Any]) -> dict[str, Any]:
     """fairseq's configuration as plain data."""
     config: Any = OmegaConf.to_container(OmegaConf.structured(FairseqConfig()), enum_to_str=True)
     plain = (bool, int, float, type(None))
     model = {name: value if isinstance(value, plain) else str(value) for name, value in vars(options).items()}
     lengths = {name: model[name] for name in ("tokens_per_sample", "max_target_positions")}
-    return {**config, "model": model, "task": {**task, **lengths}, "criterion": {"_name": "moe_cross_entropy"}}
+    return {**config, "model": model, "task": {**task, **lengths}, "criterion": dict(criterion)}
 
 
 def _load_dictionary(data: Path, official: Mapping[str, Tensor]) -> Dictionary:
@@ -259,4 +264,4 @@ def _command_line(model: Mapping[str, Any]) -> str:
 
 
 def _count(state: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() for _, value in unique_weights(state) if value.is_floating_point())
+    return sum(value.numel() for _, value in parameters_of(dict(unique_weights(state))))

@@ -241,8 +241,9 @@ class LanguageCorpus:
 
 
 def steps_within(bytes_by_step: Sequence[int], max_bytes: float) -> int:
-    """Returns how many steps fit into ``max_bytes``; at least one."""
-    return max(1, bisect.bisect_right(list(accumulate(bytes_by_step)), max_bytes))
+    """Returns how many steps fit into ``max_bytes``; at least as many as hold something."""
+    first = next((step for step, size in enumerate(bytes_by_step, start=1) if size), 1)
+    return max(first, bisect.bisect_right(list(accumulate(bytes_by_step)), max_bytes))
 
 
 def _num_bytes(passage: Passage) -> int:

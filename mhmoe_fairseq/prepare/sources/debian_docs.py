@@ -190,7 +190,8 @@ FAMILIES = {
         Family(
             "wordpress", "messages of a web log, by message", "GPL-2+",
             {"wordpress-l10n": tuple(code for code in _EVERY if code != "hi")},
-            r"/languages/(?P<path>[a-z-]*?)-?(?P<code>[a-z]{2}(?:_[A-Z]{2})?)\.mo$", _catalogue, _WORDPRESS_CODES, "de",
+            r"/languages/(?:(?P<path>[a-z-]+)-)?(?P<code>[a-z]{2}(?:_[A-Z]{2})?)\.mo$",
+            _catalogue, _WORDPRESS_CODES, "de",
         ),
         Family(
             "manpages", "manual pages", "GPL-3+ and others, page by page", _MANUALS,
@@ -238,16 +239,12 @@ class DebianDocs:
     ) -> MultilingualCorpus:
         """Extracts the families into ``folder``, each in a stage; ``UserError`` if there is none, or one is damaged."""
         wanted = list(dict.fromkeys([*languages, "en"]))  # English tells what is not translated
+        stage("find packages", [], partial(self._require_one, wanted, cache_dir))
         records: dict[str, dict[str, Any]] = {}
         for name in self.families:
             outputs = [f"{folder.name}/{name}/{code}.jsonl" for code in wanted]
             extract = partial(_extract, FAMILIES[name], wanted, folder / name, cache_dir, say)
             records[name] = stage(f"extract {name}", outputs, extract)
-        if not any(record["packages"] for record in records.values()):
-            raise UserError(
-                "--source debian-docs: apt knows none of the packages; run apt-get update first, put the .deb files "
-                "into --cache-dir, or choose another source (text DIR, jsonl DIR)"
-            )
         missing = {code: _missing(records, code) for code in languages}
         return MultilingualCorpus(
             provenance={"families": records},
@@ -257,6 +254,23 @@ class DebianDocs:
                 (name, passage) for name in self.families for passage in read_passages(folder / name / f"{code}.jsonl")
             ),
         )
+
+    def _require_one(self, languages: Sequence[str], cache_dir: Path) -> None:
+        """Checks, before anything is extracted for good, that there is something to extract."""
+        packages = [package for name in self.families for package in FAMILIES[name].packages_for(languages)]
+        if not any(_archive(package, cache_dir).can_be_had(cache_dir) for package in packages):
+            raise UserError(
+                "--source debian-docs: apt knows none of the packages; run apt-get update first, put the .deb files "
+                "into --cache-dir, or choose another source (text DIR, jsonl DIR)"
+            )
+
+
+def _archive(package: str, cache_dir: Path) -> Archive:
+    """A package's archive; ``UserError`` if it is not there, nor the program that fetches it."""
+    archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
+    if not any(cache_dir.glob(archive.filename)):
+        archive.check_client()
+    return archive
 
 
 def _missing(records: dict[str, dict[str, Any]], code: str) -> dict[str, str]:
@@ -276,9 +290,7 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
     with contextlib.ExitStack() as stack:
         streams = {code: stack.enter_context(atomic_open(folder / f"{code}.jsonl")) for code in languages}
         for package, held in family.packages_for(languages).items():
-            archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
-            if not any(cache_dir.glob(archive.filename)):
-                archive.check_client()
+            archive = _archive(package, cache_dir)
             if not archive.can_be_had(cache_dir):
                 absent.append(package)
                 continue

@@ -126,7 +126,8 @@ def domain_source(words: Sequence[str], separator: str = BLANK_LINE, field: str 
         if Path(path).is_dir() and not (inside and found):
             raise UserError(f"--source domains {word}: no file in that folder ends in .txt or .jsonl, or these and .gz")
         files += (({"domain": name}, file) for file in found)
-        unread += ((str(file), "ends in neither .txt nor .jsonl") for file in inside if file not in found)
+        others = {*inside} - {*found}
+        unread += ((str(file), "ends in neither .txt nor .jsonl") for file in inside if file in others)
     if len({of["domain"] for of, _ in files}) < 2:
         raise UserError(f"--source domains: needs two domains, got {' '.join(words)} (one alone: --source text)")
 

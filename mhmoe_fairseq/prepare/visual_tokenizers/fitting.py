@@ -39,6 +39,10 @@ def fit_tokenizer(folder: Path, settings: KMeansSettings | VQVAESettings, say: S
     Raises:
         UserError: no such index, no readable image, or fewer distinct patches than codes.
     """
+    to_measure = {
+        split: whole_images(folder, split, settings.image_size, _MEASURED, settings.seed)
+        for split in ("train", "valid") if index_files(folder, "image", split)[0].is_file()
+    }  # fmt: skip
     rng = np.random.default_rng(settings.seed)
     views, unreadable = read_views(folder, "train", settings.image_size, settings.max_images, rng, crops=1)
     seen = {"images": len(views), "unreadable": unreadable}
@@ -51,10 +55,7 @@ def fit_tokenizer(folder: Path, settings: KMeansSettings | VQVAESettings, say: S
     recorded = {name: value for name, value in asdict(settings).items() if name not in _NOT_RECORDED}
     index = sha256_of(index_files(folder, "image", "train")[0])
     fitted.provenance = {**seen, **recorded, "image_index_sha256": index}
-    for split in ("train", "valid"):
-        if index_files(folder, "image", split)[0].is_file():
-            images = whole_images(folder, split, settings.image_size, _MEASURED, settings.seed)
-            fitted.provenance[split] = measure(fitted, images)
+    fitted.provenance |= {split: measure(fitted, images) for split, images in to_measure.items()}
     return fitted
 
 
@@ -89,18 +90,19 @@ def read_views(
         raise UserError(f"{folder}: has no {file.name}; `mhmoe prepare image-text` writes it")
     paths = read_index(folder, "image", split)["image_path"]
     rows = range(len(paths)) if len(paths) <= most else sorted(rng.choice(len(paths), most, replace=False))
-    whole, crop = EvaluationViews(image_size, image_size), PretrainingViews(image_size, image_size)
-    views, problems = [], []
+    whole, crop, read = EvaluationViews(image_size, image_size), PretrainingViews(image_size, image_size), 0
+    views, problems = torch.empty(len(rows), 1 + crops, 3, image_size, image_size), []
     for row in tracked(rows, "read images", "images"):
         try:
             image = read_image(folder / paths[row])
         except ImageError as error:
             problems.append(str(error))
             continue
-        views.append(torch.stack([whole(image)[1], *(crop(image, rng)[1] for _ in range(crops))]))
-    if not views:
+        views[read] = torch.stack([whole(image)[1], *(crop(image, rng)[1] for _ in range(crops))])
+        read += 1
+    if not read:
         raise UserError(problems[0] if problems else "there are no images")
-    return torch.stack(views), len(problems)
+    return views[:read], len(problems)
 
 
 def whole_images(folder: Path, split: str, image_size: int, most: int, seed: int) -> Tensor:
@@ -138,10 +140,11 @@ def draw_comparison(tokenizer: VisualTokenizer, folder: Path, path: Path, seed: 
 
 def sample_patches(views: Tensor, settings: KMeansSettings, rng: np.random.Generator) -> Tensor:
     """Draws about ``max_patches`` of the views' patches, as many of each image: (R, 3 * patch_size ** 2)."""
-    patches = to_patches(views.flatten(0, 1), settings.patch_size).unflatten(0, views.shape[:2]).flatten(1, 2)
-    each = min(patches.shape[1], max(1, settings.max_patches // len(patches)))
-    kept = torch.from_numpy(rng.random(patches.shape[:2])).topk(each, dim=1).indices
-    return patches.gather(1, kept[:, :, None].expand(-1, -1, patches.shape[2])).flatten(0, 1)
+    num_patches = views.shape[1] * (views.shape[-1] // settings.patch_size) ** 2  # of an image
+    each = min(num_patches, max(1, settings.max_patches // len(views)))
+    kept = torch.from_numpy(rng.random((len(views), num_patches))).topk(each, dim=1).indices
+    patches = (to_patches(of_image, settings.patch_size).flatten(0, 1) for of_image in views)
+    return torch.cat([of_image[rows] for of_image, rows in zip(patches, kept)])
 
 
 def fit_patch_kmeans(patches: Tensor, settings: KMeansSettings, say: Say = lambda line: None) -> PatchKMeans:

@@ -184,7 +184,7 @@ def test_a_norm_in_the_experts_keeps_three_tensors() -> None:
 def test_the_tables_show_the_planned_figures() -> None:
     counts, shape = planned(mhmoe_precision="bf16")
     plan = plan_ranks("ours", counts, shape, CLUSTER, SIZE)
-    text = describe_ranks([plan], CLUSTER, half=True, recompute=False)
+    text = describe_ranks([plan], CLUSTER, recompute=False)
     cells = {}
     for line in text.splitlines():
         if line.startswith("| "):

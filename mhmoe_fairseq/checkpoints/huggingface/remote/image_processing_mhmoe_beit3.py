@@ -11,6 +11,16 @@ from transformers import BaseImageProcessor, BatchFeature
 _BICUBIC = Image.Resampling.BICUBIC
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """8 bits of red, green and blue: grey of 16 bits is scaled, what is transparent becomes white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray(np.rint(np.asarray(image).astype(np.float64) * (255 / 65535)).astype(np.uint8))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
 class MHMoEImageProcessor(BaseImageProcessor):
     """Makes ``pixel_values``, ``(B, 3, size, size)``, of images.
 
@@ -40,7 +50,7 @@ class MHMoEImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": torch.stack([self._view(image) for image in given])})
 
     def _view(self, image: Any) -> torch.Tensor:
-        image = (image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))).convert("RGB")
+        image = as_rgb(image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image)))
         if self.crop_fraction is not None:
             side = max(1, round(min(image.size) * self.crop_fraction))
             left, top = (image.width - side) // 2, (image.height - side) // 2

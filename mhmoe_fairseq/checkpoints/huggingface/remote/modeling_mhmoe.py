@@ -56,15 +56,18 @@ def sinusoidal_positions(position_ids: Tensor, dim: int) -> Tensor:
     return torch.cat((angle.sin(), angle.cos()), dim=-1)
 
 
-def rotations(position_ids: Tensor, dim: int, kind: str) -> tuple[Tensor, ...]:
-    """Cosines and sines for queries, then for keys, ``(B, 1, S, dim / 2)``; xPos scales them."""
+def rotations(position_ids: Tensor, dim: int, kind: str, length: int) -> tuple[Tensor, ...]:
+    """Cosines and sines for queries, then for keys, ``(B, 1, S, dim / 2)``; xPos scales them.
+
+    Only differences of positions count: scales are 1 in the middle of ``length``, so that they fit into float16.
+    """
     device = position_ids.device
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
     position = position_ids.float()[:, None, :, None]
     cos, sin, scale = (position * frequency).cos(), (position * frequency).sin(), torch.ones_like(frequency)
     if kind == "xpos":
         base = (torch.arange(0, dim, 2, device=device, dtype=torch.float32) + 0.4 * dim) / (1.4 * dim)
-        scale = base ** (position / _XPOS_BASE)
+        scale = base ** ((position - length // 2) / _XPOS_BASE)
     return cos * scale, sin * scale, cos / scale, sin / scale
 
 
@@ -328,7 +331,7 @@ class MHMoEModel(MHMoEPreTrainedModel):
 
         x, kind = self._embed(x, position_ids), self.config.relative_positions
         head_dim = self.config.hidden_size // self.config.num_attention_heads
-        turns = None if kind == "none" else rotations(position_ids, head_dim, kind)
+        turns = None if kind == "none" else rotations(position_ids, head_dim, kind, self.config.max_position_embeddings)
         states, router_logits = [x], []
         for layer in self.layers:
             x, logits = layer(x, attention_mask=mask, cache=cache, rotations=turns, **kwargs)

@@ -1,7 +1,9 @@
 """``pipeline("visual-question-answering", FOLDER, trust_remote_code=True)``: no longer part of transformers."""
 
+import os
 from typing import Any
 
+from PIL import Image
 from transformers import Pipeline
 from transformers.image_utils import load_image
 
@@ -30,7 +32,12 @@ class MHMoEVisualQuestionAnsweringPipeline(Pipeline):
         """Ids and pixels of one question."""
         longest = self.model.config.max_position_embeddings
         words = self.tokenizer(inputs["question"], return_tensors="pt", truncation=True, max_length=longest)
-        return {**words, **self.image_processor(load_image(inputs["image"]), return_tensors="pt")}
+        image = inputs["image"]
+        if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+            image = Image.open(image)  # load_image would turn it as its camera says, which training did not
+        elif not isinstance(image, Image.Image):
+            image = load_image(image)
+        return {**words, **self.image_processor(image, return_tensors="pt")}
 
     def _forward(self, model_inputs: Any) -> Any:
         return self.model(**model_inputs)
