@@ -33,6 +33,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -47,12 +48,48 @@ _SIGNS_PER_LIMIT = 20  # a rank that is late once or twice, on a busy machine, i
 _BROKEN_CONNECTION = re.compile(r"by peer|Broken pipe|[Tt]imed? ?out|ncclRemoteError|Connection refused")
 
 
+class AnsweringStore:
+    """A key-value store each of whose calls ends: the connection to one whose process is frozen waits for good.
+
+    Args:
+        store: a connection that nobody else uses: its owner may wait in it.
+        limit: seconds that a call may take; after one that took longer none is begun any more.
+    """
+
+    def __init__(self, store: dist.Store, limit: float) -> None:
+        self._store, self._limit, self._is_lost = store, limit, False
+
+    def call(self, name: str, *words: Any) -> Any:
+        """Call a method of the store; RuntimeError if it cannot be reached."""
+        answers: list[Any] = []
+        errors: list[RuntimeError] = []
+
+        def ask() -> None:
+            try:
+                answers.append(getattr(self._store, name)(*words))
+            except RuntimeError as error:
+                errors.append(error)
+
+        if not self._is_lost:
+            asking = threading.Thread(target=ask, daemon=True)
+            asking.start()
+            asking.join(self._limit)
+            asking.join(self._limit / _SIGNS_PER_LIMIT)  # this process may have been stopped meanwhile
+            self._is_lost = asking.is_alive()
+        if self._is_lost:
+            raise RuntimeError(f"the key-value store has not answered for {self._limit:g} s")
+        if errors:
+            raise errors[0]
+        return answers[0]
+
+
 class Board:
     """What ranks write down for each other: signs of life, and why one failed.
 
     Args:
-        store: a connection to the group's key-value store that nobody else uses: its owner may wait in it.
+        store: a connection to the group's key-value store that nobody else uses.
         rank, size: this process's number, and how many there are.
+        limit: seconds after which a store that does not answer counts as lost.
 
     Attributes:
         watched: the ranks whose signs this one reads.
@@ -60,19 +97,19 @@ class Board:
     Every method raises RuntimeError when the store cannot be reached.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, limit: float) -> None:
         self.rank = rank
         self.watched = range(1, size) if rank == 0 else range(1)
-        self._store = dist.PrefixStore("mhmoe_watch", store)
+        self._store = AnsweringStore(dist.PrefixStore("mhmoe_watch", store), limit)
         self._signs = 0
-        self._store.set(f"who{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        self._store.call("set", f"who{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self.sign()
         self.first_rank = self.who(0)
 
     def sign(self) -> None:
         """Give a sign of life."""
         self._signs += 1
-        self._store.set(f"sign{self.rank}", str(self._signs))
+        self._store.call("set", f"sign{self.rank}", str(self._signs))
 
     def signs(self) -> dict[int, str]:
         """Return the latest sign of each watched rank, empty if it has given none."""
@@ -84,14 +121,14 @@ class Board:
 
     def fail(self, reason: str) -> None:
         """Tell the others why the training ends; the first reason stays."""
-        self._store.compare_set("failure", "", reason)
+        self._store.call("compare_set", "failure", "", reason)
 
     def failure(self) -> str:
         """Return the first reason, or nothing."""
         return self._read("failure")
 
     def _read(self, key: str) -> str:
-        return self._store.get(key).decode(errors="replace") if self._store.check([key]) else ""
+        return self._store.call("get", key).decode(errors="replace") if self._store.call("check", [key]) else ""
 
 
 class Watch(threading.Thread):
@@ -186,7 +223,7 @@ def guard_ranks(groups: Iterable[dist.ProcessGroup]) -> None:
     if limit == 0 or dist.get_world_size() == 1:
         return
     world = weakref.ref(dist.group.WORLD)
-    board = Board(distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size())
+    board = Board(distributed_c10d._get_default_store().clone(), dist.get_rank(), dist.get_world_size(), limit)
     watch = Watch(board, limit, lambda: dist.group.WORLD is not world())
     watch.start()
     atexit.register(watch.left.set)

@@ -170,6 +170,7 @@ def test_retrieval_stands_beside_what_chance_finds(data: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "out.json").read_text()) == {name: metric.value for name, metric in found.items()}
     owned = list(Counter(row["image_id"] for row in several).values())
     assert found["mean recall"].count == len(rows) and max(owned) > 1
+    assert (found["text R@1"].count, found["image R@1"].count) == (len(owned), len(rows))
     assert found["mean recall"].baselines == {"chance": pytest.approx(chance_of_recall(owned))}
     ranked = [found[f"{way} R@{rank}"].value for way in ("text", "image") for rank in (1, 5, 10)]
     assert found["mean recall"].value == pytest.approx(sum(ranked) / 6) and ranked[0] <= ranked[1] <= ranked[2]

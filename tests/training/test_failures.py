@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import signal
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from beit3_models import beit3_batch, small_beit3
+from console import SERVER
 from killable import Ranks
 from language_models import small_model, token_rows
 from workers import TRAIN_FLAGS
@@ -133,7 +135,7 @@ def test_limits_are_seconds(monkeypatch: pytest.MonkeyPatch, variable: str, valu
 
 def boards() -> tuple[Board, Board]:
     store = dist.HashStore()
-    return Board(store, 0, 2), Board(store, 1, 2)
+    return Board(store, 0, 2, limit=60), Board(store, 1, 2, limit=60)
 
 
 class Clock:
@@ -183,6 +185,37 @@ def test_the_first_reason_stays() -> None:
     second.fail("no memory")
     first.fail("connection lost")
     assert (first.failure(), second.failure()) == ("no memory", "no memory")
+
+
+def serve_a_store(told: Path) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    told.with_suffix(".tmp").write_text(str(store.port))
+    told.with_suffix(".tmp").rename(told)
+    time.sleep(100)
+
+
+def test_a_store_whose_process_is_frozen_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in rank 0 without torchrun: calls into it wait for good, and so would whoever explains an error."""
+    server = SERVER.Process(target=serve_a_store, args=(tmp_path / "port",))
+    server.start()
+    try:
+        while not (tmp_path / "port").exists():
+            time.sleep(0.05)
+        store = dist.TCPStore("localhost", int((tmp_path / "port").read_text()), is_master=False)
+        board, reasons = Board(store, 1, 2, limit=1), []
+        watch = Watch(board, 1, lambda: False)
+        monkeypatch.setattr(watch, "_end", reasons.append)
+        os.kill(server.pid, signal.SIGSTOP)
+        watch.start()
+        watch.join(20)
+        assert len(reasons) == 1 and reasons[0].endswith("cannot be reached any more")
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match="the key-value store has not answered for 1 s"):
+            watch.explain(RuntimeError("Connection closed by peer"))
+        assert time.monotonic() - began < 1
+    finally:
+        server.kill()
+        server.join()
 
 
 def test_the_watch_ends_when_the_ranks_part() -> None:
