@@ -116,8 +116,16 @@ class Preparation(ABC, Generic[SomeSettings]):
         """Returns what tells the source's content from another."""
         return self.source.identity()
 
-    def require_up_to_date(self, manifest: dict[str, Any]) -> None:  # noqa: B027  (most sources have all they need)
-        """Checks that an earlier preparation lacks nothing that can be had now."""
+    def now_available(self, manifest: dict[str, Any]) -> list[str]:
+        """Returns what an earlier preparation with this manifest lacks and can be had now: most lack nothing."""
+        return []
+
+    def _require_up_to_date(self, manifest: dict[str, Any]) -> None:
+        if now := self.now_available(manifest):
+            raise UserError(
+                f"--dest {self.workspace.dest}: was prepared without {', '.join(now)}, which can be fetched now, and "
+                "would be other data: choose another --dest, or add --overwrite to replace it"
+            )
 
     @abstractmethod
     def make(self) -> dict[str, Any]:
@@ -136,7 +144,7 @@ class Preparation(ABC, Generic[SomeSettings]):
         with exclusive_lock(dest / LOCK, "--dest"):
             state = self.workspace.begin(overwrite=overwrite, say=self.say)
             if state == "complete":
-                self.require_up_to_date(read_manifest(dest))
+                self._require_up_to_date(read_manifest(dest))
                 self.say(f"{dest}: already prepared with these settings, nothing to do")
                 return read_manifest(dest)
             if state == "resumed":

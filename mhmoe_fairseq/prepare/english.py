@@ -10,7 +10,6 @@ from typing import Any, Iterable, Sequence
 
 from tqdm import tqdm
 
-from ..common.errors import UserError
 from ..common.files import atomic_open
 from ..data.documents import Cleaner, Document
 from ..data.domains import FILE as DOMAINS
@@ -40,13 +39,9 @@ class EnglishPreparation(CorpusPreparation[EnglishSettings]):
         source = {"name": self.source.name, **self.source.identity()}
         return {"source": source, **self.source.options, **self.settings.identity()}
 
-    def require_up_to_date(self, manifest: dict[str, Any]) -> None:
-        """``UserError`` if the data were prepared without something that the source can fetch now."""
-        if now := self.source.now_available(manifest["source"], self.downloads):
-            raise UserError(
-                f"--dest {self.workspace.dest}: was prepared without {', '.join(now)}, which can be fetched now, and "
-                "would be other data: choose another --dest, or add --overwrite to replace it"
-            )
+    def now_available(self, manifest: dict[str, Any]) -> list[str]:
+        """Returns what the source could not fetch then and can now."""
+        return self.source.now_available(manifest["source"], self.downloads)
 
     def make(self) -> dict[str, Any]:
         """Runs the stages that are not done yet and publishes the result; returns the manifest."""

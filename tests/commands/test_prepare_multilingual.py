@@ -252,6 +252,21 @@ def test_packages_that_came_later_are_found(run, tmp_path, apt, make_deb, make_c
     assert (status, err) == (0, "") and (tmp_path / "d" / "manifest.json").exists()
 
 
+def test_data_without_what_can_be_had_now_are_not_up_to_date(run, tmp_path, apt, make_deb, make_catalogue):
+    cache = write_debian_packages(make_deb, make_catalogue)
+    later = cache / "unicode-cldr-core_1_all.deb"
+    (held,) = cache.glob("unicode-cldr-core_*.deb")
+    held.rename(tmp_path / "later.deb")
+    words = ("--cache-dir", cache, "--dest", tmp_path / "d", "--langs", "de,ru", *SMALL)
+    words += ("--debian-families", "mediawiki", "emoji")
+    assert run(*words)[0] == 0
+    assert "nothing to do" in run(*words)[1]
+    (tmp_path / "later.deb").rename(later)
+    status, _, err = run(*words)
+    assert status == 2 and "was prepared without unicode-cldr-core, which can be fetched now" in err
+    assert run(*words, "--overwrite")[0] == 0
+
+
 def test_a_known_package_that_cannot_be_fetched_is_an_error(run, tmp_path, apt):
     (apt / "apt-cache").write_text("#!/bin/sh\necho Package: $4\n")
     status, _, err = run("--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")

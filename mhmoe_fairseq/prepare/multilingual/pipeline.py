@@ -31,6 +31,10 @@ class MultilingualPreparation(CorpusPreparation[MultilingualSettings]):
         """Returns what tells the source's text in these languages from another."""
         return self.source.identity(self.settings.languages)
 
+    def now_available(self, manifest: dict[str, Any]) -> list[str]:
+        """Returns what the source could not fetch then and can now."""
+        return self.source.now_available(manifest["source"], self.downloads)
+
     @property
     def extra_symbols(self) -> tuple[str, ...]:
         """Symbols of XNLI's languages and all prepared ones: the dictionary is the same whichever a model is given."""

@@ -234,6 +234,11 @@ class DebianDocs:
         """Returns the families; their versions are what the suite has, and only recorded."""
         return {"families": list(self.families)}
 
+    def now_available(self, provenance: Mapping[str, Any], cache_dir: Path) -> list[str]:
+        """Returns the packages that an earlier preparation had to leave out, and that can be had now."""
+        absent = [package for record in provenance["families"].values() for package in record["absent"]]
+        return [package for package in absent if _archive(package).can_be_had(cache_dir)]
+
     def open(
         self, languages: Sequence[str], folder: Path, stage: Stage, cache_dir: Path, say: Say
     ) -> MultilingualCorpus:
@@ -258,16 +263,20 @@ class DebianDocs:
     def _require_one(self, languages: Sequence[str], cache_dir: Path) -> None:
         """Checks, before anything is extracted for good, that there is something to extract."""
         packages = [package for name in self.families for package in FAMILIES[name].packages_for(languages)]
-        if not any(_archive(package, cache_dir).can_be_had(cache_dir) for package in packages):
+        if not any(_findable(package, cache_dir).can_be_had(cache_dir) for package in packages):
             raise UserError(
                 "--source debian-docs: apt knows none of the packages; run apt-get update first, put the .deb files "
                 "into --cache-dir, or choose another source (text DIR, jsonl DIR)"
             )
 
 
-def _archive(package: str, cache_dir: Path) -> Archive:
+def _archive(package: str) -> Archive:
+    return Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
+
+
+def _findable(package: str, cache_dir: Path) -> Archive:
     """A package's archive; ``UserError`` if it is not there, nor the program that fetches it."""
-    archive = Archive("apt-get", package, None, f"{package}_*.deb", instead=_INSTEAD)
+    archive = _archive(package)
     if not any(cache_dir.glob(archive.filename)):
         archive.check_client()
     return archive
@@ -290,7 +299,7 @@ def _extract(family: Family, languages: Sequence[str], folder: Path, cache_dir: 
     with contextlib.ExitStack() as stack:
         streams = {code: stack.enter_context(atomic_open(folder / f"{code}.jsonl")) for code in languages}
         for package, held in family.packages_for(languages).items():
-            archive = _archive(package, cache_dir)
+            archive = _findable(package, cache_dir)
             if not archive.can_be_had(cache_dir):
                 absent.append(package)
                 continue
