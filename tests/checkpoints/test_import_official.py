@@ -292,6 +292,14 @@ def test_settings_that_do_not_fit_the_weights(tmp_path, capsys):
     write(tmp_path / "official.pt", official_state(PUBLISHED, 44), {**PUBLISHED, "decoder_layers": 4})
     status, _, err = import_official(capsys, tmp_path / "official.pt", "--out", tmp_path / "out")
     assert status == 2 and "decoder.layers.2.self_attn.k_proj.weight is missing" in err
+    write(tmp_path / "official.pt", official_state(PUBLISHED, 44), {**PUBLISHED, "moe_expert_count": 16})
+    status, _, err = import_official(capsys, tmp_path / "official.pt", "--out", tmp_path / "out", "--layers-only")
+    assert status == 2 and "layer 1: the weights do not fit the stored settings: experts.fc1_weight is (4, 24, 8) in" in err
+    assert not (tmp_path / "out").exists()
+    status, _, err = import_official(
+        capsys, tmp_path / "official.pt", "--out", tmp_path / "out", "--layers-only", "--data", tmp_path
+    )
+    assert status == 2 and f"--data {tmp_path} has no meaning with --layers-only" in err
 
 
 def test_rms_norm_inside_experts_is_refused(tmp_path, capsys):

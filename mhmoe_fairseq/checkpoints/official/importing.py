@@ -30,6 +30,7 @@ from ...models.bases import fingerprint
 from ...models.counts import blank_dictionary, build_on_meta
 from ...models.flags import moe_config
 from ...models.options import LanguageModelOptions
+from ...moe import MHMoELayer
 from ..summary import different_shapes, parameters_of, unique_weights, weights_of
 from .mapping import check_settings, convert_weights, model_options, moe_layers
 
@@ -75,6 +76,10 @@ def import_official(
         states, config = moe_layers(official), moe_config(options)
         if not states or config is None:
             raise UserError("there is no MoE layer in the checkpoint")
+        with torch.device("meta"):
+            expected = MHMoELayer(config).state_dict()
+        for index, state in states.items():
+            _require_shapes(state, expected, f"layer {index}: ")
         fields = dataclasses.asdict(config)
         save_tensors({index: {"config": fields, "state": state} for index, state in states.items()}, path)
         return [f"{path}: {len(states)} MoE layers, {sum(map(_count, states.values())):,} parameters"]
@@ -191,13 +196,17 @@ def convert_checkpoint(official: Mapping[str, Tensor], options: Any, dictionary:
     if not options.no_share_decoder_input_output_embed:  # one tensor, stored once
         state["decoder.output_projection.weight"] = state["decoder.embed_tokens.weight"]
     expected = expected_tensors(options, dictionary or blank_dictionary(len(state["decoder.embed_tokens.weight"])))
-    wrong = [f"{name} is {a} in it, {b} in our model" for name, a, b in different_shapes(state, expected)]
-    if wrong:
-        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise UserError(f"the weights do not fit the stored settings: {'; '.join(wrong[:6])}{more}")
+    _require_shapes(state, expected)
     if dictionary is not None:
         state[FINGERPRINT] = torch.tensor(fingerprint(dictionary))
     return stored_checkpoint(state, options, {"_name": "mhmoe_language_modeling", "data": ""})
+
+
+def _require_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str = "") -> None:
+    wrong = [f"{name} is {a} in it, {b} in our model" for name, a, b in different_shapes(state, expected)]
+    if wrong:
+        more = f" and {len(wrong) - 6} more" if len(wrong) > 6 else ""
+        raise UserError(f"{where}the weights do not fit the stored settings: {'; '.join(wrong[:6])}{more}")
 
 
 def expected_tensors(options: Any, dictionary: Dictionary) -> dict[str, Tensor]:
