@@ -105,7 +105,9 @@ def use(model: Any, folder: Path, ids: Tensor) -> dict[str, Any]:
 
 
 def train(model: Any, ids: Tensor) -> dict[str, Any]:
-    """Losses with labels, and the balance loss."""
+    """Losses with labels, and the balance loss; what is said of a cache where layers are computed twice."""
+    from transformers import DynamicCache
+
     plain = model(ids, labels=ids)
     asked = model(ids, labels=ids, output_router_logits=True)
     found = {"loss": plain.loss.item(), "with balance": asked.loss.item()}
@@ -118,6 +120,12 @@ def train(model: Any, ids: Tensor) -> dict[str, Any]:
     kept = ("selection_bias", "regularizer")  # not learned by gradients
     learned = [(name, value) for name, value in model.named_parameters() if not name.endswith(kept)]
     found["without gradient"] = [name for name, value in learned if value.grad is None]
+    model.train().gradient_checkpointing_enable()
+    try:
+        model(ids, past_key_values=DynamicCache(config=model.config))
+        found["cache twice"] = "taken"
+    except ValueError as error:
+        found["cache twice"] = str(error)
     return found
 
 

@@ -320,7 +320,10 @@ class MHMoEModel(MHMoEPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and cache is None and not (self.training and self.is_gradient_checkpointing):
+        is_recomputed = self.training and self.is_gradient_checkpointing
+        if is_recomputed and cache is not None:
+            raise ValueError("gradient checkpointing computes layers twice and would fill the cache twice: give none")
+        if use_cache and cache is None and not is_recomputed:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
