@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import random
+import re
 import stat
 
 import pytest
@@ -243,6 +244,17 @@ def test_no_package_at_all(run, tmp_path, apt):
     status, _, err = run("--cache-dir", tmp_path / "none", "--dest", tmp_path / "d", "--langs", "de")
     assert status == 2 and err.count("\n") == 1
     assert "--source debian-docs: apt knows none of the packages; run apt-get update first" in err
+
+
+def test_a_cap_that_empties_a_part_is_named(run, tmp_path):
+    (tmp_path / "in" / "de").mkdir(parents=True)
+    for book in range(40):
+        lines = [sentence("de", 40 * book + line) for line in range(40)]
+        (tmp_path / "in" / "de" / f"{book}.txt").write_text("\n".join(lines))
+    words = ("--source", "text", tmp_path / "in", "--langs", "de", "--dest", tmp_path / "d", *SMALL)
+    status, _, err = run(*words, "--document-separator", "file", "--max-mb-per-language", "0.001")
+    assert status == 2
+    assert re.search(r"--max-mb-per-language \(0.001\) leaves nothing of de for \w+: it leaves out \d+ lines", err)
 
 
 def test_packages_that_came_later_are_found(run, tmp_path, apt, make_deb, make_catalogue):

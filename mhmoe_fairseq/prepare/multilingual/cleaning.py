@@ -152,7 +152,11 @@ class MultilingualSettings(TextSettings):
 
 @dataclass
 class LanguageCorpus:
-    """Makes ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl`` of one language in a folder."""
+    """Makes ``text/CODE/SPLIT.txt`` and ``held-out/CODE/SPLIT.jsonl`` of one language in a folder.
+
+    Attributes:
+        capped: lines of each part that were left out for its size.
+    """
 
     language: Language
     folder: Path
@@ -162,6 +166,7 @@ class LanguageCorpus:
         self._shares = self.settings.shares
         self._splits = self.settings.splits[::-1]  # held-out parts first: they keep a line that occurs twice
         self._bytes_by_step = [0] * _NUM_STEPS
+        self.capped: Counter[str] = Counter()
         self._lines: Counter[str] = Counter()
         self._bytes_by_family: Counter[str] = Counter()
 
@@ -185,6 +190,8 @@ class LanguageCorpus:
             self._write(split, limit)
             self._scratch(split).unlink()
         self._scratch("clean").unlink()
+        if self.capped:
+            self._lines["lines_beyond_the_cap"] = self.capped.total()
         return {"lines": dict(self._lines), "bytes_by_family": dict(self._bytes_by_family)}
 
     def _scratch(self, name: str) -> Path:
@@ -230,7 +237,7 @@ class LanguageCorpus:
                 if passage.key is not None and split != "train":
                     keyed.append(passage)  # held out even where the cap leaves it out of the text
                 if self._step(passage) >= limit:
-                    self._lines["lines_beyond_the_cap"] += len(passage.lines)
+                    self.capped[split] += len(passage.lines)
                     continue
                 stream.write(b"" if document in (None, passage.document) else b"\n")
                 stream.write(("\n".join(passage.lines) + "\n").encode())

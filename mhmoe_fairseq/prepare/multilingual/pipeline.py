@@ -87,7 +87,7 @@ class MultilingualPreparation(CorpusPreparation[MultilingualSettings]):
             self._english = english_lines(corpus.passages("en")) if self.settings.filter_lines else {}
         record = made.make(corpus.passages(code), self._english)
         sizes = {split: self._text(code, split).stat().st_size for split in self.settings.splits}
-        self._refuse_empty(code, sizes, record["lines"].get("lines_beyond_the_cap", 0))
+        self._refuse_empty(code, sizes, made.capped)
         kept = sum(record["bytes_by_family"].values()) / 1e6
         dropped = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(record["lines"].items()))
         self.say(f"clean: {code} {kept:.2f} MB ({', '.join(record['bytes_by_family'])}); {dropped}")
@@ -97,12 +97,12 @@ class MultilingualPreparation(CorpusPreparation[MultilingualSettings]):
             self.say(f"warning: {code}: {warning}")
         return record
 
-    def _refuse_empty(self, code: str, sizes: Mapping[str, int], num_capped: int) -> None:
+    def _refuse_empty(self, code: str, sizes: Mapping[str, int], capped: Counter[str]) -> None:
         empty = next((split for split, size in sizes.items() if not size), None)
-        if empty is not None and num_capped:
+        if empty is not None and capped[empty]:
             raise UserError(
                 f"--max-mb-per-language ({self.settings.max_mb_per_language:g}) leaves nothing of {code} for {empty}: "
-                f"it cut {num_capped} lines off, in whole documents; raise it, or give shorter documents"
+                f"it leaves out {capped[empty]} lines there, in whole documents; raise it, or give shorter documents"
             )
         if empty == "train":
             others = ", ".join(other for other, size in sizes.items() if size)
