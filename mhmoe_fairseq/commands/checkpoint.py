@@ -65,10 +65,18 @@ The same --branch several times is sparse upcycling. docs/domains.md has the who
 
   mhmoe checkpoint mix --seed seed.pt --branch law.pt --branch code.pt --include-seed --output mixed.pt
 """
+_OFFICIAL = """\
+Of the official repository's training, whole or as its ranks wrote it: model.pt, which fairseq, mhmoe evaluate and
+--finetune-from-model open, or with --layers-only the MoE layers by themselves. Nothing in the file is run.
+
+  mhmoe checkpoint import-official checkpoint_best-rank-0.pt --out imported --data DATA
+  mhmoe checkpoint import-official checkpoint_best.pt --out layers --layers-only --routing dropless
+"""
 _EXPORT = """\
 hf: a folder that transformers 5.10 and later, lm-eval and vLLM open without this package: config.json, the model's
-code, weights as safetensors, tokenizer, and a README.md with the records beside the checkpoint. Of BEiT-3 the encoder
-and the head of classes or questions, for transformers' pipelines. Dropless routing only. Details: docs/export.md.
+code, weights as safetensors, tokenizer, and a README.md with the checkpoint's records beside it. Of BEiT-3 the encoder
+and the head of classes or questions, for transformers' pipelines. Dropless routing and ReMoE only. Details:
+docs/export.md.
 fairseq: such a folder of a language model, perhaps trained further, becomes model.pt and dict.txt again.
 
   mhmoe checkpoint export --format hf checkpoints/checkpoint_best.pt exported
@@ -107,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for writer in (convert, mean, mixed, pack):
         writer.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
-    official = add_action(actions, "import-official", "import a checkpoint of the official MH-MoE")
+    official = add_action(actions, "import-official", "import a checkpoint of the official MH-MoE", _OFFICIAL)
     official.add_argument(
         "checkpoint", metavar="CKPT", type=existing_file,
         help="a whole checkpoint, or one of NAME-shared.pt, NAME-rank-0.pt, ...: all of them are then read",

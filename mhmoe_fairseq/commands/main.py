@@ -29,10 +29,10 @@ COMMANDS = {
     "plan": "count what a training needs: parameters, FLOPs, memory, traffic",
     "reproduce": "train, evaluate and report a table or figure of the papers, a study, or the demo",
     "evaluate": "measure a checkpoint on a split, by its task's own metrics",
-    "zero-shot": "language models on tasks of lm-evaluation-harness, XNLI, or a cross-lingual probe",
+    "zero-shot": "language models on the paper's English tasks, XNLI, lm-eval's tasks, or a cross-lingual probe",
     "report": "compare trained models by their records: tables and plots",
-    "analyze": "measure which experts a checkpoint uses, by language or modality, or for the patches of images",
-    "checkpoint": "inspect, convert, average, pack, import and export checkpoints",
+    "analyze": "measure which experts a checkpoint uses, by language, domain or modality, or for the patches of images",
+    "checkpoint": "inspect, convert, average, pack, mix, import and export checkpoints",
     "generate": "continue a prompt with a trained language model, or caption images",
     "doctor": "describe this installation and machine, for reports of bugs",
 }

@@ -26,8 +26,8 @@ EXPERIMENTS = (
             Claim("demix, not told the domain of a text, has a lower perplexity than smoe", "demix", "smoe",
                 metric="perplexity", what="domain mixture", reference_what="perplexity"),
         )),
-    Experiment("loss-free", "MH-MoE balanced without a loss: gates as they are, or adding up to 1", "english_lm",
-        (Stage(ENGLISH),), ("mhmoe-flops", _RAW, *_RENORMALISED), reference="mhmoe-flops",
+    Experiment("loss-free", "MH-MoE balanced without a loss: gates as they are, adding up to 1, or of a softmax",
+        "english_lm", (Stage(ENGLISH),), ("mhmoe-flops", _RAW, *_RENORMALISED), reference="mhmoe-flops",
         claims=tuple(
             claim for model in _RENORMALISED for claim in (
                 *claims(_NO_PAPER, f"{model} < {_RAW}", f"{model} < mhmoe-flops"),

@@ -67,7 +67,7 @@ class TrainingFlags(FairseqDataclass):
         default=None,
         metadata={
             "help": "write how many sub-tokens of each layer and head went to each expert there, every --log-interval "
-            "updates: .jsonl or .csv; with --tensorboard-logdir as histograms, too (docs/flags.md)"
+            "updates: .jsonl or .csv; with --tensorboard-logdir as histograms, too (docs/tracking.md)"
         },
     )
 
