@@ -24,7 +24,8 @@ from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.files import write_json
 from mhmoe_fairseq.data.domains import write_domains
 from mhmoe_fairseq.evaluation.records import read_record
-from mhmoe_fairseq.experiments import EXPERIMENTS, runner
+from mhmoe_fairseq.experiments import EXPERIMENTS
+from mhmoe_fairseq.experiments.calls import Calls
 from mhmoe_fairseq.experiments.kept import kept_runs
 from mhmoe_fairseq.experiments.language_models import MULTILINGUAL
 from mhmoe_fairseq.experiments.models import MODELS
@@ -164,13 +165,13 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
         )
         monkeypatch.setitem(EXPERIMENTS, name, experiment)
 
-    def call(words, variables, on_line, output=None, running=None) -> None:
+    def call(calls, words, variables, on_line, output=None) -> None:
         if words[0] == "mhmoe":
             assert mhmoe(words[1:]) == 0
         else:
             run_console(*words, cwd=toys.root)
 
-    monkeypatch.setattr(runner, "call", call)
+    monkeypatch.setattr(Calls, "run", call)
     monkeypatch.chdir(toys.root)
     out, words = toys.root / experiment.folder, ["--seeds", "1"]
     if experiment.stages:
