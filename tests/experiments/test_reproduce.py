@@ -191,7 +191,11 @@ def test_every_experiment_runs_from_data_to_its_report(name: str, toys: Toys, mo
     measured = [[out / of] if "/" in of else [run / of for run in runs] for of in experiment.measures]
     assert all(file.is_file() for each in measured for file in each)
     models = {model: read_model(model, folders) for model, folders in kept_runs(experiment, toys.root).items()}
-    claims = [claim for claim in experiment.claims if claim.metric != "CIDEr"]  # after two updates 0, and no reference
+    claims = [  # of what is trained at this scale; after two updates CIDEr is 0, and no reference
+        claim for claim in experiment.claims
+        if claim.metric != "CIDEr" and {claim.model, claim.reference} <= {*experiment.models}
+    ]  # fmt: skip
+    assert claims or not experiment.claims
     assert NOT_RUN not in [judge(claim, models).verdict for claim in claims]
     if experiment.paper is not None:
         report = (out / experiment.report).read_text(encoding="utf-8")
