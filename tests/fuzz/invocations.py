@@ -151,10 +151,11 @@ def trained_calls(root: Path) -> dict[tuple[str, ...], Call]:
                         "--max-len-b": ["12"]},
         ("zero-shot", "english"): {
             "--checkpoint": [f"{root}/lm"], "--data": [f"{root}/english"], "--tasks-dir": [f"{root}/questions"],
-            "--tasks": ["rte,openbookqa"], "--out": ["out"],
+            "--tasks": ["rte,openbookqa"], "--out": ["out"], "--record": ["record.json"],
         },
         ("zero-shot", "xnli"): {
             "--checkpoint": [f"{root}/multilingual"], "--xnli-dir": [f"{root}/xnli"], "--out": ["out"],
+            "--record": ["record.json"],
         },
         ("zero-shot", "probe"): {
             "--checkpoint": [f"{root}/multilingual"], "--data": [f"{root}/languages"], "--candidates": ["2"],
