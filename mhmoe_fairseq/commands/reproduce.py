@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--updates", type=whole(), metavar="N", help="updates of every training")
     add("--validations", type=whole(), metavar="N", help="how often a training is validated and saved")
     add("--size", choices=("tiny", "small", "base"), help="size of the models (default: cpu tiny, paper base)")
-    rates = "learning rates; of several, the best for each model"
+    rates = "learning rates; of several, the best for each model (default: the plan's, and beyond them if need be)"
     add("--lrs", nargs="+", type=_rate, default=(), metavar="LR", help=rates)
     add("--search-updates", type=whole(), metavar="N", help="updates of a training that only tries a learning rate")
     add("--start", metavar="NAME", help="start fine-tuning from this: pretraining, or a task such as vqa")

@@ -111,7 +111,10 @@ def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
         yield "models x seeds x updates", row["trains"]
         if search := default_plan(experiment).search():
             updates = {sum(part.updates for part in (*run.parts, run)) for run in search}
-            yield "search", f"{len(search)} trainings of {min(updates):,} updates"
+            yield (
+                "search",
+                f"{len(search)} trainings of {min(updates):,} updates, more where the best rate is at the edge",
+            )
         yield "tokens", row["tokens"]
         yield "hours", row["hours"]
         yield "state", row["state"]

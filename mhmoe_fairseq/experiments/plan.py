@@ -1,6 +1,6 @@
 """The runs of an experiment: which trainings, one after the other, what they start from, and what follows them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from .run import Choice, Run
 from .spec import Experiment, Recipe, Stage, parse_flags
 
 SEARCH = "search.json"  # what a search of learning rates found, in the folder of the runs
+FURTHER = 2  # learning rates that are tried beyond a recipe's where the best of a model is at their edge
 
 _COMPUTE = ("analyze", "evaluate", "zero-shot")  # commands that take a GPU where there is one
 
@@ -111,9 +112,10 @@ class Plan:
 
     def best_lr(self, recipe: Recipe, model: str) -> str | None:
         """Returns what the search found, now or earlier, if it is still one to choose from; None before a search."""
-        found = self.best_lrs or read_search(self.out).get("best_lr", {})
-        best = found.get(recipe.name_of(model))
-        return best if best in self.lrs_of(recipe) else None
+        name, own, search = recipe.name_of(model), self.lrs_of(recipe), read_search(self.out)
+        best = (self.best_lrs or search.get("best_lr", {})).get(name)
+        is_widened = not self.experiment.lrs and {*own} < {*search.get("valid_loss_bits", {}).get(name, ())}
+        return best if best in own or (own and is_widened) else None
 
     def lrs_of(self, recipe: Recipe) -> tuple[str, ...]:
         """Returns the learning rates to choose from: the experiment's or the recipe's; none if ``--lr`` was given."""
@@ -127,12 +129,31 @@ class Plan:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
-        of_models = {run.recipe.name_of(run.model): run for run in self.runs()}
+        return [self._trial(run, lr) for run in self._searched() for lr in self.lrs_of(run.recipe)]
+
+    def wider_search(self, losses: Mapping[str, Mapping[str, float | None]]) -> list[Run]:
+        """Returns one more run for each model of which the best learning rate is at the edge of those tried.
+
+        At most ``FURTHER`` of a model, and none where the user gave the rates: those alone are meant.
+
+        Args:
+            losses: model -> learning rate -> validation loss of those tried; None: not finite.
+        """
+        runs = [] if self.experiment.lrs else self._searched()
+        tried = [(run, losses[run.recipe.name_of(run.model)]) for run in runs]
         return [
-            # Of the recipe's own seed, whichever are trained: a model's later seeds have the first one's rate.
-            self.run(run.recipe, run.model, run.recipe.scales[self.choice.scale].seeds[0], search=lr)
-            for run in of_models.values() if len(lrs := self.lrs_of(run.recipe)) > 1 for lr in lrs
+            self._trial(run, lr)
+            for run, of in tried if len(of) < len(self.lrs_of(run.recipe)) + FURTHER and (lr := further_lr(of))
         ]  # fmt: skip
+
+    def _searched(self) -> list[Run]:
+        """One run of each model whose learning rate is searched."""
+        of_models = {run.recipe.name_of(run.model): run for run in self.runs()}
+        return [run for run in of_models.values() if len(self.lrs_of(run.recipe)) > 1]
+
+    def _trial(self, run: Run, lr: str) -> Run:
+        """A search's run, of the recipe's own seed, whichever are trained: a model's later seeds have the first's."""
+        return self.run(run.recipe, run.model, run.recipe.scales[self.choice.scale].seeds[0], search=lr)
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""
@@ -178,6 +199,22 @@ def read_search(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(of, dict) for of in found.values()):
         raise UserError(f"{folder / SEARCH} is not of mhmoe reproduce: take another folder, or delete it")
     return found
+
+
+def smallest(losses: Mapping[str, float | None]) -> str | None:
+    """Returns the learning rate with the smallest loss; None if no loss is finite."""
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+    return min(finite, key=finite.__getitem__) if finite else None
+
+
+def further_lr(losses: Mapping[str, float | None]) -> str | None:
+    """Returns the next learning rate beyond the best, in the step that led there; None if the best has neighbours."""
+    tried, best = sorted(losses, key=float), smallest(losses)
+    if best is None or best not in (tried[0], tried[-1]):
+        return None
+    beside = tried[1] if best == tried[0] else tried[-2]
+    mantissa, exponent = f"{float(best) ** 2 / float(beside):.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _without_plots(words: list[str]) -> list[str]:

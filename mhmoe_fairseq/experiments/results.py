@@ -255,11 +255,12 @@ def _search(page: Page, tree: Path) -> str:
         return ""
     own = {stage.recipe.name_of(model) for stage in page.experiment.stages for model in page.models}
     losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
-    lrs = list(dict.fromkeys(lr for of in losses.values() for lr in of))
+    lrs = sorted({lr for of in losses.values() for lr in of}, key=float)
     cells = [[name, *(_tried(lr, of, search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()]
     told = (
-        "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken. Of "
-        "what lies at the edge of the rates tried it is not known whether a further one would be better."
+        "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken. "
+        "Where that is at the edge, one or two further rates are tried; of what still is, or was tried before that "
+        "rule, it is not known whether a further one would be better."
     )
     return f"## Search of the learning rate\n\n{told}\n\n{markdown_table(['model', *lrs], cells)}" if cells else ""
 

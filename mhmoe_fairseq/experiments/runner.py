@@ -26,7 +26,7 @@ from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
 from .branches import require_domains
 from .calls import Calls
-from .plan import SEARCH, Plan, read_search, with_starts
+from .plan import SEARCH, Plan, read_search, smallest, with_starts
 from .progress import Progress
 from .run import STATE, Choice, Run
 from .spec import Recipe
@@ -118,19 +118,21 @@ class Runner:
             tried = ", ".join(dict.fromkeys(str(run.lr) for run in search))
             rule = f"must be one when --nnodes is {self.plan.choice.nnodes}: machine 0 alone would know the best"
             raise UserError(f"--lrs ({tried}) {rule}")
-        for together in with_starts(search):
-            self._finish(together)
-        for run in search:
-            losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = run.final_loss()
-            for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
-                for checkpoint in folder.glob("checkpoint*.pt"):
-                    checkpoint.unlink()
-        best = {model: _smallest(model, of_lr) for model, of_lr in losses.items()}
+        while search:
+            for together in with_starts(search):
+                self._finish(together)
+            for run in search:
+                losses.setdefault(run.recipe.name_of(run.model), {})[str(run.lr)] = run.final_loss()
+                for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
+                    for checkpoint in folder.glob("checkpoint*.pt"):
+                        checkpoint.unlink()
+            search = self.plan.wider_search(losses)
+        best = {model: _best(model, of_lr) for model, of_lr in losses.items()}
         if best:
             kept = read_search(self.plan.out)  # other models' of experiments that share the folder
             new: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
-            earlier, dates = kept.get("valid_loss_bits", {}), kept.get("date", {})
-            known = {model: dates.get(model) for model in best if earlier.get(model) == losses[model]}
+            earlier, dates = kept.get("best_lr", {}), kept.get("date", {})
+            known = {model: dates.get(model) for model in best if earlier.get(model) == best[model]}
             new["date"] = {model: known.get(model) or timestamp() for model in best}  # tests come later
             write_json(self.plan.out / SEARCH, {name: kept.get(name, {}) | values for name, values in new.items()})
             self._tell("learning rates: " + ", ".join(f"{model} {lr}" for model, lr in best.items()))
@@ -266,12 +268,12 @@ def missing_data(plan: Plan, data: Path, recipe: Recipe | None = None) -> str:
     return f"--data ({data}) holds no prepared data for {plan.experiment.name}: make them with {maker}"
 
 
-def _smallest(model: str, losses: Mapping[str, float | None]) -> str:
+def _best(model: str, losses: Mapping[str, float | None]) -> str:
     """The learning rate with the smallest loss; ``UserError`` if there is none."""
-    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-    if not finite:
+    best = smallest(losses)
+    if best is None:
         raise UserError(f"--lrs ({' '.join(losses)}): with none of them {model} has a finite validation loss")
-    return min(finite, key=finite.__getitem__)
+    return best
 
 
 def _empty(folder: Path) -> None:
@@ -291,7 +293,7 @@ def dry_run(plan: Plan) -> Iterator[str]:
     search = _once(with_starts(plan.search()))
     yield from _commands(search)
     if search:
-        yield "# below, --lr is the best of these for each model on the validation split"
+        yield "# below, --lr is the best of these for each model on the validation split, or a further one"
     for run in _once(plan.stages()):
         yield from _commands([run])
         yield from (shlex.join(words) for _, words in run.evaluations(run.measures()))

@@ -70,7 +70,8 @@ class Scale:
         validations: how often a training is validated and saved.
         warmup: updates; None: a tenth, of long trainings 10,000.
         seeds: of the trainings; the first is the search's, whichever an experiment or the user has trained.
-        lrs: learning rates of a search for every model before its trainings; empty: no search.
+        lrs: learning rates of a search for every model before its trainings, which goes on beyond them where the best
+            is at their edge; empty: no search.
         search_updates: updates of one training of the search.
     """
 
@@ -158,7 +159,7 @@ class Experiment:
         stages: trainings, one after the other.
         models: names; of ``parts`` at CPU scale, where they take the place of theirs.
         paper_models: names at paper scale, where they are others.
-        seeds, lrs, search_updates, updates, validations: other than the recipes'.
+        seeds, lrs, search_updates, updates, validations: other than the recipes'; a search tries these ``lrs`` alone.
         needs: words of ``mhmoe prepare`` for what else ``after`` reads, the folder last.
         after: commands that follow, with ``{runs}``, ``{checkpoints}``, ``{data}``, ``{out}`` and ``{xnli}`` filled in.
         measures: files of ``after`` that are kept: in every run, such as ``record-zero-shot-english.json``,

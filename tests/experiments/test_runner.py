@@ -1,6 +1,7 @@
 """The runner with stand-ins for the commands: what is kept, resumed, started afresh, searched, said and reported."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from command_stand_ins import Commands, after, reproduce
 from zero_shot_questions import write_tasks_folder
 
+from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
@@ -329,6 +331,56 @@ def test_a_run_that_was_half_emptied_is_emptied_again(
             reproduce(tmp_path, *words, "8e-3")
         commands.trained()
         assert reproduce(tmp_path, *words, "4e-3") == 0 and commands.trained() == ["dense/seed-1"]
+
+
+@pytest.mark.parametrize(
+    ("optimum", "further", "best"),
+    [
+        (8e-3, [], "8e-3"),
+        (4.1e-3, ["2e-3"], "4e-3"),
+        (1.9e-3, ["2e-3", "1e-3"], "2e-3"),
+        (3e-2, ["3.2e-2", "6.4e-2"], "3.2e-2"),
+        (1, ["3.2e-2", "6.4e-2"], "6.4e-2"),  # no more
+        (-1, ["3.2e-2"], "1.6e-2"),  # where it diverges
+    ],
+)
+def test_a_search_goes_on_where_the_best_is_at_the_edge(
+    optimum: float, further: list[str], best: str, commands: Commands, tmp_path: Path, monkeypatch
+) -> None:
+    def call(calls, words, *more) -> None:
+        commands(words, *more)
+        if words[0] == "fairseq-train":
+            lr, log = float(after("--lr", words)), Path(after("--save-dir", words)) / "train.log"
+            loss = abs(math.log2(lr / optimum)) if optimum > 0 else 1 / lr if lr < 3e-2 else math.nan
+            log.write_text(re.sub(r'"valid_loss": "[^"]*"', f'"valid_loss": "{loss}"', log.read_text()))
+
+    monkeypatch.setattr(Calls, "run", call)
+    out, own = tmp_path / "out", ["4e-3", "8e-3", "1.6e-2"]
+    words = [
+        "reproduce",
+        "study",
+        "--models",
+        "dense",
+        "--seeds",
+        "2",
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(out),
+    ]
+    assert mhmoe(words) == 0
+    assert commands.trained() == [f"search/dense/lr-{lr}" for lr in own + further] + ["dense/seed-2"]
+    found = json.loads((out / "search.json").read_text())
+    assert found["best_lr"] == {"dense": best} and [*found["valid_loss_bits"]["dense"]] == own + further
+    assert mhmoe([*words, "--keep", "--results", str(tmp_path / "results")]) == 0  # knows the rate that was found
+    assert mhmoe(words) == 0 and not commands.trained()
+    early = {"dense": "2001-01-01T00:00:00+00:00"}
+    (out / "search.json").write_text(json.dumps({**found, "date": early}))
+    assert mhmoe([*words, "--lrs", *own]) == 0  # those alone
+    again = json.loads((out / "search.json").read_text())
+    assert [*again["valid_loss_bits"]["dense"]] == own
+    assert commands.trained() == ([] if best in own else ["dense/seed-2"])
+    assert (again["date"] == early) == (best in own)  # when it was chosen: the same rate was before the tests
 
 
 def test_a_rate_that_diverged_is_not_the_best(commands: Commands, tmp_path: Path, monkeypatch, capsys) -> None:
