@@ -1,6 +1,6 @@
 """Compare the ids of an exported tokenizer with those that this package scores, on real and odd texts by language.
 
-DATA is a folder of ``mhmoe prepare multilingual``, whose vocabulary is compared, or that of ``--tiktoken-ranks``. A
+DATA is a folder of ``mhmoe prepare multilingual``, whose vocabulary is compared. A
 difference of a kind that docs/export.md does not name is shown, and the status is 1.
 """
 
@@ -22,10 +22,11 @@ from fairseq.data.encoders.sentencepiece_bpe import SentencepieceConfig
 from tokenizers import normalizers
 
 from mhmoe_fairseq.checkpoints.huggingface.tokenizer import build_tokenizer
-from mhmoe_fairseq.common.arguments import existing_file, existing_folder, whole
+from mhmoe_fairseq.common.arguments import existing_folder, whole
+from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.data.languages import LANGUAGES, language_symbol
-from mhmoe_fairseq.data.vocabularies import MODEL_FILE, open_vocabulary
+from mhmoe_fairseq.data.vocabularies import RANKS_FILE, find_vocabulary, read_vocabulary
 from mhmoe_fairseq.evaluation.scoring import TextScorer
 from mhmoe_fairseq.tasks.tokenizers import TiktokenBPE, WholeSentencepieceBPE
 
@@ -93,20 +94,24 @@ class Both(NamedTuple):
         return self.tokenizer.encode(text).ids, [self.scorer.dictionary.eos(), *self.scorer.encode(text)]
 
 
-def open_both(folder: Path, ranks: Path | None) -> Both:
-    """Open both sides of a folder's vocabulary, or of a rank file."""
+def open_both(folder: Path) -> Both:
+    """Open both sides of a folder's vocabulary."""
+    file = find_vocabulary(folder)
+    if file is None:
+        raise UserError(f"{folder}: no vocabulary in it")
     dictionary = Dictionary()
-    for symbol in (*open_vocabulary(folder, ranks).symbols, *map(language_symbol, LANGUAGES)):
+    for symbol in (*read_vocabulary(file).symbols, *map(language_symbol, LANGUAGES)):
         dictionary.add_symbol(symbol)
     dictionary.pad_to_multiple_(8)
-    if ranks is None:
-        bpe: Any = WholeSentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(folder / MODEL_FILE)))
+    bpe: Any
+    if file.name == RANKS_FILE:
+        bpe = TiktokenBPE(SimpleNamespace(mhmoe_tiktoken_ranks=str(file)))
     else:
-        bpe = TiktokenBPE(SimpleNamespace(mhmoe_tiktoken_ranks=str(ranks)))
+        bpe = WholeSentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(file)))
     scorer = object.__new__(TextScorer)
     scorer.clean, scorer.dictionary, scorer._told_of_unknown_words = True, dictionary, True
     scorer.model = SimpleNamespace(encode=lambda line: dictionary.encode_line(bpe.encode(line)).long())  # type: ignore
-    tokenizer = build_tokenizer(dictionary, folder, ranks, "</s>")
+    tokenizer = build_tokenizer(dictionary, folder, "</s>")
     model = json.loads(tokenizer.to_str())["model"]
     is_unigram = model["type"] == "Unigram"
     return Both(tokenizer, scorer, [max(score, _BYTE) for _, score in model["vocab"]] if is_unigram else [])
@@ -132,10 +137,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Print a table of languages; returns 1 if there is a difference that is not known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=existing_folder, metavar="DATA")
-    parser.add_argument("--tiktoken-ranks", type=existing_file, metavar="FILE", help="compare this vocabulary")
     parser.add_argument("--texts", type=whole(), default=5000, metavar="N", help="of each language")
     args = parser.parse_args(words)
-    both = open_both(args.data, args.tiktoken_ranks)
+    both = open_both(args.data)
     rows, unknown = [], []
     for folder in sorted((args.data / "text").iterdir()):
         files = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.txt"))]

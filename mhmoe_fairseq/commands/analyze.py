@@ -32,8 +32,8 @@ _INDEXES = ("pair", "image", "captioning", "vqa", "nlvr2")  # of images: the fir
 _FLAGS = {
     "": ("threshold", "batch_size"),
     "--diversity": ("image", "images"),
-    "--polysemy": ("batch_size", "tiktoken_ranks"),
-    "--view": ("image", "text", "words", "tiktoken_ranks"),
+    "--polysemy": ("batch_size",),
+    "--view": ("image", "text", "words"),
 }
 Measured = TypeVar("Measured")
 
@@ -77,10 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--text", type=existing_file, nargs="+", metavar="FILE", help="with --view: texts")
     text.add_argument("--words", metavar="TEXT", help="with --view: a text; of pairs with --image, its caption")
-    parser.add_argument(
-        "--tiktoken-ranks", type=existing_file, metavar="FILE",
-        help="with --polysemy or --view: rank file of data that were prepared with tiktoken",
-    )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--image", type=existing_file, nargs="+", metavar="FILE",
@@ -124,9 +120,7 @@ def _write_view(args: argparse.Namespace) -> list[Path]:
     [checkpoint] = args.checkpoints
     file = (args.out or checkpoint.parent) / "view.html"
     with quiet():
-        view = route_view(
-            checkpoint, args.data, sources, args.tiktoken_ranks, "cpu" if args.cpu else None, args.precision
-        )
+        view = route_view(checkpoint, args.data, sources, "cpu" if args.cpu else None, args.precision)
         write_view(file, view)
     positions = sum(len(sample.tokens) for sample in view.samples)
     say(f"{positions:,} positions in {len(view.layers)} MoE layers; open the page in a browser")
@@ -222,9 +216,8 @@ def _analyze_polysemy(args: argparse.Namespace) -> list[Path]:
     def measure(origin: dict[str, Any]) -> Record:
         say(f"routing {args.split} with {origin['path']}")
         return measure_polysemy(
-            Path(origin["path"]), args.data, args.split, lists, args.tiktoken_ranks, args.batch_size, device,
-            args.precision,
-        )  # fmt: skip
+            Path(origin["path"]), args.data, args.split, lists, args.batch_size, device, args.precision
+        )
 
     trainings: dict[Path, list[Path]] = {}
     for checkpoint in args.checkpoints:

@@ -164,11 +164,8 @@ def _add_export(actions: Any) -> None:
     export.add_argument("--format", choices=("hf", "fairseq"), required=True, help="what to make")
     export.add_argument(
         "--data", metavar="DIR", type=existing_folder,
-        help="hf: folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
+        help="hf: folder with dict.txt and the vocabulary (default: the checkpoint's, or its training data)",
     )  # fmt: skip
-    export.add_argument(
-        "--tiktoken-ranks", type=existing_file, metavar="FILE", help="hf: rank file of a vocabulary of tiktoken's"
-    )
     export.add_argument("--max-shard-size", type=real(above=0), metavar="GB", help="hf: most weights in one file (5)")
 
 
@@ -279,13 +276,14 @@ def _export(args: argparse.Namespace) -> None:
     from ..checkpoints.huggingface.export import export_model, import_folder
 
     if args.format == "fairseq":
-        for flag in ("data", "tiktoken_ranks", "max_shard_size"):
+        for flag in ("data", "max_shard_size"):
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag.replace('_', '-')} has no meaning with --format fairseq")
         say("\n".join(import_folder(args.source, args.out)))
         return
-    options = {"data": args.data, "ranks": args.tiktoken_ranks, "shard_bytes": round((args.max_shard_size or 5) * 1e9)}
-    say("\n".join(export_model(args.source, args.out, measured=_measured(args.source), **options)))
+    shard_bytes = round((args.max_shard_size or 5) * 1e9)
+    measured = _measured(args.source)
+    say("\n".join(export_model(args.source, args.out, data=args.data, shard_bytes=shard_bytes, measured=measured)))
 
 
 def _measured(checkpoint: Path) -> list[list[str]]:

@@ -213,11 +213,7 @@ def _add_classification_arguments(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     parser.add_argument(
         "--data", type=existing_folder, required=True, metavar="DIR",
-        help="prepared data of the language model: its dict.txt and sentencepiece.model are used",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tiktoken-ranks", type=existing_file, metavar="FILE",
-        help="rank file, for a language model that was trained with one",
+        help="prepared data of the language model: its dict.txt and vocabulary are used",
     )  # fmt: skip
     fields = parser.add_argument_group("fields")
     fields.add_argument(
@@ -247,7 +243,7 @@ def _classification(args: argparse.Namespace) -> classification.ClassificationPr
     words = {split: getattr(args, split) for split in SPLITS}
     files = classification.labelled_files(words, several_languages=args.language_field is not None)
     settings = classification.ClassificationSettings.from_flags(args)
-    source = classification.LabelledText(files, args.data, args.tiktoken_ranks)
+    source = classification.LabelledText(files, args.data)
     return classification.ClassificationPreparation(source, settings, None, say)
 
 

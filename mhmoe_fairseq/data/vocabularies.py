@@ -7,6 +7,8 @@ is trained on the training part only, with byte fallback, so that nothing is eve
 A tiktoken rank file (such as GPT-4's ``cl100k_base``) has one token a line: its bytes in base64, a space, its rank. In
 fairseq's dictionary a token is spelled by its rank in decimal digits, as in fairseq's own GPT-2 encoder, so that
 ``dictionary index = rank + 4``. Nothing is ever downloaded.
+
+The vocabulary's file lies beside ``dict.txt`` in prepared data, so that whatever opens these knows how text is encoded.
 """
 
 import base64
@@ -16,6 +18,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,12 @@ import numpy as np
 from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
 
-MODEL_FILE = "sentencepiece.model"
+MODEL_FILE, RANKS_FILE = "sentencepiece.model", "ranks.tiktoken"
 TOKENIZERS = ("sentencepiece", "tiktoken")
 MODELS = ("unigram", "bpe")
 NUM_SPECIALS = 4  # fairseq's <s>, <pad>, </s>, <unk>: indices 0..3
 _NUM_BYTES = 256
+_SPACE = "\u2581"  # how SentencePiece spells a space
 _TRAINING_THREADS = 2  # part of the result: the order of float sums depends on it, the machine's cores must not
 _MAX_LINE_BYTES = 1 << 20
 _MAX_CHARACTER_BYTES = 4  # in UTF-8
@@ -159,7 +163,7 @@ class SentencePieceVocabulary:
         """What each of ``symbols`` stands for in a text, in UTF-8."""
         ids = enumerate(self.symbols, start=NUM_SPECIALS)
         return [
-            bytes([int(symbol[3:5], 16)]) if self._model.is_byte(index) else symbol.replace("\u2581", " ").encode()
+            bytes([int(symbol[3:5], 16)]) if self._model.is_byte(index) else symbol.replace(_SPACE, " ").encode()
             for index, symbol in ids
         ]
 
@@ -212,18 +216,59 @@ class TiktokenVocabulary:
 
     def describe(self) -> dict[str, object]:
         """Return what the manifest records."""
-        return {
-            "kind": "tiktoken", "ranks": len(self.symbols),
-            "rank_file": self._path.name, "rank_file_sha256": sha256_of(self._path),
-        }  # fmt: skip
+        return {"kind": "tiktoken", "ranks": len(self.symbols), "rank_file_sha256": sha256_of(self._path)}
 
 
 Vocabulary = SentencePieceVocabulary | TiktokenVocabulary
 
 
-def open_vocabulary(folder: Path, ranks: Path | None) -> Vocabulary:
-    """Return the vocabulary of a rank file, or without one of the SentencePiece model in a folder."""
-    return TiktokenVocabulary(ranks) if ranks else SentencePieceVocabulary(folder / MODEL_FILE)
+def find_vocabulary(folder: Path, symbols: Sequence[str] = ()) -> Path | None:
+    """Return the file of a folder's vocabulary; None where its dictionary has whole words.
+
+    Args:
+        symbols: the dictionary's, from index 4 on: pieces or ranks are no words.
+
+    Raises:
+        UserError: there are two such files, or none although the symbols are pieces or ranks.
+    """
+    found = [folder / name for name in (MODEL_FILE, RANKS_FILE) if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder}: has {MODEL_FILE} and {RANKS_FILE}: remove the one of which its dict.txt is not")
+    are_ranks = [*symbols[:_NUM_BYTES]] == [str(rank) for rank in range(_NUM_BYTES)]
+    if not found and (are_ranks or any(symbol.startswith(_SPACE) for symbol in symbols)):
+        missing, parts = (RANKS_FILE, "tokens") if are_ranks else (MODEL_FILE, "pieces")
+        raise UserError(
+            f"{folder}: no {missing} in it, of whose {parts} its dict.txt is: copy it there from where that dictionary "
+            "comes from"
+        )
+    return found[0] if found else None
+
+
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Return the vocabulary of a file that is named as in prepared data."""
+    return TiktokenVocabulary(path, flag="--data") if path.name == RANKS_FILE else SentencePieceVocabulary(path)
+
+
+def open_vocabulary(folder: Path, symbols: Sequence[str]) -> Vocabulary | None:
+    """Return what encodes text for a folder's dictionary; None where that has whole words.
+
+    Args:
+        symbols: the dictionary's, from index 4 on; others, as of languages, may follow the vocabulary's.
+
+    Raises:
+        UserError: as by :func:`find_vocabulary`, or the dictionary is not of the vocabulary: the line where it differs.
+    """
+    path = find_vocabulary(folder, symbols)
+    if path is None:
+        return None
+    vocabulary = read_vocabulary(path)
+    expected = vocabulary.symbols
+    for number, (symbol, other) in enumerate(zip_longest(expected, symbols[: len(expected)]), start=1):
+        if symbol != other:
+            shown = repr(other) if other else "its end"
+            rule = f"{shown} where {path} has {symbol!r}: the dictionary is another model's"
+            raise UserError(f"{folder / 'dict.txt'}:{number}: {rule}")
+    return vocabulary
 
 
 def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:

@@ -18,7 +18,7 @@ from ..data.classification import Example, Fields, Labels, given_labels, read_ex
 from ..data.datasets.sentence_pairs import LabelledSentences
 from ..data.identity import MANIFEST, read_manifest
 from ..data.languages import get_language
-from ..data.vocabularies import MODEL_FILE, SentencePieceVocabulary
+from ..data.vocabularies import open_vocabulary
 from ..tasks.sentence_classification import FIRST
 from .expert_loads import LoadCounter
 from .records import Metric, Record, mean_percent
@@ -176,12 +176,11 @@ def _encoded(opened: Opened, fields: Fields, word: str, words: Sequence[str]) ->
     expected = len(opened.task.sentence_folders())
     if len(fields.texts) != expected:
         raise UserError(f"--text-fields: the model was trained with {expected} fields, here are {len(fields.texts)}")
-    model = opened.data / MODEL_FILE
-    if not model.is_file():
-        rule = f"needs {MODEL_FILE} in {opened.data}: prepare the texts as that was, and evaluate a split of theirs"
-        raise UserError(f"--input {word}: {rule}")
-    vocabulary = SentencePieceVocabulary(model)
     dictionary = opened.task.dictionary
+    vocabulary = open_vocabulary(opened.data, dictionary.symbols[dictionary.nspecial :])
+    if vocabulary is None:
+        rule = f"{opened.data} has no vocabulary: prepare the texts as that was, and evaluate a split of theirs"
+        raise UserError(f"--input {word}: {rule}")
     sentences = []
     for texts in zip(*(example.texts for example in examples)):
         encoded = [torch.tensor([*ids, dictionary.eos()]) for ids in vocabulary.encode_lines(list(texts))]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..common.errors import UserError
 from ..compat import refuse_tpu
 from ..data.tensor_files import load_tensors
+from ..data.vocabularies import RANKS_FILE, find_vocabulary
 from ..moe.parallelism import ExpertParallelism
 from ..torchscale_ext.decoder import MHMoEDecoder
 from ..torchscale_ext.positions import LearnedPositions, SinusoidalPositions
@@ -164,7 +165,7 @@ class MHMoELanguageModel(FairseqLanguageModel):
         Args:
             model_name_or_path: the folder of the checkpoint, or the checkpoint itself.
             checkpoint_file: its name (default: ``model.pt``, ``checkpoint_best.pt`` or ``checkpoint_last.pt``).
-            data_name_or_path: the folder with ``dict.txt`` and, if there is one, ``sentencepiece.model``
+            data_name_or_path: the folder with ``dict.txt`` and, if there is one, the vocabulary's file
                 (default: the checkpoint's folder if it has a dictionary, else the data it was trained on).
             **kwargs: overrides of the stored configuration, such as ``bpe="sentencepiece"``.
 
@@ -173,9 +174,12 @@ class MHMoELanguageModel(FairseqLanguageModel):
         """
         checkpoint = find_checkpoint(Path(model_name_or_path), checkpoint_file)
         data = find_data(checkpoint, data_name_or_path)
-        sentencepiece = data / "sentencepiece.model"
-        if "bpe" not in kwargs and sentencepiece.exists():
-            kwargs.update(bpe="mhmoe_sentencepiece", sentencepiece_model=str(sentencepiece))
+        if "bpe" not in kwargs and (file := find_vocabulary(data)):
+            kwargs |= (
+                {"bpe": "mhmoe_tiktoken", "mhmoe_tiktoken_ranks": str(file)}
+                if file.name == RANKS_FILE
+                else {"bpe": "mhmoe_sentencepiece", "sentencepiece_model": str(file)}
+            )
         return super().from_pretrained(str(checkpoint.parent.resolve()), checkpoint.name, str(data.resolve()), **kwargs)
 
 

@@ -1,6 +1,7 @@
 """What all preparations have in common: settings, resumable stages, a vocabulary, binarised text and a manifest."""
 
 import argparse
+import shutil
 import time
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field, fields
@@ -15,7 +16,15 @@ from ..common.files import sha256_of
 from ..common.locks import LOCK, exclusive_lock
 from ..common.provenance import timestamp, versions
 from ..data.identity import read_manifest
-from ..data.vocabularies import MODEL_FILE, Vocabulary, open_vocabulary, train_sentencepiece, write_dictionary
+from ..data.vocabularies import (
+    MODEL_FILE,
+    RANKS_FILE,
+    Vocabulary,
+    find_vocabulary,
+    read_vocabulary,
+    train_sentencepiece,
+    write_dictionary,
+)
 from .archives import Say
 from .binarize import binarize
 from .workspace import Workspace
@@ -172,6 +181,21 @@ class CorpusPreparation(Preparation[SomeCorpusSettings]):
         """Symbols of the dictionary besides the vocabulary's."""
         return ()
 
+    def make_vocabulary(self, learn: Callable[[], None]) -> str:
+        """Makes the vocabulary's file in a stage: ``learn`` writes SentencePiece's, a rank file is copied.
+
+        Returns:
+            the file's name, one of the outputs.
+        """
+        ranks: Optional[Path] = getattr(self.settings, "tiktoken_ranks", None)
+        name = MODEL_FILE if ranks is None else RANKS_FILE
+
+        def make() -> None:
+            learn() if ranks is None else shutil.copyfile(ranks, self.partial / name)
+
+        self.stage("vocabulary", [name], make)
+        return name
+
     def train_vocabulary(
         self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""
     ) -> None:
@@ -192,8 +216,10 @@ class CorpusPreparation(Preparation[SomeCorpusSettings]):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The rank file's vocabulary, or the one of the SentencePiece model without one."""
-        return open_vocabulary(self.partial, getattr(self.settings, "tiktoken_ranks", None))
+        """That of the file which ``make_vocabulary`` has made."""
+        path = find_vocabulary(self.partial)
+        assert path is not None, "the vocabulary is made before text is binarised"
+        return read_vocabulary(path)
 
     def binarise(self, split: str, folder: str = "") -> dict[str, float]:
         """Binarises ``text/SPLIT.txt`` into ``folder`` in a stage, the dictionary with train; returns its counts."""

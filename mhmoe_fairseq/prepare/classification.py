@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator, Mapping, NamedTuple, Optional, Sequence
 
@@ -13,7 +13,7 @@ from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
 from ..data.classification import Example, Fields, Labels, file_format, found_labels, given_labels, read_examples
 from ..data.languages import get_language
-from ..data.vocabularies import MODEL_FILE, NUM_SPECIALS, Vocabulary, open_vocabulary
+from ..data.vocabularies import MODEL_FILE, NUM_SPECIALS, RANKS_FILE, Vocabulary, find_vocabulary, open_vocabulary
 from .base import DICTIONARY, Preparation, Settings
 from .binarize import dataset_writer
 from .sources.base import fingerprint
@@ -22,10 +22,6 @@ from .splits import SPLITS
 _EOS = 2
 _BATCH = 2000
 _LABEL_DICTIONARY = "label/dict.txt"
-_NEEDED = {
-    DICTIONARY: "name the folder that the language model was trained on",
-    MODEL_FILE: "of a model with tiktoken give --tiktoken-ranks FILE",
-}
 
 
 class LabelledFile(NamedTuple):
@@ -83,32 +79,28 @@ class LabelledText:
 
     files: Sequence[LabelledFile]
     folder: Path  # made by ``mhmoe prepare english`` or ``multilingual``, or by hand
-    tiktoken_ranks: Optional[Path] = None  # where the model was trained with a rank file
 
     def __post_init__(self) -> None:
-        from fairseq.data import Dictionary
-
-        for name in self.copied:
-            if not (self.folder / name).is_file():
-                raise UserError(f"--data {self.folder}: has no {name}; {_NEEDED[name]}")
-        file, expected = self.folder / DICTIONARY, self.vocabulary.symbols
-        found = Dictionary.load(str(file)).symbols[NUM_SPECIALS:]
-        for number, (symbol, other) in enumerate(zip_longest(expected, found[: len(expected)]), start=1):
-            if symbol != other:  # after all of the tokenizer's symbols others, as of languages, may follow
-                shown, tokenizer = repr(other) if other else "its end", self.tiktoken_ranks or self.folder / MODEL_FILE
-                raise UserError(
-                    f"{file}:{number}: {shown} where {tokenizer} has {symbol!r}: the dictionary is another model's"
-                )
+        if not (self.folder / DICTIONARY).is_file():
+            raise UserError(
+                f"--data {self.folder}: has no {DICTIONARY}; name the folder that the language model was trained on"
+            )
+        _ = self.vocabulary  # refuses a dictionary of another model
 
     @property
     def copied(self) -> list[str]:
         """The language model's files that the fine-tuning data copy."""
-        return [DICTIONARY] if self.tiktoken_ranks else [DICTIONARY, MODEL_FILE]
+        return [DICTIONARY, *(file.name for file in filter(None, [find_vocabulary(self.folder)]))]
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The language model's tokenizer."""
-        return open_vocabulary(self.folder, self.tiktoken_ranks)
+        from fairseq.data import Dictionary
+
+        symbols = Dictionary.load(str(self.folder / DICTIONARY)).symbols[NUM_SPECIALS:]
+        if (vocabulary := open_vocabulary(self.folder, symbols)) is None:
+            raise UserError(f"--data {self.folder}: has neither {MODEL_FILE} nor {RANKS_FILE}")
+        return vocabulary
 
     def identity(self) -> dict[str, Any]:
         """Returns names, sizes and hashes of the files by flag."""
@@ -116,8 +108,6 @@ class LabelledText:
         for file in self.files:
             identity[file.split][file.language] = fingerprint(file.path)
         identity["data"] = {name: sha256_of(self.folder / name) for name in self.copied}
-        if self.tiktoken_ranks is not None:
-            identity["tiktoken_ranks"] = sha256_of(self.tiktoken_ranks)
         return identity
 
 

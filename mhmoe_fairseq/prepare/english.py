@@ -14,7 +14,7 @@ from ..common.files import atomic_open
 from ..data.documents import Cleaner, Document
 from ..data.domains import FILE as DOMAINS
 from ..data.domains import write_domains
-from .base import MODEL_FILE, CorpusPreparation, TextSettings, binary_files
+from .base import CorpusPreparation, TextSettings, binary_files
 from .binarize import iter_lines
 from .splits import SPLITS, DocumentSize, assign_splits, unlike_shares
 
@@ -48,9 +48,7 @@ class EnglishPreparation(CorpusPreparation[EnglishSettings]):
         provenance, cleaning = self.stage("corpus", [_CORPUS, _SIZES], self._make_corpus)
         splits = self.stage("split", [f"text/{split}.txt" for split in SPLITS], self._split)
         outputs = [f"text/{split}.txt" for split in splits]
-        if self.settings.tokenizer == "sentencepiece":
-            self.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
-            outputs.append(MODEL_FILE)
+        outputs.append(self.make_vocabulary(self._train_vocabulary))
         if any(size.domain for size in read_sizes(self.partial / _SIZES)):
             self.stage("domains", [DOMAINS], self._name_domains)
             outputs.append(DOMAINS)

@@ -15,6 +15,7 @@ from ..common.errors import UserError
 from ..data.datasets.base import DatasetSettings, Sample
 from ..data.datasets.labelled import CaptionDataset, Transform
 from ..data.multimodal.index import Index, read_index
+from ..data.vocabularies import MODEL_FILE
 from ..metrics.caption_words import tokenize
 from ..metrics.captions import CiderD, read_ground_truth
 from ..models.captions import CaptionSearch, Specials, search_captions
@@ -74,7 +75,7 @@ class CaptioningTask(ImageTextFineTuning):
     @functools.cached_property
     def tokenizer(self) -> WholeSentencepieceBPE:
         """The data's ``sentencepiece.model``, which must be there."""
-        model = self.folder / "sentencepiece.model"
+        model = self.folder / MODEL_FILE
         if not model.is_file():
             raise FileNotFoundError(f"{model} is missing: it turns tokens into words")
         return WholeSentencepieceBPE(SentencepieceConfig(sentencepiece_model=str(model)))

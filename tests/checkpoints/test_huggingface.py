@@ -183,7 +183,7 @@ def test_what_a_training_elsewhere_may_choose_anew_comes_back(tmp_path: Path) ->
     "symbols, rule",
     [
         (["\u2581the", "\u2581river", "s"], "no sentencepiece.model in it, of whose pieces its dict.txt is"),
-        (list(map(str, range(300))), "dict.txt has numbers of tiktoken's tokens: name their file, --tiktoken-ranks"),
+        (list(map(str, range(300))), "no ranks.tiktoken in it, of whose tokens its dict.txt is"),
     ],
 )
 def test_pieces_of_a_vocabulary_are_not_taken_for_words(

@@ -16,7 +16,7 @@ from mhmoe_fairseq.checkpoints.huggingface.tokenizer import build_tokenizer
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.documents import clean_line
 from mhmoe_fairseq.data.languages import PAPER_LANGUAGES
-from mhmoe_fairseq.data.vocabularies import MODEL_FILE, SentencePieceVocabulary, train_sentencepiece
+from mhmoe_fairseq.data.vocabularies import MODEL_FILE, RANKS_FILE, SentencePieceVocabulary, train_sentencepiece
 
 pytest.importorskip("tokenizers", reason="needs pip install tokenizers")
 sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -59,12 +59,12 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "tiktoken":
         pytest.importorskip("tiktoken", reason="needs pip install tiktoken")
-        return open_both(folder, write_ranks(folder / "small.tiktoken"))
+        return open_both(write_ranks(folder / RANKS_FILE).parent)
     words = " ".join(ALL_LINES).split()
     lines = [clean_line(" ".join(random.Random(seed).sample(words, 12))) for seed in range(300)]
     settings = {"vocab_size": 700, "model": request.param, "max_lines": 1000, "seed": 0}
     train_sentencepiece(lines, len(lines), folder / MODEL_FILE, **settings)
-    return open_both(folder, None)
+    return open_both(folder)
 
 
 @pytest.mark.parametrize("code", PAPER_LANGUAGES)
@@ -96,7 +96,7 @@ def test_words_of_a_dictionary_without_a_vocabulary(tmp_path: Path) -> None:
     dictionary = Dictionary()
     for word in ("the", "river"):
         dictionary.add_symbol(word)
-    tokenizer = build_tokenizer(dictionary, tmp_path, None, "<s>")
+    tokenizer = build_tokenizer(dictionary, tmp_path, "<s>")
     assert tokenizer.encode(" the  river\nthe sea").ids == [0, 4, 5, 2, 4, 3]
 
 
@@ -105,7 +105,11 @@ def test_a_vocabulary_of_other_pieces_is_refused(tmp_path: Path) -> None:
     train_sentencepiece(lines, 6, tmp_path / MODEL_FILE, vocab_size=450, model="bpe", max_lines=9, seed=0)
     assert SentencePieceVocabulary(tmp_path / MODEL_FILE).symbols
     with pytest.raises(UserError, match="none of its pieces"):
-        build_tokenizer(Dictionary(), tmp_path, None, "</s>")
+        build_tokenizer(Dictionary(), tmp_path, "</s>")
+    (tmp_path / MODEL_FILE).unlink()
+    write_ranks(tmp_path / RANKS_FILE)
+    with pytest.raises(UserError, match="ranks.tiktoken is not of the dictionary: its .* tokens are not those of"):
+        build_tokenizer(Dictionary(), tmp_path, "</s>")
 
 
 def test_the_script_counts_texts_of_each_language(
@@ -119,7 +123,7 @@ def test_the_script_counts_texts_of_each_language(
     assert compare_tokenizers.main([str(tmp_path), "--texts", "60"]) == 0
     rows = [row.split("|") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [(row[1].strip(), row[2].strip(), row[4].strip()) for row in rows] == [("en", "60", "0"), ("th", "60", "0")]
-    both = open_both(tmp_path, None)
+    both = open_both(tmp_path)
     both.tokenizer.normalizer = None
     monkeypatch.setattr(compare_tokenizers, "open_both", lambda *_: both)
     assert compare_tokenizers.main([str(tmp_path), "--texts", "60"]) == 1 and "unknown" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def test_models_with_different_numbers_of_experts_share_a_plot(tmp_path: Path) -
         (["--threshold", "2"], "--threshold (2) must be in [0, 1]"),
         (["--batch-size", "0"], "--batch-size (0) must be at least 1"),
         (["--images", "3"], "--images needs --diversity"),
-        (["--tiktoken-ranks", "IMAGE"], "--tiktoken-ranks needs --polysemy"),
+        (["--words", "a text"], "--words needs --view"),
         (["--diversity", "--threshold", "0.1"], "--threshold has no meaning with --diversity"),
         (["--diversity", "--image", "IMAGE"], "is a language model: it has no image patches"),
     ],

@@ -16,7 +16,7 @@ from mhmoe_fairseq.commands.analyze import choose_images
 from mhmoe_fairseq.commands.main import main
 from mhmoe_fairseq.data.images.reading import read_image
 from mhmoe_fairseq.data.images.transforms import EvaluationTransform
-from mhmoe_fairseq.data.vocabularies import open_vocabulary
+from mhmoe_fairseq.data.vocabularies import MODEL_FILE, read_vocabulary
 from mhmoe_fairseq.evaluation.records import read_record
 
 
@@ -124,7 +124,7 @@ def test_a_page_of_pairs_shows_patches_and_words_in_a_browser(run, data, tmp_pat
     flags = ("--data", data, "--view", "--out", tmp_path, "--image", *images, "--text")
     assert command("analyze", run / "checkpoint_last.pt", *flags, *words) == 0
     opened = open_model(run / "checkpoint_last.pt", data)
-    text = open_vocabulary(data, None).encode_lines(["small blue bar"])[0]
+    text = read_vocabulary(data / MODEL_FILE).encode_lines(["small blue bar"])[0]
     given = {"text_tokens": torch.tensor([[0, *text, 2]]), "images": prepare_images(images, 32)[1:]}
     layer = opened.model.beit3.encoder.layers[1].moe_layer
     chosen = chosen_anew(layer, opened.model, **given)

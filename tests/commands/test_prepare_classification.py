@@ -278,4 +278,4 @@ def test_a_dictionary_of_another_model(run, files, tmp_path, lm_data, capsys):
         assert message in err and err.count("\n") == 1
     (other / "sentencepiece.model").unlink()
     assert prepare("--data", other, *arguments) == 2
-    assert "has no sentencepiece.model; of a model with tiktoken give --tiktoken-ranks FILE" in capsys.readouterr().err
+    assert "no sentencepiece.model in it, of whose pieces its dict.txt is" in capsys.readouterr().err

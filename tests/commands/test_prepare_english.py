@@ -144,9 +144,12 @@ def test_torchscale_shards_keep_their_parts(run, tmp_path, sentences):
 
 def test_tiktoken_ranks_become_the_dictionary(run, tmp_path, text_corpus, byte_ranks):
     pytest.importorskip("tiktoken", reason="tiktoken is an extra")
+    from exported_models import write_model
     from fairseq.data import Dictionary, data_utils
 
     from mhmoe_fairseq.data.vocabularies import TiktokenVocabulary
+    from mhmoe_fairseq.evaluation.scoring import TextScorer
+    from mhmoe_fairseq.models.language_model import MHMoELanguageModel
 
     dest = tmp_path / "d"
     arguments = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
@@ -158,6 +161,12 @@ def test_tiktoken_ranks_become_the_dictionary(run, tmp_path, text_corpus, byte_r
     assert TiktokenVocabulary(byte_ranks).decode(map(int, words)) == first
     assert words[0] == "257" and len(dictionary) == 264
     assert not (dest / "sentencepiece.model").exists()
+    assert (dest / "ranks.tiktoken").read_bytes() == byte_ranks.read_bytes()
+    hub = MHMoELanguageModel.from_pretrained(
+        write_model(tmp_path / "run", "dense_lm_tiny", dictionary=dictionary), data_name_or_path=dest
+    )
+    assert dictionary.string(hub.encode(first)).split() == words and hub.decode(hub.encode(first)) == first
+    assert TextScorer(hub).encode(first) == [dictionary.index(word) for word in words]
 
 
 @pytest.mark.parametrize(

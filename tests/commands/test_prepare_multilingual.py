@@ -118,7 +118,7 @@ def test_tiktoken_ranks_serve_all_languages(run, tmp_path, jsonl, byte_ranks):
     tokenizer = ["--tokenizer", "tiktoken", "--tiktoken-ranks", byte_ranks]
     status, out, err = run(*arguments, *tokenizer)
     assert (status, err) == (0, "") and "vocabulary:" not in out
-    assert visible(dest) == "aligned de dict.txt manifest.json spot_check.json text th".split()
+    assert visible(dest) == "aligned de dict.txt manifest.json ranks.tiktoken spot_check.json text th".split()
     dictionary = Dictionary.load(str(dest / "dict.txt"))
     assert dictionary.symbols[4 + 258 :][:15] == [language_symbol(code) for code in XNLI_LANGUAGES]
     for code in ("de", "th"):

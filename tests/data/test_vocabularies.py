@@ -6,8 +6,15 @@ import sys
 import pytest
 
 from mhmoe_fairseq.common.errors import UserError
+from mhmoe_fairseq.common.files import sha256_of
 from mhmoe_fairseq.data import vocabularies
-from mhmoe_fairseq.data.vocabularies import SentencePieceVocabulary, TiktokenVocabulary, load_ranks
+from mhmoe_fairseq.data.vocabularies import (
+    SentencePieceVocabulary,
+    TiktokenVocabulary,
+    find_vocabulary,
+    load_ranks,
+    open_vocabulary,
+)
 
 
 def train(path, lines, vocab_size=330, model="unigram", max_lines=10**6, seed=1):
@@ -134,4 +141,23 @@ def test_encoding_merges_by_rank_and_round_trips(tmp_path):
     assert vocabulary.decode([0xC3]) == "\ufffd"
     assert vocabulary.encode_lines(["the the", ""]) == [[261, 262], []]
     assert vocabulary.symbols == [str(rank) for rank in range(260)]
-    assert vocabulary.describe()["rank_file"] == "r.tiktoken"
+    assert vocabulary.describe()["rank_file_sha256"] == sha256_of(path)
+
+
+def test_a_folders_vocabulary_is_that_of_its_dictionary(tmp_path, sentences):
+    assert find_vocabulary(tmp_path) is None and open_vocabulary(tmp_path, ["the", "river"]) is None  # words
+    symbols = train(tmp_path / "sentencepiece.model", sentences(300)).symbols
+    opened = open_vocabulary(tmp_path, [*symbols, "__de__"])
+    assert isinstance(opened, SentencePieceVocabulary) and opened.symbols == symbols
+    for others, line in (([*symbols[:7], "x", *symbols[8:]], "8: 'x' where "), (symbols[:-1], "326: its end where ")):
+        with pytest.raises(UserError, match=f"dict.txt:{line}.*sentencepiece.model has .*another model's"):
+            open_vocabulary(tmp_path, others)
+    write_ranks(tmp_path / "ranks.tiktoken")
+    with pytest.raises(UserError, match="has sentencepiece.model and ranks.tiktoken: remove"):
+        find_vocabulary(tmp_path)
+    (tmp_path / "sentencepiece.model").unlink()
+    pytest.importorskip("tiktoken", reason="tiktoken is an extra")
+    opened = open_vocabulary(tmp_path, [str(rank) for rank in range(len(TOKENS))])
+    assert isinstance(opened, TiktokenVocabulary) and opened.encode("the") == [257]
+    with pytest.raises(UserError, match="dict.txt:1: 'the' where .*ranks.tiktoken has '0'"):
+        open_vocabulary(tmp_path, ["the"])

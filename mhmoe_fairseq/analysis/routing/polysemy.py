@@ -81,7 +81,6 @@ def measure_polysemy(
     data: Path,
     split: str,
     lists: WordLists,
-    ranks: Path | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -90,7 +89,6 @@ def measure_polysemy(
 
     Args:
         checkpoint: of a language model with experts.
-        ranks: the rank file of data that were prepared with tiktoken.
         batch_size: blocks per batch.
         device, precision: see ``open_model``.
 
@@ -108,7 +106,7 @@ def measure_polysemy(
     layers = list(expert_pools(opened.model))
     if not layers:
         raise UserError(f"{checkpoint} is a dense model: it has no experts to measure")
-    found = count_words(opened, split, {*lists.polysemous, *lists.control}, ranks, batch_size or _BATCH)
+    found = count_words(opened, split, {*lists.polysemous, *lists.control}, batch_size or _BATCH)
     groups = {
         name: {word: found[word] for word in words if word in found}
         for name, words in (("polysemous", lists.polysemous), ("control", lists.control))
@@ -118,7 +116,7 @@ def measure_polysemy(
         there = " and ".join(f"{len(words)} {name}" for name, words in groups.items())
         raise UserError(
             f"{split} has {there} words of the lists, which make {len(pairs)} pairs of like frequency: too few to "
-            "compare (data of tiktoken need --tiktoken-ranks)"
+            "compare"
         )
     compared = compare_pairs(np.array([[found[word].experts_L for word in pair] for pair in pairs]))
     means_P2 = compared.values_P2L.mean(-1)
@@ -155,12 +153,10 @@ def _describe(words: Mapping[str, Word], paired: Sequence[str]) -> dict[str, flo
 
 
 @torch.no_grad()
-def count_words(
-    opened: Opened, split: str, words: set[str], ranks: Path | None = None, batch_size: int = _BATCH
-) -> dict[str, Word]:
+def count_words(opened: Opened, split: str, words: set[str], batch_size: int = _BATCH) -> dict[str, Word]:
     """Route every block of a split and return the words that it has whole in a block, with their tokens' experts."""
     opened.task.load_dataset(split)
-    texts, pad = symbol_texts(opened.task.dictionary, opened.data, ranks), opened.task.dictionary.pad()
+    texts, pad = symbol_texts(opened.task.dictionary, opened.data), opened.task.dictionary.pad()
     found: dict[str, Word] = {}
     calls: list[RoutedCall] = []
     with listening(opened.model, calls.append):

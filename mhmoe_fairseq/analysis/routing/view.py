@@ -12,7 +12,7 @@ from ...checkpoints.open import Opened, open_model
 from ...common.errors import UserError
 from ...common.files import read_utf8_lines
 from ...data.documents import clean_line
-from ...data.vocabularies import MODEL_FILE, open_vocabulary
+from ...data.vocabularies import open_vocabulary
 from ...models.language_model import MHMoELanguageModel
 from .diversity import prepare_images
 from .listening import RoutedCall, expert_pools, listening
@@ -100,7 +100,6 @@ def route_view(
     checkpoint: Path,
     data: Path,
     sources: Sequence[Source],
-    ranks: Path | None = None,
     device: str | None = None,
     precision: str | None = None,
 ) -> RoutedView:
@@ -109,7 +108,6 @@ def route_view(
     Args:
         checkpoint: of a language model or a model of images and text, with experts.
         data: prepared folder with the vocabulary.
-        ranks: the rank file of data that were prepared with tiktoken.
         device, precision: see ``open_model``.
 
     Raises:
@@ -127,12 +125,12 @@ def route_view(
     is_text_model = isinstance(opened.model, MHMoELanguageModel)
     if is_text_model and any(source.image for source in sources):
         raise UserError(f"{checkpoint} is a language model: it sees no --image")
-    encoded = _encode_all(opened, sources, ranks, is_text_model)
+    encoded = _encode_all(opened, sources, is_text_model)
     grids = [opened.task.grid if source.image else (0, 0) for source in sources]
     positions = sum(map(len, encoded)) + sum(1 + rows * columns for rows, columns in grids if rows)
     config = first[0].config
     _check_size(positions, len(pools), config.subtokens_per_token, config.top_k)
-    texts = _shown_texts(opened, ranks) if any(encoded) else []
+    texts = _shown_texts(opened) if any(encoded) else []
     view = RoutedView(checkpoint, list(pools), config.total_experts * len(first), len(first), config.num_banks)
     for source, ids, grid in zip(sources, encoded, grids):
         longest = opened.model.max_decoder_positions() if is_text_model else max(len(ids), 1)
@@ -170,15 +168,14 @@ def _check_size(positions: int, layers: int, heads: int, top_k: int) -> None:
         )
 
 
-def _encode_all(opened: Opened, sources: Sequence[Source], ranks: Path | None, is_text_model: bool) -> list[list[int]]:
+def _encode_all(opened: Opened, sources: Sequence[Source], is_text_model: bool) -> list[list[int]]:
     """The indices of every source's text, special symbols as in training; none where it has no text.
 
     A language model reads lines, each with its end mark, after the symbol that leads every text of its training; a
     model of images and text reads all words as one line between ``<s>`` and ``</s>``.
     """
     dictionary, args = opened.task.source_dictionary, opened.task.args
-    has_model = ranks is not None or (opened.data / MODEL_FILE).is_file()
-    vocabulary = open_vocabulary(opened.data, ranks) if has_model else None
+    vocabulary = open_vocabulary(opened.data, dictionary.symbols[dictionary.nspecial :])
 
     def encode(line: str) -> list[int]:
         line = clean_line(line)
@@ -203,8 +200,8 @@ def _encode_all(opened: Opened, sources: Sequence[Source], ranks: Path | None, i
     return encoded
 
 
-def _shown_texts(opened: Opened, ranks: Path | None) -> list[str]:
+def _shown_texts(opened: Opened) -> list[str]:
     """What every index of the dictionary is shown as; bytes of cut characters as ``\\xe4``."""
     dictionary = opened.task.source_dictionary
-    shown = [text.decode("utf-8", "backslashreplace") for text in symbol_texts(dictionary, opened.data, ranks)]
+    shown = [text.decode("utf-8", "backslashreplace") for text in symbol_texts(dictionary, opened.data)]
     return [*dictionary.symbols[: dictionary.nspecial], *shown[dictionary.nspecial :]]

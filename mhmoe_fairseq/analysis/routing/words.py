@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from fairseq.data import Dictionary
 
-from ...common.errors import UserError
-from ...data.vocabularies import MODEL_FILE, open_vocabulary
+from ...data.vocabularies import open_vocabulary
 
 # What stands for a text that is not known; it is part of a word, so that no word beside it is taken for whole.
 UNKNOWN = b"_"
@@ -27,25 +26,21 @@ class Occurrence(NamedTuple):
     stop: int
 
 
-def symbol_texts(dictionary: Dictionary, folder: Path, ranks: Path | None = None) -> list[bytes]:
+def symbol_texts(dictionary: Dictionary, folder: Path) -> list[bytes]:
     """Return what every dictionary index stands for in a text, in UTF-8: a line's end for the end mark.
 
     Args:
-        folder: the prepared data; without a SentencePiece model every symbol is a word.
-        ranks: the rank file of data that were prepared with tiktoken.
+        folder: the prepared data.
 
     Raises:
         UserError: the dictionary is not the tokenizer's, or the tokenizer cannot be read.
     """
     specials = [b"\n" if index == dictionary.eos() else UNKNOWN for index in range(dictionary.nspecial)]
     symbols = dictionary.symbols[dictionary.nspecial :]
-    if ranks is None and not (folder / MODEL_FILE).is_file():
+    vocabulary = open_vocabulary(folder, symbols)
+    if vocabulary is None:
         return [*specials, *(f" {symbol}".encode() for symbol in symbols)]
-    vocabulary = open_vocabulary(folder, ranks)
-    known = len(vocabulary.symbols)
-    if symbols[:known] != vocabulary.symbols:
-        raise UserError(f"{ranks or folder / MODEL_FILE} is not the tokenizer of {folder / 'dict.txt'}")
-    return [*specials, *vocabulary.texts, *[UNKNOWN] * (len(symbols) - known)]
+    return [*specials, *vocabulary.texts, *[UNKNOWN] * (len(symbols) - len(vocabulary.symbols))]
 
 
 def find_words(texts: Sequence[bytes], words: Collection[str]) -> Iterator[Occurrence]:

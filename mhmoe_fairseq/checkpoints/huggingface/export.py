@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.errors import UserError
 from ...common.files import atomic_folder, atomic_path, read_json, refuse_path_separator, write_json
-from ...data.vocabularies import MODEL_FILE
+from ...data.vocabularies import NUM_SPECIALS, find_vocabulary
 from ...models.architectures import stored_options
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings, encoder_settings
@@ -27,7 +27,7 @@ from ..summary import different_shapes, parameters_of, weights_of
 from .beit3 import describe_encoder, describe_images, export_encoder_weights, head_of, label_names
 from .card import write_card
 from .mapping import describe_model, export_weights, import_weights
-from .tokenizer import build_tokenizer, require_packages, require_vocabulary
+from .tokenizer import build_tokenizer, require_packages
 
 FORMATS = ("hf", "fairseq")
 REMOTE = Path(__file__).parent / "remote"
@@ -59,8 +59,8 @@ class _Contents(NamedTuple):
 
 
 def export_model(
-    checkpoint: Path, out: Path, *, data: Path | None = None, ranks: Path | None = None,
-    shard_bytes: int = 5 * 10**9, measured: Sequence[Sequence[str]] = (),
+    checkpoint: Path, out: Path, *, data: Path | None = None, shard_bytes: int = 5 * 10**9,
+    measured: Sequence[Sequence[str]] = (),
 ) -> list[str]:  # fmt: skip
     """Write a folder that transformers' ``from_pretrained(out, trust_remote_code=True)`` opens.
 
@@ -68,7 +68,6 @@ def export_model(
         checkpoint: of a language model or BEiT-3; a file, or the folder that holds one.
         out: a folder that is not there or empty; on an error it stays so.
         data: the folder with dict.txt and the vocabulary (default: the checkpoint's own, or its training data).
-        ranks: rank file of a tiktoken vocabulary.
         shard_bytes: most bytes of weights in one file.
         measured: rows of the model card: metric, value, unit, data, digest.
 
@@ -97,7 +96,7 @@ def export_model(
     symbols = {"bos_token_id": contents.ends[0], "eos_token_id": "</s>", "pad_token_id": "<pad>"}
     ids = {name: dictionary.index(symbol) for name, symbol in symbols.items()}
     config = {"dtype": "float32", **ids, **contents.config, "fairseq": own}
-    tokenizer = build_tokenizer(dictionary, folder, ranks, *contents.ends)
+    tokenizer = build_tokenizer(dictionary, folder, *contents.ends)
     count = sum(value.numel() for _, value in parameters_of(contents.weights))
     with atomic_folder(out) as target:
         for name, content in {_CONFIG: config, **contents.files}.items():
@@ -108,9 +107,8 @@ def export_model(
         length, side = config["max_position_embeddings"], "right" if is_encoder else "left"
         write_json(target / "tokenizer_config.json", _tokenizer_config(contents.ends[0], length, side))
         files = _write_weights(contents.weights, target, shard_bytes)
-        for source in (*REMOTE.glob(contents.code), folder / "dict.txt", folder / MODEL_FILE):
-            if source.is_file():
-                shutil.copyfile(source, target / source.name)
+        for source in (*REMOTE.glob(contents.code), *_vocabulary_files(folder)):
+            shutil.copyfile(source, target / source.name)
         write_card(target / "README.md", config, folder, count, measured)
     loader = list(config["auto_map"])[-1]
     return [
@@ -153,7 +151,7 @@ def _beit3(
 
 
 def import_folder(source: Path, out: Path) -> list[str]:
-    """Write model.pt, dict.txt and sentencepiece.model of an exported folder, which may have been trained further.
+    """Write model.pt, dict.txt and the vocabulary of an exported folder, which may have been trained further.
 
     Raises:
         UserError: naming the file and what is wrong, before anything is written.
@@ -171,7 +169,7 @@ def import_folder(source: Path, out: Path) -> list[str]:
     if not (source / "dict.txt").is_file():
         raise UserError(f"{source}: no dict.txt in it: copy it from the folder that mhmoe checkpoint export wrote")
     dictionary = Dictionary.load(str(source / "dict.txt"))
-    require_vocabulary(dictionary, source, ranks_there=True)
+    find_vocabulary(source, dictionary.symbols[NUM_SPECIALS:])
     settings = decoder_settings(options, len(dictionary))
     for name, value in describe_model(options, settings, 0.0).items():
         if name in config and config[name] != value and name not in _OF_TRAINING:
@@ -186,9 +184,8 @@ def import_folder(source: Path, out: Path) -> list[str]:
     with atomic_folder(out) as target:
         criterion = {"moe_gate_loss_wt": config.get("mhmoe_balance_weight", 0.01)}
         write_checkpoint(stored_checkpoint(state, options, task, criterion), target / "model.pt", overwrite=False)
-        for name in ("dict.txt", MODEL_FILE):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
+        for file in _vocabulary_files(source):
+            shutil.copyfile(file, target / file.name)
     return [f"{out / 'model.pt'}: opens as the model that was exported; mhmoe evaluate needs its data, --data"]
 
 
@@ -210,6 +207,11 @@ def _open_dictionary(file: Path, data: Path | None) -> tuple[Path, Dictionary]:
     except FileNotFoundError as error:
         raise UserError(f"{str(error).partition(':')[0]}: name the folder of the model's dictionary, --data") from error
     return folder, Dictionary.load(str(folder / "dict.txt"))
+
+
+def _vocabulary_files(folder: Path) -> list[Path]:
+    """The dictionary, and the file of its pieces or tokens if it has no words."""
+    return [folder / "dict.txt", *filter(None, [find_vocabulary(folder)])]
 
 
 def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path, is_encoder: bool) -> None:

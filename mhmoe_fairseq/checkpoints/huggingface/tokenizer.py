@@ -12,7 +12,7 @@ from fairseq.data import Dictionary
 
 from ...common.errors import UserError
 from ...data.languages import LANGUAGES, language_symbol
-from ...data.vocabularies import CL100K_PATTERN, MODEL_FILE, NUM_SPECIALS, load_ranks, open_model
+from ...data.vocabularies import CL100K_PATTERN, NUM_SPECIALS, RANKS_FILE, find_vocabulary, load_ranks, open_model
 
 _SPACE = "\u2581"
 _NEVER = -1e6  # the score of pieces that no text is cut into
@@ -30,24 +30,11 @@ def require_packages() -> None:
         raise UserError("tokenizers is not installed: pip install 'mhmoe_fairseq[hf]'") from None
 
 
-def require_vocabulary(dictionary: Dictionary, folder: Path, *, ranks_there: bool) -> None:
-    """``UserError`` if a dictionary's symbols are pieces of a vocabulary that is missing, and not words."""
-    words = dictionary.symbols[NUM_SPECIALS:]
-    if not ranks_there and words[:256] == [str(rank) for rank in range(256)]:
-        raise UserError(f"{folder / 'dict.txt'} has numbers of tiktoken's tokens: name their file, --tiktoken-ranks")
-    if not (folder / MODEL_FILE).is_file() and any(word.startswith(_SPACE) for word in words):
-        raise UserError(
-            f"{folder}: no {MODEL_FILE} in it, of whose pieces its dict.txt is: copy it there from where that "
-            "dictionary comes from"
-        )
-
-
-def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, start: str, end: str = "") -> Any:
+def build_tokenizer(dictionary: Dictionary, folder: Path, start: str, end: str = "") -> Any:
     """Returns the ``tokenizers.Tokenizer`` of a dictionary.
 
     Args:
-        folder: where sentencepiece.model lies; without it and ``ranks`` the dictionary has whole words.
-        ranks: the rank file of a tiktoken vocabulary.
+        folder: where the vocabulary's file lies; without one the dictionary has whole words.
         start: the symbol that begins every text.
         end: the symbol that ends every text; empty for none.
 
@@ -56,13 +43,11 @@ def build_tokenizer(dictionary: Dictionary, folder: Path, ranks: Path | None, st
     """
     from tokenizers import AddedToken, Regex, Tokenizer, normalizers, processors
 
-    require_vocabulary(dictionary, folder, ranks_there=ranks is not None)
-    if ranks is not None:
-        model, cut, decoder = _tiktoken(dictionary, ranks)
-    elif (folder / MODEL_FILE).is_file():
-        model, cut, decoder = _sentencepiece(dictionary, folder / MODEL_FILE)
-    else:
+    path = find_vocabulary(folder, dictionary.symbols[NUM_SPECIALS:])
+    if path is None:
         model, cut, decoder = _words(dictionary)
+    else:
+        model, cut, decoder = (_tiktoken if path.name == RANKS_FILE else _sentencepiece)(dictionary, path)
     tokenizer = Tokenizer(model)
     replaced = (
         (_SPACE, "_"), (Regex(_LINE_ENDS), "\n"), (Regex(_REMOVED), ""), None, (Regex(_SPACES), " "),
@@ -134,7 +119,7 @@ def _tiktoken(dictionary: Dictionary, path: Path) -> tuple[Any, Any, Any]:
     ranks = load_ranks(path)
     words = dictionary.symbols[NUM_SPECIALS : NUM_SPECIALS + len(ranks)]
     if words != [str(rank) for rank in range(len(ranks))]:
-        raise UserError(f"--tiktoken-ranks {path}: its {len(ranks):,} tokens are not those of the dictionary")
+        raise UserError(f"{path} is not of the dictionary: its {len(ranks):,} tokens are not those of dict.txt")
     spelled = _spelled_bytes()
 
     def spell(token: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Optional
 from ...common.errors import UserError
 from ...common.files import atomic_open, read_json, read_utf8_lines, sha256_of, write_json
 from ...data.documents import clean_line
-from ..base import DICTIONARY, MODEL_FILE, CorpusPreparation, CorpusSettings, binary_files
+from ..base import DICTIONARY, CorpusPreparation, CorpusSettings, binary_files
 from ..splits import SPLITS
 from ..visual_tokenizers.settings import TOKENIZER_FILE, KMeansSettings
 from .derived import Derivation, DerivedSettings
@@ -58,7 +58,7 @@ class ImageTextPreparation(CorpusPreparation[ImageTextSettings]):
         parts = self.stage("split", [_ASSIGNED], self._split)
         texts = [f"text/{split}.txt" for split in SPLITS]
         text_source = self.stage("text", texts, self._write_texts)
-        self.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
+        vocabulary = self.make_vocabulary(self._train_vocabulary)
         text = {split: self.binarise(split, "text/") for split in SPLITS}
         indexes = self.stage("indexes", [], self._write_indexes)
         derived = self.stage("derived", [], self._derive)
@@ -72,7 +72,7 @@ class ImageTextPreparation(CorpusPreparation[ImageTextSettings]):
             "visual_tokenizer": tokenizer,
             "tokenizer": {**self.vocabulary.describe(), "mask_symbol": MASK},
         }
-        outputs = [DICTIONARY, MODEL_FILE, *texts, *entries["indexes"], *(image.path for image in self._catalogue[0])]
+        outputs = [DICTIONARY, vocabulary, *texts, *entries["indexes"], *(image.path for image in self._catalogue[0])]
         outputs += [name for split in SPLITS for name in binary_files(split, "text/") if name != DICTIONARY]
         return self.publish(entries, outputs + ([TOKENIZER_FILE] if self.settings.tokenizer else []))
 

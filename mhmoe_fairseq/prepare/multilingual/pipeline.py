@@ -12,7 +12,7 @@ from ...common.errors import UserError
 from ...common.files import atomic_open, json_line, write_json
 from ...data.documents import SeenTexts
 from ...data.languages import LANGUAGES, XNLI_LANGUAGES, language_symbol
-from ..base import DICTIONARY, MODEL_FILE, CorpusPreparation
+from ..base import DICTIONARY, CorpusPreparation
 from ..binarize import binarize, count_text, iter_lines
 from ..sources.base import MultilingualCorpus, read_passages
 from ..splits import unlike_shares
@@ -49,9 +49,7 @@ class MultilingualPreparation(CorpusPreparation[MultilingualSettings]):
         aligned_files = [f"aligned/{split}.jsonl" for split in self.settings.splits[1:]]
         aligned = self.stage("align", aligned_files, self._align)
         outputs = [DICTIONARY, _SPOT_CHECK, *(aligned_files if aligned else [])]
-        if self.settings.tiktoken_ranks is None:
-            self.stage("vocabulary", [MODEL_FILE], self._train_vocabulary)
-            outputs.append(MODEL_FILE)
+        outputs.append(self.make_vocabulary(self._train_vocabulary))
         counts = {}
         for code in codes:
             binaries = [*self._binaries(code), f"occurrences/{code}.npy"]
