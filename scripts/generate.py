@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Write what follows from the experiments: the hydra files of the demo, and the marked tables in the examples' READMEs.
+"""Write what follows from experiments and kept results: hydra files of the demo, marked tables in the READMEs.
 
-A table stands between ``<!-- settings NAME -->``, ``<!-- paper NAME -->`` or ``<!-- experiments FOLDER -->`` and
-``<!-- end -->``. ``--check`` writes nothing and ends with status 1 if a file is not up to date.
+A table stands between ``<!-- settings NAME -->``, ``<!-- paper NAME -->``, ``<!-- experiments FOLDER -->`` or, of
+``HEADLINES``, ``<!-- claims all -->``, and ``<!-- end -->``. ``--check`` writes nothing and ends with status 1 if a
+file is not up to date.
 """
 
 import re
@@ -11,14 +12,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mhmoe_fairseq.common.files import atomic_open
-from mhmoe_fairseq.common.tables import markdown_table
+from mhmoe_fairseq.common.tables import MISSING, markdown_table
 from mhmoe_fairseq.experiments import EXPERIMENTS
+from mhmoe_fairseq.experiments.kept import TREE
 from mhmoe_fairseq.experiments.plan import Plan
+from mhmoe_fairseq.experiments.results import read_page
 from mhmoe_fairseq.experiments.run import Choice
 from mhmoe_fairseq.experiments.spec import Flags, parse_flags
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-_MARKED = re.compile(r"<!-- (settings|paper|experiments) ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+_MARKED = re.compile(r"<!-- (settings|paper|experiments|claims) ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+# What README.md tells of RESULTS.md: the experiment, what is compared with what, and the claim about them.
+HEADLINES = (
+    ("table1", "X-MoE against dense", "xmoe < dense"),
+    ("table1", "X-MoE with 32 experts against 8", "xmoe-e32 < xmoe"),
+    ("table5", "MH-MoE `params` with 2 heads against X-MoE", "mhmoe-params-h2 < xmoe"),
+    ("table5", "with 4 heads", "mhmoe-params < xmoe"),
+    ("table5", "with 8 heads", "mhmoe-params-h8 < xmoe"),
+    ("causes", "with 4 heads and the first paper's router and sub-token residual, against X-MoE with its router",
+        "mhmoe-params-p1 < xmoe-p1"),
+    ("causes", "with experts a quarter as wide, four times as many and as many choices, against itself",
+        "mhmoe-params-g4 < mhmoe-params"),
+    ("causes", "the same against X-MoE made so, too", "mhmoe-params-g4 < xmoe-g4"),
+    ("study", "MH-MoE `flops` with 4 heads against X-MoE", "mhmoe-flops < xmoe"),
+    ("study", "with 2 heads", "mhmoe-flops-h2 < xmoe"),
+    ("study", "with 4 heads against dense", "mhmoe-flops < dense"),
+    ("study", "both with finer experts, as above", "mhmoe-flops-g4 < xmoe-g4"),
+    ("p2-table1", "Second paper's networks: sparse against dense", "smoe-swiglu < dense-swiglu"),
+    ("p2-table1", "fine-grained against sparse", "fine-grained < smoe-swiglu"),
+    ("p2-table1", "MH-MoE with 2 heads against sparse", "mhmoe-swiglu-h2 < smoe-swiglu"),
+    ("p2-table1", "with 3 heads", "mhmoe-swiglu-h3 < smoe-swiglu"),
+    ("family", "DeepSeekMoE against plain top-2 gating", "deepseekmoe < smoe"),
+    ("family", "OLMoE", "olmoe < smoe"),
+    ("family", "ReMoE", "remoe < smoe"),
+    ("family", "LatentMoE", "latentmoe < smoe"),
+    ("family", "MH-MoE `flops` with a bank of experts for each head", "mhmoe-banks < smoe"),
+    ("figure1", "Share of active experts, MH-MoE against X-MoE, 32 experts", "mhmoe-params-e32 < xmoe-e32"),
+    ("table1-multilingual", "Fourteen languages: MH-MoE `params` against X-MoE", "mhmoe-params < xmoe"),
+    ("table1-multimodal", "Images and text: the same", "mhmoe-params < xmoe"),
+)  # fmt: skip
 # The hydra group of each flag that is not the model's; a group's own flag names its choice.
 _GROUPS = {
     "common": "cpu seed log_format log_interval",
@@ -86,6 +119,8 @@ def _yaml(field: str, value: tuple[str, ...]) -> str:
 
 def table(what: str, name: str) -> str:
     """Returns the table of a mark."""
+    if what == "claims":
+        return headlines()
     if what == "experiments":
         found = [experiment for experiment in EXPERIMENTS.values() if experiment.folder == name]
         return markdown_table(["`mhmoe reproduce`", "what"], [[f"`{of.name}`", of.summary] for of in found])
@@ -107,6 +142,19 @@ def table(what: str, name: str) -> str:
     return markdown_table([f"`{model}`", "`--scale cpu`", "`--scale paper`"], cells) + f"\n\nBoth: `{same}`"
 
 
+def headlines() -> str:
+    """Returns the table of ``HEADLINES``: what the kept results say of each."""
+    pages = {name: read_page(EXPERIMENTS[name], ROOT / TREE) for name, *_ in HEADLINES}
+    rows = []
+    for name, compared, pair in HEADLINES:
+        page = pages[name]
+        judged = zip(page.experiment.claims, page.findings, strict=True)
+        claim, finding = next(row for row in judged if f"{row[0].model} < {row[0].reference}" == pair)
+        ours = finding.told if finding.changes else MISSING
+        rows.append([compared, claim.paper or MISSING, ours, finding.verdict, f"[`{name}`]({page.file})"])
+    return markdown_table(["compared", "paper", "ours", "better?", "experiment"], rows)
+
+
 def _cell(value: tuple[str, ...] | None) -> str:
     return "" if value is None else " ".join(value) or "yes"
 
@@ -114,7 +162,7 @@ def _cell(value: tuple[str, ...] | None) -> str:
 def texts() -> Iterator[tuple[Path, str]]:
     """Yields path and up-to-date text of every file that has something generated."""
     yield from hydra_files()
-    for path in sorted(EXAMPLES.glob("*/README.md")):
+    for path in [ROOT / "README.md", *sorted(EXAMPLES.glob("*/README.md"))]:
         text = path.read_text(encoding="utf-8")
         yield (
             path,
@@ -126,7 +174,7 @@ def main() -> int:
     """Writes, or with ``--check`` names what is not up to date."""
     stale = {path: text for path, text in texts() if not path.is_file() or path.read_text(encoding="utf-8") != text}
     for path, text in stale.items():
-        print(path.relative_to(EXAMPLES.parent))
+        print(path.relative_to(ROOT))
         if "--check" not in sys.argv:
             with atomic_open(path) as stream:
                 stream.write(text.encode())

@@ -21,17 +21,19 @@ EXPERIMENTS = (
     Experiment("family", "MH-MoE, its successors and single-head baselines, soft merging, experts of domains",
         "english_lm", (Stage(ENGLISH),), (*SINGLE_HEAD, *MULTI_HEAD, *OTHERS), reference="smoe",
         claims=(
-            *claims(_NO_PAPER, *(f"{model} < smoe" for model in (*SINGLE_HEAD[2:], *MULTI_HEAD[1:], "lory", "btx")),
-                "mhmoe-banks < mhmoe-flops", "mhmoe-flops-g4 < deepseekmoe"),
+            *claims(_NO_PAPER, *(f"{model} < smoe" for model in (*SINGLE_HEAD[1:], *MULTI_HEAD, "lory", "btx")),
+                "olmoe < xmoe-g4", "deepseekmoe < xmoe-g4", "mhmoe-flops-g4 < deepseekmoe",
+                "mhmoe-banks < mhmoe-flops"),
             Claim("demix, not told the domain of a text, has a lower perplexity than smoe", "demix", "smoe",
                 metric="perplexity", what="domain mixture", reference_what="perplexity"),
         )),
     Experiment("loss-free", "MH-MoE balanced without a loss: gates as they are, adding up to 1, or of a softmax",
         "english_lm", (Stage(ENGLISH),), ("mhmoe-flops", _RAW, *_RENORMALISED), reference="mhmoe-flops",
-        claims=tuple(
-            claim for model in _RENORMALISED for claim in (
+        claims=(
+            *claims(_NO_PAPER, f"{_RAW} < mhmoe-flops"),
+            *(claim for model in _RENORMALISED for claim in (
                 *claims(_NO_PAPER, f"{model} < {_RAW}", f"{model} < mhmoe-flops"),
                 *claims(_NO_PAPER, f"{model} < {_RAW}", metric="active experts"),
-            )
+            )),
         )),
 )  # fmt: skip

@@ -40,6 +40,7 @@ MHMOE_VARIANTS = {
     "-subtoken-residual": "--mhmoe-subtoken-residual",
     "-gain": "--mhmoe-projection-gain 1.44",  # sub-LN's own of four layers, sqrt(ln 8)
     "-p1-router": PAPER_ROUTER,
+    "-p1": f"{PAPER_ROUTER} --mhmoe-subtoken-residual",  # the first paper's layer: appendix's router, equation 6
     "-weak-balance": "--moe-gate-loss-wt 0.001",
     "-loss-free": LOSS_FREE,
     "-loss-free-chosen": LOSS_FREE_CHOSEN,
@@ -124,6 +125,7 @@ MODELS = {
         "--moe-freq 2 --mhmoe-routing lory --mhmoe-segment-length 32 --moe-expert-count 5 --moe-ffn-dim 816",
         "--mhmoe-segment-length 256 --moe-expert-count 4 --moe-ffn-dim 6144",
     ),
+    "xmoe-p1": Model("xmoe", f"{MOE} {PAPER_ROUTER}"),
     "xmoe-static": Model("xmoe", f"{MOE} --mhmoe-routing capacity", PAPER_ROUTER),
     # What MH-MoE keeps of X-MoE: its parameters (the paper's tables), or its FLOPs and parameters (the second paper).
     **{

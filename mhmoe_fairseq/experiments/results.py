@@ -7,7 +7,19 @@ from itertools import repeat
 from pathlib import Path
 
 from ..analysis.reports import tables
-from ..analysis.reports.claims import NOT_RUN, RULE, Claim, Finding, judge, scale_of
+from ..analysis.reports.claims import (
+    CONFIDENCE,
+    MIN_SEEDS,
+    NOT_RUN,
+    NOT_SEEN,
+    REFUTED,
+    RULE,
+    SEEN,
+    Claim,
+    Finding,
+    judge,
+    scale_of,
+)
 from ..analysis.reports.plots import draw_changes, file_of
 from ..analysis.reports.report import Report, compose, write
 from ..analysis.reports.runs import Model, read_model, require_one_data
@@ -31,6 +43,12 @@ _MORE = """## Elsewhere
 - [Speed and memory](docs/benchmarks/README.md), dated reports of single machines.
 - [Earlier studies](docs/results/earlier-studies.md), from before records were kept: not checked by anything."""
 
+_SCALE = (
+    "Of all models at CPU scale: four layers, two of which have experts; TorchScale's router in place of the first "
+    "paper's, and no sub-token residual of its equation 6 (`causes` has both layers as that paper has them). Learning "
+    "rates are searched where a page shows the search, else one for all models; those of fine-tuning on images and "
+    "text were chosen with the dense model."
+)
 _CHANGES = Path("docs/results/claims.png")
 
 
@@ -159,9 +177,26 @@ def summary(pages: list[Page]) -> str:
     sections = [_section(page) for page in pages if page.models]
     missing = [f"`{page.experiment.name}`" for page in pages if not page.models and page.experiment.stages]
     told = f"Without records yet: {', '.join(missing)} (`mhmoe reproduce --list`)." if missing else ""
-    claims = [markdown_table(header, rows)] if rows else []
+    claims = [markdown_table(header, rows), _number(pages)] if rows else []
     plot = f"![Claims and what we measured]({_CHANGES.as_posix()})" if _changes(pages) else ""
-    return "\n\n".join(filter(None, [_HEAD, "## Claims", plot, *claims, RULE, *sections, told, _MORE])) + "\n"
+    text = [_HEAD, "## Claims", plot, *claims, RULE, _SCALE, *sections, told, _MORE]
+    return "\n\n".join(filter(None, text)) + "\n"
+
+
+def _number(pages: list[Page]) -> str:
+    """How many comparisons there are, each pair counted once, and how many would have a verdict by chance alone."""
+    found = {
+        (claim.model, claim.reference, finding.values): finding
+        for _, claim, finding in _claims(pages) if finding.verdict in (SEEN, REFUTED, NOT_SEEN)
+    }  # fmt: skip
+    if not found:
+        return ""
+    outside = sum(finding.verdict != NOT_SEEN for finding in found.values())
+    by_chance = (1 - CONFIDENCE) * len(found)
+    return (
+        f"Different comparisons of at least {MIN_SEEDS} seeds: {len(found)}, of which {outside} are seen or refuted; "
+        f"of as many pairs of equal models {by_chance:.1f} would be."
+    )
 
 
 def _changes(pages: list[Page]) -> dict[str, tuple[str, list[float]]]:
@@ -187,12 +222,12 @@ def _claims(pages: list[Page]) -> list[tuple[Page, Claim, Finding]]:
 
 
 def _claim_row(page: Page, claim: Claim, finding: Finding) -> list[str]:
-    """Claim, paper, ours, verdict, and at what scale."""
+    """Claim, paper, ours with the change's interval, verdict, and at what scale."""
     experiment = page.experiment
     source = f"{experiment.source} ({experiment.name}): {claim.text}"
     ours = MISSING
     if finding.changes:
-        ours = f"{finding.values[0]} against {finding.values[1]}: {finding.change} (n = {len(finding.changes)})"
+        ours = f"{finding.values[0]} against {finding.values[1]}: {finding.told}"
     link = f"[{finding.verdict}]({page.file})" if finding.verdict != NOT_RUN else NOT_RUN
     return [source, claim.paper or MISSING, ours, link, finding.scale]
 

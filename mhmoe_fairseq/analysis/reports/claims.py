@@ -22,8 +22,10 @@ RULE = (
     "A claim is judged by one rule. Seed by seed (the same seed is the same order of data) the model's test metric is "
     "compared with the reference's: the relative change, or points of a share in percent. If the paired 95 % t "
     "interval of these differences lies wholly on the side of the claim, it is **seen**; wholly on the other, "
-    f"**refuted at this scale**; else **not seen**. Fewer than {MIN_SEEDS} seeds claim nothing. Of twenty comparisons "
-    "of equal models one is expected to fall outside its interval."
+    f"**refuted at this scale**; else **not seen**, which says that the interval holds both signs and not that the "
+    f"models are equal. Fewer than {MIN_SEEDS} seeds claim nothing. With three seeds an interval's own width is "
+    "uncertain (of differences that deviate by 0.9 %, a true one of 1.8 % is seen every other time), and of twenty "
+    "comparisons of equal models one is expected to fall outside its interval."
 )
 # Metrics of no evaluation: from a run's training log or its expert loads, with the unit.
 _OTHER: dict[str, tuple[str, Callable[[Run, str], float | None]]] = {
@@ -100,6 +102,13 @@ class Finding:
     def interval(self) -> str:
         """The same in words."""
         return MISSING if self.bounds is None else "[{:+.2f}, {:+.2f}]".format(*self.bounds)
+
+    @property
+    def told(self) -> str:
+        """Mean change, its interval and the number of seeds: ``-2.02 % [-3.54, -0.50], n = 3``."""
+        mean_change = f"{sum(self.changes.values()) / len(self.changes):+.2f} {self.unit}" if self.changes else MISSING
+        of = "" if self.bounds is None else f" {self.interval}"
+        return f"{mean_change}{of}, n = {len(self.changes)}"
 
 
 def interval(differences: list[float]) -> tuple[float, float] | None:

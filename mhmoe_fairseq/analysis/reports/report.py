@@ -146,9 +146,11 @@ def _notes(models: Sequence[Model], split: str) -> str:
     records = [record for _, record in all_records(models)]
     contexts = dict.fromkeys(f"{counts['context']:,}" for model in models if (counts := tables.counts_of(model)))
     lines = [
-        "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out.",
+        "parameters: all, the tied embedding once; active: without the experts that a sub-token's choices leave out; "
+        "the H sub-tokens of a token may choose others, up to H times as many.",
         f"MFLOPs/token: one forward pass, matrix products only, attention within {' or '.join(contexts)} tokens.",
-        "tokens/s: training on this machine, median over the log intervals without a validation.",
+        "tokens/s: training on this machine, median over the log intervals without a validation; to be compared only "
+        "where nothing else ran beside it.",
         *([_PEAK] if any(map(tables.PEAK_MEMORY.values, models)) else []),
         f"active experts: share with at least {ACTIVE_THRESHOLD:.0%} of the uniform load; effective experts: "
         f"exp(entropy of the load) / number of experts; means of the MoE layers, {split} split or the one measured.",
