@@ -12,6 +12,7 @@ from typing import Any
 from ..analysis.reports.runs import BEFORE, read_training_log
 from ..common.errors import UserError
 from ..common.files import read_json, sha256_of, write_json
+from ..common.provenance import commit
 from ..evaluation.records import read_record, record_file
 from .models import MODELS
 from .spec import MACHINES, Flags, Recipe, Scale, parse_flags
@@ -242,8 +243,13 @@ class Run:
         return sha256_of(self.checkpoint) if self.checkpoint.is_file() else None
 
     def keep(self, finished: bool, diverged: bool = False) -> None:
-        """Writes what :meth:`state` reads, what was spent before, and for people the commands of all that it takes."""
-        outcome = {"finished": finished, **({"diverged": True} if diverged else {})}
+        """Writes what :meth:`state` reads, what was spent before, and for people the commands of all that it takes.
+
+        With them, in ``trained_at``, the commits of the code that it was begun and resumed with.
+        """
+        before = self._kept().get("trained_at", []) if (self.folder / STATE).is_file() else []
+        trained_at = [of for of in dict.fromkeys([*before, commit()]) if of is not None]
+        outcome = {"finished": finished, **({"diverged": True} if diverged else {}), "trained_at": trained_at}
         write_json(self.folder / STATE, {**self.identity(), **outcome})
         if self.parts:
             write_json(self.folder / BEFORE, {part.name.split("/")[-2]: part.updates for part in self.parts})
@@ -263,7 +269,8 @@ class Run:
                 )
             return "missing"
         kept, own = self._kept(), self.identity()
-        is_finished, _ = kept.pop("finished"), kept.pop("diverged", None)
+        is_finished = kept.pop("finished")
+        kept = {name: value for name, value in kept.items() if name not in ("diverged", "trained_at")}
         if self.start is not None and own["start"] is None and not self.is_part:
             own["start"] = kept.get("start")  # nothing is there to compare with
         if kept != own or (is_finished and self.is_part and not self.checkpoint.is_file()):
