@@ -7,11 +7,9 @@ parameters. Its claim is about text whose domain it is not told: then every expe
 """
 
 from ..analysis.reports.claims import Claim
-from ..analysis.reports.tables import PaperTable
-from .language_models import ENGLISH, claims
+from .language_models import ENGLISH, NO_PAPER, claims
 from .spec import Experiment, Stage
 
-_NO_PAPER = PaperTable("none", "perplexity")  # nobody has published these models side by side
 SINGLE_HEAD = ("smoe", "xmoe", "xmoe-g4", "olmoe", "deepseekmoe", "smoe-loss-free", "remoe", "latentmoe")
 MULTI_HEAD = ("mhmoe-flops-h2", "mhmoe-flops", "mhmoe-flops-g4", "mhmoe-flops-loss-free", "mhmoe-banks")
 OTHERS = ("lory", "demix", "btx")
@@ -21,7 +19,7 @@ EXPERIMENTS = (
     Experiment("family", "MH-MoE, its successors and single-head baselines, soft merging, experts of domains",
         "english_lm", (Stage(ENGLISH),), (*SINGLE_HEAD, *MULTI_HEAD, *OTHERS), reference="smoe",
         claims=(
-            *claims(_NO_PAPER, *(f"{model} < smoe" for model in (*SINGLE_HEAD[1:], *MULTI_HEAD, "lory", "btx")),
+            *claims(NO_PAPER, *(f"{model} < smoe" for model in (*SINGLE_HEAD[1:], *MULTI_HEAD, "lory", "btx")),
                 "olmoe < xmoe-g4", "deepseekmoe < xmoe-g4", "mhmoe-flops-g4 < deepseekmoe",
                 "mhmoe-banks < mhmoe-flops"),
             Claim("demix, not told the domain of a text, has a lower perplexity than smoe", "demix", "smoe",
@@ -30,10 +28,10 @@ EXPERIMENTS = (
     Experiment("loss-free", "MH-MoE balanced without a loss: gates as they are, adding up to 1, or of a softmax",
         "english_lm", (Stage(ENGLISH),), ("mhmoe-flops", _RAW, *_RENORMALISED), reference="mhmoe-flops",
         claims=(
-            *claims(_NO_PAPER, f"{_RAW} < mhmoe-flops"),
+            *claims(NO_PAPER, f"{_RAW} < mhmoe-flops"),
             *(claim for model in _RENORMALISED for claim in (
-                *claims(_NO_PAPER, f"{model} < {_RAW}", f"{model} < mhmoe-flops"),
-                *claims(_NO_PAPER, f"{model} < {_RAW}", metric="active experts"),
+                *claims(NO_PAPER, f"{model} < {_RAW}", f"{model} < mhmoe-flops"),
+                *claims(NO_PAPER, f"{model} < {_RAW}", metric="active experts"),
             )),
         )),
 )  # fmt: skip

@@ -112,6 +112,7 @@ THREE = ("dense", "xmoe", "mhmoe-params")  # 8 experts; the paper's table 1 has 
 FIVE = (*THREE, "xmoe-e32", "mhmoe-params-e32")
 FIGURE_6 = tuple(f"{model}{suffix}" for suffix in ("", *(f"-e{of}" for of in EXPERTS)) for model in THREE[1:])
 ENGLISH_STAGE, MULTILINGUAL_STAGE = (Stage(ENGLISH),), (Stage(MULTILINGUAL),)
+NO_PAPER = PaperTable("none", "perplexity")  # of models that nobody has published side by side
 OTHER_CORPUS = "another corpus, vocabulary and size of model: not to be compared with ours."
 
 
@@ -252,13 +253,15 @@ _TABLE_1_CLAIMS = ("xmoe < dense", "mhmoe-params < xmoe", "mhmoe-params-e32 < xm
 # With top-k times the heads, as the second paper has it, beside X-MoE with as many experts of as many products.
 P2_TOP_K = ("xmoe-g4", "mhmoe-flops-g4")
 _P2_TOP_K_CLAIMS = claims(TABLE_1, "mhmoe-flops-g4 < xmoe", "mhmoe-flops-g4 < xmoe-g4", "mhmoe-flops-g4 < mhmoe-flops")
-OF_STUDY = ("xmoe", "mhmoe-flops", *P2_TOP_K, "mhmoe-params")  # what single causes are changes of
+_DEEP = "mhmoe-params-projections-3"  # of table7
+OF_STUDY = ("xmoe", "mhmoe-flops", *P2_TOP_K, "mhmoe-params", _DEEP)  # what single causes are changes of
 _CAUSES = (
     "xmoe-g2", "mhmoe-flops-g2", *(f"mhmoe-flops-{cause}" for cause in (
         "h2", "gain", "subtoken-residual", "p1-router", "linear-router", "weak-balance",
     )),
     "mhmoe-params-g2", "mhmoe-params-g4",  # experts 30 and 15 times as wide as a sub-token, not 60
     "xmoe-p1", "mhmoe-params-p1",  # both layers as the first paper has them
+    "mhmoe-params-no-splitting-projections-3", "mhmoe-flops-projections-3",  # is it splitting, or depth?
 )  # fmt: skip
 _LIKE_P1 = perplexities("table 1, English", "xmoe-p1 mhmoe-params-p1", 14.82, 12.72)
 _FIGURE_6_CLAIMS = ("mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")
@@ -319,7 +322,9 @@ EXPERIMENTS = (
         "english_lm",
         (Stage(ENGLISH, OF_STUDY), Stage(CAUSES, _CAUSES)), (*OF_STUDY, *_CAUSES), reference="xmoe",
         claims=(*claims(TABLE_1, "mhmoe-params-g4 < mhmoe-params", "mhmoe-params-g4 < xmoe-g4"),
-            *claims(_LIKE_P1, "mhmoe-params-p1 < xmoe-p1", "mhmoe-params-p1 < mhmoe-params"))),
+            *claims(_LIKE_P1, "mhmoe-params-p1 < xmoe-p1", "mhmoe-params-p1 < mhmoe-params"),
+            *claims(NO_PAPER, f"{_DEEP} < xmoe", f"{_DEEP} < mhmoe-params",
+                f"{_DEEP} < mhmoe-params-no-splitting-projections-3", "mhmoe-flops-projections-3 < mhmoe-flops"))),
     *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} % of the study's updates", "english_lm",
         (Stage(recipe),), ("xmoe", "mhmoe-flops"), reference="xmoe") for recipe in LENGTHS),
     Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",

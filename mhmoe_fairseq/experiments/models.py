@@ -32,6 +32,7 @@ MHMOE_VARIANTS = {
     **{f"-h2-k{top_k}": f"--mhmoe-heads-number 2 --moe-top-k {top_k}" for top_k in TOP_K},
     **{f"-g{times}": f"--mhmoe-granularity {times}" for times in GRANULARITY},
     "-no-splitting": "--mhmoe-no-split",
+    "-no-splitting-projections-3": "--mhmoe-no-split --mhmoe-projection-layers 3",
     "-no-projections": "--mhmoe-projection-layers 0",
     "-projections-2": "--mhmoe-projection-layers 2",
     "-projections-3": "--mhmoe-projection-layers 3",
