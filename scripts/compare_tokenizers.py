@@ -1,7 +1,7 @@
 """Compare the ids of an exported tokenizer with those that this package scores, on real and odd texts by language.
 
-DATA is a folder of ``mhmoe prepare multilingual``, whose vocabulary is compared. A
-difference of a kind that docs/export.md does not name is shown, and the status is 1.
+DATA is a folder of ``mhmoe prepare multilingual``, whose vocabulary is compared. A difference of a kind that
+docs/export.md does not name is shown, and the status is 1.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from tokenizers import normalizers
 
 from mhmoe_fairseq.checkpoints.huggingface.tokenizer import build_tokenizer
 from mhmoe_fairseq.common.arguments import existing_folder, whole
-from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.tables import markdown_table
 from mhmoe_fairseq.data.languages import LANGUAGES, language_symbol
 from mhmoe_fairseq.data.vocabularies import RANKS_FILE, find_vocabulary, read_vocabulary
@@ -98,7 +97,7 @@ def open_both(folder: Path) -> Both:
     """Open both sides of a folder's vocabulary."""
     file = find_vocabulary(folder)
     if file is None:
-        raise UserError(f"{folder}: no vocabulary in it")
+        sys.exit(f"{folder}: no vocabulary in it")
     dictionary = Dictionary()
     for symbol in (*read_vocabulary(file).symbols, *map(language_symbol, LANGUAGES)):
         dictionary.add_symbol(symbol)

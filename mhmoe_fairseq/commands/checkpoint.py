@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     official.add_argument(
         "--data", metavar="DIR", type=existing_folder,
-        help="folder with the model's dict.txt (and sentencepiece.model), copied beside model.pt",
+        help="folder with the model's dict.txt (and vocabulary), copied beside model.pt",
     )  # fmt: skip
     official.add_argument(
         "--routing", choices=("capacity", "dropless"), default="capacity",

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("checkpoint", type=existing_path, metavar="CHECKPOINT", help="a checkpoint, or the folder that holds one")
     add(
         "--data", type=existing_folder, metavar="DIR",
-        help="folder with dict.txt and sentencepiece.model; the checkpoint's own, or that of its training data",
+        help="folder with dict.txt and the vocabulary; the checkpoint's own, or that of its training data",
     )  # fmt: skip
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a text to continue; may be repeated")

@@ -85,7 +85,7 @@ def _add_english_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", type=existing_folder, metavar="DIR",
-        help="folder with dict.txt and sentencepiece.model (default: the checkpoint's, or its training data)",
+        help="folder with dict.txt and the vocabulary (default: the checkpoint's, or its training data)",
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def check_tokenizer(tokenizer: str, vocab_size: int, ranks: Path | None) -> None
         return
     if ranks is None:
         raise UserError("--tokenizer tiktoken: needs --tiktoken-ranks FILE (a local rank file; nothing is downloaded)")
-    require_files([ranks], "--tiktoken-ranks")
+    load_ranks(ranks, "--tiktoken-ranks")
     _require_tiktoken()
 
 
@@ -180,13 +180,13 @@ class TiktokenVocabulary:
     """A rank file, read by the ``tiktoken`` package; its ``symbols`` fill fairseq's dictionary from index 4 on.
 
     Args:
-        flag: the flag that gave ``path``, for error messages.
+        flag: the flag that gave ``path``, for error messages; empty for a file beside a dictionary.
 
     Raises:
         UserError: ``tiktoken`` is not installed, or the rank file is missing or malformed.
     """
 
-    def __init__(self, path: str | Path, flag: str = "--tiktoken-ranks"):
+    def __init__(self, path: str | Path, flag: str = ""):
         self._path = Path(path)
         ranks = load_ranks(self._path, flag)
         _require_tiktoken()
@@ -244,9 +244,14 @@ def find_vocabulary(folder: Path, symbols: Sequence[str] = ()) -> Path | None:
     return found[0] if found else None
 
 
+def dictionary_files(folder: Path) -> list[Path]:
+    """Return ``dict.txt`` and, unless words are the vocabulary, the file beside it."""
+    return [folder / "dict.txt", *filter(None, [find_vocabulary(folder)])]
+
+
 def read_vocabulary(path: Path) -> Vocabulary:
     """Return the vocabulary of a file that is named as in prepared data."""
-    return TiktokenVocabulary(path, flag="--data") if path.name == RANKS_FILE else SentencePieceVocabulary(path)
+    return TiktokenVocabulary(path) if path.name == RANKS_FILE else SentencePieceVocabulary(path)
 
 
 def open_vocabulary(folder: Path, symbols: Sequence[str]) -> Vocabulary | None:
@@ -271,7 +276,7 @@ def open_vocabulary(folder: Path, symbols: Sequence[str]) -> Vocabulary | None:
     return vocabulary
 
 
-def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:
+def load_ranks(path: Path, flag: str = "") -> dict[bytes, int]:
     """Read a rank file.
 
     Raises:
@@ -279,7 +284,7 @@ def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:
             0..N-1 with all 256 single bytes among the tokens.
     """
     require_files([path], flag)
-    ranks: dict[bytes, int] = {}
+    name, ranks = f"{flag} {path}".lstrip(), dict[bytes, int]()
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
@@ -290,10 +295,10 @@ def load_ranks(path: Path, flag: str = "--tiktoken-ranks") -> dict[bytes, int]:
             except (ValueError, binascii.Error) as error:
                 raise UserError(f"{path}:{number}: a rank file has 'BASE64 RANK' on each line") from error
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"{flag} {path}: the ranks of its {len(ranks)} tokens must be 0, 1, 2, ... without a gap")
+        raise UserError(f"{name}: the ranks of its {len(ranks)} tokens must be 0, 1, 2, ... without a gap")
     missing = [value for value in range(_NUM_BYTES) if bytes([value]) not in ranks]
     if missing:
-        raise UserError(f"{flag} {path}: byte 0x{missing[0]:02x} has no token; every single byte needs one")
+        raise UserError(f"{name}: byte 0x{missing[0]:02x} has no token; every single byte needs one")
     return ranks
 
 

@@ -159,7 +159,7 @@ def _parts_of(opened: Opened, split: str) -> tuple[str, list[str]]:
 
 
 def _encoded(opened: Opened, fields: Fields, word: str, words: Sequence[str]) -> tuple[str, LabelledSentences]:
-    """Name and examples of one ``LANG=FILE``, encoded with the ``sentencepiece.model`` of the data.
+    """Name and examples of one ``LANG=FILE``, encoded with the vocabulary of the data.
 
     Args:
         words: all of ``--input``.

@@ -112,48 +112,48 @@ class Plan:
 
     def best_lr(self, recipe: Recipe, model: str) -> str | None:
         """Returns what the search found, now or earlier, if it is still one to choose from; None before a search."""
-        name, own, search = recipe.name_of(model), self.lrs_of(recipe), read_search(self.out)
-        best = (self.best_lrs or search.get("best_lr", {})).get(name)
-        is_widened = not self.experiment.lrs and {*own} < {*search.get("valid_loss_bits", {}).get(name, ())}
-        return best if best in own or (own and is_widened) else None
+        name, found = recipe.name_of(model), read_search(self.out)
+        best = (self.best_lrs or found.get("best_lr", {})).get(name)
+        return best if best in self._rates(recipe, found.get("valid_loss_bits", {}).get(name, {})) else None
 
     def lrs_of(self, recipe: Recipe) -> tuple[str, ...]:
         """Returns the learning rates to choose from: the experiment's or the recipe's; none if ``--lr`` was given."""
         lrs = self.experiment.lrs or recipe.scales[self.choice.scale].lrs
         return () if "--lr" in self.choice.flags else tuple(dict.fromkeys(lrs))
 
-    def search(self) -> list[Run]:
-        """Returns the search's runs, for each model and learning rate one; several kinds of training: ``UserError``."""
+    def search(self, losses: Mapping[str, Mapping[str, float | None]] | None = None) -> list[Run]:
+        """Returns the search's runs, for each model and learning rate one, as far as the losses tell which are tried.
+
+        Args:
+            losses: model -> learning rate -> validation loss (None: not finite); by default those of an earlier search.
+
+        Raises:
+            UserError: several rates for several kinds of training.
+        """
         lrs = self.experiment.lrs
         if len(lrs) > 1 and len(self.experiment.stages) > 1:
             raise UserError(
                 f"--lrs ({' '.join(lrs)}) must be one value where several kinds of trainings follow each other"
             )
-        return [self._trial(run, lr) for run in self._searched() for lr in self.lrs_of(run.recipe)]
-
-    def wider_search(self, losses: Mapping[str, Mapping[str, float | None]]) -> list[Run]:
-        """Returns one more run for each model of which the best learning rate is at the edge of those tried.
-
-        At most ``FURTHER`` of a model, and none where the user gave the rates: those alone are meant.
-
-        Args:
-            losses: model -> learning rate -> validation loss of those tried; None: not finite.
-        """
-        runs = [] if self.experiment.lrs else self._searched()
-        tried = [(run, losses[run.recipe.name_of(run.model)]) for run in runs]
+        known = read_search(self.out).get("valid_loss_bits", {}) if losses is None else losses
+        of_models = {run.recipe.name_of(run.model): run for run in self.runs()}
         return [
-            self._trial(run, lr)
-            for run, of in tried if len(of) < len(self.lrs_of(run.recipe)) + FURTHER and (lr := further_lr(of))
+            # Of the recipe's own seed, whichever are trained: a model's later seeds have the first one's rate.
+            self.run(run.recipe, run.model, run.recipe.scales[self.choice.scale].seeds[0], search=lr)
+            for name, run in of_models.items()
+            if len(self.lrs_of(run.recipe)) > 1 for lr in self._rates(run.recipe, known.get(name, {}))
         ]  # fmt: skip
 
-    def _searched(self) -> list[Run]:
-        """One run of each model whose learning rate is searched."""
-        of_models = {run.recipe.name_of(run.model): run for run in self.runs()}
-        return [run for run in of_models.values() if len(self.lrs_of(run.recipe)) > 1]
+    def _rates(self, recipe: Recipe, losses: Mapping[str, float | None]) -> list[str]:
+        """The learning rates that a search with these losses tries: the recipe's, or the user's, which are all then.
 
-    def _trial(self, run: Run, lr: str) -> Run:
-        """A search's run, of the recipe's own seed, whichever are trained: a model's later seeds have the first's."""
-        return self.run(run.recipe, run.model, run.recipe.scales[self.choice.scale].seeds[0], search=lr)
+        Beyond a recipe's at most ``FURTHER``, one by one, where the best of those tried is at their edge.
+        """
+        own = self.lrs_of(recipe)
+        rates, most = [*own], len(own) + (0 if self.experiment.lrs or len(own) < 2 else FURTHER)
+        while len(rates) < most and {*rates} <= {*losses} and (lr := further_lr({lr: losses[lr] for lr in rates})):
+            rates.append(lr)
+        return rates
 
     def preparations(self) -> Iterator[tuple[Path, list[str]]]:
         """Yields each folder of data and the command that makes it; no words where the user brings the data."""

@@ -44,10 +44,10 @@ _MORE = """## Elsewhere
 - [Earlier studies](docs/results/earlier-studies.md), from before records were kept: not checked by anything."""
 
 _SCALE = (
-    "Of all models at CPU scale: four layers, two of which have experts; TorchScale's router in place of the first "
-    "paper's, and no sub-token residual of its equation 6 (`causes` has both layers as that paper has them). Learning "
-    "rates are searched where a page shows the search, else one for all models; those of fine-tuning on images and "
-    "text were chosen with the dense model."
+    "Unless a name says otherwise, models at CPU scale have four layers, of those with experts two have them, and "
+    "TorchScale's router in place of the first paper's, without the sub-token residual of its equation 6 (`causes` has "
+    "both layers as that paper has them). Learning rates are searched for the models in a page's table of the search; "
+    "others of one experiment have one rate, which in fine-tuning on images and text was chosen with the dense model."
 )
 _CHANGES = Path("docs/results/claims.png")
 
@@ -290,7 +290,7 @@ def _search(page: Page, tree: Path) -> str:
         return ""
     own = {stage.recipe.name_of(model) for stage in page.experiment.stages for model in page.models}
     losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
-    lrs = sorted({lr for of in losses.values() for lr in of}, key=float)
+    lrs = sorted(dict.fromkeys(lr for of in losses.values() for lr in of), key=float)
     cells = [[name, *(_tried(lr, of, search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()]
     told = (
         "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken. "

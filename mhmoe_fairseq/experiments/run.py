@@ -279,10 +279,14 @@ class Run:
             return "cut off"
         return "trained" if self.lacking() else "finished"
 
+    def has_diverged(self) -> bool:
+        """Whether a trial's gradients, or those of what it starts from, became no numbers."""
+        return (self.folder / STATE).is_file() and bool(self._kept().get("diverged"))
+
     def final_loss(self) -> float | None:
         """Returns the last validation loss, in bits; None of a training that diverged."""
         loss = math.nan
-        if not self._kept().get("diverged"):
+        if not self.has_diverged():
             loss = read_training_log(self.folder / "train.log").valid[-1]["valid_loss"]
         return loss if math.isfinite(loss) else None
 

@@ -113,7 +113,7 @@ class Runner:
     def _search(self) -> dict[str, str]:
         """The best learning rate of every model, by the last validation loss."""
         losses: dict[str, dict[str, float | None]] = {}
-        search = self.plan.search()
+        search = self.plan.search(losses)
         if search and self.plan.choice.nnodes > 1:
             tried = ", ".join(dict.fromkeys(str(run.lr) for run in search))
             rule = f"must be one when --nnodes is {self.plan.choice.nnodes}: machine 0 alone would know the best"
@@ -126,7 +126,8 @@ class Runner:
                 for folder in (run.folder, *(part.folder for part in run.parts)):  # the loss alone is needed
                     for checkpoint in folder.glob("checkpoint*.pt"):
                         checkpoint.unlink()
-            search = self.plan.wider_search(losses)
+            wider = self.plan.search(losses)
+            search = [run for run in wider if str(run.lr) not in losses[run.recipe.name_of(run.model)]]
         best = {model: _best(model, of_lr) for model, of_lr in losses.items()}
         if best:
             kept = read_search(self.plan.out)  # other models' of experiments that share the folder
@@ -220,6 +221,9 @@ class Runner:
             left = progress.reach(run.name, int(update))
             self.say(f"    {run.name}, update {update:.0f}: {told}{left}")
 
+        if any(part.has_diverged() for part in run.parts):
+            self._give_up(run, "a part of it has")
+            return
         *mixing, training = run.commands()
         for words in mixing if run.choice.is_first else ():
             self._call(run, "mixing", words, show, output)
@@ -228,11 +232,14 @@ class Runner:
         except UserError as error:
             if not run.is_trial or _DIVERGED not in str(error):
                 raise
-            self._tell(f"{run.name}: diverged ({error.__cause__}): not the best")
-            run.keep(finished=True, diverged=True)
+            self._give_up(run, str(error.__cause__))
             return
         if run.choice.is_first:
             run.keep(finished=True)
+
+    def _give_up(self, run: Run, why: str) -> None:
+        self._tell(f"{run.name}: diverged ({why}): not the best")
+        run.keep(finished=True, diverged=True)
 
     def _call(self, run: Run, what: str, words: list[str], on_line: Callable[[str], None], output: Path) -> None:
         try:
@@ -293,7 +300,8 @@ def dry_run(plan: Plan) -> Iterator[str]:
     search = _once(with_starts(plan.search()))
     yield from _commands(search)
     if search:
-        yield "# below, --lr is the best of these for each model on the validation split, or a further one"
+        further = "" if plan.experiment.lrs else "; where it is at the edge, further ones are tried"
+        yield f"# below, --lr is the best of these for each model on the validation split{further}"
     for run in _once(plan.stages()):
         yield from _commands([run])
         yield from (shlex.join(words) for _, words in run.evaluations(run.measures()))

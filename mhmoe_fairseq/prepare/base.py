@@ -190,11 +190,19 @@ class CorpusPreparation(Preparation[SomeCorpusSettings]):
         ranks: Optional[Path] = getattr(self.settings, "tiktoken_ranks", None)
         name = MODEL_FILE if ranks is None else RANKS_FILE
 
-        def make() -> None:
-            learn() if ranks is None else shutil.copyfile(ranks, self.partial / name)
+        def copy() -> None:
+            assert ranks is not None
+            shutil.copyfile(ranks, self.partial / name)
 
-        self.stage("vocabulary", [name], make)
+        self.stage("vocabulary", [name], learn if ranks is None else copy)
         return name
+
+    def publish(self, entries: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
+        """As in every preparation; a vocabulary of other data, which somebody put there, does not stay beside it."""
+        manifest = super().publish(entries, outputs)
+        for name in {MODEL_FILE, RANKS_FILE}.difference(outputs):
+            (self.workspace.dest / name).unlink(missing_ok=True)
+        return manifest
 
     def train_vocabulary(
         self, lines: Iterable[str], num_lines: int, learnt_on: str, *, max_lines: Optional[int] = None, remark: str = ""

@@ -111,7 +111,7 @@ def test_ranks_are_read(tmp_path):
         (b"dGhl 0\nbroken\n", "r.tiktoken:2: a rank file has 'BASE64 RANK' on each line"),
         (b"!!!! 0\n", "r.tiktoken:1: "),
         (b"dGhl zero\n", "r.tiktoken:1: "),
-        (b"", "--tiktoken-ranks .*r.tiktoken: the ranks of its 0 tokens must be 0, 1, 2"),
+        (b"", "^--ranks .*r.tiktoken: the ranks of its 0 tokens must be 0, 1, 2"),
         (b"dGhl 0\ndGhh 2\n", "must be 0, 1, 2, ... without a gap"),
         (b"dGhl 0\n", "byte 0x00 has no token"),
     ],
@@ -120,12 +120,12 @@ def test_malformed_rank_files_are_named(tmp_path, content, message):
     path = tmp_path / "r.tiktoken"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        load_ranks(path)
+        load_ranks(path, "--ranks")
 
 
 def test_a_missing_rank_file_or_package_is_named(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--tiktoken-ranks: no such file: .*none.tiktoken"):
-        load_ranks(tmp_path / "none.tiktoken")
+    with pytest.raises(UserError, match="--ranks: no such file: .*none.tiktoken"):
+        load_ranks(tmp_path / "none.tiktoken", "--ranks")
     monkeypatch.setitem(sys.modules, "tiktoken", None)  # what Python itself uses for "cannot be imported"
     with pytest.raises(UserError, match="tiktoken: the package is not installed; pip install 'mhmoe_fairseq"):
         TiktokenVocabulary(write_ranks(tmp_path / "r.tiktoken"))

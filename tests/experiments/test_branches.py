@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_stand_ins import Commands, reproduce
+from command_stand_ins import Commands, after, reproduce
 from test_experiment_plan import SCALES, counts, parse, trainings
 from test_experiment_plan import commands as planned
 
@@ -14,6 +14,7 @@ from mhmoe_fairseq.commands.reproduce import plans_of
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.data.domains import FILE, write_domains
 from mhmoe_fairseq.experiments.branches import require_domains
+from mhmoe_fairseq.experiments.calls import Calls
 from mhmoe_fairseq.experiments.models import MODELS
 from mhmoe_fairseq.prepare.sources.mix import DOMAINS
 
@@ -114,6 +115,23 @@ def test_seed_and_branches_are_trained_first_and_go_on_where_they_were(
     state.write_text(json.dumps({**json.loads(state.read_text()), "command": []}))
     assert reproduce(tmp_path, *searched) == 0
     assert [Path(of).name for of in commands.trained()] == ["lr-4e-3"] * 9
+
+
+def test_a_rate_with_which_a_part_diverges_loses_the_search(commands: Commands, tmp_path: Path, monkeypatch) -> None:
+    def call(calls, words, *more) -> None:
+        commands(words, *more)
+        if words[0] == "fairseq-train" and after("--lr", words) == "1":
+            (Path(after("--save-dir", words)) / "checkpoint_best.pt").unlink()
+            raise UserError("FloatingPointError: gradients are Nan/Inf")
+
+    monkeypatch.setattr(Calls, "run", call)
+    words = ["family", "--models", "btx", "--lrs", "4e-3", "1"]
+    assert reproduce(tmp_path, *words) == 0
+    trained = commands.trained()
+    assert len([name for name in trained if "lr-1/" in f"{name}/"]) == 1 and len(trained) == 9 + 1 + 9  # the seed alone
+    found = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert found["best_lr"] == {"btx": "4e-3"} and found["valid_loss_bits"]["btx"]["1"] is None
+    assert reproduce(tmp_path, *words) == 0 and not commands.trained()
 
 
 @pytest.mark.parametrize("updates", [999, 150, 37])

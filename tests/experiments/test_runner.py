@@ -359,7 +359,7 @@ def test_a_run_knows_the_commits_that_it_was_trained_with(commands: Commands, tm
     ],
 )
 def test_a_search_goes_on_where_the_best_is_at_the_edge(
-    optimum: float, further: list[str], best: str, commands: Commands, tmp_path: Path, monkeypatch
+    optimum: float, further: list[str], best: str, commands: Commands, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     def call(calls, words, *more) -> None:
         commands(words, *more)
@@ -387,6 +387,9 @@ def test_a_search_goes_on_where_the_best_is_at_the_edge(
     found = json.loads((out / "search.json").read_text())
     assert found["best_lr"] == {"dense": best} and [*found["valid_loss_bits"]["dense"]] == own + further
     assert mhmoe([*words, "--keep", "--results", str(tmp_path / "results")]) == 0  # knows the rate that was found
+    capsys.readouterr()
+    assert mhmoe([*words, "--status"]) == 0
+    assert capsys.readouterr().out.count(" finished |") == len(own + further) + 1
     assert mhmoe(words) == 0 and not commands.trained()
     early = {"dense": "2001-01-01T00:00:00+00:00"}
     (out / "search.json").write_text(json.dumps({**found, "date": early}))
@@ -395,6 +398,11 @@ def test_a_search_goes_on_where_the_best_is_at_the_edge(
     assert [*again["valid_loss_bits"]["dense"]] == own
     assert commands.trained() == ([] if best in own else ["dense/seed-2"])
     assert (again["date"] == early) == (best in own)  # when it was chosen: the same rate was before the tests
+    assert mhmoe([*words, "--lrs", *own, "5e-4", "1e-4", "2"]) == 0  # are no rates of the plan's search
+    capsys.readouterr()
+    assert mhmoe([*words, "--status"]) == 0
+    chosen = json.loads((out / "search.json").read_text())["best_lr"]["dense"]
+    assert (" changed |" in capsys.readouterr().out) == (chosen not in own + further)
 
 
 def test_a_rate_that_diverged_is_not_the_best(commands: Commands, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -22,7 +22,7 @@ RULE = (
     "A claim is judged by one rule. Seed by seed (the same seed is the same order of data) the model's test metric is "
     "compared with the reference's: the relative change, or points of a share in percent. If the paired 95 % t "
     "interval of these differences lies wholly on the side of the claim, it is **seen**; wholly on the other, "
-    f"**refuted at this scale**; else **not seen**, which says that the interval holds both signs and not that the "
+    f"**refuted at this scale**; else **not seen**, which says that the interval does not exclude 0 and not that the "
     f"models are equal. Fewer than {MIN_SEEDS} seeds claim nothing. With three seeds an interval's own width is "
     "uncertain (of differences that deviate by 0.9 %, a true one of 1.8 % is seen every other time), and of twenty "
     "comparisons of equal models one is expected to fall outside its interval."

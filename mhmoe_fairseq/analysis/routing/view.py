@@ -175,7 +175,8 @@ def _encode_all(opened: Opened, sources: Sequence[Source], is_text_model: bool) 
     model of images and text reads all words as one line between ``<s>`` and ``</s>``.
     """
     dictionary, args = opened.task.source_dictionary, opened.task.args
-    vocabulary = open_vocabulary(opened.data, dictionary.symbols[dictionary.nspecial :])
+    has_text = any(source.text is not None for source in sources)
+    vocabulary = open_vocabulary(opened.data, dictionary.symbols[dictionary.nspecial :]) if has_text else None
 
     def encode(line: str) -> list[int]:
         line = clean_line(line)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.errors import UserError
 from ...common.files import atomic_folder, atomic_path, read_json, refuse_path_separator, write_json
-from ...data.vocabularies import NUM_SPECIALS, find_vocabulary
+from ...data.vocabularies import NUM_SPECIALS, dictionary_files, find_vocabulary
 from ...models.architectures import stored_options
 from ...models.bases import fingerprint
 from ...models.flags import decoder_settings, encoder_settings
@@ -107,7 +107,7 @@ def export_model(
         length, side = config["max_position_embeddings"], "right" if is_encoder else "left"
         write_json(target / "tokenizer_config.json", _tokenizer_config(contents.ends[0], length, side))
         files = _write_weights(contents.weights, target, shard_bytes)
-        for source in (*REMOTE.glob(contents.code), *_vocabulary_files(folder)):
+        for source in (*REMOTE.glob(contents.code), *dictionary_files(folder)):
             shutil.copyfile(source, target / source.name)
         write_card(target / "README.md", config, folder, count, measured)
     loader = list(config["auto_map"])[-1]
@@ -184,7 +184,7 @@ def import_folder(source: Path, out: Path) -> list[str]:
     with atomic_folder(out) as target:
         criterion = {"moe_gate_loss_wt": config.get("mhmoe_balance_weight", 0.01)}
         write_checkpoint(stored_checkpoint(state, options, task, criterion), target / "model.pt", overwrite=False)
-        for file in _vocabulary_files(source):
+        for file in dictionary_files(source):
             shutil.copyfile(file, target / file.name)
     return [f"{out / 'model.pt'}: opens as the model that was exported; mhmoe evaluate needs its data, --data"]
 
@@ -207,11 +207,6 @@ def _open_dictionary(file: Path, data: Path | None) -> tuple[Path, Dictionary]:
     except FileNotFoundError as error:
         raise UserError(f"{str(error).partition(':')[0]}: name the folder of the model's dictionary, --data") from error
     return folder, Dictionary.load(str(folder / "dict.txt"))
-
-
-def _vocabulary_files(folder: Path) -> list[Path]:
-    """The dictionary, and the file of its pieces or tokens if it has no words."""
-    return [folder / "dict.txt", *filter(None, [find_vocabulary(folder)])]
 
 
 def _check_dictionary(weights: Mapping[str, Tensor], dictionary: Dictionary, folder: Path, is_encoder: bool) -> None:

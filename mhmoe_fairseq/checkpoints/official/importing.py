@@ -26,6 +26,7 @@ from ...common.files import atomic_path, refuse_path_separator
 from ...common.ranges import flag
 from ...compat import checkpoint_globals
 from ...data.tensor_files import load_tensors, save_tensors
+from ...data.vocabularies import dictionary_files
 from ...models.bases import fingerprint
 from ...models.counts import blank_dictionary, build_on_meta
 from ...models.flags import moe_config
@@ -97,11 +98,10 @@ def import_official(
 
 def _copies(data: Path, out: Path) -> dict[Path, Path]:
     """Where to copy the dictionary's files; none that is there already, byte by byte."""
-    files = {out / name: data / name for name in ("dict.txt", "sentencepiece.model") if (data / name).is_file()}
     return {
-        target: source
-        for target, source in files.items()
-        if not target.is_file() or target.read_bytes() != source.read_bytes()
+        out / source.name: source
+        for source in dictionary_files(data)
+        if not (out / source.name).is_file() or (out / source.name).read_bytes() != source.read_bytes()
     }
 
 
