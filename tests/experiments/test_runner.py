@@ -19,7 +19,7 @@ from mhmoe_fairseq.commands.main import main as mhmoe
 from mhmoe_fairseq.common.errors import UserError
 from mhmoe_fairseq.common.locks import LOCK, exclusive_lock
 from mhmoe_fairseq.evaluation.records import read_record
-from mhmoe_fairseq.experiments import EXPERIMENTS, calls, run, runner
+from mhmoe_fairseq.experiments import EXPERIMENTS, calls, runner
 from mhmoe_fairseq.experiments.calls import Calls
 from mhmoe_fairseq.experiments.run import Choice
 from mhmoe_fairseq.experiments.runner import find_gpus
@@ -331,20 +331,6 @@ def test_a_run_that_was_half_emptied_is_emptied_again(
             reproduce(tmp_path, *words, "8e-3")
         commands.trained()
         assert reproduce(tmp_path, *words, "4e-3") == 0 and commands.trained() == ["dense/seed-1"]
-
-
-def test_a_run_knows_the_commits_that_it_was_trained_with(commands: Commands, tmp_path: Path, monkeypatch) -> None:
-    file = tmp_path / "out" / "dense" / "seed-1" / "run.json"
-
-    def trained_with(commit: str | None, *words: str) -> list[str]:
-        monkeypatch.setattr(run, "commit", lambda: commit)
-        assert reproduce(tmp_path, "table1", "--models", "dense", *words) == 0
-        return json.loads(file.read_text())["trained_at"]
-
-    assert trained_with("one") == trained_with("two") == ["one"]  # finished: nothing is trained
-    file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
-    assert trained_with("two") == ["one", "two"]
-    assert trained_with(None, "--", "--lr", "1e-3") == []  # anew, with an installed package
 
 
 @pytest.mark.parametrize(
