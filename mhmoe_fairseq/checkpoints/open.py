@@ -19,9 +19,8 @@ from ..common.console import quiet
 from ..common.errors import UserError
 from ..common.timing import tracked
 from ..data.identity import DataIdentity, identify_data
-from ..data.vocabularies import find_vocabulary
 from ..models.counts import stack_of_layers
-from ..models.language_model import MHMoELanguageModel, find_checkpoint, find_data
+from ..models.language_model import MHMoELanguageModel, find_checkpoint
 from ..models.precision import resolve
 from .files import read_trained
 
@@ -126,16 +125,13 @@ def open_text_model(
     """Open a language model together with its tokenizer.
 
     Arguments and errors are those of ``open_model``, but ``data`` has dict.txt and the vocabulary (default: the
-    checkpoint's own folder, or its training data). ``UserError`` if that is missing, and the model has no other.
+    checkpoint's own folder, or its training data).
     """
     target = find_device(device)
     changes = _in_precision(precision, target)
     with _opening(checkpoint):
         folder = None if data is None else str(data)
         model = MHMoELanguageModel.from_pretrained(str(checkpoint), data_name_or_path=folder, **changes)
-    if model.bpe is None:  # then words are the vocabulary, and no pieces of one
-        used, dictionary = find_data(find_checkpoint(Path(checkpoint), None), folder), model.src_dict
-        find_vocabulary(used, dictionary.symbols[dictionary.nspecial :])
     return model.to(target).eval()
 
 
