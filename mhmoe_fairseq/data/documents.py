@@ -13,7 +13,7 @@ _COUNTS = ("lines_read", "empty_lines", "duplicate_lines", "empty_or_duplicate_d
 # Control characters that are not white space, and the byte order mark.
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 # SentencePiece writes a space as U+2581; the character itself would come back as a space.
-_SENTENCEPIECE_SPACE = "\u2581"
+SPACE_PIECE = "\u2581"
 
 
 class Document(NamedTuple):
@@ -30,7 +30,7 @@ def clean_line(line: str) -> str:
 
     fairseq splits encoded lines at every Unicode white space, so only the plain space may remain.
     """
-    line = _CONTROLS.sub("", line).replace(_SENTENCEPIECE_SPACE, "_")
+    line = _CONTROLS.sub("", line).replace(SPACE_PIECE, "_")
     return " ".join(unicodedata.normalize("NFC", line).split())
 
 

@@ -26,13 +26,13 @@ import numpy as np
 
 from ..common.errors import UserError
 from ..common.files import atomic_open, atomic_path, require_files, sha256_of
+from .documents import SPACE_PIECE
 
 MODEL_FILE, RANKS_FILE = "sentencepiece.model", "ranks.tiktoken"
 TOKENIZERS = ("sentencepiece", "tiktoken")
 MODELS = ("unigram", "bpe")
 NUM_SPECIALS = 4  # fairseq's <s>, <pad>, </s>, <unk>: indices 0..3
 _NUM_BYTES = 256
-_SPACE = "\u2581"  # how SentencePiece spells a space
 _TRAINING_THREADS = 2  # part of the result: the order of float sums depends on it, the machine's cores must not
 _MAX_LINE_BYTES = 1 << 20
 _MAX_CHARACTER_BYTES = 4  # in UTF-8
@@ -163,7 +163,7 @@ class SentencePieceVocabulary:
         """What each of ``symbols`` stands for in a text, in UTF-8."""
         ids = enumerate(self.symbols, start=NUM_SPECIALS)
         return [
-            bytes([int(symbol[3:5], 16)]) if self._model.is_byte(index) else symbol.replace(_SPACE, " ").encode()
+            bytes([int(symbol[3:5], 16)]) if self._model.is_byte(index) else symbol.replace(SPACE_PIECE, " ").encode()
             for index, symbol in ids
         ]
 
@@ -235,7 +235,7 @@ def find_vocabulary(folder: Path, symbols: Sequence[str] = ()) -> Path | None:
     if len(found) > 1:
         raise UserError(f"{folder}: has {MODEL_FILE} and {RANKS_FILE}: remove the one of which its dict.txt is not")
     are_ranks = [*symbols[:_NUM_BYTES]] == [str(rank) for rank in range(_NUM_BYTES)]
-    if not found and (are_ranks or any(symbol.startswith(_SPACE) for symbol in symbols)):
+    if not found and (are_ranks or any(symbol.startswith(SPACE_PIECE) for symbol in symbols)):
         missing, parts = (RANKS_FILE, "tokens") if are_ranks else (MODEL_FILE, "pieces")
         raise UserError(
             f"{folder}: no {missing} in it, of whose {parts} its dict.txt is: copy it there from where that dictionary "

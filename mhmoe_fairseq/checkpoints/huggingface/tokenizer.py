@@ -11,10 +11,10 @@ from typing import Any
 from fairseq.data import Dictionary
 
 from ...common.errors import UserError
+from ...data.documents import SPACE_PIECE
 from ...data.languages import LANGUAGES, language_symbol
 from ...data.vocabularies import CL100K_PATTERN, NUM_SPECIALS, RANKS_FILE, find_vocabulary, load_ranks, open_model
 
-_SPACE = "\u2581"
 _NEVER = -1e6  # the score of pieces that no text is cut into
 _LINE_ENDS = "\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]"
 _REMOVED = "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]"
@@ -50,7 +50,7 @@ def build_tokenizer(dictionary: Dictionary, folder: Path, start: str, end: str =
         model, cut, decoder = (_tiktoken if path.name == RANKS_FILE else _sentencepiece)(dictionary, path)
     tokenizer = Tokenizer(model)
     replaced = (
-        (_SPACE, "_"), (Regex(_LINE_ENDS), "\n"), (Regex(_REMOVED), ""), None, (Regex(_SPACES), " "),
+        (SPACE_PIECE, "_"), (Regex(_LINE_ENDS), "\n"), (Regex(_REMOVED), ""), None, (Regex(_SPACES), " "),
         (Regex(" ?\n ?"), "\n"), (Regex(r"\A +| +\z"), ""), ("\n", "</s>"),
     )  # fmt: skip
     steps = [normalizers.NFC() if pair is None else normalizers.Replace(*pair) for pair in replaced]
@@ -79,7 +79,7 @@ def _sentencepiece(dictionary: Dictionary, path: Path) -> tuple[Any, Any, Any]:
     from tokenizers import decoders, models, pre_tokenizers
 
     opened = open_model(path)
-    if opened.normalize(_SENTINEL) != _SPACE + _SENTINEL.replace(" ", _SPACE):
+    if opened.normalize(_SENTINEL) != SPACE_PIECE + _SENTINEL.replace(" ", SPACE_PIECE):
         raise UserError(f"{path} normalises text by itself: only models that do not, as mhmoe prepare's, are exported")
     scores = {
         opened.id_to_piece(number): opened.get_score(number)
@@ -98,8 +98,8 @@ def _sentencepiece(dictionary: Dictionary, path: Path) -> tuple[Any, Any, Any]:
     else:
         weighted = [(word, scores.get(word, _NEVER)) for word in dictionary.symbols]
         model = models.Unigram(weighted, unk_id=dictionary.unk(), byte_fallback=has_bytes)
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    cut = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always", split=False)
+    steps = [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    cut = pre_tokenizers.Metaspace(replacement=SPACE_PIECE, prepend_scheme="always", split=False)
     return model, cut, decoders.Sequence(steps)
 
 
