@@ -7,7 +7,7 @@ from typing import Any
 from ..analysis.reports.claims import Claim
 from ..analysis.reports.tables import LOWER_IS_BETTER, PaperTable
 from ..common.errors import UserError
-from .models import EXPERTS
+from .models import EXPERTS, SLOWER
 from .spec import Experiment, Recipe, Scale, Stage
 
 P1 = "Multi-Head Mixture-of-Experts, arXiv 2404.15045"
@@ -263,6 +263,12 @@ _CAUSES = (
     "xmoe-p1", "mhmoe-params-p1",  # both layers as the first paper has them
     "mhmoe-params-no-splitting-projections-3", "mhmoe-flops-projections-3",  # is it splitting, or depth?
 )  # fmt: skip
+# Adam's step moves each weight as far; the more hidden units are added up, the further that moves what comes out.
+_AS_FAST = ("xmoe", "mhmoe-flops", "mhmoe-params")
+_SLOWER = (
+    *(f"{model}{slower}" for model in _AS_FAST for slower in SLOWER),
+    "xmoe-g4-slower-4", "mhmoe-params-no-projections-slower-16", "mhmoe-params-projections-3-slower-16",
+)  # fmt: skip
 _LIKE_P1 = perplexities("table 1, English", "xmoe-p1 mhmoe-params-p1", 14.82, 12.72)
 _FIGURE_6_CLAIMS = ("mhmoe-params-e256 < xmoe-e256", "mhmoe-params-e256 < mhmoe-params-e64")
 EXPERIMENTS = (
@@ -325,6 +331,12 @@ EXPERIMENTS = (
             *claims(_LIKE_P1, "mhmoe-params-p1 < xmoe-p1", "mhmoe-params-p1 < mhmoe-params"),
             *claims(NO_PAPER, f"{_DEEP} < xmoe", f"{_DEEP} < mhmoe-params",
                 f"{_DEEP} < mhmoe-params-no-splitting-projections-3", "mhmoe-flops-projections-3 < mhmoe-flops"))),
+    Experiment("expert-rates", "what decides: the learning rate of the experts' second map, beside their width",
+        "english_lm", (Stage(ENGLISH, (*_AS_FAST, "xmoe-g4")), Stage(CAUSES, _SLOWER)),
+        (*_AS_FAST, "xmoe-g4", *_SLOWER), reference="xmoe",
+        claims=claims(NO_PAPER, "xmoe-slower-4 < xmoe", "xmoe-slower-16 < xmoe", "mhmoe-flops-slower-4 < mhmoe-flops",
+            "mhmoe-params-slower-16 < mhmoe-params", "mhmoe-flops-slower-4 < xmoe-slower-4",
+            "mhmoe-params-slower-16 < xmoe-slower-16", "mhmoe-params-slower-16 < xmoe")),
     *(Experiment(recipe.name, f"what decides: {recipe.name.split('-')[1]} % of the study's updates", "english_lm",
         (Stage(recipe),), ("xmoe", "mhmoe-flops"), reference="xmoe") for recipe in LENGTHS),
     Experiment("study-wide", "the head-line study at twice the width, 10 million tokens a run", "english_lm",

@@ -25,8 +25,11 @@ TOP_K = (3, 4)  # 2 is a name's own
 # Experts so many times as narrow, as many, and top-k times as many of them. 4 is the second paper's choice for four
 # heads: experts are 3.5 times as wide as what they see, X-MoE's 4 times; without it MH-MoE's are 14 times as wide.
 GRANULARITY = (2, 4)
+# The weights of experts' second map learn at a fourth or a sixteenth of the rate (the experiment "expert-rates").
+SLOWER = {f"-slower-{times}": f"--lr-factors experts.fc2_weight={1 / times}" for times in (4, 16)}
 MHMOE_VARIANTS = {
     "": "",
+    **SLOWER,
     **{f"-e{experts}": f"--moe-expert-count {experts}" for experts in EXPERTS},
     **{f"-h{heads}": f"--mhmoe-heads-number {heads}" for heads in HEADS},
     **{f"-h2-k{top_k}": f"--mhmoe-heads-number 2 --moe-top-k {top_k}" for top_k in TOP_K},
@@ -36,6 +39,8 @@ MHMOE_VARIANTS = {
     "-no-projections": "--mhmoe-projection-layers 0",
     "-projections-2": "--mhmoe-projection-layers 2",
     "-projections-3": "--mhmoe-projection-layers 3",
+    "-projections-3-slower-16": f"--mhmoe-projection-layers 3 {SLOWER['-slower-16']}",
+    "-no-projections-slower-16": f"--mhmoe-projection-layers 0 {SLOWER['-slower-16']}",
     "-static": "--mhmoe-routing capacity",
     # What may decide, one setting at a time (the experiment "causes").
     "-subtoken-residual": "--mhmoe-subtoken-residual",
@@ -115,7 +120,8 @@ MODELS = {
     ),
     "olmoe": Model("olmoe", f"{MOE} --mhmoe-z-loss-wt 0.001"),
     "remoe": Model("remoe", f"{MOE} --moe-gate-loss-wt 1"),
-    "xmoe": Model("xmoe", MOE, PAPER_ROUTER),
+    **{f"xmoe{name}": Model("xmoe", f"{MOE} {flags}", PAPER_ROUTER) for name, flags in {"": "", **SLOWER}.items()},
+    "xmoe-g4-slower-4": Model("xmoe", f"{MOE} --mhmoe-granularity 4 {SLOWER['-slower-4']}", PAPER_ROUTER),
     **{f"xmoe-e{experts}": Model("xmoe", f"{MOE} --moe-expert-count {experts}", PAPER_ROUTER) for experts in EXPERTS},
     **{f"xmoe-k{top_k}": Model("xmoe", f"{MOE} --moe-top-k {top_k}", PAPER_ROUTER) for top_k in TOP_K},
     **{f"xmoe-g{times}": Model("xmoe", f"{MOE} --mhmoe-granularity {times}", PAPER_ROUTER) for times in GRANULARITY},

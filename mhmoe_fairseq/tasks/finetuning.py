@@ -18,7 +18,7 @@ from ..data.images.transforms import IMAGENET, EvaluationTransform, TrainTransfo
 from ..data.multimodal.index import ANSWERS_FILE, NAMES, Index, read_answers, read_index
 from ..metrics.recall import RANKS, VectorMeter
 from ..models.heads import ImageClassificationHead, NLVR2Head, RetrievalHead, VQAHead
-from ..training.optimizer import scale_learning_rates
+from ..training.optimizer import scale_layers
 from .base import ImageTextTask, ImageTextTaskConfig
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class ImageTextFineTuning(ImageTextTask):
         """Build the model with the task's heads; for training, with the layers' learning rates."""
         model = super().build_model(args, from_checkpoint)
         if not from_checkpoint:
-            scale_learning_rates(model, self.args, self.args.layer_decay, self.args.head_lr_multiplier)
+            scale_layers(model, self.args, self.args.layer_decay, self.args.head_lr_multiplier)
         return model
 
     def build_transform(self, split: str) -> Any:

@@ -1,10 +1,11 @@
-"""Adam for experts that are shared out over ranks, and for learning rates by layer: ``--optimizer mhmoe_adam``."""
+"""Adam for experts that are shared out over ranks, and for learning rates by parameter: ``--optimizer mhmoe_adam``."""
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,15 @@ _EMBEDDING = re.compile(r"(?:^|\.)\w*embed\w*\.")
 
 @dataclass
 class MHMoEAdamConfig(FairseqAdamConfig):
-    """fairseq's flags of Adam."""
+    """fairseq's flags of Adam, and factors of the learning rate."""
 
+    lr_factors: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "PATTERN=FACTOR,...: parameters in whose name the regular expression is found learn at that factor "
+            "of --lr, such as experts.fc2=0.25; of several that fit, at their product"
+        },
+    )
     use_old_adam: bool = field(
         default=False,
         metadata={"help": "step with fairseq's own Adam; without it PyTorch's fused kernel computes the same, faster"},
@@ -43,8 +51,8 @@ class MHMoEAdam(FairseqAdam):
     state of all. It works below ``FP16Optimizer`` (with ``--fp16-no-flatten-grads``), ``MemoryEfficientFP16Optimizer``
     and ``AMPOptimizer`` too.
 
-    Where parameters have factors of the learning rate (``scale_learning_rates``) each factor has a parameter group,
-    whose ``lr_scale`` it is.
+    Where parameters have factors of the learning rate (``--lr-factors``, ``scale_layers``) each factor has a parameter
+    group, whose ``lr_scale`` it is.
     """
 
     def __init__(self, cfg: MHMoEAdamConfig, params: Iterable[nn.Parameter]) -> None:
@@ -77,8 +85,8 @@ class MHMoEAdam(FairseqAdam):
         if saved != own:
             before, now = (", ".join(f"{scale:.3g}" for scale in scales) for scales in (saved, own))
             raise UserError(
-                f"--layer-decay, --head-lr-multiplier: the run that is resumed had the factors {before} of the "
-                f"learning rate, this one has {now}: give the same flags, or --reset-optimizer"
+                f"--lr-factors, --layer-decay, --head-lr-multiplier: the run that is resumed had the factors {before} "
+                f"of the learning rate, this one has {now}: give the same flags, or --reset-optimizer"
             )
         super().load_state_dict(state_dict, optimizer_overrides)
         if optimizer_overrides and "lr" in optimizer_overrides:
@@ -158,8 +166,57 @@ def _groups_by_scale(parameters: list[nn.Parameter]) -> list[Any]:
 MHMoEAdam.__name__ = FairseqAdam.__name__
 
 
-def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: float, head_multiplier: float) -> None:
-    """Note the factor of the learning rate on every parameter of a model that will be trained.
+def read_lr_factors(text: str | None) -> dict[str, float]:
+    """Return pattern -> factor of ``--lr-factors``.
+
+    Raises:
+        UserError: naming the part that is not ``PATTERN=FACTOR``, its value and the rule.
+
+    >>> read_lr_factors("experts.fc2=0.25,embed_tokens=2")
+    {'experts.fc2': 0.25, 'embed_tokens': 2.0}
+    """
+    factors: dict[str, float] = {}
+    for part in text.split(",") if text else ():
+        pattern, _, factor = part.strip().rpartition("=")
+        try:
+            re.compile(pattern)
+            value = float(factor)
+        except (re.error, ValueError) as error:
+            raise UserError(f"--lr-factors ({part}) must be PATTERN=FACTOR: {error}") from None
+        if not pattern or pattern in factors:
+            raise UserError(f"--lr-factors ({part}) must name {'another' if pattern else 'a'} pattern")
+        if not 0 < value < math.inf:
+            raise UserError(f"--lr-factors ({part}) must have a positive, finite factor")
+        factors[pattern] = value
+    return factors
+
+
+def scale_by_name(model: nn.Module, flags: TrainingFlags) -> None:
+    """Note the factors that ``--lr-factors`` gives the parameters of a model that will be trained.
+
+    Args:
+        flags: the task's configuration; a ``UserError`` says what else of it excludes such factors, and which pattern
+            is found in no name.
+    """
+    factors = read_lr_factors(getattr(flags.optimizer_config, "lr_factors", None))
+    if not factors:
+        return
+    _refuse(flags, "--lr-factors")
+    parameters = dict(model.named_parameters())
+    for pattern, factor in factors.items():
+        found = [name for name in parameters if re.search(pattern, name)]
+        if not found:
+            raise UserError(
+                f"--lr-factors ({pattern}={factor:g}): no parameter has that in its name; names are such as "
+                f"{', '.join(list(parameters)[-3:])}"
+            )
+        for name in found:
+            _scale(parameters[name], factor)
+        logger.info(f"{factor:g} times --lr: {len(found)} parameters, {found[0]} the first")
+
+
+def scale_layers(model: nn.Module, flags: TrainingFlags, layer_decay: float, head_multiplier: float) -> None:
+    """Note the factors of the learning rate by layer on every parameter of a model that will be trained.
 
     With n layers the embeddings learn with ``layer_decay ** (n + 1)`` of the learning rate, layer i (from 0) with
     ``layer_decay ** (n - i)``, what comes after the layers with all of it, and the heads with ``head_multiplier``
@@ -171,27 +228,34 @@ def scale_learning_rates(model: nn.Module, flags: TrainingFlags, layer_decay: fl
     """
     if layer_decay == 1 and head_multiplier == 1:
         return
-    flag = "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier"
-    for problem in _obstacles(flags):
-        raise UserError(f"{flag}: {problem}")
+    _refuse(flags, "--layer-decay" if layer_decay < 1 else "--head-lr-multiplier")
     parameters = dict(model.named_parameters())
     num_layers = 1 + max((int(layer.group(1)) for layer in map(_LAYER.search, parameters) if layer), default=-1)
     for name, parameter in parameters.items():
-        take_note(parameter, lr_scale=learning_rate_scale(name, num_layers, layer_decay, head_multiplier))
+        _scale(parameter, layer_scale(name, num_layers, layer_decay, head_multiplier))
     logger.info(
         f"factors of --lr: {layer_decay ** (num_layers + 1):.3g} in the embeddings, {layer_decay**num_layers:.3g} in "
         f"the first of {num_layers} layers, {head_multiplier:g} in the head"
     )
 
 
-def learning_rate_scale(name: str, num_layers: int, layer_decay: float, head_multiplier: float) -> float:
-    """Return the factor for the parameter of a name; see ``scale_learning_rates``."""
+def layer_scale(name: str, num_layers: int, layer_decay: float, head_multiplier: float) -> float:
+    """Return the factor for the parameter of a name; see ``scale_layers``."""
     if name.startswith("heads."):
         return head_multiplier
     layer = _LAYER.search(name)  # before embeddings: an X-MoE router has expert embeddings
     if layer:
         return layer_decay ** (num_layers - int(layer.group(1)))
     return layer_decay ** (num_layers + 1) if _EMBEDDING.search(name) else 1.0
+
+
+def _scale(parameter: nn.Parameter, factor: float) -> None:
+    take_note(parameter, lr_scale=notes_of(parameter).lr_scale * factor)
+
+
+def _refuse(flags: TrainingFlags, flag: str) -> None:
+    for problem in _obstacles(flags):
+        raise UserError(f"{flag}: {problem}")
 
 
 def _obstacles(flags: TrainingFlags) -> Iterator[str]:

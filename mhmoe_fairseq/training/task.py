@@ -25,6 +25,7 @@ from .failures import guard_ranks, no_lone_recovery
 from .layer_updates import LayerUpdates
 from .load_log import LoadLog
 from .nonfinite import latest_routing, report_nonfinite
+from .optimizer import scale_by_name
 from .peak_memory import log_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class ParallelTask(FairseqTask):
         self._routing = latest_routing(model)
         prepare_sharded_model(model, self.args)
         if self.is_training:
+            scale_by_name(model, self.args)
             shards = sharded_experts(model)
             self.has_spread_experts = bool(shards)
             groups = {group for shard in shards for group in (shard.groups.experts, shard.groups.replicas)}

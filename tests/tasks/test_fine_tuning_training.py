@@ -143,7 +143,7 @@ def test_resuming_keeps_the_layers_rates_and_is_exact(data: Path, pretrained: Pa
     )
     assert all(torch.equal(whole["model"][name], value) for name, value in parts["model"].items())
     log = train("mhmoe_nlvr2", data, tmp_path / "parts", *flags[:3], 0.7, *flags[4:], updates=8, check=False)
-    assert "--layer-decay, --head-lr-multiplier: the run that is resumed had the factors" in log
+    assert "--lr-factors, --layer-decay, --head-lr-multiplier: the run that is resumed had the factors" in log
 
 
 def test_what_cannot_start_is_told_at_once(data: Path, pretrained: Path, tmp_path: Path, capsys) -> None:

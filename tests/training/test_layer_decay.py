@@ -4,34 +4,10 @@ import copy
 
 import pytest
 import torch
-from decayed_models import BETAS, EPS, FACTORS, HEAD, LR, WEIGHT_DECAY, build, inputs, settings, step
+from decayed_models import FACTORS, HEAD, LR, adam_by_hand, build, factor, inputs, settings, step
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 
-from mhmoe_fairseq.training.optimizer import learning_rate_scale
-
-
-def factor(name):
-    return next(value for prefix, value in FACTORS.items() if name.startswith(prefix))
-
-
-def adam_by_hand(model, batches, lr):
-    """Parameters after some steps of Adam with decoupled weight decay, each at its own learning rate."""
-    values = {name: parameter.detach().double().clone() for name, parameter in model.named_parameters()}
-    first, second = ({name: torch.zeros_like(value) for name, value in values.items()} for _ in range(2))
-    for number, x in enumerate(batches, 1):
-        for name, parameter in model.named_parameters():
-            parameter.data = values[name].float()
-        gradients = dict(zip(values, torch.autograd.grad(model(x), list(model.parameters()))))
-        total = sum(float(gradient.double().square().sum()) for gradient in gradients.values()) ** 0.5
-        for name, value in values.items():
-            gradient = gradients[name].double() * min(1.0, 0.5 / (total + 1e-6))
-            first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * gradient
-            second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * gradient**2
-            corrected = (1 - BETAS[1] ** number) ** 0.5 / (1 - BETAS[0] ** number)
-            own = lr * factor(name)
-            value -= own * WEIGHT_DECAY * value
-            value -= own * corrected * first[name] / (second[name].sqrt() + EPS)
-    return values
+from mhmoe_fairseq.training.optimizer import layer_scale
 
 
 def test_steps_are_those_of_adam_by_hand():
@@ -40,7 +16,7 @@ def test_steps_are_those_of_adam_by_hand():
     optimizer.set_lr(0.02)  # what a scheduler does
     for x in batches:
         step(model, optimizer, x)
-    for name, value in adam_by_hand(reference, batches, 0.02).items():
+    for name, value in adam_by_hand(reference, batches, 0.02, factor).items():
         torch.testing.assert_close(dict(model.named_parameters())[name].double(), value, atol=2e-6, rtol=1e-4)
 
 
@@ -59,7 +35,7 @@ def test_steps_are_those_of_adam_by_hand():
 )
 def test_factors_of_a_models_parameters(name, expected):
     """An X-MoE router's expert embeddings belong to their layer, and not to the embeddings as in unilm."""
-    assert learning_rate_scale(name, 2, 0.5, 3.0) == expected
+    assert layer_scale(name, 2, 0.5, 3.0) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +75,7 @@ def test_a_saved_state_goes_on():
 @pytest.mark.parametrize("decay, head", [(0.7, HEAD), (1.0, 1.0)])
 def test_a_state_of_other_factors_is_refused(decay, head):
     _, optimizer = build()
-    with pytest.raises(ValueError, match="--layer-decay, --head-lr-multiplier: .* had the factors 0.125, 0.25, 0.5"):
+    with pytest.raises(ValueError, match="--lr-factors, --layer-decay, .* had the factors 0.125, 0.25, 0.5"):
         build(decay, head)[1].load_state_dict(optimizer.state_dict())
 
 

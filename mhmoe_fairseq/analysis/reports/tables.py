@@ -56,6 +56,7 @@ COMPARED_SETTINGS = {
     "model": ("dropout", "mhmoe_precision"),
     "criterion": ("moe_gate_loss_wt", "masked_loss_average"),
     "lr_scheduler": ("warmup_updates",),
+    "optimizer": ("lr_factors",),
 }  # fmt: skip
 
 
