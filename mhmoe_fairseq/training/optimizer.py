@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field  # fairseq reads the field types: no postponed annotations here
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from .fused_adam import FusedAdam
 logger = logging.getLogger(__name__)
 
 _SCALE = "lr_scale"
+_PER_INPUT = "/fan_in"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)\w*embed\w*\.")
 
@@ -33,7 +34,8 @@ class MHMoEAdamConfig(FairseqAdamConfig):
         default=None,
         metadata={
             "help": "PATTERN=FACTOR,...: parameters in whose name the regular expression is found learn at that factor "
-            "of --lr, such as experts.fc2=0.25; of several that fit, at their product"
+            "of --lr, such as experts.fc2=0.25; of several that fit, at their product. N/fan_in is N over the number "
+            "of a weight's inputs, 1 for biases and norms: experts.fc2=128/fan_in"
         },
     )
     use_old_adam: bool = field(
@@ -166,33 +168,50 @@ def _groups_by_scale(parameters: list[nn.Parameter]) -> list[Any]:
 MHMoEAdam.__name__ = FairseqAdam.__name__
 
 
-def read_lr_factors(text: str | None) -> dict[str, float]:
+class Factor(NamedTuple):
+    """A factor of the learning rate; ``per_input``: over the number of a weight's inputs, its last dimension."""
+
+    value: float
+    per_input: bool = False
+
+    def of(self, name: str, parameter: nn.Parameter) -> float:
+        """Return the factor for a parameter; the rule by inputs leaves biases and norms as they are."""
+        if not self.per_input:
+            return self.value
+        has_inputs = name.endswith("weight") and "norm" not in name and parameter.dim() > 1
+        return self.value / parameter.size(-1) if has_inputs else 1.0
+
+
+def read_lr_factors(text: str | None) -> dict[str, Factor]:
     """Return pattern -> factor of ``--lr-factors``.
 
     Raises:
         UserError: naming the part that is not ``PATTERN=FACTOR``, its value and the rule.
 
-    >>> read_lr_factors("experts.fc2=0.25,embed_tokens=2")
-    {'experts.fc2': 0.25, 'embed_tokens': 2.0}
+    >>> read_lr_factors("experts.fc2=128/fan_in,embed_tokens=2")["embed_tokens"]
+    Factor(value=2.0, per_input=False)
     """
-    factors: dict[str, float] = {}
+    factors: dict[str, Factor] = {}
     for part in text.split(",") if text else ():
-        pattern, _, factor = part.strip().rpartition("=")
+        pattern, _, number = part.strip().rpartition("=")
         try:
             re.compile(pattern)
-            value = float(factor)
+            factor = Factor(float(number.removesuffix(_PER_INPUT)), number.endswith(_PER_INPUT))
         except (re.error, ValueError) as error:
             raise UserError(f"--lr-factors ({part}) must be PATTERN=FACTOR: {error}") from None
         if not pattern or pattern in factors:
             raise UserError(f"--lr-factors ({part}) must name {'another' if pattern else 'a'} pattern")
-        if not 0 < value < math.inf:
+        if not 0 < factor.value < math.inf:
             raise UserError(f"--lr-factors ({part}) must have a positive, finite factor")
-        factors[pattern] = value
+        factors[pattern] = factor
     return factors
 
 
 def scale_by_name(model: nn.Module, flags: TrainingFlags) -> None:
     """Note the factors that ``--lr-factors`` gives the parameters of a model that will be trained.
+
+    ``N/fan_in`` is how Adam's learning rate of hidden weights carries from one width to another (Tensor Programs V,
+    arXiv 2203.03466, table 3): it moves each weight as far, and what they add up grows with their number.
 
     Args:
         flags: the task's configuration; a ``UserError`` says what else of it excludes such factors, and which pattern
@@ -207,12 +226,14 @@ def scale_by_name(model: nn.Module, flags: TrainingFlags) -> None:
         found = [name for name in parameters if re.search(pattern, name)]
         if not found:
             raise UserError(
-                f"--lr-factors ({pattern}={factor:g}): no parameter has that in its name; names are such as "
+                f"--lr-factors: no parameter has {pattern} in its name; names are such as "
                 f"{', '.join(list(parameters)[-3:])}"
             )
-        for name in found:
-            _scale(parameters[name], factor)
-        logger.info(f"{factor:g} times --lr: {len(found)} parameters, {found[0]} the first")
+        scales = {name: factor.of(name, parameters[name]) for name in found}
+        for name, scale in scales.items():
+            _scale(parameters[name], scale)
+        factors_found = ", ".join(f"{scale:.3g}" for scale in sorted(set(scales.values())))
+        logger.info(f"--lr-factors: {factors_found} of --lr in {len(found)} parameters, {found[0]} the first")
 
 
 def scale_layers(model: nn.Module, flags: TrainingFlags, layer_decay: float, head_multiplier: float) -> None:

@@ -12,6 +12,7 @@ from trained_model import TrainedModel
 from mhmoe_fairseq.training.optimizer import read_lr_factors
 
 FLAGS = ("--lr-factors", "experts[.]fc2=0.25,^heads=2,fc2_weight=0.5")
+BY_WIDTH = ("--lr-factors", "experts=3/fan_in")
 
 
 def factor_by_name(name: str) -> float:
@@ -23,13 +24,22 @@ def factor_by_name(name: str) -> float:
     return 0.25 if name.endswith("experts.fc2_bias") else 1.0
 
 
+def factor_by_width(name: str) -> float:
+    """What ``BY_WIDTH`` says of experts 6 wide, for sub-tokens of 4 dimensions."""
+    return {"experts.fc1_weight": 3 / 4, "experts.fc2_weight": 3 / 6}.get(name.partition("layers.1.")[2], 1.0)
+
+
 @pytest.mark.parametrize(
-    "layers, factors",
-    [((1, 1), factor_by_name), ((0.5, 3.0), lambda name: factor_by_name(name) * factor(name))],
-    ids=["alone", "with --layer-decay"],
+    "flags, layers, factors",
+    [
+        (FLAGS, (1, 1), factor_by_name),
+        (FLAGS, (0.5, 3.0), lambda name: factor_by_name(name) * factor(name)),
+        (BY_WIDTH, (1, 1), factor_by_width),
+    ],
+    ids=["alone", "with --layer-decay", "by width"],
 )
-def test_steps_are_those_of_adam_by_hand(layers, factors):
-    model, optimizer = build(*layers, flags=FLAGS)
+def test_steps_are_those_of_adam_by_hand(flags, layers, factors):
+    model, optimizer = build(*layers, flags=flags)
     reference, batches = copy.deepcopy(model), [inputs(seed) for seed in range(3)]
     optimizer.set_lr(0.02)
     for x in batches:
@@ -62,6 +72,8 @@ def test_a_training_steps_so_and_resumes_with_the_same_factors_only(trained_mode
         ("a=0", r"--lr-factors \(a=0\) must have a positive, finite factor"),
         ("a=nan", r"--lr-factors \(a=nan\) must have a positive"),
         ("a=inf", r"--lr-factors \(a=inf\) must have a positive"),
+        ("a=1/inputs", r"--lr-factors \(a=1/inputs\) must be PATTERN=FACTOR"),
+        ("a=-1/fan_in", r"--lr-factors \(a=-1/fan_in\) must have a positive"),
         ("a=1,", r"--lr-factors \(\) must be PATTERN=FACTOR"),
     ],
 )
@@ -73,10 +85,7 @@ def test_bad_factors(text: str, message: str):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (
-            ("--lr-factors", "expert.fc2=2"),
-            r"--lr-factors \(expert.fc2=2\): no parameter has that in its name; .*heads",
-        ),
+        (("--lr-factors", "expert.fc2=2"), "--lr-factors: no parameter has expert.fc2 in its name; .*heads"),
         ((*FLAGS, "--fp16"), "--lr-factors: --fp16 needs --fp16-no-flatten-grads"),
         ((*FLAGS, "--zero-sharding", "os"), r"--lr-factors: --zero-sharding \(os\)"),
     ],
