@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# The head-line study, twice as wide, 10 million tokens a run. Flags: mhmoe reproduce --help
+# study-by-width at twice the width, 10 million tokens a run. Flags: mhmoe reproduce --help
 exec mhmoe reproduce study-wide "$@"
