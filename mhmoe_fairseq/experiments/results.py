@@ -47,7 +47,8 @@ _SCALE = (
     "Unless a name says otherwise, models at CPU scale have four layers, of those with experts two have them, and "
     "TorchScale's router in place of the first paper's, without the sub-token residual of its equation 6 (`causes` has "
     "both layers as that paper has them). Learning rates are searched for the models in a page's table of the search; "
-    "others of one experiment have one rate, which in fine-tuning on images and text was chosen with the dense model."
+    "others of one experiment have one rate, which in fine-tuning on images and text was chosen with the dense model. "
+    "As in the papers a rate is one for all parameters, which costs models with wide experts most: `expert-rates`."
 )
 _CHANGES = Path("docs/results/claims.png")
 
