@@ -217,7 +217,8 @@ def scale_by_name(model: nn.Module, flags: TrainingFlags) -> None:
         flags: the task's configuration; a ``UserError`` says what else of it excludes such factors, and which pattern
             is found in no name.
     """
-    factors = read_lr_factors(getattr(flags.optimizer_config, "lr_factors", None))
+    config = getattr(flags, "optimizer_config", None)  # as check_training_numbers: a task may be built without it
+    factors = read_lr_factors(getattr(config, "lr_factors", None))
     if not factors:
         return
     _refuse(flags, "--lr-factors")
