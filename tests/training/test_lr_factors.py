@@ -9,6 +9,7 @@ from console import train
 from decayed_models import adam_by_hand, build, factor, inputs, step
 from trained_model import TrainedModel
 
+from mhmoe_fairseq.checkpoints.files import read_checkpoint
 from mhmoe_fairseq.training.optimizer import read_lr_factors
 
 FLAGS = ("--lr-factors", "experts[.]fc2=0.25,^heads=2,fc2_weight=0.5")
@@ -52,7 +53,7 @@ def test_steps_are_those_of_adam_by_hand(flags, layers, factors):
 def test_a_training_steps_so_and_resumes_with_the_same_factors_only(trained_model: TrainedModel, tmp_path: Path):
     flags = ("--optimizer", "mhmoe_adam", "--disable-validation", "--lr-factors", "experts.fc2=0.5")
     train(trained_model.data, tmp_path, "mhmoe_lm_tiny", *flags, max_update=1)
-    saved = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    saved = read_checkpoint(tmp_path / "checkpoint_last.pt")
     groups = {group["lr_scale"]: group for group in saved["last_optimizer_state"]["param_groups"]}
     names = [name for name in saved["model"] if "experts.fc2" in name]
     assert names and len(groups[0.5]["params"]) == len(names)
