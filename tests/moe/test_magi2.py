@@ -89,10 +89,14 @@ def test_the_clamps_by_hand(hidden: float, gate: float, inner: float) -> None:
 
 def test_the_merge_norm_is_computed_in_float32_whatever_its_input() -> None:
     norm, x = MergeNorm(400), 30 * torch.randn(20, 400)
+    with torch.no_grad():
+        norm.weight.copy_(1 + torch.rand(400))
     for dtype in (torch.bfloat16, torch.float16):
-        got, exact = norm.to(dtype)(x.to(dtype)), x.to(dtype).float()
-        want = exact / (exact.square().mean(1, keepdim=True) + 1e-5).sqrt()
-        assert got.dtype == dtype and torch.equal(got, want.to(dtype))
+        exact = x.to(dtype).float()
+        exact = exact / (exact.square().mean(1, keepdim=True) + 1e-5).sqrt()
+        for weights in (torch.float32, dtype):  # as under mixed precision, and all in half
+            got, want = norm.to(weights)(x.to(dtype)), norm.weight.float() * exact
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
 
 
 def test_the_documented_flags_are_the_released_layer() -> None:

@@ -42,14 +42,14 @@ def adaptive(top_k=1, weight=1e-8):
 
 def test_by_hand():
     gate = ReLUGate(GateFields(num_experts=4, top_k=1, routing="relu"))
-    gate.adaptive.weight.fill_(1)
+    gate.adaptive.weight.fill_(0.5)
     assignment = gate(LOGITS)
     assert assignment.experts_NK.tolist() == [[0, 2, 4, 4], [1, 4, 4, 4]]
     torch.testing.assert_close(assignment.gates_NK, torch.tensor([[0.5, 0.2, 0, 0], [0.3, 0, 0, 0]]))
     torch.testing.assert_close(assignment.probs_NE.sum(1), torch.ones(2))
     sums = router_sums(LOGITS, assignment, None)
     assert sums.chosen_E.tolist() == [1, 1, 1, 0]
-    assert float(load_balancing_loss(sums)) == pytest.approx(1.0)  # 4 (.25 .5 + .15 .5 + .1 .5)
+    assert float(load_balancing_loss(sums)) == pytest.approx(0.5)  # .5 4 (.25 .5 + .15 .5 + .1 .5)
     padded = gate(LOGITS, torch.tensor([False, True]))
     assert padded.experts_NK.tolist() == [[0, 2, 4, 4], [4, 4, 4, 4]] and not padded.gates_NK[1].any()
     two = router_sums(LOGITS, ReLUGate(GateFields(num_experts=4, top_k=2, routing="relu"))(LOGITS), None)
