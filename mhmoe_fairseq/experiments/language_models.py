@@ -53,10 +53,12 @@ LENGTHS = tuple(
     )
     for percent in (15, 60, 250)
 )
-# Ten million tokens, twice as wide: with two heads a sub-token has 128 dimensions.
+# Ten million tokens, twice as wide: with two heads a sub-token has 128 dimensions. Of rates that the search does not
+# tell apart a long training bears the smaller one better (docs/benchmarks/2026-12-01-lr-factors.md).
 WIDE = ENGLISH.variant("", ENGLISH.scales, name="wide").at_cpu(
-    updates=2500, flags=f"{ENGLISH.scales['cpu'].flags} --decoder-embed-dim 256 --decoder-ffn-embed-dim 1024"
-)
+    updates=2500, flags=f"{ENGLISH.scales['cpu'].flags} --decoder-embed-dim 256 --decoder-ffn-embed-dim 1024",
+    search_margin=0.03,
+)  # fmt: skip
 OFFICIAL = QUICK.variant(
     name="official",
     flags='--moe-gate-loss-combine-method sum --adam-betas "(0.9, 0.95)" --clip-norm 2.0 --weight-decay 0.1',

@@ -111,9 +111,11 @@ def details(experiment: Experiment, tree: Path) -> Iterator[tuple[str, str]]:
         yield "models x seeds x updates", row["trains"]
         if search := default_plan(experiment).search():
             updates = {sum(part.updates for part in (*run.parts, run)) for run in search}
+            margin = max(run.recipe.scales["cpu"].search_margin for run in search)
+            rule = f"; of rates within {margin:g} bits the smallest" if margin else ""
             yield (
                 "search",
-                f"{len(search)} trainings of {min(updates):,} updates, more where the best rate is at the edge",
+                f"{len(search)} trainings of {min(updates):,} updates, more where the best rate is at the edge{rule}",
             )
         yield "tokens", row["tokens"]
         yield "hours", row["hours"]

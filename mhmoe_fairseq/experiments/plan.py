@@ -201,15 +201,16 @@ def read_search(folder: Path) -> dict[str, Any]:
     return found
 
 
-def smallest(losses: Mapping[str, float | None]) -> str | None:
-    """Returns the learning rate with the smallest loss; None if no loss is finite."""
+def chosen_lr(losses: Mapping[str, float | None], margin: float = 0.0) -> str | None:
+    """Returns the smallest learning rate whose loss is within a margin of the best's; None if no loss is finite."""
     finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-    return min(finite, key=finite.__getitem__) if finite else None
+    near = [lr for lr, loss in finite.items() if loss <= min(finite.values()) + margin]
+    return min(near, key=float, default=None)
 
 
 def further_lr(losses: Mapping[str, float | None]) -> str | None:
     """Returns the next learning rate beyond the best, in the step that led there; None if the best has neighbours."""
-    tried, best = sorted(losses, key=float), smallest(losses)
+    tried, best = sorted(losses, key=float), chosen_lr(losses)
     if best is None or best not in (tried[0], tried[-1]):
         return None
     beside = tried[1] if best == tried[0] else tried[-2]

@@ -293,8 +293,10 @@ def _search(page: Page, tree: Path) -> str:
     losses = {name: of for name, of in search["valid_loss_bits"].items() if name in own}
     lrs = sorted(dict.fromkeys(lr for of in losses.values() for lr in of), key=float)
     cells = [[name, *(_tried(lr, of, search["best_lr"].get(name)) for lr in lrs)] for name, of in losses.items()]
+    margin = max((stage.recipe.scales["cpu"].search_margin for stage in page.experiment.stages), default=0.0)
+    rule = f"smallest rate within {margin:g} bits of the best" if margin else "smallest"
     told = (
-        "Validation loss in bits of a shorter training with each learning rate, one seed; the smallest was taken. "
+        f"Validation loss in bits of a shorter training with each learning rate, one seed; the {rule} was taken. "
         "Where that is at the edge, one or two further rates are tried; of what still is, or was tried before that "
         "rule, it is not known whether a further one would be better."
     )

@@ -26,7 +26,7 @@ from ..data.xnli import read_xnli
 from ..data.zero_shot_tasks import open_tasks
 from .branches import require_domains
 from .calls import Calls
-from .plan import SEARCH, Plan, read_search, smallest, with_starts
+from .plan import SEARCH, Plan, chosen_lr, read_search, with_starts
 from .progress import Progress
 from .run import STATE, Choice, Run
 from .spec import Recipe
@@ -111,9 +111,10 @@ class Runner:
         self.say(f"[{time.strftime('%H:%M:%S')}] {line}")
 
     def _search(self) -> dict[str, str]:
-        """The best learning rate of every model, by the last validation loss."""
+        """The learning rate of every model, by the last validation loss."""
         losses: dict[str, dict[str, float | None]] = {}
         search = self.plan.search(losses)
+        scales = {run.recipe.name_of(run.model): run.recipe.scales[self.plan.choice.scale] for run in search}
         if search and self.plan.choice.nnodes > 1:
             tried = ", ".join(dict.fromkeys(str(run.lr) for run in search))
             rule = f"must be one when --nnodes is {self.plan.choice.nnodes}: machine 0 alone would know the best"
@@ -128,7 +129,7 @@ class Runner:
                         checkpoint.unlink()
             wider = self.plan.search(losses)
             search = [run for run in wider if str(run.lr) not in losses[run.recipe.name_of(run.model)]]
-        best = {model: _best(model, of_lr) for model, of_lr in losses.items()}
+        best = {model: _best(model, of_lr, scales[model].search_margin) for model, of_lr in losses.items()}
         if best:
             kept = read_search(self.plan.out)  # other models' of experiments that share the folder
             new: dict[str, dict[str, Any]] = {"valid_loss_bits": losses, "best_lr": best}
@@ -275,9 +276,9 @@ def missing_data(plan: Plan, data: Path, recipe: Recipe | None = None) -> str:
     return f"--data ({data}) holds no prepared data for {plan.experiment.name}: make them with {maker}"
 
 
-def _best(model: str, losses: Mapping[str, float | None]) -> str:
-    """The learning rate with the smallest loss; ``UserError`` if there is none."""
-    best = smallest(losses)
+def _best(model: str, losses: Mapping[str, float | None], margin: float) -> str:
+    """The learning rate that the losses choose; ``UserError`` if there is none."""
+    best = chosen_lr(losses, margin)
     if best is None:
         raise UserError(f"--lrs ({' '.join(losses)}): with none of them {model} has a finite validation loss")
     return best

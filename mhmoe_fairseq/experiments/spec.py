@@ -73,6 +73,7 @@ class Scale:
         lrs: learning rates of a search for every model before its trainings, which goes on beyond them where the best
             is at their edge; empty: no search.
         search_updates: updates of one training of the search.
+        search_margin: bits of validation loss; the smallest rate whose loss is within it of the best is taken.
     """
 
     updates: int
@@ -84,6 +85,7 @@ class Scale:
     seeds: tuple[int, ...] = (1,)
     lrs: tuple[str, ...] = ()
     search_updates: int = 100
+    search_margin: float = 0.0
 
 
 @dataclass(frozen=True)
